@@ -1,0 +1,34 @@
+# Every target works on a fresh machine with Python 3.11, git and a C++ compiler.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: setup train test test-gpu lint clean
+
+setup: $(STAMP)
+
+$(STAMP): constraints.txt setup.py pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[deepspeed,megatron,hf,launch,dev]"
+	touch $(STAMP)
+
+train: setup
+	$(BIN)/python launch/prepare_data.py --run configs/run/tiny.yaml
+	$(BIN)/deepspeed --num_gpus 2 launch/pretrain_llama.py --run configs/run/tiny.yaml $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest -m "not gpu" tests $(ARGS)
+
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu tests $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf runs data build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

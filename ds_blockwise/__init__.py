@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blockwise AdamW and Blockwise Adam-mini for DeepSpeed, Megatron-core and plain PyTorch.
+
+Importing this package registers both optimizers and the three schedules with DeepSpeed where DeepSpeed is installed.
+"""
+
+from importlib.util import find_spec as _find_spec
+from typing import Any
+
+from ds_blockwise.adam_mini import BlockwiseAdamMini
+from ds_blockwise.adamw import BlockwiseAdamW
+from ds_blockwise.blocks import BlockSpec
+from ds_blockwise.naming import Role
+from ds_blockwise.report import BlockReport, block_report
+from ds_blockwise.schedules import BlockwiseCosineLR, BlockwiseLinearLR, BlockwiseWSDLR
+from ds_blockwise.tagging import tag_parameters
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockReport",
+    "BlockSpec",
+    "BlockwiseAdamMini",
+    "BlockwiseAdamW",
+    "BlockwiseCosineLR",
+    "BlockwiseLinearLR",
+    "BlockwiseWSDLR",
+    "Role",
+    "attach",
+    "block_report",
+    "tag_parameters",
+]
+
+
+def attach(engine: Any) -> None:
+    """Tell a DeepSpeed engine's optimizer what lies in its tensors; ``deepspeed.initialize`` does this by itself.
+
+    Args:
+        engine: a ``DeepSpeedEngine`` whose basic optimizer is one of ours.
+
+    Raises:
+        ImportError: DeepSpeed is not installed.
+        ValueError: see `ds_blockwise.deepspeed_host.attach`.
+    """
+    from ds_blockwise import deepspeed_host
+
+    deepspeed_host.attach(engine)
+
+
+if _find_spec("deepspeed") is not None:
+    from ds_blockwise import deepspeed_host as _deepspeed_host
+
+    _deepspeed_host.register()

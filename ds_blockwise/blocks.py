@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocks of one parameter, in coordinates of the unsharded tensor.
+
+Decides where each block starts and ends and which multiplier it has. Knows nothing of ranks, shards or flat buffers.
+Partition: arXiv 2406.16793 (Adam-mini), algorithm 2; block types: arXiv 2502.19002, section 3.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ds_blockwise.layout import AxisSpan
+from ds_blockwise.naming import BLOCK_TYPE_OF, BlockType, QKVLayout, Role
+from ds_blockwise.policy import BlockPolicy, Granularity
+
+STATE_BYTES_PER_VALUE = 4  # exp_avg and exp_avg_sq are fp32 unless momentum_dtype says otherwise
+
+
+@dataclass(frozen=True, slots=True)
+class HeadGeometry:
+    """Head counts of one attention module, unsharded.
+
+    Attributes:
+        num_heads: query heads.
+        num_kv_heads: key and value heads (query groups).
+        head_dim: rows per head; None if the module does not say (then it follows from the weight's rows).
+        source: where the numbers were read, for error messages.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int | None
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class RoleSpan:
+    """Consecutive indices ``[start, end)`` of the block axis that have one role.
+
+    ``head_rows`` is the number of indices per head, None for roles without heads.
+    """
+
+    start: int
+    end: int
+    role: Role
+    head_rows: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BlockPart:
+    """A role span with its settings and the id of its first block.
+
+    ``rows_per_block`` is 0 for element-wise parts, which have no block ids.
+    """
+
+    start: int
+    end: int
+    role: Role
+    block_type: BlockType
+    granularity: Granularity
+    lr_multiplier: float
+    weight_decay_multiplier: float
+    rows_per_block: int
+    first_block: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorStructure:
+    """What a parameter is, before any setting is applied.
+
+    Attributes:
+        fqn: fully qualified name.
+        shape: unsharded shape.
+        axis: the dimension along which blocks follow each other (0, or 1 for transposed ``[in, out]`` weights).
+        spans: role spans; they tile the block axis in order.
+        is_bias: bias of a linear.
+    """
+
+    fqn: str
+    shape: tuple[int, ...]
+    axis: int
+    spans: tuple[RoleSpan, ...]
+    is_bias: bool
+
+    def __post_init__(self) -> None:
+        at = 0
+        for span in self.spans:
+            assert span.start == at and span.end > span.start, (self.fqn, self.spans)
+            at = span.end
+        assert at == self.axis_size, (self.fqn, self.shape, self.spans)
+
+    @property
+    def axis_size(self) -> int:
+        """Length of the block axis (1 for a scalar)."""
+        return self.shape[self.axis] if self.shape else 1
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSpec:
+    """The blocks of one parameter: its structure with a policy applied."""
+
+    structure: TensorStructure
+    parts: tuple[BlockPart, ...]
+    num_blocks: int
+    policy: BlockPolicy
+
+    @property
+    def fqn(self) -> str:
+        """Fully qualified name of the parameter."""
+        return self.structure.fqn
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Unsharded shape."""
+        return self.structure.shape
+
+    @property
+    def axis(self) -> int:
+        """The block axis."""
+        return self.structure.axis
+
+    @property
+    def numel(self) -> int:
+        """Elements of the unsharded tensor."""
+        return math.prod(self.shape)
+
+    def axis_spans(self) -> tuple[AxisSpan, ...]:
+        """The parts as plain integers, the form that ``layout`` reads."""
+        return tuple(
+            AxisSpan(p.start, p.end, p.first_block, p.rows_per_block, index) for index, p in enumerate(self.parts)
+        )
+
+    def block_rows(self) -> list[int]:
+        """Indices of the block axis per block id (a block may consist of several runs of a fused weight)."""
+        rows = [0] * self.num_blocks
+        for part in self.parts:
+            if part.rows_per_block:
+                for block in range((part.end - part.start) // part.rows_per_block):
+                    rows[part.first_block + block] += part.rows_per_block
+        return rows
+
+
+def apply_policy(structure: TensorStructure, policy: BlockPolicy) -> BlockSpec:
+    """Cut a parameter into blocks.
+
+    Args:
+        structure: roles along the block axis.
+        policy: multipliers, granularity and rules.
+
+    Returns:
+        The blocks; ids count up along the block axis. Spans of one role with granularity ``tensor`` share one id.
+
+    Raises:
+        ValueError: the granularity does not suit the role, or heads are asked for where none are known.
+    """
+    parts: list[BlockPart] = []
+    whole_of_role: dict[Role, int] = {}
+    num_blocks = 0
+    for span in structure.spans:
+        settings = policy.resolve(structure.fqn, span.role, structure.is_bias)
+        size = span.end - span.start
+        shared = settings.granularity == "tensor" and span.role in whole_of_role
+        rows = _rows_per_block(structure, span, settings.granularity)
+        first = whole_of_role[span.role] if shared else num_blocks
+        if settings.granularity == "tensor":
+            whole_of_role[span.role] = first
+        if rows and not shared:
+            num_blocks += size // rows
+        parts.append(
+            BlockPart(
+                span.start,
+                span.end,
+                span.role,
+                BLOCK_TYPE_OF[span.role],
+                settings.granularity,
+                settings.lr_multiplier,
+                settings.weight_decay_multiplier,
+                rows,
+                first,
+            )
+        )
+    return BlockSpec(structure, tuple(parts), num_blocks, policy)
+
+
+def _rows_per_block(structure: TensorStructure, span: RoleSpan, granularity: Granularity) -> int:
+    if granularity == "element":
+        return 0
+    if granularity == "row":
+        # a row of a vector is one element: stored and updated element-wise
+        return 1 if math.prod(structure.shape) > structure.axis_size else 0
+    if granularity == "tensor":
+        return span.end - span.start
+    if span.head_rows is None:
+        raise ValueError(
+            f'parameter {structure.fqn!r} (role {span.role.value}) has granularity "head" but its head count is '
+            f'unknown. Give it: "rules": [{{"match": "...", "role": "{span.role.value}", "num_heads": N}}]'
+        )
+    return span.head_rows
+
+
+def whole_tensor(
+    fqn: str,
+    shape: tuple[int, ...],
+    role: Role,
+    *,
+    is_bias: bool,
+    axis: int = 0,
+    num_heads: int | None = None,
+    head_dim: int | None = None,
+    source: str = "",
+) -> TensorStructure:
+    """Structure of a parameter with a single role.
+
+    Args:
+        fqn: name for messages.
+        shape: unsharded shape.
+        role: the role of all rows.
+        is_bias: bias of a linear.
+        axis: block axis.
+        num_heads: heads in this very parameter, for query, key and value weights.
+        head_dim: rows per head, if the module says so; checked against the shape.
+        source: where the head count was read.
+
+    Raises:
+        ValueError: the rows do not divide into the heads, or a norm has more than one dimension.
+    """
+    size = shape[axis] if shape else 1
+    if role is Role.NORM and len(shape) > 1:
+        raise ValueError(
+            f"parameter {fqn!r} has role norm but shape {shape}; a norm weight is a vector. Give its role by a rule."
+        )
+    head_rows = None
+    if num_heads is not None:
+        if size % num_heads or (head_dim is not None and size != num_heads * head_dim):
+            said = f" of {head_dim} rows" if head_dim is not None else ""
+            raise ValueError(
+                f"parameter {fqn!r} of shape {shape} has {size} rows, which do not divide into {num_heads} "
+                f"{role.value} heads{said} ({source}). Correct the head counts, or give them: "
+                f'"rules": [{{"match": "{fqn}", "role": "{role.value}", "num_heads": N}}]'
+            )
+        head_rows = size // num_heads
+    return TensorStructure(fqn, shape, axis, (RoleSpan(0, size, role, head_rows),), is_bias)
+
+
+def fused_qkv(
+    fqn: str,
+    shape: tuple[int, ...],
+    layout: QKVLayout,
+    heads: HeadGeometry,
+    *,
+    is_bias: bool,
+    axis: int = 0,
+) -> TensorStructure:
+    """Structure of a fused QKV weight or bias.
+
+    Args:
+        fqn: name for messages.
+        shape: unsharded shape; the block axis holds ``(num_heads + 2 * num_kv_heads) * head_dim`` rows.
+        layout: ``concat`` or ``grouped``.
+        heads: head counts, unsharded.
+        is_bias: bias of the fused linear.
+        axis: block axis.
+
+    Raises:
+        ValueError: the rows do not divide into the heads, or the heads into the groups.
+    """
+    size = shape[axis]
+    num_heads, num_kv_heads = heads.num_heads, heads.num_kv_heads
+    units = num_heads + 2 * num_kv_heads
+    head_dim = heads.head_dim if heads.head_dim is not None else size // units
+    if head_dim * units != size or head_dim == 0:
+        raise ValueError(
+            f"parameter {fqn!r} of shape {shape} has {size} rows, but {num_heads} query heads and {num_kv_heads} key "
+            f"and value heads of {head_dim} rows make {head_dim * units} ({heads.source}). Correct the head counts, "
+            f'or give them: "rules": [{{"match": "{fqn}", "role": "qkv", "layout": "{layout}", "num_heads": N, '
+            f'"num_kv_heads": N}}]'
+        )
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            f"parameter {fqn!r}: {num_heads} query heads do not divide into {num_kv_heads} query groups "
+            f"({heads.source})."
+        )
+    groups = 1 if layout == "concat" else num_kv_heads
+    sizes = (
+        (Role.QUERY, num_heads // groups * head_dim),
+        (Role.KEY, num_kv_heads // groups * head_dim),
+        (Role.VALUE, num_kv_heads // groups * head_dim),
+    )
+    spans: list[RoleSpan] = []
+    at = 0
+    for _ in range(groups):
+        for role, rows in sizes:
+            spans.append(RoleSpan(at, at + rows, role, head_dim))
+            at += rows
+    return TensorStructure(fqn, shape, axis, tuple(spans), is_bias)

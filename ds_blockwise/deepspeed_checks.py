@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of a DeepSpeed JSON under which the optimizers would be wrong or silently replaced; each is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+
+def check_config(engine: Any, optimizer: str) -> None:
+    """Refuse what cannot work, before the optimizer is built.
+
+    Args:
+        engine: a ``DeepSpeedEngine`` with its configuration read.
+        optimizer: class name of ours.
+
+    Raises:
+        ValueError: every refused setting with its reason, in one message.
+    """
+    problems = list(_problems(engine, optimizer))
+    if problems:
+        listed = "\n".join(f"  - {problem}" for problem in problems)
+        raise ValueError(f"{optimizer} does not support this DeepSpeed configuration:\n{listed}")
+
+
+def _problems(engine: Any, optimizer: str) -> Iterator[str]:
+    mini = optimizer == "BlockwiseAdamMini"
+    offload = engine.zero_offload_optimizer()
+    if getattr(engine, "zenflow", None):
+        yield (
+            '"zenflow": it updates selected columns with an AdamW of its own and stores weights transposed. Remove '
+            '"zenflow" from "zero_optimization".'
+        )
+    if engine.super_offload():
+        yield (
+            '"super_offload": it steps the offloaded parameters with DeepSpeedCPUAdam and never calls ours. Set '
+            '"super_offload": false.'
+        )
+    if offload is not None and getattr(offload, "ratio", 1.0) < 1.0:
+        yield (
+            f'"offload_optimizer": {{"ratio": {offload.ratio}}}: partial offload works with DeepSpeedCPUAdam only. Set '
+            f'"ratio": 1.0.'
+        )
+    if mini and engine.zero_nvme_offload_optimizer():
+        yield (
+            '"offload_optimizer": {"device": "nvme"}: the swapper needs state in the shape of the parameters, and one '
+            'second moment per block is not. Use "device": "cpu".'
+        )
+    for name, on in (
+        ("bf16_master_weights_and_grads", engine.bf16_master_weights_and_gradients()),
+        ("fp16_master_weights_and_grads", engine.fp16_master_weights_and_gradients()),
+    ):
+        if on:
+            yield f'"{name}": the master weights are updated in fp32. Set it to false.'
+    if engine.zero_elastic_checkpoint():
+        yield (
+            '"elastic_checkpoint": it cuts state tensors by the padding of the parameters and cannot be loaded. Set it '
+            "to false; use universal checkpoints to change the number of ranks."
+        )
+    if mini and not engine.zero_compute_grad_norm() and _autocast_fp16(engine):
+        yield (
+            '"compute_grad_norm": false with fp16 torch_autocast: the gradient scaler then skips steps rank by rank, '
+            "and the others would wait for ever. Set it to true."
+        )
+
+
+def _autocast_fp16(engine: Any) -> bool:
+    enabled = getattr(engine, "torch_autocast_enabled", None)
+    if enabled is None or not enabled():
+        return False
+    return "float16" in str(engine.torch_autocast_dtype()).replace("bfloat16", "")

@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DeepSpeed: registration, refusals, and the map from the wrappers' flat tensors to parameters.
+
+The only file that knows DeepSpeed's private attributes. The map is computed from each wrapper's own lists in storage order,
+never from ``_hp_mapping``, which is wrong with ``round_robin_gradients``. Checked with DeepSpeed 0.19.8.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+from weakref import WeakSet
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime import lr_schedules
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero import utils as zero_utils
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils.bwc import bwc_tensor_model_parallel_group
+from torch import nn
+
+from ds_blockwise.adam_mini import BlockwiseAdamMini
+from ds_blockwise.adamw import BlockwiseAdamW
+from ds_blockwise.blocks import BlockSpec
+from ds_blockwise.deepspeed_checks import check_config
+from ds_blockwise.optimizer import BlockwiseOptimizer
+from ds_blockwise.reduce import ReductionGroups, disagreement, first_error
+from ds_blockwise.schedules import SCHEDULES
+from ds_blockwise.table import Placement, fingerprint, whole_placement
+from ds_blockwise.tagging import tag_with_policy
+
+OPTIMIZERS: tuple[type[BlockwiseOptimizer], ...] = (BlockwiseAdamW, BlockwiseAdamMini)
+_HOOK = "_configure_optimizer"
+_TAGGED_HERE: WeakSet[nn.Module] = WeakSet()
+
+
+@dataclass(frozen=True)
+class _Stepped:
+    """One tensor that the base optimizer steps, and the group that ZeRO cuts it over (None: not cut)."""
+
+    tensor: torch.Tensor
+    placements: tuple[Placement, ...]
+    dp_group: dist.ProcessGroup | None
+
+
+def register() -> None:
+    """Make the optimizers and schedules available by name in a DeepSpeed JSON; called by ``import ds_blockwise``.
+
+    Idempotent. Adds names to ``torch.optim`` and ``deepspeed.runtime.lr_schedules``, the classes to ZeRO's list of
+    supported optimizers, and a hook around one method of the engine.
+
+    Raises:
+        ImportError: this DeepSpeed has no such method.
+    """
+    for optimizer in OPTIMIZERS:
+        setattr(torch.optim, optimizer.__name__, optimizer)
+        if optimizer not in zero_utils.ZERO_SUPPORTED_OPTIMIZERS:
+            zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(optimizer)
+    for schedule in SCHEDULES:
+        setattr(lr_schedules, schedule.__name__, schedule)
+    original = getattr(DeepSpeedEngine, _HOOK, None)
+    if original is None:
+        raise ImportError(
+            f"DeepSpeed {deepspeed.__version__} has no DeepSpeedEngine.{_HOOK}; ds_blockwise was tested with 0.19.8. "
+            f"Install a supported version."
+        )
+    if getattr(original, "calls_ds_blockwise", False):
+        return
+
+    @functools.wraps(original)
+    def configure_and_attach(self: Any, client_optimizer: Any, model_parameters: Any) -> None:
+        names = [optimizer.__name__ for optimizer in OPTIMIZERS]
+        if isinstance(client_optimizer, BlockwiseOptimizer):
+            check_config(self, type(client_optimizer).__name__)
+        elif client_optimizer is None and self.optimizer_name() in names:
+            check_config(self, self.optimizer_name())
+        original(self, client_optimizer, model_parameters)
+        if isinstance(self.basic_optimizer, BlockwiseOptimizer):
+            attach(self)
+
+    cast("Any", configure_and_attach).calls_ds_blockwise = True
+    setattr(DeepSpeedEngine, _HOOK, configure_and_attach)
+
+
+def attach(engine: Any) -> None:
+    """Tell an engine's optimizer what lies in the tensors that it steps; ``deepspeed.initialize`` calls this.
+
+    A collective over all ranks. Call it yourself only if an engine was built by code that replaced the hook.
+
+    Args:
+        engine: a ``DeepSpeedEngine`` whose basic optimizer is one of ours.
+
+    Raises:
+        ValueError: on every rank, if any rank finds an unsupported setting, an unknown parameter or a layout that differs
+            from its peers'.
+    """
+    optimizer = engine.basic_optimizer
+    if not isinstance(optimizer, BlockwiseOptimizer):
+        raise ValueError(
+            f"the engine's optimizer is {type(optimizer).__name__}, not one of "
+            f"{', '.join(o.__name__ for o in OPTIMIZERS)}. Under CPU offload Accelerate replaces a client optimizer by "
+            f'DeepSpeedCPUAdam; name ours in the JSON\'s "optimizer" instead.'
+        )
+    stepped: list[_Stepped] = []
+    tp_group: dist.ProcessGroup | None = None
+    failure: Exception | None = None
+    try:
+        check_config(engine, type(optimizer).__name__)
+        specs = _specs(engine, optimizer)
+        tp_group = _tp_group(engine, specs)
+        stepped = list(_stepped_tensors(engine, optimizer))
+        device = torch.device(get_accelerator().current_device_name())
+        for item in stepped:
+            groups = ReductionGroups(_if_many(item.dp_group), tp_group, device)
+            optimizer.bind(item.tensor, item.placements, groups)
+    except Exception as error:  # a rank that fails alone would leave the others waiting: all hear of it, all raise
+        failure = error
+    message = first_error(None if failure is None else f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+        raise failure
+    if message is not None:
+        raise ValueError(message)
+    _check_agreement(engine, optimizer, stepped, tp_group)
+
+
+# --------------------------------------------------------------------------- parameters
+
+
+def _specs(engine: Any, optimizer: BlockwiseOptimizer) -> dict[nn.Parameter, BlockSpec]:
+    module = engine.module
+    params = [p for p in module.parameters() if p.requires_grad]
+    tagged = [p for p in params if hasattr(p, "block_spec")]
+    if not tagged or module in _TAGGED_HERE:
+        tag_with_policy(module, optimizer.policy, engine.param_names)
+        _TAGGED_HERE.add(module)
+    elif len(tagged) < len(params):
+        missing = next(engine.param_names.get(p) for p in params if not hasattr(p, "block_spec"))
+        raise ValueError(
+            f"parameter {missing!r} is not tagged although others are. Call tag_parameters(model) after the last change "
+            f"to the model, or not at all (deepspeed.initialize does it)."
+        )
+    else:
+        for param in params:
+            cast("Any", param).block_spec = optimizer.spec_of(cast("Any", param).block_spec)
+    return {p: cast("Any", p).block_spec for p in params}
+
+
+def _placement(param: nn.Parameter, flat_start: int, param_start: int, numel: int, cuts: tuple[int, ...]) -> Placement:
+    tagged = cast("Any", param)
+    return Placement(tagged.block_spec, tagged.block_shard, flat_start, param_start, numel, cuts)
+
+
+# ------------------------------------------------------------------- wrappers' flat tensors
+
+
+def _stepped_tensors(engine: Any, optimizer: BlockwiseOptimizer) -> Iterator[_Stepped]:
+    wrapper = engine.optimizer
+    if wrapper is optimizer:
+        yield from _whole((p, p) for group in optimizer.param_groups for p in group["params"])
+    elif isinstance(wrapper, DeepSpeedZeroOptimizer):
+        yield from _zero_1_and_2(wrapper)
+    elif isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
+        yield from _zero_3(wrapper)
+    elif isinstance(wrapper, BF16_Optimizer):
+        yield from _bf16_optimizer(wrapper)
+    elif isinstance(wrapper, FP16_UnfusedOptimizer):
+        yield from _whole(
+            (master, param)
+            for masters, params in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True)
+            for master, param in zip(masters, params, strict=True)
+        )
+    else:
+        raise ValueError(
+            f"DeepSpeed {deepspeed.__version__} wraps the optimizer in {type(wrapper).__name__}, which ds_blockwise does "
+            f"not know. Use ZeRO stage 0, 1, 2 or 3 with fp32, bf16 or fp16."
+        )
+
+
+def _whole(pairs: Any) -> Iterator[_Stepped]:
+    for tensor, param in pairs:
+        placement = whole_placement(param.block_spec, param.block_shard)
+        yield _Stepped(tensor, (placement,), None)
+
+
+def _window(
+    params: list[nn.Parameter], offsets: list[int], rank: int, world_size: int, size: int
+) -> tuple[Placement, ...]:
+    """Placements of one rank's window ``[rank * size, (rank + 1) * size)`` of a group's flat buffer."""
+    low = rank * size
+    placements = []
+    for param, offset in zip(params, offsets, strict=True):
+        end = offset + param.numel()
+        start, stop = max(offset, low), min(end, low + size)
+        cuts = tuple(k * size - offset for k in range(1, world_size) if offset < k * size < end)
+        if start < stop:
+            placements.append(_placement(param, start - low, start - offset, stop - start, cuts))
+        else:
+            placements.append(_placement(param, min(max(offset - low, 0), size), 0, 0, cuts))
+    return tuple(placements)
+
+
+def _zero_1_and_2(wrapper: Any) -> Iterator[_Stepped]:
+    for index, params in enumerate(wrapper.round_robin_bit16_groups):
+        group = _or_world(wrapper.real_dp_process_group[index])
+        offsets = _zero_1_and_2_offsets(wrapper, index, params)
+        rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+        size = int(wrapper.partition_size[index])
+        yield _Stepped(
+            wrapper.single_partition_of_fp32_groups[index],
+            _window(params, offsets, rank, world_size, size),
+            group,
+        )
+
+
+def _zero_1_and_2_offsets(wrapper: Any, index: int, params: list[nn.Parameter]) -> list[int]:
+    known = getattr(wrapper, "round_robin_bit16_offsets", None)
+    offsets = _cumulative(params) if known is None else [int(o) for o in known[index]]
+    flat = wrapper.bit16_groups_flat[index]
+    for param, offset in zip(params, offsets, strict=True):
+        # the parameters are views of the flat buffer, so the buffer itself tells whether the offsets are right
+        found = (param.data_ptr() - flat.data_ptr()) // flat.element_size()
+        if param.numel() and found != offset:
+            raise ValueError(
+                f"DeepSpeed {deepspeed.__version__} stores parameter {cast('Any', param).block_spec.fqn!r} at offset "
+                f"{found} of its flat buffer, not at {offset} as its lists say; ds_blockwise cannot map this version."
+            )
+    return offsets
+
+
+def _bf16_optimizer(wrapper: Any) -> Iterator[_Stepped]:
+    for index, params in enumerate(wrapper.bf16_groups):
+        group = _or_world(wrapper.real_dp_process_group[index])
+        tensor = wrapper.fp32_groups_flat_partition[index]
+        rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+        placements = _window(params, _cumulative(params), rank, world_size, tensor.numel())
+        yield _Stepped(tensor, placements, group)
+
+
+def _zero_3(wrapper: Any) -> Iterator[_Stepped]:
+    for index, params in enumerate(wrapper.fp16_groups):
+        tensor = wrapper.fp32_partitioned_groups_flat[index]
+        groups = {getattr(p, "ds_process_group", wrapper.dp_process_group) for p in params}
+        if len(groups) != 1:
+            raise ValueError(
+                f"ZeRO-3 sub-group {index} mixes parameters of {len(groups)} process groups; ds_blockwise cannot map it."
+            )
+        group = _or_world(groups.pop())
+        rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+        placements, offset = [], 0
+        for param in params:
+            piece, numel = param.partition_numel(), param.ds_numel
+            start = min(rank * piece, numel)
+            cuts = tuple(k * piece for k in range(1, world_size) if k * piece < numel)
+            held = min(piece, numel - start)
+            placements.append(_placement(param, offset, start if held else 0, held, cuts))
+            offset += piece
+        if offset != tensor.numel():
+            raise ValueError(
+                f"ZeRO-3 sub-group {index} has {tensor.numel()} elements but its parameters' partitions {offset}. "
+                f"NVMe offload is not supported; otherwise this DeepSpeed ({deepspeed.__version__}) stores them in a "
+                f"way that ds_blockwise does not know."
+            )
+        yield _Stepped(tensor, tuple(placements), group)
+
+
+def _cumulative(params: list[nn.Parameter]) -> list[int]:
+    offsets, at = [], 0
+    for param in params:
+        offsets.append(at)
+        at += param.numel()
+    return offsets
+
+
+# ---------------------------------------------------------------------- process groups
+
+
+def _or_world(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    return dist.group.WORLD if group is None else group  # type: ignore[return-value]
+
+
+def _if_many(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    return None if group is None or dist.get_world_size(group) == 1 else group
+
+
+def _tp_group(engine: Any, specs: Mapping[nn.Parameter, BlockSpec]) -> dist.ProcessGroup | None:
+    shards = {p: s for p in specs if (s := cast("Any", p).block_shard) is not None}
+    # the *tensor* parallel group: a pipeline grid's "model parallel" group spans the stages as well
+    group = None if engine.mpu is None else _if_many(bwc_tensor_model_parallel_group(engine.mpu))
+    size = 1 if group is None else dist.get_world_size(group)
+    if size > 1 and not shards:
+        raise ValueError(
+            f"the tensor-parallel size is {size}, but no parameter is known to be split. For a Megatron-core model "
+            f"import megatron_patch before deepspeed.initialize; other tensor-parallel models (AutoTP) are not supported "
+            f"by this version."
+        )
+    for param, shard in shards.items():
+        if len(shard.chunks) != size:
+            raise ValueError(
+                f"parameter {specs[param].fqn!r} is split over {len(shard.chunks)} tensor-parallel ranks, but the mpu "
+                f"given to deepspeed.initialize has {size}. Pass mpu=megatron_patch.mpu_adapter()."
+            )
+    return group
+
+
+def _check_agreement(
+    engine: Any,
+    optimizer: BlockwiseOptimizer,
+    stepped: list[_Stepped],
+    tp_group: dist.ProcessGroup | None,
+) -> None:
+    settings = [
+        (group["lr"], tuple(group["betas"]), group["eps"], group["weight_decay"]) for group in optimizer.param_groups
+    ]
+    peers = _if_many(_or_world(engine.seq_data_parallel_group))
+    for what, group, of_shards in (("data", peers, True), ("tensor", tp_group, False)):
+        digests = [fingerprint(item.placements, of_shards=of_shards) for item in stepped]
+        different = disagreement(repr((settings, digests)), group)
+        message = None
+        if different:
+            message = (
+                f"{what}-parallel ranks {different} of the group disagree with its rank 0 about parameters, blocks or "
+                f"settings. Every rank must build the same model with the same JSON."
+            )
+        message = first_error(message)
+        if message is not None:
+            raise ValueError(message)

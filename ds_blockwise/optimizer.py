@@ -1,0 +1,366 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shared base of both optimizers: settings, binding of tensors to segment tables, the step loop, state on disk.
+
+A stepped tensor is a whole parameter tagged with ``block_spec``, or whatever a host bound with `BlockwiseOptimizer.bind`
+(a flat ZeRO partition). Subclasses say what the second moment is and how it is applied.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+from torch.optim.optimizer import ParamsT
+
+from ds_blockwise.blocks import BlockSpec, apply_policy
+from ds_blockwise.layout import TensorShard
+from ds_blockwise.policy import BlockPolicy
+from ds_blockwise.reduce import LOCAL, ReductionGroups
+from ds_blockwise.settings import (
+    MomentumDtype,
+    check_extra_keys,
+    check_group,
+    check_momentum_dtype,
+)
+from ds_blockwise.table import Placement, SegmentTable, build_table, whole_placement
+from ds_blockwise.update import decay_, denominator, update_exp_avg_
+
+_WIDE = (torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Binding:
+    """A stepped tensor with its segments and the ranks that share its blocks.
+
+    Holds the tensor, so that its id, by which bindings are found, is not given to another one.
+    """
+
+    tensor: torch.Tensor
+    table: SegmentTable
+    groups: ReductionGroups
+
+
+@dataclass(frozen=True)
+class Work:
+    """One tensor in one step. ``grad`` is flat, or None if only its reductions are due on this rank."""
+
+    group: dict[str, Any]
+    tensor: torch.Tensor
+    grad: torch.Tensor | None
+    binding: Binding
+    state: dict[str, Any]
+
+
+class BlockwiseOptimizer(torch.optim.AdamW, ABC):
+    """Base of `BlockwiseAdamW` and `BlockwiseAdamMini`; not to be used by itself.
+
+    It is a ``torch.optim.AdamW`` by type only, because hosts (Megatron-core, DeepSpeed) accept nothing else.
+    """
+
+    #: whether the second moment is one value per block (and split blocks must be reduced)
+    shares_second_moment: ClassVar[bool]
+    #: applies the step to a flat wide parameter, `update.step_elements_` or `update.step_blocks_`
+    _step_param: ClassVar[Callable[..., None]]
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        *,
+        lr_multipliers: object = None,
+        weight_decay_multipliers: object = None,
+        granularity: object = None,
+        rules: object = None,
+        momentum_dtype: MomentumDtype = "fp32",
+        **extra: object,
+    ) -> None:
+        check_extra_keys(type(self).__name__, extra)
+        self.momentum_dtype = check_momentum_dtype(momentum_dtype)
+        self.policy = BlockPolicy.parse(lr_multipliers, weight_decay_multipliers, granularity, rules)
+        self.step_calls = 0
+        self._bindings: dict[int, Binding] = {}
+        self._own_second_moment: dict[int, torch.Tensor] = {}
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        check_group(defaults, "")
+        # AdamW's own constructor would add switches (fused, foreach, ...) that mean nothing here
+        torch.optim.Optimizer.__init__(self, params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; see ``torch.optim.Optimizer.add_param_group``.
+
+        Raises:
+            ValueError: a hyper-parameter of the group is outside its range.
+            TypeError: a parameter is not a real floating-point tensor.
+        """
+        super().add_param_group(param_group)
+        index = len(self.param_groups) - 1
+        group = self.param_groups[index]
+        check_group(group, f"param_groups[{index}].")
+        for tensor in group["params"]:
+            if not tensor.is_floating_point():
+                raise TypeError(
+                    f"param_groups[{index}] holds a {tensor.dtype} tensor of shape {tuple(tensor.shape)}; "
+                    f"only real floating-point parameters can be optimized"
+                )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # AdamW's version adds its switches to every group and turns step into a tensor
+        torch.optim.Optimizer.__setstate__(self, state)
+        self.__dict__.setdefault("_bindings", {})
+        self.__dict__.setdefault("_own_second_moment", {})
+        self.__dict__.setdefault("step_calls", 0)
+
+    # ---------------------------------------------------------------- binding
+
+    def bind(self, tensor: torch.Tensor, placements: Sequence[Placement], groups: ReductionGroups) -> SegmentTable:
+        """Tell the optimizer what lies in a tensor that it steps (hosts only).
+
+        Args:
+            tensor: 1-D flat partition, or a whole parameter.
+            placements: the parameters in it, in storage order.
+            groups: process groups over which its split blocks are summed.
+
+        Returns:
+            The segment table, built once.
+        """
+        table = build_table(tensor.numel(), placements, shares_second_moment=self.shares_second_moment)
+        self._bindings[id(tensor)] = Binding(tensor, table, groups)
+        return table
+
+    def spec_of(self, spec: BlockSpec) -> BlockSpec:
+        """Return ``spec`` with this optimizer's settings.
+
+        Raises:
+            ValueError: settings were given both to the optimizer and to ``tag_parameters``, and differ.
+        """
+        if self.policy.is_default or spec.policy == self.policy:
+            return spec
+        if not spec.policy.is_default:
+            raise ValueError(
+                f"parameter {spec.fqn!r} was tagged with one set of multipliers, rules or granularity and "
+                f"{type(self).__name__} was given another. Give them in one place: tag_parameters(...) or the optimizer."
+            )
+        if any(rule.role or rule.qkv_layout or rule.num_heads for rule in self.policy.rules):
+            raise ValueError(
+                f"{type(self).__name__} was given rules that set roles or head counts, but parameter {spec.fqn!r} is "
+                f"already tagged. Give these rules to tag_parameters(model, rules=[...])."
+            )
+        return apply_policy(spec.structure, self.policy)
+
+    def binding_of(self, tensor: torch.Tensor) -> Binding | None:
+        """The binding of a stepped tensor; whole tagged parameters are bound on first sight."""
+        found = self._bindings.get(id(tensor))
+        if found is None:
+            spec = cast("BlockSpec | None", getattr(tensor, "block_spec", None))
+            if spec is None:
+                return None
+            shard = cast("TensorShard | None", getattr(tensor, "block_shard", None))
+            if shard is not None and len(shard.chunks) > 1:
+                raise ValueError(
+                    f"parameter {spec.fqn!r} is split over {len(shard.chunks)} tensor-parallel ranks, but no host has "
+                    f"told {type(self).__name__} their process group. Train it through deepspeed.initialize(mpu=...)."
+                )
+            self.bind(tensor, [whole_placement(self.spec_of(spec), shard)], LOCAL)
+            found = self._bindings[id(tensor)]
+        return found
+
+    # ------------------------------------------------------------------- step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Apply one update to every tensor that has a gradient.
+
+        Args:
+            closure: re-evaluates the model and returns the loss, as in ``torch.optim``.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            ValueError: a tensor with a non-zero gradient is unknown (not tagged, not attached to a host).
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        work = self._collect()
+        if work:
+            self._update_second_moments(work)
+            for item in work:
+                if item.grad is not None:
+                    self._apply(item)
+            self.step_calls += 1
+        return loss
+
+    def _collect(self) -> list[Work]:
+        work: list[Work] = []
+        for group in self.param_groups:
+            for tensor in group["params"]:
+                grad = tensor.grad
+                binding = self.binding_of(tensor)
+                if binding is None:
+                    # DeepSpeed's 16-bit wrappers step once with zero gradients inside their constructor
+                    if grad is not None and bool(grad.any()):
+                        raise ValueError(self._unknown(tensor))
+                    continue
+                if grad is not None and grad.is_sparse:
+                    raise ValueError(
+                        f"{type(self).__name__} does not support sparse gradients (shape {tuple(grad.shape)}). "
+                        f"Build the embedding with sparse=False."
+                    )
+                reduces = self.shares_second_moment and bool(
+                    binding.table.dp_slots.numel() or binding.table.tp_slots.numel()
+                )
+                if grad is None and not reduces:
+                    continue
+                flat = None if grad is None else grad.detach().reshape(-1)
+                state = self._state_of(tensor) if grad is not None else {}
+                work.append(Work(group, tensor, flat, binding, state))
+        return work
+
+    def _unknown(self, tensor: torch.Tensor) -> str:
+        return (
+            f"{type(self).__name__} does not know the parameters in a tensor of shape {tuple(tensor.shape)}. "
+            f"With plain PyTorch call ds_blockwise.tag_parameters(model) before the first step; with DeepSpeed import "
+            f"ds_blockwise before deepspeed.initialize, or call ds_blockwise.attach(engine)."
+        )
+
+    def _state_of(self, tensor: torch.Tensor) -> dict[str, Any]:
+        state = cast("dict[str, Any]", self.state[tensor])
+        if "exp_avg" not in state:
+            state["step"] = 0
+            state["exp_avg"] = torch.zeros_like(
+                tensor, dtype=self._momentum_dtype_of(tensor), memory_format=torch.contiguous_format
+            )
+            state["exp_avg_sq"] = self._new_second_moment(tensor)
+        return state
+
+    def _momentum_dtype_of(self, tensor: torch.Tensor) -> torch.dtype:
+        return torch.bfloat16 if self.momentum_dtype == "bf16" else wide_dtype(tensor.dtype)
+
+    @abstractmethod
+    def _new_second_moment(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Zeros in the form that this optimizer keeps in memory."""
+
+    @abstractmethod
+    def _update_second_moments(self, work: Sequence[Work]) -> None:
+        """Update ``exp_avg_sq`` of all tensors; the only place that may communicate."""
+
+    def _apply(self, item: Work) -> None:
+        assert item.grad is not None
+        item.state["step"] += 1
+        exp_avg = update_exp_avg_(item.state["exp_avg"].view(-1), item.grad, beta1=item.group["betas"][0])
+        data = item.tensor.detach()
+        if data.dtype in _WIDE and data.is_contiguous():
+            self._update_param(item, data.view(-1), exp_avg)
+        else:
+            flat = data.to(wide_dtype(data.dtype), copy=True).reshape(-1)
+            self._update_param(item, flat, exp_avg)
+            data.copy_(flat.view(data.shape))
+
+    def _update_param(self, item: Work, param: torch.Tensor, exp_avg: torch.Tensor) -> None:
+        group, step, table = item.group, item.state["step"], item.binding.table
+        beta1, beta2 = group["betas"]
+        lr, lr_floor = float(group["lr"]), lr_floor_of(group)
+        decay_(param, table, lr=lr, lr_floor=lr_floor, weight_decay=group["weight_decay"])
+        denom = denominator(item.state["exp_avg_sq"].view(-1), step=step, beta2=beta2, eps=group["eps"])
+        self._step_param(
+            param,
+            exp_avg,
+            denom,
+            table,
+            lr=lr,
+            lr_floor=lr_floor,
+            bias_correction1=1 - beta1**step,
+        )
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """State in AdamW's form: per tensor ``step`` (int), ``exp_avg`` and ``exp_avg_sq`` in the tensor's shape."""
+        packed = super().state_dict()
+        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
+        ids = [i for group in packed["param_groups"] for i in group["params"]]
+        for index, tensor in zip(ids, tensors, strict=True):
+            state = packed["state"].get(index)
+            if state and "exp_avg_sq" in state:
+                packed["state"][index] = {
+                    **state,
+                    "exp_avg_sq": self._saved_second_moment(tensor, state["exp_avg_sq"]),
+                }
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of either optimizer or of ``torch.optim.AdamW``.
+
+        Multipliers, rules and granularity are this object's own and are not loaded. A second moment per element becomes
+        one per block (its mean) at the next step.
+
+        Raises:
+            ValueError: the groups or the shapes do not fit.
+        """
+        super().load_state_dict(state_dict)
+        self._own_second_moment.clear()
+        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for index, tensor in zip(ids, tensors, strict=True):
+            saved = state_dict["state"].get(index)
+            if saved and "exp_avg" in saved:
+                self.state[tensor] = self._restored(tensor, saved)
+
+    def _restored(self, tensor: torch.Tensor, saved: dict[str, Any]) -> dict[str, Any]:
+        # torch casts floating state to the parameter's dtype, which would round fp32 moments of bf16 parameters
+        exp_avg, exp_avg_sq = saved["exp_avg"], saved["exp_avg_sq"]
+        for key, value in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+            if value.numel() != tensor.numel():
+                raise ValueError(
+                    f"state {key!r} has {value.numel()} elements but its parameter has {tensor.numel()} (shape "
+                    f"{tuple(tensor.shape)}). The checkpoint is of another model or another partition."
+                )
+        return {
+            "step": int(saved["step"]),
+            "exp_avg": _like(exp_avg, tensor, self._momentum_dtype_of(tensor)),
+            "exp_avg_sq": _like(exp_avg_sq, tensor, wide_dtype(tensor.dtype)),
+        }
+
+    def _saved_second_moment(self, tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return value
+
+    def state_bytes(self) -> int:
+        """Bytes of the state tensors that this rank holds."""
+        return sum(
+            value.numel() * value.element_size()
+            for state in self.state.values()
+            for value in state.values()
+            if isinstance(value, torch.Tensor)
+        )
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a parameter of ``dtype`` is updated: fp32, or fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _like(value: torch.Tensor, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return value.detach().to(tensor.device, dtype, copy=True).reshape(tensor.shape).contiguous()
+
+
+def set_lr(group: dict[str, Any], lr: float, lr_floor: float) -> None:
+    """Set a group's base learning rate together with the floor that its blocks decay to (schedules only)."""
+    group["lr"] = lr
+    group["lr_floor"] = (lr, lr_floor)
+
+
+def lr_floor_of(group: dict[str, Any]) -> float:
+    """The floor that a schedule set together with the group's present ``lr``.
+
+    0 if none did, or if something else has set ``lr`` since: a checkpoint's floor must not outlive its schedule.
+    """
+    lr, lr_floor = group.get("lr_floor", (None, 0.0))
+    return float(lr_floor) if lr == group["lr"] else 0.0

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sums of split blocks over the ranks that hold them; the only communication of a step.
+
+Only blocks with elements on several ranks travel: a ZeRO cut splits at most one block per parameter and cut, and the rows
+of a row-parallel weight are split over the tensor-parallel group. One all-reduce per process group and step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from ds_blockwise.table import SegmentTable
+
+
+@dataclass(frozen=True)
+class ReductionGroups:
+    """Process groups of one stepped tensor.
+
+    Attributes:
+        dp_group: ranks that share the tensor through ZeRO; None if each holds it whole.
+        tp_group: tensor-parallel ranks; None without tensor parallelism.
+        device: device on which collectives run; None means the device of the gradient. With CPU offload the gradient is
+            on the CPU while the process group only knows the accelerator.
+    """
+
+    dp_group: dist.ProcessGroup | None = None
+    tp_group: dist.ProcessGroup | None = None
+    device: torch.device | None = None
+
+
+LOCAL = ReductionGroups()
+
+
+def reduce_block_sums_(
+    work: Sequence[tuple[torch.Tensor, SegmentTable, ReductionGroups]],
+) -> None:
+    """Complete the sums of split blocks, in place.
+
+    Every rank of a group must call this with the same tensors in the same order; what each contributes may be zero.
+
+    Args:
+        work: per stepped tensor its block sums (fp64, shape ``(num_slots,)``), its table and its process groups.
+    """
+    _reduce_over(work, lambda groups: groups.dp_group, lambda table: table.dp_slots)
+    _reduce_over(work, lambda groups: groups.tp_group, lambda table: table.tp_slots)
+
+
+def _reduce_over(
+    work: Sequence[tuple[torch.Tensor, SegmentTable, ReductionGroups]],
+    group_of: Callable[[ReductionGroups], dist.ProcessGroup | None],
+    slots_of: Callable[[SegmentTable], torch.Tensor],
+) -> None:
+    batches: dict[dist.ProcessGroup, list[tuple[torch.Tensor, torch.Tensor, ReductionGroups]]] = {}
+    for sums, table, groups in work:
+        group, slots = group_of(groups), slots_of(table)
+        if group is not None and slots.numel():
+            batches.setdefault(group, []).append((sums, slots.to(sums.device), groups))
+    for group, members in batches.items():
+        device = members[0][2].device or members[0][0].device
+        vector = torch.cat([sums[slots].to(device) for sums, slots, _ in members])
+        dist.all_reduce(vector, group=group)
+        at = 0
+        for sums, slots, _ in members:
+            sums[slots] = vector[at : at + slots.numel()].to(sums.device)
+            at += slots.numel()
+
+
+def any_rank(flag: bool, groups: Sequence[ReductionGroups], device: torch.device) -> bool:
+    """True if ``flag`` is true on any rank of any of the groups; all their ranks must call it."""
+    value = torch.tensor([float(flag)], dtype=torch.float64, device=device)
+    seen: list[dist.ProcessGroup] = []
+    # twice, so that a flag raised in one group reaches the groups of its peers
+    for _ in range(2):
+        seen.clear()
+        for group in (g for pair in groups for g in (pair.dp_group, pair.tp_group)):
+            if group is not None and group not in seen:
+                seen.append(group)
+                dist.all_reduce(value, op=dist.ReduceOp.MAX, group=group)
+    return bool(value.item())
+
+
+def first_error(error: str | None) -> str | None:
+    """Collective over all ranks: the error of the lowest rank that has one, with its rank; None if none has."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return error
+    errors: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    for rank, text in enumerate(errors):
+        if text is not None:
+            return text if error == text else f"rank {rank}: {text}"
+    return None
+
+
+def disagreement(digest: str, group: dist.ProcessGroup | None) -> list[int]:
+    """Collective over ``group``: the group ranks whose digest differs from rank 0's; empty if all agree."""
+    if group is None:
+        return []
+    digests: list[str] = [""] * dist.get_world_size(group)
+    dist.all_gather_object(digests, digest, group=group)
+    return [rank for rank, other in enumerate(digests) if other != digests[0]]

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of the optimizers' own hyper-parameters; each error names the key, the value and what is allowed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+
+from ds_blockwise.policy import suggest
+
+MomentumDtype = Literal["fp32", "bf16"]
+MOMENTUM_DTYPES: tuple[MomentumDtype, ...] = ("fp32", "bf16")
+
+OPTIMIZER_KEYS = (
+    "lr",
+    "betas",
+    "eps",
+    "weight_decay",
+    "lr_multipliers",
+    "weight_decay_multipliers",
+    "granularity",
+    "rules",
+    "momentum_dtype",
+)
+
+# Keys that DeepSpeed's own AdamW takes in the JSON; accepted at the one value that says what we do anyway, so that only
+# "type" has to change in an existing file.
+_ADAMW_KEYS: dict[str, tuple[Any, ...]] = {
+    "adam_w_mode": (True,),
+    "bias_correction": (True,),
+    "amsgrad": (False,),
+    "torch_adam": (True, False),
+}
+
+
+def number(name: str, value: object, *, low: float, below: float = math.inf) -> float:
+    """Return ``value`` as a float in ``[low, below)``.
+
+    Raises:
+        TypeError: not a number. The string "auto" is filled in by HF Trainer and Accelerate only.
+        ValueError: outside the range or not finite.
+    """
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, str) and value == "auto":
+        raise TypeError(f'{name} is "auto", which only HF Trainer and Accelerate fill in. Give a number.')
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not (math.isfinite(value) and low <= value < below):
+        upper = f" and < {below:g}" if below < math.inf else " and finite"
+        raise ValueError(f"{name} must be >= {low:g}{upper}, got {value!r}")
+    return float(value)
+
+
+def check_group(group: Mapping[str, Any], where: str) -> None:
+    """Check the hyper-parameters of one param group.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: a value outside its range.
+    """
+    number(f"{where}lr", group["lr"], low=0.0)
+    number(f"{where}eps", group["eps"], low=0.0)
+    number(f"{where}weight_decay", group["weight_decay"], low=0.0)
+    betas = group["betas"]
+    if isinstance(betas, str) or not isinstance(betas, Sequence) or len(betas) != 2:
+        raise TypeError(f"{where}betas must be two numbers, got {betas!r}")
+    for index, beta in enumerate(betas):
+        number(f"{where}betas[{index}]", beta, low=0.0, below=1.0)
+
+
+def check_momentum_dtype(value: object) -> MomentumDtype:
+    """Return ``value`` if it is a known dtype of ``exp_avg``.
+
+    Raises:
+        ValueError: unknown dtype.
+    """
+    for known in MOMENTUM_DTYPES:
+        if value == known:
+            return known
+    raise ValueError(f"momentum_dtype must be one of {', '.join(MOMENTUM_DTYPES)}, got {value!r}")
+
+
+def check_extra_keys(optimizer: str, extra: Mapping[str, object]) -> None:
+    """Refuse constructor arguments that we do not know, with the nearest one that we do.
+
+    Raises:
+        ValueError: an unknown key, or a key of DeepSpeed's AdamW with a value that asks for something else.
+    """
+    for key, value in extra.items():
+        if key in _ADAMW_KEYS:
+            if value not in _ADAMW_KEYS[key]:
+                raise ValueError(
+                    f"{optimizer} got {key}={value!r}; it only supports {_ADAMW_KEYS[key][0]!r} (AdamW with decoupled "
+                    f"weight decay and bias correction, without amsgrad). Remove the key."
+                )
+            continue
+        raise ValueError(
+            f"{optimizer} got an unknown key {key!r}{suggest(key, OPTIMIZER_KEYS)} Allowed: {', '.join(OPTIMIZER_KEYS)}"
+        )

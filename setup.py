@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Package metadata. The package itself needs only torch; every host is an extra."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+EXTRAS = {
+    "deepspeed": ["deepspeed>=0.16.9"],
+    "megatron": ["megatron-core>=0.16,<0.17", "pyyaml"],
+    "hf": ["transformers>=4.48", "accelerate"],
+    "launch": ["tokenizers", "pyyaml", "matplotlib", "tensorboard", "tqdm"],
+    "dev": [
+        "adam-mini==1.1.1",
+        "hypothesis",
+        "mypy",
+        "ninja",
+        "pytest",
+        "pytest-timeout",
+        "ruff",
+        "types-PyYAML",
+        "types-tqdm",
+    ],
+}
+
+setup(
+    name="ds_blockwise",
+    version="0.1.0",
+    description="Blockwise AdamW and Blockwise Adam-mini for DeepSpeed, Megatron-core and PyTorch",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=["ds_blockwise", "megatron_patch"],
+    package_data={"ds_blockwise": ["py.typed"], "megatron_patch": ["py.typed"]},
+    install_requires=["torch>=2.6"],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["ds-blockwise=ds_blockwise.cli:main"]},
+)
