@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blockwise AdamW and Blockwise Adam-mini for DeepSpeed, Megatron-core and plain PyTorch.
 
-Importing this package registers both optimizers and the three schedules with DeepSpeed where DeepSpeed is installed.
+Importing this package, before or after DeepSpeed, registers both optimizers and the three schedules with it. DeepSpeed itself
+is not imported.
 """
 
-from importlib.util import find_spec as _find_spec
 from typing import Any
 
 from ds_blockwise.adam_mini import BlockwiseAdamMini
 from ds_blockwise.adamw import BlockwiseAdamW
 from ds_blockwise.blocks import BlockSpec
+from ds_blockwise.import_hook import after_import as _after_import
 from ds_blockwise.naming import Role
 from ds_blockwise.report import BlockReport, block_report
 from ds_blockwise.schedules import BlockwiseCosineLR, BlockwiseLinearLR, BlockwiseWSDLR
@@ -47,7 +48,10 @@ def attach(engine: Any) -> None:
     deepspeed_host.attach(engine)
 
 
-if _find_spec("deepspeed") is not None:
-    from ds_blockwise import deepspeed_host as _deepspeed_host
+def _register_with_deepspeed() -> None:
+    from ds_blockwise import deepspeed_host
 
-    _deepspeed_host.register()
+    deepspeed_host.register()
+
+
+_after_import("deepspeed", _register_with_deepspeed)

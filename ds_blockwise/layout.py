@@ -291,8 +291,9 @@ def tensor_split_blocks(
     found: set[int] = set()
     for rank in range(len(shard.chunks)):
         peer = TensorShard(shard.global_shape, shard.dim, rank, shard.chunks)
-        # a block of one index cannot be cut by a split along its own axis (a vocabulary has 10^5 of them)
-        several = [span for span in spans if span.rows_per_block > 1]
+        # A block of one index cannot be cut by a split along its own axis, and a vocabulary has 10^5 of them; only a
+        # span of one index may share its block with other spans.
+        several = [span for span in spans if span.rows_per_block > 1 or span.end - span.start == 1]
         for start, end in blocks_in(local_view(shape, axis, several, peer)):
             for block in range(start, end):
                 if held.setdefault(block, rank) != rank:

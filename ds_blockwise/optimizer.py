@@ -109,12 +109,16 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
                     f"only real floating-point parameters can be optimized"
                 )
 
+    def __getstate__(self) -> dict[str, Any]:
+        # bindings are made anew: they are found by the ids of tensors, which a copy does not share
+        kept = ("policy", "momentum_dtype", "step_calls")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         # AdamW's version adds its switches to every group and turns step into a tensor
         torch.optim.Optimizer.__setstate__(self, state)
         self.__dict__.setdefault("_bindings", {})
         self.__dict__.setdefault("_own_second_moment", {})
-        self.__dict__.setdefault("step_calls", 0)
 
     # ---------------------------------------------------------------- binding
 

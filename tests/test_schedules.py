@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The schedules decay every block to one absolute minimum and resume where they stopped."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ds_blockwise import BlockwiseAdamW, BlockwiseCosineLR, BlockwiseLinearLR, BlockwiseWSDLR, tag_parameters
+
+PEAK, FLOOR, WARMUP, TOTAL = 1e-3, 5e-5, 4, 20
+
+
+def make(multiplier=10.0, peaks=(PEAK,)):
+    model = nn.ModuleDict({f"m{i}": nn.ModuleDict({"lm_head": nn.Linear(3, 2, bias=False)}) for i in range(len(peaks))})
+    tag_parameters(model)
+    groups = [{"params": list(m.parameters()), "lr": lr} for m, lr in zip(model.values(), peaks, strict=True)]
+    return model, BlockwiseAdamW(
+        groups, eps=0.0, weight_decay=0.0, betas=(0.0, 0.0), lr_multipliers={"head": multiplier}
+    )
+
+
+def moved(model, optimizer):
+    """With betas 0 and eps 0 an update is the learning rate times the sign of the gradient."""
+    for p in model.parameters():
+        p.data.zero_()
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    return [float(-p.detach().double().mean()) for p in model.parameters()]
+
+
+def paper(k, mult, shape):
+    """The official scripts' formula: warm-up from 0 to mult * peak, then down to the shared minimum."""
+    if k <= WARMUP:
+        return mult * PEAK * k / WARMUP
+    return FLOOR + shape(k) * (mult * PEAK - FLOOR)
+
+
+SHAPES = {
+    BlockwiseCosineLR: lambda k: 0.5 * (1 + math.cos(math.pi * (k - WARMUP) / (TOTAL - WARMUP))),
+    BlockwiseLinearLR: lambda k: (TOTAL - k) / (TOTAL - WARMUP),
+    BlockwiseWSDLR: lambda k: min(1.0, (TOTAL - k) / 5),
+}
+
+
+def build(cls, optimizer):
+    extra = {"decay_num_steps": 5} if cls is BlockwiseWSDLR else {}
+    return cls(optimizer, total_num_steps=TOTAL, warmup_num_steps=WARMUP, min_lr=FLOOR, **extra)
+
+
+@pytest.mark.parametrize("cls", SHAPES)
+@pytest.mark.parametrize("mult", [10.0, 1.0, 0.01])
+def test_every_block_follows_the_papers_curve_to_the_same_floor(cls, mult):
+    """A multiplier on a scheduled base rate would end the embedding at ten times the paper's minimum."""
+    model, optimizer = make(mult)
+    schedule = build(cls, optimizer)
+    for k in range(TOTAL + 3):
+        expected = paper(k, mult, SHAPES[cls]) if k < TOTAL else FLOOR
+        assert moved(model, optimizer)[0] == pytest.approx(expected, rel=1e-5, abs=1e-12)
+        assert schedule.get_last_lr()[0] == pytest.approx(paper(k, 1.0, SHAPES[cls]) if k < TOTAL else FLOOR)
+        schedule.step()
+
+
+def test_each_param_group_keeps_its_own_peak():
+    """DeepSpeed's WarmupLR and OneCycle give every group the same rate; ours must not."""
+    model, optimizer = make(peaks=(1e-3, 2e-4))
+    schedule = build(BlockwiseCosineLR, optimizer)
+    for _ in range(WARMUP):
+        schedule.step()
+    assert schedule.get_last_lr() == pytest.approx([1e-3, 2e-4])
+    assert moved(model, optimizer) == pytest.approx([1e-2, 2e-3], rel=1e-5)
+
+
+def test_a_resumed_schedule_continues_with_the_new_runs_settings():
+    """The file holds the position only, so a longer total or another peak in the new JSON is followed."""
+    _, optimizer = make()
+    schedule = build(BlockwiseCosineLR, optimizer)
+    for _ in range(9):
+        schedule.step()
+    _, again = make()
+    resumed = build(BlockwiseCosineLR, again)
+    resumed.load_state_dict(schedule.state_dict())
+    for _ in range(5):
+        schedule.step(), resumed.step()
+        assert schedule.get_last_lr() == resumed.get_last_lr() == resumed.get_lr()
+        assert optimizer.param_groups[0]["lr_floor"] == again.param_groups[0]["lr_floor"]
+
+
+def test_the_floor_does_not_outlive_its_schedule():
+    """After a resume under another schedule the old floor in the param group must not shift the blocks' rates."""
+    model, optimizer = make()
+    schedule = build(BlockwiseCosineLR, optimizer)
+    for _ in range(15):
+        schedule.step()
+    assert optimizer.param_groups[0]["lr_floor"][1] > 0
+    optimizer.param_groups[0]["lr"] = 2e-4
+    assert moved(model, optimizer)[0] == pytest.approx(2e-3, rel=1e-5)
+
+
+def test_torch_schedulers_move_the_base_rate():
+    """Any torch scheduler works in plain PyTorch, and the multiplier stays on top."""
+    model, optimizer = make()
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    assert moved(model, optimizer)[0] == pytest.approx(1e-2, rel=1e-5)
+    schedule.step()
+    assert moved(model, optimizer)[0] == pytest.approx(5e-3, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"total_num_steps": 0}, "total_num_steps"),
+        ({"total_num_steps": 10, "warmup_num_steps": 10}, "below total_num_steps"),
+        ({"total_num_steps": 10, "min_lr": 0.1}, "absolute"),
+        ({"total_num_steps": 10, "min_lr": "auto"}, "auto"),
+        ({"total_num_steps": 10.5}, "integer"),
+    ],
+)
+def test_bad_schedules_are_refused(settings, words):
+    """A ratio given as min_lr would freeze training at a rate above the peak."""
+    _, optimizer = make()
+    with pytest.raises((ValueError, TypeError), match=words):
+        BlockwiseCosineLR(optimizer, **settings)
+
+
+def test_a_decay_longer_than_the_run_is_refused():
+    """WSD: warm-up and decay must fit."""
+    _, optimizer = make()
+    with pytest.raises(ValueError, match="do not fit"):
+        BlockwiseWSDLR(optimizer, total_num_steps=10, warmup_num_steps=6, decay_num_steps=5)
