@@ -41,7 +41,7 @@ def _problems(engine: Any, optimizer: str) -> Iterator[str]:
             f'"offload_optimizer": {{"ratio": {offload.ratio}}}: partial offload works with DeepSpeedCPUAdam only. Set '
             f'"ratio": 1.0.'
         )
-    if mini and engine.zero_nvme_offload_optimizer():
+    if mini and offload is not None and str(getattr(offload.device, "value", offload.device)) == "nvme":
         yield (
             '"offload_optimizer": {"device": "nvme"}: the swapper needs state in the shape of the parameters, and one '
             'second moment per block is not. Use "device": "cpu".'

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Megatron-core model without memory or peers, for ``ds-blockwise blocks``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+
+from megatron_patch.model import GPTShape, build_gpt
+from megatron_patch.shims import cpu_shims
+
+
+def build_meta_gpt(path: str | Path) -> GPTModel:
+    """Build the model of a file such as ``configs/model/tiny.yaml`` on the meta device.
+
+    Initialises ``torch.distributed`` (gloo, one rank, in memory) and ``parallel_state`` if nobody has.
+
+    Args:
+        path: a model file; see `GPTShape`.
+
+    Raises:
+        ValueError: every mistake in the file.
+    """
+    shape = GPTShape.load(path)
+    cpu_shims()
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel()
+    with torch.device("meta"):
+        return build_gpt(shape)

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shape of the code: imports go one way, files stay short, public names are documented and typed."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = sorted((ROOT / "ds_blockwise").glob("*.py"))
+SOURCES = sorted(p for folder in ("ds_blockwise", "megatron_patch", "launch", "tests") for p in (ROOT / folder).glob("*.py"))
+
+# lower lines may import from the ones above, never the other way round
+ORDER = [
+    "naming",
+    "policy",
+    "layout",
+    "blocks",
+    "table",
+    "reduce",
+    "update",
+    "settings",
+    "optimizer",
+    "adamw",
+    "adam_mini",
+    "schedules",
+    "report",
+    "tagging",
+    "deepspeed_checks",
+    "deepspeed_host",
+    "import_hook",
+    "__init__",
+    "cli",
+]
+ALLOWED = {
+    "torch.distributed": {"reduce", "deepspeed_host"},
+    "deepspeed": {"deepspeed_host"},
+    "megatron": set(),
+    "megatron_patch": set(),
+    "transformers": set(),
+    "triton": set(),
+}
+
+
+def imports(path):
+    """Every module that a file imports, at any depth of its code."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_every_file_has_its_place_in_the_picture():
+    """A new file must be put somewhere, or the direction of imports means nothing."""
+    assert {p.stem for p in PACKAGE} == set(ORDER)
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=lambda p: p.name)
+def test_imports_only_go_up_the_picture(path):
+    """Layout that knew tensors, or mathematics that knew ranks, could not be tested by themselves any more."""
+    own = ORDER.index(path.stem)
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "ds_blockwise" and len(parts) > 1 and parts[1] in ORDER:
+            assert ORDER.index(parts[1]) < own, f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=lambda p: p.name)
+def test_hosts_and_communication_stay_in_their_files(path):
+    """`pip install ds_blockwise` needs torch alone, and only reduce.py decides what travels."""
+    for name in imports(path):
+        for package, files in ALLOWED.items():
+            if name == package or name.startswith(package + "."):
+                assert path.stem in files, f"{path.name} imports {name}"
+
+
+def test_megatron_core_is_imported_by_its_own_folders_only():
+    """Everything that knows Megatron lives in megatron_patch/ and launch/."""
+    for path in SOURCES:
+        if path.parent.name == "ds_blockwise":
+            assert not any(n == "megatron" or n.startswith("megatron.") for n in imports(path)), path
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_files_are_short_and_licensed(path):
+    """At most 400 lines: a file that one person can hold in mind."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 400, f"{len(lines)} lines"
+    assert any("SPDX-License-Identifier: Apache-2.0" in line for line in lines[:2])
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=lambda p: p.name)
+def test_public_names_are_documented(path):
+    """Users read docstrings; a public name without one is not finished."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree)
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{path.name}: {node.name}"
+
+
+def test_no_path_of_a_machine_is_in_the_sources():
+    """Someone else's home folder in a file fails on every other machine."""
+    for path in SOURCES:
+        text = path.read_text(encoding="utf-8")
+        for word in ("/home" + "/", "/root" + "/", "/work" + "/"):
+            assert word not in text, f"{path}: {word}"
