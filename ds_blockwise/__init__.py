@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blockwise AdamW and Blockwise Adam-mini for DeepSpeed, Megatron-core and plain PyTorch.
 
-Importing this package, before or after DeepSpeed, registers both optimizers and the three schedules with it. DeepSpeed itself
-is not imported.
+Importing this package, before or after DeepSpeed, registers both optimizers and the three schedules with it.
+DeepSpeed itself is not imported.
 """
 
 from typing import Any

@@ -39,8 +39,8 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
         momentum_dtype: ``"fp32"`` or ``"bf16"``: storage of ``exp_avg``. Arithmetic is fp32 (fp64 for fp64 parameters),
             sums over blocks are fp64.
 
-    State on each rank: per stepped tensor ``step`` (int), ``exp_avg`` in the tensor's shape, and ``exp_avg_sq`` of shape
-    ``(num_blocks,)``, one value per block with elements on this rank (equal on all ranks that share the block).
+    State on each rank: per stepped tensor ``step`` (int), ``exp_avg`` in the tensor's shape, and ``exp_avg_sq`` of
+    shape ``(num_blocks,)``, one value per block with elements on this rank (equal on all ranks that share the block).
     ``state_dict()`` has ``exp_avg_sq`` in the tensor's shape, as AdamW does.
 
     Raises:
@@ -79,8 +79,8 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
     def _compact_foreign(self, work: Sequence[Work]) -> None:
         """Turn second moments that somebody else wrote (a loaded checkpoint) into one value per block.
 
-        Universal checkpoints write per-element values straight into ``state``, so a load is noticed here and not only in
-        ``load_state_dict``.
+        Universal checkpoints write per-element values straight into ``state``, so a load is noticed here and not
+        only in ``load_state_dict``.
         """
         foreign = [
             item

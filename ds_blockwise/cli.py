@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``ds-blockwise`` command. Subcommand ``blocks`` prints how a model is cut into blocks, before anything is trained."""
+"""The ``ds-blockwise`` command; ``blocks`` prints how a model is cut into blocks, before anything is trained."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """DeepSpeed: registration, refusals, and the map from the wrappers' flat tensors to parameters.
 
-The only file that knows DeepSpeed's private attributes. The map is computed from each wrapper's own lists in storage order,
-never from ``_hp_mapping``, which is wrong with ``round_robin_gradients``. Checked with DeepSpeed 0.19.8.
+The only file that knows DeepSpeed's private attributes. The map is computed from each wrapper's own lists in
+storage order, never from ``_hp_mapping``, which is wrong with ``round_robin_gradients``. Checked with DeepSpeed 0.19.8.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def attach(engine: Any) -> None:
         engine: a ``DeepSpeedEngine`` whose basic optimizer is one of ours.
 
     Raises:
-        ValueError: on every rank, if any rank finds an unsupported setting, an unknown parameter or a layout that differs
+        ValueError: on every rank, if any rank finds an unsupported setting, an unknown parameter or a layout that
+        differs
             from its peers'.
     """
     optimizer = engine.basic_optimizer
@@ -144,8 +145,8 @@ def _specs(engine: Any, optimizer: BlockwiseOptimizer) -> dict[nn.Parameter, Blo
     elif len(tagged) < len(params):
         missing = next(engine.param_names.get(p) for p in params if not hasattr(p, "block_spec"))
         raise ValueError(
-            f"parameter {missing!r} is not tagged although others are. Call tag_parameters(model) after the last change "
-            f"to the model, or not at all (deepspeed.initialize does it)."
+            f"parameter {missing!r} is not tagged although others are. Call tag_parameters(model) after the last "
+            f"change to the model, or not at all (deepspeed.initialize does it)."
         )
     else:
         for param in params:
@@ -179,8 +180,8 @@ def _stepped_tensors(engine: Any, optimizer: BlockwiseOptimizer) -> Iterator[_St
         )
     else:
         raise ValueError(
-            f"DeepSpeed {deepspeed.__version__} wraps the optimizer in {type(wrapper).__name__}, which ds_blockwise does "
-            f"not know. Use ZeRO stage 0, 1, 2 or 3 with fp32, bf16 or fp16."
+            f"DeepSpeed {deepspeed.__version__} wraps the optimizer in {type(wrapper).__name__}, which ds_blockwise "
+            f"does not know. Use ZeRO stage 0, 1, 2 or 3 with fp32, bf16 or fp16."
         )
 
 
@@ -250,7 +251,7 @@ def _zero_3(wrapper: Any) -> Iterator[_Stepped]:
         groups = {getattr(p, "ds_process_group", wrapper.dp_process_group) for p in params}
         if len(groups) != 1:
             raise ValueError(
-                f"ZeRO-3 sub-group {index} mixes parameters of {len(groups)} process groups; ds_blockwise cannot map it."
+                f"ZeRO-3 sub-group {index} mixes parameters of {len(groups)} process groups, which cannot be mapped."
             )
         group = _or_world(groups.pop())
         rank, world_size = dist.get_rank(group), dist.get_world_size(group)
@@ -298,8 +299,8 @@ def _tp_group(engine: Any, specs: Mapping[nn.Parameter, BlockSpec]) -> dist.Proc
     if size > 1 and not shards:
         raise ValueError(
             f"the tensor-parallel size is {size}, but no parameter is known to be split. For a Megatron-core model "
-            f"import megatron_patch before deepspeed.initialize; other tensor-parallel models (AutoTP) are not supported "
-            f"by this version."
+            f"import megatron_patch before deepspeed.initialize; other tensor-parallel models (AutoTP) are not "
+            f"supported by this version."
         )
     for param, shard in shards.items():
         if len(shard.chunks) != size:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run something once another package has been imported, without importing it.
 
-Plain PyTorch users do not pay for DeepSpeed's import (seconds, and messages on stdout), and the order of the two imports does
-not matter.
+Plain PyTorch users do not pay for DeepSpeed's import (seconds, and messages on stdout), and the order of the two
+imports does not matter.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 """Integer ranges only: which elements of which block lie where on this rank.
 
 A parameter is read as ``[outer, axis, inner]`` around its block axis. Tensor parallelism keeps some indices of one
-dimension (`TensorShard`), ZeRO keeps one contiguous range of the flattened rest (`start`, `end`). The result is a list of
+dimension (`TensorShard`), ZeRO keeps one contiguous range of the flattened rest (`start`, `end`). The result is a
+list of
 `Run`: regularly spaced segments, which kernels and state use. Knows nothing of roles, tensors or process groups.
 """
 
@@ -73,8 +74,8 @@ class TensorShard:
 class Run:
     """Regularly spaced segments: ``repeat`` x ``count`` segments of ``numel`` elements each.
 
-    Element ``k`` of segment ``i`` in repetition ``r`` lies at ``start + r * repeat_stride + i * numel + k`` and belongs to
-    block ``block + r * block_stride + i``. Element-wise parts are runs of one-element segments with
+    Element ``k`` of segment ``i`` in repetition ``r`` lies at ``start + r * repeat_stride + i * numel + k`` and
+    belongs to block ``block + r * block_stride + i``. Element-wise parts are runs of one-element segments with
     ``element_wise`` set; their ``block`` counts elements, not blocks.
     """
 
@@ -168,7 +169,7 @@ def runs_of_range(view: LocalView, start: int, end: int) -> list[Run]:
     runs: list[Run] = []
     at = start
     while at < end:
-        index, low = divmod(at, stripe)
+        low = at % stripe
         high = min(stripe, low + end - at)
         repeat = (end - at) // stripe if low == 0 and high == stripe else 1
         for run in _runs_of_stripe(view, low, high):

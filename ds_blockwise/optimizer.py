@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The shared base of both optimizers: settings, binding of tensors to segment tables, the step loop, state on disk.
 
-A stepped tensor is a whole parameter tagged with ``block_spec``, or whatever a host bound with `BlockwiseOptimizer.bind`
-(a flat ZeRO partition). Subclasses say what the second moment is and how it is applied.
+A stepped tensor is a whole parameter tagged with ``block_spec``, or whatever a host bound with
+`BlockwiseOptimizer.bind` (a flat ZeRO partition). Subclasses say what the second moment is and how it is applied.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         if not spec.policy.is_default:
             raise ValueError(
                 f"parameter {spec.fqn!r} was tagged with one set of multipliers, rules or granularity and "
-                f"{type(self).__name__} was given another. Give them in one place: tag_parameters(...) or the optimizer."
+                f"{type(self).__name__} was given another. Give them in one place: tag_parameters or the optimizer."
             )
         if any(rule.role or rule.qkv_layout or rule.num_heads for rule in self.policy.rules):
             raise ValueError(
@@ -224,7 +224,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
                 if grad is None and not reduces:
                     continue
                 flat = None if grad is None else grad.detach().reshape(-1)
-                state = self._state_of(tensor) if grad is not None else {}
+                state = self._state_of(tensor) if grad is not None else self.state.get(tensor, {})
                 work.append(Work(group, tensor, flat, binding, state))
         return work
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sums of split blocks over the ranks that hold them; the only communication of a step.
 
-Only blocks with elements on several ranks travel: a ZeRO cut splits at most one block per parameter and cut, and the rows
-of a row-parallel weight are split over the tensor-parallel group. One all-reduce per process group and step.
+Only blocks with elements on several ranks travel: a ZeRO cut splits at most one block per parameter and cut, and
+the rows of a row-parallel weight are split over the tensor-parallel group. One all-reduce per process group and step.
 """
 
 from __future__ import annotations

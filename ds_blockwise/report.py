@@ -100,8 +100,8 @@ class BlockReport:
         lines += [_line(line, widths) for line in body]
         totals = self.totals
         lines.append(
-            f"total: {int(totals['parameters']):,} parameters, {int(totals['num_blocks']):,} blocks; state of Adam-mini "
-            f"{int(totals['adam_mini_state_bytes']):,} bytes "
+            f"total: {int(totals['parameters']):,} parameters, {int(totals['num_blocks']):,} blocks; state "
+            f"of Adam-mini {int(totals['adam_mini_state_bytes']):,} bytes "
             f"({totals['adam_mini_state_bytes_per_parameter']:.3f} per parameter), of AdamW "
             f"{int(totals['adamw_state_bytes']):,} ({totals['adamw_state_bytes_per_parameter']:.3f})"
         )

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Learning-rate schedules that decay every block to one absolute minimum, as the blockwise paper's do.
 
-With peak P, minimum M and a shape f(k) that falls from 1 to 0, a block of multiplier r has ``M + f * (r * P - M)`` at update k.
+With peak P, minimum M and a shape f(k) that falls from 1 to 0, a block of multiplier r has ``M + f * (r * P - M)``
+at update k.
 A multiplier on a scheduled base rate cannot express that (it would decay to ``r * M``), so these schedules set a floor
 together with the base rate; see `update.block_lr`. Any other schedule may be used too: it moves the base rate alone.
 """
@@ -21,9 +22,10 @@ from ds_blockwise.settings import number
 class _BlockwiseSchedule(ABC):
     """Linear warm-up to the peak, then a shape; usable from DeepSpeed's JSON and with any torch optimizer.
 
-    The peak of each param group is its ``lr`` at construction. Update number k = 0, 1, 2, ... has ``peak * k / warmup`` during
-    warm-up, k = warmup has the peak, and from ``total_num_steps`` on every block has ``min_lr``. Call ``step()`` after each
-    ``optimizer.step()`` (DeepSpeed does).
+    The peak of each param group is its ``lr`` at construction. Update number k = 0, 1, 2, ... has ``peak * k /
+    warmup`` during
+    warm-up, k = warmup has the peak, and from ``total_num_steps`` on every block has ``min_lr``. Call ``step()``
+    after each ``optimizer.step()`` (DeepSpeed does).
 
     Args:
         optimizer: a torch optimizer, or a DeepSpeed wrapper around one.
@@ -116,7 +118,8 @@ class _BlockwiseSchedule(ABC):
 class BlockwiseCosineLR(_BlockwiseSchedule):
     """Linear warm-up, then half a cosine to an absolute ``min_lr`` (arXiv 2502.19002, section 6).
 
-    JSON: ``{"type": "BlockwiseCosineLR", "params": {"warmup_num_steps": 1000, "total_num_steps": 50000, "min_lr": 3e-5}}``.
+    JSON: ``{"type": "BlockwiseCosineLR", "params": {"warmup_num_steps": 1000, "total_num_steps": 50000, "min_lr":
+    3e-5}}``.
     """
 
     def _shape(self, update: int) -> float:

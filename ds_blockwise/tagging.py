@@ -2,8 +2,8 @@
 """From a model to a `BlockSpec` on each of its parameters.
 
 Joins the name (what a weight does) with the owning module (how many heads, which way it is stored, how it is sharded).
-Head counts come from the module or its config, never from ``dim / num_heads``. Hosts add a `ModuleReader` for modules whose
-attributes mean something else, such as tensor-parallel layers.
+Head counts come from the module or its config, never from ``dim / num_heads``. Hosts add a `ModuleReader` for
+modules whose attributes mean something else, such as tensor-parallel layers.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ModuleReader(Protocol):
         """Unsharded head counts of an attention module; None if this reader does not know the module."""
 
     def shard(self, owner: nn.Module, param: nn.Parameter, leaf: str) -> TensorShard | None:
-        """The tensor-parallel split of ``owner.<leaf>``; None if it is whole or this reader does not know the module."""
+        """The tensor-parallel split of ``owner.<leaf>``; None if it is whole or the module is unknown."""
 
 
 _READERS: list[ModuleReader] = []

@@ -34,8 +34,8 @@ def block_sums(values: torch.Tensor, table: SegmentTable, *, square: bool) -> to
         square: sum squares instead of values.
 
     Returns:
-        fp64, shape ``(num_slots,)``, on the device of ``values``. fp64 so that cutting a block elsewhere changes nothing
-        that fp32 can hold.
+        fp64, shape ``(num_slots,)``, on the device of ``values``. fp64 so that cutting a block elsewhere changes
+        nothing that fp32 can hold.
     """
     sums = torch.zeros(table.num_slots, dtype=torch.float64, device=values.device)
     for run in table.runs:

@@ -28,7 +28,8 @@ def build_meta_gpt(path: str | Path) -> GPTModel:
     shape = GPTShape.load(path)
     cpu_shims()
     if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # type: ignore[attr-defined]  # public, but missing from its module's exports
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel()
     with torch.device("meta"):

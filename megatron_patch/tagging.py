@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Head counts and tensor-parallel splits of Megatron-core modules, derived from their classes.
 
-Classes, not attributes: Transformer Engine sets ``tensor_model_parallel`` and ``partition_dim`` on weights that are not split.
-Layouts: Megatron-core 0.16, ``transformer/attention.py`` (fused QKV per query group), ``transformer/mlp.py`` (gated fc1).
+Classes, not attributes: Transformer Engine sets ``tensor_model_parallel`` and ``partition_dim`` on weights that
+are not split.
+Layouts: Megatron-core 0.16, ``transformer/attention.py`` (fused QKV per query group), ``transformer/mlp.py``
+(gated fc1).
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ MODELS = {
     "head_dim disagrees": (lambda: model(heads=3, head_dim=5), {}, r"3 query heads of 5 rows"),
     "no head count": (lambda: model(heads=None), {}, r"has heads, but neither Attention nor its config says how many"),
     "unmatched parameter": (lambda: named("dense", nn.Linear(2, 2)), {}, r"no naming rule matches parameter 'dense"),
-    "rule matches nothing": (model, {"rules": [{"match": "adapter", "role": "ffn"}]}, r"rule 'adapter' matches no param"),
+    "rule matches nothing": (model, {"rules": [{"match": "adapter", "role": "ffn"}]}, r"'adapter' matches no param"),
     "two rules match": (
         model,
         {"rules": [{"match": "lm_head", "role": "ffn"}, {"match": r"weight$", "lr_multiplier": 1}]},

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layout on integers, exhaustively: whatever the cuts, the union of segments over all ranks is the tensor, once each."""
+"""Layout on integers, exhaustively: the union of segments over all ranks is the tensor, each element once."""
 
 import itertools
 import math
@@ -110,7 +110,7 @@ def test_every_element_lies_in_exactly_one_segment_however_zero_cuts_the_tensor(
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_every_element_lies_in_exactly_one_segment_under_tensor_parallelism(dp, tp_dim, axis, stride):
-    """Column-parallel cuts may pass through a head, row-parallel cuts pass through every row; gate and up interleave."""
+    """Column-parallel cuts may pass through a head, row-parallel ones through every row; gate and up interleave."""
     for rows, other, granularities in itertools.product((4, 8, 12), (4, 8), ((1,), (4,), (2, 0), (-1,), (0,))):
         cuts = [0, rows // 2, rows]
         if any(g > 0 and (rows // 2) % g for g in granularities):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The optimizers as ordinary torch optimizers on whole tensors: groups, state, closures, dtypes, ties, storage order."""
+"""The optimizers as ordinary torch optimizers on whole tensors: groups, state, closures, dtypes, ties."""
 
 import copy
 import io
@@ -217,7 +217,7 @@ def test_a_closure_is_evaluated_with_gradients_and_its_loss_returned(cls):
 
 @BOTH
 def test_storage_order_does_not_matter(cls):
-    """A transposed weight (tied to a transposed view, channels_last) has the same values and must get the same update."""
+    """A transposed weight (a view, channels_last) has the same values and must get the same update."""
     model, other = tiny(), tiny()
     weight = other.self_attn.v_proj.weight
     weight.data = weight.data.t().contiguous().t()

@@ -8,7 +8,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = sorted((ROOT / "ds_blockwise").glob("*.py"))
-SOURCES = sorted(p for folder in ("ds_blockwise", "megatron_patch", "launch", "tests") for p in (ROOT / folder).glob("*.py"))
+SOURCES = sorted(
+    p for folder in ("ds_blockwise", "megatron_patch", "launch", "tests") for p in (ROOT / folder).glob("*.py")
+)
 
 # lower lines may import from the ones above, never the other way round
 ORDER = [

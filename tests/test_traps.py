@@ -256,7 +256,8 @@ def test_trap_6_state_advances_once_per_optimizer_step(outcome, name):
 
 @cases(8)
 def test_trap_8_a_gradient_is_missing_on_some_ranks(outcome, name):
-    """A layer that one rank's batch does not use: our collectives must still match, and state must have the same keys on
+    """A layer that one rank's batch does not use: our collectives must still match, and state must have the same
+    keys on
     all ranks, or the next save fails. (At ZeRO 1 to 3 DeepSpeed's own reductions then no longer match, whatever the
     optimizer.)"""
     passes(outcome, name)
