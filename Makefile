@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup train test test-gpu lint clean
+.PHONY: setup train compare test test-gpu lint clean
 
 setup: $(STAMP)
 
@@ -17,7 +17,11 @@ $(STAMP): constraints.txt setup.py pyproject.toml
 
 train: setup
 	$(BIN)/python launch/prepare_data.py --run configs/run/tiny.yaml
-	$(BIN)/deepspeed --num_gpus 2 launch/pretrain_llama.py --run configs/run/tiny.yaml $(ARGS)
+	$(BIN)/deepspeed --num_gpus 2 launch/pretrain_llama.py --run configs/run/tiny.yaml $(or $(ARGS),--overwrite)
+
+compare: setup
+	$(BIN)/python launch/prepare_data.py --run configs/run/tiny.yaml
+	$(BIN)/python benchmarks/compare_optimizers.py $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest -m "not gpu" tests $(ARGS)

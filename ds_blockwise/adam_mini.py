@@ -85,7 +85,8 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
         foreign = [
             item
             for item in work
-            if item.grad is not None and self._own_second_moment.get(id(item.tensor)) is not item.state["exp_avg_sq"]
+            if "exp_avg_sq" in item.state
+            and self._own_second_moment.get(id(item.tensor)) is not item.state["exp_avg_sq"]
         ]
         if not foreign:
             return

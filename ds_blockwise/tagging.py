@@ -166,7 +166,7 @@ def _structure_of(named: _Named, policy: BlockPolicy) -> tuple[TensorStructure, 
     shape = local if shard is None else shard.global_shape
     axis = 1 if _is_transposed(owner) and len(shape) == 2 else 0
     if match.qkv_layout is not None:
-        heads = _heads(named, rule)
+        heads = _heads(named, match, rule)
         return (
             fused_qkv(fqn, shape, match.qkv_layout, heads, is_bias=match.is_bias, axis=axis),
             shard,
@@ -238,10 +238,11 @@ def _own_heads(named: _Named, match: NameMatch, rule: Rule | None) -> tuple[int 
     return count, heads.head_dim, heads.source
 
 
-def _heads(named: _Named, rule: Rule | None) -> HeadGeometry:
+def _heads(named: _Named, match: NameMatch, rule: Rule | None) -> HeadGeometry:
     if rule is not None and rule.num_heads is not None:
         return HeadGeometry(rule.num_heads, rule.num_kv_heads or rule.num_heads, None, f"rule {rule.match!r}")
-    heads = _find_heads(named)
+    # Megatron's modules call key and value heads query groups and hold tensor-parallel shards: only its reader knows
+    heads = _ask_readers(named) if match.dialect == "megatron" else _find_heads(named)
     if heads is None:
         raise ValueError(_no_heads(named, "qkv"))
     return heads
@@ -260,11 +261,14 @@ def _find_heads(named: _Named) -> HeadGeometry | None:
     attention = named.parents[0]
     if attention is None:
         return None
-    for reader in _READERS:
-        heads = reader.heads(attention)
-        if heads is not None:
-            return heads
-    return _generic_heads(attention)
+    return _ask_readers(named) or _generic_heads(attention)
+
+
+def _ask_readers(named: _Named) -> HeadGeometry | None:
+    attention = named.parents[0]
+    if attention is None:
+        return None
+    return next((heads for reader in _READERS if (heads := reader.heads(attention)) is not None), None)
 
 
 def _generic_heads(attention: nn.Module) -> HeadGeometry | None:

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Wrong settings and models: one clear error each, within seconds, before the first step, on every rank."""
 
+import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -91,6 +94,11 @@ MODELS = {
     "head_dim disagrees": (lambda: model(heads=3, head_dim=5), {}, r"3 query heads of 5 rows"),
     "no head count": (lambda: model(heads=None), {}, r"has heads, but neither Attention nor its config says how many"),
     "unmatched parameter": (lambda: named("dense", nn.Linear(2, 2)), {}, r"no naming rule matches parameter 'dense"),
+    "Megatron names without megatron_patch": (
+        lambda: named("self_attention", named("linear_qkv", nn.Linear(2, 12))),
+        {},
+        r"import megatron_patch",
+    ),
     "rule matches nothing": (model, {"rules": [{"match": "adapter", "role": "ffn"}]}, r"'adapter' matches no param"),
     "two rules match": (
         model,
@@ -255,3 +263,17 @@ def test_every_rank_gets_the_error_within_seconds():
     failed = {name: text for name, text in results.items() if text is not None}
     assert not failed, "\n\n".join(f"=== {name}\n{text}" for name, text in failed.items())
     assert len(results) == len(ENGINES)
+
+
+def test_a_forgotten_import_is_an_error_of_deepspeed():
+    """Without `import ds_blockwise` the name means nothing; DeepSpeed must say so and not train something else."""
+    code = """
+import torch, deepspeed
+model = torch.nn.Linear(2, 2)
+config = {"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "BlockwiseAdamW", "params": {}}}
+deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+"""
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **alone}, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "BlockwiseAdamW is not a supported DeepSpeed Optimizer" in done.stderr

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Start-up of the processes: threads, process groups, agreement on problems, random states."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import numpy
+import torch
+from deepspeed.accelerator import get_accelerator
+from megatron.core import parallel_state, tensor_parallel
+from run_config import ParallelConfig
+
+import megatron_patch
+from megatron_patch.config import Problems
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Where this process stands.
+
+    Attributes:
+        rank: Global rank.
+        world_size: All processes.
+        dp_rank: Place in the data-parallel group.
+        dp_size: Number of copies of the model.
+        dp_group: The data-parallel group.
+        device: Where this process computes.
+    """
+
+    rank: int
+    world_size: int
+    dp_rank: int
+    dp_size: int
+    dp_group: torch.distributed.ProcessGroup
+    device: torch.device
+
+    def mean(self, total: torch.Tensor, count: torch.Tensor) -> float:
+        """Sum of the totals over the data-parallel ranks, divided by that of the counts."""
+        both = torch.stack([total.double(), count.double()])
+        torch.distributed.all_reduce(both, group=self.dp_group)
+        return float(both[0] / both[1])
+
+    def sum_over_world(self, value: int) -> int:
+        """Sum of a whole number over all processes."""
+        total = torch.tensor(value, dtype=torch.int64, device=self.device)
+        torch.distributed.all_reduce(total)
+        return int(total)
+
+
+def world_size() -> int:
+    """Number of processes that the launcher started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start(parallel: ParallelConfig, seed: int) -> Processes:
+    """Join the other processes and seed the initial weights.
+
+    Args:
+        parallel: Sizes of the groups.
+        seed: Of the weights; equal on all ranks of a data-parallel group by construction.
+    """
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    if not torch.cuda.is_available():
+        _share_cores()
+        # DeepSpeed would compile a shared-memory all-reduce at every first start; only its
+        # inference path uses it, and a compilation that was killed leaves a lock that hangs.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _read_launcher_environment()
+    deepspeed.init_distributed()
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+    )
+    megatron_patch.cpu_shims()
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+    if torch.cuda.is_available():
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return Processes(
+        rank=torch.distributed.get_rank(),
+        world_size=torch.distributed.get_world_size(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        dp_group=parallel_state.get_data_parallel_group(),
+        device=torch.device(get_accelerator().current_device_name()),
+    )
+
+
+def agree(problems: Problems) -> None:
+    """Raise on every rank if any rank has found a problem, with everybody's findings.
+
+    Raises:
+        ValueError: Lists each different problem once.
+    """
+    gathered: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(gathered, problems.lines)
+    problems.lines = list(dict.fromkeys(line for lines in gathered for line in lines))
+    problems.raise_if_any()
+
+
+def save_random_states(directory: Path, rank: int) -> None:
+    """Write this process's random states beside the checkpoint's other files."""
+    states: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": numpy.random.get_state(),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+        states["megatron"] = tensor_parallel.get_cuda_rng_tracker().get_states()
+    torch.save(states, _random_file(directory, rank))
+
+
+def load_random_states(directory: Path, rank: int) -> None:
+    """Restore what `save_random_states` wrote."""
+    states = torch.load(_random_file(directory, rank), weights_only=False)
+    random.setstate(states["python"])
+    numpy.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+        tensor_parallel.get_cuda_rng_tracker().set_states(states["megatron"])
+
+
+def _random_file(directory: Path, rank: int) -> Path:
+    return directory / f"random_states_rank_{rank:05d}.pt"
+
+
+def _share_cores() -> None:
+    """Give each process its share of the cores; torch would give all of them to each."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+        # A container may own fewer cores than the machine has; only Linux tells.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, (cores or 1) // local))
+
+
+def _read_launcher_environment() -> None:
+    """Without a launcher (`python launch/pretrain_llama.py`) this is a run of one process."""
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    if "RANK" not in os.environ:
+        os.environ.update(alone, MASTER_PORT="0")

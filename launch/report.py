@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run leaves behind for people: `loss.png`, `summary.json` and a table in the terminal."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display on a training machine
+
+import torch
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from processes import Processes
+from run_config import RunConfig
+from training import Progress
+
+ADAMW_STATE_BYTES = 8.0  # two fp32 moments for each parameter
+_VALIDATION_COLOUR = "#0b5394"
+_TRAIN_COLOUR = "#9fc5e8"
+_PACKAGES = ("torch", "deepspeed", "megatron-core", "ds_blockwise", "tokenizers")
+
+
+def state_bytes_per_parameter(
+    optimizer: torch.optim.Optimizer,
+    model: torch.nn.Module,
+    processes: Processes,
+    *,
+    zero_stage: int,
+) -> float:
+    """Bytes of optimizer state for each parameter of one copy of the model, measured.
+
+    Args:
+        optimizer: The optimizer that holds the state (`engine.basic_optimizer`).
+        model: This rank's part of the model.
+        processes: Where this process stands; all must call.
+        zero_stage: At 0 every data-parallel rank holds a whole copy of the state.
+    """
+    held = sum(
+        value.numel() * value.element_size()
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    )
+    copies = processes.dp_size if zero_stage == 0 else 1
+    # Under ZeRO-3 a parameter's own storage is empty; its true size is `ds_numel`.
+    local = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    parameters = processes.sum_over_world(local) / processes.dp_size
+    return processes.sum_over_world(held) / copies / parameters
+
+
+def summarize(
+    run: RunConfig,
+    progress: Progress,
+    processes: Processes,
+    *,
+    optimizer: str,
+    zero_stage: int,
+    state_bytes: float,
+    config_sha256: str,
+) -> dict[str, Any]:
+    """The figures of a run, as they stand in `summary.json`."""
+    tokens = progress.step * run.tokens_per_step
+    initial, final = progress.validation_curve[0][1], progress.validation_curve[-1][1]
+    return {
+        "run": run.name,
+        "completed": progress.step == run.training.steps,
+        "optimizer": optimizer,
+        "zero_stage": zero_stage,
+        "processes": processes.world_size,
+        "data_parallel": processes.dp_size,
+        "tensor_parallel": run.parallel.tensor,
+        "parameters": run.shape.count_parameters(),
+        "steps": progress.step,
+        "tokens": tokens,
+        "initial_validation_loss": initial,
+        "final_validation_loss": final,
+        "validation_loss_fell_by": initial - final,
+        "final_train_loss": progress.train_curve[-1][1] if progress.train_curve else None,
+        "tokens_per_second": tokens / progress.train_seconds if progress.train_seconds else None,
+        "train_seconds": progress.train_seconds,
+        "wall_seconds": progress.wall_seconds,
+        "optimizer_state_bytes_per_parameter": state_bytes,
+        "adamw_state_bytes_per_parameter": ADAMW_STATE_BYTES,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        },
+        "config_sha256": config_sha256,
+    }
+
+
+def write_summary(summary: dict[str, Any], path: Path) -> None:
+    """Write the figures as JSON."""
+    path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+
+def table(summary: dict[str, Any], output: Path) -> str:
+    """The short table that ends a run."""
+    rate = summary["tokens_per_second"]
+    rows = [
+        ("optimizer", f"{summary['optimizer']}, ZeRO-{summary['zero_stage']}"),
+        (
+            "processes",
+            f"{summary['processes']} ({summary['data_parallel']} data-parallel x "
+            f"{summary['tensor_parallel']} tensor-parallel)",
+        ),
+        ("parameters", f"{summary['parameters']:,}"),
+        ("steps", f"{summary['steps']:,} ({summary['tokens']:,} tokens)"),
+        (
+            "validation loss",
+            f"{summary['initial_validation_loss']:.4f} -> {summary['final_validation_loss']:.4f} "
+            f"(fell by {summary['validation_loss_fell_by']:.4f} nats)",
+        ),
+        ("speed", f"{rate:,.0f} tokens/s" if rate else "no step in this run"),
+        ("wall time", f"{summary['wall_seconds']:.0f} s"),
+        (
+            "optimizer state",
+            f"{summary['optimizer_state_bytes_per_parameter']:.3f} bytes per parameter "
+            f"(AdamW: {ADAMW_STATE_BYTES:.1f})",
+        ),
+        ("written to", str(output)),
+    ]
+    width = max(len(name) for name, _ in rows)
+    rule = "-" * (width + 2 + max(len(value) for _, value in rows))
+    lines = [f"{name:<{width}}  {value}" for name, value in rows]
+    return "\n".join([rule, *lines, rule])
+
+
+def plot_loss(run: RunConfig, progress: Progress, optimizer: str, path: Path) -> None:
+    """Draw both curves over optimizer steps, with tokens on a second axis.
+
+    Args:
+        run: For the title and the number of tokens in a step.
+        progress: The curves.
+        optimizer: Name for the title.
+        path: PNG file to write.
+    """
+    figure, axes = pyplot.subplots(figsize=(8.0, 5.0), layout="constrained")
+    if progress.train_curve:
+        axes.plot(*zip(*progress.train_curve, strict=True), color=_TRAIN_COLOUR, label="training")
+    axes.plot(
+        *zip(*progress.validation_curve, strict=True),
+        color=_VALIDATION_COLOUR,
+        marker="o",
+        markersize=4,
+        label="validation",
+    )
+    step, loss = progress.validation_curve[-1]
+    axes.annotate(
+        f"{loss:.3f}",
+        (step, loss),
+        xytext=(0, 8),  # above: the training curve ends below
+        textcoords="offset points",
+        ha="right",
+        color=_VALIDATION_COLOUR,
+    )
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _token_axis(axes, run.tokens_per_step)
+    millions = run.shape.count_parameters() / 1e6
+    axes.set_title(f"LLaMA {run.name}, {millions:,.2f}M parameters, {optimizer}")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _token_axis(axes: Axes, tokens_per_step: int) -> None:
+    scale = tokens_per_step / 1e6
+    second = axes.secondary_xaxis("top", functions=(lambda s: s * scale, lambda t: t / scale))
+    second.set_xlabel("tokens (millions)")

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training run as a file: model, data, parallelism, training, and which DeepSpeed JSON.
+
+Every number stands in one file only. What follows from several of them (batch sizes, the length of
+the schedule, where monitors write) is composed in `engine_config`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_patch.config import HIGH, LOW, Problems, read_json, read_section, read_yaml
+from megatron_patch.model import GPTShape
+
+_POSITIVE = {LOW: 1}
+_NOT_NEGATIVE = {LOW: 0}
+
+
+@dataclass(frozen=True, slots=True)
+class DataConfig:
+    """Where the text comes from and where its tokens are kept.
+
+    Attributes:
+        directory: Holds the tokens, the tokenizer and `metadata.json`; relative to the working
+            directory.
+        source: ``stdlib`` (the source files of Python's standard library), or folders, glob
+            patterns and files; `.jsonl` files hold one JSON object in each line.
+        text_key: Entry of a JSON object that holds the text.
+        tokenizer: ``train`` (byte-level BPE with the model's vocabulary size) or the path of a
+            `tokenizer.json` of the `tokenizers` library.
+        validation_fraction: Share of the documents kept for validation only.
+    """
+
+    directory: str
+    source: tuple[str, ...] = ("stdlib",)
+    text_key: str = "text"
+    tokenizer: str = "train"
+    validation_fraction: float = field(default=0.05, metadata={LOW: 0.001, HIGH: 0.5})
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelConfig:
+    """How the processes are arranged; what is left over is data parallelism."""
+
+    tensor: int = field(default=1, metadata=_POSITIVE)
+    pipeline: int = field(default=1, metadata=_POSITIVE)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingConfig:
+    """Length, batch and intervals of the training; all intervals are in optimizer steps.
+
+    Attributes:
+        steps: Optimizer steps; also the length of the learning-rate schedule.
+        warmup_steps: Steps of linear warm-up.
+        global_batch_size: Sequences in one optimizer step, on all ranks together.
+        micro_batch_size: Sequences in one forward pass of one rank.
+        validation_sequences: Size of the fixed validation set.
+        validation_interval: Steps between validations; also before the first and after the last.
+        log_interval: Steps that one point of the training curve averages over.
+        checkpoint_interval: Steps between checkpoints; 0 writes only the last.
+        seed: Of the initial weights and of the data order.
+    """
+
+    steps: int = field(metadata=_POSITIVE)
+    warmup_steps: int = field(metadata=_NOT_NEGATIVE)
+    global_batch_size: int = field(metadata=_POSITIVE)
+    micro_batch_size: int = field(metadata=_POSITIVE)
+    validation_sequences: int = field(metadata=_POSITIVE)
+    validation_interval: int = field(metadata=_POSITIVE)
+    log_interval: int = field(default=10, metadata=_POSITIVE)
+    checkpoint_interval: int = field(default=0, metadata=_NOT_NEGATIVE)
+    seed: int = field(default=1234, metadata=_NOT_NEGATIVE)
+
+
+@dataclass(frozen=True, slots=True)
+class _RunFile:
+    name: str
+    model: str
+    deepspeed: str
+    output: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunConfig:
+    """A whole run, read and checked.
+
+    Attributes:
+        file: The run file.
+        name: Short name, for titles.
+        model_file: Where `shape` comes from.
+        shape: The model.
+        deepspeed_file: The DeepSpeed JSON; it decides optimizer, ZeRO stage and precision.
+        deepspeed: What stands in it.
+        output: Folder of everything this run writes.
+        data: See `DataConfig`.
+        parallel: See `ParallelConfig`.
+        training: See `TrainingConfig`.
+    """
+
+    file: Path
+    name: str
+    model_file: Path
+    shape: GPTShape
+    deepspeed_file: Path
+    deepspeed: dict[str, Any]
+    output: Path
+    data: DataConfig
+    parallel: ParallelConfig
+    training: TrainingConfig
+
+    @property
+    def data_directory(self) -> Path:
+        """Folder of the prepared data."""
+        return Path(self.data.directory)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one optimizer step sees, on all ranks together."""
+        return self.training.global_batch_size * self.shape.sequence_length
+
+
+_SECTIONS: dict[str, type] = {
+    "data": DataConfig,
+    "parallel": ParallelConfig,
+    "training": TrainingConfig,
+}
+
+
+def load_run(
+    file: str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    deepspeed_file: str | Path | None = None,
+) -> tuple[RunConfig | None, Problems]:
+    """Read a run file, its model file and its DeepSpeed JSON.
+
+    `model` and `deepspeed` are relative to the run file, so that a run can be started from
+    anywhere; `output` and `data.directory` are relative to the working directory. The output
+    folder gets the name of the JSON appended: swapping the optimizer never mixes two runs.
+
+    Args:
+        file: The run file.
+        overrides: ``section.key=value`` (the value in YAML), applied before anything is checked.
+        deepspeed_file: Used instead of the run file's `deepspeed`, relative to the working
+            directory.
+
+    Returns:
+        The run, or None if the files don't describe one, and the problems found.
+    """
+    file = Path(file)
+    problems = Problems()
+    values = read_yaml(file, problems)
+    if not values:
+        return None, problems
+    for override in overrides:
+        _apply_override(values, override, problems)
+    sections = {}
+    for name, cls in _SECTIONS.items():
+        section = values.pop(name, {})
+        if not isinstance(section, dict):
+            problems.add(file, name, section, "a section of keys", "indent its keys below it")
+            continue
+        sections[name] = read_section(cls, section, file=file, problems=problems, prefix=f"{name}.")
+    top = read_section(_RunFile, values, file=file, problems=problems)
+    if top is None:
+        return None, problems
+    model_file = file.parent / top.model
+    json_file = Path(deepspeed_file) if deepspeed_file else file.parent / top.deepspeed
+    shape = GPTShape.read(model_file, problems)
+    deepspeed = read_json(json_file, problems)
+    data, parallel, training = (sections.get(name) for name in _SECTIONS)
+    if shape is None or data is None or parallel is None or training is None:
+        return None, problems
+    run = RunConfig(
+        file=file,
+        name=top.name,
+        model_file=model_file,
+        shape=shape,
+        deepspeed_file=json_file,
+        deepspeed=deepspeed,
+        output=Path(top.output) / json_file.stem,
+        data=data,
+        parallel=parallel,
+        training=training,
+    )
+    return run, problems
+
+
+def _apply_override(values: dict[str, Any], override: str, problems: Problems) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        problems.add("--set", override, None, "section.key=value", "write both key and value")
+        return
+    target = values
+    *parents, last = key.split(".")
+    for parent in parents:
+        target = target.setdefault(parent, {})
+        if not isinstance(target, dict):
+            problems.add("--set", key, text, "a key of a section", "correct the dotted name")
+            return
+    target[last] = yaml.safe_load(text)
+
+
+def check_run(run: RunConfig, world_size: int, problems: Problems) -> None:
+    """Note every contradiction between the run and the number of processes.
+
+    Args:
+        run: The run.
+        world_size: Processes that the launcher starts.
+        problems: Every mistake is noted here.
+    """
+    file, training, parallel = run.file, run.training, run.parallel
+    if parallel.pipeline > 1:
+        allowed = "1 (pipeline parallelism is not supported by this launcher yet)"
+        remedy = "set it to 1 and raise parallel.tensor instead"
+        problems.add(file, "parallel.pipeline", parallel.pipeline, allowed, remedy)
+        return
+    if world_size % parallel.tensor:
+        allowed = f"a divisor of the number of processes, {world_size}"
+        remedy = "change it or deepspeed's --num_gpus"
+        problems.add(file, "parallel.tensor", parallel.tensor, allowed, remedy)
+    else:
+        copies = world_size // parallel.tensor
+        multiple = copies * training.micro_batch_size
+        if training.global_batch_size % multiple:
+            allowed = (
+                f"a multiple of {multiple} = micro_batch_size {training.micro_batch_size} x "
+                f"{copies} data-parallel ranks"
+            )
+            remedy = "change one of the batch sizes or the number of processes"
+            problems.add(file, "training.global_batch_size", training.global_batch_size, allowed, remedy)
+    run.shape.check_tensor_parallel(parallel.tensor, run.model_file, problems)
+    if training.warmup_steps >= training.steps:
+        allowed = f"fewer than training.steps = {training.steps}"
+        problems.add(file, "training.warmup_steps", training.warmup_steps, allowed, "lower it")

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop: steps, validation, curves, checkpoints, resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from batches import Batch, Batches
+from processes import Processes, load_random_states, save_random_states
+from run_config import RunConfig
+from tqdm import tqdm
+
+CHECKPOINTS = "checkpoints"  # below the run's output folder
+LATEST = "latest"  # DeepSpeed's file with the name of the newest checkpoint
+
+
+@dataclass
+class Progress:
+    """How far a run is; saved with every checkpoint.
+
+    Attributes:
+        step: Optimizer steps done.
+        train_curve: (step, loss in nats per token averaged over the steps since the last point).
+        validation_curve: (step, loss in nats per token).
+        train_seconds: Time spent in optimizer steps.
+        wall_seconds: Time since the start, validation and checkpoints included.
+    """
+
+    step: int = 0
+    train_curve: list[tuple[int, float]] = field(default_factory=list)
+    validation_curve: list[tuple[int, float]] = field(default_factory=list)
+    train_seconds: float = 0.0
+    wall_seconds: float = 0.0
+
+
+class Trainer:
+    """Drives one DeepSpeed engine through one run.
+
+    Args:
+        engine: What `deepspeed.initialize` returned.
+        run: The run.
+        batches: Its data.
+        processes: Where this process stands.
+        started: `time.perf_counter()` at the start of the program.
+    """
+
+    def __init__(
+        self,
+        engine: deepspeed.DeepSpeedEngine,
+        run: RunConfig,
+        batches: Batches,
+        processes: Processes,
+        *,
+        started: float,
+    ) -> None:
+        self.progress = Progress()
+        self._engine = engine
+        self._run = run
+        self._batches = batches
+        self._processes = processes
+        self._started = started
+        self._loss_sum = torch.zeros((), device=processes.device)
+        self._loss_count = torch.zeros((), device=processes.device)
+
+    def train(self, stop_at: int | None = None) -> None:
+        """Train to the last step, or to ``stop_at``, and write a checkpoint there.
+
+        Raises:
+            FloatingPointError: The loss is no longer finite (on every rank at the same step).
+        """
+        training, progress = self._run.training, self.progress
+        last = min(training.steps, stop_at or training.steps)
+        if not progress.validation_curve:
+            self._validate()
+        saved = progress.step
+        with self._progress_bar() as bar:
+            while progress.step < last:
+                begin = time.perf_counter()
+                self._one_step()
+                progress.step += 1
+                if progress.step % training.log_interval == 0 or progress.step == training.steps:
+                    self._log(bar)
+                progress.train_seconds += time.perf_counter() - begin
+                bar.update()
+                final = progress.step == training.steps
+                if final or progress.step % training.validation_interval == 0:
+                    self._validate(bar)
+                interval = training.checkpoint_interval
+                if interval and progress.step % interval == 0:
+                    self.save()
+                    saved = progress.step
+        if saved != progress.step:
+            self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint of everything that the next step depends on."""
+        directory = self._run.output / CHECKPOINTS
+        tag = f"step_{self.progress.step:07d}"
+        (directory / tag).mkdir(parents=True, exist_ok=True)
+        # Before DeepSpeed's files: it updates `latest` only after all ranks have come that far.
+        save_random_states(directory / tag, self._processes.rank)
+        self._count_wall_time()
+        state = {
+            "progress": dataclasses.asdict(self.progress),
+            "loss_since_last_point": (float(self._loss_sum), float(self._loss_count)),
+        }
+        self._engine.save_checkpoint(str(directory), tag=tag, client_state=state)
+
+    def resume(self) -> None:
+        """Load the newest checkpoint; the next step is the one that would have come."""
+        directory = self._run.output / CHECKPOINTS
+        path, state = self._engine.load_checkpoint(str(directory))
+        if path is None:
+            raise FileNotFoundError(f"DeepSpeed found no checkpoint in {directory}")
+        self.progress = Progress(**state["progress"])
+        total, count = state["loss_since_last_point"]
+        self._loss_sum.fill_(total)
+        self._loss_count.fill_(count)
+        tag = (directory / LATEST).read_text(encoding="utf-8").strip()
+        load_random_states(directory / tag, self._processes.rank)
+        self._started = time.perf_counter() - self.progress.wall_seconds
+
+    def _one_step(self) -> None:
+        for batch in self._batches.micro_batches(self.progress.step):
+            loss = self._forward(batch).mean()
+            self._engine.backward(loss)
+            self._engine.step()
+            self._loss_sum += loss.detach()
+            self._loss_count += 1
+
+    def _forward(self, batch: Batch) -> torch.Tensor:
+        """Loss of each token, [sequences, sequence length]."""
+        return self._engine(batch.tokens, batch.position_ids, None, labels=batch.labels)
+
+    def _log(self, bar: tqdm[Any]) -> None:
+        loss = self._processes.mean(self._loss_sum, self._loss_count)
+        self._loss_sum.zero_()
+        self._loss_count.zero_()
+        step = self.progress.step
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the training loss is {loss} at step {step}: lower optimizer.params.lr in "
+                f"{self._run.deepspeed_file} (a blockwise optimizer multiplies it)"
+            )
+        self.progress.train_curve.append((step, loss))
+        rate = self.tokens_per_second()
+        learning_rate = self._engine.get_lr()[0]
+        self._engine.monitor.write_events(
+            [
+                ("loss/train", loss, step),
+                ("lr/base", learning_rate, step),
+                ("throughput/tokens_per_second", rate, step),
+            ]
+        )
+        bar.set_postfix(loss=f"{loss:.3f}", lr=f"{learning_rate:.1e}", refresh=False)
+
+    def _validate(self, bar: tqdm[Any] | None = None) -> None:
+        total = torch.zeros((), dtype=torch.float64, device=self._processes.device)
+        count = torch.zeros_like(total)
+        self._engine.eval()
+        with torch.no_grad():
+            for batch in self._batches.validation():
+                losses = self._forward(batch)
+                total += losses.double().sum()
+                count += losses.numel()
+        self._engine.train()
+        loss = self._processes.mean(total, count)
+        step = self.progress.step
+        self.progress.validation_curve.append((step, loss))
+        self._engine.monitor.write_events([("loss/validation", loss, step)])
+        if self._processes.rank == 0:
+            text = f"step {step:6d}  validation loss {loss:.4f}"
+            tqdm.write(text) if bar is not None else print(text, flush=True)
+
+    def tokens_per_second(self) -> float:
+        """Training tokens per second of training time, all ranks together."""
+        tokens = self.progress.step * self._run.tokens_per_step
+        return tokens / self.progress.train_seconds if self.progress.train_seconds else 0.0
+
+    def finish(self) -> Progress:
+        """The progress with its times brought up to date."""
+        self._count_wall_time()
+        return self.progress
+
+    def _count_wall_time(self) -> None:
+        self.progress.wall_seconds = time.perf_counter() - self._started
+
+    @contextmanager
+    def _progress_bar(self) -> Iterator[tqdm[Any]]:
+        with tqdm(
+            total=self._run.training.steps,
+            initial=self.progress.step,
+            desc=self._run.name,
+            unit="step",
+            disable=self._processes.rank != 0,
+            dynamic_ncols=True,
+            # In a log file each refresh is a new line.
+            mininterval=0.5 if sys.stderr.isatty() else 15.0,
+        ) as bar:
+            yield bar
+
+
+def latest_checkpoint(output: Path) -> Path | None:
+    """Folder of the newest complete checkpoint of a run, if it has one."""
+    latest = output / CHECKPOINTS / LATEST
+    if not latest.is_file():
+        return None
+    folder = latest.parent / latest.read_text(encoding="utf-8").strip()
+    return folder if folder.is_dir() else None

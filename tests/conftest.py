@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings that every test needs before torch or a host is imported."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+# Helper modules (oracle, models, engines, distributed) are imported by bare name, also by the
+# processes that a test spawns: they inherit sys.path from here.
+sys.path.insert(0, str(Path(__file__).parent))
+
+_DEFAULTS = {
+    "OMP_NUM_THREADS": "1",  # several processes share few cores
+    "HF_HUB_OFFLINE": "1",  # every model is built from a config
+    "TRANSFORMERS_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "DS_ACCELERATOR": "cpu",
+    "WANDB_MODE": "disabled",
+}
+for _name, _value in _DEFAULTS.items():
+    os.environ.setdefault(_name, _value)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "slow: takes more than a minute")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """A test that draws numbers must draw the same ones alone and in the whole suite."""
+    import torch
+
+    torch.manual_seed(1234)

@@ -1,0 +1,373 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensor parallelism on the real Megatron-core GPTModel under DeepSpeed, against whole tensors.
+
+Weights and gradients are drawn for the unsharded tensors and cut by the code in this file, so a
+wrong idea of Megatron's layout in the library can't be repeated by the test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import product
+from types import SimpleNamespace
+from typing import Any
+
+import models
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import Outcome, RankContext, fleet_outcome, passes
+from engine_checks import BETAS, EPS, FULL_NAME, LR, LR_FACTORS, WEIGHT_DECAY, check_counters
+from engines import DTYPES, engine_config, feed_step, masters, open_engine, prepare_deepspeed
+from models import GradientPlan
+from oracle import Hyper, Oracle, assert_same_update, clipped, megatron_classes
+from torch import Tensor, nn
+
+pytest.importorskip("deepspeed")
+pytest.importorskip("megatron.core")
+
+TP = 2
+DECAY_MULTIPLIERS = {"norm": 0.0, "value": 0.5}
+# Odd hidden size: flat ZeRO partitions end inside heads and rows. "mqa": with one KV head the
+# first rank holds query heads only, the second one a query head, K and V.
+SHAPES: dict[str, dict[str, int]] = {
+    "gqa": {"heads": 4, "groups": 2, "head_dim": 6, "hidden": 15, "ffn": 14, "vocab": 22},
+    "mqa": {"heads": 4, "groups": 1, "head_dim": 4, "hidden": 13, "ffn": 10, "vocab": 18},
+}
+LAYERS = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """A GPTModel on tensor-parallel size 2; the rest of the world is data-parallel."""
+
+    optimizer: str = "mini"
+    stage: int = 1
+    dtype: str = "fp32"
+    shape: str = "gqa"
+    clip: float = 0.0
+    steps: int = 4
+    tied: bool = False
+    config: dict[str, Any] = field(default_factory=dict)
+    oracle_multipliers: dict[str, float] = field(default_factory=dict)
+    end_to_end: bool = False
+
+
+# ---------------------------------------------------------------------------------------- the cut
+
+
+def cut(name: str, full: Tensor, rank: int) -> Tensor:
+    """What tensor-parallel rank ``rank`` of 2 holds of an unsharded tensor."""
+    if "layernorm" in name:
+        return full
+    if "linear_proj" in name or "linear_fc2" in name:  # inputs are split
+        half = full.shape[1] // TP
+        return full[:, rank * half : (rank + 1) * half].contiguous()
+    if "linear_fc1" in name:  # each rank has its part of gate, then its part of up
+        gate, up = full[: full.shape[0] // 2], full[full.shape[0] // 2 :]
+        half = gate.shape[0] // TP
+        return torch.cat([part[rank * half : (rank + 1) * half] for part in (gate, up)])
+    half = full.shape[0] // TP
+    return full[rank * half : (rank + 1) * half].contiguous()
+
+
+def full_shapes(case: Case) -> dict[str, tuple[int, ...]]:
+    """Unsharded shapes, from the sizes alone."""
+    s = SHAPES[case.shape]
+    shapes: dict[str, tuple[int, ...]] = {
+        "embedding.word_embeddings.weight": (s["vocab"], s["hidden"]),
+        "decoder.final_layernorm.weight": (s["hidden"],),
+    }
+    if not case.tied:
+        shapes["output_layer.weight"] = (s["vocab"], s["hidden"])
+    for i in range(LAYERS):
+        at = f"decoder.layers.{i}."
+        qkv = (s["heads"] + 2 * s["groups"]) * s["head_dim"]
+        shapes[at + "input_layernorm.weight"] = (s["hidden"],)
+        shapes[at + "pre_mlp_layernorm.weight"] = (s["hidden"],)
+        shapes[at + "self_attention.linear_qkv.weight"] = (qkv, s["hidden"])
+        width = s["heads"] * s["head_dim"]
+        shapes[at + "self_attention.linear_proj.weight"] = (s["hidden"], width)
+        shapes[at + "mlp.linear_fc1.weight"] = (2 * s["ffn"], s["hidden"])
+        shapes[at + "mlp.linear_fc2.weight"] = (s["hidden"], s["ffn"])
+    return shapes
+
+
+# ----------------------------------------------------------------------------------- construction
+
+
+@contextmanager
+def _parallel(tp: int) -> Iterator[None]:
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def _gpt(case: Case) -> nn.Module:
+    from megatron_patch import GPTShape, build_gpt
+
+    s = SHAPES[case.shape]
+    shape = GPTShape(
+        num_layers=LAYERS,
+        hidden_size=s["hidden"],
+        ffn_hidden_size=s["ffn"],
+        num_heads=s["heads"],
+        num_kv_heads=s["groups"],
+        head_dim=s["head_dim"],
+        vocab_size=s["vocab"],
+        sequence_length=16,
+        tied_embeddings=case.tied,
+    )
+    torch.manual_seed(11)
+    return build_gpt(shape, dtype=DTYPES[case.dtype])
+
+
+def _small_gpt(case: Case, tp_rank: int | None) -> nn.Module:
+    model = _gpt(case)
+    shapes = full_shapes(case)
+    named = dict(model.named_parameters())
+    assert set(named) == set(shapes), set(named) ^ set(shapes)
+    with torch.no_grad():
+        for name, parameter in named.items():
+            whole = models.small_weight(name, shapes[name])
+            parameter.copy_(whole if tp_rank is None else cut(name, whole, tp_rank))
+    return model
+
+
+def _config(case: Case) -> dict[str, Any]:
+    eps = 1e-3 if case.end_to_end and case.optimizer == "adamw" else EPS
+    return engine_config(
+        FULL_NAME[case.optimizer],
+        stage=case.stage,
+        dtype=case.dtype,
+        params={
+            "lr": LR,
+            "betas": list(BETAS),
+            "eps": eps,
+            "weight_decay": WEIGHT_DECAY,
+            "weight_decay_multipliers": DECAY_MULTIPLIERS,
+        },
+        **({"gradient_clipping": case.clip} if case.clip else {}),
+        **case.config,
+    )
+
+
+def _set_lr(run: SimpleNamespace, step: int) -> float:
+    lr = LR * LR_FACTORS[step]
+    for group in run.engine.basic_optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+# ------------------------------------------------------------------------------------- the checks
+
+
+def run_case(context: RankContext, case: Case) -> None:
+    """Entry of every rank."""
+    prepare_deepspeed()
+    import ds_blockwise  # noqa: F401 - registers the optimizers
+    import megatron_patch
+
+    megatron_patch.cpu_shims()
+    (check_end_to_end if case.end_to_end else check_fed)(context, case)
+
+
+def check_fed(context: RankContext, case: Case) -> None:
+    from megatron.core import parallel_state
+
+    from megatron_patch import mpu_adapter
+
+    shapes = full_shapes(case)
+    reference = _reference(case) if case.optimizer == "adamw" and not case.clip else None
+    with _parallel(TP):
+        tp_rank = parallel_state.get_tensor_model_parallel_rank()
+        tp_group = parallel_state.get_tensor_model_parallel_group()
+        dp_rank = parallel_state.get_data_parallel_rank()
+        plan = GradientPlan(context.world_size // TP, 1, DTYPES[case.dtype])
+        with open_engine(_config(case), lambda: _small_gpt(case, tp_rank), mpu=mpu_adapter()) as run:
+            now = masters(run)
+            dtype = DTYPES[case.dtype]
+            start = {n: models.small_weight(n, s).to(dtype).float() for n, s in shapes.items()}
+            for name, value in now.items():
+                assert torch.equal(value, cut(name, start[name], tp_rank)), f"start of {name}"
+            sizes = SHAPES[case.shape]
+            hyper = Hyper(LR, BETAS, EPS, WEIGHT_DECAY)
+            oracle = Oracle(
+                start,
+                megatron_classes(layers=LAYERS, **sizes),
+                case.optimizer == "mini",
+                hyper,
+                lr_multipliers=case.oracle_multipliers,
+                weight_decay_multipliers=DECAY_MULTIPLIERS,
+            )
+            for step in range(case.steps):
+                hyper.lr = _set_lr(run, step)
+                feed_step(
+                    run,
+                    plan,
+                    step,
+                    dp_rank,
+                    shapes=shapes,
+                    cut=lambda name, gradient: cut(name, gradient, tp_rank),
+                )
+                before, now, was = now, masters(run), oracle.weights()
+                gradients = {n: plan.mean(n, s, step) for n, s in shapes.items()}
+                if case.clip:
+                    gradients = clipped(gradients, case.clip)
+                oracle.step(gradients)
+                expected = tuple(
+                    {n: cut(n, w, tp_rank) for n, w in weights.items()} for weights in (was, oracle.weights())
+                )
+                what = f"step {step}, tensor-parallel rank {tp_rank}"
+                assert_same_update((before, now), expected, hyper.lr, what=what)  # type: ignore[arg-type]
+                check_counters(run, step + 1)
+                _check_replicas(now, tp_group)
+                if reference is not None:
+                    whole = reference(gradients, hyper.lr)
+                    for name, weight in now.items():
+                        assert torch.equal(weight, cut(name, whole[name], tp_rank)), (
+                            f"{what}: {name} is not bitwise that of the unsharded run"
+                        )
+
+
+def _reference(case: Case) -> Callable[[dict[str, Tensor], float], dict[str, Tensor]]:
+    """Our AdamW on whole fp32 tensors in this process; only the cut differs from the engine."""
+    from ds_blockwise import BlockwiseAdamW, tag_parameters
+
+    with _parallel(1):
+        model = _small_gpt(case, None).to(DTYPES[case.dtype]).float()
+        tag_parameters(model)
+    named = dict(model.named_parameters())
+    optimizer = BlockwiseAdamW(
+        model.parameters(),
+        lr=LR,
+        betas=BETAS,
+        eps=EPS,
+        weight_decay=WEIGHT_DECAY,
+        weight_decay_multipliers=DECAY_MULTIPLIERS,
+    )
+
+    def step(gradients: dict[str, Tensor], lr: float) -> dict[str, Tensor]:
+        optimizer.param_groups[0]["lr"] = lr
+        for name, parameter in named.items():
+            parameter.grad = gradients[name].clone()
+        optimizer.step()
+        return {name: p.detach() for name, p in named.items()}
+
+    return step
+
+
+def _check_replicas(weights: dict[str, Tensor], tp_group: Any) -> None:
+    for name, weight in weights.items():
+        if "layernorm" in name:
+            copies = [torch.empty_like(weight) for _ in range(TP)]
+            dist.all_gather(copies, weight.contiguous(), group=tp_group)
+            assert torch.equal(copies[0], copies[1]), f"{name} differs between tensor ranks"
+
+
+def check_end_to_end(context: RankContext, case: Case) -> None:
+    """The same batches through TP 1 and TP 2: whole tensors of one against shards of the other."""
+    whole_runs = _train(context, case, 1)
+    parts_runs = _train(context, case, TP)
+    tp_rank = context.rank % TP
+    for step, ((whole_was, whole_now), (was, now)) in enumerate(zip(whole_runs, parts_runs, strict=True)):
+        expected = tuple({n: cut(n, w, tp_rank) for n, w in weights.items()} for weights in (whole_was, whole_now))
+        # 1e-4: the matrix products of the two runs add up in another order, and an element far
+        # below eps keeps that noise below eps (see _config).
+        lr = LR * LR_FACTORS[step]
+        assert_same_update((was, now), expected, lr, tolerance=1e-4, what=f"step {step}")  # type: ignore[arg-type]
+
+
+def _train(context: RankContext, case: Case, tp: int) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Weights before and after each step; every rank sees the same tokens."""
+    from megatron_patch import mpu_adapter
+
+    history = []
+    with (
+        _parallel(tp),
+        open_engine(_config(case), lambda: _gpt(case), mpu=mpu_adapter(), feed=False) as run,
+    ):
+        now = masters(run)
+        positions = torch.arange(10).expand(2, -1)
+        for step in range(case.steps):
+            _set_lr(run, step)
+            generator = torch.Generator().manual_seed(step)
+            tokens = torch.randint(SHAPES[case.shape]["vocab"], (2, 11), generator=generator)
+            loss = run.engine(tokens[:, :-1], positions, None, labels=tokens[:, 1:]).mean()
+            run.engine.backward(loss)
+            run.engine.step()
+            before, now = now, masters(run)
+            history.append((before, now))
+            check_counters(run, step + 1)
+    return history
+
+
+# -------------------------------------------------------------------------------------- the table
+
+
+def _cases() -> dict[str, tuple[int, Case]]:
+    table: dict[str, tuple[int, Case]] = {}
+
+    def add(kind: str, dp: int, case: Case) -> None:
+        name = f"{kind}-{case.shape}-z{case.stage}-{case.dtype}-{case.optimizer}-tp2-dp{dp}"
+        table[name] = (TP * dp, case)
+
+    wrappers = ((0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"))
+    for dp, optimizer, (stage, dtype) in product((1, 2), ("adamw", "mini"), wrappers):
+        add("fed", dp, Case(optimizer, stage, dtype))
+    for dp, stage in product((1, 2), (0, 2)):
+        add("fed", dp, Case("mini", stage, shape="mqa"))
+    accumulate = {"data_types": {"grad_accum_dtype": "fp32"}}
+    add("bf16_optimizer", 2, Case("mini", 1, "bf16", config=accumulate))
+    add("tied", 2, Case("mini", 1, tied=True))
+    add("clip", 2, Case("mini", 1, clip=0.05))
+    add("clip", 1, Case("mini", 0, clip=0.05))
+    for optimizer, stage in product(("adamw", "mini"), (0, 2)):
+        add("e2e", 1, Case(optimizer, stage, steps=3, end_to_end=True))
+    add("e2e", 2, Case("mini", 1, steps=3, shape="mqa", end_to_end=True))
+    add("mutant", 1, Case("mini", 2, oracle_multipliers={"value": 4.01}, steps=2))
+    return table
+
+
+CASES = _cases()
+
+
+def _names(*kinds: str) -> list[str]:
+    return [name for name in CASES if name.startswith(kinds)]
+
+
+@pytest.fixture(scope="module")
+def outcome(request: pytest.FixtureRequest) -> Outcome:
+    return fleet_outcome(request, run_case, CASES)
+
+
+@pytest.mark.parametrize("name", _names("fed", "bf16_optimizer", "tied"))
+def test_tensor_parallel_values(outcome: Outcome, name: str) -> None:
+    """Row-parallel weights would get each rank's own second moment, and replicas drift apart."""
+    passes(outcome, name)
+
+
+@pytest.mark.parametrize("name", _names("clip"))
+def test_clipping_uses_the_whole_norm(outcome: Outcome, name: str) -> None:
+    """The norm would miss a rank or count replicas twice, so TP would change the step size."""
+    passes(outcome, name)
+
+
+@pytest.mark.parametrize("name", _names("e2e"))
+def test_tp2_trains_like_tp1(outcome: Outcome, name: str) -> None:
+    """Going to two tensor-parallel ranks would change the trained model."""
+    passes(outcome, name)
+
+
+@pytest.mark.parametrize("name", _names("mutant"))
+def test_the_comparison_notices_a_wrong_multiplier(outcome: Outcome, name: str) -> None:
+    """The tests above would prove nothing: a wrong multiplier inside linear_qkv must be seen."""
+    failure = outcome(name)
+    assert failure is not None, f"{name}: a wrong multiplier went unnoticed"
+    assert "parameters off by more than" in failure, failure
