@@ -21,23 +21,29 @@ class _AfterImport(MetaPathFinder):
     def __init__(self, package: str, then: Callable[[], None]) -> None:
         self.package = package
         self.then = then
+        self.searching = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != self.package:
+        if fullname != self.package or self.searching:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self.searching = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self.searching = False
         if spec is None or spec.loader is None:
-            sys.meta_path.insert(0, self)
             return None
         loader: Loader = spec.loader
         run = loader.exec_module
 
         def run_and_call(module: ModuleType) -> None:
             run(module)
-            self.then()
+            # only now: libraries look for the spec (is it installed?) long before they import
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+                self.then()
 
         # on this loader object only, which serves this one import
         loader.exec_module = run_and_call  # type: ignore[method-assign]

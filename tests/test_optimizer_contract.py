@@ -329,7 +329,8 @@ def test_registration_does_not_depend_on_the_order_of_imports(first):
     """HF Trainer imports DeepSpeed late; users put our import wherever they like. Importing us must not import it."""
     second = "deepspeed" if first == "ds_blockwise" else "ds_blockwise"
     code = f"""
-import sys, {first}
+import importlib.util, sys, {first}
+importlib.util.find_spec("deepspeed")  # what transformers does to see whether it is installed
 assert {first == "deepspeed"} or "deepspeed" not in sys.modules
 import {second}, torch, ds_blockwise
 from deepspeed.runtime import lr_schedules
