@@ -10,7 +10,7 @@ import torch
 
 from ds_blockwise.optimizer import Binding, BlockwiseOptimizer, Work, wide_dtype
 from ds_blockwise.reduce import any_rank, reduce_block_sums_
-from ds_blockwise.update import block_sums, step_blocks_, update_second_moment_
+from ds_blockwise.update import block_sums, update_second_moment_
 
 
 class BlockwiseAdamMini(BlockwiseOptimizer):
@@ -50,7 +50,6 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
     """
 
     shares_second_moment = True
-    _step_param = staticmethod(step_blocks_)
 
     def _new_second_moment(self, tensor: torch.Tensor) -> torch.Tensor:
         table = self._bindings[id(tensor)].table
@@ -118,6 +117,6 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
 
     def _saved_second_moment(self, tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         binding = self.binding_of(tensor)
-        if binding is None or self._own_second_moment.get(id(tensor)) is not value:
-            return value
+        if binding is None or value.numel() != binding.table.num_blocks:
+            return value  # loaded and not stepped yet: still one value per element
         return binding.table.expand(value).reshape(tensor.shape)

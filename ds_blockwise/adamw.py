@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 
 from ds_blockwise.optimizer import BlockwiseOptimizer, Work, wide_dtype
-from ds_blockwise.update import step_elements_
 
 
 class BlockwiseAdamW(BlockwiseOptimizer):
@@ -43,7 +42,6 @@ class BlockwiseAdamW(BlockwiseOptimizer):
     """
 
     shares_second_moment = False
-    _step_param = staticmethod(step_elements_)
 
     def _new_second_moment(self, tensor: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(tensor, dtype=wide_dtype(tensor.dtype), memory_format=torch.contiguous_format)

@@ -26,7 +26,7 @@ from ds_blockwise.settings import (
     check_momentum_dtype,
 )
 from ds_blockwise.table import Placement, SegmentTable, build_table, whole_placement
-from ds_blockwise.update import decay_, denominator, update_exp_avg_
+from ds_blockwise.update import decay_, denominator, step_, update_exp_avg_
 
 _WIDE = (torch.float32, torch.float64)
 
@@ -62,8 +62,6 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
 
     #: whether the second moment is one value per block (and split blocks must be reduced)
     shares_second_moment: ClassVar[bool]
-    #: applies the step to a flat wide parameter, `update.step_elements_` or `update.step_blocks_`
-    _step_param: ClassVar[Callable[..., None]]
 
     def __init__(
         self,
@@ -274,7 +272,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         lr, lr_floor = float(group["lr"]), lr_floor_of(group)
         decay_(param, table, lr=lr, lr_floor=lr_floor, weight_decay=group["weight_decay"])
         denom = denominator(item.state["exp_avg_sq"].view(-1), step=step, beta2=beta2, eps=group["eps"])
-        self._step_param(
+        step_(
             param,
             exp_avg,
             denom,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -108,6 +108,7 @@ class SegmentTable:
 
     Attributes:
         numel: elements of the stepped tensor, padding included.
+        shares_second_moment: whether second moments are one per block (Adam-mini) or one per element (AdamW).
         placements: the parameters in it, in storage order.
         runs: segments with their slots in the block vector; together they cover every non-padding element once. Empty
             if second moments are element-wise.
@@ -121,6 +122,7 @@ class SegmentTable:
     """
 
     numel: int
+    shares_second_moment: bool
     placements: tuple[Placement, ...]
     runs: tuple[TableRun, ...]
     multiplier_runs: tuple[MultiplierRun, ...]
@@ -133,6 +135,20 @@ class SegmentTable:
     def num_slots(self) -> int:
         """Slots, those that only pass through included."""
         return self.slot_numel.numel()
+
+    def runs_with(self, values: torch.Tensor) -> Iterator[tuple[TableRun | MultiplierRun, torch.Tensor]]:
+        """Pair runs with their part of ``values``, one per block or one per element as second moments are.
+
+        Args:
+            values: 1-D: ``num_blocks`` values if second moments are shared, else ``numel``.
+
+        Yields:
+            A run, and a view of its values that broadcasts against ``run.of(flat)``.
+        """
+        if self.shares_second_moment:
+            yield from ((run, run.blocks_of(values)) for run in self.runs)
+        else:
+            yield from ((run, run.of(values)) for run in self.multiplier_runs)
 
     def expand(self, values: torch.Tensor) -> torch.Tensor:
         """Spread block values over the elements.
@@ -261,6 +277,7 @@ def build_table(numel: int, placements: Sequence[Placement], *, shares_second_mo
         builder.add(placement)
     return SegmentTable(
         numel,
+        shares_second_moment,
         tuple(placements),
         tuple(builder.runs) if shares_second_moment else (),
         tuple(_merge_multipliers(builder.runs)),

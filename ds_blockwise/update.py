@@ -106,7 +106,7 @@ def decay_(
             run.of(param).mul_(1 - block_lr(run.lr_multiplier, lr=lr, lr_floor=lr_floor) * decay)
 
 
-def step_elements_(
+def step_(
     param: torch.Tensor,
     exp_avg: torch.Tensor,
     denom: torch.Tensor,
@@ -116,33 +116,17 @@ def step_elements_(
     lr_floor: float,
     bias_correction1: float,
 ) -> None:
-    """``p -= lr_block / bias_correction1 * m / denom`` with one denominator per element, in place.
+    """``p -= lr_block / bias_correction1 * m / denom``, in place.
 
     Args:
         param: 1-D fp32 or fp64, changed in place.
         exp_avg: like ``param``.
-        denom: like ``param``.
+        denom: in the form of the table's second moment: like ``param``, or of shape ``(num_blocks,)``.
         table: the tensor's segments.
         lr: base learning rate.
         lr_floor: see `block_lr`.
         bias_correction1: ``1 - beta1^step``.
     """
-    for run in table.multiplier_runs:
+    for run, run_denom in table.runs_with(denom):
         size = block_lr(run.lr_multiplier, lr=lr, lr_floor=lr_floor) / bias_correction1
-        run.of(param).addcdiv_(run.of(exp_avg), run.of(denom), value=-size)
-
-
-def step_blocks_(
-    param: torch.Tensor,
-    exp_avg: torch.Tensor,
-    denom: torch.Tensor,
-    table: SegmentTable,
-    *,
-    lr: float,
-    lr_floor: float,
-    bias_correction1: float,
-) -> None:
-    """`step_elements_` with one denominator per block; ``denom`` has shape ``(num_blocks,)``."""
-    for run in table.runs:
-        size = block_lr(run.lr_multiplier, lr=lr, lr_floor=lr_floor) / bias_correction1
-        run.of(param).addcdiv_(run.of(exp_avg), run.blocks_of(denom), value=-size)
+        run.of(param).addcdiv_(run.of(exp_avg), run_denom, value=-size)
