@@ -16,7 +16,7 @@ _DEFAULTS = {
     "HF_HUB_OFFLINE": "1",  # every model is built from a config
     "TRANSFORMERS_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    "DS_ACCELERATOR": "cpu",
+    "DS_ACCELERATOR": "cpu",  # GPU tests run with DS_ACCELERATOR=cuda in the environment
     "WANDB_MODE": "disabled",
 }
 for _name, _value in _DEFAULTS.items():

@@ -28,6 +28,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+START = -1  # stands for the index of a case in what a rank reports when it is ready
 START_S = 180.0  # imports of torch, deepspeed and megatron on a busy two-core machine
 GRACE_S = 15.0  # how long the other ranks may still work after one rank has failed
 LOG_TAIL = 4000  # characters of each rank's output that are worth showing
@@ -154,10 +155,12 @@ def _run_fleet(worker: Worker, world_size: int, cases: list[tuple[str, tuple]], 
         for process in processes:
             process.start()
         try:
+            started, complete = _collect(directory, processes, START, START_S)
+            if not complete:
+                return [started]
             finished: list[list[_Outcome]] = []
             for index in range(len(cases)):
-                limit = timeout + (START_S if index == 0 else 0.0)
-                outcomes, complete = _collect(directory, processes, index, limit)
+                outcomes, complete = _collect(directory, processes, index, timeout)
                 finished.append(outcomes)
                 if not complete:
                     break
@@ -242,6 +245,7 @@ def _child_main(rank: int, world_size: int, name: str, worker: Worker, cases: li
         timeout=datetime.timedelta(minutes=10),  # the parent's limits are the ones that count
     )
     context = RankContext(rank, world_size, directory)
+    _write(_outcome_path(directory, START, rank), _Outcome())
     for index, (_, args) in enumerate(cases):
         outcome = _Outcome()
         try:
@@ -250,6 +254,7 @@ def _child_main(rank: int, world_size: int, name: str, worker: Worker, cases: li
             outcome.error = traceback.format_exc()
         _write(_outcome_path(directory, index, rank), outcome)
         gc.collect()  # engines hold hooks in reference cycles; they must not meet the next case
+        gc.freeze()  # imported hosts are a million objects; the next collection need not see them
         paths = [_outcome_path(directory, index, other) for other in range(world_size)]
         while not all(path.exists() for path in paths):
             time.sleep(0.003)

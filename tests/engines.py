@@ -8,6 +8,7 @@ fills it in the wrong order under round_robin_gradients.
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def prepare_deepspeed() -> None:
-    """Import DeepSpeed without its shared-memory collectives, which a test must not compile."""
+    """Import DeepSpeed for the CPU, also on a machine with a GPU; first thing in a worker.
+
+    Its shared-memory collectives are left out: a test must not compile anything.
+    """
+    os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     import deepspeed.comm.torch as backend
     from deepspeed.utils import logger
 

@@ -38,6 +38,14 @@ def qwen3() -> nn.Module:
     return Qwen3ForCausalLM(Qwen3Config(**_hf_sizes(**sizes), attention_bias=True))
 
 
+def slim() -> nn.Module:
+    """One Qwen3 layer whose q/k norms have two elements: three ranks can't all hold a part."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    sizes = {"hidden_size": 9, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 2}
+    return Qwen3ForCausalLM(Qwen3Config(**{**_hf_sizes(**sizes), "num_hidden_layers": 1}))
+
+
 def gpt2_conv1d() -> nn.Module:
     """HF GPT-2: Conv1D weights [in, out] with concatenated q/k/v columns, tied output."""
     from transformers import GPT2Config, GPT2LMHeadModel

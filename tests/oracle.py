@@ -3,186 +3,18 @@
 
 Written from the papers (AdamW arXiv 1711.05101, Adam-mini 2406.16793, multipliers per block type
 2502.19002) and the project's contract. It shares no line and no idea with ``ds_blockwise``: blocks
-are an integer label on every element, tables of names are written by hand below.
+are an integer label on every element; ``oracle_names`` says by hand which rows are what.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
+from oracle_names import BLOCK_TYPE, MULTIPLIERS, ROLE, Classes
 from torch import Tensor
-
-BLOCK_TYPE = {
-    "embedding": "emb",
-    "output": "head",
-    "query": "qk",
-    "key": "qk",
-    "value": "vo",
-    "attn_out": "vo",
-    "ffn": "ffn",
-    "norm": "norm",
-    "router": "other",
-    "other": "other",
-}
-MULTIPLIERS = {"emb": 10, "head": 10, "qk": 8, "ffn": 6, "vo": 4, "norm": 1, "other": 1}
-
-
-@dataclass(frozen=True)
-class Span:
-    """Rows [start, end) of a tensor, their role, and how Adam-mini cuts them into blocks.
-
-    ``size`` is the number of rows of one block: a head's, 1 for a row, all for a whole tensor;
-    0 means element-wise.
-    """
-
-    start: int
-    end: int
-    role: str
-    size: int
-
-
-@dataclass(frozen=True)
-class Classified:
-    """The spans of one parameter; ``axis`` is 1 where outputs run along columns (Conv1D)."""
-
-    spans: tuple[Span, ...]
-    axis: int = 0
-
-
-Classes = dict[str, Classified]
-
-
-# ------------------------------------------------------------- names, written by hand per family
-
-
-def _rows(count: int, role: str, size: int = 1) -> Classified:
-    return Classified((Span(0, count, role, size),))
-
-
-def _norm(count: int) -> Classified:
-    return _rows(count, "norm", count)
-
-
-def _elements(spans: tuple[Span, ...]) -> Classified:
-    return Classified(tuple(replace(span, size=0) for span in spans))
-
-
-def hf_llama_classes(
-    *,
-    layers: int,
-    hidden: int,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    ffn: int,
-    vocab: int,
-    biases: bool = False,
-    qk_norms: bool = False,
-) -> Classes:
-    """HF LLaMA / Qwen names: q, k, v apart; untied output."""
-    table = {
-        "model.embed_tokens.weight": _rows(vocab, "embedding"),
-        "model.norm.weight": _norm(hidden),
-        "lm_head.weight": _rows(vocab, "output"),
-    }
-    attention = {
-        "q_proj": _rows(heads * head_dim, "query", head_dim),
-        "k_proj": _rows(kv_heads * head_dim, "key", head_dim),
-        "v_proj": _rows(kv_heads * head_dim, "value"),
-        "o_proj": _rows(hidden, "attn_out"),
-    }
-    for i in range(layers):
-        at = f"model.layers.{i}."
-        for key, classified in attention.items():
-            table[f"{at}self_attn.{key}.weight"] = classified
-            if biases:
-                table[f"{at}self_attn.{key}.bias"] = _elements(classified.spans)
-        if qk_norms:
-            table[f"{at}self_attn.q_norm.weight"] = _norm(head_dim)
-            table[f"{at}self_attn.k_norm.weight"] = _norm(head_dim)
-        table[f"{at}mlp.gate_proj.weight"] = _rows(ffn, "ffn")
-        table[f"{at}mlp.up_proj.weight"] = _rows(ffn, "ffn")
-        table[f"{at}mlp.down_proj.weight"] = _rows(hidden, "ffn")
-        table[f"{at}input_layernorm.weight"] = _norm(hidden)
-        table[f"{at}post_attention_layernorm.weight"] = _norm(hidden)
-    return table
-
-
-def gpt2_classes(
-    *, layers: int, hidden: int, heads: int, ffn: int, vocab: int, positions: int, conv1d: bool
-) -> Classes:
-    """nanoGPT / HF GPT-2 names: c_attn is q, then k, then v; lm_head is wte itself."""
-    axis = 1 if conv1d else 0
-    head = hidden // heads
-    qkv = (
-        Span(0, hidden, "query", head),
-        Span(hidden, 2 * hidden, "key", head),
-        Span(2 * hidden, 3 * hidden, "value", 1),
-    )
-    table = {
-        "transformer.wte.weight": _rows(vocab, "embedding"),
-        "transformer.wpe.weight": _rows(positions, "embedding"),
-        "transformer.ln_f.weight": _norm(hidden),
-        "transformer.ln_f.bias": _norm(hidden),
-    }
-    linears = {
-        "attn.c_attn": qkv,
-        "attn.c_proj": (Span(0, hidden, "attn_out", 1),),
-        "mlp.c_fc": (Span(0, ffn, "ffn", 1),),
-        "mlp.c_proj": (Span(0, hidden, "ffn", 1),),
-    }
-    for i in range(layers):
-        at = f"transformer.h.{i}."
-        for key, spans in linears.items():
-            table[f"{at}{key}.weight"] = Classified(spans, axis)
-            table[f"{at}{key}.bias"] = _elements(spans)
-        for key in ("ln_1.weight", "ln_1.bias", "ln_2.weight", "ln_2.bias"):
-            table[at + key] = _norm(hidden)
-    return table
-
-
-def megatron_classes(
-    *, layers: int, hidden: int, heads: int, groups: int, head_dim: int, ffn: int, vocab: int
-) -> Classes:
-    """Megatron-core names: linear_qkv holds [q .. q k v] per query group, linear_fc1 [gate up]."""
-    qkv: list[Span] = []
-    for _ in range(groups):
-        for role, count, size in (
-            ("query", heads // groups * head_dim, head_dim),
-            ("key", head_dim, head_dim),
-            ("value", head_dim, 1),
-        ):
-            start = qkv[-1].end if qkv else 0
-            qkv.append(Span(start, start + count, role, size))
-    table = {
-        "embedding.word_embeddings.weight": _rows(vocab, "embedding"),
-        "decoder.final_layernorm.weight": _norm(hidden),
-        "output_layer.weight": _rows(vocab, "output"),
-    }
-    for i in range(layers):
-        at = f"decoder.layers.{i}."
-        table[at + "input_layernorm.weight"] = _norm(hidden)
-        table[at + "pre_mlp_layernorm.weight"] = _norm(hidden)
-        table[at + "self_attention.linear_qkv.weight"] = Classified(tuple(qkv))
-        table[at + "self_attention.linear_proj.weight"] = _rows(hidden, "attn_out")
-        table[at + "mlp.linear_fc1.weight"] = _rows(2 * ffn, "ffn")
-        table[at + "mlp.linear_fc2.weight"] = _rows(hidden, "ffn")
-    return table
-
-
-def regroup(classes: Classes, role: str, size: Callable[[Span], int]) -> Classes:
-    """The same table with another block size for the weights of one role."""
-    return {
-        name: replace(
-            c,
-            spans=tuple(replace(s, size=size(s)) if s.role == role and s.size else s for s in c.spans),
-        )
-        for name, c in classes.items()
-    }
-
 
 # ------------------------------------------------------------------------------- the optimizers
 
@@ -213,6 +45,7 @@ class Oracle:
         classes: Name -> spans. Every parameter must be there and its spans must tile it.
         mini: True for Blockwise Adam-mini, False for Blockwise AdamW.
         hyper: One for all, or name -> Hyper.
+        overrides: Parameter name -> lr multiplier, whatever its role (a user's rule).
         arithmetic: torch.float64 (the truth) or torch.float32 (the same formula, rounded).
         momentum: dtype that the first moment is stored in between updates.
     """
@@ -223,6 +56,7 @@ class Oracle:
     hyper: Hyper | dict[str, Hyper] = field(default_factory=Hyper)
     lr_multipliers: Mapping[str, float] = field(default_factory=dict)
     weight_decay_multipliers: Mapping[str, float] = field(default_factory=dict)
+    overrides: Mapping[str, float] = field(default_factory=dict)
     arithmetic: torch.dtype = torch.float64
     momentum: torch.dtype | None = None
 
@@ -257,9 +91,14 @@ class Oracle:
         along = torch.zeros(shape[classified.axis], dtype=torch.long)
         element_wise = torch.zeros(shape[classified.axis], dtype=torch.bool)
         block, end = 0, 0
+        shared: dict[str, int] = {}
         for span in classified.spans:
             assert span.start == end, (name, "spans must follow each other", classified)
             end = span.end
+            if span.size == ROLE:
+                along[span.start : span.end] = shared.setdefault(span.role, block)
+                block += 1
+                continue
             for row in range(span.start, span.end):
                 if span.size and row > span.start and (row - span.start) % span.size == 0:
                     block += 1
@@ -306,7 +145,11 @@ class Oracle:
         rate = block_lr or (lambda multiplier, lr: multiplier * lr)
         for name, gradient in gradients.items():
             h = self.hyper if isinstance(self.hyper, Hyper) else self.hyper[name]
-            lr = self._per_element(name, lambda role, h=h: rate(self.multiplier(role), h.lr))
+            own = self.overrides.get(name)
+            lr = self._per_element(
+                name,
+                lambda role, h=h, own=own: rate(self.multiplier(role) if own is None else own, h.lr),
+            )
             decay = self._per_element(name, lambda role, h=h: h.weight_decay * self._decay(role))
             self._update(name, gradient, h, lr, decay)
 

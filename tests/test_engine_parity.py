@@ -8,16 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from itertools import product
+from typing import Any
 
 import pytest
 from distributed import Outcome, fleet_outcome, passes
-from engine_checks import Case, run_case
+from engine_cases import Case
+from engine_checks import run_case
 
-pytest.importorskip("deepspeed")
+# Not imported here: a worker has to choose the accelerator before DeepSpeed looks for one.
+pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
 
 BF16_OPTIMIZER = {"data_types": {"grad_accum_dtype": "fp32"}}
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+COMMUNICATION: list[tuple[int, dict[str, Any]]] = [
+    (2, {"reduce_bucket_size": 500, "allgather_bucket_size": 500}),
+    (2, {"overlap_comm": True}),
+    (2, {"reduce_scatter": False}),
+    (2, {"contiguous_gradients": False}),
+    (3, {"reduce_bucket_size": 500, "stage3_prefetch_bucket_size": 0}),
+    (3, {"zero_hpz_partition_size": 2}),
+]
 BOTH = ("adamw", "mini")
 STAGES = (0, 1, 2, 3)
 
@@ -59,9 +71,18 @@ def _partitions() -> Named:
         yield _named(f"persist{threshold:.0e}", dp, Case("mini", 3, "bf16", zero=persist))
     for dp, dtype in product((2, 3), ("fp32", "bf16")):
         yield _named("zero_init", dp, Case("mini", 3, dtype, zero_init=True))
+    for i, (stage, zero) in enumerate(COMMUNICATION):
+        yield _named(f"communication{i}", 2, Case("mini", stage, "bf16", zero=zero))
     small = {"sub_group_size": 300, "stage3_param_persistence_threshold": 0}
     yield _named("zero_init_sub_groups", 3, Case("mini", 3, "bf16", zero=small, zero_init=True))
     yield _named("zero_init_tied", 2, Case("mini", 3, model="nano", zero_init=True))
+
+
+def _granularities() -> Named:
+    for (model, granularity), (stage, dp) in product(
+        (("nano", "value_tensor"), ("qwen3", "mixed")), ((0, 1), (2, 2), (2, 3), (3, 2), (3, 3))
+    ):
+        yield _named(granularity, dp, Case("mini", stage, model=model, granularity=granularity))
 
 
 def _offload() -> Named:
@@ -92,16 +113,18 @@ def _overflow() -> Named:
     for tag, case in _wrappers(poison=(0, 2), steps=6):
         if not (case.stage == 0 and case.dtype == "fp32"):  # the bare optimizer never skips
             yield _named(f"{tag}overflow", 2, replace(case, dtype="bf16"))
-    schedule = {"warmup_num_steps": 2, "total_num_steps": 8, "min_lr": 1e-3}
+    schedule = {"warmup_num_steps": 2, "total_num_steps": 8, "min_lr": 4e-3}
     case = Case("mini", 2, "bf16", poison=(1, 3), steps=6, scheduler="BlockwiseCosineLR")
     yield _named("schedule_overflow", 2, replace(case, scheduler_params=schedule))
 
 
 def _parameters() -> Named:
-    for tag, case in _wrappers(two_groups=True):
+    for tag, case in _wrappers(groups="mixed"):
         yield _named(f"{tag}two_groups", 2, case)
-    yield _named("two_groups", 3, Case("adamw", 3, "bf16", two_groups=True))
-    yield _named("two_groups", 3, Case("adamw", 1, "fp32", two_groups=True))
+    yield _named("two_groups", 3, Case("adamw", 3, "bf16", groups="mixed"))
+    yield _named("two_groups", 3, Case("adamw", 1, "fp32", groups="mixed"))
+    for stage, dp in product(STAGES, (2, 3)):
+        yield _named("empty_shards", dp, Case("mini", stage, "bf16", "slim", groups="vector"))
     for tag, case in _wrappers(frozen=("embed_tokens", "layers.1.self_attn.q_proj")):
         yield _named(f"{tag}frozen", 2, case)
     absent = ("model.layers.0.self_attn.k_proj.weight", "model.layers.1.mlp.up_proj.weight")
@@ -109,12 +132,24 @@ def _parameters() -> Named:
         yield _named(f"{tag}no_gradient", 2, case)
 
 
+MULTIPLIERS = {"lr_multipliers": {"emb": 3, "output": 0, "qk": 2, "key": 5}}
+RULES = {"model.layers.1.mlp.up_proj.weight": 2.5, "model.layers.0.self_attn.v_proj.bias": 0.0}
+
+
+def _settings() -> Named:
+    for optimizer, (stage, dp) in product(BOTH, ((1, 2), (2, 3), (3, 2))):
+        case = Case(optimizer, stage, params=MULTIPLIERS, overrides=RULES)
+        yield _named("multipliers", dp, case)
+        case = Case(optimizer, stage, "bf16", params={"momentum_dtype": "bf16"})
+        yield _named("momentum_bf16", dp, case)
+
+
 DEEPSPEED_SCHEDULES = {
-    "WarmupLR": {"warmup_max_lr": 0.01, "warmup_num_steps": 4},
-    "WarmupDecayLR": {"warmup_max_lr": 0.01, "warmup_num_steps": 3, "total_num_steps": 8},
+    "WarmupLR": {"warmup_max_lr": 0.04, "warmup_num_steps": 4},
+    "WarmupDecayLR": {"warmup_max_lr": 0.04, "warmup_num_steps": 3, "total_num_steps": 8},
     "WarmupCosineLR": {"warmup_num_steps": 3, "total_num_steps": 8},
-    "OneCycle": {"cycle_min_lr": 0.002, "cycle_max_lr": 0.01, "cycle_first_step_size": 3},
-    "LRRangeTest": {"lr_range_test_min_lr": 0.004, "lr_range_test_step_size": 2},
+    "OneCycle": {"cycle_min_lr": 0.01, "cycle_max_lr": 0.04, "cycle_first_step_size": 3},
+    "LRRangeTest": {"lr_range_test_min_lr": 0.016, "lr_range_test_step_size": 2},
 }
 OWN_SCHEDULES = {
     "BlockwiseCosineLR": {},
@@ -134,9 +169,11 @@ def _schedules() -> Named:
 def _own_schedules() -> Named:
     for (name, extra), (stage, dp) in product(OWN_SCHEDULES.items(), ((0, 1), (1, 2), (2, 2), (3, 2))):
         for optimizer in BOTH if stage == 2 else ("mini",):
-            params = {"warmup_num_steps": 2, "total_num_steps": 7, "min_lr": 2e-3} | extra
+            params = {"warmup_num_steps": 2, "total_num_steps": 7, "min_lr": 4e-3} | extra
             case = Case(optimizer, stage, steps=9, scheduler=name, scheduler_params=params)
             yield _named(name, dp, case)
+            if stage >= 2 and name == "BlockwiseCosineLR":
+                yield _named(f"two_groups-{name}", dp, replace(case, groups="mixed"))
 
 
 def _end_to_end() -> Named:
@@ -158,11 +195,12 @@ def _table(make: Callable[[], Named]) -> dict[str, tuple[int, Case]]:
 
 
 GRID, FAMILIES, PARTITIONS = _table(_grid), _table(_model_families), _table(_partitions)
+GRANULARITY, SETTINGS = _table(_granularities), _table(_settings)
 OFFLOADED, ACCUMULATION = _table(_offload), _table(_accumulation_and_clipping)
 OVERFLOW, PARAMETERS, SCHEDULES = _table(_overflow), _table(_parameters), _table(_schedules)
 OWN, END_TO_END, MUTANTS = _table(_own_schedules), _table(_end_to_end), _table(_mutants)
 ALL = {
-    **GRID, **FAMILIES, **PARTITIONS, **OFFLOADED, **ACCUMULATION, **OVERFLOW, **PARAMETERS,
+    **GRID, **FAMILIES, **PARTITIONS, **GRANULARITY, **SETTINGS, **OFFLOADED, **ACCUMULATION, **OVERFLOW, **PARAMETERS,
     **SCHEDULES, **OWN, **END_TO_END, **MUTANTS,
 }  # fmt: skip
 
@@ -187,6 +225,18 @@ def test_model_families(outcome: Outcome, name: str) -> None:
 @pytest.mark.parametrize("name", PARTITIONS)
 def test_partition_options(outcome: Outcome, name: str) -> None:
     """An option that reorders or pads the flat buffers would shift every multiplier and block."""
+    passes(outcome, name)
+
+
+@pytest.mark.parametrize("name", GRANULARITY)
+def test_granularity(outcome: Outcome, name: str) -> None:
+    """Blocks that a user made larger or smaller would be summed over the wrong elements."""
+    passes(outcome, name)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_of_the_json(outcome: Outcome, name: str) -> None:
+    """Multipliers, rules or the momentum's dtype from the JSON would not reach the shards."""
     passes(outcome, name)
 
 

@@ -297,7 +297,8 @@ def test_the_optimizer_can_be_copied_and_pickled(cls):
     train(model, optimizer, 1)
     pair = copy.deepcopy({"model": model, "optimizer": optimizer})
     tag_parameters(pair["model"])
-    for mine, copied in zip(optimizer.state_dict()["state"].values(), pair["optimizer"].state_dict()["state"].values()):
+    states = (o.state_dict()["state"].values() for o in (optimizer, pair["optimizer"]))
+    for mine, copied in zip(*states, strict=True):
         assert torch.equal(mine["exp_avg_sq"], copied["exp_avg_sq"])
     train(model, optimizer, 2, first=1)
     train(pair["model"], pair["optimizer"], 2, first=1)

@@ -13,14 +13,15 @@ from typing import Any
 import models
 import pytest
 import torch
-from engine_checks import MODELS
+from engine_cases import MODELS
 from models import GradientPlan
-from oracle import BLOCK_TYPE, MULTIPLIERS, Hyper, Oracle, Span, assert_same_update, regroup
+from oracle import Hyper, Oracle, assert_same_update
+from oracle_names import BLOCK_TYPE, MULTIPLIERS, ROLE, Span, regroup
 from torch import Tensor, nn
 
 from ds_blockwise import BlockwiseAdamMini, BlockwiseAdamW, tag_parameters
 
-LRS = (0.004, 0.009, 0.007, 0.013)  # must change, or an lr read at construction would pass
+LRS = (0.014, 0.022, 0.018, 0.028)  # must change, or an lr read at construction would pass
 PLAN = GradientPlan(1)
 OURS = {"adamw": BlockwiseAdamW, "mini": BlockwiseAdamMini}
 HYPER = {"betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.1}
@@ -156,9 +157,9 @@ def test_comparison_notices(mutant: str) -> None:
         wrong.lr_multipliers = {"key": 8.0001}
     else:
         classes = {
-            "head_size": regroup(wrong.classes, "query", lambda span: 1),
+            "head_size": regroup(wrong.classes, "query", 1),
             "border": {n: replace(c, spans=_shifted(c.spans)) for n, c in wrong.classes.items()},
-            "element_wise": regroup(wrong.classes, "norm", lambda span: 0),
+            "element_wise": regroup(wrong.classes, "norm", 0),
         }[mutant]
         wrong = replace(wrong, classes=classes)
     start = oracle.weights()
@@ -317,21 +318,24 @@ def test_missing_gradient_leaves_parameter_alone(kind: str) -> None:
         assert not missing or torch.equal(was[0][off], now[off])
 
 
+@FAMILIES
 @pytest.mark.parametrize(
-    ("granularity", "role", "size"),
+    ("granularity", "changes"),
     [
-        ({"value": "tensor"}, "value", lambda span: span.end - span.start),
-        ({"qk": "row", "key": "element"}, "query", lambda span: 1),
-        ({"ffn": "element"}, "ffn", lambda span: 0),
+        ({"value": "tensor"}, {"value": ROLE}),
+        ({"vo": "tensor", "value": "row"}, {"attn_out": ROLE}),
+        ({"qk": "row", "key": "element", "emb": "tensor"}, {"query": 1, "key": 0, "embedding": ROLE}),
+        ({"ffn": "element", "norm": "element"}, {"ffn": 0, "norm": 0}),
+        ({"bias": "tensor"}, {"bias": ROLE}),
     ],
-    ids=["value_tensor", "role_wins", "ffn_element"],
+    ids=["value_tensor", "role_wins", "attention", "element", "bias_tensor"],
 )
-def test_granularity(granularity: dict[str, str], role: str, size: Any) -> None:
+def test_granularity(family: str, granularity: dict[str, str], changes: dict[str, int]) -> None:
     """The partition a user chose (one block for V in short runs) would not be the one used."""
-    model = _model("llama")
+    model = _model(family)
     optimizer = _ours(model, "mini", granularity=granularity)
-    oracle = _oracle("llama", "mini", model)
-    classes = regroup(oracle.classes, role, size)
-    if "key" in granularity:
-        classes = regroup(classes, "key", lambda span: 0)
+    oracle = _oracle(family, "mini", model)
+    classes = oracle.classes
+    for role, size in changes.items():
+        classes = regroup(classes, role, size)
     _run(model, optimizer, replace(oracle, classes=classes))

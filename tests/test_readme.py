@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The README cannot drift: its code runs, its commands and paths exist, its settings are accepted."""
 
+import csv
 import json
 import os
 import re
@@ -98,6 +99,17 @@ def test_commands_exist_and_are_understood(line):
         assert words[:2] == ["pip", "install"]
         extra = re.search(r"\[(\w+)\]", words[2]).group(1)
         assert f'"{extra}"' in (ROOT / "setup.py").read_text()
+
+
+def test_the_results_are_those_of_the_csv():
+    """A number in the README comes from a file that a script wrote."""
+    with open(ROOT / "docs/compare/tiny.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) >= 4
+    for row in rows:
+        cells = ("optimizer", "base_lr", "state_bytes_per_parameter", "final_validation_loss")
+        assert f"| {' | '.join(row[cell] for cell in cells)} |" in TEXT
+    assert rows[0]["date"] in TEXT and f"commit {rows[0]['commit']}" in TEXT
 
 
 def test_paths_in_the_text_exist():
