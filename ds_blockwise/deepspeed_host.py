@@ -8,6 +8,7 @@ storage order, never from ``_hp_mapping``, which is wrong with ``round_robin_gra
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -36,6 +37,8 @@ from ds_blockwise.reduce import ReductionGroups, disagreement, first_error
 from ds_blockwise.schedules import SCHEDULES
 from ds_blockwise.table import Placement, fingerprint, whole_placement
 from ds_blockwise.tagging import tag_with_policy
+
+logger = logging.getLogger(__name__)
 
 OPTIMIZERS: tuple[type[BlockwiseOptimizer], ...] = (BlockwiseAdamW, BlockwiseAdamMini)
 _HOOK = "_configure_optimizer"
@@ -130,6 +133,12 @@ def attach(engine: Any) -> None:
     if message is not None:
         raise ValueError(message)
     _check_agreement(engine, optimizer, stepped, tp_group)
+    if engine.zero_round_robin_gradients() and engine.global_rank == 0:
+        logger.warning(
+            "round_robin_gradients: training is exact, but DeepSpeed %s mixes up parameters when it converts such a "
+            "run to a universal checkpoint. Resume with the same number of ranks, or set it to false.",
+            deepspeed.__version__,
+        )
 
 
 # --------------------------------------------------------------------------- parameters

@@ -55,8 +55,10 @@ class MegatronReader:
             dim = 0
         else:
             dim = None
+        if dim is None:
+            return None
         world_size = parallel_state.get_tensor_model_parallel_world_size()
-        if dim is None or world_size == 1:
+        if world_size == 1:
             return None
         local = tuple(getattr(param, "ds_shape", param.shape))
         size = local[dim] * world_size

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every parameter of real models gets exactly one role; unknown, ambiguous and indivisible parameters are errors."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -202,6 +205,18 @@ def test_roles_and_block_types_may_both_be_keys_and_the_role_wins():
     by_role = {row.role: row for row in report.rows}
     assert (by_role["value"].lr_multiplier, by_role["attn_out"].lr_multiplier) == (5, 4)
     assert (by_role["value"].num_blocks, by_role["norm"].num_blocks) == (1, 48)
+
+
+def test_importing_megatron_patch_changes_nothing_for_other_models():
+    """Its reader is asked about every module; without Megatron's process groups it must not ask for their size."""
+    pytest.importorskip("megatron.core", reason="needs Megatron-core")
+    code = """
+import torch, megatron_patch, ds_blockwise
+model = torch.nn.ModuleDict({"lm_head": torch.nn.Linear(4, 3, bias=False)})
+print(ds_blockwise.tag_parameters(model))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "lm_head.weight" in done.stdout, done.stderr
 
 
 def test_a_frozen_parameter_needs_no_role():
