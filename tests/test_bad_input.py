@@ -269,11 +269,13 @@ def test_a_forgotten_import_is_an_error_of_deepspeed():
     """Without `import ds_blockwise` the name means nothing; DeepSpeed must say so and not train something else."""
     code = """
 import torch, deepspeed
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # DeepSpeed would compile it here
 model = torch.nn.Linear(2, 2)
 config = {"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "BlockwiseAdamW", "params": {}}}
 deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
 """
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **alone}, capture_output=True, text=True)
+    environment = {**os.environ, **alone}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
     assert "BlockwiseAdamW is not a supported DeepSpeed Optimizer" in done.stderr
