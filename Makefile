@@ -27,7 +27,7 @@ test: setup
 	$(BIN)/python -m pytest -m "not gpu" tests $(ARGS)
 
 test-gpu: setup
-	$(BIN)/python -m pytest -m gpu tests $(ARGS)
+	DS_ACCELERATOR=cuda $(BIN)/python -m pytest -m gpu tests $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
