@@ -83,7 +83,7 @@ def _torch_adamw(family: str, model: nn.Module, decay: dict[str, float]) -> torc
 
 def _published_adam_mini(model: nn.Module, head_numel: int, weight_decay: float):
     """The published package; it wants one size for all heads and never decays norms."""
-    adam_mini = pytest.importorskip("adam_mini")
+    adam_mini = pytest.importorskip("adam_mini", reason="the published package is an extra: dev")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         optimizer = adam_mini.Adam_mini(
