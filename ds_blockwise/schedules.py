@@ -87,7 +87,6 @@ class _BlockwiseSchedule(ABC):
         lr_floor = floor * self.min_lr
         for group, peak in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             set_lr(group, factor * peak + lr_floor, lr_floor)
-        self._last_lr = self.get_last_lr()
 
     def get_lr(self) -> list[float]:
         """Base learning rate of each param group at the next update."""

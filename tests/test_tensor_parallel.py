@@ -30,9 +30,8 @@ from oracle_names import ROLE, Classes, megatron_classes, regroup
 from torch import Tensor, nn
 
 # Not imported here: a worker has to choose the accelerator before DeepSpeed looks for one.
-pytestmark = pytest.mark.skipif(
-    find_spec("deepspeed") is None or find_spec("megatron") is None, reason="needs deepspeed and megatron"
-)
+_HOSTS_MISSING = find_spec("deepspeed") is None or find_spec("megatron") is None
+pytestmark = pytest.mark.skipif(_HOSTS_MISSING, reason="needs deepspeed and megatron")
 
 TP = 2
 DECAY_MULTIPLIERS = {"norm": 0.0, "value": 0.5}
