@@ -332,7 +332,7 @@ def _cases() -> dict[str, tuple[int, Case]]:
         name = f"{kind}-{case.shape}-z{case.stage}-{case.dtype}-{case.optimizer}-tp2-dp{dp}"
         table[name] = (TP * dp, case)
 
-    wrappers = ((0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"))
+    wrappers = ((0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16"))
     for dp, optimizer, (stage, dtype) in product((1, 2), ("adamw", "mini"), wrappers):
         add("fed", dp, Case(optimizer, stage, dtype))
     for dp, stage in product((1, 2), (0, 2)):
