@@ -10,7 +10,7 @@ import torch
 
 from ds_blockwise.optimizer import Binding, BlockwiseOptimizer, Work, wide_dtype
 from ds_blockwise.reduce import any_rank, reduce_block_sums_
-from ds_blockwise.update import block_sums, update_second_moment_
+from ds_blockwise.update import block_sums
 
 
 class BlockwiseAdamMini(BlockwiseOptimizer):
@@ -38,6 +38,7 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
         rules: list of ``{"match": regex, "role" | "lr_multiplier" | ...}`` for single parameters.
         momentum_dtype: ``"fp32"`` or ``"bf16"``: storage of ``exp_avg``. Arithmetic is fp32 (fp64 for fp64 parameters),
             sums over blocks are fp64.
+        backend: ``"auto"`` (C++ for CPU tensors, Triton for CUDA), ``"cpp"``, ``"triton"`` or ``"reference"``.
 
     State on each rank: per stepped tensor ``step`` (int), ``exp_avg`` in the tensor's shape, and ``exp_avg_sq`` of
     shape ``(num_blocks,)``, one value per block with elements on this rank (equal on all ranks that share the block).
@@ -57,46 +58,30 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
         self._own_second_moment[id(tensor)] = value
         return value
 
-    def _update_second_moments(self, work: Sequence[Work]) -> None:
-        self._compact_foreign(work)
-        sums = []
-        for item in work:
-            table = item.binding.table
-            if item.grad is None:
-                device = item.tensor.device
-                sums.append(torch.zeros(table.num_slots, dtype=torch.float64, device=device))
-            else:
-                sums.append(block_sums(item.grad, table, square=True))
-        reduce_block_sums_([(s, item.binding.table, item.binding.groups) for s, item in zip(sums, work, strict=True)])
-        for total, item in zip(sums, work, strict=True):
-            if item.grad is not None:
-                beta2 = item.group["betas"][1]
-                update_second_moment_(item.state["exp_avg_sq"], total, item.binding.table, beta2=beta2)
-
     # ------------------------------------------------- one value per element <-> one value per block
 
-    def _compact_foreign(self, work: Sequence[Work]) -> None:
+    def _before_update(self, work: Sequence[Work]) -> None:
         """Turn second moments that somebody else wrote (a loaded checkpoint) into one value per block.
 
         Universal checkpoints write per-element values straight into ``state``, so a load is noticed here and not
         only in ``load_state_dict``.
         """
         foreign = [
-            item
-            for item in work
-            if "exp_avg_sq" in item.state
-            and self._own_second_moment.get(id(item.tensor)) is not item.state["exp_avg_sq"]
+            w
+            for w in work
+            if "exp_avg_sq" in w.item.state
+            and self._own_second_moment.get(id(w.item.param)) is not w.item.state["exp_avg_sq"]
         ]
         if not foreign:
             return
-        per_element = [item.state["exp_avg_sq"].numel() != item.binding.table.num_blocks for item in foreign]
-        groups = [item.binding.groups for item in foreign]
-        device = groups[0].device or foreign[0].tensor.device
+        per_element = [w.item.state["exp_avg_sq"].numel() != w.binding.table.num_blocks for w in foreign]
+        groups = [w.binding.groups for w in foreign]
+        device = groups[0].device or foreign[0].item.param.device
         if any_rank(any(per_element), groups, device):
             # one element per block on this rank means that both forms are the same vector, so it can join the rest
-            self._compact([(item.state, item.binding) for item in foreign])
-        for item in foreign:
-            self._own_second_moment[id(item.tensor)] = item.state["exp_avg_sq"]
+            self._compact([(w.item.state, w.binding) for w in foreign])
+        for w in foreign:
+            self._own_second_moment[id(w.item.param)] = w.item.state["exp_avg_sq"]
 
     def _compact(self, items: Sequence[tuple[dict[str, Any], Binding]]) -> None:
         sums = []
@@ -111,7 +96,7 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
         reduce_block_sums_([(s, binding.table, binding.groups) for s, (_, binding) in zip(sums, items, strict=True)])
         for total, (state, binding) in zip(sums, items, strict=True):
             table = binding.table
-            numel = table.slot_numel[: table.num_blocks].to(total.device)
+            numel = table.on(total.device).slot_numel[: table.num_blocks]
             # the fp64 mean of equal fp32 values is that value exactly, so a resumed run is bitwise the same
             state["exp_avg_sq"] = (total[: table.num_blocks] / numel).to(state["exp_avg_sq"].dtype)
 

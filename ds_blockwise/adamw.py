@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
-from ds_blockwise.optimizer import BlockwiseOptimizer, Work, wide_dtype
+from ds_blockwise.optimizer import BlockwiseOptimizer, wide_dtype
 
 
 class BlockwiseAdamW(BlockwiseOptimizer):
@@ -31,6 +29,7 @@ class BlockwiseAdamW(BlockwiseOptimizer):
         granularity: accepted so that one JSON serves both optimizers; second moments are element-wise.
         rules: list of ``{"match": regex, "role" | "lr_multiplier" | ...}`` for single parameters.
         momentum_dtype: ``"fp32"`` or ``"bf16"``: storage of ``exp_avg``. Arithmetic is fp32 (fp64 for fp64 parameters).
+        backend: ``"auto"`` (C++ for CPU tensors, Triton for CUDA), ``"cpp"``, ``"triton"`` or ``"reference"``.
 
     State on each rank: per stepped tensor ``step`` (int), ``exp_avg`` and ``exp_avg_sq`` in the tensor's shape.
     Nothing is communicated.
@@ -45,11 +44,3 @@ class BlockwiseAdamW(BlockwiseOptimizer):
 
     def _new_second_moment(self, tensor: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(tensor, dtype=wide_dtype(tensor.dtype), memory_format=torch.contiguous_format)
-
-    def _update_second_moments(self, work: Sequence[Work]) -> None:
-        for item in work:
-            assert item.grad is not None
-            beta2 = item.group["betas"][1]
-            exp_avg_sq = item.state["exp_avg_sq"].view(-1)
-            grad = item.grad.to(exp_avg_sq.dtype)
-            exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)

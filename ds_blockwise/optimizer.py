@@ -15,25 +15,25 @@ from typing import Any, ClassVar, cast
 import torch
 from torch.optim.optimizer import ParamsT
 
+from ds_blockwise.backends import kernels_for
 from ds_blockwise.blocks import BlockSpec, apply_policy
+from ds_blockwise.kernels import Hyper, Item, Kernels
 from ds_blockwise.layout import TensorShard
 from ds_blockwise.policy import BlockPolicy
-from ds_blockwise.reduce import LOCAL, ReductionGroups
+from ds_blockwise.reduce import LOCAL, ReductionGroups, reduce_block_sums_
 from ds_blockwise.settings import (
     MomentumDtype,
+    check_backend,
     check_extra_keys,
     check_group,
     check_momentum_dtype,
 )
 from ds_blockwise.table import Placement, SegmentTable, build_table, whole_placement
-from ds_blockwise.update import decay_, denominator, step_, update_exp_avg_
-
-_WIDE = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
 class Binding:
-    """A stepped tensor with its segments and the ranks that share its blocks.
+    """A stepped tensor with its segments, the ranks that share its blocks and the kernels that step it.
 
     Holds the tensor, so that its id, by which bindings are found, is not given to another one.
     """
@@ -41,17 +41,16 @@ class Binding:
     tensor: torch.Tensor
     table: SegmentTable
     groups: ReductionGroups
+    kernels: Kernels
+    plan: Any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Work:
-    """One tensor in one step. ``grad`` is flat, or None if only its reductions are due on this rank."""
+    """One tensor in one step: what its kernels get, and whose memory it is."""
 
-    group: dict[str, Any]
-    tensor: torch.Tensor
-    grad: torch.Tensor | None
     binding: Binding
-    state: dict[str, Any]
+    item: Item
 
 
 class BlockwiseOptimizer(torch.optim.AdamW, ABC):
@@ -76,10 +75,12 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         granularity: object = None,
         rules: object = None,
         momentum_dtype: MomentumDtype = "fp32",
+        backend: str = "auto",
         **extra: object,
     ) -> None:
         check_extra_keys(type(self).__name__, extra)
         self.momentum_dtype = check_momentum_dtype(momentum_dtype)
+        self.backend = check_backend(backend)
         self.policy = BlockPolicy.parse(lr_multipliers, weight_decay_multipliers, granularity, rules)
         self.step_calls = 0
         self._bindings: dict[int, Binding] = {}
@@ -109,7 +110,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         # bindings are made anew: they are found by the ids of tensors, which a copy does not share
-        kept = ("policy", "momentum_dtype", "step_calls")
+        kept = ("policy", "momentum_dtype", "backend", "step_calls")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -132,7 +133,9 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
             The segment table, built once.
         """
         table = build_table(tensor.numel(), placements, shares_second_moment=self.shares_second_moment)
-        self._bindings[id(tensor)] = Binding(tensor, table, groups)
+        kernels = kernels_for(self.backend, tensor.device)
+        plan = kernels.plan(table, tensor.device)
+        self._bindings[id(tensor)] = Binding(tensor, table, groups, kernels, plan)
         return table
 
     def spec_of(self, spec: BlockSpec) -> BlockSpec:
@@ -193,38 +196,55 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
                 loss = closure()
         work = self._collect()
         if work:
-            self._update_second_moments(work)
-            for item in work:
-                if item.grad is not None:
-                    self._apply(item)
+            self._before_update(work)
+            self._sum_split_blocks(work)
+            self._update([w for w in work if w.item.grad is not None])
             self.step_calls += 1
         return loss
 
     def _collect(self) -> list[Work]:
         work: list[Work] = []
         for group in self.param_groups:
+            hyper = _hyper(group)
             for tensor in group["params"]:
+                binding = self._bindings.get(id(tensor)) or self.binding_of(tensor)
                 grad = tensor.grad
-                binding = self.binding_of(tensor)
+                if grad is None:
+                    if binding is not None and binding.table.has_split_blocks:
+                        state = self.state.get(tensor, {})
+                        work.append(Work(binding, Item(binding.table, binding.plan, tensor, state, hyper)))
+                    continue
                 if binding is None:
                     # DeepSpeed's 16-bit wrappers step once with zero gradients inside their constructor
-                    if grad is not None and bool(grad.any()):
+                    if bool(grad.any()):
                         raise ValueError(self._unknown(tensor))
                     continue
-                if grad is not None and grad.is_sparse:
+                if grad.is_sparse:
                     raise ValueError(
                         f"{type(self).__name__} does not support sparse gradients (shape {tuple(grad.shape)}). "
                         f"Build the embedding with sparse=False."
                     )
-                reduces = self.shares_second_moment and bool(
-                    binding.table.dp_slots.numel() or binding.table.tp_slots.numel()
-                )
-                if grad is None and not reduces:
-                    continue
-                flat = None if grad is None else grad.detach().reshape(-1)
-                state = self._state_of(tensor) if grad is not None else self.state.get(tensor, {})
-                work.append(Work(group, tensor, flat, binding, state))
+                state = self._state_of(tensor)
+                item = Item(binding.table, binding.plan, tensor, state, hyper, grad.contiguous())
+                work.append(Work(binding, item))
         return work
+
+    def _sum_split_blocks(self, work: Sequence[Work]) -> None:
+        split = [w for w in work if w.binding.table.has_split_blocks]
+        for kernels, some in _by_kernels(split).items():
+            kernels.sum_split_blocks([w.item for w in some])
+        # one call for all, so that every rank's collectives come in the same order
+        reduce_block_sums_([(cast("torch.Tensor", w.item.sums), w.binding.table, w.binding.groups) for w in split])
+
+    def _update(self, work: Sequence[Work]) -> None:
+        scattered = [w.item for w in work if not w.item.param.is_contiguous()]
+        originals = [item.param for item in scattered]
+        for item in scattered:
+            item.param = item.param.contiguous()
+        for kernels, some in _by_kernels(work).items():
+            kernels.step_([w.item for w in some])
+        for item, original in zip(scattered, originals, strict=True):
+            original.copy_(item.param)
 
     def _unknown(self, tensor: torch.Tensor) -> str:
         return (
@@ -250,37 +270,8 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
     def _new_second_moment(self, tensor: torch.Tensor) -> torch.Tensor:
         """Zeros in the form that this optimizer keeps in memory."""
 
-    @abstractmethod
-    def _update_second_moments(self, work: Sequence[Work]) -> None:
-        """Update ``exp_avg_sq`` of all tensors; the only place that may communicate."""
-
-    def _apply(self, item: Work) -> None:
-        assert item.grad is not None
-        item.state["step"] += 1
-        exp_avg = update_exp_avg_(item.state["exp_avg"].view(-1), item.grad, beta1=item.group["betas"][0])
-        data = item.tensor.detach()
-        if data.dtype in _WIDE and data.is_contiguous():
-            self._update_param(item, data.view(-1), exp_avg)
-        else:
-            flat = data.to(wide_dtype(data.dtype), copy=True).reshape(-1)
-            self._update_param(item, flat, exp_avg)
-            data.copy_(flat.view(data.shape))
-
-    def _update_param(self, item: Work, param: torch.Tensor, exp_avg: torch.Tensor) -> None:
-        group, step, table = item.group, item.state["step"], item.binding.table
-        beta1, beta2 = group["betas"]
-        lr, lr_floor = float(group["lr"]), lr_floor_of(group)
-        decay_(param, table, lr=lr, lr_floor=lr_floor, weight_decay=group["weight_decay"])
-        denom = denominator(item.state["exp_avg_sq"].view(-1), step=step, beta2=beta2, eps=group["eps"])
-        step_(
-            param,
-            exp_avg,
-            denom,
-            table,
-            lr=lr,
-            lr_floor=lr_floor,
-            bias_correction1=1 - beta1**step,
-        )
+    def _before_update(self, work: Sequence[Work]) -> None:
+        """Called once a step before anything changes; may communicate."""
 
     # ------------------------------------------------------------------ state
 
@@ -294,6 +285,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
             if state and "exp_avg_sq" in state:
                 packed["state"][index] = {
                     **state,
+                    "step": int(state["step"]),
                     "exp_avg_sq": self._saved_second_moment(tensor, state["exp_avg_sq"]),
                 }
         return packed
@@ -347,6 +339,18 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a parameter of ``dtype`` is updated: fp32, or fp64 for fp64."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def _hyper(group: dict[str, Any]) -> Hyper:
+    lr, (beta1, beta2) = group["lr"], group["betas"]
+    return Hyper(lr, lr_floor_of(group), beta1, beta2, group["eps"], group["weight_decay"])
+
+
+def _by_kernels(work: Sequence[Work]) -> dict[Kernels, list[Work]]:
+    sorted_out: dict[Kernels, list[Work]] = {}
+    for w in work:
+        sorted_out.setdefault(w.binding.kernels, []).append(w)
+    return sorted_out
 
 
 def _like(value: torch.Tensor, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

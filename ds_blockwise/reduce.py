@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from ds_blockwise.table import SegmentTable
+from ds_blockwise.table import SegmentTable, Slots
 
 
 @dataclass(frozen=True)
@@ -45,20 +45,20 @@ def reduce_block_sums_(
     Args:
         work: per stepped tensor its block sums (fp64, shape ``(num_slots,)``), its table and its process groups.
     """
-    _reduce_over(work, lambda groups: groups.dp_group, lambda table: table.dp_slots)
-    _reduce_over(work, lambda groups: groups.tp_group, lambda table: table.tp_slots)
+    _reduce_over(work, lambda groups: groups.dp_group, lambda slots: slots.dp_slots)
+    _reduce_over(work, lambda groups: groups.tp_group, lambda slots: slots.tp_slots)
 
 
 def _reduce_over(
     work: Sequence[tuple[torch.Tensor, SegmentTable, ReductionGroups]],
     group_of: Callable[[ReductionGroups], dist.ProcessGroup | None],
-    slots_of: Callable[[SegmentTable], torch.Tensor],
+    slots_of: Callable[[Slots], torch.Tensor],
 ) -> None:
     batches: dict[dist.ProcessGroup, list[tuple[torch.Tensor, torch.Tensor, ReductionGroups]]] = {}
     for sums, table, groups in work:
-        group, slots = group_of(groups), slots_of(table)
+        group, slots = group_of(groups), slots_of(table.on(sums.device))
         if group is not None and slots.numel():
-            batches.setdefault(group, []).append((sums, slots.to(sums.device), groups))
+            batches.setdefault(group, []).append((sums, slots, groups))
     for group, members in batches.items():
         device = members[0][2].device or members[0][0].device
         vector = torch.cat([sums[slots].to(device) for sums, slots, _ in members])

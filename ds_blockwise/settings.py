@@ -13,6 +13,7 @@ from ds_blockwise.policy import suggest
 
 MomentumDtype = Literal["fp32", "bf16"]
 MOMENTUM_DTYPES: tuple[MomentumDtype, ...] = ("fp32", "bf16")
+BACKENDS = ("auto", "cpp", "triton", "reference")
 
 OPTIMIZER_KEYS = (
     "lr",
@@ -24,6 +25,7 @@ OPTIMIZER_KEYS = (
     "granularity",
     "rules",
     "momentum_dtype",
+    "backend",
 )
 
 # Keys that DeepSpeed's own AdamW takes in the JSON; accepted at the one value that says what we do anyway, so that only
@@ -82,6 +84,17 @@ def check_momentum_dtype(value: object) -> MomentumDtype:
         if value == known:
             return known
     raise ValueError(f"momentum_dtype must be one of {', '.join(MOMENTUM_DTYPES)}, got {value!r}")
+
+
+def check_backend(value: object) -> str:
+    """Return ``value`` if it names a kernel backend; whether it can be had is another question.
+
+    Raises:
+        ValueError: unknown backend.
+    """
+    if isinstance(value, str) and value in BACKENDS:
+        return value
+    raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {value!r}{suggest(str(value), BACKENDS)}")
 
 
 def check_extra_keys(optimizer: str, extra: Mapping[str, object]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -102,6 +102,15 @@ class MultiplierRun:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """The index tensors of a table on one device; see `SegmentTable` for what they mean."""
+
+    slot_numel: torch.Tensor
+    dp_slots: torch.Tensor
+    tp_slots: torch.Tensor
+
+
 @dataclass(frozen=True)
 class SegmentTable:
     """Segments of one stepped tensor.
@@ -130,6 +139,18 @@ class SegmentTable:
     slot_numel: torch.Tensor
     dp_slots: torch.Tensor
     tp_slots: torch.Tensor
+    _slots_on: dict[torch.device, Slots] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def has_split_blocks(self) -> bool:
+        """Whether any of its sums travels, those that only pass through included."""
+        return bool(self.dp_slots.numel() or self.tp_slots.numel())
+
+    def on(self, device: torch.device) -> Slots:
+        """Its index tensors on a device, copied there once, so that a step never waits for the host."""
+        if device not in self._slots_on:
+            self._slots_on[device] = Slots(*(t.to(device) for t in (self.slot_numel, self.dp_slots, self.tp_slots)))
+        return self._slots_on[device]
 
     @property
     def num_slots(self) -> int:

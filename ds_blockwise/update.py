@@ -55,9 +55,15 @@ def update_second_moment_(exp_avg_sq: torch.Tensor, sums: torch.Tensor, table: S
         table: gives the blocks' sizes.
         beta2: decay rate of the second moment.
     """
-    numel = table.slot_numel[: table.num_blocks].to(sums.device)
+    numel = table.on(sums.device).slot_numel[: table.num_blocks]
     mean = (sums[: table.num_blocks] / numel).to(exp_avg_sq.dtype)
     exp_avg_sq.mul_(beta2).add_(mean, alpha=1 - beta2)
+
+
+def update_exp_avg_sq_(exp_avg_sq: torch.Tensor, grad: torch.Tensor, *, beta2: float) -> None:
+    """``v = beta2 * v + (1 - beta2) * g^2`` element by element, in place; both 1-D, ``exp_avg_sq`` fp32 or fp64."""
+    grad = grad.to(exp_avg_sq.dtype)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
 
 
 def update_exp_avg_(exp_avg: torch.Tensor, grad: torch.Tensor, *, beta1: float) -> torch.Tensor:

@@ -21,6 +21,8 @@ ORDER = [
     "table",
     "reduce",
     "update",
+    "kernels",
+    "backends",
     "settings",
     "optimizer",
     "adamw",
