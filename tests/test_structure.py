@@ -22,6 +22,10 @@ ORDER = [
     "reduce",
     "update",
     "kernels",
+    "cpp_build",
+    "cpp_kernels",
+    "triton_plan",
+    "triton_kernels",
     "backends",
     "settings",
     "optimizer",
@@ -42,7 +46,7 @@ ALLOWED = {
     "megatron": set(),
     "megatron_patch": set(),
     "transformers": set(),
-    "triton": set(),
+    "triton": {"triton_kernels"},
 }
 
 

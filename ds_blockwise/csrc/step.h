@@ -1,0 +1,232 @@
+// SPDX-License-Identifier: Apache-2.0
+// The update of consecutive elements, and of a plan's segments. AdamW: arXiv 1711.05101, algorithm 2; one second moment
+// per block: arXiv 2406.16793, algorithm 1; a learning rate per block: arXiv 2502.19002, section 5.
+#pragma once
+
+#include <cmath>
+
+#include "numbers.h"
+#include "plan.h"
+
+namespace blockwise {
+
+struct Scalars {
+  double lr, lr_floor, beta1, beta2, eps, weight_decay, bias_correction1, bias_correction2;
+};
+
+// One tensor in one step; P, G, M, W: dtypes of param, grad, exp_avg, and of arithmetic and exp_avg_sq.
+template <class P, class G, class M, class W>
+struct Tensors {
+  P* param;
+  const G* grad;
+  M* exp_avg;
+  W* exp_avg_sq;
+  const double* sums;  // of split blocks, complete over all ranks; by slot
+  void* copy;          // 16-bit copy of the new parameters, or null
+  int32_t copy_is_bf16;
+};
+
+// Factors of a run, rounded once.
+template <class W>
+struct Factors {
+  W keep, decay, size;  // m += keep * (g - m); p *= decay; p -= size * m / denominator
+
+  Factors(const Run& run, const Scalars& s) {
+    const double lr = run.lr_multiplier * (s.lr - s.lr_floor) + s.lr_floor;
+    keep = W(1 - s.beta1);
+    decay = W(1 - lr * s.weight_decay * run.weight_decay_multiplier);
+    size = W(lr / s.bias_correction1);
+  }
+};
+
+// Prefetches the cache lines of SquareSum::lanes elements.
+template <class T>
+inline void ask_for(const T* at) {
+  constexpr int64_t line = 64 / sizeof(T);
+  for (int64_t k = 0; k < SquareSum::lanes; k += line) __builtin_prefetch(at + k);
+}
+
+template <class P, class G, class M, class W>
+class Step {
+ public:
+  Step(Plan& plan, const Tensors<P, G, M, W>& tensors, const Scalars& scalars)
+      : plan_(plan), t_(tensors), s_(scalars), root_(W(1 / std::sqrt(scalars.bias_correction2))) {}
+
+  void sum(const Sum& sum) const {
+    for (int64_t i = 0; i < sum.count; ++i)
+      plan_.partial[sum.partial + i] = sum_squares(t_.grad + sum.start + i * sum.numel, sum.numel);
+  }
+
+  void sum(const ColumnSum& sum) const {
+    double columns[512] = {};
+    for (int64_t r = 0; r < sum.repeat; ++r) {
+      const G* g = t_.grad + sum.start + r * sum.stride;
+#pragma omp simd
+      for (int64_t c = 0; c < sum.columns; ++c) {
+        const double x = load(g[c]);
+        columns[c] += x * x;
+      }
+    }
+    for (int64_t c = 0; c < sum.columns; c += sum.numel) {
+      double total = 0;
+      for (int64_t k = 0; k < sum.numel; ++k) total += columns[c + k];
+      plan_.partial[sum.partial + c / sum.numel] = total;
+    }
+  }
+
+  double combined(const Group& group, const Combined& block) const {
+    double total = 0;
+    for (int64_t i = block.first; i < block.last; ++i) total += plan_.partial[group.partials[i]];
+    return total;
+  }
+
+  // v = beta2 * v + (1 - beta2) * mean; the mean is rounded first, as the reference does
+  void complete(int64_t slot, double sum) const {
+    const W mean = W(sum / plan_.slot_numel[slot]);
+    W& v = t_.exp_avg_sq[slot];
+    v = W(s_.beta2) * v + W(1 - s_.beta2) * mean;
+  }
+
+  void fill(const Stripe& stripe) const {
+    const Factors<W> f(plan_.runs[stripe.run], s_);
+    for (int64_t c = 0; c < stripe.columns; ++c)
+      plan_.column_scale[stripe.first + c] = scale(f, stripe.slot + c / stripe.numel);
+  }
+
+  void update(const Segment& segment) const {
+    const Factors<W> f(plan_.runs[segment.run], s_);
+    const bool copies = t_.copy != nullptr;
+    switch (segment.kind) {
+      case Kind::elements:
+        elements(f, segment.start, segment.numel, t_.exp_avg_sq + segment.slot);
+        break;
+      case Kind::columns:
+        columns(f, segment.start, segment.numel, plan_.column_scale.data() + segment.slot);
+        break;
+      case Kind::blocks:
+        blocks(f, segment);
+        break;
+      case Kind::given:
+        for (int64_t i = 0; i < segment.count; ++i)
+          block(f, segment.start + i * segment.numel, segment.numel, W(scale(f, segment.slot + i)));
+        break;
+    }
+    if (copies) copy(segment.start, segment.count * segment.numel);
+  }
+
+ private:
+  // lr / bias_correction1 / (sqrt(v / bias_correction2) + eps): one division per block instead of one per element
+  double scale(const Factors<W>& f, int64_t slot) const {
+    const W denominator = std::sqrt(t_.exp_avg_sq[slot]) * root_ + W(s_.eps);
+    return double(f.size) / double(denominator);
+  }
+
+  void block(const Factors<W>& f, int64_t start, int64_t n, W scale) const {
+    P* __restrict__ p = t_.param + start;
+    const G* __restrict__ g = t_.grad + start;
+    M* __restrict__ m = t_.exp_avg + start;
+    const W keep = f.keep, decay = f.decay;
+#pragma omp simd
+    for (int64_t k = 0; k < n; ++k) {
+      const W old = W(load(m[k]));
+      const W now = old + keep * (W(load(g[k])) - old);
+      store(m[k], now);
+      store(p[k], W(load(p[k])) * decay - scale * now);
+    }
+  }
+
+  // Updates a block while it sums the next one, so that parameters, state and gradients stream from memory all the
+  // time, as in a kernel that needs no sums; summing and updating in turn was measured 10% slower.
+  void blocks(const Factors<W>& f, const Segment& segment) const {
+    const int64_t n = segment.numel;
+    double sum = 0;
+    for (int64_t k = 0; k < n; k += kPiece) sum += sum_squares(t_.grad + segment.start + k, std::min(kPiece, n - k));
+    for (int64_t i = 0; i < segment.count; ++i) {
+      const int64_t start = segment.start + i * n, slot = segment.slot + i;
+      complete(slot, sum);
+      const W factor = W(scale(f, slot));
+      if (i + 1 == segment.count)
+        block(f, start, n, factor);
+      else
+        sum = block_and_next_sum(f, start, n, factor);
+    }
+  }
+
+  double block_and_next_sum(const Factors<W>& f, int64_t start, int64_t n, W scale) const {
+    constexpr int64_t lanes = SquareSum::lanes;
+    const G* next = t_.grad + start + n;
+    SquareSum squares;
+    double sum = 0;
+    for (int64_t from = 0; from < n; from += kPiece) {
+      const int64_t to = std::min(from + kPiece, n);
+      int64_t k = from;
+      for (; k + lanes <= to; k += lanes) {
+        ask_for(next + k + kAhead);
+        ask_for(t_.param + start + k + kNear), ask_for(t_.exp_avg + start + k + kNear);
+        squares.add(next + k);
+        block(f, start + k, lanes, scale);
+      }
+      squares.add(next + k, to - k);
+      block(f, start + k, to - k, scale);
+      sum += squares.take();
+    }
+    return sum;
+  }
+
+  void columns(const Factors<W>& f, int64_t start, int64_t n, const double* __restrict__ scales) const {
+    P* __restrict__ p = t_.param + start;
+    const G* __restrict__ g = t_.grad + start;
+    M* __restrict__ m = t_.exp_avg + start;
+    const W keep = f.keep, decay = f.decay;
+#pragma omp simd
+    for (int64_t k = 0; k < n; ++k) {
+      const W old = W(load(m[k]));
+      const W now = old + keep * (W(load(g[k])) - old);
+      store(m[k], now);
+      store(p[k], W(load(p[k])) * decay - W(scales[k]) * now);
+    }
+  }
+
+  void elements(const Factors<W>& f, int64_t start, int64_t n, W* __restrict__ v) const {
+    P* __restrict__ p = t_.param + start;
+    const G* __restrict__ g = t_.grad + start;
+    M* __restrict__ m = t_.exp_avg + start;
+    const W keep = f.keep, decay = f.decay, size = f.size, root = root_, eps = W(s_.eps);
+    const W beta2 = W(s_.beta2), keep2 = W(1 - s_.beta2);
+    constexpr int64_t lanes = SquareSum::lanes;
+    for (int64_t from = 0; from < n; from += lanes) {
+      const int64_t to = std::min(from + lanes, n);
+      ask_for(p + from + kNear), ask_for(g + from + kNear), ask_for(m + from + kNear), ask_for(v + from + kNear);
+#pragma omp simd
+      for (int64_t k = from; k < to; ++k) {
+        const W grad = W(load(g[k])), old = W(load(m[k]));
+        const W now = old + keep * (grad - old);
+        const W square = beta2 * v[k] + keep2 * grad * grad;
+        store(m[k], now);
+        v[k] = square;
+        store(p[k], W(load(p[k])) * decay - size * (now / (std::sqrt(square) * root + eps)));
+      }
+    }
+  }
+
+  void copy(int64_t start, int64_t n) const {
+    if (t_.copy_is_bf16)
+      copy_as(static_cast<bfloat16*>(t_.copy) + start, start, n);
+    else
+      copy_as(static_cast<float16*>(t_.copy) + start, start, n);
+  }
+
+  template <class C>
+  void copy_as(C* __restrict__ to, int64_t start, int64_t n) const {
+    const P* __restrict__ p = t_.param + start;
+#pragma omp simd
+    for (int64_t k = 0; k < n; ++k) store(to[k], W(load(p[k])));
+  }
+
+  Plan& plan_;
+  Tensors<P, G, M, W> t_;
+  Scalars s_;
+  W root_;
+};
+
+}  // namespace blockwise
