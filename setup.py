@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Package metadata. The package itself needs only torch; every host is an extra."""
+"""Package metadata. The package itself needs torch and ninja (to compile its kernels); every host is an extra."""
 
 from pathlib import Path
 
@@ -15,10 +15,10 @@ EXTRAS = {
         "adam-mini==1.1.1",
         "hypothesis",
         "mypy",
-        "ninja",
         "pytest",
         "pytest-timeout",
         "ruff",
+        'triton>=3.2; platform_system == "Linux"',
         "types-PyYAML",
         "types-tqdm",
     ],
@@ -33,8 +33,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=["ds_blockwise", "megatron_patch"],
-    package_data={"ds_blockwise": ["py.typed"], "megatron_patch": ["py.typed"]},
-    install_requires=["torch>=2.6"],
+    package_data={"ds_blockwise": ["py.typed", "csrc/*"], "megatron_patch": ["py.typed"]},
+    install_requires=["torch>=2.6", "ninja"],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["ds-blockwise=ds_blockwise.cli:main"]},
 )

@@ -66,11 +66,11 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
         Universal checkpoints write per-element values straight into ``state``, so a load is noticed here and not
         only in ``load_state_dict``.
         """
+        own = self._own_second_moment
         foreign = [
             w
             for w in work
-            if "exp_avg_sq" in w.item.state
-            and self._own_second_moment.get(id(w.item.param)) is not w.item.state["exp_avg_sq"]
+            if "exp_avg_sq" in w.item.state and own.get(id(w.item.param)) is not w.item.state["exp_avg_sq"]
         ]
         if not foreign:
             return

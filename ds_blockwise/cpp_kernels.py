@@ -92,42 +92,49 @@ class CppKernels(Kernels):
 
     def step_(self, items: Sequence[Item]) -> None:
         """See `Kernels.step_`."""
-        scalars = array("d")
+        rows = self._rows(items)
+        scalars: list[float] = []
         for item in items:
             h, state = item.hyper, item.state
             state["step"] = step = int(state["step"]) + 1
-            lr = float(h.lr)
             corrections = (1 - h.beta1**step, 1 - h.beta2**step)
-            scalars.extend((lr, h.lr_floor, h.beta1, h.beta2, h.eps, h.weight_decay, *corrections))
-        rows = self._rows(items)
+            scalars += (float(h.lr), h.lr_floor, h.beta1, h.beta2, h.eps, h.weight_decay, *corrections)
+        values = array("d", scalars)  # named: the address does not keep it alive
         threads = ctypes.c_int64(torch.get_num_threads())
-        self._step(ctypes.c_int64(len(items)), _address(rows), _address(scalars), threads)
+        self._step(ctypes.c_int64(len(items)), _address(rows), _address(values), threads)
         # autograd must hear of writes through raw addresses, or a backward through old values would go unnoticed
         increment_version([item.param for item in items])
 
     def _rows(self, items: Sequence[Item]) -> array[int]:
         """``Row`` of kernels.cpp, field by field."""
-        rows = array("q")
+        rows: list[int] = []
         for item in items:
-            param, grad, sums, copy = item.param, item.grad, item.sums, item.param_copy
-            exp_avg, exp_avg_sq = item.state["exp_avg"], item.state["exp_avg_sq"]
+            param, grad, state = item.param, item.grad, item.state
+            exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
             assert grad is not None
-            rows.extend(
-                (
-                    item.plan.handle,
-                    param.data_ptr(),
-                    grad.data_ptr(),
-                    exp_avg.data_ptr(),
-                    exp_avg_sq.data_ptr(),
-                    0 if sums is None else sums.data_ptr(),
-                    0 if copy is None else copy.data_ptr(),
-                    _CODES[param.dtype],
-                    _CODES[grad.dtype],
-                    _CODES[exp_avg.dtype],
-                    0 if copy is None else _CODES[copy.dtype],
-                )
+            if not (param.is_cpu and exp_avg.is_cpu):
+                raise ValueError(_moved(param, exp_avg))
+            rows += (
+                item.plan.handle,
+                param.data_ptr(),
+                grad.data_ptr(),
+                exp_avg.data_ptr(),
+                exp_avg_sq.data_ptr(),
+                0 if item.sums is None else item.sums.data_ptr(),
+                0 if item.param_copy is None else item.param_copy.data_ptr(),
+                _CODES[param.dtype],
+                _CODES[grad.dtype],
+                _CODES[exp_avg.dtype],
+                0 if item.param_copy is None else _CODES[item.param_copy.dtype],
             )
-        return rows
+        return array("q", rows)
+
+
+def _moved(param: torch.Tensor, exp_avg: torch.Tensor) -> str:
+    return (
+        f"a parameter of shape {tuple(param.shape)} is on {param.device} and its state on {exp_avg.device}, but it was "
+        f"on the CPU when the optimizer first saw it. Move the model before the first step, or make a new optimizer."
+    )
 
 
 def _address(values: array[int] | array[float]) -> ctypes.c_void_p:

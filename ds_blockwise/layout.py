@@ -64,6 +64,11 @@ class TensorShard:
         return cls(global_shape, dim, rank, chunks)
 
     @property
+    def is_even(self) -> bool:
+        """Whether every rank holds the same number of indices."""
+        return len({sum(end - start for start, end in ranges) for ranges in self.chunks}) == 1
+
+    @property
     def local_shape(self) -> tuple[int, ...]:
         """Shape of this rank's tensor."""
         local = sum(end - start for start, end in self.chunks[self.rank])

@@ -231,19 +231,22 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
 
     def _sum_split_blocks(self, work: Sequence[Work]) -> None:
         split = [w for w in work if w.binding.table.has_split_blocks]
-        for kernels, some in _by_kernels(split).items():
-            kernels.sum_split_blocks([w.item for w in some])
+        if not split:
+            return
+        for kernels, items in _by_kernels(split):
+            kernels.sum_split_blocks(items)
         # one call for all, so that every rank's collectives come in the same order
         reduce_block_sums_([(cast("torch.Tensor", w.item.sums), w.binding.table, w.binding.groups) for w in split])
 
     def _update(self, work: Sequence[Work]) -> None:
-        scattered = [w.item for w in work if not w.item.param.is_contiguous()]
-        originals = [item.param for item in scattered]
-        for item in scattered:
-            item.param = item.param.contiguous()
-        for kernels, some in _by_kernels(work).items():
-            kernels.step_([w.item for w in some])
-        for item, original in zip(scattered, originals, strict=True):
+        scattered: list[tuple[Item, torch.Tensor]] = []
+        for w in work:
+            if not w.item.param.is_contiguous():
+                scattered.append((w.item, w.item.param))
+                w.item.param = w.item.param.contiguous()
+        for kernels, items in _by_kernels(work):
+            kernels.step_(items)
+        for item, original in scattered:
             original.copy_(item.param)
 
     def _unknown(self, tensor: torch.Tensor) -> str:
@@ -346,11 +349,11 @@ def _hyper(group: dict[str, Any]) -> Hyper:
     return Hyper(lr, lr_floor_of(group), beta1, beta2, group["eps"], group["weight_decay"])
 
 
-def _by_kernels(work: Sequence[Work]) -> dict[Kernels, list[Work]]:
-    sorted_out: dict[Kernels, list[Work]] = {}
+def _by_kernels(work: Sequence[Work]) -> list[tuple[Kernels, list[Item]]]:
+    sorted_out: dict[Kernels, list[Item]] = {}
     for w in work:
-        sorted_out.setdefault(w.binding.kernels, []).append(w)
-    return sorted_out
+        sorted_out.setdefault(w.binding.kernels, []).append(w.item)
+    return list(sorted_out.items())
 
 
 def _like(value: torch.Tensor, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -7,6 +7,7 @@ tensor, and is the single input of every kernel besides the tensors themselves.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
@@ -141,7 +142,7 @@ class SegmentTable:
     tp_slots: torch.Tensor
     _slots_on: dict[torch.device, Slots] = field(default_factory=dict, repr=False, compare=False)
 
-    @property
+    @functools.cached_property
     def has_split_blocks(self) -> bool:
         """Whether any of its sums travels, those that only pass through included."""
         return bool(self.dp_slots.numel() or self.tp_slots.numel())
@@ -190,8 +191,9 @@ class SegmentTable:
 class _SlotBuilder:
     """Collects runs, slots and reduction orders parameter by parameter."""
 
-    def __init__(self, shares_second_moment: bool) -> None:
+    def __init__(self, shares_second_moment: bool, same_windows: bool) -> None:
         self.shares = shares_second_moment
+        self.same_windows = same_windows
         self.runs: list[TableRun] = []
         self.numels: list[torch.Tensor] = []
         self.through: list[float] = []
@@ -248,7 +250,10 @@ class _SlotBuilder:
         spec = placement.spec
         over_tp = tensor_split_blocks(spec.shape, spec.axis, spec.axis_spans(), placement.shard)
         over_dp = cut_blocks(view, placement.cuts)
-        if placement.cuts:
+        if self.same_windows and placement.shard is not None and placement.shard.dim != spec.axis:
+            # the tensor-parallel peers hold other columns of exactly these rows, so nobody else has to know the sums
+            over_tp &= slot_of.keys()
+        elif placement.cuts:
             # The local parts of a block cut by tensor parallelism may lie on different data-parallel ranks of the
             # tensor-parallel peers, so every rank must know the whole data-parallel sum before the second reduction.
             over_dp |= over_tp
@@ -287,7 +292,7 @@ def build_table(numel: int, placements: Sequence[Placement], *, shares_second_mo
         ValueError: a placement leaves the tensor or overlaps the one before it.
     """
     at = 0
-    builder = _SlotBuilder(shares_second_moment)
+    builder = _SlotBuilder(shares_second_moment, same_windows(placements))
     for placement in placements:
         if placement.flat_start < at or placement.flat_start + placement.numel > numel:
             raise ValueError(
@@ -307,6 +312,14 @@ def build_table(numel: int, placements: Sequence[Placement], *, shares_second_mo
         builder.slots(builder.dp),
         builder.slots(builder.tp),
     )
+
+
+def same_windows(placements: Sequence[Placement]) -> bool:
+    """Whether all tensor-parallel peers of this rank hold the same ranges of their shards of these parameters.
+
+    They do if every split is even: all their flat buffers then have the same offsets, whatever the host cuts them into.
+    """
+    return all(p.shard is None or p.shard.is_even for p in placements)
 
 
 def _merge_multipliers(runs: Sequence[TableRun]) -> list[MultiplierRun]:
@@ -348,14 +361,18 @@ def fingerprint(placements: Sequence[Placement], *, of_shards: bool) -> str:
     Args:
         placements: parameters of one stepped tensor in storage order.
         of_shards: True for data-parallel peers, which hold the same tensor-parallel shard and must know the same cuts;
-            False for tensor-parallel peers, which share only names, unsharded shapes and block settings.
+            False for tensor-parallel peers, which share names, unsharded shapes and block settings, and the held ranges
+            where the splits are even.
     """
     digest = hashlib.sha256()
+    windows = not of_shards and same_windows(placements)
     for p in placements:
         facts: tuple[object, ...] = (p.spec.fqn, p.spec.shape, p.spec.axis, p.spec.parts)
         facts += (p.shard.dim, p.shard.chunks) if p.shard else (None,)
         if of_shards:
             facts += (p.cuts, p.shard.rank if p.shard else 0)
+        if windows:
+            facts += (p.param_start, p.numel)
         digest.update(repr(facts).encode())
     return digest.hexdigest()
 

@@ -21,6 +21,8 @@ _DEFAULTS = {
 }
 for _name, _value in _DEFAULTS.items():
     os.environ.setdefault(_name, _value)
+if os.environ["DS_ACCELERATOR"] == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton kernels run on CPU tensors; read when triton is imported
 
 
 def pytest_configure(config: pytest.Config) -> None:

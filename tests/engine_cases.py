@@ -20,6 +20,8 @@ LR = 2e-2
 # A constant lr would hide an lr that is read too late. Rather rising than falling: a weight that
 # grew at a larger lr rounds by more than 1e-6 of a smaller one's update.
 LR_FACTORS = (0.7, 1.1, 0.9, 1.4, 1.2, 1.3)
+# every case runs with each; Triton's kernels run in its interpreter
+BACKENDS = ("cpp", "reference")
 DECAY_MULTIPLIERS = {"norm": 0.0, "key": 0.5}
 BETAS, EPS, WEIGHT_DECAY = (0.9, 0.95), 1e-6, 0.1
 FULL_NAME = {"mini": "BlockwiseAdamMini", "adamw": "BlockwiseAdamW"}
@@ -50,6 +52,7 @@ class Case:
     overrides: dict[str, float] = field(default_factory=dict)  # a rule for each parameter
     granularity: str = ""
     end_to_end: bool = False
+    backend: str = "auto"
 
 
 HEAD = -2  # stands for the model's rows per head
@@ -114,6 +117,7 @@ def settings_of(case: Case) -> dict[str, Any]:
             for name, multiplier in case.overrides.items()
         ],
         "momentum_dtype": case.params.get("momentum_dtype", "fp32"),
+        "backend": case.backend,
     }
 
 

@@ -36,9 +36,9 @@ def test_values_come_home_in_rank_order() -> None:
 
 def test_other_cases_go_on_after_a_rank_left_its_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     """One failing rank would hang the run in a collective, or hide the cases that follow."""
-    monkeypatch.setattr(distributed, "GRACE_S", 0.5)
+    monkeypatch.setattr(distributed, "GRACE_S", 2.0)
     names = ("fine", "raise", "sleep", "die", "last")
-    results = run_cases(_misbehave, 2, {name: name for name in names}, case_timeout=3.0)
+    results = run_cases(_misbehave, 2, {name: name for name in names}, case_timeout=6.0)
     assert results["fine"] is None
     assert results["last"] is None
     raised, slept, died = results["raise"], results["sleep"], results["die"]
@@ -47,7 +47,7 @@ def test_other_cases_go_on_after_a_rank_left_its_peers(monkeypatch: pytest.Monke
     assert "RuntimeError: the reason" in raised
     assert "barrier" in raised, "the stack of the rank that waits for it is missing"
     assert slept is not None
-    assert "still running after 3 s" in slept
+    assert "still running after 6 s" in slept
     assert "_misbehave" in slept, "the stack of the rank that is stuck is missing"
     assert died is not None
     assert "process died, exit code 3" in died

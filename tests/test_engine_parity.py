@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from distributed import Outcome, fleet_outcome, passes
-from engine_cases import Case
+from engine_cases import BACKENDS, Case
 from engine_checks import run_case
 
 # Not imported here: a worker has to choose the accelerator before DeepSpeed looks for one.
@@ -191,7 +191,11 @@ def _mutants() -> Named:
 
 
 def _table(make: Callable[[], Named]) -> dict[str, tuple[int, Case]]:
-    return {name: (world_size, case) for name, world_size, case in make()}
+    return {
+        f"{name}-{backend}": (world_size, replace(case, backend=backend))
+        for name, world_size, case in make()
+        for backend in BACKENDS
+    }
 
 
 GRID, FAMILIES, PARTITIONS = _table(_grid), _table(_model_families), _table(_partitions)

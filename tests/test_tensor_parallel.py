@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import product
@@ -21,7 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import Outcome, RankContext, fleet_outcome, passes
-from engine_cases import BETAS, EPS, FULL_NAME, LR, LR_FACTORS, WEIGHT_DECAY
+from engine_cases import BACKENDS, BETAS, EPS, FULL_NAME, LR, LR_FACTORS, WEIGHT_DECAY
 from engine_checks import check_counters
 from engines import DTYPES, engine_config, feed_step, masters, open_engine, prepare_deepspeed
 from models import GradientPlan
@@ -60,6 +60,7 @@ class Case:
     value_tensor: bool = False
     poison: tuple[int, ...] = ()  # steps at which tensor-parallel rank 1 feeds a NaN
     end_to_end: bool = False
+    backend: str = "auto"
 
 
 # ---------------------------------------------------------------------------------------- the cut
@@ -165,6 +166,7 @@ def _config(case: Case) -> dict[str, Any]:
             "weight_decay": WEIGHT_DECAY,
             "weight_decay_multipliers": DECAY_MULTIPLIERS,
             "granularity": {"value": "tensor"} if case.value_tensor else {},
+            "backend": case.backend,
         },
         **({"gradient_clipping": case.clip} if case.clip else {}),
         **case.config,
@@ -329,8 +331,9 @@ def _cases() -> dict[str, tuple[int, Case]]:
     table: dict[str, tuple[int, Case]] = {}
 
     def add(kind: str, dp: int, case: Case) -> None:
-        name = f"{kind}-{case.shape}-z{case.stage}-{case.dtype}-{case.optimizer}-tp2-dp{dp}"
-        table[name] = (TP * dp, case)
+        for backend in BACKENDS:
+            name = f"{kind}-{case.shape}-z{case.stage}-{case.dtype}-{case.optimizer}-tp2-dp{dp}-{backend}"
+            table[name] = (TP * dp, replace(case, backend=backend))
 
     wrappers = ((0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16"))
     for dp, optimizer, (stage, dtype) in product((1, 2), ("adamw", "mini"), wrappers):
