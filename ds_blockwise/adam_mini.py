@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from ds_blockwise.optimizer import Binding, BlockwiseOptimizer, Work, wide_dtype
+from ds_blockwise.optimizer import BlockwiseOptimizer, wide_dtype
 from ds_blockwise.reduce import any_rank, reduce_block_sums_
 from ds_blockwise.update import block_sums
+from ds_blockwise.work import Binding, Work
 
 
 class BlockwiseAdamMini(BlockwiseOptimizer):

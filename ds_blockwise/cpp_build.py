@@ -17,6 +17,7 @@ import logging
 import os
 import platform
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -102,7 +103,8 @@ def library() -> ctypes.CDLL:
     from torch.utils import cpp_extension
 
     name = f"ds_blockwise_cpu_{_cache_key()}"
-    folder = Path(cpp_extension.get_default_build_root()) / name
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    folder = Path(root) / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _only_builder(folder), _ninja_on_path():
@@ -118,7 +120,8 @@ def library() -> ctypes.CDLL:
                 with_cuda=False,
             )
         return ctypes.CDLL(str(folder / f"{name}.so"))
-    except (OSError, RuntimeError) as error:
-        lines = str(error).splitlines()
-        first = [line for line in lines if "error" in line.lower()][1:3] or lines[-3:]
-        raise BuildError(f"compiling {SOURCES / 'kernels.cpp'} in {folder} failed: {' | '.join(first)}") from error
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        output = getattr(error, "output", None) or b""
+        lines = [*str(error).splitlines(), *output.decode(errors="replace").splitlines()]
+        said = [line for line in lines if "error" in line.lower()][1:3] or lines[-3:]
+        raise BuildError(f"compiling {SOURCES / 'kernels.cpp'} in {folder} failed: {' | '.join(said)}") from error

@@ -331,13 +331,16 @@ def _check_agreement(
     ]
     peers = _if_many(_or_world(engine.seq_data_parallel_group))
     for what, group, of_shards in (("data", peers, True), ("tensor", tp_group, False)):
-        digests = [fingerprint(item.placements, of_shards=of_shards) for item in stepped]
+        digests = [
+            (fingerprint(item.placements, of_shards=of_shards), optimizer.backend_of(item.tensor)) for item in stepped
+        ]
         different = disagreement(repr((settings, digests)), group)
         message = None
         if different:
             message = (
-                f"{what}-parallel ranks {different} of the group disagree with its rank 0 about parameters, blocks or "
-                f"settings. Every rank must build the same model with the same JSON."
+                f"{what}-parallel ranks {different} of the group disagree with its rank 0 about parameters, blocks, "
+                f"settings or kernels. Every rank must build the same model with the same JSON; if a machine cannot "
+                f'compile the kernels (it says so in its log), set "backend": "reference" for all.'
             )
         message = first_error(message)
         if message is not None:

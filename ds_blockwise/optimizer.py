@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
@@ -17,7 +16,7 @@ from torch.optim.optimizer import ParamsT
 
 from ds_blockwise.backends import kernels_for
 from ds_blockwise.blocks import BlockSpec, apply_policy
-from ds_blockwise.kernels import Hyper, Item, Kernels
+from ds_blockwise.kernels import Item
 from ds_blockwise.layout import TensorShard
 from ds_blockwise.policy import BlockPolicy
 from ds_blockwise.reduce import LOCAL, ReductionGroups, reduce_block_sums_
@@ -29,28 +28,7 @@ from ds_blockwise.settings import (
     check_momentum_dtype,
 )
 from ds_blockwise.table import Placement, SegmentTable, build_table, whole_placement
-
-
-@dataclass(frozen=True)
-class Binding:
-    """A stepped tensor with its segments, the ranks that share its blocks and the kernels that step it.
-
-    Holds the tensor, so that its id, by which bindings are found, is not given to another one.
-    """
-
-    tensor: torch.Tensor
-    table: SegmentTable
-    groups: ReductionGroups
-    kernels: Kernels
-    plan: Any
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """One tensor in one step: what its kernels get, and whose memory it is."""
-
-    binding: Binding
-    item: Item
+from ds_blockwise.work import Binding, Work, by_kernels, hyper_of
 
 
 class BlockwiseOptimizer(torch.optim.AdamW, ABC):
@@ -85,6 +63,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         self.step_calls = 0
         self._bindings: dict[int, Binding] = {}
         self._own_second_moment: dict[int, torch.Tensor] = {}
+        self._copies: dict[int, torch.Tensor] = {}
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         check_group(defaults, "")
         # AdamW's own constructor would add switches (fused, foreach, ...) that mean nothing here
@@ -116,8 +95,8 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # AdamW's version adds its switches to every group and turns step into a tensor
         torch.optim.Optimizer.__setstate__(self, state)
-        self.__dict__.setdefault("_bindings", {})
-        self.__dict__.setdefault("_own_second_moment", {})
+        for by_id in ("_bindings", "_own_second_moment", "_copies"):
+            self.__dict__.setdefault(by_id, {})
 
     # ---------------------------------------------------------------- binding
 
@@ -137,6 +116,33 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         plan = kernels.plan(table, tensor.device)
         self._bindings[id(tensor)] = Binding(tensor, table, groups, kernels, plan)
         return table
+
+    def backend_of(self, tensor: torch.Tensor) -> str | None:
+        """Name of the backend that steps a tensor; None if the tensor is unknown."""
+        binding = self.binding_of(tensor)
+        return None if binding is None else binding.kernels.name
+
+    def write_copy(self, param: torch.Tensor, copy: torch.Tensor) -> None:
+        """Round every new value of a parameter into a 16-bit tensor, in the pass that computes it.
+
+        For your own training loops with fp32 master weights and a bf16 or fp16 model: saves reading the masters
+        again. DeepSpeed's ZeRO makes its own copy.
+
+        Args:
+            param: one of this optimizer's parameters.
+            copy: contiguous bf16 or fp16 tensor of its shape on its device; changed by every `step`.
+
+        Raises:
+            ValueError: the copy does not fit.
+        """
+        fits = copy.shape == param.shape and copy.device == param.device and copy.is_contiguous()
+        if not fits or copy.dtype not in (torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"the copy of a parameter of shape {tuple(param.shape)} on {param.device} must be a contiguous bf16 or "
+                f"fp16 tensor of that shape on that device, got {copy.dtype} {tuple(copy.shape)} on {copy.device}"
+                f"{'' if copy.is_contiguous() else ', not contiguous'}."
+            )
+        self._copies[id(param)] = copy.detach()
 
     def spec_of(self, spec: BlockSpec) -> BlockSpec:
         """Return ``spec`` with this optimizer's settings.
@@ -205,7 +211,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
     def _collect(self) -> list[Work]:
         work: list[Work] = []
         for group in self.param_groups:
-            hyper = _hyper(group)
+            hyper = hyper_of(group)
             for tensor in group["params"]:
                 binding = self._bindings.get(id(tensor)) or self.binding_of(tensor)
                 grad = tensor.grad
@@ -225,7 +231,8 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
                         f"Build the embedding with sparse=False."
                     )
                 state = self._state_of(tensor)
-                item = Item(binding.table, binding.plan, tensor, state, hyper, grad.contiguous())
+                copy = self._copies.get(id(tensor))
+                item = Item(binding.table, binding.plan, tensor, state, hyper, grad.contiguous(), None, copy)
                 work.append(Work(binding, item))
         return work
 
@@ -233,7 +240,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         split = [w for w in work if w.binding.table.has_split_blocks]
         if not split:
             return
-        for kernels, items in _by_kernels(split):
+        for kernels, items in by_kernels(split):
             kernels.sum_split_blocks(items)
         # one call for all, so that every rank's collectives come in the same order
         reduce_block_sums_([(cast("torch.Tensor", w.item.sums), w.binding.table, w.binding.groups) for w in split])
@@ -244,7 +251,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
             if not w.item.param.is_contiguous():
                 scattered.append((w.item, w.item.param))
                 w.item.param = w.item.param.contiguous()
-        for kernels, items in _by_kernels(work):
+        for kernels, items in by_kernels(work):
             kernels.step_(items)
         for item, original in scattered:
             original.copy_(item.param)
@@ -344,32 +351,5 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _hyper(group: dict[str, Any]) -> Hyper:
-    lr, (beta1, beta2) = group["lr"], group["betas"]
-    return Hyper(lr, lr_floor_of(group), beta1, beta2, group["eps"], group["weight_decay"])
-
-
-def _by_kernels(work: Sequence[Work]) -> list[tuple[Kernels, list[Item]]]:
-    sorted_out: dict[Kernels, list[Item]] = {}
-    for w in work:
-        sorted_out.setdefault(w.binding.kernels, []).append(w.item)
-    return list(sorted_out.items())
-
-
 def _like(value: torch.Tensor, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return value.detach().to(tensor.device, dtype, copy=True).reshape(tensor.shape).contiguous()
-
-
-def set_lr(group: dict[str, Any], lr: float, lr_floor: float) -> None:
-    """Set a group's base learning rate together with the floor that its blocks decay to (schedules only)."""
-    group["lr"] = lr
-    group["lr_floor"] = (lr, lr_floor)
-
-
-def lr_floor_of(group: dict[str, Any]) -> float:
-    """The floor that a schedule set together with the group's present ``lr``.
-
-    0 if none did, or if something else has set ``lr`` since: a checkpoint's floor must not outlive its schedule.
-    """
-    lr, lr_floor = group.get("lr_floor", (None, 0.0))
-    return float(lr_floor) if lr == group["lr"] else 0.0

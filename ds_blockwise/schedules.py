@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from ds_blockwise.optimizer import set_lr
 from ds_blockwise.settings import number
+from ds_blockwise.work import set_lr
 
 
 class _BlockwiseSchedule(ABC):

@@ -28,6 +28,7 @@ ORDER = [
     "triton_kernels",
     "backends",
     "settings",
+    "work",
     "optimizer",
     "adamw",
     "adam_mini",
