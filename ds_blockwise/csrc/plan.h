@@ -123,8 +123,9 @@ class Planner {
            Kind::elements);
   }
 
-  bool alone(const Run& run, int64_t slot) const {
-    return pieces_[slot] == 1 && !is_split_[slot] && run.numel <= kFused;
+  Kind kind_of(const Run& run, int64_t slot) const {
+    if (pieces_[slot] != 1 || is_split_[slot] || run.numel > kFused) return Kind::given;
+    return run.numel == 1 && plan_.slot_numel[slot] == 1 ? Kind::elements : Kind::blocks;
   }
 
   void add_shared(int32_t index) {
@@ -137,16 +138,13 @@ class Planner {
     for (int64_t r = 0; r < run.repeat; ++r) {
       const int64_t start = run.start + r * run.repeat_stride, slot = run.slot + r * run.block_stride;
       for (int64_t i = 0; i < run.count;) {
-        const bool fused = alone(run, slot + i), split = is_split_[slot + i];
+        const Kind kind = kind_of(run, slot + i);
+        const bool split = is_split_[slot + i];
         int64_t end = i + 1;
-        while (end < run.count && alone(run, slot + end) == fused && bool(is_split_[slot + end]) == split) ++end;
+        while (end < run.count && kind_of(run, slot + end) == kind && bool(is_split_[slot + end]) == split) ++end;
         const int64_t at = start + i * run.numel;
-        if (fused) {
-          push(at, end - i, run.numel, slot + i, index, run.numel == 1 ? Kind::elements : Kind::blocks);
-        } else {
-          push(at, end - i, run.numel, slot + i, index, Kind::given);
-          push_sums(at, end - i, run.numel, slot + i, split);
-        }
+        push(at, end - i, run.numel, slot + i, index, kind);
+        if (kind == Kind::given) push_sums(at, end - i, run.numel, slot + i, split);
         i = end;
       }
     }
