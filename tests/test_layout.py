@@ -8,7 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ds_blockwise.blocks import RoleSpan, TensorStructure, apply_policy
 from ds_blockwise.layout import AxisSpan, TensorShard, cut_blocks, local_view, runs_of_range, tensor_split_blocks
+from ds_blockwise.naming import Role
+from ds_blockwise.policy import BlockPolicy
+from ds_blockwise.table import Placement, build_table
 
 
 def spans_of(cuts, granularities):
@@ -153,6 +157,39 @@ def test_random_fused_layouts(data):
     check_everything(
         shape, axis, spans_of(cuts, granularities), tp, dp, tp_dim=tp_dim, uneven=data.draw(st.integers(0, 5))
     )
+
+
+def row_parallel_tables(chunks, windows):
+    """Tables of all (dp, tp) ranks of an 8 x 8 weight whose columns are split, cut into flat windows."""
+    structure = TensorStructure("mlp.down_proj.weight", (8, 8), 0, (RoleSpan(0, 8, Role.FFN),), False)
+    spec = apply_policy(structure, BlockPolicy.parse(None, None, None, None))
+    tables = {}
+    for tp, held in enumerate(chunks):
+        shard = TensorShard((8, 8), 1, tp, chunks)
+        columns = sum(end - start for start, end in held)
+        for dp, (low, high) in enumerate(windows(8 * columns)):
+            cuts = tuple(end for _, end in windows(8 * columns)[:-1])
+            placement = Placement(spec, shard, 0, low, high - low, cuts)
+            tables[dp, tp] = build_table(high - low, [placement], shares_second_moment=True)
+    return tables
+
+
+def halves(numel):
+    return [(0, numel // 2 + 1), (numel // 2 + 1, numel)]
+
+
+def test_evenly_split_rows_travel_only_where_they_are_held():
+    """All rows of every row-parallel weight on every data-parallel rank were more than 0.1% of the gradient at tp 8."""
+    for table in row_parallel_tables((((0, 4),), ((4, 8),)), halves).values():
+        assert table.tp_slots.numel() == table.num_blocks in (4, 5)
+        assert table.dp_slots.numel() == 1, "the one row that the cut goes through"
+        assert table.num_slots == table.num_blocks
+
+
+def test_unevenly_split_rows_travel_to_every_rank():
+    """Peers whose windows hold other rows would add sums of different rows."""
+    for table in row_parallel_tables((((0, 5),), ((5, 8),)), halves).values():
+        assert table.tp_slots.numel() == table.dp_slots.numel() == table.num_slots == 8
 
 
 def test_an_uneven_split_is_refused():

@@ -260,14 +260,8 @@ def _reference(case: Case) -> Callable[[dict[str, Tensor], float], dict[str, Ten
         model = _small_gpt(case, None).to(DTYPES[case.dtype]).float()
         tag_parameters(model)
     named = dict(model.named_parameters())
-    optimizer = BlockwiseAdamW(
-        model.parameters(),
-        lr=LR,
-        betas=BETAS,
-        eps=EPS,
-        weight_decay=WEIGHT_DECAY,
-        weight_decay_multipliers=DECAY_MULTIPLIERS,
-    )
+    settings = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY, "backend": case.backend}
+    optimizer = BlockwiseAdamW(model.parameters(), weight_decay_multipliers=DECAY_MULTIPLIERS, **settings)
 
     def step(gradients: dict[str, Tensor], lr: float) -> dict[str, Tensor]:
         optimizer.param_groups[0]["lr"] = lr
