@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup train compare test test-gpu lint clean
+.PHONY: setup train compare test test-gpu lint clean bench bench-kernels bench-gpu bench-communication bench-end-to-end
 
 setup: $(STAMP)
 
@@ -22,6 +22,21 @@ train: setup
 compare: setup
 	$(BIN)/python launch/prepare_data.py --run configs/run/tiny.yaml
 	$(BIN)/python benchmarks/compare_optimizers.py $(ARGS)
+
+bench: bench-kernels bench-communication bench-end-to-end
+
+bench-kernels: setup
+	$(BIN)/python benchmarks/bench_kernels.py --readme $(ARGS)
+
+bench-gpu: setup
+	DS_ACCELERATOR=cuda $(BIN)/python benchmarks/bench_kernels.py --device cuda --readme $(ARGS)
+
+bench-communication: setup
+	$(BIN)/python benchmarks/communication.py --readme
+	$(BIN)/python benchmarks/communication_overhead.py --readme
+
+bench-end-to-end: setup
+	$(BIN)/python benchmarks/end_to_end.py --readme $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest -m "not gpu" tests $(ARGS)

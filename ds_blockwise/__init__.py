@@ -49,9 +49,8 @@ def attach(engine: Any) -> None:
 
 
 def _register_with_deepspeed() -> None:
-    from ds_blockwise import deepspeed_host
-
-    deepspeed_host.register()
+    # registers at its end; if its own import brought DeepSpeed in, it is not complete yet
+    import ds_blockwise.deepspeed_host  # noqa: F401
 
 
 _after_import("deepspeed", _register_with_deepspeed)

@@ -43,8 +43,10 @@ def _triton() -> Kernels:
 def _triton_unavailable(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
-    from ds_blockwise.triton_kernels import unavailable
-
+    try:
+        from ds_blockwise.triton_kernels import unavailable
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
     return unavailable(device)
 
 

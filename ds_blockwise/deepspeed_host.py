@@ -345,3 +345,6 @@ def _check_agreement(
         message = first_error(message)
         if message is not None:
             raise ValueError(message)
+
+
+register()
