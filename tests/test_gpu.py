@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The same updates on a CUDA device as on the CPU (`make test-gpu`)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from kernel_cases import BF16, CASES, HYPER, clone, compare, item_of
 from test_optimizer_contract import feed, tiny
 
 from ds_blockwise import BlockwiseAdamMini, BlockwiseAdamW, tag_parameters
+from ds_blockwise.backends import kernels_for
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,3 +38,83 @@ def test_a_gpu_makes_the_same_updates_as_the_cpu(cls, dtype):
             # bf16 weights of 0.02 round by up to 2^-14: one rounding may fall to the other side
             tolerance = 1e-6 * LR + 1e-9 if dtype == torch.float32 else 2.0**-13
             torch.testing.assert_close(gpu, cpu, rtol=1e-5, atol=tolerance)
+
+
+BOTH = pytest.mark.parametrize("shared", [False, True], ids=["AdamW", "AdamMini"])
+
+
+@pytest.fixture
+def kernels():
+    return kernels_for("triton", torch.device("cuda"))
+
+
+def on_the_gpu(kernels, shared, names=("flat", "fused", "heads", "transposed", "bias and norm")):
+    cases = [case for name in names for case in CASES[name]()]
+    return [clone(item_of(replace(case, peers=()), i, shared)[0], kernels, "cuda") for i, case in enumerate(cases)]
+
+
+def run(kernels, items):
+    kernels.sum_split_blocks([item for item in items if item.table.has_split_blocks])
+    kernels.step_(items)
+
+
+@BOTH
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_kernels_make_the_steps_of_the_reference(kernels, name, shared):
+    compare(kernels, CASES[name](), shared, device="cuda")
+
+
+@BOTH
+def test_bf16_is_rounded_to_nearest_even(kernels, shared):
+    cases = [replace(case, param=BF16, grad=BF16, exp_avg=BF16) for case in CASES["fused"]()]
+    compare(kernels, cases, shared, device="cuda")
+
+
+@BOTH
+def test_a_step_never_waits_for_the_device(kernels, shared):
+    items = on_the_gpu(kernels, shared)
+    run(kernels, items)  # compiles, builds tables, makes the step counts
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for lr in (1e-3, 2e-3):
+            for item in items:
+                item.hyper = replace(HYPER, lr=lr)
+            run(kernels, items)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@BOTH
+def test_a_captured_step_equals_eager_steps(kernels, shared):
+    """The replays count steps and read a learning rate that changes on the device."""
+    rate = torch.tensor(1e-3, device="cuda", dtype=torch.float32)
+    both = [on_the_gpu(kernels, shared) for _ in range(2)]
+    for items in both:
+        for item in items:
+            item.hyper = replace(HYPER, lr=rate)
+        run(kernels, items)
+    torch.cuda.synchronize()
+    eager, captured = both
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(kernels, captured)
+    for number in range(5):
+        rate.fill_(1e-3 / (number + 1))
+        run(kernels, eager)
+        graph.replay()
+    torch.cuda.synchronize()
+    for a, b in zip(eager, captured, strict=True):
+        assert int(a.state["step"]) == int(b.state["step"]) == 6
+        assert torch.equal(a.param, b.param)
+        assert all(torch.equal(a.state[key], b.state[key]) for key in ("exp_avg", "exp_avg_sq"))
+
+
+@BOTH
+def test_compiled_kernels_are_deterministic(kernels, shared):
+    both = [on_the_gpu(kernels, shared) for _ in range(2)]
+    for items in both:
+        for _ in range(3):
+            run(kernels, items)
+    for a, b in zip(*both, strict=True):
+        assert torch.equal(a.param, b.param) and torch.equal(a.state["exp_avg_sq"], b.state["exp_avg_sq"])
