@@ -25,6 +25,9 @@ ORDER = [
     "cpp_build",
     "cpp_kernels",
     "triton_plan",
+    "triton_batch",
+    "triton_update",
+    "triton_sums",
     "triton_kernels",
     "backends",
     "settings",
@@ -47,7 +50,7 @@ ALLOWED = {
     "megatron": set(),
     "megatron_patch": set(),
     "transformers": set(),
-    "triton": {"triton_kernels"},
+    "triton": {"triton_update", "triton_sums", "triton_kernels"},
 }
 
 
