@@ -20,7 +20,7 @@ from ds_blockwise.triton_plan import JOB_FIELDS, ROWS, SUM_ROWS, Sums, TritonPla
 
 ADDRESSES = 8  # of one tensor: param, grad, exp_avg, exp_avg_sq, param_copy, sums, step, lr
 HYPERS = 7
-SCALARS = 8
+SCALARS = 7
 
 
 @dataclass(frozen=True)

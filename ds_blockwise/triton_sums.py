@@ -141,5 +141,5 @@ def _finish(finish, order, entries, addresses, scalars, row_starts, blocks, TO_S
         numel = tl.load(record + 4, mask=mask, other=1).to(tl.float64)
         s = scalars + tl.load(row_starts + item, mask=mask, other=0) * _SCALARS
         mean = (total / numel).to(V).to(tl.float64)
-        beta2, rest = tl.load(s + 6, mask=mask, other=0.0), tl.load(s + 7, mask=mask, other=0.0)
+        beta2, rest = tl.load(s + 5, mask=mask, other=0.0), tl.load(s + 6, mask=mask, other=0.0)
         tl.store(v, (beta2 * old.to(tl.float64) + rest * mean).to(V), mask=mask)

@@ -42,7 +42,7 @@ def _power(base, exponent):
 def _prepare(addresses, hyper, row_ends, multipliers, scalars):
     """One program per tensor: count the step, then the scalars of each of its multiplier rows.
 
-    Scalars: decay factor, step size, 1 / sqrt(1 - beta2^t), eps, beta1, 1 - beta1, beta2, 1 - beta2.
+    Scalars: decay factor, step size, 1 / sqrt(1 - beta2^t), eps, 1 - beta1, beta2, 1 - beta2.
     """
     item = tl.program_id(0).to(tl.int64)
     step_ptr = tl.load(addresses + item * _ADDRESSES + 6).to(tl.pointer_type(tl.int64))
@@ -69,10 +69,9 @@ def _prepare(addresses, hyper, row_ends, multipliers, scalars):
         tl.store(out + 1, block_lr / correction1)
         tl.store(out + 2, correction2)
         tl.store(out + 3, eps)
-        tl.store(out + 4, beta1)
-        tl.store(out + 5, 1.0 - beta1)
-        tl.store(out + 6, beta2)
-        tl.store(out + 7, 1.0 - beta2)
+        tl.store(out + 4, 1.0 - beta1)
+        tl.store(out + 5, beta2)
+        tl.store(out + 6, 1.0 - beta2)
         row += 1
 
 
@@ -93,7 +92,7 @@ def _apply(p, m, c, offs, mask, grad, scale, s, W: tl.constexpr, TYPES: tl.const
     """Decay, first moment, step; ``scale`` is the step size over the denominator."""
     exp_avg = tl.load(m + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(W)
     param = tl.load(p + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(W)
-    exp_avg = tl.load(s + 4).to(W) * exp_avg + tl.load(s + 5).to(W) * grad.to(W)
+    exp_avg = exp_avg + tl.load(s + 4).to(W) * (grad.to(W) - exp_avg)
     _store(m + offs, exp_avg, mask, TYPES[2], BY_HAND)
     param = param * tl.load(s).to(W) - scale * exp_avg
     _store(p + offs, param, mask, TYPES[0], BY_HAND)
@@ -113,7 +112,7 @@ def _scale(v, s, W: tl.constexpr):
 @triton.jit
 def _new_v(v, total, numel, s, V: tl.constexpr):
     mean = (total / numel).to(V).to(tl.float64)
-    return (tl.load(s + 6) * v.to(tl.float64) + tl.load(s + 7) * mean).to(V)
+    return (tl.load(s + 5) * v.to(tl.float64) + tl.load(s + 6) * mean).to(V)
 
 
 @triton.jit
@@ -202,7 +201,7 @@ def _loop(p, g, m, v, c, s, start, numel, slot, block_numel, A: tl.constexpr, W:
 def _own_v(v, offs, mask, grad, s, W: tl.constexpr, V: tl.constexpr):
     """Update element-wise second moments; return the scale."""
     wide = grad.to(V)
-    new = tl.load(v + offs, mask=mask, other=0.0).to(V) * tl.load(s + 6).to(V) + tl.load(s + 7).to(V) * (wide * wide)
+    new = tl.load(v + offs, mask=mask, other=0.0).to(V) * tl.load(s + 5).to(V) + tl.load(s + 6).to(V) * (wide * wide)
     tl.store(v + offs, new, mask=mask)
     return _scale(new, s, W)
 

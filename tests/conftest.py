@@ -27,7 +27,7 @@ if os.environ["DS_ACCELERATOR"] == "cpu":
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
-    config.addinivalue_line("markers", "slow: takes more than a minute")
+    config.addinivalue_line("markers", "slow: left out of make test (make test-slow)")
 
 
 @pytest.fixture(autouse=True)

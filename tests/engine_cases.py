@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import models
+import pytest
 import torch
 from engines import DTYPES, engine_config
 from oracle import Hyper, Oracle
@@ -20,8 +21,9 @@ LR = 2e-2
 # A constant lr would hide an lr that is read too late. Rather rising than falling: a weight that
 # grew at a larger lr rounds by more than 1e-6 of a smaller one's update.
 LR_FACTORS = (0.7, 1.1, 0.9, 1.4, 1.2, 1.3)
-# every case runs with each; Triton's kernels run in its interpreter
-BACKENDS = ("cpp", "reference")
+BACKENDS = ("cpp", "reference", "triton")
+# Triton's kernels run in its interpreter, seconds a case: `make test` takes these, `make test-slow` the others
+QUICK = ("grid-z2", "grid-z3", "nano", "gpt2", "momentum", "fed-gqa-z1", "value_tensor", "tied")
 DECAY_MULTIPLIERS = {"norm": 0.0, "key": 0.5}
 BETAS, EPS, WEIGHT_DECAY = (0.9, 0.95), 1e-6, 0.1
 FULL_NAME = {"mini": "BlockwiseAdamMini", "adamw": "BlockwiseAdamW"}
@@ -101,6 +103,12 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Classes]] = {
         ),
     ),
 }  # fmt: skip
+
+
+def named(names: Iterable[str]) -> list[Any]:
+    """Names as parameters of a test, those that take long marked so."""
+    slow = pytest.mark.slow
+    return [pytest.param(n, marks=slow if n.endswith("triton") and not n.startswith(QUICK) else ()) for n in names]
 
 
 # ------------------------------------------------------------------------------------ construction

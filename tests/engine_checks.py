@@ -166,7 +166,7 @@ def check_counters(run: SimpleNamespace, applied: int) -> None:
     assert base.step_calls == applied * calls, (
         f"{base.step_calls} calls of step() after {applied} optimizer steps, expected {calls} each"
     )
-    steps = {state["step"] for state in base.state.values() if "step" in state}
+    steps = {int(state["step"]) for state in base.state.values() if "step" in state}
     assert steps <= {applied}, f"state steps {steps} after {applied} optimizer steps"
     assert applied == 0 or steps, "no state was created: our step() never ran"
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from distributed import Outcome, fleet_outcome, passes
-from engine_cases import BACKENDS, Case
+from engine_cases import BACKENDS, Case, named
 from engine_checks import run_case
 
 # Not imported here: a worker has to choose the accelerator before DeepSpeed looks for one.
@@ -214,79 +214,79 @@ def outcome(request: pytest.FixtureRequest) -> Outcome:
     return fleet_outcome(request, run_case, ALL)
 
 
-@pytest.mark.parametrize("name", GRID)
+@pytest.mark.parametrize("name", named(GRID))
 def test_zero_stages(outcome: Outcome, name: str) -> None:
     """A user who changes the ZeRO stage or adds a GPU would silently train another model."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", named(FAMILIES))
 def test_model_families(outcome: Outcome, name: str) -> None:
     """Fused, transposed or tied weights would get another layer's multiplier or head size."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", PARTITIONS)
+@pytest.mark.parametrize("name", named(PARTITIONS))
 def test_partition_options(outcome: Outcome, name: str) -> None:
     """An option that reorders or pads the flat buffers would shift every multiplier and block."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", GRANULARITY)
+@pytest.mark.parametrize("name", named(GRANULARITY))
 def test_granularity(outcome: Outcome, name: str) -> None:
     """Blocks that a user made larger or smaller would be summed over the wrong elements."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", named(SETTINGS))
 def test_settings_of_the_json(outcome: Outcome, name: str) -> None:
     """Multipliers, rules or the momentum's dtype from the JSON would not reach the shards."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", OFFLOADED)
+@pytest.mark.parametrize("name", named(OFFLOADED))
 def test_cpu_offload(outcome: Outcome, name: str) -> None:
     """Offloaded optimizer states would be updated with wrong block sums, or not at all."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", ACCUMULATION)
+@pytest.mark.parametrize("name", named(ACCUMULATION))
 def test_accumulation_and_clipping(outcome: Outcome, name: str) -> None:
     """State would advance once per micro-batch, or block sums would see unclipped gradients."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", OVERFLOW)
+@pytest.mark.parametrize("name", named(OVERFLOW))
 def test_overflow_skips(outcome: Outcome, name: str) -> None:
     """A NaN on one rank would spoil state, hang the others, or advance the bias correction."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("name", named(PARAMETERS))
 def test_groups_frozen_and_missing_gradients(outcome: Outcome, name: str) -> None:
     """Group settings would leak, frozen weights move, or a missing gradient stall the ranks."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", named(SCHEDULES))
 def test_deepspeed_schedules(outcome: Outcome, name: str) -> None:
     """A schedule would overwrite the multipliers, or logs would show a multiplied lr."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", named(OWN))
 def test_own_schedules(outcome: Outcome, name: str) -> None:
     """Block types would not end at the common min_lr, so the paper's runs could not be repeated."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", END_TO_END)
+@pytest.mark.parametrize("name", named(END_TO_END))
 def test_end_to_end(outcome: Outcome, name: str) -> None:
     """With a real forward and backward something other than the mean gradient would be used."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.parametrize("name", named(MUTANTS))
 def test_the_comparison_notices_a_wrong_multiplier(outcome: Outcome, name: str) -> None:
     """The tests above would prove nothing: a wrong multiplier of one role must be seen."""
     failure = outcome(name)

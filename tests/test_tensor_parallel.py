@@ -21,7 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import Outcome, RankContext, fleet_outcome, passes
-from engine_cases import BACKENDS, BETAS, EPS, FULL_NAME, LR, LR_FACTORS, WEIGHT_DECAY
+from engine_cases import BACKENDS, BETAS, EPS, FULL_NAME, LR, LR_FACTORS, WEIGHT_DECAY, named
 from engine_checks import check_counters
 from engines import DTYPES, engine_config, feed_step, masters, open_engine, prepare_deepspeed
 from models import GradientPlan
@@ -353,8 +353,8 @@ def _cases() -> dict[str, tuple[int, Case]]:
 CASES = _cases()
 
 
-def _names(*kinds: str) -> list[str]:
-    return [name for name in CASES if name.startswith(kinds)]
+def _names(*kinds: str) -> list[Any]:
+    return named(name for name in CASES if name.startswith(kinds))
 
 
 @pytest.fixture(scope="module")
