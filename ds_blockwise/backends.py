@@ -12,6 +12,7 @@ import torch
 
 from ds_blockwise.cpp_build import BuildError, missing_tool
 from ds_blockwise.kernels import Kernels, ReferenceKernels
+from ds_blockwise.self_check import disagreement
 
 logger = logging.getLogger(__name__)
 
@@ -78,10 +79,17 @@ def _chosen(device_type: str, index: int | None) -> Kernels:
 def _preferred(device: torch.device) -> Kernels:
     if device.type == "cpu":
         return _cpp()
-    problem = _triton_unavailable(device)
+    problem = _triton_unavailable(device) or _triton_fails(device)
     if problem is not None:
         raise ValueError(problem)
     return _triton()
+
+
+def _triton_fails(device: torch.device) -> str | None:
+    try:
+        return disagreement(_triton(), device)
+    except Exception as error:  # compilers and drivers raise whatever they like; all of it is shown
+        return f"its Triton kernels cannot be compiled or run: {type(error).__name__}: {str(error)[:300]}"
 
 
 def kernels_for(backend: str, device: torch.device) -> Kernels:

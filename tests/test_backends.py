@@ -15,10 +15,13 @@ from test_optimizer_contract import feed, tiny
 import ds_blockwise.backends as backends
 from ds_blockwise import BlockwiseAdamMini, BlockwiseAdamW, tag_parameters
 from ds_blockwise.backends import kernels_for
+from ds_blockwise.kernels import ReferenceKernels
 from ds_blockwise.reduce import LOCAL
+from ds_blockwise.self_check import disagreement
 from ds_blockwise.table import Placement
 
 BOTH = [BlockwiseAdamW, BlockwiseAdamMini]
+CPU = torch.device("cpu")
 USER = """
     import torch
     from ds_blockwise import BlockwiseAdamMini, tag_parameters
@@ -114,6 +117,49 @@ def test_triton_is_refused_where_it_cannot_run(monkeypatch):
     feed(model, 0)
     with pytest.raises(ValueError, match=r'backend "triton" cannot be had: no kernels for cpu'):
         optimizer.step()
+
+
+@pytest.mark.parametrize("backend", ["cpp", "triton", "reference"])
+def test_working_backends_pass_their_check(backend):
+    """A check that good kernels fail would put every GPU on the slow reference."""
+    assert disagreement(kernels_for(backend, CPU), CPU) is None
+
+
+class WrongKernels(ReferenceKernels):
+    """Off by a thousandth, as after a wrong reduction."""
+
+    name = "wrong"
+
+    def step_(self, items):
+        for item in items:
+            item.grad = item.grad * 1.001
+        super().step_(items)
+
+
+def test_wrong_kernels_are_found_before_they_step_anything(monkeypatch, caplog):
+    """A driver or compiler that nobody has tested must not train with wrong updates."""
+    assert "differ from the reference by" in disagreement(WrongKernels(), CPU)
+    monkeypatch.setattr(backends, "_triton_unavailable", lambda device: None)
+    monkeypatch.setattr(backends, "_triton", WrongKernels)
+    # a device that is neither known nor cached yet, so that "auto" asks for Triton; the check itself runs on the CPU
+    monkeypatch.setattr(backends, "disagreement", lambda kernels, device: disagreement(kernels, CPU))
+    assert kernels_for("auto", torch.device("meta")).name == "reference"
+    assert "the wrong kernels differ from the reference" in caplog.text
+    backends._chosen.cache_clear()
+
+
+def test_kernels_that_do_not_compile_are_replaced_and_said(monkeypatch, caplog):
+    """Machines with a GPU and no C compiler are common; Triton needs one."""
+
+    def broken(kernels, device):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(backends, "_triton_unavailable", lambda device: None)
+    monkeypatch.setattr(backends, "_triton", WrongKernels)
+    monkeypatch.setattr(backends, "disagreement", broken)
+    assert kernels_for("auto", torch.device("meta")).name == "reference"
+    assert "RuntimeError: Failed to find C compiler" in caplog.text
+    backends._chosen.cache_clear()
 
 
 def test_cpp_refuses_tensors_that_are_not_on_the_cpu():

@@ -22,6 +22,7 @@ ORDER = [
     "reduce",
     "update",
     "kernels",
+    "self_check",
     "cpp_build",
     "cpp_kernels",
     "triton_plan",
