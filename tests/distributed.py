@@ -100,11 +100,18 @@ def run_cases(
     return results
 
 
-def fleet_outcome(request: pytest.FixtureRequest, worker: Worker, cases: Mapping[str, tuple[int, Any]]) -> Outcome:
+def fleet_outcome(
+    request: pytest.FixtureRequest,
+    worker: Worker,
+    cases: Mapping[str, tuple[int, Any]],
+    per_spawn: int = 1000,
+) -> Outcome:
     """Failure text (or None) of a case by name, for a module-scoped fixture.
 
-    ``cases`` maps a name to (world size, case). The first question about a world size runs all its
-    cases that this session selected: tests whose parameter ``name`` is a key of ``cases``.
+    ``cases`` maps a name to (world size, case). The first question about a world size runs its
+    cases that this session selected (tests whose parameter ``name`` is a key of ``cases``),
+    ``per_spawn`` of them in one spawn: gloo's groups are never freed, and a case that makes dozens
+    slows down all that follow in the same processes.
     """
     selected = {
         item.callspec.params.get("name")
@@ -112,12 +119,19 @@ def fleet_outcome(request: pytest.FixtureRequest, worker: Worker, cases: Mapping
         if item.path == request.path and hasattr(item, "callspec")
     }
 
-    @cache
-    def fleet(world_size: int) -> dict[str, str | None]:
-        chosen = {n: c for n, (size, c) in cases.items() if n in selected and size == world_size}
-        return run_cases(worker, world_size, chosen)
+    def names(world_size: int) -> list[str]:
+        return [n for n, (size, _) in cases.items() if n in selected and size == world_size]
 
-    return lambda name: fleet(cases[name][0])[name]
+    @cache
+    def fleet(world_size: int, part: int) -> dict[str, str | None]:
+        chosen = names(world_size)[part * per_spawn : (part + 1) * per_spawn]
+        return run_cases(worker, world_size, {n: cases[n][1] for n in chosen})
+
+    def outcome(name: str) -> str | None:
+        world_size = cases[name][0]
+        return fleet(world_size, names(world_size).index(name) // per_spawn)[name]
+
+    return outcome
 
 
 def passes(outcome: Outcome, name: str) -> None:

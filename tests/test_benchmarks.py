@@ -93,13 +93,13 @@ def test_kernel_figures_follow_from_the_medians(quick: tuple[Path, str, list[dic
         assert float(row["gb_per_s"]) == pytest.approx(int(row["bytes_moved"]) / median / 1e9, rel=1e-3)
         assert float(row["ns_per_parameter"]) == pytest.approx(median * 1e9 / numel, rel=1e-3)
         share = float(row["gb_per_s"]) / float(row["probe_gb_per_s"])
-        assert float(row["share_of_probe"]) == pytest.approx(share, abs=2e-3)
+        assert float(row["share_of_probe"]) == pytest.approx(share, rel=2e-3, abs=2e-3)
         for column in (*PROVENANCE, "threads", "working_set_bytes", "copy_gb_per_s"):
             assert row[column], column
         for peer, column in bench_tables.RATIOS.items():
             other = medians.get((row["layout"], peer))
             if row["backend"] and other:
-                assert float(row[column]) == pytest.approx(float(row["median_ms"]) / other, abs=1e-3)
+                assert float(row[column]) == pytest.approx(float(row["median_ms"]) / other, rel=2e-3, abs=1e-3)
             else:
                 assert row[column] == ""
     bytes_of = {row["contender"]: row["bytes_per_parameter"] for row in timed}

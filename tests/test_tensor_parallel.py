@@ -359,7 +359,7 @@ def _names(*kinds: str) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def outcome(request: pytest.FixtureRequest) -> Outcome:
-    return fleet_outcome(request, run_case, CASES)
+    return fleet_outcome(request, run_case, CASES, per_spawn=12)
 
 
 @pytest.mark.parametrize("name", _names("fed", "bf16_optimizer", "tied", "value_tensor"))
