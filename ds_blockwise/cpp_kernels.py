@@ -21,6 +21,7 @@ from ds_blockwise.kernels import Item, Kernels
 from ds_blockwise.table import SegmentTable
 
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_WIDE = {dtype: torch.promote_types(dtype, torch.float32) for dtype in _CODES}
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,12 @@ class CppKernels(Kernels):
             assert grad is not None
             if not (param.is_cpu and exp_avg.is_cpu):
                 raise ValueError(_moved(param, exp_avg))
+            wide, table = _WIDE[param.dtype], item.table
+            values = table.num_blocks if table.shares_second_moment else table.numel
+            if exp_avg.numel() != param.numel() or exp_avg_sq.numel() != values or exp_avg_sq.dtype != wide:
+                raise ValueError(_misfit(item, wide))
+            if exp_avg.dtype != wide and exp_avg.dtype != torch.bfloat16:
+                raise ValueError(_misfit(item, wide))
             rows += (
                 item.plan.handle,
                 param.data_ptr(),
@@ -128,6 +135,14 @@ class CppKernels(Kernels):
                 0 if item.param_copy is None else _CODES[item.param_copy.dtype],
             )
         return array("q", rows)
+
+
+def _misfit(item: Item, wide: torch.dtype) -> str:
+    found = {key: (item.state[key].dtype, item.state[key].numel()) for key in ("exp_avg", "exp_avg_sq")}
+    return (
+        f"the state of a {item.param.dtype} parameter of shape {tuple(item.param.shape)} is {found}; exp_avg must be "
+        f"{wide} or torch.bfloat16 with one value per element, exp_avg_sq {wide}. Load it with load_state_dict."
+    )
 
 
 def _moved(param: torch.Tensor, exp_avg: torch.Tensor) -> str:

@@ -186,6 +186,29 @@ def test_state_on_another_device_is_noticed(cls):
         optimizer.step()
 
 
+@pytest.mark.parametrize(
+    "change", [lambda t: t.bfloat16(), lambda t: torch.cat([t.flatten()] * 2), lambda t: t.flatten()[:1]]
+)
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("cls", BOTH)
+def test_state_that_does_not_fit_is_refused(cls, key, change):
+    """Checkpoint tools write into ``state``; other dtypes or sizes would be read as garbage or beyond the end."""
+    model = tiny()
+    optimizer = cls(model.parameters(), backend="cpp")
+    feed(model, 0)
+    optimizer.step()
+    largest = max(model.parameters(), key=torch.numel)
+    value = optimizer.state[largest][key]
+    changed = change(value)
+    optimizer.state[largest][key] = changed
+    optimizer._own_second_moment[id(largest)] = optimizer.state[largest]["exp_avg_sq"]
+    if key == "exp_avg" and changed.dtype == torch.bfloat16:
+        optimizer.step()  # what momentum_dtype allows
+        return
+    with pytest.raises(ValueError, match=r"the state of a torch.float32 parameter .* exp_avg_sq torch.float32"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
 def test_autograd_notices_the_update(backend):
     """A backward through values that a step has replaced must fail, as with every torch optimizer."""

@@ -26,9 +26,8 @@ from ds_blockwise.triton_batch import join_jobs  # noqa: E402
 from ds_blockwise.triton_plan import make_plan  # noqa: E402
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.skipif(
-    triton_kernels.unavailable(CPU) is not None, reason=str(triton_kernels.unavailable(CPU))
-)
+INTERPRETED = triton_kernels.unavailable(CPU) is None
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter is off (TRITON_INTERPRET=1)")
 
 
 @pytest.fixture

@@ -121,7 +121,8 @@ class Step {
     return double(f.size) / double(denominator);
   }
 
-  void block(const Factors<W>& f, int64_t start, int64_t n, W scale) const {
+  template <class S>
+  void apply(const Factors<W>& f, int64_t start, int64_t n, S&& scale_of) const {
     P* __restrict__ p = t_.param + start;
     const G* __restrict__ g = t_.grad + start;
     M* __restrict__ m = t_.exp_avg + start;
@@ -131,8 +132,16 @@ class Step {
       const W old = W(load(m[k]));
       const W now = old + keep * (W(load(g[k])) - old);
       store(m[k], now);
-      store(p[k], W(load(p[k])) * decay - scale * now);
+      store(p[k], W(load(p[k])) * decay - scale_of(k) * now);
     }
+  }
+
+  void block(const Factors<W>& f, int64_t start, int64_t n, W scale) const {
+    apply(f, start, n, [scale](int64_t) { return scale; });
+  }
+
+  void columns(const Factors<W>& f, int64_t start, int64_t n, const double* __restrict__ scales) const {
+    apply(f, start, n, [scales](int64_t k) { return W(scales[k]); });
   }
 
   // Updates a block while it sums the next one, so that parameters, state and gradients stream from memory all the
@@ -171,20 +180,6 @@ class Step {
       sum += squares.take();
     }
     return sum;
-  }
-
-  void columns(const Factors<W>& f, int64_t start, int64_t n, const double* __restrict__ scales) const {
-    P* __restrict__ p = t_.param + start;
-    const G* __restrict__ g = t_.grad + start;
-    M* __restrict__ m = t_.exp_avg + start;
-    const W keep = f.keep, decay = f.decay;
-#pragma omp simd
-    for (int64_t k = 0; k < n; ++k) {
-      const W old = W(load(m[k]));
-      const W now = old + keep * (W(load(g[k])) - old);
-      store(m[k], now);
-      store(p[k], W(load(p[k])) * decay - W(scales[k]) * now);
-    }
   }
 
   void elements(const Factors<W>& f, int64_t start, int64_t n, W* __restrict__ v) const {
