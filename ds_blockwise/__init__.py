@@ -14,9 +14,10 @@ from ds_blockwise.import_hook import after_import as _after_import
 from ds_blockwise.naming import Role
 from ds_blockwise.report import BlockReport, block_report
 from ds_blockwise.schedules import BlockwiseCosineLR, BlockwiseLinearLR, BlockwiseWSDLR
+from ds_blockwise.state_record import VERSION
 from ds_blockwise.tagging import tag_parameters
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "BlockReport",

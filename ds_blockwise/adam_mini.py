@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import cast
 
 import torch
 
-from ds_blockwise.optimizer import BlockwiseOptimizer, wide_dtype
-from ds_blockwise.reduce import any_rank, reduce_block_sums_
+from ds_blockwise.optimizer import BlockwiseOptimizer
+from ds_blockwise.reduce import any_rank, any_rank_of_all, reduce_block_sums_
+from ds_blockwise.state_record import PER_BLOCK_KEY
+from ds_blockwise.stored_state import wide_dtype
 from ds_blockwise.update import block_sums
 from ds_blockwise.work import Binding, Work
 
@@ -65,44 +67,74 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
         """Turn second moments that somebody else wrote (a loaded checkpoint) into one value per block.
 
         Universal checkpoints write per-element values straight into ``state``, so a load is noticed here and not
-        only in ``load_state_dict``.
+        only in ``load_state_dict``. Hosts call `settle` after a load; then nothing is left to do.
         """
-        own = self._own_second_moment
-        foreign = [
-            w
-            for w in work
-            if "exp_avg_sq" in w.item.state and own.get(id(w.item.param)) is not w.item.state["exp_avg_sq"]
-        ]
+        foreign = [w for w in work if self._is_foreign(w.item.param)]
         if not foreign:
             return
-        per_element = [w.item.state["exp_avg_sq"].numel() != w.binding.table.num_blocks for w in foreign]
         groups = [w.binding.groups for w in foreign]
         device = groups[0].device or foreign[0].item.param.device
-        if any_rank(any(per_element), groups, device):
-            # one element per block on this rank means that both forms are the same vector, so it can join the rest
-            self._compact([(w.item.state, w.binding) for w in foreign])
-        for w in foreign:
-            self._own_second_moment[id(w.item.param)] = w.item.state["exp_avg_sq"]
+        per_element = any(w.item.state["exp_avg_sq"].numel() != w.binding.table.num_blocks for w in foreign)
+        # one element per block on this rank means that both forms are the same vector, so it can join the rest
+        self._adopt([w.binding for w in foreign], compact=any_rank(per_element, groups, device))
 
-    def _compact(self, items: Sequence[tuple[dict[str, Any], Binding]]) -> None:
-        sums = []
-        for state, binding in items:
-            value, table = state["exp_avg_sq"].reshape(-1), binding.table
-            if value.numel() != table.numel:
-                raise ValueError(
-                    f"exp_avg_sq has {value.numel()} values for a tensor of {table.numel} elements and "
-                    f"{table.num_blocks} blocks: the checkpoint is of another model or another granularity."
-                )
-            sums.append(block_sums(value, table, square=False))
-        reduce_block_sums_([(s, binding.table, binding.groups) for s, (_, binding) in zip(sums, items, strict=True)])
-        for total, (state, binding) in zip(sums, items, strict=True):
-            table = binding.table
-            numel = table.on(total.device).slot_numel[: table.num_blocks]
-            # the fp64 mean of equal fp32 values is that value exactly, so a resumed run is bitwise the same
-            state["exp_avg_sq"] = (total[: table.num_blocks] / numel).to(state["exp_avg_sq"].dtype)
+    def settle(self) -> None:
+        """Bring loaded second moments into one value per block; a collective over all ranks after a load (hosts only).
 
-    def _saved_second_moment(self, tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        A tensor without state on some rank takes part with zeros, so that no rank is left waiting.
+        """
+        bindings = self.bindings()
+        if not bindings:
+            return
+        device = bindings[0].groups.device or bindings[0].tensor.device
+        compact = any_rank_of_all(any(self._is_foreign(b.tensor) for b in bindings), device)
+        self._adopt(bindings, compact=compact)
+
+    def _is_foreign(self, tensor: torch.Tensor) -> bool:
+        value = self.state.get(tensor, {}).get("exp_avg_sq")
+        return value is not None and self._own_second_moment.get(id(tensor)) is not value
+
+    def _adopt(self, bindings: Sequence[Binding], *, compact: bool) -> None:
+        if compact:
+            self._compact(bindings)
+        for binding in bindings:
+            state = self.state.get(binding.tensor, {})
+            if "exp_avg_sq" in state:
+                self._own_second_moment[id(binding.tensor)] = state["exp_avg_sq"]
+
+    def _compact(self, bindings: Sequence[Binding]) -> None:
+        sums = [block_sums(self._per_element(binding), binding.table, square=False) for binding in bindings]
+        reduce_block_sums_([(total, b.table, b.groups) for total, b in zip(sums, bindings, strict=True)])
+        for total, binding in zip(sums, bindings, strict=True):
+            table, state = binding.table, self.state.get(binding.tensor, {})
+            if "exp_avg_sq" in state:
+                numel = table.on(total.device).slot_numel[: table.num_blocks]
+                # the fp64 mean of equal fp32 values is that value exactly, so a resumed run is bitwise the same
+                state["exp_avg_sq"] = (total[: table.num_blocks] / numel).to(state["exp_avg_sq"].dtype)
+
+    def _per_element(self, binding: Binding) -> torch.Tensor:
+        table, tensor = binding.table, binding.tensor
+        value = self.state.get(tensor, {}).get("exp_avg_sq")
+        if value is None:
+            return torch.zeros(table.numel, dtype=wide_dtype(tensor.dtype), device=tensor.device)
+        if self._is_in_blocks(binding, value):
+            return table.expand(value).to(tensor.device)
+        if value.numel() != table.numel:
+            raise ValueError(
+                f"exp_avg_sq has {value.numel()} values for a tensor of {table.numel} elements and "
+                f"{table.num_blocks} blocks: the checkpoint is of another model or another granularity."
+            )
+        return cast("torch.Tensor", value).reshape(-1)
+
+    def _is_in_blocks(self, binding: Binding, value: torch.Tensor) -> bool:
+        # where both forms have the same length, only a tensor of our own making is known to be in block order
+        ours = not self._is_foreign(binding.tensor) or value.numel() != binding.table.numel
+        return ours and value.numel() == binding.table.num_blocks
+
+    def _saved_second_moment(self, tensor: torch.Tensor, value: torch.Tensor) -> dict[str, torch.Tensor]:
         binding = self.binding_of(tensor)
-        if binding is None or value.numel() != binding.table.num_blocks:
-            return value  # loaded and not stepped yet: still one value per element
-        return binding.table.expand(value).reshape(tensor.shape)
+        if binding is None or not self._is_in_blocks(binding, value):
+            return {"exp_avg_sq": value}  # loaded and not stepped yet: still one value per element
+        if self.checkpoint_format == "compact":
+            return {PER_BLOCK_KEY: value}
+        return {"exp_avg_sq": binding.table.expand(value).reshape(tensor.shape)}

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import torch
 
-from ds_blockwise.optimizer import BlockwiseOptimizer, wide_dtype
+from ds_blockwise.optimizer import BlockwiseOptimizer
+from ds_blockwise.stored_state import wide_dtype
 
 
 class BlockwiseAdamW(BlockwiseOptimizer):

@@ -133,6 +133,12 @@ def attach(engine: Any) -> None:
     if message is not None:
         raise ValueError(message)
     _check_agreement(engine, optimizer, stepped, tp_group)
+    if engine.optimizer is optimizer:
+        # DeepSpeed's wrappers skip a step with NaN on all ranks; without a wrapper nobody looks
+        device = torch.device(get_accelerator().current_device_name())
+        optimizer.skip_non_finite(
+            ReductionGroups(_if_many(_or_world(engine.seq_data_parallel_group)), tp_group, device)
+        )
     if engine.zero_round_robin_gradients() and engine.global_rank == 0:
         logger.warning(
             "round_robin_gradients: training is exact, but DeepSpeed %s mixes up parameters when it converts such a "

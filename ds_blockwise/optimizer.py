@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shared base of both optimizers: settings, binding of tensors to segment tables, the step loop, state on disk.
+"""The shared base of both optimizers: settings, binding of tensors to segment tables, the step loop.
 
 A stepped tensor is a whole parameter tagged with ``block_spec``, or whatever a host bound with
 `BlockwiseOptimizer.bind` (a flat ZeRO partition). Subclasses say what the second moment is and how it is applied.
@@ -7,9 +7,9 @@ A stepped tensor is a whole parameter tagged with ``block_spec``, or whatever a 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch.optim.optimizer import ParamsT
@@ -19,26 +19,26 @@ from ds_blockwise.blocks import BlockSpec, apply_policy
 from ds_blockwise.kernels import Item
 from ds_blockwise.layout import TensorShard
 from ds_blockwise.policy import BlockPolicy
-from ds_blockwise.reduce import LOCAL, ReductionGroups, reduce_block_sums_
+from ds_blockwise.reduce import LOCAL, ReductionGroups, any_rank, reduce_block_sums_
 from ds_blockwise.settings import (
+    CheckpointFormat,
     MomentumDtype,
     check_backend,
+    check_checkpoint_format,
     check_extra_keys,
     check_group,
     check_momentum_dtype,
 )
+from ds_blockwise.stored_state import StoredState
 from ds_blockwise.table import Placement, SegmentTable, build_table, whole_placement
-from ds_blockwise.work import Binding, Work, by_kernels, hyper_of
+from ds_blockwise.work import Binding, Work, by_kernels, hyper_of, non_finite
 
 
-class BlockwiseOptimizer(torch.optim.AdamW, ABC):
+class BlockwiseOptimizer(StoredState):
     """Base of `BlockwiseAdamW` and `BlockwiseAdamMini`; not to be used by itself.
 
     It is a ``torch.optim.AdamW`` by type only, because hosts (Megatron-core, DeepSpeed) accept nothing else.
     """
-
-    #: whether the second moment is one value per block (and split blocks must be reduced)
-    shares_second_moment: ClassVar[bool]
 
     def __init__(
         self,
@@ -54,16 +54,20 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         rules: object = None,
         momentum_dtype: MomentumDtype = "fp32",
         backend: str = "auto",
+        checkpoint_format: CheckpointFormat = "expanded",
         **extra: object,
     ) -> None:
         check_extra_keys(type(self).__name__, extra)
         self.momentum_dtype = check_momentum_dtype(momentum_dtype)
         self.backend = check_backend(backend)
+        self.checkpoint_format = check_checkpoint_format(checkpoint_format)
         self.policy = BlockPolicy.parse(lr_multipliers, weight_decay_multipliers, granularity, rules)
         self.step_calls = 0
         self._bindings: dict[int, Binding] = {}
         self._own_second_moment: dict[int, torch.Tensor] = {}
         self._copies: dict[int, torch.Tensor] = {}
+        self._finite_over: ReductionGroups | None = None
+        self.overflow = False  # DeepSpeed reads it after each step, counts the skipped one and holds the schedule
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         check_group(defaults, "")
         # AdamW's own constructor would add switches (fused, foreach, ...) that mean nothing here
@@ -89,7 +93,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         # bindings are made anew: they are found by the ids of tensors, which a copy does not share
-        kept = ("policy", "momentum_dtype", "backend", "step_calls")
+        kept = ("policy", "momentum_dtype", "backend", "checkpoint_format", "step_calls")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -97,6 +101,8 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         torch.optim.Optimizer.__setstate__(self, state)
         for by_id in ("_bindings", "_own_second_moment", "_copies"):
             self.__dict__.setdefault(by_id, {})
+        self.__dict__.setdefault("_finite_over", None)
+        self.__dict__.setdefault("overflow", False)
 
     # ---------------------------------------------------------------- binding
 
@@ -116,6 +122,18 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         plan = kernels.plan(table, tensor.device)
         self._bindings[id(tensor)] = Binding(tensor, table, groups, kernels, plan)
         return table
+
+    def bindings(self) -> list[Binding]:
+        """The tensors bound so far with their segment tables and process groups, in the order of binding."""
+        return list(self._bindings.values())
+
+    def placements_in(self, tensor: torch.Tensor) -> tuple[Placement, ...] | None:
+        """The parameters in a tensor that this optimizer steps; None if it is neither bound nor tagged."""
+        found = self._bindings.get(id(tensor))
+        if found is not None:
+            return found.table.placements
+        spec = cast("BlockSpec | None", getattr(tensor, "block_spec", None))
+        return None if spec is None else (whole_placement(self.spec_of(spec), getattr(tensor, "block_shard", None)),)
 
     def backend_of(self, tensor: torch.Tensor) -> str | None:
         """Name of the backend that steps a tensor; None if the tensor is unknown."""
@@ -143,6 +161,16 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
                 f"{'' if copy.is_contiguous() else ', not contiguous'}."
             )
         self._copies[id(param)] = copy.detach()
+
+    def skip_non_finite(self, groups: ReductionGroups) -> None:
+        """Let `step` change nothing on any rank when a gradient of any rank is NaN or infinite (hosts only).
+
+        For hosts that do not look for themselves. Costs one more read of the gradients and a wait for the device.
+
+        Args:
+            groups: ranks that must decide alike; every one of them steps every time.
+        """
+        self._finite_over = groups
 
     def spec_of(self, spec: BlockSpec) -> BlockSpec:
         """Return ``spec`` with this optimizer's settings.
@@ -201,7 +229,10 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
             with torch.enable_grad():
                 loss = closure()
         work = self._collect()
-        if work:
+        self.overflow = self._finite_over is not None and any_rank(
+            non_finite(work), [self._finite_over], self._finite_over.device or torch.device("cpu")
+        )
+        if work and not self.overflow:
             self._before_update(work)
             self._sum_split_blocks(work)
             self._update([w for w in work if w.item.grad is not None])
@@ -273,83 +304,9 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
             state["exp_avg_sq"] = self._new_second_moment(tensor)
         return state
 
-    def _momentum_dtype_of(self, tensor: torch.Tensor) -> torch.dtype:
-        return torch.bfloat16 if self.momentum_dtype == "bf16" else wide_dtype(tensor.dtype)
-
     @abstractmethod
     def _new_second_moment(self, tensor: torch.Tensor) -> torch.Tensor:
         """Zeros in the form that this optimizer keeps in memory."""
 
     def _before_update(self, work: Sequence[Work]) -> None:
         """Called once a step before anything changes; may communicate."""
-
-    # ------------------------------------------------------------------ state
-
-    def state_dict(self) -> dict[str, Any]:
-        """State in AdamW's form: per tensor ``step`` (int), ``exp_avg`` and ``exp_avg_sq`` in the tensor's shape."""
-        packed = super().state_dict()
-        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
-        ids = [i for group in packed["param_groups"] for i in group["params"]]
-        for index, tensor in zip(ids, tensors, strict=True):
-            state = packed["state"].get(index)
-            if state and "exp_avg_sq" in state:
-                packed["state"][index] = {
-                    **state,
-                    "step": int(state["step"]),
-                    "exp_avg_sq": self._saved_second_moment(tensor, state["exp_avg_sq"]),
-                }
-        return packed
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of either optimizer or of ``torch.optim.AdamW``.
-
-        Multipliers, rules and granularity are this object's own and are not loaded. A second moment per element becomes
-        one per block (its mean) at the next step.
-
-        Raises:
-            ValueError: the groups or the shapes do not fit.
-        """
-        super().load_state_dict(state_dict)
-        self._own_second_moment.clear()
-        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for index, tensor in zip(ids, tensors, strict=True):
-            saved = state_dict["state"].get(index)
-            if saved and "exp_avg" in saved:
-                self.state[tensor] = self._restored(tensor, saved)
-
-    def _restored(self, tensor: torch.Tensor, saved: dict[str, Any]) -> dict[str, Any]:
-        # torch casts floating state to the parameter's dtype, which would round fp32 moments of bf16 parameters
-        exp_avg, exp_avg_sq = saved["exp_avg"], saved["exp_avg_sq"]
-        for key, value in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-            if value.numel() != tensor.numel():
-                raise ValueError(
-                    f"state {key!r} has {value.numel()} elements but its parameter has {tensor.numel()} (shape "
-                    f"{tuple(tensor.shape)}). The checkpoint is of another model or another partition."
-                )
-        return {
-            "step": int(saved["step"]),
-            "exp_avg": _like(exp_avg, tensor, self._momentum_dtype_of(tensor)),
-            "exp_avg_sq": _like(exp_avg_sq, tensor, wide_dtype(tensor.dtype)),
-        }
-
-    def _saved_second_moment(self, tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        return value
-
-    def state_bytes(self) -> int:
-        """Bytes of the state tensors that this rank holds."""
-        return sum(
-            value.numel() * value.element_size()
-            for state in self.state.values()
-            for value in state.values()
-            if isinstance(value, torch.Tensor)
-        )
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a parameter of ``dtype`` is updated: fp32, or fp64 for fp64."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _like(value: torch.Tensor, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return value.detach().to(tensor.device, dtype, copy=True).reshape(tensor.shape).contiguous()

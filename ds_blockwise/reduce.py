@@ -83,6 +83,20 @@ def any_rank(flag: bool, groups: Sequence[ReductionGroups], device: torch.device
     return bool(value.item())
 
 
+def any_rank_of_all(flag: bool, device: torch.device) -> bool:
+    """Collective over all ranks: True if ``flag`` is true on any."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return flag
+    value = torch.tensor([float(flag)], device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())
+
+
+def is_first_rank() -> bool:
+    """Whether this process is rank 0, or alone: the one that speaks for all."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
 def first_error(error: str | None) -> str | None:
     """Collective over all ranks: the error of the lowest rank that has one, with its rank; None if none has."""
     if not (dist.is_available() and dist.is_initialized()):

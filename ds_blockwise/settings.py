@@ -13,6 +13,8 @@ from ds_blockwise.policy import suggest
 
 MomentumDtype = Literal["fp32", "bf16"]
 MOMENTUM_DTYPES: tuple[MomentumDtype, ...] = ("fp32", "bf16")
+CheckpointFormat = Literal["expanded", "compact"]
+CHECKPOINT_FORMATS: tuple[CheckpointFormat, ...] = ("expanded", "compact")
 BACKENDS = ("auto", "cpp", "triton", "reference")
 
 OPTIMIZER_KEYS = (
@@ -26,6 +28,7 @@ OPTIMIZER_KEYS = (
     "rules",
     "momentum_dtype",
     "backend",
+    "checkpoint_format",
 )
 
 # Keys that DeepSpeed's own AdamW takes in the JSON; accepted at the one value that says what we do anyway, so that only
@@ -84,6 +87,18 @@ def check_momentum_dtype(value: object) -> MomentumDtype:
         if value == known:
             return known
     raise ValueError(f"momentum_dtype must be one of {', '.join(MOMENTUM_DTYPES)}, got {value!r}")
+
+
+def check_checkpoint_format(value: object) -> CheckpointFormat:
+    """Return ``value`` if it is a known form of second moments in checkpoints.
+
+    Raises:
+        ValueError: unknown form.
+    """
+    for known in CHECKPOINT_FORMATS:
+        if value == known:
+            return known
+    raise ValueError(f"checkpoint_format must be one of {', '.join(CHECKPOINT_FORMATS)}, got {value!r}")
 
 
 def check_backend(value: object) -> str:

@@ -50,6 +50,15 @@ def by_kernels(work: Sequence[Work]) -> list[tuple[Kernels, list[Item]]]:
     return list(sorted_out.items())
 
 
+def non_finite(work: Sequence[Work]) -> bool:
+    """Whether any gradient holds a NaN or an infinity; waits for the device."""
+    grads = [w.item.grad for w in work if w.item.grad is not None and w.item.grad.numel()]
+    if not grads:
+        return False
+    largest = torch._foreach_norm(grads, ord=float("inf"))
+    return not all(bool(value) for value in torch.isfinite(torch.stack([v.double().cpu() for v in largest])))
+
+
 def set_lr(group: dict[str, Any], lr: float, lr_floor: float) -> None:
     """Set a group's base learning rate together with the floor that its blocks decay to (schedules only)."""
     group["lr"] = lr

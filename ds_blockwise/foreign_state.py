@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""State dicts that other optimizers wrote, brought into the form of ours: AdamW in its variants, published Adam-mini.
+
+AdamW variants read: ``torch.optim.AdamW``, DeepSpeed's ``FusedAdam`` (which may keep its step count in the group) and
+``DeepSpeedCPUAdam``. Adam-mini: version 1.1.1 of the published package, whose state is ``m`` with ``v`` (per element)
+or ``vmean`` (one value per run of consecutive elements).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+# Keys of AdamW's groups that say how it computes, not what; they mean nothing here.
+_ADAMW_SWITCHES = (
+    "amsgrad",
+    "bias_correction",
+    "capturable",
+    "decoupled_weight_decay",
+    "differentiable",
+    "foreach",
+    "fused",
+    "maximize",
+    "step",
+)
+# What DeepSpeed's AdamW kernels look up in a loaded group without a default.
+FOR_ADAMW = {"bias_correction": True}
+
+
+def group_to_load(saved: Mapping[str, Any], own: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """A saved param group without what only AdamW's kernels understand.
+
+    Args:
+        saved: the group in the state dict.
+        own: the optimizer's group, for keys that the saved one lacks.
+        index: of the group, for messages.
+
+    Raises:
+        ValueError: the state belongs to an optimizer that maximized.
+    """
+    if saved.get("maximize"):
+        raise ValueError(
+            f"param_groups[{index}] of the state dict has maximize=True: its moments are of negated gradients, which "
+            f"this optimizer does not follow. Negate the loss and start with fresh optimizer state."
+        )
+    if saved.get("amsgrad"):
+        logger.warning("param_groups[%d] used amsgrad: its running maximum (max_exp_avg_sq) is not loaded.", index)
+    kept = {key: value for key, value in saved.items() if key not in _ADAMW_SWITCHES}
+    return {**{key: value for key, value in own.items() if key != "params"}, **kept}
+
+
+def step_of(saved: Mapping[str, Any], group: Mapping[str, Any]) -> int:
+    """Number of updates that a tensor's saved state has seen.
+
+    Raises:
+        ValueError: neither the state nor its group says.
+    """
+    step = saved.get("step", group.get("step"))
+    if step is None:
+        raise ValueError(
+            'the state dict has neither state["step"] nor param_groups["step"], so bias correction cannot go on. It is '
+            "not the state of AdamW or Adam-mini."
+        )
+    return int(step)
+
+
+def is_published_adam_mini(state_dict: Mapping[str, Any]) -> bool:
+    """Whether the published Adam-mini package wrote a state dict."""
+    return any("m" in state and ("vmean" in state or "v" in state) for state in state_dict["state"].values())
+
+
+def from_published_adam_mini(
+    state_dict: Mapping[str, Any],
+    own_groups: Sequence[Mapping[str, Any]],
+    names: Sequence[str | None],
+) -> dict[str, Any]:
+    """A published Adam-mini state dict in AdamW's form, in the groups of ours.
+
+    Its one-parameter groups are found by their lower-cased names. Betas, eps and weight decay stay our groups' own.
+
+    Args:
+        state_dict: of ``adam_mini.Adam_mini``.
+        own_groups: our param groups.
+        names: our parameters' names in the order of the groups; None where unknown.
+
+    Returns:
+        ``state`` with ``step exp_avg exp_avg_sq`` (flat, one second moment per element) and ``param_groups``.
+
+    Raises:
+        ValueError: a parameter of one side is missing on the other, or a state does not fit its parameter.
+    """
+    states = {
+        str(group.get("name")): state_dict["state"][group["params"][0]]
+        for group in state_dict["param_groups"]
+        if group["params"] and group["params"][0] in state_dict["state"]
+    }
+    wanted = [str(name).lower() for name in names]
+    unknown, missing = sorted(set(states) - set(wanted)), sorted(set(wanted) - set(states))
+    if unknown:
+        raise ValueError(
+            f"the Adam-mini state dict holds {len(unknown)} parameters that this optimizer does not step, such as "
+            f"{unknown[0]!r}; it steps {wanted[:3]} and others. Tag the model under the names that it was trained with."
+        )
+    if missing:
+        logger.warning("the Adam-mini state dict has no state for %s; it starts from zero.", ", ".join(missing[:5]))
+    groups, at = [], 0
+    for group in own_groups:
+        numbers = list(range(at, at + len(group["params"])))
+        groups.append({**{key: value for key, value in group.items() if key != "params"}, "params": numbers})
+        at += len(numbers)
+    state = {index: _as_adamw(states[name], name) for index, name in enumerate(wanted) if name in states}
+    return {"state": state, "param_groups": groups}
+
+
+def _as_adamw(saved: Mapping[str, Any], name: str) -> dict[str, Any]:
+    exp_avg = saved["m"].reshape(-1)
+    second = (saved["v"] if "v" in saved else saved["vmean"]).reshape(-1)
+    if second.numel() == 0 or exp_avg.numel() % second.numel():
+        raise ValueError(
+            f"Adam-mini state of {name!r}: {second.numel()} second moments do not divide {exp_avg.numel()} elements"
+        )
+    return {
+        "step": int(saved["step"]),
+        "exp_avg": exp_avg,
+        "exp_avg_sq": torch.repeat_interleave(second, exp_avg.numel() // second.numel()),
+    }
