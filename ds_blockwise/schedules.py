@@ -33,6 +33,9 @@ class _BlockwiseSchedule(ABC):
         warmup_num_steps: updates of linear warm-up from 0.
         min_lr: absolute minimum, shared by all block types.
         last_batch_iteration: -1 for a new run; updates already made minus one otherwise.
+        rewarm_num_steps: after a checkpoint of a run without it (or with another value) is loaded, linear warm-up from
+            0 back to the schedule's own rate over so many updates. For continual pre-training: give the new, longer
+            ``total_num_steps`` with it. Resuming the re-warmed run itself goes on where it was.
 
     Raises:
         ValueError, TypeError: a number outside its range.
@@ -45,7 +48,10 @@ class _BlockwiseSchedule(ABC):
         warmup_num_steps: int = 0,
         min_lr: float = 0.0,
         last_batch_iteration: int = -1,
+        rewarm_num_steps: int = 0,
     ) -> None:
+        self.rewarm_num_steps = _steps("rewarm_num_steps", rewarm_num_steps, low=0)
+        self._rewarm_start: int | None = None
         self.total_num_steps = _steps("total_num_steps", total_num_steps, low=1)
         self.warmup_num_steps = _steps("warmup_num_steps", warmup_num_steps, low=0)
         self.min_lr = number("min_lr", min_lr, low=0.0)
@@ -75,6 +81,13 @@ class _BlockwiseSchedule(ABC):
 
     def _factor_and_floor(self, update: int) -> tuple[float, float]:
         """``(f, g)`` such that a block of multiplier r has learning rate ``f * r * peak + g * min_lr``."""
+        factor, floor = self._own_factor_and_floor(update)
+        if self._rewarm_start is None or update >= self._rewarm_start + self.rewarm_num_steps:
+            return factor, floor
+        warm = (update - self._rewarm_start) / self.rewarm_num_steps
+        return warm * factor, warm * floor
+
+    def _own_factor_and_floor(self, update: int) -> tuple[float, float]:
         if update < self.warmup_num_steps:
             return update / self.warmup_num_steps, 0.0
         if update >= self.total_num_steps:
@@ -106,11 +119,18 @@ class _BlockwiseSchedule(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: the number of updates; peaks and lengths are the new run's own."""
-        return {"last_batch_iteration": self.last_batch_iteration}
+        state: dict[str, Any] = {"last_batch_iteration": self.last_batch_iteration}
+        if self._rewarm_start is not None:
+            state |= {"rewarm_start": self._rewarm_start, "rewarm_num_steps": self.rewarm_num_steps}
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue after ``state_dict``'s update, with this schedule's own settings."""
         self.last_batch_iteration = int(state_dict["last_batch_iteration"])
+        if state_dict.get("rewarm_num_steps", 0) == self.rewarm_num_steps:
+            self._rewarm_start = state_dict.get("rewarm_start")
+        elif self.rewarm_num_steps:
+            self._rewarm_start = self.last_batch_iteration + 1
         self._set(self.last_batch_iteration + 1)
 
 
@@ -143,6 +163,7 @@ class BlockwiseWSDLR(_BlockwiseSchedule):
         decay_num_steps: updates of the decay at the end; default a fifth of ``total_num_steps``.
         min_lr: as the other schedules.
         last_batch_iteration: as the other schedules.
+        rewarm_num_steps: as the other schedules.
     """
 
     def __init__(
@@ -153,6 +174,7 @@ class BlockwiseWSDLR(_BlockwiseSchedule):
         decay_num_steps: int | None = None,
         min_lr: float = 0.0,
         last_batch_iteration: int = -1,
+        rewarm_num_steps: int = 0,
     ) -> None:
         if decay_num_steps is None:
             decay_num_steps = max(1, _steps("total_num_steps", total_num_steps, low=1) // 5)
@@ -162,7 +184,7 @@ class BlockwiseWSDLR(_BlockwiseSchedule):
                 f"warmup_num_steps ({warmup_num_steps}) and decay_num_steps ({decay_num_steps}) do not fit into "
                 f"total_num_steps ({total_num_steps})"
             )
-        super().__init__(optimizer, total_num_steps, warmup_num_steps, min_lr, last_batch_iteration)
+        super().__init__(optimizer, total_num_steps, warmup_num_steps, min_lr, last_batch_iteration, rewarm_num_steps)
 
     def _shape(self, update: int) -> float:
         return min(1.0, (self.total_num_steps - update) / self.decay_num_steps)

@@ -33,6 +33,14 @@ _NUM_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_head", "n_kv_heads
 _HEAD_DIM = ("head_dim", "head_size")
 
 
+@dataclass(frozen=True, slots=True)
+class TensorSplit:
+    """How tensor parallelism of any size cuts a parameter: ``parts`` equal parts of ``dim``, each split by itself."""
+
+    dim: int
+    parts: int = 1
+
+
 class ModuleReader(Protocol):
     """Reads facts off the modules of one framework; registered with `register_reader`."""
 
@@ -42,6 +50,9 @@ class ModuleReader(Protocol):
     def shard(self, owner: nn.Module, param: nn.Parameter, leaf: str) -> TensorShard | None:
         """The tensor-parallel split of ``owner.<leaf>``; None if it is whole or the module is unknown."""
 
+    def split(self, owner: nn.Module, param: nn.Parameter, leaf: str) -> TensorSplit | None:
+        """How ``owner.<leaf>`` would be cut over any number of ranks; None if never or the module is unknown."""
+
 
 _READERS: list[ModuleReader] = []
 
@@ -50,6 +61,17 @@ def register_reader(reader: ModuleReader) -> None:
     """Add a reader; it is asked before the built-in one. A second one of the same class is ignored."""
     if not any(type(known) is type(reader) for known in _READERS):
         _READERS.append(reader)
+
+
+def tensor_splits(model: nn.Module) -> dict[nn.Parameter, TensorSplit]:
+    """How the registered readers would cut each parameter over tensor-parallel ranks; whole ones are left out."""
+    return {
+        param: split
+        for owner in model.modules()
+        for leaf, param in owner.named_parameters(recurse=False)
+        for reader in _READERS
+        if (split := reader.split(owner, param, leaf)) is not None
+    }
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch import nn
 
 from ds_blockwise.blocks import HeadGeometry
 from ds_blockwise.layout import TensorShard
-from ds_blockwise.tagging import register_reader
+from ds_blockwise.tagging import TensorSplit, register_reader
 
 
 class MegatronReader:
@@ -49,17 +49,11 @@ class MegatronReader:
 
     def shard(self, owner: nn.Module, param: nn.Parameter, leaf: str) -> TensorShard | None:
         """The split of a tensor-parallel layer's weight or bias; None where every rank holds it whole."""
-        if isinstance(owner, RowParallelLinear):
-            dim = 1 if leaf == "weight" else None
-        elif isinstance(owner, (ColumnParallelLinear, VocabParallelEmbedding)):
-            dim = 0
-        else:
-            dim = None
-        if dim is None:
-            return None
+        split = self.split(owner, param, leaf)
         world_size = parallel_state.get_tensor_model_parallel_world_size()
-        if world_size == 1:
+        if split is None or world_size == 1:
             return None
+        dim = split.dim
         local = tuple(getattr(param, "ds_shape", param.shape))
         size = local[dim] * world_size
         return TensorShard.even(
@@ -67,8 +61,16 @@ class MegatronReader:
             dim,
             parallel_state.get_tensor_model_parallel_rank(),
             world_size,
-            stride=getattr(param, "partition_stride", 1),
+            stride=split.parts,
         )
+
+    def split(self, owner: nn.Module, param: nn.Parameter, leaf: str) -> TensorSplit | None:
+        """The dimension that a tensor-parallel layer is cut along, at any number of ranks."""
+        if isinstance(owner, RowParallelLinear):
+            return TensorSplit(1) if leaf == "weight" else None
+        if isinstance(owner, (ColumnParallelLinear, VocabParallelEmbedding)):
+            return TensorSplit(0, getattr(param, "partition_stride", 1))
+        return None
 
 
 register_reader(MegatronReader())

@@ -129,3 +129,40 @@ def test_a_decay_longer_than_the_run_is_refused():
     _, optimizer = make()
     with pytest.raises(ValueError, match="do not fit"):
         BlockwiseWSDLR(optimizer, total_num_steps=10, warmup_num_steps=6, decay_num_steps=5)
+
+
+@pytest.mark.parametrize("cls", SHAPES)
+def test_rewarming_after_a_load_climbs_back_to_the_schedule(cls):
+    """Continual pre-training: from 0 at the first update after the load, with the floor scaled alike."""
+    model, optimizer = make()
+    state = {"last_batch_iteration": 5}
+    extra = {"decay_num_steps": 5} if cls is BlockwiseWSDLR else {}
+    schedule = cls(optimizer, TOTAL, WARMUP, min_lr=FLOOR, rewarm_num_steps=4, **extra)
+    schedule.load_state_dict(state)
+    for k in range(6, 16):
+        expected = min(1.0, (k - 6) / 4) * paper(k, 10.0, SHAPES[cls])
+        assert moved(model, optimizer)[0] == pytest.approx(expected, rel=1e-5, abs=1e-12), k
+        schedule.step()
+
+
+def test_rewarming_begins_once():
+    """A resume of the re-warmed run goes on in the middle of the climb; without the option there is none."""
+
+    def loaded(state, rewarm):
+        schedule = BlockwiseLinearLR(make()[1], TOTAL, WARMUP, min_lr=FLOOR, rewarm_num_steps=rewarm)
+        schedule.load_state_dict(state)
+        return schedule
+
+    first = loaded({"last_batch_iteration": 5}, 4)
+    first.step()
+    first.step()
+    again = loaded(first.state_dict(), 4)
+    assert again.get_lr() == first.get_lr()
+    assert 0 < again.get_lr()[0] < loaded(first.state_dict(), 0).get_lr()[0]
+    assert loaded(first.state_dict(), 3).get_lr() == [0.0]
+    assert "rewarm_start" not in loaded(first.state_dict(), 0).state_dict()
+
+
+def test_rewarm_num_steps_is_checked():
+    with pytest.raises(ValueError, match="rewarm_num_steps must be an integer >= 0, got -1"):
+        BlockwiseCosineLR(make()[1], TOTAL, rewarm_num_steps=-1)
