@@ -50,8 +50,10 @@ class MegatronReader:
     def shard(self, owner: nn.Module, param: nn.Parameter, leaf: str) -> TensorShard | None:
         """The split of a tensor-parallel layer's weight or bias; None where every rank holds it whole."""
         split = self.split(owner, param, leaf)
+        if split is None:
+            return None
         world_size = parallel_state.get_tensor_model_parallel_world_size()
-        if split is None or world_size == 1:
+        if world_size == 1:
             return None
         dim = split.dim
         local = tuple(getattr(param, "ds_shape", param.shape))
