@@ -44,7 +44,8 @@ class Case:
     params: dict[str, Any] = field(default_factory=dict)
     zero_init: bool = False
     clip: float = 0.0
-    poison: tuple[int, ...] = ()  # steps at which rank 1 (or 0, if alone) feeds a NaN
+    poison: tuple[int, ...] = ()  # steps at which rank 1 (or 0, if alone) feeds poison_value
+    poison_value: float = float("nan")
     frozen: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
     groups: str = ""  # how parameters are split into two groups: a key of SECOND_GROUP

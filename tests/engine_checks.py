@@ -85,7 +85,7 @@ class _Fed:
             self._set_lr(step)
             poisoned = step in self.case.poison
             bad_rank = min(1, self.context.world_size - 1)
-            value = float("nan") if poisoned and self.context.rank == bad_rank else None
+            value = self.case.poison_value if poisoned and self.context.rank == bad_rank else None
             before = self.now
             feed_step(self.run, self.plan, step, self.context.rank, poison=value, absent=self.case.absent)
             self.now = masters(self.run)

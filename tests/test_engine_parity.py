@@ -111,8 +111,12 @@ def _accumulation_and_clipping() -> Named:
 
 def _overflow() -> Named:
     for tag, case in _wrappers(poison=(0, 2), steps=6):
-        if not (case.stage == 0 and case.dtype == "fp32"):  # the bare optimizer never skips
-            yield _named(f"{tag}overflow", 2, replace(case, dtype="bf16"))
+        yield _named(f"{tag}overflow", 2, replace(case, dtype="fp32" if tag == "bare-" else "bf16"))
+    infinite = float("inf")
+    for stage, value in product(STAGES, (float("nan"), infinite)):
+        case = Case("mini", stage, "fp32", poison=(0, 2), poison_value=value, steps=4)
+        yield _named("overflow_inf" if value == infinite else "overflow_nan", 2, case)
+    yield _named("overflow_bare", 2, Case("adamw", 0, "fp32", poison=(1,), poison_value=infinite, steps=3))
     schedule = {"warmup_num_steps": 2, "total_num_steps": 8, "min_lr": 4e-3}
     case = Case("mini", 2, "bf16", poison=(1, 3), steps=6, scheduler="BlockwiseCosineLR")
     yield _named("schedule_overflow", 2, replace(case, scheduler_params=schedule))

@@ -341,6 +341,7 @@ def _cases() -> dict[str, tuple[int, Case]]:
     add("tied", 2, Case("mini", 1, tied=True))
     for stage in (1, 2):
         add("overflow", 2, Case("mini", stage, "bf16", poison=(0, 2), steps=5))
+    add("overflow", 1, Case("mini", 0, "fp32", poison=(0, 2), steps=4))
     add("clip", 2, Case("mini", 1, clip=0.05))
     add("clip", 1, Case("mini", 0, clip=0.05))
     for optimizer, stage in product(("adamw", "mini"), (0, 2)):
