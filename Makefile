@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup train compare test test-slow test-gpu lint clean bench bench-kernels bench-gpu bench-communication bench-end-to-end
+.PHONY: setup train compare test test-slow test-faults test-gpu checkpoint-matrix lint clean bench bench-kernels bench-gpu bench-communication bench-end-to-end
 
 setup: $(STAMP)
 
@@ -39,10 +39,16 @@ bench-end-to-end: setup
 	$(BIN)/python benchmarks/end_to_end.py --readme $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -m "not gpu and not slow" tests $(ARGS)
+	$(BIN)/python -m pytest -m "not gpu and not slow and not faults" tests $(ARGS)
 
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow and not gpu" tests $(ARGS)
+
+test-faults: setup
+	$(BIN)/python -m pytest -rP tests/test_faults.py $(ARGS)
+
+checkpoint-matrix: setup
+	WRITE_CHECKPOINT_MATRIX=1 $(BIN)/python -m pytest -q tests/test_reshard.py $(ARGS)
 
 test-gpu: setup
 	DS_ACCELERATOR=cuda $(BIN)/python -m pytest -m gpu tests $(ARGS)

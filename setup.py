@@ -7,7 +7,7 @@ from setuptools import setup
 
 HERE = Path(__file__).parent
 EXTRAS = {
-    "deepspeed": ["deepspeed>=0.19,<0.20"],
+    "deepspeed": ["deepspeed>=0.19,<0.20", "safetensors>=0.4"],
     "megatron": ["megatron-core>=0.16,<0.17", "pyyaml"],
     "hf": ["transformers>=4.48", "accelerate"],
     "launch": ["tokenizers", "pyyaml", "matplotlib", "tensorboard", "tqdm"],

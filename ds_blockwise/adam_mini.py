@@ -42,10 +42,12 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
         momentum_dtype: ``"fp32"`` or ``"bf16"``: storage of ``exp_avg``. Arithmetic is fp32 (fp64 for fp64 parameters),
             sums over blocks are fp64.
         backend: ``"auto"`` (C++ for CPU tensors, Triton for CUDA), ``"cpp"``, ``"triton"`` or ``"reference"``.
+        checkpoint_format: ``"expanded"`` (AdamW's keys and shapes) or ``"compact"`` (second moments per block; a third
+            smaller, loads at the topology that wrote it, or anywhere after ``ds-blockwise convert``).
 
     State on each rank: per stepped tensor ``step`` (int), ``exp_avg`` in the tensor's shape, and ``exp_avg_sq`` of
     shape ``(num_blocks,)``, one value per block with elements on this rank (equal on all ranks that share the block).
-    ``state_dict()`` has ``exp_avg_sq`` in the tensor's shape, as AdamW does.
+    ``state_dict()`` has ``exp_avg_sq`` in the tensor's shape, as AdamW does, unless it is compact.
 
     Raises:
         ValueError, TypeError: a setting outside its range, an unknown key, a group that does not fit.

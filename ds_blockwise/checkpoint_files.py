@@ -44,6 +44,7 @@ __all__ = [
     "partial_folders",
     "publish",
     "read_manifest",
+    "remove_checkpoint",
     "remove_unfinished",
     "resolve_tag",
     "sha256_of",
@@ -285,6 +286,13 @@ def remove_unfinished(folder: Path) -> list[str]:
         shutil.rmtree(path)
         notes.append(f"{path} was removed: a save was stopped before it was complete")
     return notes
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Delete a checkpoint; one whose deletion is interrupted counts as unfinished, not as damaged."""
+    doomed = folder.with_name(folder.name + PARTIAL)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def _restore_replaced(final: Path) -> bool:

@@ -17,6 +17,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from ds_blockwise import checkpoint_files as files
 from ds_blockwise.checkpoint_files import Checkpoint, CheckpointError
+from ds_blockwise.deepspeed_folder import universal_misfit
 from ds_blockwise.deepspeed_save import gather, leads, load_rank_state, node_of, save_checkpoint, topology_of
 from ds_blockwise.optimizer import BlockwiseOptimizer
 from ds_blockwise.reduce import first_error, is_first_rank
@@ -76,6 +77,8 @@ def load_checkpoint(
         ValueError: on every rank, before anything is loaded: it was saved by another number of ranks, another ZeRO
             wrapper or precision.
     """
+    if load_module_only and isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
+        load_optimizer_states = False  # else DeepSpeed loads nothing at all there: the weights are in the ZeRO files
     options = {
         "load_module_strict": load_module_strict,
         "load_optimizer_states": load_optimizer_states,
@@ -86,6 +89,7 @@ def load_checkpoint(
     original = functools.partial(type(engine).load_checkpoint, engine, str(load_dir), **options)
     scheduled = load_lr_scheduler_states and not load_module_only
     if engine.load_universal_checkpoint():
+        _check_universal(engine, Path(load_dir), tag)
         return _load_into_groups(engine, functools.partial(original, tag), scheduled, tell=True)
     checkpoint = _find(engine, Path(load_dir), tag)
     if checkpoint is None:
@@ -160,6 +164,27 @@ def _absent(engine: Any, checkpoint: Checkpoint) -> list[str]:
     path = Path(engine._get_zero_ckpt_name(load_dir, tag))
     name = path.name
     return [] if path.is_file() else [f"{name}: missing (or saved with fewer ranks, or another precision)"]
+
+
+def _check_universal(engine: Any, folder: Path, tag: str | None) -> None:
+    """Refuse a universal checkpoint that DeepSpeed would load wrongly or fail on half-way."""
+    try:
+        found = files.resolve_tag(folder, tag, latest=files.LATEST_UNIVERSAL)
+        misfit = (
+            None
+            if found is None
+            else universal_misfit(
+                found.folder,
+                partitions_weights=engine.zero_optimization_partition_weights(),
+                tp=1 if engine.autotp_size() > 1 else int(engine.mp_world_size),
+                round_robin=bool(getattr(engine.optimizer, "round_robin_gradients", False)),
+            )
+        )
+    except (CheckpointError, OSError) as error:
+        misfit = str(error)
+    message = first_error(misfit)
+    if message is not None:
+        raise ValueError(message)
 
 
 def _check_topology(engine: Any, checkpoint: Checkpoint, *, optimizer: bool, module_only: bool) -> None:

@@ -20,7 +20,7 @@ import torch
 from ds_blockwise.blocks import BlockSpec
 from ds_blockwise.checkpoint_files import CheckpointError, read_manifest
 from ds_blockwise.deepspeed_folder import TagFolder, foreign_globals, load_file
-from ds_blockwise.portable import TRAINED, per_block
+from ds_blockwise.portable import TRAINED, per_block, whole_of
 from ds_blockwise.state_record import PER_BLOCK_KEY, placements_of, record_in, spec_of
 from ds_blockwise.table import Placement, build_table
 
@@ -211,14 +211,7 @@ class DeepSpeedFiles:
                     f"{max(different):.2e}; rank 0's is taken"
                 )
             return copies[0]
-        whole = torch.empty(spec.shape, dtype=next(iter(locals_.values())).dtype)
-        for rank, local in locals_.items():
-            part = replace(shard, rank=rank)
-            view, at = local.reshape(part.local_shape), 0
-            for low, high in part.chunks[rank]:
-                whole.narrow(part.dim, low, high - low).copy_(view.narrow(part.dim, at, high - low))
-                at += high - low
-        return whole
+        return whole_of(shard, locals_)
 
     # -------------------------------------------------------------------- frozen parameters, buffers
 

@@ -136,6 +136,31 @@ class TagFolder:
             raise CheckpointError(f"{self.folder} lacks the {'; the '.join(missing)} (of {self.tp} x {self.dp} ranks)")
 
 
+def universal_misfit(folder: Path, *, partitions_weights: bool, tp: int, round_robin: bool) -> str | None:
+    """Why DeepSpeed cannot load a universal checkpoint into an engine; None if nothing speaks against it.
+
+    Args:
+        folder: its tag folder.
+        partitions_weights: whether the engine is at ZeRO stage 3.
+        tp: the engine's tensor-parallel size; 1 under DeepSpeed's own AutoTP, which describes its shards itself.
+        round_robin: whether the engine is at ZeRO stage 1 or 2 with ``round_robin_gradients``.
+    """
+    by_stage_3 = any(folder.glob("zero_pp_rank_*_model_states.pt"))
+    if by_stage_3 != partitions_weights:
+        saved, own = ("ZeRO-3", "ZeRO-1 or 2") if by_stage_3 else ("ZeRO-1 or 2", "ZeRO-3")
+        reason = f"it was saved at {saved} and this engine is at {own}, between which DeepSpeed cannot move one"
+    elif partitions_weights and tp > 1:
+        reason = f"at ZeRO-3 DeepSpeed cannot cut it for tensor-parallel size {tp} (zero/stage3.py, 3781)"
+    elif round_robin:
+        reason = "with round_robin_gradients DeepSpeed puts its values into other parameters (set it to false)"
+    else:
+        return None
+    return (
+        f"universal checkpoint {folder} does not fit: {reason}. Make a portable checkpoint of the one that it was made "
+        f"from, which loads anywhere: ds-blockwise convert SOURCE OUTPUT. Nothing was loaded."
+    )
+
+
 def _find_files(folder: Path) -> tuple[dict[tuple[int, int], Path], dict[tuple[int, int], Path]]:
     models: dict[tuple[int, int], Path] = {}
     optims: dict[tuple[int, int], Path] = {}

@@ -22,7 +22,7 @@ from torch import nn
 
 from ds_blockwise.checkpoint_files import CheckpointError
 from ds_blockwise.optimizer import BlockwiseOptimizer
-from ds_blockwise.portable import TRAINED, Portable
+from ds_blockwise.portable import Portable
 from ds_blockwise.reduce import first_error, is_first_rank
 from ds_blockwise.state_record import KEY
 from ds_blockwise.stored_state import wide_dtype
@@ -69,16 +69,16 @@ def load_portable(
     folder = Path(folder)
     optimizer = engine.basic_optimizer
     moments = load_optimizer_states and not load_module_only
-    portable, training_state, problem = None, {}, _unfit(engine, custom_load_fn)
+    _raise_everywhere(_unfit(engine, custom_load_fn), ValueError)
+    portable, training_state, damage = None, {}, None
     try:
-        if problem is None:
-            portable = Portable(folder)
-            training_state = portable.training_state()
-            problem = _problems(engine, portable, strict=load_module_strict, moments=moments)
+        portable = Portable(folder)
+        training_state = portable.training_state()
     except (CheckpointError, ImportError) as error:  # a rank that raised alone would leave the others waiting
-        problem = str(error)
-    _raise_everywhere(problem, ValueError)
+        damage = str(error)
+    _raise_everywhere(damage, CheckpointError)
     portable = cast("Portable", portable)
+    _raise_everywhere(_problems(engine, portable, strict=load_module_strict, moments=moments), ValueError)
     if not load_module_only:
         _raise_everywhere(_load_schedule(engine, training_state, load_lr_scheduler_states), ValueError)
     if isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
@@ -87,13 +87,12 @@ def load_portable(
         for binding in optimizer.bindings():
             _fill(optimizer, binding, portable, moments)
         _fill_fixed(engine, portable)
-        problem = None
     except Exception as error:  # whatever one rank meets while reading, all must hear of it before the next collective
-        problem = (
+        damage = (
             f"{type(error).__name__}: {error}. The weights of this engine are partly replaced: build it again before "
             f"you load another checkpoint."
         )
-    _raise_everywhere(problem, CheckpointError)
+    _raise_everywhere(damage, CheckpointError)
     _refresh(engine.optimizer, optimizer)
     if not load_module_only:
         for name, value in training_state["counters"].items():
@@ -128,19 +127,24 @@ def _unfit(engine: Any, custom_load_fn: Any) -> str | None:
 def _problems(engine: Any, portable: Portable, *, strict: bool, moments: bool) -> str | None:
     """Everything that does not fit, in one message; None if all does."""
     lines = []
-    weights = portable.tensors["weights"]
+    weights, untrained = portable.tensors["weights"], portable.tensors["frozen"]
     specs = {p.spec.fqn: p.spec for b in engine.basic_optimizer.bindings() for p in b.table.placements}
-    missing = [name for name in specs if name not in weights]
+    missing = [name for name in specs if name not in weights and name not in untrained]
     if missing:
         lines.append(f"trained parameters that the checkpoint lacks: {_few(missing)}")
-    for name in (n for n in specs if n in weights):
-        if weights[name].shape != tuple(specs[name].shape):
-            lines.append(f"{name} has shape {tuple(specs[name].shape)}, in the checkpoint {weights[name].shape}")
-        if moments and any(name not in portable.tensors[kind] for kind in TRAINED):
-            lines.append(f"{name} has no moments in the checkpoint")
+    for name, spec in specs.items():
+        stored = weights.get(name) or untrained.get(name)
+        if stored is not None and stored.shape != tuple(spec.shape):
+            lines.append(f"{name} has shape {tuple(spec.shape)}, in the checkpoint {stored.shape}")
+    without = [name for name in specs if name in untrained and name not in weights]
+    if moments and without:
+        lines.append(
+            f"parameters that were frozen, so that there are no moments of them: {_few(without)} "
+            f"(load_optimizer_states=False loads the weights alone)"
+        )
     frozen = dict(_frozen(engine))
     for name, param in frozen.items():
-        stored = portable.tensors["frozen"].get(name) or weights.get(name)
+        stored = untrained.get(name) or weights.get(name)
         shape = tuple(getattr(param, "ds_shape", param.shape))
         if stored is None:
             lines.append(f"frozen parameter {name} is not in the checkpoint")
@@ -153,7 +157,7 @@ def _problems(engine: Any, portable: Portable, *, strict: bool, moments: bool) -
         stored = portable.tensors["buffers"].get(name)
         if stored is not None and stored.shape != tuple(buffer.shape):
             lines.append(f"buffer {name} has shape {tuple(buffer.shape)}, in the checkpoint {stored.shape}")
-    extra = [name for name in (*weights, *portable.tensors["frozen"]) if name not in specs and name not in frozen]
+    extra = [name for name in (*weights, *untrained) if name not in specs and name not in frozen]
     if strict and extra:
         lines.append(f"parameters that the model lacks: {_few(extra)} (load_module_strict=False ignores them)")
     if not lines:
@@ -218,7 +222,8 @@ def _fill(optimizer: BlockwiseOptimizer, binding: Binding, portable: Portable, m
 def _read_into(flat: torch.Tensor, kind: str, binding: Binding, portable: Portable) -> None:
     for p in binding.table.placements:
         if p.numel:
-            window = portable.window(kind, p.spec.fqn, p.shard, p.param_start, p.numel)
+            stored = kind if p.spec.fqn in portable.tensors[kind] else "frozen"  # weights of a parameter unfrozen since
+            window = portable.window(stored, p.spec.fqn, p.shard, p.param_start, p.numel)
             flat.narrow(0, p.flat_start, p.numel).copy_(window)
 
 
@@ -246,6 +251,8 @@ def _refresh(wrapper: Any, optimizer: BlockwiseOptimizer) -> None:
                 half.data.copy_(master.data)
     elif isinstance(wrapper, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
         wrapper.update_lp_params()
+        # what safe_get_full_optimizer_state shows is linked anew after the next step
+        wrapper._hp_optimizer_states_linked = False
     elif isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
         groups = zip(
             wrapper.fp16_partitioned_groups_flat,

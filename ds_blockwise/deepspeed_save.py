@@ -168,7 +168,10 @@ class _Save:
         return leads(self.engine)
 
     def record(self, what: str, error: Exception) -> None:
-        self.problems.append(f"{what}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        if isinstance(error, RuntimeError) and "inline_container" in text:
+            text = f"torch could not write all of it (disk full, quota or limit of file sizes): {text}"
+        self.problems.append(f"{what}: {text} ({_free(self.folder)} free)")
 
     def start(self) -> None:
         """Make the partial folder before anything is collected or written."""
@@ -183,7 +186,8 @@ class _Save:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Note failing writes instead of raising: DeepSpeed's next collective needs every rank."""
-        patched = []
+        patched = [(self.engine, "module_state_dict", vars(self.engine).get("module_state_dict"))]
+        self.engine.module_state_dict = _without_empty(self.engine.module_state_dict)
         for attribute, name in _WRITERS:
             owner = self.engine if attribute is None else getattr(self.engine, attribute)
             patched.append((owner, name, vars(owner).get(name)))
@@ -236,9 +240,11 @@ class _Save:
         if self.leads:
             mine = [sums for (node, _, _), (_, sums) in zip(said, summed, strict=True) if node == node_of(self.engine)]
             self._attempt(lambda: self._publish(own, {k: v for sums in mine for k, v in sums.items()}), str(self.tag))
-            if not self.problems and save_latest:
-                self._attempt(lambda: files.write_latest(self.folder, self.tag), str(self.folder / files.LATEST))
         self._raise_if_any(gather(self.problems))
+        if save_latest:
+            if self.leads:
+                self._attempt(lambda: files.write_latest(self.folder, self.tag), str(self.folder / files.LATEST))
+            self._raise_if_any(gather(self.problems), complete=True)
 
     def _sum(self, said: list[tuple[int, set[str]]]) -> None:
         rank = dist.get_rank()
@@ -268,24 +274,48 @@ class _Save:
         except Exception as error:  # reported on all ranks by the next `_raise_if_any`
             self.record(what, error)
 
-    def _raise_if_any(self, problems: list[list[str]]) -> None:
+    def _raise_if_any(self, problems: list[list[str]], *, complete: bool = False) -> None:
         lines = [f"rank {rank}: {line}" for rank, found in enumerate(problems) for line in dict.fromkeys(found)]
         if not lines:
             return
+        listed = "\n  - ".join(lines)
+        if complete:
+            raise CheckpointError(
+                f"checkpoint {self.tag!r} in {self.folder} is complete, but {files.LATEST!r} still names another:\n"
+                f"  - {listed}\nMake room, then write the tag into it."
+            )
         if self.leads:
             shutil.rmtree(self.partial, ignore_errors=True)  # a folder that stays is removed by the next save
-        listed = "\n  - ".join(lines)
         raise CheckpointError(
-            f"checkpoint {self.tag!r} could not be saved in {self.folder} ({_free(self.folder)} free there now):\n"
-            f"  - {listed}\nIts files were removed; earlier checkpoints and {files.LATEST!r} are as they were. Make "
-            f"room or correct the path, then save again."
+            f"checkpoint {self.tag!r} could not be saved in {self.folder}:\n  - {listed}\nIts files were removed; all "
+            f"earlier ones and {files.LATEST!r} are as they were. Make room or correct the path, then save again."
         )
+
+
+def _without_empty(module_state_dict: Callable[..., Any]) -> Callable[..., Any]:
+    """A model's state dict without entries that are None.
+
+    Megatron-core's layers save ``_extra_state = None`` (and do not miss it); DeepSpeed's universal converter asks each
+    entry of the state dict for ``.float()``.
+    """
+
+    @functools.wraps(module_state_dict)
+    def without_empty(*args: Any, **keywords: Any) -> Any:
+        state = module_state_dict(*args, **keywords)
+        for key in [key for key, value in (state or {}).items() if value is None]:
+            del state[key]
+        return state
+
+    return without_empty
 
 
 def _free(folder: Path) -> str:
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
-    return f"{shutil.disk_usage(folder).free / 1e9:.2f} GB"
+    try:
+        return f"{shutil.disk_usage(folder).free / 1e9:.2f} GB"
+    except OSError:  # this is about another error already
+        return "unknown space"
 
 
 # ------------------------------------------------------------------------------ one rank

@@ -50,7 +50,20 @@ def universal_checkpoint_info(engine: Any) -> dict[str, Any] | None:
             info.setdefault(category, []).append(pattern)
         elif category != _COLUMN_PARALLEL:
             info.setdefault(AUTOTP_UNSUPPORTED_PARAMETER_PATTERNS, {})[pattern] = category
+    reason = _unconvertible(engine)
+    if reason is not None:
+        info.setdefault(AUTOTP_UNSUPPORTED_PARAMETER_PATTERNS, {})[".*"] = reason
     return info
+
+
+def _unconvertible(engine: Any) -> str | None:
+    """Why DeepSpeed's converter would make a wrong checkpoint of this engine's, or none."""
+    if getattr(engine.optimizer, "round_robin_gradients", False):
+        return "round_robin_gradients: the converter mixes up parameters; use ds-blockwise convert"
+    optimizer = engine.basic_optimizer
+    if getattr(optimizer, "checkpoint_format", "") == "compact" and optimizer.shares_second_moment:
+        return "compact: the converter needs exp_avg_sq with one value per element; use ds-blockwise convert"
+    return None
 
 
 _REPLICATED = str(TP_REPLICATED_PARAMETER_PATTERNS)

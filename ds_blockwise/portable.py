@@ -12,7 +12,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -340,6 +340,22 @@ def window_of(whole: Any, shape: tuple[int, ...], shard: TensorShard | None, sta
         wide = whole[first:last]
         rows = torch.cat([wide.narrow(shard.dim, low, high - low) for low, high in shard.chunks[shard.rank]], shard.dim)
     return cast("torch.Tensor", rows.reshape(-1)[start - first * inner : start - first * inner + numel])
+
+
+def whole_of(shard: TensorShard, shards: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    """The inverse of `window_of`: the unsharded tensor from the flattened shards of all tensor-parallel ranks.
+
+    Args:
+        shard: the split, of any rank.
+        shards: per rank its elements, 1-D, all of one dtype.
+    """
+    whole = torch.empty(shard.global_shape, dtype=next(iter(shards.values())).dtype)
+    for rank, flat in shards.items():
+        view, at = flat.reshape(replace(shard, rank=rank).local_shape), 0
+        for low, high in shard.chunks[rank]:
+            whole.narrow(shard.dim, low, high - low).copy_(view.narrow(shard.dim, at, high - low))
+            at += high - low
+    return whole
 
 
 def _read_index(path: Path) -> dict[str, Any]:

@@ -4,7 +4,8 @@
 deepspeed --num_gpus 2 launch/pretrain_llama.py --run configs/run/tiny.yaml
 
 The run file says everything; the DeepSpeed JSON that it names decides the optimizer, and
-`--deepspeed-config` swaps it. `--resume` continues from the newest checkpoint, bit for bit.
+`--deepspeed-config` swaps it. `--resume` continues from the newest checkpoint, bit for bit;
+`--auto-resume` does so if there is one, for schedulers that start a failed job again.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import shutil
 import sys
 import time
 from typing import Any
@@ -27,17 +27,11 @@ from engine_config import compose, optimizer_type, parameter_dtype, zero_stage
 from processes import Processes, agree, start, world_size
 from report import plot_loss, state_bytes_per_parameter, summarize, table, write_summary
 from run_config import RunConfig, check_run, load_run
-from training import CHECKPOINTS, Trainer, latest_checkpoint
+from run_folder import check_output, check_source, find_checkpoint, prepare_output
+from training import Trainer
 
 import megatron_patch
 from ds_blockwise import block_report
-from megatron_patch.config import Problems
-
-logger = logging.getLogger(__name__)
-
-RUN_RECORD = "run.json"  # what a run was started with
-# A resumed run with another value of these would not be the same run: other data, other weights.
-_FIXED = ("model", "parallel", "processes", "data", "steps", "global_batch_size", "seed")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -52,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
     started = time.perf_counter()
     options = _options(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
-    logger.setLevel(logging.INFO)
+    logging.getLogger("run_folder").setLevel(logging.INFO)
     run, problems = load_run(options.run, overrides=options.set, deepspeed_file=options.deepspeed_config)
     if run is None:
         problems.raise_if_any()
@@ -64,9 +58,11 @@ def main(arguments: list[str] | None = None) -> None:
     processes = start(run.parallel, run.training.seed)
     metadata = check_data(run, problems)
     record = _record(run, config, metadata, processes)
-    _check_output(run, record, options, problems)
+    checkpoint = find_checkpoint(run, problems) if options.resume or options.auto_resume else None
+    check_output(run, record, checkpoint, options, problems)
+    source = check_source(options.init_from, record, problems) if checkpoint is None else None
     agree(problems)
-    _prepare_output(run, record, processes, resume=options.resume)
+    prepare_output(run, record, processes, checkpoint)
 
     batches = Batches(
         run,
@@ -81,8 +77,10 @@ def main(arguments: list[str] | None = None) -> None:
     if processes.rank == 0 and name.startswith("Blockwise"):
         print(block_report(engine.module), flush=True)
     trainer = Trainer(engine, run, batches, processes, started=started)
-    if options.resume:
+    if checkpoint is not None:
         trainer.resume()
+    elif source is not None:
+        trainer.start_from(source)
     trainer.train(options.stop_at_step)
 
     stage = zero_stage(config)
@@ -114,9 +112,16 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--stop-at-step", type=int, help="stop early, with a checkpoint")
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    existing.add_argument("--auto-resume", action="store_true", help="go on if there is a checkpoint, else start")
     existing.add_argument("--overwrite", action="store_true", help="delete an earlier run's files")
+    parser.add_argument(
+        "--init-from", metavar="FOLDER", help="begin with weights and optimizer state of a checkpoint; new schedule"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the launcher
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.resume and options.init_from:
+        parser.error("--init-from begins a new run and --resume goes on with one: leave one out")
+    return options
 
 
 def _record(run: RunConfig, config: dict[str, Any], metadata: dict[str, Any], processes: Processes) -> dict[str, Any]:
@@ -140,47 +145,6 @@ def _record(run: RunConfig, config: dict[str, Any], metadata: dict[str, Any], pr
 
 def _digest(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def _check_output(run: RunConfig, record: dict[str, Any], options: argparse.Namespace, problems: Problems) -> None:
-    checkpoint = latest_checkpoint(run.output)
-    if not options.resume:
-        if checkpoint is not None and not options.overwrite:
-            allowed = "a folder without checkpoints"
-            remedy = "pass --resume to go on from them, or --overwrite to delete them"
-            problems.add(run.file, "output", str(run.output), allowed, remedy)
-        return
-    if checkpoint is None:
-        allowed = f"a folder with a checkpoint in {CHECKPOINTS}/"
-        remedy = "leave out --resume to start from the beginning"
-        problems.add(run.file, "output", str(run.output), allowed, remedy)
-        return
-    before = json.loads((run.output / RUN_RECORD).read_text(encoding="utf-8"))
-    after = json.loads(json.dumps(record))
-    for key in sorted(before.keys() | after.keys()):
-        old, new = before.get(key), after.get(key)
-        if old == new:
-            continue
-        if key in _FIXED:
-            allowed = f"{old!r}, with which {checkpoint} was written"
-            remedy = "set it back, or start a new run in another output folder"
-            problems.add(run.file, key, new, allowed, remedy)
-        elif world_size() == 1 or torch.distributed.get_rank() == 0:
-            logger.info("resuming with another %s: %s was %s", key, new, old)
-
-
-def _prepare_output(run: RunConfig, record: dict[str, Any], processes: Processes, *, resume: bool) -> None:
-    """Start a new run with empty curves: monitors append to what they find."""
-    if processes.rank == 0:
-        if not resume:
-            for name in (CHECKPOINTS, "csv", "tensorboard"):
-                shutil.rmtree(run.output / name, ignore_errors=True)
-            for name in ("loss.png", "summary.json"):
-                (run.output / name).unlink(missing_ok=True)
-        run.output.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(record, indent=2) + "\n"
-        (run.output / RUN_RECORD).write_text(text, encoding="utf-8")
-    torch.distributed.barrier()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import logging
 import os
 import random
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -43,9 +42,14 @@ class Processes:
 
     def mean(self, total: torch.Tensor, count: torch.Tensor) -> float:
         """Sum of the totals over the data-parallel ranks, divided by that of the counts."""
-        both = torch.stack([total.double(), count.double()])
-        torch.distributed.all_reduce(both, group=self.dp_group)
-        return float(both[0] / both[1])
+        summed, counted = self.sums(total, count)
+        return summed / counted
+
+    def sums(self, *values: torch.Tensor) -> list[float]:
+        """Each value summed over the data-parallel ranks."""
+        stacked = torch.stack([value.double() for value in values])
+        torch.distributed.all_reduce(stacked, group=self.dp_group)
+        return [float(value) for value in stacked]
 
     def sum_over_world(self, value: int) -> int:
         """Sum of a whole number over all processes."""
@@ -107,32 +111,29 @@ def agree(problems: Problems) -> None:
     problems.raise_if_any()
 
 
-def save_random_states(directory: Path, rank: int) -> None:
-    """Write this process's random states beside the checkpoint's other files."""
+def random_states() -> dict[str, Any]:
+    """This process's random states, in plain containers and tensors: they load with `weights_only`."""
+    name, keys, *rest = numpy.random.get_state()
     states: dict[str, Any] = {
         "python": random.getstate(),
-        "numpy": numpy.random.get_state(),
+        "numpy": (name, torch.from_numpy(keys.astype(numpy.int64)), *rest),
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
         states["megatron"] = tensor_parallel.get_cuda_rng_tracker().get_states()
-    torch.save(states, _random_file(directory, rank))
+    return states
 
 
-def load_random_states(directory: Path, rank: int) -> None:
-    """Restore what `save_random_states` wrote."""
-    states = torch.load(_random_file(directory, rank), weights_only=False)
+def restore_random_states(states: dict[str, Any]) -> None:
+    """Go on with the random numbers that would have come after `random_states`."""
     random.setstate(states["python"])
-    numpy.random.set_state(states["numpy"])
+    name, keys, *rest = states["numpy"]
+    numpy.random.set_state((name, keys.numpy().astype(numpy.uint32), *rest))
     torch.set_rng_state(states["torch"])
     if torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
         tensor_parallel.get_cuda_rng_tracker().set_states(states["megatron"])
-
-
-def _random_file(directory: Path, rank: int) -> Path:
-    return directory / f"random_states_rank_{rank:05d}.pt"
 
 
 def _share_cores() -> None:

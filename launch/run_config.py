@@ -64,6 +64,7 @@ class TrainingConfig:
         validation_interval: Steps between validations; also before the first and after the last.
         log_interval: Steps that one point of the training curve averages over.
         checkpoint_interval: Steps between checkpoints; 0 writes only the last.
+        keep_checkpoints: How many of them stay, the newest ones; 0 keeps all.
         seed: Of the initial weights and of the data order.
     """
 
@@ -75,6 +76,7 @@ class TrainingConfig:
     validation_interval: int = field(metadata=_POSITIVE)
     log_interval: int = field(default=10, metadata=_POSITIVE)
     checkpoint_interval: int = field(default=0, metadata=_NOT_NEGATIVE)
+    keep_checkpoints: int = field(default=0, metadata=_NOT_NEGATIVE)
     seed: int = field(default=1234, metadata=_NOT_NEGATIVE)
 
 

@@ -16,12 +16,12 @@ from typing import Any
 import deepspeed
 import torch
 from batches import Batch, Batches
-from processes import Processes, load_random_states, save_random_states
+from processes import Processes, random_states, restore_random_states
 from run_config import RunConfig
+from run_folder import checkpoints_of, place_of, remove_old
 from tqdm import tqdm
 
-CHECKPOINTS = "checkpoints"  # below the run's output folder
-LATEST = "latest"  # DeepSpeed's file with the name of the newest checkpoint
+from ds_blockwise.deepspeed_checkpoint import load_checkpoint, load_rank_state, save_checkpoint
 
 
 @dataclass
@@ -103,32 +103,57 @@ class Trainer:
             self.save()
 
     def save(self) -> None:
-        """Write a checkpoint of everything that the next step depends on."""
-        directory = self._run.output / CHECKPOINTS
-        tag = f"step_{self.progress.step:07d}"
-        (directory / tag).mkdir(parents=True, exist_ok=True)
-        # Before DeepSpeed's files: it updates `latest` only after all ranks have come that far.
-        save_random_states(directory / tag, self._processes.rank)
+        """Write a checkpoint of everything that the next step depends on.
+
+        Raises:
+            CheckpointError: A rank could not write its files; the earlier checkpoints are untouched.
+        """
         self._count_wall_time()
         state = {
             "progress": dataclasses.asdict(self.progress),
-            "loss_since_last_point": (float(self._loss_sum), float(self._loss_count)),
+            # of all ranks together, for a run that goes on with another number of them
+            "loss_since_last_point": self._processes.sums(self._loss_sum, self._loss_count),
         }
-        self._engine.save_checkpoint(str(directory), tag=tag, client_state=state)
+        mine = {"random": random_states(), "loss_since_last_point": (float(self._loss_sum), float(self._loss_count))}
+        folder = checkpoints_of(self._run)
+        save_checkpoint(self._engine, folder, f"step_{self.progress.step:07d}", client_state=state, rank_state=mine)
+        if self._processes.rank == 0:
+            remove_old(folder, self._run.training.keep_checkpoints)
 
     def resume(self) -> None:
-        """Load the newest checkpoint; the next step is the one that would have come."""
-        directory = self._run.output / CHECKPOINTS
-        path, state = self._engine.load_checkpoint(str(directory))
-        if path is None:
-            raise FileNotFoundError(f"DeepSpeed found no checkpoint in {directory}")
+        """Load the newest checkpoint; the next step is the one that would have come.
+
+        Raises:
+            CheckpointError: Files of it are damaged (all are named).
+        """
+        path, state = load_checkpoint(self._engine, checkpoints_of(self._run))
+        assert path is not None  # the caller has seen one
+        assert state is not None
         self.progress = Progress(**state["progress"])
-        total, count = state["loss_since_last_point"]
+        mine = load_rank_state(path)
+        if mine is None:  # saved with another number of ranks, then converted
+            total, count = (value / self._processes.dp_size for value in state["loss_since_last_point"])
+        else:
+            total, count = mine["loss_since_last_point"]
+            restore_random_states(mine["random"])
         self._loss_sum.fill_(total)
         self._loss_count.fill_(count)
-        tag = (directory / LATEST).read_text(encoding="utf-8").strip()
-        load_random_states(directory / tag, self._processes.rank)
         self._started = time.perf_counter() - self.progress.wall_seconds
+
+    def start_from(self, source: Path) -> None:
+        """Take weights and optimizer state from another run's checkpoint; steps and schedule begin at 0.
+
+        Args:
+            source: A folder of checkpoints, or one of them.
+
+        Raises:
+            CheckpointError: There is no checkpoint, or files of it are damaged (all are named).
+            ValueError: It does not fit the model, or was saved by another number of ranks and not converted.
+        """
+        folder, tag = place_of(source)
+        load_checkpoint(self._engine, folder, tag, load_lr_scheduler_states=False)
+        for counter in ("global_steps", "global_samples", "skipped_steps"):
+            setattr(self._engine, counter, 0)
 
     def _one_step(self) -> None:
         for batch in self._batches.micro_batches(self.progress.step):
@@ -208,12 +233,3 @@ class Trainer:
             mininterval=0.5 if sys.stderr.isatty() else 15.0,
         ) as bar:
             yield bar
-
-
-def latest_checkpoint(output: Path) -> Path | None:
-    """Folder of the newest complete checkpoint of a run, if it has one."""
-    latest = output / CHECKPOINTS / LATEST
-    if not latest.is_file():
-        return None
-    folder = latest.parent / latest.read_text(encoding="utf-8").strip()
-    return folder if folder.is_dir() else None

@@ -7,6 +7,9 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
+
+import torch
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
@@ -25,13 +28,16 @@ __all__ = [
     "Batches",
     "DataConfig",
     "RunConfig",
+    "assert_same_checkpoint",
     "check_data",
     "check_run",
     "compose",
     "load",
     "load_run",
     "make_project",
+    "prepare_project",
     "token_files",
+    "write_json",
 ]
 
 MODEL = """\
@@ -91,3 +97,63 @@ def load(project: Path, *overrides: str) -> tuple[RunConfig | None, str]:
         check_run(run, 2, problems)
         compose(run, problems)
     return run, "\n".join(problems.lines)
+
+
+def prepare_project(folder: Path) -> Path:
+    """A project whose data is ready."""
+    project = make_project(folder)
+    run, problems = load(project)
+    assert run is not None, problems
+    token_files.prepare(run.data, run.shape.vocab_size, run.file)
+    return project
+
+
+def write_json(
+    project: Path, name: str, optimizer: str = "BlockwiseAdamMini", dtype: str = "fp32", stage: int = 2, **params: Any
+) -> Path:
+    """A DeepSpeed JSON like the shipped one, with another optimizer, precision or stage.
+
+    ``offload=True`` among the params moves the optimizer to the CPU; the others are the optimizer's.
+    """
+    config = json.loads((project / "mini.json").read_text(encoding="utf-8"))
+    config["optimizer"]["type"] = optimizer
+    config["zero_optimization"] = {"stage": stage}
+    if params.pop("offload", False):
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    config["optimizer"]["params"] |= params
+    if dtype == "bf16":
+        config["bf16"] = {"enabled": True}
+    del config["tensorboard"]
+    path = project / f"{name}.json"
+    path.write_text(json.dumps(config), encoding="utf-8")
+    return path
+
+
+def assert_same_checkpoint(one: Path, two: Path) -> None:
+    """Two tag folders hold the same weights, optimizer state, schedule and curves, bit for bit."""
+    names = sorted(p.name for p in one.glob("*.pt"))
+    assert names == sorted(p.name for p in two.glob("*.pt"))
+    assert names
+    for name in names:
+        first, second = (torch.load(folder / name, weights_only=False) for folder in (one, two))
+        for state in (first, second):
+            for clock in ("train_seconds", "wall_seconds"):
+                state.get("progress", {}).pop(clock, None)
+            state.pop("ds_config", None)  # names the output folder
+        _assert_same(first, second, name)
+
+
+def _assert_same(one: Any, two: Any, where: str) -> None:
+    assert type(one) is type(two), where
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, two), where
+    elif isinstance(one, dict):
+        assert one.keys() == two.keys(), where
+        for key in one:
+            _assert_same(one[key], two[key], f"{where}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(two), where
+        for index, (first, second) in enumerate(zip(one, two, strict=True)):
+            _assert_same(first, second, f"{where}[{index}]")
+    elif isinstance(one, int | float | str | None):
+        assert one == two, where
