@@ -10,13 +10,13 @@ import os
 
 import torch
 
-from ds_blockwise.cpp_build import BuildError, missing_tool
+from ds_blockwise.cpp_build import BuildError, library_path, missing_tool
 from ds_blockwise.kernels import Kernels, ReferenceKernels
 from ds_blockwise.self_check import disagreement
 
 logger = logging.getLogger(__name__)
 
-#: why the C++ backend cannot be had, decided when the package is imported; None if it can be built
+#: why the C++ backend cannot be built, decided when the package is imported; None if it can
 CPP_MISSING: str | None = missing_tool()
 
 
@@ -27,7 +27,7 @@ def _reference() -> Kernels:
 
 @functools.cache
 def _cpp() -> Kernels:
-    if CPP_MISSING is not None:
+    if CPP_MISSING is not None and not library_path().exists():
         raise BuildError(CPP_MISSING)
     from ds_blockwise.cpp_kernels import CppKernels
 

@@ -72,7 +72,6 @@ def _only_builder(folder: Path) -> Iterator[None]:
 
     with open(folder / "builder.lock", "w", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        (folder / "lock").unlink(missing_ok=True)
         yield
 
 
@@ -90,6 +89,33 @@ def _ninja_on_path() -> Iterator[None]:
         os.environ["PATH"] = old
 
 
+def _compile(name: str, folder: Path) -> Path:
+    """Build in a folder of its own, so that a library in its final place is always whole."""
+    from torch.utils import cpp_extension
+
+    folder.mkdir(exist_ok=True)
+    (folder / "lock").unlink(missing_ok=True)
+    cpp_extension.load(
+        name=name,
+        sources=[str(SOURCES / "kernels.cpp")],
+        extra_cflags=[*_FLAGS, *_machine_flags()],
+        extra_ldflags=["-fopenmp"],
+        build_directory=str(folder),
+        is_python_module=False,
+        with_cuda=False,
+    )
+    return folder / f"{name}.so"
+
+
+def library_path() -> Path:
+    """Where the compiled kernels of these sources, flags and CPU are, or will be."""
+    from torch.utils import cpp_extension
+
+    name = f"ds_blockwise_cpu_{_cache_key()}"
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    return Path(root) / name / f"{name}.so"
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """The compiled kernels; builds them at the first call on a machine.
@@ -97,29 +123,23 @@ def library() -> ctypes.CDLL:
     Raises:
         BuildError: no compiler, or it failed.
     """
-    missing = missing_tool()
-    if missing is not None:
-        raise BuildError(missing)
-    from torch.utils import cpp_extension
-
-    name = f"ds_blockwise_cpu_{_cache_key()}"
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
-    folder = Path(root) / name
+    built = library_path()
+    folder = built.parent
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _only_builder(folder), _ninja_on_path():
-            if not (folder / f"{name}.so").exists():
-                logger.warning("ds_blockwise: compiling the CPU kernels into %s (once, less than a minute)", folder)
-            cpp_extension.load(
-                name=name,
-                sources=[str(SOURCES / "kernels.cpp")],
-                extra_cflags=[*_FLAGS, *_machine_flags()],
-                extra_ldflags=["-fopenmp"],
-                build_directory=str(folder),
-                is_python_module=False,
-                with_cuda=False,
-            )
-        return ctypes.CDLL(str(folder / f"{name}.so"))
+        # Only asked to build what is missing: ninja compares command lines, so two environments that share a home
+        # would build the same sources anew in turn, each waiting for the other.
+        if not built.exists():
+            missing = missing_tool()
+            if missing is not None:
+                raise BuildError(missing)
+            folder.mkdir(parents=True, exist_ok=True)
+            with _only_builder(folder), _ninja_on_path():
+                if not built.exists():
+                    logger.warning("ds_blockwise: compiling the CPU kernels into %s (once, less than a minute)", folder)
+                    _compile(built.stem, folder / "build").replace(built)
+        return ctypes.CDLL(str(built))
+    except BuildError:
+        raise
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         output = getattr(error, "output", None) or b""
         lines = [*str(error).splitlines(), *output.decode(errors="replace").splitlines()]

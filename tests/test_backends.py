@@ -2,11 +2,13 @@
 """Which backend steps which tensors, what is said about it, and what a step costs in Python."""
 
 import os
+import shutil
 import stat
 import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,15 +93,31 @@ def test_a_killed_build_does_not_hang_the_next_start(tmp_path):
     """torch's own lock file stays behind when a job is killed, and every later start waits for it for ever."""
     from ds_blockwise.cpp_build import _cache_key
 
-    folder = tmp_path / f"ds_blockwise_cpu_{_cache_key()}"
-    folder.mkdir()
+    folder = tmp_path / f"ds_blockwise_cpu_{_cache_key()}" / "build"
+    folder.mkdir(parents=True)
     (folder / "lock").touch()
     done = as_user(tmp_path, "cpp")
     assert "stepped by cpp" in done.stdout, done.stderr
     assert done.stderr.count("compiling the CPU kernels") == 1
-    again = as_user(tmp_path, "cpp")
-    assert "stepped by cpp" in again.stdout
-    assert "compiling" not in again.stderr, "the cache was not used"
+
+
+def test_another_environment_uses_what_is_built(tmp_path):
+    """Two environments in one home would build the same sources in turn, at each start, waiting for each other."""
+    from ds_blockwise.cpp_build import library, library_path
+
+    library()
+    built = library_path()
+    cache = tmp_path / "cache"
+    (cache / built.parent.name).mkdir(parents=True)
+    copy = shutil.copy(built, cache / built.parent.name / built.name)
+    before = copy.stat()
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(Path(backends.__file__).parent, elsewhere / "ds_blockwise")
+    bare = f"{elsewhere / 'nothing'}"  # no compiler and no ninja there
+    done = as_user(cache, "cpp", PYTHONPATH=str(elsewhere), PATH=bare)
+    assert "stepped by cpp" in done.stdout, done.stderr
+    assert "compiling" not in done.stderr
+    assert copy.stat().st_mtime_ns == before.st_mtime_ns
 
 
 @pytest.mark.parametrize("backend", ["cuda", "c++", 1, None])
