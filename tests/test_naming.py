@@ -158,14 +158,17 @@ def test_names_survive_the_prefixes_of_wrappers(prefix):
 @pytest.mark.parametrize(
     "name",
     [
-        "decoder.layers.0.self_attention.dense.weight",
-        "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight",
-        "decoder.layers.0.mlp.linear_fc1.layer_norm_weight",
+        "decoder.layers.0.self_attention.linear_qkv_down_proj.weight",
+        "decoder.layers.0.self_attention.linear_qkv.layer_norm",
         "encoder.layers.0.self_attn.in_proj_weight",
-        "model.layers.0.self_attn.qkv_proj.weight",
-        "layers.0.mlp.router.weight",
+        "transformer.h.0.attn.qkv_proj.weight",
+        "model.layers.0.self_attn.W_pack.weight",
+        "model.layers.0.self_attn.lambda_q1",
+        "model.layers.0.mlp.experts.gate_up_proj.weight",
+        "layers.0.mlp.routers.weight",
+        "0.weight",
         "wo.weight",
-        "word_embeddings.weight",
+        "my_word_embeddings.weight",
     ],
 )
 def test_names_that_no_rule_knows_match_nothing(name):

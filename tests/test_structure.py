@@ -14,6 +14,8 @@ SOURCES = sorted(
 
 # lower lines may import from the ones above, never the other way round
 ORDER = [
+    "roles",
+    "name_rules",
     "naming",
     "policy",
     "layout",
@@ -41,6 +43,8 @@ ORDER = [
     "adam_mini",
     "schedules",
     "report",
+    "module_facts",
+    "readers",
     "tagging",
     "checkpoint_files",
     "portable",
