@@ -46,6 +46,7 @@ ORDER = [
     "module_facts",
     "readers",
     "tagging",
+    "verify",
     "checkpoint_files",
     "portable",
     "deepspeed_files",
