@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``ds-blockwise`` command; ``blocks`` prints how a model is cut into blocks, before anything is trained."""
+"""The ``ds-blockwise`` command: ``blocks`` prints how a model is cut, ``convert`` and ``check`` work on checkpoints."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from ds_blockwise.checkpoint_files import CheckpointError
+from ds_blockwise.cli_checkpoint import add_commands
 from ds_blockwise.policy import suggest
-from ds_blockwise.report import BlockReport
 from ds_blockwise.settings import OPTIMIZER_KEYS, check_extra_keys
 from ds_blockwise.tagging import tag_parameters
 
@@ -36,20 +37,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; default ``sys.argv[1:]``.
 
     Returns:
-        Exit status: 0, or 2 for a user error, which is printed to stderr without a traceback.
+        Exit status: 0; 1 if ``check`` found problems; 2 for an error, which is printed to stderr without a traceback.
     """
     args = _parser().parse_args(argv)
     try:
-        report = _blocks(args.model, args.ds_config)
-    except (ValueError, TypeError, OSError, ImportError) as error:
+        text, status = args.run(args)
+    except (ValueError, TypeError, OSError, ImportError, CheckpointError) as error:
         print(f"ds-blockwise: error: {error}", file=sys.stderr)
         return 2
     try:
-        print(json.dumps(report.to_dict(), indent=2) if args.json else report)
+        print(text)
     except BrokenPipeError:
         # the reader (head, less) has seen enough; leave without Python's own complaint at shutdown
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    return int(status)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -61,12 +62,15 @@ def _parser() -> argparse.ArgumentParser:
     blocks.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     blocks.add_argument("--ds-config", type=Path, metavar="JSON", help="DeepSpeed JSON with the optimizer's settings")
     blocks.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    blocks.set_defaults(run=_run_blocks)
+    add_commands(commands)
     return parser
 
 
-def _blocks(model: str, ds_config: Path | None) -> BlockReport:
-    settings = {} if ds_config is None else read_optimizer_settings(ds_config)
-    return tag_parameters(load_model(model), **settings)
+def _run_blocks(args: argparse.Namespace) -> tuple[str, int]:
+    settings = {} if args.ds_config is None else read_optimizer_settings(args.ds_config)
+    report = tag_parameters(load_model(args.model), **settings)
+    return json.dumps(report.to_dict(), indent=2) if args.json else str(report), 0
 
 
 def read_optimizer_settings(path: Path) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from torch import nn
 from ds_blockwise.adam_mini import BlockwiseAdamMini
 from ds_blockwise.adamw import BlockwiseAdamW
 from ds_blockwise.blocks import BlockSpec
+from ds_blockwise.deepspeed_checkpoint import guard
 from ds_blockwise.deepspeed_checks import check_config
 from ds_blockwise.optimizer import BlockwiseOptimizer
 from ds_blockwise.reduce import ReductionGroups, disagreement, first_error
@@ -133,6 +134,7 @@ def attach(engine: Any) -> None:
     if message is not None:
         raise ValueError(message)
     _check_agreement(engine, optimizer, stepped, tp_group)
+    guard(engine)
     if engine.optimizer is optimizer:
         # DeepSpeed's wrappers skip a step with NaN on all ranks; without a wrapper nobody looks
         device = torch.device(get_accelerator().current_device_name())

@@ -53,6 +53,7 @@ class Case:
     scheduler_params: dict[str, Any] = field(default_factory=dict)
     oracle_multipliers: dict[str, float] = field(default_factory=dict)  # the oracle alone
     overrides: dict[str, float] = field(default_factory=dict)  # a rule for each parameter
+    decay_multipliers: bool = True
     granularity: str = ""
     end_to_end: bool = False
     backend: str = "auto"
@@ -119,7 +120,7 @@ def settings_of(case: Case) -> dict[str, Any]:
     """What the case sets beside AdamW's own parameters, as the JSON and the constructor take it."""
     return {
         "lr_multipliers": case.params.get("lr_multipliers", {}),
-        "weight_decay_multipliers": DECAY_MULTIPLIERS,
+        "weight_decay_multipliers": DECAY_MULTIPLIERS if case.decay_multipliers else {},
         "granularity": GRANULARITIES[case.granularity][0],
         "rules": [
             {"match": f"^{re.escape(name)}$", "lr_multiplier": multiplier}
@@ -213,7 +214,7 @@ def oracle_of(case: Case, weights: dict[str, Tensor], hyper: dict[str, Hyper]) -
         case.optimizer == "mini",
         hyper,
         lr_multipliers=case.params.get("lr_multipliers", {}) | case.oracle_multipliers,
-        weight_decay_multipliers=DECAY_MULTIPLIERS,
+        weight_decay_multipliers=DECAY_MULTIPLIERS if case.decay_multipliers else {},
         overrides=case.overrides,
         momentum=torch.bfloat16 if case.params.get("momentum_dtype") == "bf16" else None,
     )
