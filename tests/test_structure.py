@@ -60,6 +60,7 @@ ORDER = [
     "deepspeed_host",
     "import_hook",
     "__init__",
+    "model_source",
     "cli_checkpoint",
     "cli",
 ]
