@@ -168,12 +168,7 @@ def default_outputs(model: nn.Module) -> torch.Tensor:
         result = getattr(result, name, result)
     if isinstance(result, (tuple, list)):
         result = result[0]
-    if not isinstance(result, torch.Tensor):
-        raise ValueError(
-            f"{type(model).__name__} returned {type(result).__name__}, not a tensor. Give verify_layout outputs=, a "
-            f"function that takes the model and returns its logits or loss."
-        )
-    return result
+    return cast("torch.Tensor", result)
 
 
 def _check_weights(model: nn.Module) -> None:
@@ -220,6 +215,11 @@ def _gradients(model: nn.Module, run: Callable[[nn.Module], torch.Tensor], parts
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(_SEED)  # every run, and every tensor-parallel rank, gets the same tokens
         result = run(model)
+        if not isinstance(result, torch.Tensor):
+            raise ValueError(
+                f"running the {type(model).__name__} returned {type(result).__name__}, not a tensor. Give "
+                f"verify_layout outputs=, a function that takes the model and returns its logits or loss."
+            )
         weights = torch.randn(result.shape, dtype=torch.float32).to(result.device)
         loss = (result.float() * weights).sum()
         found = torch.autograd.grad(loss, params, allow_unused=True)
