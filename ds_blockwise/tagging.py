@@ -170,7 +170,7 @@ def _structure_of(named: _Named, policy: BlockPolicy) -> tuple[TensorStructure, 
     fqn, owner = named.fqn, named.places[0].owner
     rule = next((r for f in named.fqns if (r := policy.rule_for(f)) is not None), None)
     match = _match(named, rule)
-    shard = next((s for r in READERS if (s := r.shard(owner, named.param, named.leaf)) is not None), None)
+    shard = _shard(named)
     local = named.shape
     if shard is not None and shard.local_shape != local:
         raise ValueError(
@@ -203,6 +203,14 @@ def _structure_of(named: _Named, policy: BlockPolicy) -> tuple[TensorStructure, 
         matrices=matrices,
     )
     return structure, shard
+
+
+def _shard(named: _Named) -> TensorShard | None:
+    owner = named.places[0].owner
+    try:
+        return next((s for r in READERS if (s := r.shard(owner, named.param, named.leaf)) is not None), None)
+    except ValueError as error:  # a reader knows the module, not its name in the model
+        raise ValueError(f"parameter {named.fqn!r}: {error}") from error
 
 
 def _check_dims(fqn: str, shape: tuple[int, ...], match: NameMatch) -> None:

@@ -81,7 +81,7 @@ def match_of(owner: nn.Module, parent: nn.Module | None, param: nn.Parameter, na
     layout = _layout(parent, names, child)
     if layout is not None:
         return NameMatch(None, layout, is_bias, DIALECT)
-    if child == "output_layer" and {"GPTModel", "LanguageModule"} & set(names):
+    if child == "output_layer":
         return NameMatch(_output_role(parent, param), None, is_bias, DIALECT)
     for class_name in names:
         for pattern, role, headless in _CHILDREN.get(class_name, ()):

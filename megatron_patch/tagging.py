@@ -76,15 +76,16 @@ class MegatronReader:
         return None
 
     def outputs(self, model: nn.Module) -> torch.Tensor | None:
-        """Logits of a Megatron-core ``GPTModel`` that is a whole model, for 2 x 8 random tokens."""
+        """Losses [batch, sequence] of a Megatron-core ``GPTModel`` that is a whole model, for 2 x 8 random tokens."""
         if "GPTModel" not in class_names(model) or not (getattr(model, "pre_process", False) and model.post_process):
             return None
         weight: torch.Tensor = model.embedding.word_embeddings.weight  # type: ignore[union-attr, assignment]
         length = min(8, int(model.max_sequence_length))  # type: ignore[arg-type]
         tokens = torch.randint(int(model.vocab_size), (2, length), device="cpu").to(weight.device)  # type: ignore[arg-type]
         positions = torch.arange(length, device=weight.device).expand(2, -1)
-        logits: torch.Tensor = model(tokens, positions, None)
-        return logits
+        # with labels, because multi-token prediction takes part in the loss only
+        losses: torch.Tensor = model(tokens, positions, None, labels=tokens.roll(-1, dims=1))
+        return losses
 
 
 def _parts(owner: nn.Module, param: nn.Parameter, class_name: str) -> int:
