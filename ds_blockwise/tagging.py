@@ -278,7 +278,9 @@ def _cut_by_role(structure: TensorStructure, shard: TensorShard | None, match: N
 def _match(named: _Named, rule: Rule | None) -> NameMatch:
     if rule is not None and (rule.role is not None or rule.qkv_layout is not None):
         bias = named.leaf == "bias" and rule.role is not Role.NORM
-        return NameMatch(rule.role, rule.qkv_layout, bias, "rule", storage=rule.storage)
+        # rows of a low rank belong to no head, whatever role they are given
+        headless = named.places[0].is_low_rank_input and rule.num_heads is None
+        return NameMatch(rule.role, rule.qkv_layout, bias, "rule", headless, rule.storage)
     matches = [m for place in named.places if (m := _match_place(named, place)) is not None]
     if not matches:
         raise ValueError(
