@@ -61,7 +61,6 @@ _FUSED: dict[tuple[str, str], Callable[[nn.Module], QKVLayout | None]] = {
     ("FalconAttention", "query_key_value"): _falcon,
     ("BloomAttention", "query_key_value"): _always("grouped"),
     ("GPTNeoXAttention", "query_key_value"): _always("grouped"),
-    ("GPTNeoXJapaneseAttention", "query_key_value"): _always("grouped"),
     ("PersimmonAttention", "query_key_value"): _always("grouped"),
     ("ParallelSelfAttention", "query_key_value"): _gpt_neox,
     ("ParallelAttention", "query_key_value"): _parallel_attention,
@@ -71,7 +70,7 @@ _FUSED: dict[tuple[str, str], Callable[[nn.Module], QKVLayout | None]] = {
     ("Qwen3_5MoeAttention", "q_proj"): _always("query_gate"),
 }
 # Their fused weight has as many key heads as query heads, whatever a config says about key heads.
-_MULTI_HEAD = ("BloomAttention", "GPTNeoXAttention", "GPTNeoXJapaneseAttention", "PersimmonAttention")
+_MULTI_HEAD = ("BloomAttention", "GPTNeoXAttention", "PersimmonAttention")
 
 
 def fused_layout(attention: nn.Module, linear: str) -> QKVLayout | None:

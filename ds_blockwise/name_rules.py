@@ -43,7 +43,7 @@ NAME_RULES: tuple[NameRule, ...] = (
     ),
     NameRule(
         "common",
-        r"norm|norm_f|norm_[12]|ln_[12f]|ln_attn|ln_mlp|ln_cross_attn|[qk]_norm|[qk]_layernorm(?:\.norms\.\d+)?",
+        r"norm|norm_f|norm_[12]|ln_[12f]|ln_attn|ln_mlp|ln_cross_attn|[qk]_norm|[qk]_layernorm(?:\.norms\.\d+)?|query_layernorm|key_layernorm",
         Role.NORM,
         leaf="weight|bias|scale|offset|g",
     ),
@@ -69,13 +69,13 @@ NAME_RULES: tuple[NameRule, ...] = (
     NameRule("hf", r"(?:mlp|feed_forward|ffn|shared_experts?)\.(?:gate|up|down|gate_up)_proj", Role.FFN),
     NameRule("hf", r"experts\.\d+\.(?:gate_proj|up_proj|down_proj|w[123])", Role.FFN),
     NameRule("hf", r"experts", Role.FFN, leaf="gate_up_proj|down_proj|gate_up_proj_bias|down_proj_bias"),
-    NameRule("hf", r"mlp\.(?:fc1|fc2|fc_in|fc_out)", Role.FFN),
+    NameRule("hf", r"mlp\.(?:fc1|fc2|fc_in|fc_out)|feed_forward\.w[123]", Role.FFN),
     NameRule("hf", rf"{_LAYER}\.fc[12]", Role.FFN),
     NameRule("hf", r"(?:mlp|block_sparse_moe|feed_forward)\.(?:gate|router)|mlp\.shared_expert_gate", Role.ROUTER),
     # Hugging Face: state-space mixers
     NameRule(
         "hf",
-        r"(?:mixer|mamba|linear_attn)\.(?:in_proj|x_proj|dt_proj|out_proj|conv1d|in_proj_qkvz|in_proj_ba)",
+        r"(?:mixer|mamba|linear_attn)\.(?:in_proj|x_proj|dt_proj|out_proj|conv1d|in_proj_(?:qkvz|ba|qkv|z|b|a))",
         Role.OTHER,
     ),
     NameRule("hf", r"mixer|mamba|linear_attn", Role.OTHER, leaf="dt_bias|A_log|D"),

@@ -302,8 +302,8 @@ def _match_place(named: _Named, place: _Place) -> NameMatch | None:
     match = next((m for m in said if m is not None), None)
     if match is None:
         match = match_name(place.fqn) or _bare_norm(named, place)
-    if match is None:
-        return None
+    if match is None or (match.dialect == "hf" and match.role is Role.ROUTER and not hasattr(place.parent, "experts")):
+        return None  # ``mlp.gate`` beside no experts is half of a gated FFN
     if match.dialect != "megatron" and place.parent is not None:
         layout = fused_layout(place.parent, place.linear)
         if layout is not None:

@@ -23,7 +23,7 @@ from torch import nn
 
 from ds_blockwise.blocks import BlockSpec
 from ds_blockwise.layout import TensorShard
-from ds_blockwise.naming import Role
+from ds_blockwise.naming import Role, match_name
 from ds_blockwise.policy import BlockPolicy
 from ds_blockwise.readers import READERS
 from ds_blockwise.table import whole_placement
@@ -99,7 +99,7 @@ def verify_layout(
     them. Weights are put back, gradients and tags left alone. Under tensor parallelism call it on every rank.
 
     Args:
-        model: with real weights (not the meta device, not ZeRO-3 placeholders), none of them frozen. A random
+        model: with real weights (not the meta device, not ZeRO-3 placeholders), those of attention not frozen. A random
             initialisation serves; a small number of layers is enough.
         outputs: runs the model and returns a tensor (logits or a loss) that depends on every attention weight.
             Default: known for Megatron-core's ``GPTModel``, for Hugging Face models and for every other model whose
@@ -179,15 +179,22 @@ def _check_weights(model: nn.Module) -> None:
                 f"parameter {fqn!r} is {where}, and verify_layout runs the model. Build it with real weights; a small "
                 f"number of layers and a small vocabulary are enough."
             )
-        if not param.requires_grad:
+        if not param.requires_grad and _may_be_attention(fqn):
             raise ValueError(
                 f"parameter {fqn!r} is frozen: verify_layout has to set rows of every attention weight to zero and to "
                 f"see its gradient. Call it on the model before weights are frozen or adapters added."
             )
 
 
+def _may_be_attention(fqn: str) -> bool:
+    match = match_name(fqn)
+    return match is not None and (match.role is None or match.role in _MUST_VANISH)
+
+
 def _attention_parts(model: nn.Module) -> Iterator[_Part]:
     for param in model.parameters():
+        if not param.requires_grad:
+            continue
         spec = cast("BlockSpec", cast("Any", param).block_spec)
         shard = cast("TensorShard | None", getattr(param, "block_shard", None))
         if not any(part.role in _MUST_VANISH for part in spec.parts):
@@ -259,7 +266,8 @@ def _tag(part: _Part) -> str:
 def _tagged(model: nn.Module, rules: Iterable[Mapping[str, Any]] | None) -> Iterator[None]:
     """The model with tags; those that it had before come back."""
     params = list(model.parameters())
-    if rules is None and all(isinstance(getattr(p, "block_spec", None), BlockSpec) for p in params):
+    trained = [p for p in params if p.requires_grad]
+    if rules is None and all(isinstance(getattr(p, "block_spec", None), BlockSpec) for p in trained):
         yield
         return
     absent = object()

@@ -114,6 +114,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "linear_key_head_dim": 8,
         "linear_value_head_dim": 8,
     },
+    "Qwen3_5": {
+        **_HEADS_OF_12,
+        **_UNTIED,
+        "num_hidden_layers": 2,
+        "full_attention_interval": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
     "Jamba": {
         **_MODERN,
         **_UNTIED,
@@ -126,7 +137,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "use_mamba_kernels": False,
     },
 }
-_TEXT_CONFIGS = ("Gemma3", "Llama4")  # whose plain config is that of the multi-modal model
+_TEXT_CONFIGS = ("Gemma3", "Llama4", "Qwen3_5")  # whose plain config is that of the multi-modal model
 
 
 def build(family: str, **changes: object) -> nn.Module:

@@ -150,6 +150,23 @@ QWEN3_NEXT = (
     | under(LAYER, _LINEAR_ATTENTION, TWO_NORMS, _SPARSE)
     | under("model.layers.1.", _GATED_ATTENTION, TWO_NORMS, _SPARSE)
 )
+# The same with dense FFNs and four projections of the linear attention instead of two
+QWEN3_5 = (
+    ENDS
+    | under(
+        LAYER,
+        {name: what for name, what in _LINEAR_ATTENTION.items() if "in_proj" not in name},
+        {
+            "linear_attn.in_proj_qkv.weight": "other row 64",
+            "linear_attn.in_proj_z.weight": "other row 32",
+            "linear_attn.in_proj_b.weight": "other row 4",
+            "linear_attn.in_proj_a.weight": "other row 4",
+        },
+        GATED,
+        TWO_NORMS,
+    )
+    | under("model.layers.1.", _GATED_ATTENTION, GATED, TWO_NORMS)
+)
 # Jamba: a Mamba layer with experts, then attention without biases
 JAMBA = {
     "model.embed_tokens.weight": EMBEDDING,

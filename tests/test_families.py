@@ -53,6 +53,7 @@ EXPECTED = {
     "OPT": tables.OPT,
     "Mamba2": experts.MAMBA2,
     "Qwen3Next": experts.QWEN3_NEXT,
+    "Qwen3_5": experts.QWEN3_5,
     "Jamba": experts.JAMBA,
 }
 

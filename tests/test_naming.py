@@ -176,6 +176,15 @@ def test_names_that_no_rule_knows_match_nothing(name):
     assert match_name(name) is None
 
 
+def test_a_gate_without_experts_is_no_router():
+    """Half of a gated FFN under that name would train at a sixth of its rate."""
+    model = nn.ModuleDict({"mlp": nn.ModuleDict({"gate": nn.Linear(4, 8, bias=False)})})
+    with pytest.raises(ValueError, match=r"no naming rule matches parameter 'mlp\.gate\.weight'"):
+        tag_parameters(model)
+    model["mlp"].experts = nn.ModuleList()
+    assert roles_of(model) == {"mlp.gate.weight": ["router"]}
+
+
 def test_all_unknown_parameters_are_listed_at_once():
     """A user should mend a model in one go, not parameter by parameter."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))

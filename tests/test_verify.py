@@ -131,6 +131,14 @@ def test_every_layout_is_verified_here_or_in_test_megatron_layers():
     assert set(QKV_LAYOUTS) == probed | {"grouped_gate"}
 
 
+def test_frozen_weights_elsewhere_do_not_matter():
+    """Fine-tuning often freezes embeddings; attention can still be probed."""
+    model = seeded("Llama")
+    model.model.embed_tokens.requires_grad_(False)
+    model.lm_head.requires_grad_(False)
+    assert verify_layout(model).num_checks == 4
+
+
 def test_the_message_says_what_to_do():
     """It names the parameter, the rows, what was zeroed, and the rule to write."""
     rules = [{"match": "c_attn", "role": "qkv", "layout": "grouped", "num_heads": 4}]
@@ -170,7 +178,7 @@ def test_nothing_is_changed():
 
 def frozen():
     model = seeded("Llama")
-    model.lm_head.weight.requires_grad_(False)
+    model.model.layers[0].self_attn.k_proj.weight.requires_grad_(False)
     return model
 
 
@@ -195,7 +203,7 @@ class Odd(nn.Module):
 
 
 CANNOT_TELL = {
-    "frozen": (frozen, {}, "'lm_head.weight' is frozen"),
+    "frozen": (frozen, {}, r"k_proj\.weight' is frozen"),
     "meta device": (on_meta, {}, "is on the meta device"),
     "no gradient": (dead, {}, "is 0.0 with all weights in place"),
     "unknown forward": (Odd, {}, "does not know how to run a Odd"),
