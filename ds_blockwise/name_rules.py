@@ -43,7 +43,8 @@ NAME_RULES: tuple[NameRule, ...] = (
     ),
     NameRule(
         "common",
-        r"norm|norm_f|norm_[12]|ln_[12f]|ln_attn|ln_mlp|ln_cross_attn|[qk]_norm|[qk]_layernorm(?:\.norms\.\d+)?|query_layernorm|key_layernorm",
+        r"norm|norm_f|norm_[12]|ln_[12f]|ln_attn|ln_mlp|ln_cross_attn"
+        r"|[qk]_norm|[qk]_layernorm(?:\.norms\.\d+)?|query_layernorm|key_layernorm",
         Role.NORM,
         leaf="weight|bias|scale|offset|g",
     ),
@@ -56,7 +57,7 @@ NAME_RULES: tuple[NameRule, ...] = (
     NameRule("hf", rf"{_ATTENTION}\.v_proj", Role.VALUE),
     NameRule("hf", rf"{_ATTENTION}\.(?:o_proj|out_proj|dense)", Role.ATTN_OUT),
     NameRule("hf", r"self_attn", Role.NORM, leaf="sinks"),
-    NameRule("hf", r"project_in|project_out", Role.OTHER),
+    NameRule("hf", r"decoder\.project_(?:in|out)", Role.OTHER),
     # Hugging Face: fused projections whose name has one layout
     NameRule("hf", r"self_attn\.qkv_proj", qkv_layout="concat"),
     NameRule("hf", r"attn\.Wqkv", qkv_layout="concat"),

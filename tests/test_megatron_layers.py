@@ -74,6 +74,29 @@ def test_the_copy_of_a_tied_embedding_on_the_last_pipeline_stage_is_an_embedding
     assert tags_of(model)["output_layer.weight"] == "embedding row 96"
 
 
+def test_a_module_is_known_wherever_it_sits():
+    """Names inside a module are its class's own; what the model around it calls it does not matter."""
+    layer = models.gpt(models.te_spec(), **models.LLAMA).decoder.layers[0]
+    model = nn.ModuleDict({"first": layer.self_attention, "second": layer.mlp})
+    assert tags_of(model) == {
+        "first.linear_qkv.weight": "query head 4 + key head 2 + value row 24",
+        "first.linear_qkv.layer_norm_weight": "norm tensor 1",
+        "first.linear_proj.weight": "attn_out row 48",
+        "second.linear_fc1.weight": "ffn row 160",
+        "second.linear_fc1.layer_norm_weight": "norm tensor 1",
+        "second.linear_fc2.weight": "ffn row 48",
+    }
+
+
+def test_layers_of_one_model_may_have_different_heads():
+    """Heterogeneous models give each layer a config of its own; the model's config would be wrong for some."""
+    first = models.gpt(**models.LLAMA).decoder.layers[0]
+    second = models.gpt(**models.LLAMA, num_query_groups=4).decoder.layers[0]
+    found = tags_of(nn.ModuleDict({"0": first, "1": second}))
+    assert found["0.self_attention.linear_qkv.weight"] == "query head 4 + key head 2 + value row 24"
+    assert found["1.self_attention.linear_qkv.weight"] == "query head 4 + key head 4 + value row 48"
+
+
 def skeleton(cls, **children):
     """An instance of a class that cannot be built here, with the modules and parameters that its __init__ registers."""
     module = cls.__new__(cls)

@@ -294,6 +294,19 @@ def test_a_concatenated_weight_is_split_part_by_part(monkeypatch):
     assert weight.block_shard == TensorShard((96, 48), 0, 1, halves)
 
 
+def test_universal_checkpoints_do_not_join_a_concatenated_weight_as_if_it_were_one_run():
+    """Joined along dimension 0 the rows of Q, K and V of all ranks would lie mixed, and load without complaint."""
+    pytest.importorskip("deepspeed", reason="the patterns are for DeepSpeed's converter")
+    from ds_blockwise.deepspeed_universal import _category
+    from ds_blockwise.readers import TensorSplit
+
+    weight = nn.Parameter(torch.zeros(6, 2))
+    weight.block_shard = TensorShard((12, 2), 0, 0, (((0, 2), (4, 6), (8, 10)), ((2, 4), (6, 8), (10, 12))))
+    assert "a shard is 3 runs of its rows" in _category(weight, TensorSplit(0))
+    weight.block_shard = TensorShard.even((12, 2), 0, 0, 2)
+    assert _category(weight, TensorSplit(0)) == ""
+
+
 def test_a_numbered_layer_is_only_a_norm_if_its_class_is_one():
     """In a pipeline any layer may be called 4.weight."""
     model = nn.Sequential(nn.LayerNorm(3), nn.Linear(3, 3, bias=False))
