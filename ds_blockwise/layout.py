@@ -63,6 +63,23 @@ class TensorShard:
         )
         return cls(global_shape, dim, rank, chunks)
 
+    def part_by_part(self, ends: Sequence[int]) -> TensorShard:
+        """The even split of each part of the dimension by itself, where consecutive parts end at ``ends``.
+
+        Raises:
+            ValueError: a part does not divide by the number of ranks.
+        """
+        ranks = len(self.chunks)
+        parts = [(start, end - start) for start, end in zip((0, *ends), ends, strict=False)]
+        if any(size % ranks for _, size in parts):
+            sizes = ", ".join(str(size) for _, size in parts)
+            raise ValueError(f"parts of {sizes} rows do not all divide by {ranks} tensor-parallel ranks")
+        chunks = tuple(
+            tuple((start + rank * size // ranks, start + (rank + 1) * size // ranks) for start, size in parts)
+            for rank in range(ranks)
+        )
+        return TensorShard(self.global_shape, self.dim, self.rank, chunks)
+
     @property
     def is_even(self) -> bool:
         """Whether every rank holds the same number of indices."""

@@ -39,6 +39,7 @@ __all__ = [
     "Storage",
     "adapted_path",
     "canonical_fqn",
+    "is_bias_name",
     "is_low_rank_input",
     "match_name",
     "merge_tied",
@@ -49,6 +50,7 @@ _COMPILED = tuple((rule, re.compile(rf"(?:^|\.)(?:{rule.module})$"), re.compile(
 _WRAPPER_PREFIX = re.compile(r"^(?:module\.)+")
 # PEFT puts the wrapped linear, and the two factors beside it, one or two modules below the linear's own name
 _ADAPTER = re.compile(r"\.(?:base_layer|original_module|modules_to_save\.[^.]+|(?P<factor>lora_[AB])\.[^.]+)$")
+_BIAS = re.compile(r"bias\d*|.*_proj_bias")
 _PEFT_PREFIX = re.compile(r"^base_model\.model\.")
 
 
@@ -96,8 +98,13 @@ def match_name(fqn: str) -> NameMatch | None:
             f"parameter {fqn!r} matches several naming rules: {readings}. Declare it in the optimizer's JSON: "
             f'"rules": [{{"match": "{re.escape(canonical_fqn(fqn))}", "role": "..."}}]'
         )
-    is_bias = rule.role is not Role.NORM and (leaf.startswith("bias") or leaf.endswith("_proj_bias"))
+    is_bias = rule.role is not Role.NORM and is_bias_name(leaf)
     return NameMatch(rule.role, rule.qkv_layout, is_bias, rule.dialect, rule.headless, rule.storage)
+
+
+def is_bias_name(leaf: str) -> bool:
+    """Whether a parameter's own name is that of a linear's bias; experts have ``bias0`` or ``gate_up_proj_bias``."""
+    return _BIAS.fullmatch(leaf) is not None
 
 
 def _reading(rule: NameRule) -> str:

@@ -31,8 +31,10 @@ from ds_blockwise.naming import (
     SELF_ATTENTION_LAYOUTS,
     NameMatch,
     Role,
+    Storage,
     adapted_path,
     canonical_fqn,
+    is_bias_name,
     is_low_rank_input,
     match_name,
     merge_tied,
@@ -178,9 +180,10 @@ def _structure_of(named: _Named, policy: BlockPolicy) -> tuple[TensorStructure, 
             f"{shard.local_shape} of {shard.global_shape}"
         )
     shape = local if shard is None else shard.global_shape
-    if match.storage is None:
-        stored = rule.storage if rule is not None and rule.storage is not None else storage_of(owner)
-        match = replace(match, storage=stored)
+    if rule is not None and rule.storage is not None:
+        match = replace(match, storage=rule.storage)
+    elif match.storage is None:
+        match = replace(match, storage=storage_of(owner))
     axis = 1 if match.storage == "in_out" and len(shape) == 2 and not match.is_bias else 0
     if match.qkv_layout is not None:
         heads = _heads(named, match, rule)
@@ -228,7 +231,7 @@ def _check_dims(fqn: str, shape: tuple[int, ...], match: NameMatch) -> None:
 
 def _matrices(named: _Named, shape: tuple[int, ...], match: NameMatch) -> tuple[int, int, int] | None:
     """Number, rows and columns of the matrices in a weight of several experts; None for a single matrix."""
-    if match.is_bias or match.role is not Role.FFN:
+    if match.is_bias or match.role is Role.NORM:
         return None
     if match.storage == "grouped_in_out":
         count = num_experts_in(named.places[0].owner)
@@ -240,8 +243,8 @@ def _matrices(named: _Named, shape: tuple[int, ...], match: NameMatch) -> tuple[
             )
         outputs = shape[1] // count if named.leaf == "weight1" else shape[1]
         return count, shape[0] * shape[1] // (count * outputs), outputs
-    if len(shape) != 3:
-        return None
+    if len(shape) != 3 or (match.storage is None and match.role is not Role.FFN):
+        return None  # one matrix, or the kernel of a convolution, whose rows are channels
     if match.storage is None:
         lines = " or ".join(
             f'"rules": [{{"match": "{named.fqn}", "role": "ffn", "storage": "{storage}"}}] if it is {what}'
@@ -258,29 +261,18 @@ def _cut_by_role(structure: TensorStructure, shard: TensorShard | None, match: N
     """The split of a concatenated weight: each rank holds its share of Q, then of K, then of V."""
     if shard is None or shard.dim != structure.axis or match.qkv_layout not in ("concat", "key_value_concat"):
         return shard
-    world_size = len(shard.chunks)
-    for span in structure.spans:
-        if (span.end - span.start) % world_size:
-            raise ValueError(
-                f"parameter {structure.fqn!r} has {span.end - span.start} {span.role.value} rows, which do not divide "
-                f"by {world_size} tensor-parallel ranks"
-            )
-    chunks = tuple(
-        tuple(
-            (s.start + rank * (s.end - s.start) // world_size, s.start + (rank + 1) * (s.end - s.start) // world_size)
-            for s in structure.spans
-        )
-        for rank in range(world_size)
-    )
-    return TensorShard(shard.global_shape, shard.dim, shard.rank, chunks)
+    try:
+        return shard.part_by_part([span.end for span in structure.spans])
+    except ValueError as error:
+        raise ValueError(f"parameter {structure.fqn!r} (queries, keys and values in a row): {error}") from error
 
 
 def _match(named: _Named, rule: Rule | None) -> NameMatch:
     if rule is not None and (rule.role is not None or rule.qkv_layout is not None):
-        bias = named.leaf == "bias" and rule.role is not Role.NORM
+        bias = is_bias_name(named.leaf) and rule.role is not Role.NORM
         # rows of a low rank belong to no head, whatever role they are given
         headless = named.places[0].is_low_rank_input and rule.num_heads is None
-        return NameMatch(rule.role, rule.qkv_layout, bias, "rule", headless, rule.storage)
+        return NameMatch(rule.role, rule.qkv_layout, bias, "rule", headless, None if bias else _said_storage(named))
     matches = [m for place in named.places if (m := _match_place(named, place)) is not None]
     if not matches:
         raise ValueError(
@@ -295,13 +287,25 @@ def _match(named: _Named, rule: Rule | None) -> NameMatch:
     return replace(matches[0], role=role)
 
 
-def _match_place(named: _Named, place: _Place) -> NameMatch | None:
-    leaf = place.fqn.rpartition(".")[2]
-    name = f"{place.linear}.{leaf}"
+def _said_storage(named: _Named) -> Storage | None:
+    # A rule that says what a weight does says nothing about how it lies; that is still the module's to tell.
+    try:
+        said = _read(named, named.places[0])
+    except ValueError:  # two naming rules: the user's rule is there to settle it
+        return None
+    return None if said is None else said.storage
+
+
+def _read(named: _Named, place: _Place) -> NameMatch | None:
+    """What the modules say, or else the name."""
+    name = f"{place.linear}.{place.fqn.rpartition('.')[2]}"
     said = (r.match(place.owner, place.parent, named.param, name) for r in READERS)
     match = next((m for m in said if m is not None), None)
-    if match is None:
-        match = match_name(place.fqn) or _bare_norm(named, place)
+    return match or match_name(place.fqn) or _bare_norm(named, place)
+
+
+def _match_place(named: _Named, place: _Place) -> NameMatch | None:
+    match = _read(named, place)
     if match is None or (match.dialect == "hf" and match.role is Role.ROUTER and not hasattr(place.parent, "experts")):
         return None  # ``mlp.gate`` beside no experts is half of a gated FFN
     if match.dialect != "megatron" and place.parent is not None:

@@ -157,6 +157,18 @@ def test_a_rule_declares_a_transposed_linear():
     assert (model.kernel.block_spec.axis, model.kernel.block_spec.num_blocks) == (1, 7)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("role", ["ffn", "other"])
+def test_a_rule_for_the_role_leaves_the_storage_alone(kind, role):
+    """Another multiplier for experts is a usual wish; it must not turn columns into rows."""
+    tagged, ruled = model_of(kind), model_of(kind)
+    tag_parameters(tagged)
+    tag_parameters(ruled, rules=[{"match": "experts", "role": role, "lr_multiplier": 2}])
+    for (name, p), q in zip(tagged.named_parameters(), ruled.parameters(), strict=True):
+        assert q.block_spec.structure.matrices == p.block_spec.structure.matrices, name
+        assert (q.block_spec.axis, q.block_spec.num_blocks) == (p.block_spec.axis, p.block_spec.num_blocks)
+
+
 def test_a_grouped_mlp_that_does_not_say_how_many_experts_it_holds_is_refused():
     """Its shape has room for any number of them."""
     model = model_of("grouped")

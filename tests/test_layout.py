@@ -233,6 +233,14 @@ def test_an_uneven_split_is_refused():
         TensorShard.even((6, 3), 0, 0, 4)
 
 
+def test_parts_that_are_split_by_themselves():
+    """Q, K and V of different sizes in a row: every rank holds a share of each, and a share must be whole rows."""
+    shard = TensorShard.even((12, 3), 0, 1, 2).part_by_part([8, 10, 12])
+    assert shard.chunks == (((0, 4), (8, 9), (10, 11)), ((4, 8), (9, 10), (11, 12))) and shard.rank == 1
+    with pytest.raises(ValueError, match="parts of 8, 3, 1 rows do not all divide by 2"):
+        TensorShard.even((12, 3), 0, 1, 2).part_by_part([8, 11, 12])
+
+
 def test_a_range_outside_the_tensor_is_refused():
     """Offsets beyond the tensor mean that the host's lists were misread."""
     view = local_view((4, 2), 0, [AxisSpan(0, 4, 0, 1, 0)])
