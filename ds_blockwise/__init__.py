@@ -16,6 +16,7 @@ from ds_blockwise.report import BlockReport, block_report
 from ds_blockwise.schedules import BlockwiseCosineLR, BlockwiseLinearLR, BlockwiseWSDLR
 from ds_blockwise.state_record import VERSION
 from ds_blockwise.tagging import tag_parameters
+from ds_blockwise.verify import LayoutReport, verify_layout
 
 __version__ = VERSION
 
@@ -27,10 +28,12 @@ __all__ = [
     "BlockwiseCosineLR",
     "BlockwiseLinearLR",
     "BlockwiseWSDLR",
+    "LayoutReport",
     "Role",
     "attach",
     "block_report",
     "tag_parameters",
+    "verify_layout",
 ]
 
 

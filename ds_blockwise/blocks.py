@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ds_blockwise.layout import AxisSpan
-from ds_blockwise.naming import BLOCK_TYPE_OF, BlockType, QKVLayout, Role
+from ds_blockwise.layout import AxisSpan, Batch
+from ds_blockwise.naming import BLOCK_TYPE_OF, LAYOUT_MEANING, BlockType, QKVLayout, Role
 from ds_blockwise.policy import BlockPolicy, Granularity
 
 STATE_BYTES_PER_VALUE = 4  # exp_avg and exp_avg_sq are fp32 unless momentum_dtype says otherwise
@@ -26,19 +26,26 @@ class HeadGeometry:
         num_kv_heads: key and value heads (query groups).
         head_dim: rows per head; None if the module does not say (then it follows from the weight's rows).
         source: where the numbers were read, for error messages.
+        key_dim: key rows per head of a weight that holds keys and values head by head; None: half of the head's rows.
+        value_dim: its value rows per head.
+        rope_dim: rows of the rotary key that follow the latent in MLA's down-projection.
     """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int | None
     source: str
+    key_dim: int | None = None
+    value_dim: int | None = None
+    rope_dim: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class RoleSpan:
     """Consecutive indices ``[start, end)`` of the block axis that have one role.
 
-    ``head_rows`` is the number of indices per head, None for roles without heads.
+    ``head_rows`` is the number of indices per head, None for roles without heads; 1 where the rows of a role that
+    usually has heads belong to no head (MLA's latent projections).
     """
 
     start: int
@@ -75,6 +82,8 @@ class TensorStructure:
         axis: the dimension along which blocks follow each other (0, or 1 for transposed ``[in, out]`` weights).
         spans: role spans; they tile the block axis in order.
         is_bias: bias of a linear.
+        matrices: of a tensor that holds several matrices, each with blocks of its own (experts): their number, rows and
+            columns as the elements really lie, whatever shape is registered. ``axis`` then counts in these.
     """
 
     fqn: str
@@ -82,9 +91,11 @@ class TensorStructure:
     axis: int
     spans: tuple[RoleSpan, ...]
     is_bias: bool
+    matrices: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
         at = 0
+        assert self.matrices is None or math.prod(self.matrices) == math.prod(self.shape), (self.fqn, self.matrices)
         for span in self.spans:
             assert span.start == at and span.end > span.start, (self.fqn, self.spans)
             at = span.end
@@ -93,7 +104,22 @@ class TensorStructure:
     @property
     def axis_size(self) -> int:
         """Length of the block axis (1 for a scalar)."""
-        return self.shape[self.axis] if self.shape else 1
+        return self.stored_shape[self.axis] if self.shape else 1
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape in which the elements lie: ``matrices`` where given."""
+        return self.shape if self.matrices is None else self.matrices
+
+    @property
+    def num_matrices(self) -> int:
+        """Matrices with blocks of their own; 1 for all but experts in one tensor."""
+        return 1 if self.matrices is None else self.matrices[0]
+
+    @property
+    def numel_per_row(self) -> int:
+        """Elements of one index of the block axis, in one matrix."""
+        return math.prod(self.shape) // (self.axis_size * self.num_matrices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +151,12 @@ class BlockSpec:
         """Elements of the unsharded tensor."""
         return math.prod(self.shape)
 
+    @property
+    def batch(self) -> Batch | None:
+        """The matrices that have blocks of their own, as ``layout`` reads them; None for a single one."""
+        matrices = self.structure.matrices
+        return None if matrices is None else Batch(matrices[0], self.num_blocks // matrices[0])
+
     def axis_spans(self) -> tuple[AxisSpan, ...]:
         """The parts as plain integers, the form that ``layout`` reads."""
         return tuple(
@@ -133,12 +165,12 @@ class BlockSpec:
 
     def block_rows(self) -> list[int]:
         """Indices of the block axis per block id (a block may consist of several runs of a fused weight)."""
-        rows = [0] * self.num_blocks
+        rows = [0] * (self.num_blocks // self.structure.num_matrices)
         for part in self.parts:
             if part.rows_per_block:
                 for block in range((part.end - part.start) // part.rows_per_block):
                     rows[part.first_block + block] += part.rows_per_block
-        return rows
+        return rows * self.structure.num_matrices
 
 
 def apply_policy(structure: TensorStructure, policy: BlockPolicy) -> BlockSpec:
@@ -149,7 +181,8 @@ def apply_policy(structure: TensorStructure, policy: BlockPolicy) -> BlockSpec:
         policy: multipliers, granularity and rules.
 
     Returns:
-        The blocks; ids count up along the block axis. Spans of one role with granularity ``tensor`` share one id.
+        The blocks; ids count up along the block axis, then from matrix to matrix. Spans of one role with granularity
+        ``tensor`` share one id in each matrix.
 
     Raises:
         ValueError: the granularity does not suit the role, or heads are asked for where none are known.
@@ -160,10 +193,12 @@ def apply_policy(structure: TensorStructure, policy: BlockPolicy) -> BlockSpec:
     for span in structure.spans:
         settings = policy.resolve(structure.fqn, span.role, structure.is_bias)
         size = span.end - span.start
-        shared = settings.granularity == "tensor" and span.role in whole_of_role
-        rows = _rows_per_block(structure, span, settings.granularity)
+        # a row that belongs to no head is the largest block that its role can have here
+        granularity = "row" if settings.granularity == "head" and span.head_rows == 1 else settings.granularity
+        shared = granularity == "tensor" and span.role in whole_of_role
+        rows = _rows_per_block(structure, span, granularity)
         first = whole_of_role[span.role] if shared else num_blocks
-        if settings.granularity == "tensor":
+        if granularity == "tensor":
             whole_of_role[span.role] = first
         if rows and not shared:
             num_blocks += size // rows
@@ -173,14 +208,14 @@ def apply_policy(structure: TensorStructure, policy: BlockPolicy) -> BlockSpec:
                 span.end,
                 span.role,
                 BLOCK_TYPE_OF[span.role],
-                settings.granularity,
+                granularity,
                 settings.lr_multiplier,
                 settings.weight_decay_multiplier,
                 rows,
                 first,
             )
         )
-    return BlockSpec(structure, tuple(parts), num_blocks, policy)
+    return BlockSpec(structure, tuple(parts), num_blocks * structure.num_matrices, policy)
 
 
 def _rows_per_block(structure: TensorStructure, span: RoleSpan, granularity: Granularity) -> int:
@@ -188,7 +223,7 @@ def _rows_per_block(structure: TensorStructure, span: RoleSpan, granularity: Gra
         return 0
     if granularity == "row":
         # a row of a vector is one element: stored and updated element-wise
-        return 1 if math.prod(structure.shape) > structure.axis_size else 0
+        return 1 if structure.numel_per_row > 1 else 0
     if granularity == "tensor":
         return span.end - span.start
     if span.head_rows is None:
@@ -209,6 +244,8 @@ def whole_tensor(
     num_heads: int | None = None,
     head_dim: int | None = None,
     source: str = "",
+    headless: bool = False,
+    matrices: tuple[int, int, int] | None = None,
 ) -> TensorStructure:
     """Structure of a parameter with a single role.
 
@@ -221,16 +258,18 @@ def whole_tensor(
         num_heads: heads in this very parameter, for query, key and value weights.
         head_dim: rows per head, if the module says so; checked against the shape.
         source: where the head count was read.
+        headless: rows of a role that usually has heads, but not here: a block per row.
+        matrices: see `TensorStructure`; ``axis`` counts in them.
 
     Raises:
         ValueError: the rows do not divide into the heads, or a norm has more than one dimension.
     """
-    size = shape[axis] if shape else 1
+    size = (matrices or shape)[axis] if shape else 1
     if role is Role.NORM and len(shape) > 1:
         raise ValueError(
             f"parameter {fqn!r} has role norm but shape {shape}; a norm weight is a vector. Give its role by a rule."
         )
-    head_rows = None
+    head_rows = 1 if headless else None
     if num_heads is not None:
         if size % num_heads or (head_dim is not None and size != num_heads * head_dim):
             said = f" of {head_dim} rows" if head_dim is not None else ""
@@ -240,7 +279,7 @@ def whole_tensor(
                 f'"rules": [{{"match": "{fqn}", "role": "{role.value}", "num_heads": N}}]'
             )
         head_rows = size // num_heads
-    return TensorStructure(fqn, shape, axis, (RoleSpan(0, size, role, head_rows),), is_bias)
+    return TensorStructure(fqn, shape, axis, (RoleSpan(0, size, role, head_rows),), is_bias, matrices)
 
 
 def fused_qkv(
@@ -252,12 +291,12 @@ def fused_qkv(
     is_bias: bool,
     axis: int = 0,
 ) -> TensorStructure:
-    """Structure of a fused QKV weight or bias.
+    """Structure of a weight or bias that serves several attention roles.
 
     Args:
         fqn: name for messages.
-        shape: unsharded shape; the block axis holds ``(num_heads + 2 * num_kv_heads) * head_dim`` rows.
-        layout: ``concat`` or ``grouped``.
+        shape: unsharded shape; the block axis holds the heads' rows in the layout's order.
+        layout: see `LAYOUT_MEANING`; not ``unknown``.
         heads: head counts, unsharded.
         is_bias: bias of the fused linear.
         axis: block axis.
@@ -266,15 +305,39 @@ def fused_qkv(
         ValueError: the rows do not divide into the heads, or the heads into the groups.
     """
     size = shape[axis]
+    if layout == "latent_rope":
+        unit, repeats = _latent_rope(fqn, shape, size, heads), 1
+    elif layout in ("key_value", "key_value_concat", "query_gate"):
+        unit, repeats = _pairs(fqn, shape, layout, size, heads)
+    else:
+        unit, repeats = _query_key_value(fqn, shape, layout, size, heads)
+    spans: list[RoleSpan] = []
+    at = 0
+    for _ in range(repeats):
+        for role, rows, head_rows in unit:
+            spans.append(RoleSpan(at, at + rows, role, head_rows))
+            at += rows
+    return TensorStructure(fqn, shape, axis, tuple(spans), is_bias)
+
+
+_Unit = tuple[tuple[Role, int, int | None], ...]
+"""Role, rows and rows per head of each run of a unit that a fused weight repeats."""
+
+
+def _query_key_value(
+    fqn: str, shape: tuple[int, ...], layout: QKVLayout, size: int, heads: HeadGeometry
+) -> tuple[_Unit, int]:
     num_heads, num_kv_heads = heads.num_heads, heads.num_kv_heads
-    units = num_heads + 2 * num_kv_heads
+    gates = num_heads if layout == "grouped_gate" else 0
+    units = num_heads + gates + 2 * num_kv_heads
     head_dim = heads.head_dim if heads.head_dim is not None else size // units
     if head_dim * units != size or head_dim == 0:
+        gated = f", {gates} gates" if gates else ""
         raise ValueError(
-            f"parameter {fqn!r} of shape {shape} has {size} rows, but {num_heads} query heads and {num_kv_heads} key "
-            f"and value heads of {head_dim} rows make {head_dim * units} ({heads.source}). Correct the head counts, "
-            f'or give them: "rules": [{{"match": "{fqn}", "role": "qkv", "layout": "{layout}", "num_heads": N, '
-            f'"num_kv_heads": N}}]'
+            f"parameter {fqn!r} of shape {shape} has {size} rows, but {num_heads} query heads{gated} and "
+            f"{num_kv_heads} key and value heads of {head_dim} rows make {head_dim * units} ({heads.source}). "
+            f'Correct the head counts, or give them: "rules": [{{"match": "{fqn}", "role": "qkv", "layout": '
+            f'"{layout}", "num_heads": N, "num_kv_heads": N}}]'
         )
     if num_heads % num_kv_heads:
         raise ValueError(
@@ -282,15 +345,41 @@ def fused_qkv(
             f"({heads.source})."
         )
     groups = 1 if layout == "concat" else num_kv_heads
-    sizes = (
-        (Role.QUERY, num_heads // groups * head_dim),
-        (Role.KEY, num_kv_heads // groups * head_dim),
-        (Role.VALUE, num_kv_heads // groups * head_dim),
-    )
-    spans: list[RoleSpan] = []
-    at = 0
-    for _ in range(groups):
-        for role, rows in sizes:
-            spans.append(RoleSpan(at, at + rows, role, head_dim))
-            at += rows
-    return TensorStructure(fqn, shape, axis, tuple(spans), is_bias)
+    query = (Role.QUERY, num_heads // groups * head_dim, head_dim)
+    # a gate scales the attention's output, so it learns with the output projection, row by row
+    gate = (Role.ATTN_OUT, gates // groups * head_dim, None)
+    key = (Role.KEY, num_kv_heads // groups * head_dim, head_dim)
+    value = (Role.VALUE, num_kv_heads // groups * head_dim, head_dim)
+    return ((query, gate, key, value) if gates else (query, key, value)), groups
+
+
+def _pairs(fqn: str, shape: tuple[int, ...], layout: QKVLayout, size: int, heads: HeadGeometry) -> tuple[_Unit, int]:
+    count = heads.num_heads if layout == "query_gate" else heads.num_kv_heads
+    first, second = heads.head_dim, heads.head_dim
+    if layout == "key_value" and heads.key_dim is not None:
+        first, second = heads.key_dim, heads.value_dim
+    if first is None or second is None:
+        first = second = size // (2 * count)
+    if (first + second) * count != size or first == 0:
+        raise ValueError(
+            f"parameter {fqn!r} of shape {shape} has {size} rows, but {count} heads of {first} + {second} rows "
+            f'(layout "{layout}": {LAYOUT_MEANING[layout]}) make {(first + second) * count} ({heads.source}). Correct '
+            f'the head counts, or give them: "rules": [{{"match": "{fqn}", "role": "qkv", "layout": "{layout}", '
+            f'"num_heads": N}}]'
+        )
+    if layout == "query_gate":
+        return ((Role.QUERY, first, first), (Role.ATTN_OUT, second, None)), count
+    if layout == "key_value":
+        return ((Role.KEY, first, first), (Role.VALUE, second, second)), count
+    return ((Role.KEY, first * count, first), (Role.VALUE, second * count, second)), 1
+
+
+def _latent_rope(fqn: str, shape: tuple[int, ...], size: int, heads: HeadGeometry) -> _Unit:
+    if heads.rope_dim is None or not 0 < heads.rope_dim < size:
+        raise ValueError(
+            f"parameter {fqn!r} of shape {shape} ends with the rows of a rotary key, but {heads.source} does not say "
+            f"how many of its {size} rows (read: {heads.rope_dim}). Give the whole weight one role: "
+            f'"rules": [{{"match": "{fqn}", "role": "value"}}]'
+        )
+    # Of the latent come keys and values: it gets the smaller multiplier of the two. No row belongs to one head.
+    return (Role.VALUE, size - heads.rope_dim, 1), (Role.KEY, heads.rope_dim, 1)

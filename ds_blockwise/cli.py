@@ -4,30 +4,24 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
-
-import torch
-from torch import nn
+from typing import Any
 
 from ds_blockwise.checkpoint_files import CheckpointError
 from ds_blockwise.cli_checkpoint import add_commands
-from ds_blockwise.policy import suggest
+from ds_blockwise.model_source import MODEL_HELP, load_model
+from ds_blockwise.naming import canonical_fqn
 from ds_blockwise.settings import OPTIMIZER_KEYS, check_extra_keys
 from ds_blockwise.tagging import tag_parameters
+from ds_blockwise.verify import LayoutReport, verify_layout
 
 _POLICY_KEYS = ("lr_multipliers", "weight_decay_multipliers", "granularity", "rules")
 _OURS = ("BlockwiseAdamW", "BlockwiseAdamMini")
-
-MODEL_HELP = (
-    "a Hugging Face config.json (or the folder that holds it), a Megatron-core model file such as "
-    "configs/model/tiny.yaml, or package.module:function, a function without arguments that returns a torch module"
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,6 +56,12 @@ def _parser() -> argparse.ArgumentParser:
     blocks.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     blocks.add_argument("--ds-config", type=Path, metavar="JSON", help="DeepSpeed JSON with the optimizer's settings")
     blocks.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    blocks.add_argument(
+        "--verify",
+        action="store_true",
+        help="also run a small model of this kind, forward and backward, and check that queries, keys and values are "
+        "where the table says",
+    )
     blocks.set_defaults(run=_run_blocks)
     add_commands(commands)
     return parser
@@ -70,7 +70,21 @@ def _parser() -> argparse.ArgumentParser:
 def _run_blocks(args: argparse.Namespace) -> tuple[str, int]:
     settings = {} if args.ds_config is None else read_optimizer_settings(args.ds_config)
     report = tag_parameters(load_model(args.model), **settings)
-    return json.dumps(report.to_dict(), indent=2) if args.json else str(report), 0
+    verified = _verify(args.model, settings.get("rules", ())) if args.verify else None
+    if args.json:
+        found = report.to_dict()
+        if verified is not None:
+            found["verified"] = {"parameters": list(verified.parameters), "checks": verified.num_checks}
+        return json.dumps(found, indent=2), 0
+    return str(report) if verified is None else f"{report}\n{verified}", 0
+
+
+def _verify(source: str, rules: Sequence[Mapping[str, Any]]) -> LayoutReport:
+    model = load_model(source, small=True)
+    names = [canonical_fqn(name) for name, _ in model.named_parameters(remove_duplicate=False)]
+    # a rule for one of the layers that the small model lacks has nothing to match there
+    present = [rule for rule in rules if any(re.search(rule["match"], name) for name in names)]
+    return verify_layout(model, rules=present)
 
 
 def read_optimizer_settings(path: Path) -> dict[str, Any]:
@@ -91,63 +105,3 @@ def read_optimizer_settings(path: Path) -> dict[str, Any]:
     params = optimizer.get("params", {})
     check_extra_keys(name, {k: v for k, v in params.items() if k not in OPTIMIZER_KEYS})
     return {key: params[key] for key in _POLICY_KEYS if key in params}
-
-
-def load_model(source: str) -> nn.Module:
-    """Build a model on the meta device (no memory is used for its parameters).
-
-    Args:
-        source: see ``ds-blockwise blocks --help``.
-
-    Raises:
-        ValueError: the source is none of the known kinds.
-        ImportError: the library that builds such a model is not installed.
-    """
-    path = Path(source)
-    if path.is_dir():
-        path = path / "config.json"
-    if path.suffix == ".json" and path.is_file():
-        return _hugging_face_model(path)
-    if path.suffix in (".yaml", ".yml") and path.is_file():
-        return _megatron_model(path)
-    if ":" in source and not path.exists():
-        return _from_function(source)
-    raise ValueError(f"cannot build a model from {source!r}: give {MODEL_HELP}")
-
-
-def _hugging_face_model(path: Path) -> nn.Module:
-    try:
-        transformers = importlib.import_module("transformers")
-    except ModuleNotFoundError as error:
-        raise _missing(error, "transformers", "hf") from error
-    config = transformers.AutoConfig.from_pretrained(str(path.parent))
-    with torch.device("meta"):
-        return cast("nn.Module", transformers.AutoModelForCausalLM.from_config(config))
-
-
-def _megatron_model(path: Path) -> nn.Module:
-    try:
-        megatron_patch = importlib.import_module("megatron_patch")
-    except ModuleNotFoundError as error:
-        raise _missing(error, "megatron", "megatron") from error
-    return cast("nn.Module", megatron_patch.build_meta_gpt(path))
-
-
-def _missing(error: ModuleNotFoundError, package: str, extra: str) -> Exception:
-    if (error.name or "").partition(".")[0] != package:
-        return error
-    return ImportError(f"this model needs {package}: pip install 'ds_blockwise[{extra}]'")
-
-
-def _from_function(source: str) -> nn.Module:
-    module_name, _, function_name = source.partition(":")
-    sys.path.insert(0, str(Path.cwd()))
-    module = importlib.import_module(module_name)
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise ValueError(f"{module_name} has no function {function_name!r}{suggest(function_name, dir(module))}")
-    with torch.device("meta"):
-        model = function()
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"{source} returned {type(model).__name__}, not a torch module")
-    return model

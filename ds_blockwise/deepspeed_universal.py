@@ -80,6 +80,8 @@ def _category(param: nn.Parameter, split: TensorSplit | None) -> str:
         return _REPLICATED
     if shard is not None and not shard.is_even:
         return "its tensor-parallel shards differ in size; use ds-blockwise convert"
+    if shard is not None and len(shard.chunks[0]) != split.parts:
+        return f"a shard is {len(shard.chunks[0])} runs of its rows (of Q, K and V); use ds-blockwise convert"
     if split == TensorSplit(dim=0, parts=1):
         return _COLUMN_PARALLEL
     return _OF_SPLIT.get(

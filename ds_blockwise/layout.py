@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Integer ranges only: which elements of which block lie where on this rank.
 
-A parameter is read as ``[outer, axis, inner]`` around its block axis. Tensor parallelism keeps some indices of one
-dimension (`TensorShard`), ZeRO keeps one contiguous range of the flattened rest (`start`, `end`). The result is a
-list of
-`Run`: regularly spaced segments, which kernels and state use. Knows nothing of roles, tensors or process groups.
+A parameter is read as ``[batch, outer, axis, inner]`` around its block axis; the matrices of a batch (experts) have
+blocks of their own. Tensor parallelism keeps some indices of one dimension (`TensorShard`), ZeRO keeps one contiguous
+range of the flattened rest (`start`, `end`). The result is a list of `Run`: regularly spaced segments, which kernels
+and state use. Knows nothing of roles, tensors or process groups.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,23 @@ class TensorShard:
         )
         return cls(global_shape, dim, rank, chunks)
 
+    def part_by_part(self, ends: Sequence[int]) -> TensorShard:
+        """The even split of each part of the dimension by itself, where consecutive parts end at ``ends``.
+
+        Raises:
+            ValueError: a part does not divide by the number of ranks.
+        """
+        ranks = len(self.chunks)
+        parts = [(start, end - start) for start, end in zip((0, *ends), ends, strict=False)]
+        if any(size % ranks for _, size in parts):
+            sizes = ", ".join(str(size) for _, size in parts)
+            raise ValueError(f"parts of {sizes} rows do not all divide by {ranks} tensor-parallel ranks")
+        chunks = tuple(
+            tuple((start + rank * size // ranks, start + (rank + 1) * size // ranks) for start, size in parts)
+            for rank in range(ranks)
+        )
+        return TensorShard(self.global_shape, self.dim, self.rank, chunks)
+
     @property
     def is_even(self) -> bool:
         """Whether every rank holds the same number of indices."""
@@ -73,6 +90,11 @@ class TensorShard:
         """Shape of this rank's tensor."""
         local = sum(end - start for start, end in self.chunks[self.rank])
         return (*self.global_shape[: self.dim], local, *self.global_shape[self.dim + 1 :])
+
+    def of_one_matrix(self) -> TensorShard:
+        """The same split of each matrix of a batch, whose leading dimension is not split."""
+        assert self.dim > 0, self
+        return TensorShard(self.global_shape[1:], self.dim - 1, self.rank, self.chunks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,21 +139,38 @@ class LocalSpan:
 
 @dataclass(frozen=True, slots=True)
 class LocalView:
-    """This rank's tensor as ``[outer, axis, inner]`` with its spans, before any flat cut."""
+    """This rank's tensor as ``[batch, outer, axis, inner]`` with its spans, before any flat cut.
+
+    The spans are those of the first matrix; block ids of the next one are ``blocks_per_matrix`` larger.
+    """
 
     outer: int
     axis: int
     inner: int
     spans: tuple[LocalSpan, ...]
+    batch: int = 1
+    blocks_per_matrix: int = 0
 
     @property
     def numel(self) -> int:
         """Local elements."""
-        return self.outer * self.axis * self.inner
+        return self.batch * self.outer * self.axis * self.inner
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A tensor that is ``count`` matrices one after the other, each with ``blocks_per_matrix`` blocks of its own."""
+
+    count: int
+    blocks_per_matrix: int
 
 
 def local_view(
-    shape: tuple[int, ...], axis: int, spans: Sequence[AxisSpan], shard: TensorShard | None = None
+    shape: tuple[int, ...],
+    axis: int,
+    spans: Sequence[AxisSpan],
+    shard: TensorShard | None = None,
+    batch: Batch | None = None,
 ) -> LocalView:
     """Clip spans of the unsharded tensor to what this tensor-parallel rank holds.
 
@@ -140,7 +179,11 @@ def local_view(
         axis: block axis.
         spans: spans that tile the block axis.
         shard: the tensor-parallel split; None if the tensor is whole on every rank.
+        batch: the leading dimension counts matrices with blocks of their own, the first of which the spans describe.
     """
+    if batch is not None:
+        one = local_view(shape[1:], axis - 1, spans, None if shard is None else shard.of_one_matrix())
+        return replace(one, batch=batch.count, blocks_per_matrix=batch.blocks_per_matrix)
     local_shape = shape if shard is None else shard.local_shape
     ranges: Sequence[tuple[int, int]] = ((0, shape[axis] if shape else 1),)
     if shard is not None and shard.dim == axis:
@@ -170,6 +213,8 @@ def runs_of_range(view: LocalView, start: int, end: int) -> list[Run]:
     """
     if not 0 <= start <= end <= view.numel:
         raise ValueError(f"range [{start}, {end}) is not inside a tensor of {view.numel} elements")
+    if view.batch > 1:
+        return _runs_of_batch(view, start, end)
     stripe = view.axis * view.inner
     runs: list[Run] = []
     at = start
@@ -193,6 +238,26 @@ def runs_of_range(view: LocalView, start: int, end: int) -> list[Run]:
                 )
             )
         at += repeat * stripe if repeat > 1 else high - low
+    return runs
+
+
+def _runs_of_batch(view: LocalView, start: int, end: int) -> list[Run]:
+    """`runs_of_range`, matrix by matrix; runs that continue each other across a seam are one run."""
+    one = replace(view, batch=1)
+    runs: list[Run] = []
+    for matrix in range(start // one.numel, -(-end // one.numel)) if end > start else ():
+        offset = matrix * one.numel
+        low, high = max(start, offset), min(end, offset + one.numel)
+        for run in runs_of_range(one, low - offset, high - offset):
+            block = run.block + (0 if run.element_wise else matrix * view.blocks_per_matrix)
+            run = replace(run, start=run.start + low - start, block=block)
+            last = runs[-1] if runs else None
+            if last is not None and last.repeat == run.repeat == 1 and last.start + last.total == run.start:
+                same = (last.numel, last.tag, last.element_wise) == (run.numel, run.tag, run.element_wise)
+                if same and (run.element_wise or last.block + last.count == run.block):
+                    runs[-1] = replace(last, count=last.count + run.count)
+                    continue
+            runs.append(run)
     return runs
 
 
@@ -226,6 +291,12 @@ def cut_blocks(view: LocalView, cuts: Sequence[int]) -> set[int]:
     only blocks around a cut have to be looked at.
     """
     found: set[int] = set()
+    if view.batch > 1:
+        one = replace(view, batch=1)
+        for cut in {c for c in cuts if 0 < c < view.numel}:
+            matrix, rest = divmod(cut, one.numel)
+            found |= {block + matrix * view.blocks_per_matrix for block in cut_blocks(one, [rest])}
+        return found
     inside = sorted({c for c in cuts if 0 < c < view.numel})
     if not inside:
         return found
@@ -286,11 +357,18 @@ def blocks_in(view: LocalView) -> list[tuple[int, int]]:
 
 
 def tensor_split_blocks(
-    shape: tuple[int, ...], axis: int, spans: Sequence[AxisSpan], shard: TensorShard | None
+    shape: tuple[int, ...],
+    axis: int,
+    spans: Sequence[AxisSpan],
+    shard: TensorShard | None,
+    batch: Batch | None = None,
 ) -> set[int]:
     """Ids of blocks with elements on more than one tensor-parallel rank; the same set on every rank."""
     if shard is None or len(shard.chunks) == 1:
         return set()
+    if batch is not None:
+        one = tensor_split_blocks(shape[1:], axis - 1, spans, shard.of_one_matrix())
+        return {block + matrix * batch.blocks_per_matrix for matrix in range(batch.count) for block in one}
     if shard.dim != axis:
         return {block for start, end in blocks_in(local_view(shape, axis, spans)) for block in range(start, end)}
     held: dict[int, int] = {}

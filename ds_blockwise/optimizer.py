@@ -185,10 +185,10 @@ class BlockwiseOptimizer(StoredState):
                 f"parameter {spec.fqn!r} was tagged with one set of multipliers, rules or granularity and "
                 f"{type(self).__name__} was given another. Give them in one place: tag_parameters or the optimizer."
             )
-        if any(rule.role or rule.qkv_layout or rule.num_heads for rule in self.policy.rules):
+        if any(rule.role or rule.qkv_layout or rule.num_heads or rule.storage for rule in self.policy.rules):
             raise ValueError(
-                f"{type(self).__name__} was given rules that set roles or head counts, but parameter {spec.fqn!r} is "
-                f"already tagged. Give these rules to tag_parameters(model, rules=[...])."
+                f"{type(self).__name__} was given rules that set roles, head counts or storage, but parameter "
+                f"{spec.fqn!r} is already tagged. Give these rules to tag_parameters(model, rules=[...])."
             )
         return apply_policy(spec.structure, self.policy)
 

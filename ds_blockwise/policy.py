@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
-from ds_blockwise.naming import BLOCK_TYPE_OF, BLOCK_TYPES, QKV_LAYOUTS, QKVLayout, Role
+from ds_blockwise.naming import BLOCK_TYPE_OF, BLOCK_TYPES, QKV_LAYOUTS, STORAGES, QKVLayout, Role, Storage
 
 Granularity = Literal["head", "row", "tensor", "element"]
 GRANULARITIES: tuple[Granularity, ...] = ("head", "row", "tensor", "element")
@@ -50,6 +50,7 @@ _RULE_KEYS = (
     "layout",
     "num_heads",
     "num_kv_heads",
+    "storage",
     "lr_multiplier",
     "weight_decay_multiplier",
     "granularity",
@@ -116,6 +117,7 @@ class Rule:
     lr_multiplier: float | None = None
     weight_decay_multiplier: float | None = None
     granularity: Granularity | None = None
+    storage: Storage | None = None
 
     def matches(self, fqn: str) -> bool:
         """True if the rule's regular expression is found anywhere in ``fqn``."""
@@ -146,6 +148,9 @@ def _parse_rule(index: int, value: object) -> Rule:
             raise ValueError(
                 f"{name}: unknown role {role!r}{suggest(str(role), allowed)} Allowed: {', '.join(allowed)}"
             )
+    storage = raw.get("storage")
+    if storage is not None and storage not in STORAGES:
+        raise ValueError(f"{name}.storage must be one of {', '.join(STORAGES)}, got {storage!r}")
     optional = {k: raw[k] for k in _RULE_KEYS[3:] if raw.get(k) is not None}
     if role is None and layout is None and not optional:
         raise ValueError(f"{name} ({match!r}) sets nothing. Give at least one of {', '.join(_RULE_KEYS[1:])}")
@@ -160,6 +165,7 @@ def _parse_rule(index: int, value: object) -> Rule:
             _multiplier, f"{name}.weight_decay_multiplier", raw.get("weight_decay_multiplier")
         ),
         granularity=_optional(_granularity, f"{name}.granularity", raw.get("granularity")),
+        storage=storage,
     )
 
 

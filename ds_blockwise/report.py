@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -144,7 +143,7 @@ def block_report(model: nn.Module) -> BlockReport:
 
 
 def _rows_of(spec: BlockSpec) -> Iterator[ReportRow]:
-    per_row = math.prod(spec.shape) // spec.structure.axis_size
+    per_row = spec.structure.numel_per_row * spec.structure.num_matrices
     for role in dict.fromkeys(part.role for part in spec.parts):
         parts = [part for part in spec.parts if part.role is role]
         numel = sum(part.end - part.start for part in parts) * per_row
@@ -154,7 +153,7 @@ def _rows_of(spec: BlockSpec) -> Iterator[ReportRow]:
             blocks = {
                 part.first_block + i for part in parts for i in range((part.end - part.start) // part.rows_per_block)
             }
-            num_blocks = len(blocks)
+            num_blocks = len(blocks) * spec.structure.num_matrices
         yield ReportRow(
             spec.fqn,
             spec.shape,

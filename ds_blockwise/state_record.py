@@ -115,10 +115,13 @@ def _digest(specs: Mapping[str, BlockSpec]) -> str:
         spec = specs[fqn]
         blocks = [(p.start, p.end, p.role.value, p.rows_per_block, p.first_block) for p in spec.parts]
         digest.update(repr((fqn, tuple(spec.shape), spec.axis, spec.structure.is_bias, blocks)).encode())
+        if spec.structure.matrices is not None:
+            digest.update(repr(spec.structure.matrices).encode())
     return digest.hexdigest()
 
 
 def _packed_spec(spec: BlockSpec) -> dict[str, Any]:
+    matrices = spec.structure.matrices
     return {
         "shape": list(spec.shape),
         "axis": spec.axis,
@@ -138,6 +141,8 @@ def _packed_spec(spec: BlockSpec) -> dict[str, Any]:
             ]
             for part, span in zip(spec.parts, spec.structure.spans, strict=True)
         ],
+        # only where there is something to say: most parameters are one matrix
+        **({} if matrices is None else {"matrices": list(matrices)}),
     }
 
 
@@ -190,7 +195,8 @@ def spec_of(record: Mapping[str, Any], fqn: str) -> BlockSpec:
         role = Role(role_name)
         spans.append(RoleSpan(start, end, role, head_rows))
         parts.append(BlockPart(start, end, role, BLOCK_TYPE_OF[role], granularity, lr, weight_decay, rows, first))
-    structure = TensorStructure(fqn, tuple(packed["shape"]), packed["axis"], tuple(spans), packed["is_bias"])
+    matrices = tuple(packed["matrices"]) if "matrices" in packed else None
+    structure = TensorStructure(fqn, tuple(packed["shape"]), packed["axis"], tuple(spans), packed["is_bias"], matrices)
     return BlockSpec(structure, tuple(parts), packed["num_blocks"], BlockPolicy())
 
 

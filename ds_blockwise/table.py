@@ -49,7 +49,8 @@ class Placement:
 
     def view(self) -> LocalView:
         """The parameter's local tensor as layout sees it."""
-        return local_view(self.spec.shape, self.spec.axis, self.spec.axis_spans(), self.shard)
+        shape = self.spec.structure.stored_shape
+        return local_view(shape, self.spec.axis, self.spec.axis_spans(), self.shard, self.spec.batch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +216,7 @@ class _SlotBuilder:
 
     def _add_blocks(self, spec: BlockSpec, runs: Sequence[Run]) -> dict[int, int]:
         ids = sorted({b for run in runs if not run.element_wise for b in range(run.block, run.block + run.count)})
-        per_row = spec.numel // spec.structure.axis_size if spec.numel else 0
+        per_row = spec.structure.numel_per_row if spec.numel else 0
         rows = spec.block_rows() if ids else []
         slot_of = {block: self.num_blocks + i for i, block in enumerate(ids)}
         self.numels.append(_fp64([float(rows[block] * per_row) for block in ids]))
@@ -248,7 +249,8 @@ class _SlotBuilder:
 
     def _add_reductions(self, placement: Placement, view: LocalView, slot_of: dict[int, int]) -> None:
         spec = placement.spec
-        over_tp = tensor_split_blocks(spec.shape, spec.axis, spec.axis_spans(), placement.shard)
+        stored_shape = spec.structure.stored_shape
+        over_tp = tensor_split_blocks(stored_shape, spec.axis, spec.axis_spans(), placement.shard, spec.batch)
         over_dp = cut_blocks(view, placement.cuts)
         if self.same_windows and placement.shard is not None and placement.shard.dim != spec.axis:
             # the tensor-parallel peers hold other columns of exactly these rows, so nobody else has to know the sums
@@ -260,7 +262,7 @@ class _SlotBuilder:
         if not over_dp and not over_tp:
             return
         rows = spec.block_rows()
-        per_row = spec.numel // spec.structure.axis_size
+        per_row = spec.structure.numel_per_row
         for block in sorted(over_dp | over_tp):
             slot = slot_of.get(block)
             if slot is None:
@@ -367,7 +369,7 @@ def fingerprint(placements: Sequence[Placement], *, of_shards: bool) -> str:
     digest = hashlib.sha256()
     windows = not of_shards and same_windows(placements)
     for p in placements:
-        facts: tuple[object, ...] = (p.spec.fqn, p.spec.shape, p.spec.axis, p.spec.parts)
+        facts: tuple[object, ...] = (p.spec.fqn, p.spec.structure.stored_shape, p.spec.axis, p.spec.parts)
         facts += (p.shard.dim, p.shard.chunks) if p.shard else (None,)
         if of_shards:
             facts += (p.cuts, p.shard.rank if p.shard else 0)

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a model to a `BlockSpec` on each of its parameters.
 
-Joins the name (what a weight does) with the owning module (how many heads, which way it is stored, how it is sharded).
-Head counts come from the module or its config, never from ``dim / num_heads``. Hosts add a `ModuleReader` for
-modules whose attributes mean something else, such as tensor-parallel layers.
+The user's rule decides first, then the owning module, then the name. Head counts come from the module or its config,
+never from ``dim / num_heads``. Hosts add a `ModuleReader` for modules whose attributes mean something else, such as
+tensor-parallel layers.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -24,54 +25,36 @@ from ds_blockwise.blocks import (
     whole_tensor,
 )
 from ds_blockwise.layout import TensorShard
-from ds_blockwise.naming import NameMatch, Role, canonical_fqn, match_name, merge_tied
+from ds_blockwise.module_facts import NUM_HEADS, fused_layout, generic_heads, num_experts_in, storage_of
+from ds_blockwise.naming import (
+    LAYOUT_MEANING,
+    SELF_ATTENTION_LAYOUTS,
+    NameMatch,
+    Role,
+    Storage,
+    adapted_path,
+    canonical_fqn,
+    is_bias_name,
+    is_low_rank_input,
+    match_name,
+    merge_tied,
+)
 from ds_blockwise.policy import BlockPolicy, Rule
+from ds_blockwise.readers import READERS, ModuleReader, TensorSplit, register_reader, tensor_splits
 from ds_blockwise.report import BlockReport, block_report
 
-_NUM_HEADS = ("num_attention_heads", "num_heads", "n_head", "n_heads")
-_NUM_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_head", "n_kv_heads")
-_HEAD_DIM = ("head_dim", "head_size")
+__all__ = ["ModuleReader", "TensorSplit", "register_reader", "tag_parameters", "tag_with_policy", "tensor_splits"]
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSplit:
-    """How tensor parallelism of any size cuts a parameter: ``parts`` equal parts of ``dim``, each split by itself."""
+@dataclass(frozen=True)
+class _Place:
+    """One registration of a parameter."""
 
-    dim: int
-    parts: int = 1
-
-
-class ModuleReader(Protocol):
-    """Reads facts off the modules of one framework; registered with `register_reader`."""
-
-    def heads(self, attention: nn.Module) -> HeadGeometry | None:
-        """Unsharded head counts of an attention module; None if this reader does not know the module."""
-
-    def shard(self, owner: nn.Module, param: nn.Parameter, leaf: str) -> TensorShard | None:
-        """The tensor-parallel split of ``owner.<leaf>``; None if it is whole or the module is unknown."""
-
-    def split(self, owner: nn.Module, param: nn.Parameter, leaf: str) -> TensorSplit | None:
-        """How ``owner.<leaf>`` would be cut over any number of ranks; None if never or the module is unknown."""
-
-
-_READERS: list[ModuleReader] = []
-
-
-def register_reader(reader: ModuleReader) -> None:
-    """Add a reader; it is asked before the built-in one. A second one of the same class is ignored."""
-    if not any(type(known) is type(reader) for known in _READERS):
-        _READERS.append(reader)
-
-
-def tensor_splits(model: nn.Module) -> dict[nn.Parameter, TensorSplit]:
-    """How the registered readers would cut each parameter over tensor-parallel ranks; whole ones are left out."""
-    return {
-        param: split
-        for owner in model.modules()
-        for leaf, param in owner.named_parameters(recurse=False)
-        for reader in _READERS
-        if (split := reader.split(owner, param, leaf)) is not None
-    }
+    fqn: str
+    owner: nn.Module
+    parent: nn.Module | None  # of the owner; of the linear that an adapter wraps
+    linear: str  # the owner's name in the parent
+    is_low_rank_input: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,13 +62,23 @@ class _Named:
     """One parameter with every place that registers it."""
 
     param: nn.Parameter
-    fqns: tuple[str, ...]
-    owners: tuple[nn.Module, ...]
-    parents: tuple[nn.Module | None, ...]
+    places: tuple[_Place, ...]
+
+    @property
+    def fqns(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(place.fqn for place in self.places))
+
+    @property
+    def fqn(self) -> str:
+        return self.places[0].fqn
 
     @property
     def leaf(self) -> str:
-        return self.fqns[0].rpartition(".")[2]
+        return self.fqn.rpartition(".")[2]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(getattr(self.param, "ds_shape", self.param.shape))
 
 
 def tag_parameters(
@@ -155,65 +148,80 @@ def tag_with_policy(
 
 def _named_parameters(model: nn.Module, names: Mapping[torch.Tensor, str] | None) -> list[_Named]:
     modules = dict(model.named_modules(remove_duplicate=False))
-    places: dict[int, list[tuple[str, nn.Module, nn.Module | None]]] = {}
+    places: dict[int, list[_Place]] = {}
     params: dict[int, nn.Parameter] = {}
     for path, module in modules.items():
-        parent = modules.get(path.rpartition(".")[0]) if path else None
+        above, _, linear = adapted_path(path).rpartition(".")
+        parent = modules.get(above) if path else None
         for leaf, param in module.named_parameters(recurse=False):
             params[id(param)] = param
             fqn = canonical_fqn(f"{path}.{leaf}" if path else leaf)
-            places.setdefault(id(param), []).append((fqn, module, parent))
+            place = _Place(fqn, module, parent, linear, is_low_rank_input(path))
+            places.setdefault(id(param), []).append(place)
     found: list[_Named] = []
     for key, param in params.items():
-        fqns, owners, parents = zip(*places[key], strict=True)
+        known = places[key]
         own = names.get(param) if names is not None else None
-        if own is not None and canonical_fqn(own) not in fqns:
-            fqns = (canonical_fqn(own), *fqns)
-            owners, parents = (owners[0], *owners), (parents[0], *parents)
-        found.append(_Named(param, tuple(dict.fromkeys(fqns)), owners, parents))
+        if own is not None and canonical_fqn(own) not in {place.fqn for place in known}:
+            known.insert(0, replace(known[0], fqn=canonical_fqn(own)))
+        found.append(_Named(param, tuple(known)))
     return found
 
 
 def _structure_of(named: _Named, policy: BlockPolicy) -> tuple[TensorStructure, TensorShard | None]:
-    fqn, owner = named.fqns[0], named.owners[0]
+    fqn, owner = named.fqn, named.places[0].owner
     rule = next((r for f in named.fqns if (r := policy.rule_for(f)) is not None), None)
     match = _match(named, rule)
-    shard = next((s for r in _READERS if (s := r.shard(owner, named.param, named.leaf)) is not None), None)
-    local = tuple(getattr(named.param, "ds_shape", named.param.shape))
+    shard = _shard(named)
+    local = named.shape
     if shard is not None and shard.local_shape != local:
         raise ValueError(
             f"parameter {fqn!r} has shape {local} on this rank, but its module says that it holds "
             f"{shard.local_shape} of {shard.global_shape}"
         )
     shape = local if shard is None else shard.global_shape
-    axis = 1 if _is_transposed(owner) and len(shape) == 2 else 0
+    if rule is not None and rule.storage is not None:
+        match = replace(match, storage=rule.storage)
+    elif match.storage is None:
+        match = replace(match, storage=storage_of(owner))
+    axis = 1 if match.storage == "in_out" and len(shape) == 2 and not match.is_bias else 0
     if match.qkv_layout is not None:
         heads = _heads(named, match, rule)
-        return (
-            fused_qkv(fqn, shape, match.qkv_layout, heads, is_bias=match.is_bias, axis=axis),
-            shard,
-        )
+        structure = fused_qkv(fqn, shape, match.qkv_layout, heads, is_bias=match.is_bias, axis=axis)
+        return structure, _cut_by_role(structure, shard, match)
     assert match.role is not None
     _check_dims(fqn, shape, match)
+    matrices = _matrices(named, shape, match)
     num_heads, head_dim, source = _own_heads(named, match, rule)
     structure = whole_tensor(
         fqn,
         shape,
         match.role,
         is_bias=match.is_bias,
-        axis=axis,
+        axis=axis if matrices is None else 1 if match.storage == "out_in" else 2,
         num_heads=num_heads,
         head_dim=head_dim,
         source=source,
+        headless=match.headless,
+        matrices=matrices,
     )
     return structure, shard
+
+
+def _shard(named: _Named) -> TensorShard | None:
+    owner = named.places[0].owner
+    try:
+        return next((s for r in READERS if (s := r.shard(owner, named.param, named.leaf)) is not None), None)
+    except ValueError as error:  # a reader knows the module, not its name in the model
+        raise ValueError(f"parameter {named.fqn!r}: {error}") from error
 
 
 def _check_dims(fqn: str, shape: tuple[int, ...], match: NameMatch) -> None:
     if match.role in (Role.NORM, Role.OTHER, Role.ROUTER) or match.dialect == "rule":
         return
     expected = 1 if match.is_bias else 2
-    if len(shape) != expected:
+    of_experts = match.role is Role.FFN and len(shape) == expected + 1
+    if len(shape) != expected and not of_experts:
         raise ValueError(
             f"parameter {fqn!r} matches role {cast('Role', match.role).value!r} by name but has shape {shape}; a "
             f"{'bias' if match.is_bias else 'weight'} of that role has {expected} dimension(s). Declare it: "
@@ -221,33 +229,124 @@ def _check_dims(fqn: str, shape: tuple[int, ...], match: NameMatch) -> None:
         )
 
 
-def _match(named: _Named, rule: Rule | None) -> NameMatch:
-    is_bias = named.leaf == "bias"
-    if rule is not None and (rule.role is not None or rule.qkv_layout is not None):
-        bias = is_bias and rule.role is not Role.NORM
-        return NameMatch(rule.role, rule.qkv_layout, bias, "rule")
-    matches = [m for fqn in named.fqns if (m := match_name(fqn)) is not None]
-    if not matches:
-        shape = tuple(getattr(named.param, "ds_shape", named.param.shape))
+def _matrices(named: _Named, shape: tuple[int, ...], match: NameMatch) -> tuple[int, int, int] | None:
+    """Number, rows and columns of the matrices in a weight of several experts; None for a single matrix."""
+    if match.is_bias or match.role is Role.NORM:
+        return None
+    if match.storage == "grouped_in_out":
+        count = num_experts_in(named.places[0].owner)
+        if count is None or len(shape) != 2 or shape[1 if named.leaf == "weight1" else 0] % count:
+            raise ValueError(
+                f"parameter {named.fqn!r} of shape {shape} holds [inputs, outputs] matrices of several experts, but "
+                f"its {type(named.places[0].owner).__name__} does not say how many (num_local_experts: {count}). "
+                f"Use Megatron-core's SequentialMLP or TEGroupedMLP."
+            )
+        outputs = shape[1] // count if named.leaf == "weight1" else shape[1]
+        return count, shape[0] * shape[1] // (count * outputs), outputs
+    if len(shape) != 3 or (match.storage is None and match.role is not Role.FFN):
+        return None  # one matrix, or the kernel of a convolution, whose rows are channels
+    if match.storage is None:
+        lines = " or ".join(
+            f'"rules": [{{"match": "{named.fqn}", "role": "ffn", "storage": "{storage}"}}] if it is {what}'
+            for storage, what in (("out_in", "[experts, outputs, inputs]"), ("in_out", "[experts, inputs, outputs]"))
+        )
         raise ValueError(
-            f"no naming rule matches parameter {named.fqns[0]!r} of shape {shape} in a "
-            f"{type(named.owners[0]).__name__}. Declare its role in the optimizer's JSON: "
-            f'"rules": [{{"match": "{named.fqns[0]}", "role": "ffn"}}] (roles: '
+            f"parameter {named.fqn!r} of shape {shape} holds a matrix per expert, and nothing tells which of its "
+            f"dimensions are the outputs. Give one of {lines}"
+        )
+    return shape
+
+
+def _cut_by_role(structure: TensorStructure, shard: TensorShard | None, match: NameMatch) -> TensorShard | None:
+    """The split of a concatenated weight: each rank holds its share of Q, then of K, then of V."""
+    if shard is None or shard.dim != structure.axis or match.qkv_layout not in ("concat", "key_value_concat"):
+        return shard
+    try:
+        return shard.part_by_part([span.end for span in structure.spans])
+    except ValueError as error:
+        raise ValueError(f"parameter {structure.fqn!r} (queries, keys and values in a row): {error}") from error
+
+
+def _match(named: _Named, rule: Rule | None) -> NameMatch:
+    if rule is not None and (rule.role is not None or rule.qkv_layout is not None):
+        bias = is_bias_name(named.leaf) and rule.role is not Role.NORM
+        # rows of a low rank belong to no head, whatever role they are given
+        headless = named.places[0].is_low_rank_input and rule.num_heads is None
+        return NameMatch(rule.role, rule.qkv_layout, bias, "rule", headless, None if bias else _said_storage(named))
+    matches = [m for place in named.places if (m := _match_place(named, place)) is not None]
+    if not matches:
+        raise ValueError(
+            f"no naming rule matches parameter {named.fqn!r} of shape {named.shape} in a "
+            f"{type(named.places[0].owner).__name__}. Declare its role in the optimizer's JSON: "
+            f'"rules": [{{"match": "{named.fqn}", "role": "ffn"}}] (roles: '
             f"{', '.join(r.value for r in Role)}, qkv)"
         )
     if matches[0].role is None:
         return matches[0]
     role = merge_tied(named.fqns, {m.role for m in matches if m.role is not None})
-    return NameMatch(role, None, matches[0].is_bias, matches[0].dialect)
+    return replace(matches[0], role=role)
 
 
-def _is_transposed(owner: nn.Module) -> bool:
-    # Hugging Face's Conv1D (GPT-2) stores [in, out]; every other linear stores [out, in]
-    return type(owner).__name__ == "Conv1D" and hasattr(owner, "nf")
+def _said_storage(named: _Named) -> Storage | None:
+    # A rule that says what a weight does says nothing about how it lies; that is still the module's to tell.
+    try:
+        said = _read(named, named.places[0])
+    except ValueError:  # two naming rules: the user's rule is there to settle it
+        return None
+    return None if said is None else said.storage
+
+
+def _read(named: _Named, place: _Place) -> NameMatch | None:
+    """What the modules say, or else the name."""
+    name = f"{place.linear}.{place.fqn.rpartition('.')[2]}"
+    said = (r.match(place.owner, place.parent, named.param, name) for r in READERS)
+    match = next((m for m in said if m is not None), None)
+    return match or match_name(place.fqn) or _bare_norm(named, place)
+
+
+def _match_place(named: _Named, place: _Place) -> NameMatch | None:
+    match = _read(named, place)
+    if match is None or (match.dialect == "hf" and match.role is Role.ROUTER and not hasattr(place.parent, "experts")):
+        return None  # ``mlp.gate`` beside no experts is half of a gated FFN
+    if match.dialect != "megatron" and place.parent is not None:
+        layout = fused_layout(place.parent, place.linear)
+        if layout is not None:
+            match = replace(match, role=None, qkv_layout=layout)
+    if match.qkv_layout == "unknown":
+        raise ValueError(_unknown_layout(named, place))
+    if place.is_low_rank_input:
+        if match.role is None:
+            raise ValueError(
+                f"parameter {named.fqn!r} is the low-rank input of a fused weight: its rows serve query, key and value "
+                f'together. Choose their role: "rules": [{{"match": "{named.fqn}", "role": "value"}}] (the smaller '
+                f'multiplier) or "role": "other"'
+            )
+        match = replace(match, headless=True)
+    return match
+
+
+def _bare_norm(named: _Named, place: _Place) -> NameMatch | None:
+    # DeepSpeed's PipelineModule calls its layers by number; a layer that is nothing but a norm has no other name
+    is_norm = "Norm" in type(place.owner).__name__ and len(named.shape) == 1
+    bare = re.fullmatch(r"\d+\.(?:weight|bias|scale|offset|g)", place.fqn) is not None
+    return NameMatch(Role.NORM, None, False, "pipeline") if is_norm and bare else None
+
+
+def _unknown_layout(named: _Named, place: _Place) -> str:
+    choices = "".join(
+        f'\n      "rules": [{{"match": "{named.fqn}", "role": "qkv", "layout": "{layout}", "num_heads": N, '
+        f'"num_kv_heads": N}}] for {LAYOUT_MEANING[layout]}'
+        for layout in SELF_ATTENTION_LAYOUTS
+    )
+    return (
+        f"parameter {named.fqn!r} of shape {named.shape} is a fused query, key and value weight, and neither its name "
+        f"nor {type(place.parent).__name__} tells how its rows are ordered. A wrong order trains values at the rate of "
+        f"queries without any other sign, so choose (ds_blockwise.verify_layout tries a choice on the model):{choices}"
+    )
 
 
 def _own_heads(named: _Named, match: NameMatch, rule: Rule | None) -> tuple[int | None, int | None, str]:
-    if match.role not in (Role.QUERY, Role.KEY, Role.VALUE) or match.is_bias:
+    if match.role not in (Role.QUERY, Role.KEY, Role.VALUE) or match.is_bias or match.headless:
         return None, None, ""
     if rule is not None and rule.num_heads is not None:
         return rule.num_heads, None, f"rule {rule.match!r}"
@@ -255,7 +354,7 @@ def _own_heads(named: _Named, match: NameMatch, rule: Rule | None) -> tuple[int 
     if heads is None:
         if match.role is Role.VALUE:
             return None, None, ""  # value rows need no head count
-        raise ValueError(_no_heads(named, match.role.value))
+        raise ValueError(_no_heads(named, match))
     count = heads.num_heads if match.role is Role.QUERY else heads.num_kv_heads
     return count, heads.head_dim, heads.source
 
@@ -266,48 +365,28 @@ def _heads(named: _Named, match: NameMatch, rule: Rule | None) -> HeadGeometry:
     # Megatron's modules call key and value heads query groups and hold tensor-parallel shards: only its reader knows
     heads = _ask_readers(named) if match.dialect == "megatron" else _find_heads(named)
     if heads is None:
-        raise ValueError(_no_heads(named, "qkv"))
+        raise ValueError(_no_heads(named, match))
     return heads
 
 
-def _no_heads(named: _Named, role: str) -> str:
-    layout = ', "layout": "concat"' if role == "qkv" else ""
+def _no_heads(named: _Named, match: NameMatch) -> str:
+    role = f'"qkv", "layout": "{match.qkv_layout}"' if match.role is None else f'"{match.role.value}"'
     return (
-        f"parameter {named.fqns[0]!r} has heads, but neither {type(named.parents[0]).__name__} nor its config says how "
-        f"many (looked for {', '.join(_NUM_HEADS)}). For a Megatron-core model import megatron_patch; otherwise give "
-        f'it: "rules": [{{"match": "{named.fqns[0]}", "role": "{role}"{layout}, "num_heads": N}}]'
+        f"parameter {named.fqn!r} has heads, but neither {type(named.places[0].parent).__name__} nor its config says "
+        f"how many (looked for {', '.join(NUM_HEADS)}). For a Megatron-core model import megatron_patch; otherwise "
+        f'give it: "rules": [{{"match": "{named.fqn}", "role": {role}, "num_heads": N}}]'
     )
 
 
 def _find_heads(named: _Named) -> HeadGeometry | None:
-    attention = named.parents[0]
+    attention = named.places[0].parent
     if attention is None:
         return None
-    return _ask_readers(named) or _generic_heads(attention)
+    return _ask_readers(named) or generic_heads(attention)
 
 
 def _ask_readers(named: _Named) -> HeadGeometry | None:
-    attention = named.parents[0]
+    attention = named.places[0].parent
     if attention is None:
         return None
-    return next((heads for reader in _READERS if (heads := reader.heads(attention)) is not None), None)
-
-
-def _generic_heads(attention: nn.Module) -> HeadGeometry | None:
-    config = getattr(attention, "config", None)
-    num_heads, said_by = _count(attention, config, _NUM_HEADS)
-    if num_heads is None:
-        return None
-    num_kv_heads, _ = _count(attention, config, _NUM_KV_HEADS)
-    head_dim, _ = _count(attention, config, _HEAD_DIM)
-    return HeadGeometry(num_heads, num_heads if num_kv_heads is None else num_kv_heads, head_dim, said_by)
-
-
-def _count(module: nn.Module, config: object, names: tuple[str, ...]) -> tuple[int | None, str]:
-    # the module first: tensor-parallel wrappers keep the config's counts but change the module's
-    for source, where in ((module, type(module).__name__), (config, type(config).__name__)):
-        for name in names:
-            value = getattr(source, name, None)
-            if isinstance(value, int) and not isinstance(value, bool):
-                return value, f"{where}.{name}={value}"
-    return None, ""
+    return next((heads for reader in READERS if (heads := reader.heads(attention)) is not None), None)

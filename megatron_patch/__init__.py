@@ -6,9 +6,18 @@ with `ds_blockwise`.
 """
 
 from megatron_patch import tagging
-from megatron_patch.meta import build_meta_gpt
+from megatron_patch.meta import build_meta_gpt, build_small_gpt
 from megatron_patch.model import GPTShape, build_gpt
 from megatron_patch.mpu import MpuAdapter, mpu_adapter
 from megatron_patch.shims import cpu_shims
 
-__all__ = ["GPTShape", "MpuAdapter", "build_gpt", "build_meta_gpt", "cpu_shims", "mpu_adapter", "tagging"]
+__all__ = [
+    "GPTShape",
+    "MpuAdapter",
+    "build_gpt",
+    "build_meta_gpt",
+    "build_small_gpt",
+    "cpu_shims",
+    "mpu_adapter",
+    "tagging",
+]

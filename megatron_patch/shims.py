@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What Megatron-core needs to run on a machine without CUDA (tests, the demo, a laptop).
 
-Megatron-core 0.16 names the CUDA device in three places that a dense GPT model reaches. Each is
-replaced here, with the reason beside it. With CUDA present nothing is touched.
+Megatron-core 0.16 names the CUDA device in three places that a dense GPT model reaches, and a fourth name is
+missing for one with experts. Each is replaced here, with the reason beside it. With CUDA present nothing is touched.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ def cpu_shims() -> None:
         return
     from megatron.core.fusions import fused_softmax
     from megatron.core.tensor_parallel import random as tensor_parallel_random
+    from megatron.core.transformer.moe import moe_utils
 
     # Embeddings, rotary embeddings and parameter allocation ask for the current CUDA device by
     # calling this function; torch raises without a driver.
@@ -32,6 +33,9 @@ def cpu_shims() -> None:
     tensor_parallel_random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
     # The causal mask is created with device="cuda" when the caller passes none.
     fused_softmax.get_default_causal_mask = _causal_mask
+    # The router asks whether this function is None, but the name exists only where Transformer Engine is installed.
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
 
 
 def _cpu_device() -> torch.device:

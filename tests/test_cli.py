@@ -77,6 +77,65 @@ def test_the_main_jobs_own_model(capsys):
     assert fused == {"query": 4, "key": 2, "value": 64}
 
 
+def test_verify_runs_a_small_model_of_the_same_attention(llama, capsys):
+    """The table says what was read; --verify whether the model computes it that way."""
+    assert main(["blocks", str(llama), "--verify"]) == 0
+    assert "verified: the model computes attention as its 3 query, key and value tensors" in capsys.readouterr().out
+    assert main(["blocks", str(llama), "--verify", "--json"]) == 0
+    verified = json.loads(capsys.readouterr().out)["verified"]
+    assert verified["checks"] == 4 and "model.layers.0.self_attn.k_proj.weight" in verified["parameters"]
+
+
+def test_verify_needs_no_memory_for_a_large_model(tmp_path, capsys):
+    """Layers, vocabulary and FFN are cut down; a full model of this config has 60 layers and three billion weights."""
+    transformers.Qwen3MoeConfig(
+        hidden_size=256,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_hidden_layers=60,
+        num_experts=32,
+        moe_intermediate_size=2048,
+        vocab_size=100_000,
+        pad_token_id=99_999,
+        architectures=["Qwen3MoeForCausalLM"],
+    ).save_pretrained(tmp_path)
+    rules = [{"match": r"layers\.59\.mlp\.gate", "role": "other"}]
+    config = tmp_path / "ds.json"
+    config.write_text(json.dumps({"optimizer": {"type": "BlockwiseAdamW", "params": {"rules": rules}}}))
+    assert main(["blocks", str(tmp_path), "--verify", "--ds-config", str(config)]) == 0
+    assert "its 12 query, key and value tensors" in capsys.readouterr().out
+
+
+def test_verify_finds_a_wrong_rule(tmp_path, capsys):
+    """A layout that fits the shape and is wrong: exit status 2, the weight and the rule to write."""
+    transformers.Phi3Config(
+        hidden_size=48,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=80,
+        vocab_size=101,
+        pad_token_id=0,
+        num_hidden_layers=1,
+        architectures=["Phi3ForCausalLM"],
+    ).save_pretrained(tmp_path)
+    rules = [{"match": "qkv_proj", "role": "qkv", "layout": "grouped", "num_heads": 4, "num_kv_heads": 2}]
+    config = tmp_path / "ds.json"
+    config.write_text(json.dumps({"optimizer": {"type": "BlockwiseAdamW", "params": {"rules": rules}}}))
+    arguments = ["blocks", str(tmp_path), "--ds-config", str(config)]
+    assert main(arguments) == 0, "the shape alone does not tell"
+    assert main([*arguments, "--verify"]) == 2
+    error = capsys.readouterr().err
+    assert "qkv_proj.weight" in error and '"layout": "..."' in error and "Traceback" not in error
+
+
+def test_verify_of_the_main_jobs_own_model(capsys):
+    """Megatron-core's linear_qkv, on the CPU, with the file's heads."""
+    pytest.importorskip("megatron.core", reason="needs Megatron-core")
+    assert main(["blocks", str(ROOT / "configs/model/tiny.yaml"), "--verify"]) == 0
+    assert "its 1 query, key and value tensors" in capsys.readouterr().out
+
+
 def test_a_function_that_builds_a_model(tmp_path, monkeypatch, capsys):
     """For models that are neither Hugging Face's nor Megatron's."""
     (tmp_path / "my_models.py").write_text(

@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_blockwise.blocks import RoleSpan, TensorStructure, apply_policy
-from ds_blockwise.layout import AxisSpan, TensorShard, cut_blocks, local_view, runs_of_range, tensor_split_blocks
+from ds_blockwise.layout import (
+    AxisSpan,
+    Batch,
+    TensorShard,
+    cut_blocks,
+    local_view,
+    runs_of_range,
+    tensor_split_blocks,
+)
 from ds_blockwise.naming import Role
 from ds_blockwise.policy import BlockPolicy
 from ds_blockwise.table import Placement, build_table
@@ -59,7 +67,7 @@ def expand(runs):
     return found
 
 
-def check_everything(shape, axis, spans, tp, dp, stride=1, tp_dim=None, uneven=0):
+def check_everything(shape, axis, spans, tp, dp, stride=1, tp_dim=None, uneven=0, batch=None):
     """All tensor-parallel ranks, all data-parallel windows: coverage, block ids, and which blocks are split."""
     seen, tp_owners, dp_owners = [], {}, {}
     shards = [None]
@@ -67,7 +75,7 @@ def check_everything(shape, axis, spans, tp, dp, stride=1, tp_dim=None, uneven=0
         shards = [TensorShard.even(shape, tp_dim, rank, tp, stride) for rank in range(tp)]
     for tp_rank, shard in enumerate(shards):
         elements = local_elements(shape, shard)
-        view = local_view(shape, axis, spans, shard)
+        view = local_view(shape, axis, spans, shard, batch)
         assert view.numel == len(elements)
         size = -(-(len(elements) + uneven) // dp)
         cuts = tuple(k * size for k in range(1, dp) if k * size < len(elements))
@@ -78,7 +86,10 @@ def check_everything(shape, axis, spans, tp, dp, stride=1, tp_dim=None, uneven=0
             assert set(found) == set(range(end - start)), "the segments do not cover the range"
             for offset, (tag, block) in found.items():
                 element = elements[start + offset]
-                assert (tag, block) == block_of_index(spans, element[axis] if shape else 0)
+                expected_tag, expected_block = block_of_index(spans, element[axis] if shape else 0)
+                if batch is not None and expected_block is not None:
+                    expected_block += element[0] * batch.blocks_per_matrix
+                assert (tag, block) == (expected_tag, expected_block)
                 seen.append(element)
                 if block is not None:
                     tp_owners.setdefault(block, set()).add(tp_rank)
@@ -87,7 +98,7 @@ def check_everything(shape, axis, spans, tp, dp, stride=1, tp_dim=None, uneven=0
     assert sorted(seen) == sorted(itertools.product(*map(range, shape))), "not every element exactly once"
     expected = {b for b, owners in tp_owners.items() if len(owners) > 1}
     for shard in shards:
-        assert tensor_split_blocks(shape, axis, spans, shard) == expected
+        assert tensor_split_blocks(shape, axis, spans, shard, batch) == expected
 
 
 ROW_CUTS = {1: [0, 1], 5: [0, 5], 6: [0, 2, 3, 6], 8: [0, 4, 6, 8], 12: [0, 4, 6, 8, 10, 11, 12]}
@@ -137,6 +148,30 @@ def test_vectors_scalars_and_convolution_kernels(shape, dp):
     rows = shape[0] if shape else 1
     for rows_per_block in {0, 1, rows}:
         check_everything(shape, 0, [AxisSpan(0, rows, 0, rows_per_block, 0)], 1, dp)
+
+
+@pytest.mark.parametrize("dp", [1, 2, 3, 5])
+@pytest.mark.parametrize("axis", [1, 2])
+@pytest.mark.parametrize("granularities", [(1,), (0,), (-1,), (2, 0, 1)])
+@pytest.mark.parametrize("tp_dim", [None, 1, 2])
+def test_matrices_of_experts_have_blocks_of_their_own(dp, axis, granularities, tp_dim):
+    """A stacked [experts, out, in] weight read as one matrix would give row i of all experts one second moment."""
+    for experts, other in itertools.product((1, 2, 3), (1, 2, 4)):
+        cuts = [0, 4, 6, 8]
+        spans = spans_of(cuts, granularities)
+        blocks = 1 + max((b for i in range(8) if (b := block_of_index(spans, i)[1]) is not None), default=-1)
+        shape = (experts, 8, other) if axis == 1 else (experts, other, 8)
+        if tp_dim is not None and shape[tp_dim] % 2:
+            continue
+        tp = 1 if tp_dim is None else 2
+        check_everything(shape, axis, spans, tp, dp, tp_dim=tp_dim, uneven=1, batch=Batch(experts, blocks))
+
+
+def test_rows_of_stacked_experts_are_one_run():
+    """A run costs a kernel launch's bookkeeping; 128 experts must not cost 128 times as much as one matrix."""
+    view = local_view((128, 6, 5), 1, [AxisSpan(0, 6, 0, 1, 0)], None, Batch(128, 6))
+    (run,) = runs_of_range(view, 0, view.numel)
+    assert (run.count, run.numel, run.block) == (128 * 6, 5, 0)
 
 
 @settings(max_examples=150, deadline=None)
@@ -196,6 +231,14 @@ def test_an_uneven_split_is_refused():
     """A dimension that does not divide by the ranks cannot be an even split."""
     with pytest.raises(ValueError, match="does not divide"):
         TensorShard.even((6, 3), 0, 0, 4)
+
+
+def test_parts_that_are_split_by_themselves():
+    """Q, K and V of different sizes in a row: every rank holds a share of each, and a share must be whole rows."""
+    shard = TensorShard.even((12, 3), 0, 1, 2).part_by_part([8, 10, 12])
+    assert shard.chunks == (((0, 4), (8, 9), (10, 11)), ((4, 8), (9, 10), (11, 12))) and shard.rank == 1
+    with pytest.raises(ValueError, match="parts of 8, 3, 1 rows do not all divide by 2"):
+        TensorShard.even((12, 3), 0, 1, 2).part_by_part([8, 11, 12])
 
 
 def test_a_range_outside_the_tensor_is_refused():

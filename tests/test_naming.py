@@ -158,19 +158,31 @@ def test_names_survive_the_prefixes_of_wrappers(prefix):
 @pytest.mark.parametrize(
     "name",
     [
-        "decoder.layers.0.self_attention.dense.weight",
-        "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight",
-        "decoder.layers.0.mlp.linear_fc1.layer_norm_weight",
+        "decoder.layers.0.self_attention.linear_qkv_down_proj.weight",
+        "decoder.layers.0.self_attention.linear_qkv.layer_norm",
         "encoder.layers.0.self_attn.in_proj_weight",
-        "model.layers.0.self_attn.qkv_proj.weight",
-        "layers.0.mlp.router.weight",
+        "transformer.h.0.attn.qkv_proj.weight",
+        "model.layers.0.self_attn.W_pack.weight",
+        "model.layers.0.self_attn.lambda_q1",
+        "model.layers.0.mlp.experts.gate_up_proj.weight",
+        "layers.0.mlp.routers.weight",
+        "0.weight",
         "wo.weight",
-        "word_embeddings.weight",
+        "my_word_embeddings.weight",
     ],
 )
 def test_names_that_no_rule_knows_match_nothing(name):
     """Adam-mini's substring rules read several of these as something else without a word."""
     assert match_name(name) is None
+
+
+def test_a_gate_without_experts_is_no_router():
+    """Half of a gated FFN under that name would train at a sixth of its rate."""
+    model = nn.ModuleDict({"mlp": nn.ModuleDict({"gate": nn.Linear(4, 8, bias=False)})})
+    with pytest.raises(ValueError, match=r"no naming rule matches parameter 'mlp\.gate\.weight'"):
+        tag_parameters(model)
+    model["mlp"].experts = nn.ModuleList()
+    assert roles_of(model) == {"mlp.gate.weight": ["router"]}
 
 
 def test_all_unknown_parameters_are_listed_at_once():

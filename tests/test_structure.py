@@ -14,6 +14,8 @@ SOURCES = sorted(
 
 # lower lines may import from the ones above, never the other way round
 ORDER = [
+    "roles",
+    "name_rules",
     "naming",
     "policy",
     "layout",
@@ -41,7 +43,10 @@ ORDER = [
     "adam_mini",
     "schedules",
     "report",
+    "module_facts",
+    "readers",
     "tagging",
+    "verify",
     "checkpoint_manifest",
     "checkpoint_files",
     "portable",
@@ -55,6 +60,7 @@ ORDER = [
     "deepspeed_host",
     "import_hook",
     "__init__",
+    "model_source",
     "cli_checkpoint",
     "cli",
 ]

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The vocabulary of tagging: roles, block types, and the ways in which weights are stored.
+
+Words only; which name or module means which is decided in `name_rules`, `module_facts` and the hosts' readers. Roles
+and block types follow arXiv 2502.19002, section 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal
+
+
+class Role(str, Enum):
+    """What a weight, or a run of its rows, does in the transformer."""
+
+    EMBEDDING = "embedding"
+    OUTPUT = "output"
+    QUERY = "query"
+    KEY = "key"
+    VALUE = "value"
+    ATTN_OUT = "attn_out"
+    FFN = "ffn"
+    ROUTER = "router"
+    NORM = "norm"
+    OTHER = "other"
+
+
+BlockType = Literal["emb", "head", "qk", "ffn", "vo", "norm", "other"]
+BLOCK_TYPES: tuple[BlockType, ...] = ("emb", "head", "qk", "ffn", "vo", "norm", "other")
+
+BLOCK_TYPE_OF: dict[Role, BlockType] = {
+    Role.EMBEDDING: "emb",
+    Role.OUTPUT: "head",
+    Role.QUERY: "qk",
+    Role.KEY: "qk",
+    Role.VALUE: "vo",
+    Role.ATTN_OUT: "vo",
+    Role.FFN: "ffn",
+    Role.ROUTER: "other",
+    Role.NORM: "norm",
+    Role.OTHER: "other",
+}
+
+QKVLayout = Literal[
+    "concat", "grouped", "grouped_gate", "query_gate", "key_value", "key_value_concat", "latent_rope", "unknown"
+]
+"""How a weight that serves several attention roles stores its rows; `LAYOUT_MEANING` explains each.
+
+``unknown`` is what a name says that is used for several layouts: the module or a rule has to tell.
+"""
+
+LAYOUT_MEANING: dict[QKVLayout, str] = {
+    "concat": "all query rows, then all key rows, then all value rows (GPT-2, nanoGPT, Phi-3, Falcon with multi_query, "
+    "GPT-NeoX with grouped queries, Megatron-DeepSpeed since 2024-12)",
+    "grouped": "per query group its query heads, its key head, its value head; with one query head per group also "
+    "written [heads, 3, head_dim] (Megatron-core, Megatron-LM since checkpoint version 2, Megatron-DeepSpeed before "
+    "2024-12, GPT-NeoX, BLOOM)",
+    "grouped_gate": "per query group its query heads, as many output gates, its key head, its value head "
+    "(Megatron-core with attention_output_gate)",
+    "query_gate": "per head its query rows, then its output-gate rows (Qwen3-Next q_proj)",
+    "key_value": "per head its key rows, then its value rows (cross attention of Megatron's T5; MLA's up-projection)",
+    "key_value_concat": "all key rows, then all value rows (GPT-2's cross attention)",
+    "latent_rope": "the latent of keys and values, then the rotary key shared by all heads (MLA's down-projection)",
+}
+QKV_LAYOUTS: tuple[QKVLayout, ...] = tuple(LAYOUT_MEANING)
+SELF_ATTENTION_LAYOUTS: tuple[QKVLayout, ...] = ("grouped", "concat")
+"""The choices for a fused self-attention weight whose layout nothing tells."""
+
+Storage = Literal["out_in", "in_out", "grouped_in_out"]
+"""How a matrix lies in memory: ``out_in`` is ``nn.Linear``'s [outputs, inputs], ``in_out`` its transpose (Conv1D).
+
+A 3-D tensor is one such matrix per expert. ``grouped_in_out``: experts' [inputs, outputs] matrices one after the other
+in a parameter that is registered with two dimensions (Megatron-core's legacy GroupedMLP).
+"""
+STORAGES: tuple[Storage, ...] = ("out_in", "in_out")  # those that a rule may give
+
+
+@dataclass(frozen=True, slots=True)
+class NameMatch:
+    """What a name or a module says: one role, or a weight of several attention roles in a layout.
+
+    Attributes:
+        role: the role of the whole parameter; None if it serves several.
+        qkv_layout: the row layout of a parameter with several roles; None otherwise.
+        is_bias: the parameter is the bias of a linear (biases of norms are not: they are norm vectors).
+        dialect: the rule table or reader that matched, for error messages and reports.
+        headless: rows of a role that usually has heads, but not here (MLA's latent projections): a block per row.
+        storage: how the matrix lies in memory, where the source knows.
+    """
+
+    role: Role | None
+    qkv_layout: QKVLayout | None
+    is_bias: bool
+    dialect: str
+    headless: bool = False
+    storage: Storage | None = None

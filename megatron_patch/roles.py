@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each tensor of a Megatron module does, and how many heads it has, read off the module that owns it.
+
+Names inside a module are fixed by its class, wherever the module sits in a model: encoders, vision towers, MTP layers
+and pipeline stages need no rules of their own. Source: Megatron-core 0.16, ``transformer/`` and ``ssm/``;
+``megatron/model/transformer.py`` of Megatron-LM, Megatron-DeepSpeed and GPT-NeoX for the older attention classes.
+"""
+
+from __future__ import annotations
+
+import re
+
+from megatron.core import parallel_state
+from torch import nn
+
+from ds_blockwise.blocks import HeadGeometry
+from ds_blockwise.module_facts import class_names
+from ds_blockwise.naming import NameMatch, QKVLayout, Role, Storage
+
+DIALECT = "megatron"
+_NORM_LEAVES = ("layer_norm_weight", "layer_norm_bias")  # of a norm that is fused into a linear
+
+# Of a class that holds modules: the module's name in it, the role, and whether rows have no head
+_CHILDREN: dict[str, tuple[tuple[str, Role, bool], ...]] = {
+    "Attention": (
+        (r"linear_proj", Role.ATTN_OUT, False),
+        (r"linear_q|linear_q_proj|linear_q_up_proj", Role.QUERY, False),
+        (r"linear_q_down_proj", Role.QUERY, True),
+        (r"(?:q|k|kv)_layernorm", Role.NORM, False),
+    ),
+    "MLP": ((r"linear_fc[12]", Role.FFN, False),),
+    "TEGroupedMLP": ((r"linear_fc[12]", Role.FFN, False),),
+    "MoELayer": ((r"fc[12]_latent_proj", Role.FFN, False),),
+    "LanguageModelEmbedding": ((r"(?:word|position|tokentype)_embeddings", Role.EMBEDDING, False),),
+    "MultiTokenPredictionLayer": (
+        (r"eh_proj", Role.FFN, False),
+        (r"enorm|hnorm|final_layernorm", Role.NORM, False),
+    ),
+    "MambaMixer": ((r"norm", Role.NORM, False), (r"in_proj|out_proj|conv1d", Role.OTHER, False)),
+    "GatedDeltaNet": ((r"out_norm", Role.NORM, False), (r"in_proj|out_proj|conv1d", Role.OTHER, False)),
+}
+# Of a class that registers parameters itself: the parameter's name, the role, how it lies in memory
+_OWN: dict[str, tuple[tuple[str, Role, Storage | None], ...]] = {
+    "Router": ((r"weight|bias", Role.ROUTER, None),),
+    "SharedExpertMLP": ((r"gate_weight", Role.ROUTER, None),),
+    "GroupedMLP": ((r"weight[12]", Role.FFN, "grouped_in_out"),),
+    "MambaMixer": ((r"dt_bias|A_log|D", Role.OTHER, None),),
+    "GatedDeltaNet": ((r"dt_bias|A_log", Role.OTHER, None),),
+    "DotProductAttention": ((r"softmax_offset", Role.NORM, None),),
+    "TEDotProductAttention": ((r"softmax_offset", Role.NORM, None),),
+}
+
+
+def match_of(owner: nn.Module, parent: nn.Module | None, param: nn.Parameter, name: str) -> NameMatch | None:
+    """What a parameter is, from the classes of its owner and of the module above.
+
+    Args:
+        owner: the module that registers the parameter.
+        parent: the module above it.
+        param: the parameter; Megatron-core marks copies of a tied embedding on it.
+        name: the owner's name in its parent, a dot, the parameter's name in the owner.
+
+    Returns:
+        None if neither class is one of Megatron-core's; names then decide.
+    """
+    child, _, leaf = name.rpartition(".")
+    if leaf in _NORM_LEAVES:
+        return NameMatch(Role.NORM, None, False, DIALECT)
+    own = class_names(owner)
+    for class_name in own if "MegatronModule" in own or "TEDotProductAttention" in own else ():
+        for pattern, role, storage in _OWN.get(class_name, ()):
+            if re.fullmatch(pattern, leaf):
+                is_bias = leaf == "bias"
+                return NameMatch(role, None, is_bias, DIALECT, storage=storage)
+    if parent is None:
+        return None
+    names = class_names(parent)
+    if "MegatronModule" not in names:
+        return None  # another library's class of the same name
+    is_bias = re.fullmatch(r"bias\d*", leaf) is not None
+    layout = _layout(parent, names, child)
+    if layout is not None:
+        return NameMatch(None, layout, is_bias, DIALECT)
+    if child == "output_layer":
+        return NameMatch(_output_role(parent, param), None, is_bias, DIALECT)
+    for class_name in names:
+        for pattern, role, headless in _CHILDREN.get(class_name, ()):
+            if re.fullmatch(pattern, child):
+                storage = "out_in" if role is Role.FFN else None
+                bias = is_bias and role is not Role.NORM
+                return NameMatch(role, None, bias, DIALECT, headless=headless, storage=storage)
+    return None
+
+
+def _layout(parent: nn.Module, names: tuple[str, ...], child: str) -> QKVLayout | None:
+    if "Attention" not in names:
+        return None
+    if child == "linear_qkv":
+        gated = getattr(getattr(parent, "config", None), "attention_output_gate", False)
+        return "grouped_gate" if gated else "grouped"
+    if child in ("linear_kv", "linear_kv_up_proj"):
+        return "key_value"
+    return "latent_rope" if child == "linear_kv_down_proj" else None
+
+
+def _output_role(model: nn.Module, param: nn.Parameter) -> Role:
+    # The last pipeline stage has a copy of a tied embedding under this name; both copies must get the same updates
+    tied = getattr(param, "shared_embedding", False) or getattr(model, "share_embeddings_and_output_weights", False)
+    return Role.EMBEDDING if tied else Role.OUTPUT
+
+
+def heads_of(attention: nn.Module) -> HeadGeometry | None:
+    """Unsharded head counts of an attention module; None if it is not one of Megatron's.
+
+    Args:
+        attention: of Megatron-core (any subclass of its ``Attention``), or of Megatron-LM, Megatron-DeepSpeed or
+            GPT-NeoX, whose attributes count what one tensor-parallel rank holds.
+    """
+    names = class_names(attention)
+    if "MegatronModule" in names and "Attention" in names:
+        return _core_heads(attention, names)
+    local = getattr(attention, "num_attention_heads_per_partition", None)
+    if not isinstance(local, int):
+        return None
+    world_size = 1
+    if parallel_state.model_parallel_is_initialized():
+        world_size = parallel_state.get_tensor_model_parallel_world_size()
+    local_kv = next(
+        (
+            value
+            for key in (
+                "num_query_groups_per_partition",  # Megatron-LM
+                "num_key_value_heads_per_partition",  # Megatron-DeepSpeed
+                "num_kv_heads_per_partition",  # GPT-NeoX
+            )
+            if isinstance(value := getattr(attention, key, None), int)
+        ),
+        local,
+    )
+    head_dim = getattr(attention, "hidden_size_per_attention_head", None)
+    source = f"{type(attention).__name__}.num_attention_heads_per_partition={local}"
+    return HeadGeometry(local * world_size, local_kv * world_size, head_dim, source)
+
+
+def _core_heads(attention: nn.Module, names: tuple[str, ...]) -> HeadGeometry:
+    # The module's own config: in heterogeneous models each layer has another one
+    config = attention.config
+    num_heads = int(config.num_attention_heads)  # type: ignore[union-attr, arg-type]
+    source = f"{type(attention).__name__}.config"
+    if "MultiLatentAttention" in names:
+        key_dim = int(config.qk_head_dim)  # type: ignore[union-attr, arg-type]
+        rope_dim = int(config.qk_pos_emb_head_dim)  # type: ignore[union-attr, arg-type]
+        value_dim = int(config.v_head_dim)  # type: ignore[union-attr, arg-type]
+        return HeadGeometry(num_heads, num_heads, key_dim + rope_dim, source, key_dim, value_dim, rope_dim)
+    groups = config.num_query_groups or num_heads  # type: ignore[union-attr]
+    head_dim = attention.hidden_size_per_attention_head
+    return HeadGeometry(num_heads, int(groups), int(head_dim), source)  # type: ignore[arg-type]
