@@ -39,6 +39,7 @@ ORDER = [
     "optimizer",
     "adamw",
     "adam_mini",
+    "hosting",
     "schedules",
     "report",
     "tagging",
@@ -59,7 +60,7 @@ ORDER = [
     "cli",
 ]
 ALLOWED = {
-    "torch.distributed": {"reduce", "deepspeed_host", "deepspeed_portable", "deepspeed_save"},
+    "torch.distributed": {"reduce", "hosting", "deepspeed_host", "deepspeed_portable", "deepspeed_save"},
     "deepspeed": {
         "deepspeed_files",
         "deepspeed_portable",
