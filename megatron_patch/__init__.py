@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that knows Megatron: process groups for DeepSpeed, CPU shims, models, tagging.
+"""Everything that knows Megatron: process groups for DeepSpeed, CPU shims, models, tagging, Megatron's optimizers.
 
 Import it before ``deepspeed.initialize``: the import registers the reader of Megatron-core's layers
-with `ds_blockwise`.
+with `ds_blockwise`. Without DeepSpeed, give `convert_` what ``get_megatron_optimizer`` returned.
 """
 
 from megatron_patch import tagging
+from megatron_patch.convert import convert_
 from megatron_patch.meta import build_meta_gpt
 from megatron_patch.model import GPTShape, build_gpt
 from megatron_patch.mpu import MpuAdapter, mpu_adapter
 from megatron_patch.shims import cpu_shims
 
-__all__ = ["GPTShape", "MpuAdapter", "build_gpt", "build_meta_gpt", "cpu_shims", "mpu_adapter", "tagging"]
+__all__ = ["GPTShape", "MpuAdapter", "build_gpt", "build_meta_gpt", "convert_", "cpu_shims", "mpu_adapter", "tagging"]
