@@ -112,7 +112,8 @@ class Run:
         inside = self.model if stack.dtype == "fp32" else Float16Module(self.model.config, self.model)
         ddp = DistributedDataParallelConfig(
             use_distributed_optimizer=stack.wrapper == "distributed",
-            grad_reduce_in_fp32=stack.loss_scale,
+            # sums of scaled gradients, or of the two copies of an embedding, have more bits than bf16
+            grad_reduce_in_fp32=stack.loss_scale or stack.pp > 1,
             bucket_size=stack.bucket_size,
             overlap_grad_reduce=stack.bucket_size is not None,  # otherwise the bucket size is ignored
         )
