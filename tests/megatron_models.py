@@ -43,6 +43,18 @@ def cut_all(weights: dict[str, Tensor], rank: int, size: int = 2) -> dict[str, T
     return {name: cut(name, full, rank, size) for name, full in weights.items()}
 
 
+def join(name: str, parts: list[Tensor]) -> Tensor:
+    """The unsharded tensor of which the tensor-parallel ranks hold ``parts``; undoes ``cut``."""
+    if "layernorm" in name:
+        return parts[0]
+    if "linear_proj" in name or "linear_fc2" in name:
+        return torch.cat(parts, 1)
+    if "linear_fc1" in name:
+        halves = [part.chunk(2) for part in parts]
+        return torch.cat([half[i] for i in (0, 1) for half in halves])
+    return torch.cat(parts)
+
+
 def full_shapes(shape: str, *, tied: bool = False, layers: int = LAYERS) -> dict[str, tuple[int, ...]]:
     """Unsharded shapes, from the sizes alone."""
     s = SHAPES[shape]
