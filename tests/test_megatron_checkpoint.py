@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from distributed import Outcome, RankContext, fleet_outcome, passes
 from engine_cases import named
-from megatron_models import LAYERS, SHAPES
+from megatron_models import LAYERS, SHAPES, join
 from megatron_stack import Run, Stack, open_stack, stack_shims
 from models import GradientPlan
 from oracle import Oracle
