@@ -33,7 +33,7 @@ class Stack:
     """What to build; the world that tensor and pipeline parallelism leave over is data-parallel."""
 
     optimizer: str = "mini"
-    wrapper: str = "distributed"  # or "plain": FP32Optimizer, Float16OptimizerWithFloat16Params
+    wrapper: str = "distributed"  # or "plain": FP32Optimizer, Float16OptimizerWithFloat16Params; or "layerwise"
     dtype: str = "fp32"
     shape: str = "gqa"
     tp: int = 1
@@ -136,9 +136,13 @@ class Run:
             use_distributed_optimizer=stack.wrapper == "distributed",
             **stack.config,
         )
+        config.bf16 = stack.dtype == "bf16" and stack.wrapper != "layerwise"  # which adds its own 16-bit wrappers
         self.optimizer = get_megatron_optimizer(
             config, [self.chunk], config_overrides=get_standard_config_overrides(config)
         )
+        config.bf16 = stack.dtype == "bf16"
+        if stack.wrapper == "layerwise":
+            self.optimizer = _layer_wise(self.optimizer.chained_optimizers, config)
         self.leaf = self.optimizer.chained_optimizers[0]
         if not stack.stock:
             self.convert()
@@ -219,17 +223,20 @@ class Run:
             ]
             found = [s for ps, shards in pairs for p, s in zip(ps, shards, strict=True) if p is param]
             return found[0] if found else None
-        return param if self.stack.dtype == "fp32" else param.main_param
+        if self.stack.dtype != "fp32":
+            return getattr(param, "main_param", None)
+        return param if any(t is param for group in leaf.optimizer.param_groups for t in group["params"]) else None
 
     def gathered(self, param: nn.Parameter, part: Tensor | None) -> Tensor:
         """A whole tensor-parallel shard from what the data-parallel ranks hold of it."""
-        if self.stack.wrapper != "distributed":
+        if self.stack.wrapper == "plain":
             assert part is not None
             return part.detach().reshape(param.shape).clone()
         whole = torch.zeros(param.numel())
         if part is not None:
-            start = self.leaf._get_model_param_range_map(param)["param"].start
-            whole[start : start + part.numel()] = part.detach()
+            ranges = self.leaf._get_model_param_range_map(param) if self.stack.wrapper == "distributed" else None
+            start = ranges["param"].start if ranges else 0
+            whole[start : start + part.numel()] = part.detach().view(-1)
         dist.all_reduce(whole, group=self.dp_group)
         return whole.view(param.shape)
 
@@ -245,6 +252,16 @@ class Run:
                 part = self.leaf.optimizer.per_element_state(tensor)[key]
             found[name] = self.gathered(param, part)
         return found
+
+
+def _layer_wise(leaves: list[Any], config: Any) -> Any:
+    from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    optimizer = LayerWiseDistributedOptimizer(leaves, config, groups, [leaf.init_state_fn for leaf in leaves])
+    optimizer.allgather_params = optimizer.broadcast_params  # gloo gathers tensors of one size only
+    return optimizer
 
 
 @contextmanager

@@ -276,6 +276,8 @@ def _cases() -> dict[str, tuple[int, Case]]:
     plain = {"wrapper": "plain", "decoupled": False}  # upstream cannot load groups that differ in max_lr only
     add("warm_start", "torch", replace(stock, **plain), replace(mini, **plain))
     add("stock_reads", "torch", replace(mini, **plain), replace(stock, **plain))
+    for form in ("fully_reshardable", "torch"):
+        add("resume", form, replace(mini, wrapper="layerwise", dtype="bf16"))
     add("mixed_up", "fully_reshardable", replace(mini, bucket_size=900))
     for wrapper, form in (("distributed", "dp_reshardable"), ("plain", "fully_reshardable")):
         add(

@@ -132,6 +132,9 @@ def _cases() -> dict[str, tuple[int, Case]]:
                 add("values", 2, Stack(optimizer, wrapper, dtype))
                 add("values", 1, Stack(optimizer, wrapper, dtype, tp=2))
     mini = Stack()
+    for dtype in ("fp32", "bf16"):
+        add("values", 2, Stack("mini", "layerwise", dtype))
+    add("values", 2, Stack("mini", "layerwise", "bf16", tp=2))
     add("mqa", 1, replace(mini, shape="mqa", tp=2))
     add("mqa", 1, replace(mini, shape="mqa", tp=2, wrapper="plain"))
     add("mqa", 2, replace(mini, shape="mqa", tp=2, dtype="bf16"))

@@ -111,8 +111,8 @@ def _unknown_parameter(run: Run, arguments: dict[str, Any]) -> None:
 
 def _other_shards(run: Run, arguments: dict[str, Any]) -> None:
     buffer = run.leaf.buffers[0]
-    param, (start, end, bucket) = next(iter(buffer.param_index_map.items()))
-    buffer.param_index_map[param] = (start + 64, end + 64, bucket)
+    for param, (start, end, bucket) in buffer.param_index_map.items():
+        buffer.param_index_map[param] = (start + 64, end + 64, bucket)
 
 
 SPOILS: dict[str, Spoil] = {
