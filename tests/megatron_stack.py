@@ -42,6 +42,7 @@ class Stack:
     clip: float = 0.0
     bucket_size: int | None = None
     decoupled: bool = False
+    mixed: bool = False  # some norms stay fp32 in a 16-bit model
     loss_scale: bool = False
     settings: dict[str, Any] = field(default_factory=dict)  # of convert_
     config: dict[str, Any] = field(default_factory=dict)  # of OptimizerConfig
@@ -110,6 +111,10 @@ class Run:
             for name, param in self.params.items():
                 param.copy_(self.cut(name, self.start(name)))
         inside = self.model if stack.dtype == "fp32" else Float16Module(self.model.config, self.model)
+        if stack.mixed:
+            for name, param in self.params.items():
+                if "pre_mlp_layernorm" in name:
+                    param.data = param.data.float()
         ddp = DistributedDataParallelConfig(
             use_distributed_optimizer=stack.wrapper == "distributed",
             # sums of scaled gradients, or of the two copies of an embedding, have more bits than bf16

@@ -249,7 +249,8 @@ def _cases() -> dict[str, tuple[int, Case]]:
 
     def add(check: str, form: str, writer: Stack, reader: Stack | None = None) -> None:
         reader = reader or writer
-        name = f"{check}-{form}-{writer.wrapper}-{writer.dtype}-{reader.optimizer}-tp{writer.tp}to{reader.tp}"
+        mixed = "-mixed" if writer.mixed else ""
+        name = f"{check}-{form}-{writer.wrapper}-{writer.dtype}{mixed}-{reader.optimizer}-tp{writer.tp}to{reader.tp}"
         assert name not in table
         table[name] = (2, Case(writer, reader, form, check))
 
@@ -261,6 +262,7 @@ def _cases() -> dict[str, tuple[int, Case]]:
         add("resume", form, replace(adamw, dtype="bf16"))
         add("resume", form, replace(mini, tp=2))
         add("warm_start", form, stock, mini)
+        add("resume", form, replace(mini, dtype="bf16", mixed=True))
         for dtype in ("fp32", "bf16"):
             add("resume", form, replace(mini, wrapper="plain", dtype=dtype))
     # upstream loads fully_reshardable only with Transformer Engine, and fp32 shards not at all
@@ -275,6 +277,7 @@ def _cases() -> dict[str, tuple[int, Case]]:
     add("warm_start", "dp_zero", stock, mini)
     plain = {"wrapper": "plain", "decoupled": False}  # upstream cannot load groups that differ in max_lr only
     add("warm_start", "torch", replace(stock, **plain), replace(mini, **plain))
+    add("warm_start", "fully_reshardable", replace(stock, **plain), replace(mini, **plain))
     add("stock_reads", "torch", replace(mini, **plain), replace(stock, **plain))
     for form in ("fully_reshardable", "torch"):
         add("resume", form, replace(mini, wrapper="layerwise", dtype="bf16"))

@@ -140,6 +140,7 @@ def _cases() -> dict[str, tuple[int, Case]]:
     add("mqa", 2, replace(mini, shape="mqa", tp=2, dtype="bf16"))
     add("values", 2, replace(mini, tp=2))
     add("buckets", 2, replace(mini, bucket_size=900))
+    add("mixed", 2, replace(mini, dtype="bf16", mixed=True))
     add("clip", 2, replace(mini, clip=0.05))
     add("clip", 1, replace(mini, clip=0.05, tp=2, wrapper="plain"))
     add("decoupled", 2, replace(mini, decoupled=True))
@@ -166,7 +167,7 @@ def outcome(request: pytest.FixtureRequest) -> Outcome:
     return fleet_outcome(request, run_case, CASES, per_spawn=20)
 
 
-@pytest.mark.parametrize("name", _names("values", "mqa", "buckets", "tied"))
+@pytest.mark.parametrize("name", _names("values", "mqa", "buckets", "mixed", "tied"))
 def test_values(outcome: Outcome, name: str) -> None:
     """A shard would get the second moment of its own part of a block, or another block's multiplier."""
     passes(outcome, name)
