@@ -9,7 +9,7 @@ from typing import cast
 import torch
 
 from ds_blockwise.optimizer import BlockwiseOptimizer
-from ds_blockwise.reduce import any_rank, any_rank_of_all, reduce_block_sums_
+from ds_blockwise.reduce import ReductionGroups, any_rank, any_rank_of_all, reduce_block_sums_
 from ds_blockwise.state_record import PER_BLOCK_KEY
 from ds_blockwise.stored_state import wide_dtype
 from ds_blockwise.update import block_sums
@@ -80,16 +80,20 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
         # one element per block on this rank means that both forms are the same vector, so it can join the rest
         self._adopt([w.binding for w in foreign], compact=any_rank(per_element, groups, device))
 
-    def settle(self) -> None:
+    def settle(self, over: Sequence[ReductionGroups] | None = None) -> None:
         """Bring loaded second moments into one value per block; a collective over all ranks after a load (hosts only).
 
         A tensor without state on some rank takes part with zeros, so that no rank is left waiting.
+
+        Args:
+            over: the groups of all bound tensors, if only their ranks take part (a pipeline stage may have none).
         """
         bindings = self.bindings()
         if not bindings:
             return
         device = bindings[0].groups.device or bindings[0].tensor.device
-        compact = any_rank_of_all(any(self._is_foreign(b.tensor) for b in bindings), device)
+        foreign = any(self._is_foreign(b.tensor) for b in bindings)
+        compact = any_rank_of_all(foreign, device) if over is None else any_rank(foreign, over, device)
         self._adopt(bindings, compact=compact)
 
     def _is_foreign(self, tensor: torch.Tensor) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, cast
 from weakref import WeakSet
 
@@ -33,10 +32,11 @@ from ds_blockwise.adamw import BlockwiseAdamW
 from ds_blockwise.blocks import BlockSpec
 from ds_blockwise.deepspeed_checkpoint import guard
 from ds_blockwise.deepspeed_checks import check_config
+from ds_blockwise.hosting import Stepped, check_agreement, if_many, raise_together, tagged_placement, window
 from ds_blockwise.optimizer import BlockwiseOptimizer
-from ds_blockwise.reduce import ReductionGroups, disagreement, first_error
+from ds_blockwise.reduce import ReductionGroups
 from ds_blockwise.schedules import SCHEDULES
-from ds_blockwise.table import Placement, fingerprint, whole_placement
+from ds_blockwise.table import Placement, whole_placement
 from ds_blockwise.tagging import tag_with_policy
 
 logger = logging.getLogger(__name__)
@@ -44,15 +44,6 @@ logger = logging.getLogger(__name__)
 OPTIMIZERS: tuple[type[BlockwiseOptimizer], ...] = (BlockwiseAdamW, BlockwiseAdamMini)
 _HOOK = "_configure_optimizer"
 _TAGGED_HERE: WeakSet[nn.Module] = WeakSet()
-
-
-@dataclass(frozen=True)
-class _Stepped:
-    """One tensor that the base optimizer steps, and the group that ZeRO cuts it over (None: not cut)."""
-
-    tensor: torch.Tensor
-    placements: tuple[Placement, ...]
-    dp_group: dist.ProcessGroup | None
 
 
 def register() -> None:
@@ -114,7 +105,7 @@ def attach(engine: Any) -> None:
             f"{', '.join(o.__name__ for o in OPTIMIZERS)}. Under CPU offload Accelerate replaces a client optimizer by "
             f'DeepSpeedCPUAdam; name ours in the JSON\'s "optimizer" instead.'
         )
-    stepped: list[_Stepped] = []
+    stepped: list[Stepped] = []
     tp_group: dist.ProcessGroup | None = None
     failure: Exception | None = None
     try:
@@ -124,23 +115,18 @@ def attach(engine: Any) -> None:
         stepped = list(_stepped_tensors(engine, optimizer))
         device = torch.device(get_accelerator().current_device_name())
         for item in stepped:
-            groups = ReductionGroups(_if_many(item.dp_group), tp_group, device)
-            optimizer.bind(item.tensor, item.placements, groups)
+            assert item.tensor is not None  # DeepSpeed's flat tensors exist on every rank, empty ones included
+            optimizer.bind(item.tensor, item.placements, ReductionGroups(if_many(item.dp_group), tp_group, device))
     except Exception as error:  # a rank that fails alone would leave the others waiting: all hear of it, all raise
         failure = error
-    message = first_error(None if failure is None else f"{type(failure).__name__}: {failure}")
-    if failure is not None:
-        raise failure
-    if message is not None:
-        raise ValueError(message)
-    _check_agreement(engine, optimizer, stepped, tp_group)
+    raise_together(failure)
+    peers = if_many(_or_world(engine.seq_data_parallel_group))
+    check_agreement(optimizer, stepped, peers, tp_group, "JSON")
     guard(engine)
     if engine.optimizer is optimizer:
         # DeepSpeed's wrappers skip a step with NaN on all ranks; without a wrapper nobody looks
         device = torch.device(get_accelerator().current_device_name())
-        optimizer.skip_non_finite(
-            ReductionGroups(_if_many(_or_world(engine.seq_data_parallel_group)), tp_group, device)
-        )
+        optimizer.skip_non_finite(ReductionGroups(if_many(_or_world(engine.seq_data_parallel_group)), tp_group, device))
     if engine.zero_round_robin_gradients() and engine.global_rank == 0:
         logger.warning(
             "round_robin_gradients: training is exact, but DeepSpeed %s mixes up parameters when it converts such a "
@@ -171,15 +157,10 @@ def _specs(engine: Any, optimizer: BlockwiseOptimizer) -> dict[nn.Parameter, Blo
     return {p: cast("Any", p).block_spec for p in params}
 
 
-def _placement(param: nn.Parameter, flat_start: int, param_start: int, numel: int, cuts: tuple[int, ...]) -> Placement:
-    tagged = cast("Any", param)
-    return Placement(tagged.block_spec, tagged.block_shard, flat_start, param_start, numel, cuts)
-
-
 # ------------------------------------------------------------------- wrappers' flat tensors
 
 
-def _stepped_tensors(engine: Any, optimizer: BlockwiseOptimizer) -> Iterator[_Stepped]:
+def _stepped_tensors(engine: Any, optimizer: BlockwiseOptimizer) -> Iterator[Stepped]:
     wrapper = engine.optimizer
     if wrapper is optimizer:
         yield from _whole((p, p) for group in optimizer.param_groups for p in group["params"])
@@ -202,10 +183,10 @@ def _stepped_tensors(engine: Any, optimizer: BlockwiseOptimizer) -> Iterator[_St
         )
 
 
-def _whole(pairs: Any) -> Iterator[_Stepped]:
+def _whole(pairs: Any) -> Iterator[Stepped]:
     for tensor, param in pairs:
         placement = whole_placement(param.block_spec, param.block_shard)
-        yield _Stepped(tensor, (placement,), None)
+        yield Stepped(tensor, (placement,), None)
 
 
 def _window(
@@ -215,23 +196,21 @@ def _window(
     low = rank * size
     placements = []
     for param, offset in zip(params, offsets, strict=True):
-        end = offset + param.numel()
-        start, stop = max(offset, low), min(end, low + size)
-        cuts = tuple(k * size - offset for k in range(1, world_size) if offset < k * size < end)
+        start, stop, cuts = window(offset, param.numel(), rank, world_size, size)
         if start < stop:
-            placements.append(_placement(param, start - low, start - offset, stop - start, cuts))
+            placements.append(tagged_placement(param, start - low, start - offset, stop - start, cuts))
         else:
-            placements.append(_placement(param, min(max(offset - low, 0), size), 0, 0, cuts))
+            placements.append(tagged_placement(param, min(max(offset - low, 0), size), 0, 0, cuts))
     return tuple(placements)
 
 
-def _zero_1_and_2(wrapper: Any) -> Iterator[_Stepped]:
+def _zero_1_and_2(wrapper: Any) -> Iterator[Stepped]:
     for index, params in enumerate(wrapper.round_robin_bit16_groups):
         group = _or_world(wrapper.real_dp_process_group[index])
         offsets = _zero_1_and_2_offsets(wrapper, index, params)
         rank, world_size = dist.get_rank(group), dist.get_world_size(group)
         size = int(wrapper.partition_size[index])
-        yield _Stepped(
+        yield Stepped(
             wrapper.single_partition_of_fp32_groups[index],
             _window(params, offsets, rank, world_size, size),
             group,
@@ -253,16 +232,16 @@ def _zero_1_and_2_offsets(wrapper: Any, index: int, params: list[nn.Parameter]) 
     return offsets
 
 
-def _bf16_optimizer(wrapper: Any) -> Iterator[_Stepped]:
+def _bf16_optimizer(wrapper: Any) -> Iterator[Stepped]:
     for index, params in enumerate(wrapper.bf16_groups):
         group = _or_world(wrapper.real_dp_process_group[index])
         tensor = wrapper.fp32_groups_flat_partition[index]
         rank, world_size = dist.get_rank(group), dist.get_world_size(group)
         placements = _window(params, _cumulative(params), rank, world_size, tensor.numel())
-        yield _Stepped(tensor, placements, group)
+        yield Stepped(tensor, placements, group)
 
 
-def _zero_3(wrapper: Any) -> Iterator[_Stepped]:
+def _zero_3(wrapper: Any) -> Iterator[Stepped]:
     for index, params in enumerate(wrapper.fp16_groups):
         tensor = wrapper.fp32_partitioned_groups_flat[index]
         groups = {getattr(p, "ds_process_group", wrapper.dp_process_group) for p in params}
@@ -278,7 +257,7 @@ def _zero_3(wrapper: Any) -> Iterator[_Stepped]:
             start = min(rank * piece, numel)
             cuts = tuple(k * piece for k in range(1, world_size) if k * piece < numel)
             held = min(piece, numel - start)
-            placements.append(_placement(param, offset, start if held else 0, held, cuts))
+            placements.append(tagged_placement(param, offset, start if held else 0, held, cuts))
             offset += piece
         if offset != tensor.numel():
             raise ValueError(
@@ -286,7 +265,7 @@ def _zero_3(wrapper: Any) -> Iterator[_Stepped]:
                 f"NVMe offload is not supported; otherwise this DeepSpeed ({deepspeed.__version__}) stores them in a "
                 f"way that ds_blockwise does not know."
             )
-        yield _Stepped(tensor, tuple(placements), group)
+        yield Stepped(tensor, tuple(placements), group)
 
 
 def _cumulative(params: list[nn.Parameter]) -> list[int]:
@@ -304,14 +283,10 @@ def _or_world(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     return dist.group.WORLD if group is None else group  # type: ignore[return-value]
 
 
-def _if_many(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    return None if group is None or dist.get_world_size(group) == 1 else group
-
-
 def _tp_group(engine: Any, specs: Mapping[nn.Parameter, BlockSpec]) -> dist.ProcessGroup | None:
     shards = {p: s for p in specs if (s := cast("Any", p).block_shard) is not None}
     # the *tensor* parallel group: a pipeline grid's "model parallel" group spans the stages as well
-    group = None if engine.mpu is None else _if_many(bwc_tensor_model_parallel_group(engine.mpu))
+    group = None if engine.mpu is None else if_many(bwc_tensor_model_parallel_group(engine.mpu))
     size = 1 if group is None else dist.get_world_size(group)
     if size > 1 and not shards:
         raise ValueError(
@@ -326,33 +301,6 @@ def _tp_group(engine: Any, specs: Mapping[nn.Parameter, BlockSpec]) -> dist.Proc
                 f"given to deepspeed.initialize has {size}. Pass mpu=megatron_patch.mpu_adapter()."
             )
     return group
-
-
-def _check_agreement(
-    engine: Any,
-    optimizer: BlockwiseOptimizer,
-    stepped: list[_Stepped],
-    tp_group: dist.ProcessGroup | None,
-) -> None:
-    settings = [
-        (group["lr"], tuple(group["betas"]), group["eps"], group["weight_decay"]) for group in optimizer.param_groups
-    ]
-    peers = _if_many(_or_world(engine.seq_data_parallel_group))
-    for what, group, of_shards in (("data", peers, True), ("tensor", tp_group, False)):
-        digests = [
-            (fingerprint(item.placements, of_shards=of_shards), optimizer.backend_of(item.tensor)) for item in stepped
-        ]
-        different = disagreement(repr((settings, digests)), group)
-        message = None
-        if different:
-            message = (
-                f"{what}-parallel ranks {different} of the group disagree with its rank 0 about parameters, blocks, "
-                f"settings or kernels. Every rank must build the same model with the same JSON; if a machine cannot "
-                f'compile the kernels (it says so in its log), set "backend": "reference" for all.'
-            )
-        message = first_error(message)
-        if message is not None:
-            raise ValueError(message)
 
 
 register()

@@ -31,7 +31,7 @@ from ds_blockwise.settings import (
 )
 from ds_blockwise.stored_state import StoredState
 from ds_blockwise.table import Placement, SegmentTable, build_table, whole_placement
-from ds_blockwise.work import Binding, Work, by_kernels, hyper_of, non_finite
+from ds_blockwise.work import NO_HYPER, Binding, Work, by_kernels, hyper_of, non_finite
 
 
 class BlockwiseOptimizer(StoredState):
@@ -64,6 +64,7 @@ class BlockwiseOptimizer(StoredState):
         self.policy = BlockPolicy.parse(lr_multipliers, weight_decay_multipliers, granularity, rules)
         self.step_calls = 0
         self._bindings: dict[int, Binding] = {}
+        self._absent: list[Binding] = []
         self._own_second_moment: dict[int, torch.Tensor] = {}
         self._copies: dict[int, torch.Tensor] = {}
         self._finite_over: ReductionGroups | None = None
@@ -101,6 +102,7 @@ class BlockwiseOptimizer(StoredState):
         torch.optim.Optimizer.__setstate__(self, state)
         for by_id in ("_bindings", "_own_second_moment", "_copies"):
             self.__dict__.setdefault(by_id, {})
+        self.__dict__.setdefault("_absent", [])
         self.__dict__.setdefault("_finite_over", None)
         self.__dict__.setdefault("overflow", False)
 
@@ -122,6 +124,21 @@ class BlockwiseOptimizer(StoredState):
         plan = kernels.plan(table, tensor.device)
         self._bindings[id(tensor)] = Binding(tensor, table, groups, kernels, plan)
         return table
+
+    def bind_absent(self, placements: Sequence[Placement], groups: ReductionGroups, device: torch.device) -> None:
+        """Take part in the reductions of parameters of which this rank holds nothing (hosts only).
+
+        For hosts whose ranks step a tensor per parameter: a rank without one would leave the others waiting. All
+        ranks of a group must call `bind` and this in the same order of parameters.
+
+        Args:
+            placements: the parameters, each with ``numel`` 0.
+            groups: process groups over which their split blocks are summed.
+            device: of the tensors that this rank does step.
+        """
+        nothing = torch.empty(0, device=device)
+        self.bind(nothing, placements, groups)
+        self._absent.append(self._bindings[id(nothing)])
 
     def bindings(self) -> list[Binding]:
         """The tensors bound so far with their segment tables and process groups, in the order of binding."""
@@ -265,12 +282,18 @@ class BlockwiseOptimizer(StoredState):
                 copy = self._copies.get(id(tensor))
                 item = Item(binding.table, binding.plan, tensor, state, hyper, grad.contiguous(), None, copy)
                 work.append(Work(binding, item))
+        for binding in self._absent:
+            if binding.table.has_split_blocks:
+                work.append(Work(binding, Item(binding.table, binding.plan, binding.tensor, {}, NO_HYPER)))
         return work
 
     def _sum_split_blocks(self, work: Sequence[Work]) -> None:
         split = [w for w in work if w.binding.table.has_split_blocks]
         if not split:
             return
+        if self._absent:  # ranks then hold different tensors, and only the order of binding is common to all
+            order = {key: index for index, key in enumerate(self._bindings)}
+            split.sort(key=lambda w: order[id(w.binding.tensor)])
         for kernels, items in by_kernels(split):
             kernels.sum_split_blocks(items)
         # one call for all, so that every rank's collectives come in the same order
@@ -293,6 +316,13 @@ class BlockwiseOptimizer(StoredState):
             f"With plain PyTorch call ds_blockwise.tag_parameters(model) before the first step; with DeepSpeed import "
             f"ds_blockwise before deepspeed.initialize, or call ds_blockwise.attach(engine)."
         )
+
+    def allocate_state(self) -> None:
+        """Give every tensor that has no state zeros, as a first step would; hosts do it before they load."""
+        for group in self.param_groups:
+            for tensor in group["params"]:
+                if self.binding_of(tensor) is not None:
+                    self._state_of(tensor)
 
     def _state_of(self, tensor: torch.Tensor) -> dict[str, Any]:
         state = cast("dict[str, Any]", self.state[tensor])

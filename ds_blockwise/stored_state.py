@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +18,7 @@ from ds_blockwise.foreign_state import (
     step_of,
 )
 from ds_blockwise.policy import BlockPolicy
-from ds_blockwise.reduce import is_first_rank
+from ds_blockwise.reduce import ReductionGroups, is_first_rank
 from ds_blockwise.settings import CheckpointFormat, MomentumDtype
 from ds_blockwise.state_record import (
     KEY,
@@ -112,6 +113,10 @@ class StoredState(torch.optim.AdamW, ABC):
             for tensor, state in states.items()
             if self.shares_second_moment and state["exp_avg_sq"].shape != tensor.shape
         }
+        self.report_changes(record)
+
+    def report_changes(self, record: Mapping[str, Any] | None) -> None:
+        """Warn, on the first rank, of settings in a loaded record (`state_record`) that differ from this object's."""
         changed = [] if record is None else differences(record["settings"], settings_of(self))
         if changed and is_first_rank():
             logger.warning(
@@ -119,8 +124,35 @@ class StoredState(torch.optim.AdamW, ABC):
                 "\n  ".join(changed),
             )
 
-    def settle(self) -> None:
-        """Bring loaded state into the form that steps use; a collective over all ranks after a load (hosts only)."""
+    def per_element_state(self, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """``exp_avg`` and ``exp_avg_sq`` of a bound tensor in its shape, zeros before its first step (hosts only).
+
+        The first is the state itself, the second may be a copy on the CPU.
+        """
+        state = self._state_of(tensor)
+        return {"exp_avg": state["exp_avg"], **self._saved_second_moment(tensor, state["exp_avg_sq"])}
+
+    def set_per_element_state(self, tensor: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor) -> None:
+        """Load moments with one value per element into a bound tensor's state; call `settle` after all (hosts only).
+
+        Raises:
+            ValueError: they have another number of elements.
+        """
+        state = self._state_of(tensor)
+        state["exp_avg"] = _like("exp_avg", exp_avg, tensor, self._momentum_dtype_of(tensor))
+        state["exp_avg_sq"] = _like("exp_avg_sq", exp_avg_sq, tensor, wide_dtype(tensor.dtype))
+        self._own_second_moment.pop(id(tensor), None)
+
+    @abstractmethod
+    def _state_of(self, tensor: torch.Tensor) -> dict[str, Any]:
+        """The state of a bound tensor, made if there is none."""
+
+    def settle(self, over: Sequence[ReductionGroups] | None = None) -> None:
+        """Bring loaded state into the form that steps use; a collective over all ranks after a load (hosts only).
+
+        Args:
+            over: the ranks that take part, if not all do.
+        """
 
     def _momentum_dtype_of(self, tensor: torch.Tensor) -> torch.dtype:
         return torch.bfloat16 if self.momentum_dtype == "bf16" else wide_dtype(tensor.dtype)

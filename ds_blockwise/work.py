@@ -13,6 +13,8 @@ from ds_blockwise.kernels import Hyper, Item, Kernels
 from ds_blockwise.reduce import ReductionGroups
 from ds_blockwise.table import SegmentTable
 
+NO_HYPER = Hyper(0.0, 0.0, 0.0, 0.0, 1.0, 0.0)  # of tensors that only take part in reductions
+
 
 @dataclass(frozen=True)
 class Binding:

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that knows Megatron: process groups for DeepSpeed, CPU shims, models, tagging.
+"""Everything that knows Megatron: process groups for DeepSpeed, CPU shims, models, tagging, Megatron's optimizers.
 
 Import it before ``deepspeed.initialize``: the import registers the reader of Megatron-core's layers
-with `ds_blockwise`.
+with `ds_blockwise`. Without DeepSpeed, give `convert_` what ``get_megatron_optimizer`` returned.
 """
 
 from megatron_patch import tagging
+from megatron_patch.convert import convert_
 from megatron_patch.meta import build_meta_gpt, build_small_gpt
 from megatron_patch.model import GPTShape, build_gpt
 from megatron_patch.mpu import MpuAdapter, mpu_adapter
@@ -17,6 +18,7 @@ __all__ = [
     "build_gpt",
     "build_meta_gpt",
     "build_small_gpt",
+    "convert_",
     "cpu_shims",
     "mpu_adapter",
     "tagging",

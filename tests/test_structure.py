@@ -41,6 +41,7 @@ ORDER = [
     "optimizer",
     "adamw",
     "adam_mini",
+    "hosting",
     "schedules",
     "report",
     "module_facts",
@@ -65,7 +66,7 @@ ORDER = [
     "cli",
 ]
 ALLOWED = {
-    "torch.distributed": {"reduce", "deepspeed_host", "deepspeed_portable", "deepspeed_save"},
+    "torch.distributed": {"reduce", "hosting", "deepspeed_host", "deepspeed_portable", "deepspeed_save"},
     "deepspeed": {
         "deepspeed_files",
         "deepspeed_portable",

@@ -1,14 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensor parallelism on the real Megatron-core GPTModel under DeepSpeed, against whole tensors.
-
-Weights and gradients are drawn for the unsharded tensors and cut by the code in this file, so a
-wrong idea of Megatron's layout in the library can't be repeated by the test.
-"""
+"""Tensor parallelism on the real Megatron-core GPTModel under DeepSpeed, against whole tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
@@ -24,10 +19,11 @@ from distributed import Outcome, RankContext, fleet_outcome, passes
 from engine_cases import BACKENDS, BETAS, EPS, FULL_NAME, LR, LR_FACTORS, WEIGHT_DECAY, named
 from engine_checks import check_counters
 from engines import DTYPES, engine_config, feed_step, masters, open_engine, prepare_deepspeed
+from gpt_shards import LAYERS, SHAPES, cut, cut_all, full_shapes, gpt, parallel, small_gpt
 from models import GradientPlan
 from oracle import Hyper, Oracle, assert_same_update, clipped
 from oracle_names import ROLE, Classes, megatron_classes, regroup
-from torch import Tensor, nn
+from torch import Tensor
 
 # Not imported here: a worker has to choose the accelerator before DeepSpeed looks for one.
 _HOSTS_MISSING = find_spec("deepspeed") is None or find_spec("megatron") is None
@@ -35,13 +31,6 @@ pytestmark = pytest.mark.skipif(_HOSTS_MISSING, reason="needs deepspeed and mega
 
 TP = 2
 DECAY_MULTIPLIERS = {"norm": 0.0, "value": 0.5}
-# Odd hidden size: flat ZeRO partitions end inside heads and rows. "mqa": with one KV head the
-# first rank holds query heads only, the second one a query head, K and V.
-SHAPES: dict[str, dict[str, int]] = {
-    "gqa": {"heads": 4, "groups": 2, "head_dim": 6, "hidden": 15, "ffn": 14, "vocab": 22},
-    "mqa": {"heads": 4, "groups": 1, "head_dim": 4, "hidden": 13, "ffn": 10, "vocab": 18},
-}
-LAYERS = 2
 
 
 @dataclass(frozen=True)
@@ -61,96 +50,6 @@ class Case:
     poison: tuple[int, ...] = ()  # steps at which tensor-parallel rank 1 feeds a NaN
     end_to_end: bool = False
     backend: str = "auto"
-
-
-# ---------------------------------------------------------------------------------------- the cut
-
-
-def cut(name: str, full: Tensor, rank: int) -> Tensor:
-    """What tensor-parallel rank ``rank`` of 2 holds of an unsharded tensor."""
-    if "layernorm" in name:
-        return full
-    if "linear_proj" in name or "linear_fc2" in name:  # inputs are split
-        half = full.shape[1] // TP
-        return full[:, rank * half : (rank + 1) * half].contiguous()
-    if "linear_fc1" in name:  # each rank has its part of gate, then its part of up
-        gate, up = full[: full.shape[0] // 2], full[full.shape[0] // 2 :]
-        half = gate.shape[0] // TP
-        return torch.cat([part[rank * half : (rank + 1) * half] for part in (gate, up)])
-    half = full.shape[0] // TP
-    return full[rank * half : (rank + 1) * half].contiguous()
-
-
-def cut_all(weights: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """``cut`` of every tensor."""
-    return {name: cut(name, full, rank) for name, full in weights.items()}
-
-
-def full_shapes(case: Case) -> dict[str, tuple[int, ...]]:
-    """Unsharded shapes, from the sizes alone."""
-    s = SHAPES[case.shape]
-    shapes: dict[str, tuple[int, ...]] = {
-        "embedding.word_embeddings.weight": (s["vocab"], s["hidden"]),
-        "decoder.final_layernorm.weight": (s["hidden"],),
-    }
-    if not case.tied:
-        shapes["output_layer.weight"] = (s["vocab"], s["hidden"])
-    for i in range(LAYERS):
-        at = f"decoder.layers.{i}."
-        qkv = (s["heads"] + 2 * s["groups"]) * s["head_dim"]
-        shapes[at + "input_layernorm.weight"] = (s["hidden"],)
-        shapes[at + "pre_mlp_layernorm.weight"] = (s["hidden"],)
-        shapes[at + "self_attention.linear_qkv.weight"] = (qkv, s["hidden"])
-        width = s["heads"] * s["head_dim"]
-        shapes[at + "self_attention.linear_proj.weight"] = (s["hidden"], width)
-        shapes[at + "mlp.linear_fc1.weight"] = (2 * s["ffn"], s["hidden"])
-        shapes[at + "mlp.linear_fc2.weight"] = (s["hidden"], s["ffn"])
-    return shapes
-
-
-# ----------------------------------------------------------------------------------- construction
-
-
-@contextmanager
-def _parallel(tp: int) -> Iterator[None]:
-    from megatron.core import parallel_state
-
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
-    try:
-        yield
-    finally:
-        parallel_state.destroy_model_parallel()
-
-
-def _gpt(case: Case) -> nn.Module:
-    from megatron_patch import GPTShape, build_gpt
-
-    s = SHAPES[case.shape]
-    shape = GPTShape(
-        num_layers=LAYERS,
-        hidden_size=s["hidden"],
-        ffn_hidden_size=s["ffn"],
-        num_heads=s["heads"],
-        num_kv_heads=s["groups"],
-        head_dim=s["head_dim"],
-        vocab_size=s["vocab"],
-        sequence_length=16,
-        tied_embeddings=case.tied,
-    )
-    torch.manual_seed(11)
-    return build_gpt(shape, dtype=DTYPES[case.dtype])
-
-
-def _small_gpt(case: Case, tp_rank: int | None) -> nn.Module:
-    model = _gpt(case)
-    shapes = full_shapes(case)
-    named = dict(model.named_parameters())
-    assert set(named) == set(shapes), set(named) ^ set(shapes)
-    with torch.no_grad():
-        for name, parameter in named.items():
-            whole = models.small_weight(name, shapes[name])
-            parameter.copy_(whole if tp_rank is None else cut(name, whole, tp_rank))
-    return model
 
 
 def _config(case: Case) -> dict[str, Any]:
@@ -203,14 +102,16 @@ def check_fed(context: RankContext, case: Case) -> None:
 
     from megatron_patch import mpu_adapter
 
-    shapes = full_shapes(case)
+    shapes = full_shapes(case.shape, tied=case.tied)
     reference = _reference(case) if case.optimizer == "adamw" and not case.clip else None
-    with _parallel(TP):
+    with parallel(TP):
         tp_rank = parallel_state.get_tensor_model_parallel_rank()
         tp_group = parallel_state.get_tensor_model_parallel_group()
         dp_rank = parallel_state.get_data_parallel_rank()
         plan = GradientPlan(context.world_size // TP, 1, DTYPES[case.dtype])
-        with open_engine(_config(case), lambda: _small_gpt(case, tp_rank), mpu=mpu_adapter()) as run:
+        with open_engine(
+            _config(case), lambda: small_gpt(case.shape, DTYPES[case.dtype], tp_rank, tied=case.tied), mpu=mpu_adapter()
+        ) as run:
             now = masters(run)
             dtype = DTYPES[case.dtype]
             start = {n: models.small_weight(n, s).to(dtype).float() for n, s in shapes.items()}
@@ -256,8 +157,8 @@ def _reference(case: Case) -> Callable[[dict[str, Tensor], float], dict[str, Ten
     """Our AdamW on whole fp32 tensors in this process; only the cut differs from the engine."""
     from ds_blockwise import BlockwiseAdamW, tag_parameters
 
-    with _parallel(1):
-        model = _small_gpt(case, None).to(DTYPES[case.dtype]).float()
+    with parallel(1):
+        model = small_gpt(case.shape, DTYPES[case.dtype], None, tied=case.tied).float()
         tag_parameters(model)
     named = dict(model.named_parameters())
     settings = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY, "backend": case.backend}
@@ -300,8 +201,10 @@ def _train(context: RankContext, case: Case, tp: int) -> list[tuple[dict[str, Te
 
     history = []
     with (
-        _parallel(tp),
-        open_engine(_config(case), lambda: _gpt(case), mpu=mpu_adapter(), feed=False) as run,
+        parallel(tp),
+        open_engine(
+            _config(case), lambda: gpt(case.shape, DTYPES[case.dtype], tied=case.tied), mpu=mpu_adapter(), feed=False
+        ) as run,
     ):
         now = masters(run)
         positions = torch.arange(10).expand(2, -1)

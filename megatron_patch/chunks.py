@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From Megatron-core's model chunks to tags on their parameters.
+
+A chunk is one pipeline stage's (or virtual stage's) part of the model inside DDP and Float16Module. Names of layers
+count from 0 in every chunk, so they are not unique over stages; nothing here relies on that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, cast
+from weakref import WeakSet
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.transformer.module import Float16Module
+from torch import nn
+
+from ds_blockwise.blocks import apply_policy
+from ds_blockwise.naming import canonical_fqn
+from ds_blockwise.optimizer import BlockwiseOptimizer
+from ds_blockwise.policy import BlockPolicy
+from ds_blockwise.tagging import tag_with_policy
+
+_WRAPPERS = (DistributedDataParallel, Float16Module)
+_TAGGED_HERE: WeakSet[nn.Module] = WeakSet()
+_EMBEDDING = "embedding.word_embeddings.weight"
+
+
+def unwrapped(chunk: nn.Module) -> nn.Module:
+    """The model inside Megatron-core's wrappers.
+
+    Raises:
+        ValueError: a wrapper that shards or moves parameters in a way that is not known.
+    """
+    while isinstance(chunk, _WRAPPERS):
+        chunk = chunk.module
+    if isinstance(getattr(chunk, "module", None), nn.Module):
+        raise ValueError(
+            f"a model chunk is wrapped in {type(chunk).__name__}, which ds_blockwise does not know. Known: "
+            f"{', '.join(w.__name__ for w in _WRAPPERS)}. Megatron-FSDP (use_megatron_fsdp) and torch FSDP "
+            f"(use_torch_fsdp2) are not supported; train with Megatron's DistributedDataParallel."
+        )
+    return chunk
+
+
+def rules_matched(models: Sequence[nn.Module], policy: BlockPolicy) -> list[bool]:
+    """Per rule of a policy, whether it matches a parameter of these models."""
+    names = [name for model in models for name in _names(model)]
+    return [any(rule.matches(name) for name in names) for rule in policy.rules]
+
+
+def check_rules(matched: Sequence[bool], policy: BlockPolicy) -> None:
+    """Collective over all ranks: every rule must match a parameter of some stage.
+
+    Args:
+        matched: `rules_matched` of this rank's stage.
+        policy: the same on every rank.
+
+    Raises:
+        ValueError: on every rank, naming the rules that match nothing anywhere.
+    """
+    everywhere: list[Sequence[bool]] = [()] * dist.get_world_size()
+    dist.all_gather_object(everywhere, list(matched))
+    for rule, found in zip(policy.rules, zip(*everywhere, strict=True), strict=True):
+        if not any(found):
+            raise ValueError(
+                f"rule {rule.match!r} matches no parameter of any pipeline stage. Correct its pattern; layers are "
+                f"numbered from 0 in every stage."
+            )
+
+
+def tag(models: Sequence[nn.Module], optimizer: BlockwiseOptimizer) -> None:
+    """Set ``block_spec`` and ``block_shard`` on every trainable parameter, or take the tags that it has.
+
+    The last stage's copy of a tied embedding is tagged as an embedding: both copies must be stepped alike.
+
+    Args:
+        models: unwrapped chunks.
+        optimizer: its settings apply.
+
+    Raises:
+        ValueError: see `ds_blockwise.tag_parameters`; a model that is tagged in part.
+    """
+    params = [p for model in models for p in model.parameters() if p.requires_grad]
+    # tags that an earlier call made are not a user's wish and give way to the present settings
+    tagged = [] if all(m in _TAGGED_HERE for m in models) else [p for p in params if hasattr(p, "block_spec")]
+    if tagged and len(tagged) < len(params):
+        name = next(n for m in models for n, p in m.named_parameters() if p.requires_grad and p not in set(tagged))
+        raise ValueError(
+            f"parameter {name!r} is not tagged although others are. Call tag_parameters for every chunk after the "
+            f"last change to the model, or not at all (convert_ does it)."
+        )
+    if not tagged:
+        for model in models:
+            _tag_model(model, optimizer.policy)
+            _TAGGED_HERE.add(model)
+    for param in params:
+        spec = cast("Any", param).block_spec
+        if not tagged:
+            # a rule of another stage would be called unused in this one, so it was left out; it is part of the settings
+            spec = apply_policy(spec.structure, optimizer.policy)
+        cast("Any", param).block_spec = optimizer.spec_of(spec)
+
+
+def _tag_model(model: nn.Module, policy: BlockPolicy) -> None:
+    here = rules_matched([model], policy)
+    used = tuple(rule for rule, matches in zip(policy.rules, here, strict=True) if matches)
+    tied: dict[torch.Tensor, str] = {
+        param: _EMBEDDING for name, param in model.named_parameters() if _is_tied_copy(name, param)
+    }
+    tag_with_policy(model, replace(policy, rules=used), tied)
+
+
+def _names(model: nn.Module) -> Iterator[str]:
+    for name, param in model.named_parameters(remove_duplicate=False):
+        # a rule for the copy alone would let it drift away from the embedding
+        yield _EMBEDDING if _is_tied_copy(name, param) else canonical_fqn(name)
+
+
+def _is_tied_copy(name: str, param: nn.Parameter) -> bool:
+    return getattr(param, "shared_embedding", False) and canonical_fqn(name).startswith("output_layer.")
