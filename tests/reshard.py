@@ -15,15 +15,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import test_tensor_parallel as megatron
+import gpt_shards
 import torch
 import torch.distributed as dist
 from distributed import RankContext
 from engine_cases import BETAS, EPS, FULL_NAME, LR, WEIGHT_DECAY
-from engines import engine_config, feed_step, model_weights, open_engine, prepare_deepspeed
+from engines import DTYPES, engine_config, feed_step, model_weights, open_engine, prepare_deepspeed
 from models import GradientPlan, small_weight
 from oracle import Hyper, Oracle, Weights, assert_same_update, update_errors
-from oracle_names import megatron_classes
+from oracle_names import ROLE, megatron_classes, regroup
 from reshard_cells import CELLS, TOPOLOGIES, Cell, Topology
 from torch import Tensor, nn
 
@@ -48,8 +48,8 @@ class SameGradients(GradientPlan):
 
 
 PLAN = SameGradients(1, dtype=torch.bfloat16)
-CASE = megatron.Case(shape=SHAPE)
-SHAPES = megatron.full_shapes(CASE)
+DECAY_MULTIPLIERS = {"norm": 0.0, "value": 0.5}
+SHAPES = gpt_shards.full_shapes(SHAPE)
 
 
 def start_weight(name: str) -> Tensor:
@@ -66,15 +66,15 @@ def engine_of(
 
     from megatron_patch import mpu_adapter
 
-    with megatron._parallel(topology.tp):
+    with gpt_shards.parallel(topology.tp):
         tp_rank = parallel_state.get_tensor_model_parallel_rank()
 
         def build() -> nn.Module:
-            model = megatron._gpt(megatron.Case(shape=SHAPE, dtype=topology.dtype))
+            model = gpt_shards.gpt(SHAPE, DTYPES[topology.dtype])
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     whole = start_weight(name)
-                    parameter.copy_(whole if topology.tp == 1 else megatron.cut(name, whole, tp_rank))
+                    parameter.copy_(whole if topology.tp == 1 else gpt_shards.cut(name, whole, tp_rank))
                     parameter.requires_grad_(name != frozen)
             return model
 
@@ -85,7 +85,7 @@ def engine_of(
             stage=topology.stage,
             dtype=topology.dtype,
             zero=topology.zero,
-            params={**params, "weight_decay_multipliers": megatron.DECAY_MULTIPLIERS, **topology.params},
+            params={**params, "weight_decay_multipliers": DECAY_MULTIPLIERS, **topology.params},
             **topology.config,
             **universal,
         )
@@ -99,7 +99,7 @@ def train(run: SimpleNamespace, first: int, count: int) -> list[dict[str, dict[s
     """Steps ``first`` to ``first + count``; the whole state before the first of them and after each."""
 
     def cut(name: str, whole: Tensor) -> Tensor:
-        return whole if run.tp == 1 else megatron.cut(name, whole, run.tp_rank)
+        return whole if run.tp == 1 else gpt_shards.cut(name, whole, run.tp_rank)
 
     states = [whole_state(run)]
     for step in range(first, first + count):
@@ -156,7 +156,7 @@ def joined(name: str, flats: list[Tensor], shape: tuple[int, ...]) -> Tensor:
     whole = torch.full(shape, float("nan"), dtype=flats[0].dtype)
     index = torch.arange(whole.numel()).view(shape)
     for rank, flat in enumerate(flats):
-        whole.view(-1)[megatron.cut(name, index, rank).reshape(-1)] = flat
+        whole.view(-1)[gpt_shards.cut(name, index, rank).reshape(-1)] = flat
     return whole
 
 
@@ -166,11 +166,11 @@ def joined(name: str, flats: list[Tensor], shape: tuple[int, ...]) -> Tensor:
 def reference(source: str, target: str, value_tensor: bool) -> list[tuple[float, Weights, Weights]]:
     """Per step after the checkpoint: lr, fp64 weights before and after, of a run that was never cut or stopped."""
     hyper = Hyper(LR, BETAS, EPS, WEIGHT_DECAY)
-    classes = megatron_classes(layers=megatron.LAYERS, **megatron.SHAPES[SHAPE])
+    classes = megatron_classes(layers=gpt_shards.LAYERS, **gpt_shards.SHAPES[SHAPE])
     start = {name: start_weight(name) for name in SHAPES}
 
     def oracle(weights: Weights, mini: bool, classes: Any) -> Oracle:
-        return Oracle(weights, classes, mini, hyper, weight_decay_multipliers=megatron.DECAY_MULTIPLIERS)
+        return Oracle(weights, classes, mini, hyper, weight_decay_multipliers=DECAY_MULTIPLIERS)
 
     def step(run: Oracle, number: int) -> None:
         hyper.lr = lr_at(number)
@@ -180,7 +180,7 @@ def reference(source: str, target: str, value_tensor: bool) -> list[tuple[float,
     for number in range(STEPS_BEFORE):
         step(run, number)
     if target != source or value_tensor:
-        new_classes = megatron.regroup(classes, "value", megatron.ROLE) if value_tensor else classes
+        new_classes = regroup(classes, "value", ROLE) if value_tensor else classes
         after = oracle(run.weights(), GROUPS[target], new_classes)
         after._state = run._state
         for name, state in after._state.items():
@@ -302,7 +302,7 @@ def _loaded(root: Path, cell: Cell) -> dict[str, Any]:
         assert difference == 0.0, f"{cell.name}: loaded state differs from the saved one by {difference:.2e}"
         for name, weight in model_weights(run).items():  # what the next forward computes with
             whole = loaded["weights"][name]
-            expected = whole if run.tp == 1 else megatron.cut(name, whole, run.tp_rank)
+            expected = whole if run.tp == 1 else gpt_shards.cut(name, whole, run.tp_rank)
             assert torch.equal(weight, expected.to(weight.dtype)), f"{cell.name}: the model's {name} was not refreshed"
         update = check_steps(run, cell)
         if cell.way == "same":
