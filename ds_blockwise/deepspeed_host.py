@@ -30,7 +30,6 @@ from torch import nn
 from ds_blockwise.adam_mini import BlockwiseAdamMini
 from ds_blockwise.adamw import BlockwiseAdamW
 from ds_blockwise.blocks import BlockSpec
-from ds_blockwise.deepspeed_checkpoint import guard
 from ds_blockwise.deepspeed_checks import check_config
 from ds_blockwise.hosting import Stepped, check_agreement, if_many, raise_together, tagged_placement, window
 from ds_blockwise.optimizer import BlockwiseOptimizer
@@ -122,6 +121,9 @@ def attach(engine: Any) -> None:
     raise_together(failure)
     peers = if_many(_or_world(engine.seq_data_parallel_group))
     check_agreement(optimizer, stepped, peers, tp_group, "JSON")
+    # Not at the top: whichever of our modules is imported first brings DeepSpeed in, and that imports this one.
+    from ds_blockwise.deepspeed_checkpoint import guard
+
     guard(engine)
     if engine.optimizer is optimizer:
         # DeepSpeed's wrappers skip a step with NaN on all ranks; without a wrapper nobody looks

@@ -2,6 +2,8 @@
 """The shape of the code: imports go one way, files stay short, public names are documented and typed."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -148,3 +150,20 @@ def test_no_path_of_a_machine_is_in_the_sources():
         text = path.read_text(encoding="utf-8")
         for word in ("/home" + "/", "/root" + "/", "/work" + "/"):
             assert word not in text, f"{path}: {word}"
+
+
+def test_any_module_may_be_imported_first():
+    """Importing DeepSpeed imports our host file; a module that brings DeepSpeed in must not be needed by it."""
+    pytest.importorskip("deepspeed", reason="needs DeepSpeed")
+    script = """
+import importlib, os, sys, torch
+for name in sys.argv[1:]:
+    if (child := os.fork()) == 0:
+        importlib.import_module("ds_blockwise." + name)
+        os._exit(0 if hasattr(torch.optim, "BlockwiseAdamW") else 1)
+    assert os.waitpid(child, 0)[1] == 0, name
+"""
+    names = sorted(ALLOWED["deepspeed"])
+    command = [sys.executable, "-c", script, *names]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
