@@ -22,15 +22,15 @@ TENSOR = ("--set", "parallel.tensor=2")
 # name -> (what `write_json` gets, more arguments); the quick ones are part of `make test`
 QUICK: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "z0-fp32-mini": ({"stage": 0}, ()),
-    "z0-bf16-adamw": ({"stage": 0, "dtype": "bf16", "optimizer": ADAMW}, ()),
-    "z1-fp32-adamw-tp2": ({"stage": 1, "optimizer": ADAMW}, TENSOR),
     "z1-bf16-mini-tp2": ({"stage": 1, "dtype": "bf16"}, TENSOR),
-    "z2-fp32-mini-compact": ({"stage": 2, "checkpoint_format": "compact"}, ()),
     "z2-bf16-mini-offload": ({"stage": 2, "dtype": "bf16", "offload": True}, ()),
-    "z3-fp32-mini": ({"stage": 3}, ()),
     "z3-bf16-mini-compact": ({"stage": 3, "dtype": "bf16", "checkpoint_format": "compact"}, ()),
 }
 SLOW: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "z0-bf16-adamw": ({"stage": 0, "dtype": "bf16", "optimizer": ADAMW}, ()),
+    "z1-fp32-adamw-tp2": ({"stage": 1, "optimizer": ADAMW}, TENSOR),
+    "z2-fp32-mini-compact": ({"stage": 2, "checkpoint_format": "compact"}, ()),
+    "z3-fp32-mini": ({"stage": 3}, ()),
     "z0-bf16-mini": ({"stage": 0, "dtype": "bf16"}, ()),
     "z0-fp32-mini-tp2": ({"stage": 0}, TENSOR),
     "z0-bf16-mini-tp2-compact": ({"stage": 0, "dtype": "bf16", "checkpoint_format": "compact"}, TENSOR),
