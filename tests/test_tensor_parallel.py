@@ -158,7 +158,8 @@ def _reference(case: Case) -> Callable[[dict[str, Tensor], float], dict[str, Ten
     from ds_blockwise import BlockwiseAdamW, tag_parameters
 
     with parallel(1):
-        model = small_gpt(case.shape, DTYPES[case.dtype], None, tied=case.tied).float()
+        model = small_gpt(case.shape, DTYPES[case.dtype], None, tied=case.tied)
+        model = model.to(DTYPES[case.dtype]).float()  # Megatron-core keeps norms in fp32; DeepSpeed rounds them too
         tag_parameters(model)
     named = dict(model.named_parameters())
     settings = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY, "backend": case.backend}
