@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from ds_blockwise.policy import suggest
 
+_Choice = TypeVar("_Choice")
 MomentumDtype = Literal["fp32", "bf16"]
 MOMENTUM_DTYPES: tuple[MomentumDtype, ...] = ("fp32", "bf16")
 CheckpointFormat = Literal["expanded", "compact"]
@@ -77,16 +78,20 @@ def check_group(group: Mapping[str, Any], where: str) -> None:
         number(f"{where}betas[{index}]", beta, low=0.0, below=1.0)
 
 
+def _one_of(name: str, value: object, allowed: tuple[_Choice, ...]) -> _Choice:
+    for known in allowed:
+        if value == known:
+            return known
+    raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+
+
 def check_momentum_dtype(value: object) -> MomentumDtype:
     """Return ``value`` if it is a known dtype of ``exp_avg``.
 
     Raises:
         ValueError: unknown dtype.
     """
-    for known in MOMENTUM_DTYPES:
-        if value == known:
-            return known
-    raise ValueError(f"momentum_dtype must be one of {', '.join(MOMENTUM_DTYPES)}, got {value!r}")
+    return _one_of("momentum_dtype", value, MOMENTUM_DTYPES)
 
 
 def check_checkpoint_format(value: object) -> CheckpointFormat:
@@ -95,10 +100,7 @@ def check_checkpoint_format(value: object) -> CheckpointFormat:
     Raises:
         ValueError: unknown form.
     """
-    for known in CHECKPOINT_FORMATS:
-        if value == known:
-            return known
-    raise ValueError(f"checkpoint_format must be one of {', '.join(CHECKPOINT_FORMATS)}, got {value!r}")
+    return _one_of("checkpoint_format", value, CHECKPOINT_FORMATS)
 
 
 def check_backend(value: object) -> str:
