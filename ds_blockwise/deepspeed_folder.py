@@ -7,6 +7,7 @@ Knows names and top-level keys, not what lies in the optimizer's state. DeepSpee
 
 from __future__ import annotations
 
+import logging
 import pickle
 import re
 from collections.abc import Mapping
@@ -19,6 +20,8 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from ds_blockwise.checkpoint_files import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 # What DeepSpeed's own files hold besides tensors and plain containers: enums and plain attribute holders.
 HARMLESS = (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address)
@@ -58,7 +61,10 @@ def foreign_globals(file: Any) -> list[str]:
     own = {f"{c.__module__}.{c.__qualname__}" for c in HARMLESS}
     try:
         return sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - own)
-    except Exception:  # a damaged file: the caller reports what it caught first
+    except Exception as error:
+        # Only called to explain an error that is being raised already; a file too damaged to be listed (torch raises
+        # anything then) must not replace that error by this one.
+        logger.debug("the objects in %s cannot be listed: %s", file, error)
         return []
 
 

@@ -150,7 +150,8 @@ def test_a_disk_that_is_really_full(project: Path, unbroken: dict[str, Path]) ->
     mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)]
     mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
     if mounted.returncode:
-        pytest.skip(f"this container may not mount a file system: {mounted.stderr.strip()}")
+        print(mounted.stderr)
+        pytest.skip(reason="this container may not mount a file system, even as root")
     try:
         text = run.start().fail()
         assert text.count("could not be saved") == 2, text

@@ -18,9 +18,8 @@ from distributed import run_cases
 from forked import TESTS, forked_hosts
 from reshard_cells import CELLS, TOPOLOGIES, Cell, read_table, result_of, rows_in_page, rows_of, write_table
 
-needs_hosts = pytest.mark.skipif(
-    find_spec("deepspeed") is None or find_spec("megatron") is None, reason="needs deepspeed and megatron"
-)
+_HOSTS_MISSING = find_spec("deepspeed") is None or find_spec("megatron") is None
+needs_hosts = pytest.mark.skipif(_HOSTS_MISSING, reason="needs deepspeed and megatron")
 DOCS = TESTS.parent / "docs"
 WRITE = "WRITE_CHECKPOINT_MATRIX"
 
