@@ -62,8 +62,8 @@ def foreign_globals(file: Any) -> list[str]:
     try:
         return sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - own)
     except Exception as error:
-        # Only called to explain an error that is being raised already; a file too damaged to be listed (torch raises
-        # anything then) must not replace that error by this one.
+        # The caller is raising an error about this file already, or has just pickled it; a file too damaged to be
+        # listed (torch raises anything then) must not replace that error by this one.
         logger.debug("the objects in %s cannot be listed: %s", file, error)
         return []
 
