@@ -15,6 +15,7 @@ EXTRAS = {
         "adam-mini==1.1.1",
         "hypothesis",
         "mypy",
+        "peft",
         "pytest",
         "pytest-timeout",
         "ruff",

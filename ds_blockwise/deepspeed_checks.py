@@ -6,6 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
+from ds_blockwise.optimizer import built_from_ours
+
 
 def check_config(engine: Any, optimizer: str) -> None:
     """Refuse what cannot work, before the optimizer is built.
@@ -21,6 +25,28 @@ def check_config(engine: Any, optimizer: str) -> None:
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in problems)
         raise ValueError(f"{optimizer} does not support this DeepSpeed configuration:\n{listed}")
+
+
+def check_client(client: object) -> None:
+    """Refuse a client optimizer that took the place of one of ours on its way to ``deepspeed.initialize``.
+
+    Accelerate does that under optimizer offload: it builds DeepSpeedCPUAdam from the groups of whatever it was given.
+
+    Args:
+        client: what ``deepspeed.initialize`` was given as ``optimizer``.
+
+    Raises:
+        ValueError: it was built from the param groups of one of ours.
+    """
+    name = built_from_ours(client) if isinstance(client, torch.optim.Optimizer) else None
+    if name is not None:
+        raise ValueError(
+            f"{name} was replaced by {type(client).__name__} before DeepSpeed saw it: plain Adam would train, without "
+            f"block types and with AdamW's memory. Accelerate and HF Trainer do this to every client optimizer when "
+            f'"offload_optimizer" is set. Either set "zero_force_ds_cpu_optimizer": false in the DeepSpeed JSON and go '
+            f'on passing {name}, or name it there, "optimizer": {{"type": "{name}", ...}}, and pass Accelerate\'s '
+            f"DummyOptim(model.parameters()) (HF Trainer: nothing)."
+        )
 
 
 def _problems(engine: Any, optimizer: str) -> Iterator[str]:

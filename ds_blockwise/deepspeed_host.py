@@ -30,7 +30,7 @@ from torch import nn
 from ds_blockwise.adam_mini import BlockwiseAdamMini
 from ds_blockwise.adamw import BlockwiseAdamW
 from ds_blockwise.blocks import BlockSpec
-from ds_blockwise.deepspeed_checks import check_config
+from ds_blockwise.deepspeed_checks import check_client, check_config
 from ds_blockwise.hosting import Stepped, check_agreement, if_many, raise_together, tagged_placement, window
 from ds_blockwise.optimizer import BlockwiseOptimizer
 from ds_blockwise.reduce import ReductionGroups
@@ -76,6 +76,8 @@ def register() -> None:
             check_config(self, type(client_optimizer).__name__)
         elif client_optimizer is None and self.optimizer_name() in names:
             check_config(self, self.optimizer_name())
+        else:
+            check_client(client_optimizer)
         original(self, client_optimizer, model_parameters)
         if isinstance(self.basic_optimizer, BlockwiseOptimizer):
             attach(self)

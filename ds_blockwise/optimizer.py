@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, cast
+from weakref import WeakSet
 
 import torch
 from torch.optim.optimizer import ParamsT
@@ -32,6 +33,8 @@ from ds_blockwise.settings import (
 from ds_blockwise.stored_state import StoredState
 from ds_blockwise.table import Placement, SegmentTable, build_table, whole_placement
 from ds_blockwise.work import NO_HYPER, Binding, Work, by_kernels, hyper_of, non_finite
+
+_LIVE: WeakSet[BlockwiseOptimizer] = WeakSet()
 
 
 class BlockwiseOptimizer(StoredState):
@@ -73,6 +76,7 @@ class BlockwiseOptimizer(StoredState):
         check_group(defaults, "")
         # AdamW's own constructor would add switches (fused, foreach, ...) that mean nothing here
         torch.optim.Optimizer.__init__(self, params, defaults)
+        _LIVE.add(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; see ``torch.optim.Optimizer.add_param_group``.
@@ -340,3 +344,16 @@ class BlockwiseOptimizer(StoredState):
 
     def _before_update(self, work: Sequence[Work]) -> None:
         """Called once a step before anything changes; may communicate."""
+
+
+def built_from_ours(optimizer: torch.optim.Optimizer) -> str | None:
+    """Class name of the live optimizer of ours whose param groups another one was built from; None if of none.
+
+    A host that replaces an optimizer hands its ``param_groups`` to the new one, which keeps the very same dicts.
+
+    Args:
+        optimizer: any optimizer that is not of ours.
+    """
+    groups = {id(group) for group in optimizer.param_groups}
+    replaced = (ours for ours in _LIVE if any(id(group) in groups for group in ours.param_groups))
+    return next((type(ours).__name__ for ours in replaced), None)

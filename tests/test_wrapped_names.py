@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names that wrappers change: PEFT adapters and torch.compile.
-
-PEFT itself is not needed: the stand-ins register what ``peft/tuners/lora/layer.py`` registers, under its names.
-"""
+"""Names that wrappers change: PEFT adapters and torch.compile."""
 
 import pytest
 import tag_tables as tables
@@ -10,62 +7,19 @@ import torch
 from families import build
 from tag_tables import LAYER
 from test_families import tags_of
-from torch import nn
 
 from ds_blockwise import tag_parameters
 
 pytest.importorskip("transformers", reason="the wrapped models are transformers' own")
-
-
-class LoraLayer(nn.Module):
-    """A linear with a frozen weight and two trainable factors, the first of rank rows."""
-
-    def __init__(self, base, rank=8):
-        super().__init__()
-        shape = base.weight.shape
-        outputs, inputs = (shape[1], shape[0]) if type(base).__name__ == "Conv1D" else shape
-        self.base_layer = base.requires_grad_(False)
-        self.lora_dropout = nn.ModuleDict({"default": nn.Identity()})
-        self.lora_A = nn.ModuleDict({"default": nn.Linear(inputs, rank, bias=False)})
-        self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, outputs, bias=False)})
-
-
-class ModulesToSave(nn.Module):
-    """A module that is trained as a whole beside the adapters."""
-
-    def __init__(self, original):
-        super().__init__()
-        self.original_module = original.requires_grad_(False)
-        self.modules_to_save = nn.ModuleDict({"default": build_like(original)})
-
-
-def build_like(module):
-    return nn.Linear(module.in_features, module.out_features, bias=False)
-
-
-class LoraModel(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-
-class PeftModel(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.base_model = LoraModel(model)
+peft = pytest.importorskip("peft", reason="it is PEFT's names that are looked at")
 
 
 def adapted(family, targets, saved=(), **changes):
-    """A family's model with every parameter frozen but those of adapters and of ``saved`` modules."""
+    """A family's model as PEFT makes it: frozen but for the adapters of ``targets`` and the modules ``saved``."""
     with torch.device("meta"):
-        model = build(family, **changes).requires_grad_(False)
-        for path, module in list(model.named_modules()):
-            above, _, name = path.rpartition(".")
-            if name in targets:
-                setattr(model.get_submodule(above), name, LoraLayer(module))
-            elif name in saved:
-                setattr(model.get_submodule(above), name, ModulesToSave(module))
-        return PeftModel(model)
+        model = build(family, **changes)
+        config = peft.LoraConfig(r=8, target_modules=list(targets), modules_to_save=list(saved) or None)
+        return peft.get_peft_model(model, config)
 
 
 def test_lora_factors_have_the_role_of_the_linear_they_adapt():

@@ -1,0 +1,401 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cases with Hugging Face's Trainer, Accelerate, PEFT and torch.compile, each run by every rank of one spawn."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import product
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from distributed import RankContext
+from engines import engine_config, forget_groups, masters, open_engine, prepare_deepspeed
+from models import small_weight
+from oracle import Hyper, Oracle, assert_same_update, clipped
+from oracle_names import Classes, Classified, Span, hf_llama_classes
+from torch import Tensor, nn
+
+STEPS, SAVED = 6, 3
+LR, EPS, CLIP, MICRO = 1e-3, 1e-4, 0.3, 2
+MULTIPLIERS = {"emb": 5}
+SIZES = {"layers": 2, "hidden": 12, "heads": 2, "kv_heads": 1, "head_dim": 6, "ffn": 21, "vocab": 37}
+
+Batch = dict[str, Tensor]
+
+
+class Tokens(torch.utils.data.Dataset[Batch]):
+    """Fixed random sequences: the same run every time."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> Batch:
+        tokens = torch.randint(37, (9,), generator=torch.Generator().manual_seed(index))
+        return {"input_ids": tokens, "labels": tokens}
+
+
+def trainer_json(optimizer: str) -> dict[str, Any]:
+    """What Hugging Face's documentation recommends, with our optimizer's name and one setting of ours."""
+    names = ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps")
+    return {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_optimization": {"stage": 2},
+        "optimizer": {
+            "type": optimizer,
+            "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}
+            | {"lr_multipliers": MULTIPLIERS},
+        },
+        "scheduler": {"type": "WarmupDecayLR", "params": dict.fromkeys(names, "auto")},
+    }
+
+
+def lora_model() -> nn.Module:
+    """The same LLaMA, frozen, with PEFT's adapters, one of them on a linear that PEFT trains whole."""
+    import peft
+
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]
+    return start_model(
+        lambda model: peft.get_peft_model(
+            model, peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets, modules_to_save=["lm_head"])
+        )
+    )
+
+
+def lora_classes() -> Classes:
+    """By hand: B has the rows of the linear that it adapts, heads included, A rows of a rank that belong to no head."""
+    at = "base_model.model.model.layers"
+
+    def rows(count: int, role: str, block: int = 1) -> Classified:
+        return Classified((Span(0, count, role, block),))
+
+    table = {"base_model.model.lm_head.modules_to_save.default.weight": rows(37, "output")}
+    for layer in range(SIZES["layers"]):
+        for linear, role, outputs, block in (
+            ("self_attn.q_proj", "query", 12, 6),
+            ("self_attn.k_proj", "key", 6, 6),
+            ("self_attn.v_proj", "value", 6, 1),
+            ("self_attn.o_proj", "attn_out", 12, 1),
+            ("mlp.down_proj", "ffn", 12, 1),
+        ):
+            table[f"{at}.{layer}.{linear}.lora_A.default.weight"] = rows(3, role)
+            table[f"{at}.{layer}.{linear}.lora_B.default.weight"] = rows(outputs, role, block)
+    return table
+
+
+def start_model(change: Callable[[nn.Module], nn.Module] = lambda model: model) -> nn.Module:
+    """HF LLaMA with the same weights on every rank and in every process; matrices are random, norms 1."""
+    import models
+
+    model = change(models.llama())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(5 * small_weight(name, parameter.shape))
+    return model
+
+
+@dataclass
+class Recorder:
+    """What a run did, seen from outside: its batches, and its weights and rate at every step."""
+
+    engine: Callable[[], Any]
+    batches: list[Batch] = field(default_factory=list)
+    weights: list[dict[str, Tensor]] = field(default_factory=list)
+    lrs: list[float] = field(default_factory=list)
+
+    def collate(self, samples: list[Batch]) -> Batch:
+        batch = {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
+        self.batches.append(batch)
+        return dict(batch)
+
+    def before_step(self) -> None:
+        self.weights.append(self.now())
+        self.lrs.append(float(self.engine().basic_optimizer.param_groups[0]["lr"]))
+
+    def now(self) -> dict[str, Tensor]:
+        return weights_of(self.engine())
+
+
+def weights_of(engine: Any) -> dict[str, Tensor]:
+    """{name: full fp32 weight} of what an engine trains."""
+    names = {id(p): name for name, p in engine.module.named_parameters()}
+    return {
+        name: w.clone() for name, w in masters(SimpleNamespace(engine=engine, model=engine.module, names=names)).items()
+    }
+
+
+def all_batches(context: RankContext, mine: list[Batch], count: int) -> list[Batch]:
+    """The first ``count`` batches of all ranks, joined step by step."""
+    gathered: list[Any] = [None] * context.world_size
+    torch.distributed.all_gather_object(gathered, mine[:count])
+    return [{key: torch.cat([batch[key] for batch in step]) for key in step[0]} for step in zip(*gathered, strict=True)]
+
+
+def gradients_of(model: nn.Module, weights: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+    """Gradients of the mean loss of a batch at given weights, fp64; {} entries for frozen parameters are left out."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in weights:
+                parameter.copy_(weights[name])
+    model.zero_grad()
+    model(**batch).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def check_against_oracle(
+    twin: nn.Module, recorder: Recorder, batches: list[Batch], classes: Classes, *, mini: bool, decay: float
+) -> None:
+    """Every step of a recorded run against the oracle, which gets autograd's gradient on one process."""
+    hyper = Hyper(LR, (0.9, 0.95), EPS, decay)
+    oracle = Oracle(recorder.weights[0], classes, mini, hyper, lr_multipliers=MULTIPLIERS)
+    for step, batch in enumerate(batches):
+        before, after, was = recorder.weights[step], recorder.weights[step + 1], oracle.weights()
+        hyper.lr = recorder.lrs[step]
+        oracle.step(clipped(gradients_of(twin, before, batch), CLIP))
+        if hyper.lr == 0.0:
+            assert all(torch.equal(before[name], after[name]) for name in before)
+            continue
+        # the gradients of both sides are sums in another order, and half an ulp of a weight is not nothing beside
+        # a rate of 1e-4
+        what = f"step {step}, lr {hyper.lr}"
+        assert_same_update(
+            (before, after), (was, oracle.weights()), hyper.lr, tolerance=1e-4, weight_roundings=8, what=what
+        )
+
+
+# ----------------------------------------------------------------------------------------- Trainer
+
+
+def train_with_trainer(
+    context: RankContext, optimizer: str, model: nn.Module, *, resume: bool = False, **arguments: Any
+) -> tuple[Any, Recorder]:
+    """Hugging Face's Trainer from a JSON; returns it after its last step, and what it did."""
+    import transformers
+
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # Accelerate insists, though the group is there
+    folder = context.tmp_path / optimizer / type(model).__name__
+    recorder = Recorder(lambda: trainer.model_wrapped)
+
+    class Watch(transformers.TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            recorder.before_step()
+
+    trainer = transformers.Trainer(
+        model=model,
+        args=transformers.TrainingArguments(
+            output_dir=str(folder),
+            deepspeed=trainer_json(optimizer),
+            max_steps=STEPS,
+            save_steps=SAVED,
+            per_device_train_batch_size=MICRO,
+            learning_rate=LR,
+            weight_decay=0.1,
+            adam_beta2=0.95,
+            adam_epsilon=EPS,
+            max_grad_norm=CLIP,
+            warmup_steps=2,
+            report_to=[],
+            disable_tqdm=True,
+            logging_steps=1,
+            **arguments,
+        ),
+        train_dataset=Tokens(),
+        data_collator=recorder.collate,
+        callbacks=[Watch()],
+    )
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{SAVED}") if resume else None)
+    recorder.weights.append(recorder.now())
+    assert all(torch.equal(model.get_parameter(name), value) for name, value in frozen.items())
+    return trainer, recorder
+
+
+def close(engine: Any) -> None:
+    """Remove an engine that was not opened by `open_engine`."""
+    engine.destroy()
+    forget_groups()
+    gc.collect()
+
+
+def trainer_against_plain_loop(context: RankContext, optimizer: str, model: str) -> None:
+    """`auto` values are Trainer's, every update is the oracle's, a plain loop with our optimizer gets there too."""
+    build, classes = MODELS[model]
+    trainer, recorder = train_with_trainer(context, optimizer, build())
+    engine = trainer.model_wrapped
+    assert type(engine.basic_optimizer).__name__ == optimizer
+    group = engine.basic_optimizer.param_groups[0]
+    assert (tuple(group["betas"]), group["eps"], group["weight_decay"]) == ((0.9, 0.95), EPS, 0.1)
+    assert max(recorder.lrs) == LR
+    assert {int(state["step"]) for state in engine.basic_optimizer.state.values()} == {STEPS}
+    batches = all_batches(context, recorder.batches, STEPS)
+    mini = optimizer == "BlockwiseAdamMini"
+    check_against_oracle(build(), recorder, batches, classes(), mini=mini, decay=0.1)
+    plain = plain_loop(optimizer, build(), batches, recorder.lrs)
+    # over several steps the noise of the gradients' sums adds up: it is judged against the whole way
+    way = sum(recorder.lrs)
+    assert_same_update((recorder.weights[0], recorder.weights[-1]), (recorder.weights[0], plain), way, tolerance=1e-3)
+    close(engine)
+
+
+def plain_loop(optimizer: str, model: nn.Module, batches: list[Batch], lrs: list[float]) -> dict[str, Tensor]:
+    """The same training as a user without any host writes it, on one process."""
+    import ds_blockwise
+
+    ds_blockwise.tag_parameters(model, lr_multipliers=MULTIPLIERS)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    ours = getattr(ds_blockwise, optimizer)(trained, LR, (0.9, 0.95), EPS, 0.1)
+    for lr, batch in zip(lrs, batches, strict=True):
+        ours.param_groups[0]["lr"] = lr
+        model(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, CLIP)
+        ours.step()
+        ours.zero_grad()
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def trainer_resumes_bitwise(context: RankContext, optimizer: str, model: str) -> None:
+    """A resume that starts the moments or the schedule again would train another model."""
+    build, _ = MODELS[model]
+    first, whole = train_with_trainer(context, optimizer, build())
+    losses = [entry["loss"] for entry in first.state.log_history if "loss" in entry]
+    close(first.model_wrapped)
+    again, rest = train_with_trainer(context, optimizer, build(), resume=True)
+    assert rest.lrs == whole.lrs[SAVED:]
+    assert [entry["loss"] for entry in again.state.log_history if "loss" in entry][-STEPS + SAVED :] == losses[SAVED:]
+    for name, weight in whole.weights[-1].items():
+        assert torch.equal(weight, rest.weights[-1][name]), name
+    close(again.model_wrapped)
+
+
+# -------------------------------------------------------------------------------------- Accelerate
+
+
+def accelerated(context: RankContext, config: Mapping[str, Any], make: Callable[[nn.Module], Any]) -> Any:
+    """An engine as ``accelerator.prepare(model, optimizer)`` makes it from a client optimizer."""
+    from accelerate import Accelerator, DeepSpeedPlugin
+    from accelerate.state import AcceleratorState
+
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "ACCELERATE_USE_DEEPSPEED": "true"}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    model = start_model()
+    optimizer = make(model)
+    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=dict(config)))
+    engine, _ = accelerator.prepare(model, optimizer)
+    return engine
+
+
+def offload_config(**changes: Any) -> dict[str, Any]:
+    config = engine_config("BlockwiseAdamMini", stage=2, zero={"offload_optimizer": {"device": "cpu"}}, **changes)
+    del config["optimizer"]
+    return config
+
+
+def client(model: nn.Module) -> Any:
+    from ds_blockwise import BlockwiseAdamMini, tag_parameters
+
+    tag_parameters(model, lr_multipliers=MULTIPLIERS)
+    return BlockwiseAdamMini(model.parameters(), LR, (0.9, 0.95), EPS, 0.1)
+
+
+def accelerate_replaces_a_client_optimizer(context: RankContext) -> None:
+    """Under offload Accelerate hands DeepSpeedCPUAdam over in its place; plain Adam would train, without a word."""
+    import deepspeed.ops.adam as adam
+    import pytest
+
+    class CPUAdam(torch.optim.AdamW):
+        """DeepSpeedCPUAdam's signature without its C++ code, which would be compiled for minutes."""
+
+        def __init__(self, groups: Any, adamw_mode: bool, **hyper: Any) -> None:
+            super().__init__(groups, **hyper)
+
+    upstream, adam.DeepSpeedCPUAdam = adam.DeepSpeedCPUAdam, CPUAdam
+    try:
+        with pytest.raises(ValueError, match=r"BlockwiseAdamMini was replaced by CPUAdam") as caught:
+            accelerated(context, offload_config(), client)
+    finally:
+        adam.DeepSpeedCPUAdam = upstream
+    for remedy in ('"zero_force_ds_cpu_optimizer": false', '"optimizer": {"type": "BlockwiseAdamMini"', "DummyOptim"):
+        assert remedy in str(caught.value)
+    forget_groups()
+
+
+def accelerate_keeps_a_client_optimizer(context: RankContext) -> None:
+    """Either way that the error recommends trains what DeepSpeed alone would from the JSON, bit for bit."""
+    from accelerate.utils import DummyOptim
+
+    params = {"lr": LR, "betas": [0.9, 0.95], "eps": EPS, "weight_decay": 0.1, "lr_multipliers": MULTIPLIERS}
+    config = engine_config("BlockwiseAdamMini", stage=2, zero={"offload_optimizer": {"device": "cpu"}}, params=params)
+    with open_engine(config, start_model, feed=False) as run:
+        expected = weights_after(run.engine, context)
+    for ways in (
+        (offload_config(zero_force_ds_cpu_optimizer=False), client),
+        (config, lambda model: DummyOptim(model.parameters())),
+    ):
+        engine = accelerated(context, *ways)
+        assert type(engine.basic_optimizer).__name__ == "BlockwiseAdamMini"
+        ended = weights_after(engine, context)
+        close(engine)
+        assert {n: torch.equal(ended[n], expected[n]) for n in expected} == dict.fromkeys(expected, True)
+
+
+def weights_after(engine: Any, context: RankContext, steps: int = 3) -> dict[str, Tensor]:
+    """Full weights after some steps, each rank on its own samples; they have moved."""
+    start = weights_of(engine)
+    data = Tokens()
+    for step in range(steps):
+        batch = data[step * context.world_size + context.rank]
+        engine.backward(engine(**{key: value[None] for key, value in batch.items()}).loss)
+        engine.step()
+    ended = weights_of(engine)
+    assert not any(torch.equal(start[name], weight) for name, weight in ended.items())
+    return ended
+
+
+# ------------------------------------------------------------------------------------ torch.compile
+
+
+def compiled_engines(context: RankContext, optimizer: str) -> None:
+    """A model compiled before `initialize`, and an engine compiled after it: names change, updates do not.
+
+    With the "eager" backend the operations are the same ones, so the bits are too.
+    """
+    config = engine_config(optimizer, stage=2, params={"lr": LR, "eps": EPS, "lr_multipliers": MULTIPLIERS})
+    with open_engine(config, start_model, feed=False) as run:
+        expected = weights_after(run.engine, context)
+    with open_engine(config, lambda: torch.compile(start_model(), backend="eager"), feed=False) as run:
+        found = {name.removeprefix("_orig_mod."): w for name, w in weights_after(run.engine, context).items()}
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    with open_engine(config, start_model, feed=False) as run:
+        run.engine.compile(backend="eager")
+        found = weights_after(run.engine, context)
+    assert {name: torch.equal(found[name], expected[name]) for name in expected} == dict.fromkeys(expected, True)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Classes]]] = {
+    "whole": (start_model, lambda: hf_llama_classes(**SIZES)),
+    "lora": (lora_model, lora_classes),
+}
+OPTIMIZERS = ("BlockwiseAdamW", "BlockwiseAdamMini")
+_FUNCTIONS: tuple[tuple[Callable[..., None], tuple[tuple[str, ...], ...]], ...] = (
+    (trainer_against_plain_loop, tuple(product(OPTIMIZERS, MODELS))),
+    (trainer_resumes_bitwise, (*product(OPTIMIZERS, ("whole",)), ("BlockwiseAdamMini", "lora"))),
+    (accelerate_replaces_a_client_optimizer, ((),)),
+    (accelerate_keeps_a_client_optimizer, ((),)),
+    (compiled_engines, tuple((name,) for name in OPTIMIZERS)),
+)
+CASES = {"-".join((f.__name__, *arguments)): (f, arguments) for f, variants in _FUNCTIONS for arguments in variants}
+
+
+def run_case(context: RankContext, name: str) -> None:
+    """One case on every rank, with DeepSpeed prepared for the CPU."""
+    prepare_deepspeed()
+    import ds_blockwise  # noqa: F401 - registers the optimizers
+
+    function, arguments = CASES[name]
+    function(context, *arguments)
