@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup train compare test test-slow test-faults test-gpu checkpoint-matrix lint clean bench bench-kernels bench-gpu bench-communication bench-end-to-end
+.PHONY: setup train finetune compare test test-slow test-faults test-gpu checkpoint-matrix lint clean bench bench-kernels bench-gpu bench-communication bench-end-to-end
 
 setup: $(STAMP)
 
@@ -18,6 +18,16 @@ $(STAMP): constraints.txt setup.py pyproject.toml
 train: setup
 	$(BIN)/python launch/prepare_data.py --run configs/run/tiny.yaml
 	$(BIN)/deepspeed --num_gpus 2 launch/pretrain_llama.py --run configs/run/tiny.yaml $(or $(ARGS),--overwrite)
+
+# A Hugging Face LLaMA from a shape, trained on Python's library, then tuned on Python's manual; ARGS go to the tuning.
+FINETUNE := --deepspeed configs/hf/finetune.json --per_device_train_batch_size 16 --warmup_steps 20 --save_steps 50 --eval_strategy steps --eval_steps 20
+finetune: setup
+	$(BIN)/python launch/prepare_data.py --run configs/run/tiny.yaml
+	test -f runs/finetune/base/summary.json || $(BIN)/deepspeed --num_gpus 2 launch/finetune_hf.py $(FINETUNE) \
+		--model configs/model/tiny.yaml --tokenizer data/tiny/tokenizer.json --source stdlib \
+		--learning_rate 5e-4 --max_steps 300 --output_dir runs/finetune/base
+	$(BIN)/deepspeed --num_gpus 2 launch/finetune_hf.py $(FINETUNE) \
+		--model runs/finetune/base --source pydoc --learning_rate 2e-4 --max_steps 100 --output_dir runs/finetune/tuned $(ARGS)
 
 compare: setup
 	$(BIN)/python launch/prepare_data.py --run configs/run/tiny.yaml

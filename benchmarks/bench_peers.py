@@ -16,6 +16,7 @@ from bench_shapes import Case
 
 from ds_blockwise import BlockwiseAdamMini, BlockwiseAdamW
 from ds_blockwise.backends import kernels_for
+from ds_blockwise.fused_kernels import FUSED, foreign_apex
 from ds_blockwise.reduce import LOCAL
 from ds_blockwise.settings import BACKENDS
 
@@ -90,6 +91,8 @@ def build_ours(cls: type, case: Case, **settings: object) -> torch.optim.Optimiz
 def _ours(device: torch.device) -> Iterator[Contender | Missing]:
     for cls, family in ((BlockwiseAdamW, ADAMW), (BlockwiseAdamMini, ADAM_MINI)):
         for backend in (name for name in BACKENDS if name != "auto"):
+            if cls is BlockwiseAdamMini and backend in FUSED:
+                continue  # they know one second moment per element only
             problem = _problem(backend, device)
             if problem is None:
                 yield _our_contender(cls, family, backend, "fp32")
@@ -148,14 +151,10 @@ def _torch_foreach() -> Build:
 
 
 def _apex_fused_adam() -> Build:
-    try:
-        importlib.import_module("apex")
-    except ImportError as error:
-        raise Unavailable("not installed (build it from NVIDIA's repository)") from error
-    try:
-        cls = importlib.import_module("apex.optimizers").FusedAdam
-    except (ImportError, AttributeError) as error:
-        raise Unavailable("the installed 'apex' is not NVIDIA's: it has no apex.optimizers.FusedAdam") from error
+    foreign = foreign_apex()
+    if foreign is not None:
+        raise Unavailable(foreign)
+    cls = _import("apex.optimizers", "FusedAdam", "build it from NVIDIA's repository")
     return lambda case, **settings: cls(case.params, **{**HYPER, **settings}, adam_w_mode=True)
 
 

@@ -3,17 +3,32 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 
 from ds_blockwise.optimizer import BlockwiseOptimizer
-from ds_blockwise.reduce import ReductionGroups, any_rank, any_rank_of_all, reduce_block_sums_
+from ds_blockwise.reduce import ReductionGroups, any_rank, any_rank_of_all, is_first_rank, reduce_block_sums_
 from ds_blockwise.state_record import PER_BLOCK_KEY
 from ds_blockwise.stored_state import wide_dtype
 from ds_blockwise.update import block_sums
 from ds_blockwise.work import Binding, Work
+
+logger = logging.getLogger(__name__)
+
+_RUINOUS_BETA2 = 0.999  # AdamW's usual value, and what HF Trainer fills in for "auto"
+
+
+@functools.cache
+def _warn_of_beta2(beta2: float) -> None:
+    logger.warning(
+        "BlockwiseAdamMini with betas[1] = %g: 0.999 and above is known to ruin Adam-mini; 0.95 is the default here. "
+        'HF Trainer fills 0.999 in for "auto" unless it is given --adam_beta2 0.95.',
+        beta2,
+    )
 
 
 class BlockwiseAdamMini(BlockwiseOptimizer):
@@ -56,6 +71,13 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
     """
 
     shares_second_moment = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As `BlockwiseOptimizer.add_param_group`; warns, once, of a beta2 that does not suit Adam-mini."""
+        super().add_param_group(param_group)
+        beta2 = self.param_groups[-1]["betas"][1]
+        if beta2 >= _RUINOUS_BETA2 and is_first_rank():
+            _warn_of_beta2(beta2)
 
     def _new_second_moment(self, tensor: torch.Tensor) -> torch.Tensor:
         table = self._bindings[id(tensor)].table

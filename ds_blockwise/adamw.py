@@ -30,7 +30,8 @@ class BlockwiseAdamW(BlockwiseOptimizer):
         granularity: accepted so that one JSON serves both optimizers; second moments are element-wise.
         rules: list of ``{"match": regex, "role" | "lr_multiplier" | ...}`` for single parameters.
         momentum_dtype: ``"fp32"`` or ``"bf16"``: storage of ``exp_avg``. Arithmetic is fp32 (fp64 for fp64 parameters).
-        backend: ``"auto"`` (C++ for CPU tensors, Triton for CUDA), ``"cpp"``, ``"triton"`` or ``"reference"``.
+        backend: ``"auto"`` (C++ for CPU tensors, Triton for CUDA), ``"cpp"``, ``"triton"``, ``"apex"``, ``"te"``
+            (NVIDIA's fused Adam, where it is installed) or ``"reference"``.
         checkpoint_format: accepted so that one JSON serves both optimizers; second moments are element-wise.
 
     State on each rank: per stepped tensor ``step`` (int), ``exp_avg`` and ``exp_avg_sq`` in the tensor's shape.

@@ -16,7 +16,7 @@ MomentumDtype = Literal["fp32", "bf16"]
 MOMENTUM_DTYPES: tuple[MomentumDtype, ...] = ("fp32", "bf16")
 CheckpointFormat = Literal["expanded", "compact"]
 CHECKPOINT_FORMATS: tuple[CheckpointFormat, ...] = ("expanded", "compact")
-BACKENDS = ("auto", "cpp", "triton", "reference")
+BACKENDS = ("auto", "cpp", "triton", "apex", "te", "reference")
 
 OPTIMIZER_KEYS = (
     "lr",

@@ -7,6 +7,7 @@ that of the sorted file names, so that every machine with the same files gets th
 
 from __future__ import annotations
 
+import ast
 import glob
 import hashlib
 import json
@@ -19,6 +20,7 @@ from pathlib import Path
 from megatron_patch.config import Problems
 
 STDLIB = "stdlib"
+PYDOC = "pydoc"  # the chapters of the language reference that every Python brings for help()
 JSONL = ".jsonl"
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", JSONL)  # what a folder is searched for
 # Tests and generated tables: two thirds of the standard library's bytes, little of its language.
@@ -32,6 +34,7 @@ _STDLIB_SKIPPED = {
     "test",
     "tests",
 }
+_STDLIB_FOLDER = Path(sysconfig.get_path("stdlib"))
 # A longer text file becomes several documents: one book must not be all of the validation set.
 _LONGEST_DOCUMENT = 1 << 18  # characters
 
@@ -57,7 +60,10 @@ class Corpus:
             ValueError: A line of a JSONL file is not an object with a text under `text_key`.
         """
         for name, path in self.files:
-            documents = self._json_lines(name, path) if path.suffix == JSONL else self._text(name, path)
+            if name == PYDOC:
+                documents = _topics(path)
+            else:
+                documents = self._json_lines(name, path) if path.suffix == JSONL else self._text(name, path)
             for text in documents:
                 if text.strip():
                     yield text
@@ -108,7 +114,7 @@ def find_corpus(source: tuple[str, ...], text_key: str, named_in: str | Path, pr
     """Find the files that ``source`` names.
 
     Args:
-        source: ``stdlib``, folders, glob patterns and files.
+        source: ``stdlib``, ``pydoc``, folders, glob patterns and files.
         text_key: Entry of a JSON object that holds the text.
         named_in: File that named the source, for messages.
         problems: Notes each entry that matches no file.
@@ -117,7 +123,7 @@ def find_corpus(source: tuple[str, ...], text_key: str, named_in: str | Path, pr
     for entry in source:
         found = list(_find(entry))
         if not found:
-            allowed = f"{STDLIB!r}, or a folder, glob pattern or file of text that exists"
+            allowed = f"{STDLIB!r}, {PYDOC!r}, or a folder, glob pattern or file of text that exists"
             remedy = f"in a folder only {', '.join(TEXT_SUFFIXES)} are read; name others by pattern"
             problems.add(named_in, "data.source", entry, allowed, remedy)
         for name, path in found:
@@ -127,7 +133,10 @@ def find_corpus(source: tuple[str, ...], text_key: str, named_in: str | Path, pr
 
 def _find(entry: str) -> Iterator[tuple[str, Path]]:
     if entry == STDLIB:
-        yield from _python_files(Path(sysconfig.get_path("stdlib")))
+        yield from _python_files(_STDLIB_FOLDER)
+        return
+    if entry == PYDOC:
+        yield PYDOC, _STDLIB_FOLDER / "pydoc_data" / "topics.py"
         return
     if Path(entry).is_dir():
         paths = [path for path in Path(entry).rglob("*") if path.suffix in TEXT_SUFFIXES]
@@ -145,6 +154,13 @@ def _python_files(root: Path) -> Iterator[tuple[str, Path]]:
             if name.endswith(".py"):
                 path = Path(folder) / name
                 yield f"{STDLIB}/{path.relative_to(root).as_posix()}", path
+
+
+def _topics(path: Path) -> Iterator[str]:
+    (mapping,) = (
+        node.value for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.Assign)
+    )
+    yield from ast.literal_eval(mapping).values()
 
 
 def digest(text: str) -> bytes:

@@ -70,13 +70,7 @@ def start(parallel: ParallelConfig, seed: int) -> Processes:
         parallel: Sizes of the groups.
         seed: Of the weights; equal on all ranks of a data-parallel group by construction.
     """
-    deepspeed.utils.logger.setLevel(logging.WARNING)
-    if not torch.cuda.is_available():
-        _share_cores()
-        # DeepSpeed would compile a shared-memory all-reduce at every first start; only its
-        # inference path uses it, and a compilation that was killed leaves a lock that hangs.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    _read_launcher_environment()
+    prepare_process()
     deepspeed.init_distributed()
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     parallel_state.initialize_model_parallel(
@@ -97,6 +91,17 @@ def start(parallel: ParallelConfig, seed: int) -> Processes:
         dp_group=parallel_state.get_data_parallel_group(),
         device=torch.device(get_accelerator().current_device_name()),
     )
+
+
+def prepare_process() -> None:
+    """What comes before the first collective: quiet logs, a share of the cores, a launcher's variables."""
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    if not torch.cuda.is_available():
+        _share_cores()
+        # DeepSpeed would compile a shared-memory all-reduce at every first start; only its
+        # inference path uses it, and a compilation that was killed leaves a lock that hangs.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _read_launcher_environment()
 
 
 def agree(problems: Problems) -> None:

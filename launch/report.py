@@ -6,6 +6,8 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +128,11 @@ def table(summary: dict[str, Any], output: Path) -> str:
         ),
         ("written to", str(output)),
     ]
+    return boxed(rows)
+
+
+def boxed(rows: list[tuple[str, str]]) -> str:
+    """Names and values in two columns between two rules."""
     width = max(len(name) for name, _ in rows)
     rule = "-" * (width + 2 + max(len(value) for _, value in rows))
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
@@ -141,17 +148,32 @@ def plot_loss(run: RunConfig, progress: Progress, optimizer: str, path: Path) ->
         optimizer: Name for the title.
         path: PNG file to write.
     """
+    with loss_axes(path, progress.train_curve, progress.validation_curve) as axes:
+        _token_axis(axes, run.tokens_per_step)
+        millions = run.shape.count_parameters() / 1e6
+        axes.set_title(f"LLaMA {run.name}, {millions:,.2f}M parameters, {optimizer}")
+
+
+@contextmanager
+def loss_axes(path: Path, train: list[tuple[int, float]], validation: list[tuple[int, float]]) -> Iterator[Axes]:
+    """Axes with both curves over optimizer steps; the figure is written when the block ends.
+
+    Args:
+        path: PNG file to write.
+        train: (step, loss in nats per token); may be empty.
+        validation: Likewise, at least one point; the last is annotated.
+    """
     figure, axes = pyplot.subplots(figsize=(8.0, 5.0), layout="constrained")
-    if progress.train_curve:
-        axes.plot(*zip(*progress.train_curve, strict=True), color=_TRAIN_COLOUR, label="training")
+    if train:
+        axes.plot(*zip(*train, strict=True), color=_TRAIN_COLOUR, label="training")
     axes.plot(
-        *zip(*progress.validation_curve, strict=True),
+        *zip(*validation, strict=True),
         color=_VALIDATION_COLOUR,
         marker="o",
         markersize=4,
         label="validation",
     )
-    step, loss = progress.validation_curve[-1]
+    step, loss = validation[-1]
     axes.annotate(
         f"{loss:.3f}",
         (step, loss),
@@ -164,9 +186,7 @@ def plot_loss(run: RunConfig, progress: Progress, optimizer: str, path: Path) ->
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    _token_axis(axes, run.tokens_per_step)
-    millions = run.shape.count_parameters() / 1e6
-    axes.set_title(f"LLaMA {run.name}, {millions:,.2f}M parameters, {optimizer}")
+    yield axes
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 

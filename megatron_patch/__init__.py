@@ -5,7 +5,7 @@ Import it before ``deepspeed.initialize``: the import registers the reader of Me
 with `ds_blockwise`. Without DeepSpeed, give `convert_` what ``get_megatron_optimizer`` returned.
 """
 
-from megatron_patch import tagging
+from megatron_patch import apex_guard, tagging  # apex_guard first: see there
 from megatron_patch.convert import convert_
 from megatron_patch.meta import build_meta_gpt, build_small_gpt
 from megatron_patch.model import GPTShape, build_gpt
@@ -15,6 +15,7 @@ from megatron_patch.shims import cpu_shims
 __all__ = [
     "GPTShape",
     "MpuAdapter",
+    "apex_guard",
     "build_gpt",
     "build_meta_gpt",
     "build_small_gpt",

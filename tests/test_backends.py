@@ -123,7 +123,7 @@ def test_another_environment_uses_what_is_built(tmp_path):
 @pytest.mark.parametrize("backend", ["cuda", "c++", 1, None])
 def test_unknown_backends_are_refused(backend):
     """A misspelt backend would be ignored."""
-    with pytest.raises(ValueError, match=r"backend must be one of auto, cpp, triton, reference, got"):
+    with pytest.raises(ValueError, match=r"backend must be one of auto, cpp, triton, apex, te, reference, got"):
         BlockwiseAdamW(tiny().parameters(), backend=backend)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from ds_blockwise import BlockwiseAdamMini, BlockwiseAdamW, tag_parameters
+from ds_blockwise import BlockwiseAdamMini, BlockwiseAdamW, adam_mini, tag_parameters
 
 BOTH = pytest.mark.parametrize("cls", [BlockwiseAdamW, BlockwiseAdamMini])
 
@@ -343,3 +343,13 @@ assert lr_schedules.BlockwiseCosineLR is ds_blockwise.BlockwiseCosineLR
     pytest.importorskip("deepspeed", reason="needs DeepSpeed")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_ruinous_beta2_is_named_once(caplog):
+    """HF Trainer fills 0.999 in for "auto", and Adam-mini then trains badly without a word."""
+    adam_mini._warn_of_beta2.cache_clear()
+    for optimizer in (BlockwiseAdamW, BlockwiseAdamMini, BlockwiseAdamMini):
+        optimizer(tiny().parameters(), betas=(0.9, 0.999))
+    BlockwiseAdamMini(tiny().parameters())
+    (record,) = caplog.records
+    assert "betas[1] = 0.999" in record.message and "--adam_beta2 0.95" in record.message

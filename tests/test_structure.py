@@ -34,6 +34,7 @@ ORDER = [
     "triton_update",
     "triton_sums",
     "triton_kernels",
+    "fused_kernels",
     "backends",
     "settings",
     "work",
@@ -81,6 +82,8 @@ ALLOWED = {
     "megatron": set(),
     "megatron_patch": set(),
     "transformers": set(),
+    "apex": set(),  # by importlib in fused_kernels: optional packages without types
+    "transformer_engine": set(),
     "triton": {"triton_update", "triton_sums", "triton_kernels"},
 }
 

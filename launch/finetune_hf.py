@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tune a Hugging Face causal language model with HF Trainer, DeepSpeed and our optimizers.
+
+deepspeed --num_gpus 2 launch/finetune_hf.py --model FOLDER --source texts/ --output_dir runs/tuned \
+    --deepspeed configs/hf/finetune.json --learning_rate 1e-4 --max_steps 100
+
+`import ds_blockwise` and the JSON's "optimizer" are all that is ours; every other option is one of HF's
+TrainingArguments. `--resume_from_checkpoint true` goes on from the newest checkpoint in the output folder,
+`--lora_rank 8` trains PEFT's adapters instead of the weights, and `--model configs/model/tiny.yaml` starts
+from random weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import quiet  # noqa: F401
+import torch
+import transformers
+from accelerate import PartialState
+from corpus import Corpus, choose_validation, digest, find_corpus
+from finetune_report import plot_losses, table
+from processes import prepare_process
+from transformers import (
+    AutoModelForCausalLM,
+    HfArgumentParser,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
+
+import ds_blockwise  # noqa: F401 - makes both optimizers known to DeepSpeed
+from megatron_patch import GPTShape
+from megatron_patch.config import Problems
+
+_END = "<|endoftext|>"
+SUMMARY = "summary.json"
+
+
+@dataclass
+class FineTuning:
+    """What is tuned on what."""
+
+    model: str = field(metadata={"help": "a Hugging Face folder, or a shape such as configs/model/tiny.yaml"})
+    source: list[str] = field(metadata={"help": "'stdlib', 'pydoc', folders, glob patterns, .jsonl files"})
+    tokenizer: str | None = field(default=None, metadata={"help": "a tokenizer.json; default: the model folder's"})
+    text_key: str = field(default="text", metadata={"help": "entry of a JSON object that holds the text"})
+    sequence_length: int = field(default=128, metadata={"help": "tokens in one training sequence"})
+    validation_fraction: float = field(default=0.1, metadata={"help": "share of the documents kept for validation"})
+    validation_sequences: int = field(default=128, metadata={"help": "at most so many of them are looked at"})
+    lora_rank: int = field(default=0, metadata={"help": "train adapters of this rank; 0: all weights"})
+
+
+@dataclass
+class Arguments(TrainingArguments):
+    """HF's TrainingArguments with defaults that suit Adam-mini and a small machine."""
+
+    adam_beta2: float = field(default=0.95, metadata={"help": "HF's 0.999 is known to ruin Adam-mini"})
+    eval_on_start: bool = field(default=True, metadata={"help": "the loss that tuning begins with"})
+    disable_tqdm: bool | None = field(default=True, metadata={"help": "no progress bars"})
+    dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available, metadata={"help": "for a GPU"})
+    logging_steps: float = field(default=10, metadata={"help": "optimizer steps between two points of the curve"})
+    report_to: str = field(default="none", metadata={"help": "loggers, such as tensorboard"})
+    save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints that are kept"})
+
+
+class Sequences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """Texts joined by an end token and cut into sequences: int64 [sequence_length], inputs and labels alike."""
+
+    def __init__(
+        self, texts: list[str], tokenizer: PreTrainedTokenizerFast, length: int, limit: int | None = None
+    ) -> None:
+        tokens: list[int] = []
+        for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else ():
+            tokens += [*ids, tokenizer.eos_token_id]
+        count = min(len(tokens) // length, limit or len(tokens))
+        self._rows = torch.tensor(tokens[: count * length], dtype=torch.int64).view(count, length)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self._rows[index], "labels": self._rows[index]}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Fine-tune one model.
+
+    Args:
+        arguments: Command line without the program's name; default `sys.argv`.
+
+    Raises:
+        ValueError: Lists what is wrong with the options or the text, before the model is built.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    prepare_process()
+    if not torch.cuda.is_available():
+        arguments += ["--accelerator_config", json.dumps(_join_without_gpu())]
+    options, training = parse(arguments)
+    transformers.set_seed(training.seed)
+    tokenizer, shape, corpus, validation = inputs_of(options)
+    train, held_out = (
+        Sequences(texts, tokenizer, options.sequence_length, limit)
+        for texts, limit in zip(_split(corpus, validation), (None, options.validation_sequences), strict=True)
+    )
+    _check_sizes(options, train, held_out)
+    trainer = Trainer(
+        model=_model(options, shape, tokenizer),
+        args=training,
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        data_collator=transformers.default_data_collator,  # nothing to pad: every row is full
+    )
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=_resume(training))
+    seconds = time.perf_counter() - started
+    trainer.evaluate()
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        summary = _summary(options, trainer, seconds)
+        folder = Path(training.output_dir)
+        (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        plot_losses(trainer.state.log_history, summary, folder / "loss.png")
+        print(table(summary), flush=True)
+    trainer.accelerator.wait_for_everyone()  # who goes on from here finds everything written
+
+
+def parse(arguments: list[str]) -> tuple[FineTuning, Arguments]:
+    """Read the command line."""
+    options, training = HfArgumentParser((FineTuning, Arguments)).parse_args_into_dataclasses(arguments)
+    return options, training
+
+
+def _join_without_gpu() -> dict[str, bool]:
+    # Without a GPU Accelerate counts one process, whatever the launcher started, unless it is told the backend;
+    # every rank would then learn from the same samples.
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(backend="gloo")
+    return {"use_configured_state": True}
+
+
+def inputs_of(options: FineTuning) -> tuple[PreTrainedTokenizerFast, GPTShape | None, Corpus, frozenset[bytes]]:
+    """Tokenizer, shape (None: the model's folder has the weights), text and the texts kept for validation.
+
+    Raises:
+        ValueError: Lists every path that is not there or does not fit.
+    """
+    problems = Problems()
+    here = "command line"
+    corpus = find_corpus(tuple(options.source), options.text_key, here, problems)
+    path = Path(options.model)
+    shape = GPTShape.read(path, problems) if path.suffix in (".yaml", ".yml") else None
+    tokenizer_file = Path(options.tokenizer) if options.tokenizer else path / "tokenizer.json"
+    if shape is None and path.suffix not in (".yaml", ".yml") and not (path / "config.json").is_file():
+        problems.add(here, "--model", options.model, "a folder with config.json, or a shape file", "correct the path")
+    if not tokenizer_file.is_file():
+        remedy = "give --tokenizer (launch/prepare_data.py writes one into its data folder)"
+        problems.add(here, "--tokenizer", str(tokenizer_file), "the path of a tokenizer.json", remedy)
+    problems.raise_if_any()
+    validation = choose_validation(corpus, options.validation_fraction, here, problems)
+    problems.raise_if_any()
+    if options.tokenizer is None:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
+    else:
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file), eos_token=_END)
+    return tokenizer, shape, corpus, validation
+
+
+def _split(corpus: Corpus, validation: frozenset[bytes]) -> Iterator[list[str]]:
+    texts = list(corpus)
+    yield [text for text in texts if digest(text) not in validation]
+    yield [text for text in texts if digest(text) in validation]
+
+
+def _check_sizes(options: FineTuning, train: Sequences, held_out: Sequences) -> None:
+    for name, held in (("training", train), ("validation", held_out)):
+        if len(held) == 0:
+            raise ValueError(
+                f"--source {' '.join(options.source)} holds less than one {name} sequence of "
+                f"{options.sequence_length} tokens: name more text, or lower --sequence_length"
+            )
+
+
+def _model(options: FineTuning, shape: GPTShape | None, tokenizer: PreTrainedTokenizerFast) -> torch.nn.Module:
+    model: Any
+    if shape is None:
+        model = AutoModelForCausalLM.from_pretrained(options.model)
+    else:
+        model = LlamaForCausalLM(llama_config(shape, tokenizer.eos_token_id))
+    if options.lora_rank:
+        import peft  # only who asks for adapters needs it
+
+        model = peft.get_peft_model(
+            model,
+            peft.LoraConfig(r=options.lora_rank, lora_alpha=2 * options.lora_rank, target_modules="all-linear"),
+        )
+    return model
+
+
+def llama_config(shape: GPTShape, eos_token_id: int) -> LlamaConfig:
+    """The Hugging Face configuration of a model file's shape."""
+    return LlamaConfig(
+        num_hidden_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocab_size,
+        max_position_embeddings=shape.sequence_length,
+        tie_word_embeddings=shape.tied_embeddings,
+        rope_theta=shape.rope_theta,
+        rms_norm_eps=shape.norm_eps,
+        initializer_range=shape.init_std,
+        bos_token_id=eos_token_id,
+        eos_token_id=eos_token_id,
+    )
+
+
+def _resume(training: TrainingArguments) -> str | bool | None:
+    given = training.resume_from_checkpoint
+    words = {"true": True, "false": None}
+    return words.get(given.lower(), given) if isinstance(given, str) else given
+
+
+def _summary(options: FineTuning, trainer: Trainer, seconds: float) -> dict[str, Any]:
+    model, optimizer = trainer.model_wrapped.module, trainer.model_wrapped.basic_optimizer
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {
+        **dataclasses.asdict(options),
+        "optimizer": type(optimizer).__name__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trained_parameters": trained,
+        "steps": trainer.state.global_step,
+        "base_lr": trainer.args.learning_rate,
+        "loss_before": losses[0],
+        "loss_after": losses[-1],
+        "seconds": seconds,
+        "output": trainer.args.output_dir,
+    }
+
+
+if __name__ == "__main__":
+    main()
