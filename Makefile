@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup train finetune compare test test-slow test-faults test-gpu checkpoint-matrix lint clean bench bench-kernels bench-gpu bench-communication bench-end-to-end
+.PHONY: setup train finetune compare test support test-slow test-faults test-gpu checkpoint-matrix lint clean bench bench-kernels bench-gpu bench-communication bench-end-to-end
 
 setup: $(STAMP)
 
@@ -50,6 +50,9 @@ bench-end-to-end: setup
 
 test: setup
 	$(BIN)/python -m pytest -m "not gpu and not slow and not faults" tests $(ARGS)
+
+support: setup
+	WRITE_SUPPORT=1 $(BIN)/python -m pytest -m "not gpu and not slow and not faults" --deselect tests/test_support.py::test_the_page_has_the_rows tests $(ARGS)
 
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow and not gpu" tests $(ARGS)

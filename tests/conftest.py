@@ -11,6 +11,9 @@ import pytest
 # processes that a test spawns: they inherit sys.path from here.
 sys.path.insert(0, str(Path(__file__).parent))
 
+from support import OUTCOMES, PAGE, write
+from support_rows import ROWS
+
 _DEFAULTS = {
     "OMP_NUM_THREADS": "1",  # several processes share few cores
     "HF_HUB_OFFLINE": "1",  # every model is built from a config
@@ -29,6 +32,20 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
     config.addinivalue_line("markers", "slow: left out of make test (make test-slow)")
     config.addinivalue_line("markers", "faults: many kills of the main job (make test-faults)")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    OUTCOMES.note(report)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """``make support``: the page about what works is written from this very run."""
+    if not os.environ.get("WRITE_SUPPORT"):
+        return
+    problems = write(ROWS)
+    print("\n" + "\n".join(problems or [f"{PAGE} is written"]))
+    if problems:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from distributed import run_cases
+from distributed import fleet_outcome, passes
 from torch import nn
 
 from ds_blockwise import BlockwiseAdamMini, BlockwiseAdamW, tag_parameters
@@ -257,12 +257,16 @@ def refused_engine(context, case):
     assert time.monotonic() - began < 20, "an error must come within seconds"
 
 
-def test_every_rank_gets_the_error_within_seconds():
+@pytest.fixture(scope="module")
+def outcome(request):
+    """Every wrong engine on two ranks of one spawn."""
+    return fleet_outcome(request, refused_engine, {name: (2, case) for name, case in ENGINES.items()})
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_every_rank_gets_the_error_within_seconds(outcome, name):
     """A rank that fails alone leaves the others waiting in a collective until the job's time is up."""
-    results = run_cases(refused_engine, 2, ENGINES, case_timeout=60)
-    failed = {name: text for name, text in results.items() if text is not None}
-    assert not failed, "\n\n".join(f"=== {name}\n{text}" for name, text in failed.items())
-    assert len(results) == len(ENGINES)
+    passes(outcome, name)
 
 
 def test_a_forgotten_import_is_an_error_of_deepspeed():

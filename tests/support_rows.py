@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `docs/support.md` claims, row by row; see `support`."""
+
+from support import Refused, Row, Untested, Works, refused, untested, works
+
+_NO_GPU = "needs a GPU; the tests are there (`make test-gpu`)"
+_REFUSED = "test_bad_input.py::test_every_rank_gets_the_error_within_seconds"
+PLAIN = "PyTorch alone"
+DEEPSPEED = "DeepSpeed"
+MEGATRON_DEEPSPEED = "DeepSpeed with a Megatron-core model"
+MEGATRON = "Megatron-core's own optimizers (`megatron_patch.convert_`)"
+TRAINER = "Hugging Face Trainer and Accelerate (with DeepSpeed)"
+KERNELS = "Kernels"
+
+ROWS: tuple[Row, ...] = (
+    works(PLAIN, "one process", "test_oracle.py::*", "test_optimizer_contract.py::*"),
+    works(PLAIN, "resume, AdamW's and Adam-mini's checkpoints", "test_stored_state.py::*"),
+    refused(
+        PLAIN,
+        "a model that was not tagged",
+        "call ds_blockwise.tag_parameters(model) before the first step",
+        "test_bad_input.py::test_an_untagged_model_is_refused_at_the_first_step",
+    ),
+    *(
+        works(
+            DEEPSPEED,
+            f"ZeRO-{stage}, fp32 and bf16, dp 1, 2 and 3",
+            f"test_engine_parity.py::test_zero_stages[grid-z{stage}-*-{{o}}-*]",
+        )
+        for stage in range(4)
+    ),
+    works(
+        DEEPSPEED,
+        "ZeRO-1 with fp32 accumulation (`BF16_Optimizer`)",
+        "test_engine_parity.py::test_partition_options[bf16_optimizer-*-{o}-*]",
+    ),
+    works(DEEPSPEED, "ZeRO-3 with sub-groups", "test_engine_parity.py::test_partition_options[sub_groups-*-{o}-*]"),
+    works(DEEPSPEED, "CPU offload, ZeRO-1, 2 and 3", "test_engine_parity.py::*[*offload*-{o}-*]"),
+    Row(
+        DEEPSPEED,
+        "NVMe offload",
+        (
+            Untested("state has the parameters' shape, as the swapper needs, but nobody has run it"),
+            Refused("the swapper needs state in the shape of the parameters", (f"{_REFUSED}[nvme offload]",)),
+        ),
+    ),
+    *(
+        refused(DEEPSPEED, layout, says, f"{_REFUSED}[{case}]")
+        for layout, says, case in (
+            ("offload ratio below 1", "partial offload works with DeepSpeedCPUAdam only", "offload ratio"),
+            ("SuperOffload", "it steps the offloaded parameters with DeepSpeedCPUAdam", "super offload"),
+            ("ZenFlow", "it updates selected columns with an AdamW of its own", "zenflow"),
+            ("16-bit master weights", "the master weights are updated in fp32", "bf16 master weights"),
+            ("elastic checkpoints", "it cuts state tensors by the padding", "elastic checkpoint"),
+        )
+    ),
+    untested(DEEPSPEED, "fp16", _NO_GPU),
+    works(DEEPSPEED, "resume at the same topology, bitwise", "test_resume.py::*"),
+    works(DEEPSPEED, "checkpoints at another topology", "test_reshard.py::*"),
+    works(MEGATRON_DEEPSPEED, "tensor parallelism 2, ZeRO-0 to 3", "test_tensor_parallel.py::*[fed-gqa-*-{o}-tp2-*]"),
+    works(TRAINER, "Trainer, `auto` values, against a plain loop", "test_hf_trainer.py::*plain_loop-{O}-whole*"),
+    works(TRAINER, "Trainer, resume, bitwise", "test_hf_trainer.py::*resumes_bitwise-{O}-whole*"),
+    works(TRAINER, "PEFT (LoRA), frozen base", "test_hf_trainer.py::*plain_loop-{O}-lora*"),
+    works(TRAINER, "`torch.compile`, before and after `initialize`", "test_hf_trainer.py::*compiled_engines-{O}*"),
+    Row(
+        TRAINER,
+        "a client optimizer under offload",
+        (Refused("was replaced by", ("test_hf_trainer.py::*accelerate_replaces*",)),) * 2,
+    ),
+    Row(
+        TRAINER,
+        'the same with `"zero_force_ds_cpu_optimizer": false`, or named in the JSON',
+        (Works(("test_hf_trainer.py::*accelerate_keeps*",)),) * 2,
+    ),
+    works(
+        MEGATRON,
+        "`FP32Optimizer`, `Float16Optimizer`, dp 2",
+        "test_megatron_optimizer.py::test_values[values-plain-*-{o}-tp1-pp1-dp2]",
+    ),
+    works(
+        MEGATRON, "`DistributedOptimizer`, dp 2", "test_megatron_optimizer.py::test_values[values-distributed-*-{o}-*]"
+    ),
+    refused(
+        MEGATRON,
+        "precision-aware optimizer",
+        "use_precision_aware_optimizer",
+        "test_megatron_refusals.py::test_refused_on_every_rank[precision_aware]",
+    ),
+    refused(
+        MEGATRON,
+        "CPU offload",
+        "optimizer_cpu_offload",
+        "test_megatron_refusals.py::test_refused_on_every_rank[cpu_offload]",
+    ),
+    refused(MEGATRON, "Megatron-FSDP", "FSDP", "test_megatron_refusals.py::test_refused_on_every_rank[fsdp]"),
+    works(KERNELS, "C++ (CPU)", "test_kernels.py::*[cpp-*", "test_cpp_kernels.py::*"),
+    works(KERNELS, "Triton, in its interpreter", "test_kernels.py::*[triton-*", "test_triton_kernels.py::*"),
+    untested(KERNELS, "Triton, on a GPU", _NO_GPU),
+    Row(
+        KERNELS,
+        "NVIDIA apex, Transformer Engine",
+        (
+            Works(("test_fused_kernels.py::test_slices_make_the_steps_of_the_reference*",)),
+            Refused("keeps one second moment per element", ("test_fused_kernels.py::test_adam_mini_is_refused*",)),
+        ),
+    ),
+)
