@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLaMA-shaped GPT models from a YAML file: RMSNorm, SwiGLU, RoPE, grouped queries, no biases.
+"""GPT models from a YAML file: LLaMA's (RMSNorm, SwiGLU, RoPE, grouped queries, no biases) or GPT-2's.
 
 `GPTShape` is pure arithmetic (no process group, no torch module), so a plan for 2B parameters costs
 nothing; `build_gpt` turns it into a Megatron-core `GPTModel` on the current process groups.
@@ -8,6 +8,7 @@ nothing; `build_gpt` turns it into a Megatron-core `GPTModel` on the current pro
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,27 +16,30 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
-from torch.nn.functional import silu
+from torch.nn.functional import gelu, silu
 
-from megatron_patch.config import LOW, Problems, read_section, read_yaml
+from megatron_patch.config import LOW, Problems, nearest, read_section, read_yaml
 
 _POSITIVE = {LOW: 1}
+LLAMA, GPT2 = "llama", "gpt2"
+ARCHITECTURES = (LLAMA, GPT2)
 
 
 @dataclass(frozen=True, slots=True)
 class GPTShape:
-    """Sizes of one LLaMA-shaped model.
+    """Sizes of one model.
 
     Attributes:
         num_layers: Transformer layers.
         hidden_size: Width of the residual stream.
-        ffn_hidden_size: Width of each of the FFN's gate and up projections.
+        ffn_hidden_size: Width of each of the FFN's gate and up projections (GPT-2: of its one up projection).
         num_heads: Query heads.
         num_kv_heads: Key and value heads (grouped queries); equal to `num_heads` for MHA.
         head_dim: Width of one head; `num_heads * head_dim` need not be `hidden_size`.
         vocab_size: Rows of the embedding and of the output layer.
         sequence_length: Tokens in one training sequence.
         num_parameters: Stated size of the model, if any; sizes that amount to another are refused.
+        architecture: ``llama``, or ``gpt2``: LayerNorm, GELU, learned positions (``sequence_length`` of them), biases.
         tied_embeddings: The output layer uses the embedding's weight.
         rope_theta: Base of the rotary embedding.
         norm_eps: Epsilon of the RMSNorms.
@@ -52,6 +56,7 @@ class GPTShape:
     vocab_size: int = field(metadata={LOW: 2})
     sequence_length: int = field(metadata=_POSITIVE)
     num_parameters: int | None = field(default=None, metadata=_POSITIVE)
+    architecture: str = LLAMA
     tied_embeddings: bool = False
     rope_theta: float = field(default=10000.0, metadata=_POSITIVE)
     norm_eps: float = field(default=1e-5, metadata={LOW: 0.0})
@@ -91,7 +96,11 @@ class GPTShape:
         if self.num_heads % self.num_kv_heads:
             allowed = f"a divisor of num_heads = {self.num_heads}"
             problems.add(file, "num_kv_heads", self.num_kv_heads, allowed, "change one of the two")
-        if self.head_dim % 2:
+        if self.architecture not in ARCHITECTURES:
+            allowed = " or ".join(ARCHITECTURES)
+            problems.add(file, "architecture", self.architecture, allowed, nearest(self.architecture, [*ARCHITECTURES]))
+            return
+        if self.architecture == LLAMA and self.head_dim % 2:
             problems.add(file, "head_dim", self.head_dim, "an even number", "RoPE rotates pairs")
         if self.num_parameters not in (None, self.count_parameters()):
             allowed = f"{self.count_parameters()}, what the sizes amount to"
@@ -115,12 +124,16 @@ class GPTShape:
 
     def count_parameters(self) -> int:
         """Number of parameters that these sizes amount to, on all ranks together."""
+        hidden, gpt2 = self.hidden_size, self.architecture == GPT2
         qkv_rows = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-        attention = (qkv_rows + self.num_heads * self.head_dim) * self.hidden_size
-        ffn = 3 * self.ffn_hidden_size * self.hidden_size  # gate, up, down
-        layer = attention + ffn + 2 * self.hidden_size  # two norms
-        embeddings = (1 if self.tied_embeddings else 2) * self.vocab_size * self.hidden_size
-        return embeddings + self.num_layers * layer + self.hidden_size  # final norm
+        up_rows = self.ffn_hidden_size * (1 if gpt2 else 2)  # gate and up
+        attention = (qkv_rows + self.num_heads * self.head_dim) * hidden
+        ffn = (up_rows + self.ffn_hidden_size) * hidden
+        biases = qkv_rows + up_rows + 2 * hidden if gpt2 else 0
+        norm = 2 * hidden if gpt2 else hidden
+        positions = self.sequence_length * hidden if gpt2 else 0
+        embeddings = (1 if self.tied_embeddings else 2) * self.vocab_size * hidden + positions
+        return embeddings + self.num_layers * (attention + ffn + biases + 2 * norm) + norm
 
 
 def build_gpt(
@@ -157,15 +170,19 @@ def build_gpt(
         cpu_initialization = not torch.cuda.is_available()
     return GPTModel(
         config=_transformer_config(shape, dtype, cpu_initialization),
-        transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
+        transformer_layer_spec=get_gpt_layer_local_spec(normalization=_normalization(shape)),
         vocab_size=shape.vocab_size,
         max_sequence_length=shape.sequence_length,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=shape.tied_embeddings,
-        position_embedding_type="rope",
+        position_embedding_type="rope" if shape.architecture == LLAMA else "learned_absolute",
         rotary_base=shape.rope_theta,
     )
+
+
+def _normalization(shape: GPTShape) -> str:
+    return "RMSNorm" if shape.architecture == LLAMA else "LayerNorm"
 
 
 def _transformer_config(shape: GPTShape, dtype: torch.dtype, cpu_initialization: bool) -> TransformerConfig:
@@ -176,11 +193,11 @@ def _transformer_config(shape: GPTShape, dtype: torch.dtype, cpu_initialization:
         num_attention_heads=shape.num_heads,
         num_query_groups=shape.num_kv_heads,
         kv_channels=shape.head_dim,
-        normalization="RMSNorm",
+        normalization=_normalization(shape),
         layernorm_epsilon=shape.norm_eps,
-        gated_linear_unit=True,
-        activation_func=silu,
-        add_bias_linear=False,
+        gated_linear_unit=shape.architecture == LLAMA,
+        activation_func=silu if shape.architecture == LLAMA else partial(gelu, approximate="tanh"),
+        add_bias_linear=shape.architecture == GPT2,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=shape.init_std,
