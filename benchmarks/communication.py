@@ -30,9 +30,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ds_blockwise import deepspeed_host as host
 from ds_blockwise import reduce, tag_parameters
+from ds_blockwise.model_shape import GPTShape
 from ds_blockwise.reduce import ReductionGroups, reduce_block_sums_
 from ds_blockwise.table import Placement, SegmentTable, build_table, whole_placement
-from megatron_patch.model import GPTShape, build_gpt
+from megatron_patch.model import build_gpt
 from megatron_patch.shims import cpu_shims
 
 # 2.07B parameters; the paper gives no sizes for its 2B model. Heads and FFN divide by 8.

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from run_config import RunConfig
 from token_files import CACHE, SPLITS, read_metadata, token_prefix
 
-from megatron_patch.config import Problems
+from ds_blockwise.config_files import Problems
+from ds_blockwise.run_config import RunConfig
 
 
 @dataclass(frozen=True)

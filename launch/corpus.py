@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_patch.config import Problems
+from ds_blockwise.config_files import Problems
 
 STDLIB = "stdlib"
 PYDOC = "pydoc"  # the chapters of the language reference that every Python brings for help()

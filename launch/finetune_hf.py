@@ -40,8 +40,8 @@ from transformers import (
 )
 
 import ds_blockwise  # noqa: F401 - makes both optimizers known to DeepSpeed
+from ds_blockwise.config_files import Problems
 from megatron_patch import GPTShape
-from megatron_patch.config import Problems
 
 _END = "<|endoftext|>"
 SUMMARY = "summary.json"

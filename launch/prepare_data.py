@@ -14,8 +14,9 @@ import sys
 import time
 
 import quiet  # noqa: F401
-from run_config import load_run
 from token_files import SPLITS, prepare
+
+from ds_blockwise.run_config import load_run
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -23,15 +23,15 @@ import deepspeed
 import quiet  # noqa: F401
 import torch
 from batches import Batches, check_data
-from engine_config import compose, optimizer_type, parameter_dtype, zero_stage
 from processes import Processes, agree, start, world_size
 from report import plot_loss, state_bytes_per_parameter, summarize, table, write_summary
-from run_config import RunConfig, check_run, load_run
 from run_folder import check_output, check_source, find_checkpoint, prepare_output
 from training import Trainer
 
 import megatron_patch
 from ds_blockwise import block_report
+from ds_blockwise.engine_config import compose, optimizer_type, parameter_dtype, zero_stage
+from ds_blockwise.run_config import RunConfig, check_run, load_run
 
 
 def main(arguments: list[str] | None = None) -> None:

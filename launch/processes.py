@@ -14,10 +14,10 @@ import numpy
 import torch
 from deepspeed.accelerator import get_accelerator
 from megatron.core import parallel_state, tensor_parallel
-from run_config import ParallelConfig
 
 import megatron_patch
-from megatron_patch.config import Problems
+from ds_blockwise.config_files import Problems
+from ds_blockwise.run_config import ParallelConfig
 
 
 @dataclass(frozen=True)

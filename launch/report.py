@@ -19,8 +19,9 @@ import torch
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from processes import Processes
-from run_config import RunConfig
 from training import Progress
+
+from ds_blockwise.run_config import RunConfig
 
 ADAMW_STATE_BYTES = 8.0  # two fp32 moments for each parameter
 _VALIDATION_COLOUR = "#0b5394"

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from processes import Processes
-from run_config import RunConfig
 
 from ds_blockwise.checkpoint_files import (
     LATEST,
@@ -29,8 +28,9 @@ from ds_blockwise.checkpoint_files import (
     resolve_tag,
 )
 from ds_blockwise.checkpoint_manifest import replace_text
+from ds_blockwise.config_files import Problems
 from ds_blockwise.reduce import is_first_rank
-from megatron_patch.config import Problems
+from ds_blockwise.run_config import RunConfig
 
 logger = logging.getLogger(__name__)
 

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from corpus import Corpus, choose_validation, digest, find_corpus
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-from run_config import DataConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megatron_patch.config import Problems
+from ds_blockwise.config_files import Problems
+from ds_blockwise.run_config import DataConfig
 
 logger = logging.getLogger(__name__)
 

@@ -17,11 +17,11 @@ import deepspeed
 import torch
 from batches import Batch, Batches
 from processes import Processes, random_states, restore_random_states
-from run_config import RunConfig
 from run_folder import checkpoints_of, place_of, remove_old
 from tqdm import tqdm
 
 from ds_blockwise.deepspeed_checkpoint import load_checkpoint, load_rank_state, save_checkpoint
+from ds_blockwise.run_config import RunConfig
 
 
 @dataclass

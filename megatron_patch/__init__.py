@@ -5,10 +5,11 @@ Import it before ``deepspeed.initialize``: the import registers the reader of Me
 with `ds_blockwise`. Without DeepSpeed, give `convert_` what ``get_megatron_optimizer`` returned.
 """
 
+from ds_blockwise.model_shape import GPTShape
 from megatron_patch import apex_guard, tagging  # apex_guard first: see there
 from megatron_patch.convert import convert_
 from megatron_patch.meta import build_meta_gpt, build_small_gpt
-from megatron_patch.model import GPTShape, build_gpt
+from megatron_patch.model import build_gpt
 from megatron_patch.mpu import MpuAdapter, mpu_adapter
 from megatron_patch.shims import cpu_shims
 

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
-from megatron_patch.model import GPTShape, build_gpt
+from ds_blockwise.model_shape import GPTShape
+from megatron_patch.model import build_gpt
 from megatron_patch.shims import cpu_shims
 
 

@@ -18,8 +18,9 @@ sys.path.insert(0, str(LAUNCH))
 
 import token_files  # noqa: E402
 from batches import Batches, check_data  # noqa: E402
-from engine_config import compose  # noqa: E402
-from run_config import DataConfig, RunConfig, check_run, load_run  # noqa: E402
+
+from ds_blockwise.engine_config import compose  # noqa: E402
+from ds_blockwise.run_config import DataConfig, RunConfig, check_run, load_run  # noqa: E402
 
 __all__ = [
     "LAUNCH",

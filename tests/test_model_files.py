@@ -9,8 +9,8 @@ import torch
 pytest.importorskip("megatron.core", reason="the model files are Megatron-core's")
 
 from ds_blockwise import tag_parameters
+from ds_blockwise.model_shape import ARCHITECTURES
 from megatron_patch import GPTShape, build_meta_gpt
-from megatron_patch.model import ARCHITECTURES
 
 FOLDER = Path(__file__).parent.parent / "configs" / "model"
 FILES = {path.stem: path for path in FOLDER.glob("*.yaml")}

@@ -64,6 +64,10 @@ ORDER = [
     "deepspeed_host",
     "import_hook",
     "__init__",
+    "config_files",
+    "model_shape",
+    "run_config",
+    "engine_config",
     "model_source",
     "cli_checkpoint",
     "cli",
@@ -84,6 +88,7 @@ ALLOWED = {
     "transformers": set(),
     "apex": set(),  # by importlib in fused_kernels: optional packages without types
     "transformer_engine": set(),
+    "yaml": {"config_files", "run_config"},  # an extra: only the command line and the launchers read YAML
     "triton": {"triton_update", "triton_sums", "triton_kernels"},
 }
 

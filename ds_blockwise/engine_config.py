@@ -7,9 +7,9 @@ import copy
 from typing import Any
 
 import torch
-from run_config import RunConfig
 
-from megatron_patch.config import Problems, nearest
+from ds_blockwise.config_files import Problems, nearest
+from ds_blockwise.run_config import RunConfig
 
 # Keys that the launcher writes; in the JSON they would be a second place for the same number.
 _FROM_RUN_FILE = {

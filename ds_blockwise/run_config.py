@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from megatron_patch.config import HIGH, LOW, Problems, read_json, read_section, read_yaml
-from megatron_patch.model import GPTShape
+from ds_blockwise.config_files import HIGH, LOW, Problems, read_json, read_section, read_yaml
+from ds_blockwise.model_shape import GPTShape
 
 _POSITIVE = {LOW: 1}
 _NOT_NEGATIVE = {LOW: 0}
@@ -162,7 +162,7 @@ def load_run(
         return None, problems
     for override in overrides:
         _apply_override(values, override, problems)
-    sections = {}
+    sections: dict[str, Any] = {}
     for name, cls in _SECTIONS.items():
         section = values.pop(name, {})
         if not isinstance(section, dict):
