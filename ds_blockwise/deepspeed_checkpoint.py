@@ -18,9 +18,9 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from ds_blockwise import checkpoint_files as files
 from ds_blockwise.checkpoint_files import Checkpoint, CheckpointError
 from ds_blockwise.deepspeed_folder import universal_misfit
-from ds_blockwise.deepspeed_save import gather, leads, load_rank_state, node_of, save_checkpoint, topology_of
+from ds_blockwise.deepspeed_save import leads, load_rank_state, node_of, save_checkpoint, topology_of
 from ds_blockwise.optimizer import BlockwiseOptimizer
-from ds_blockwise.reduce import first_error, is_first_rank
+from ds_blockwise.reduce import first_error, gather, is_first_rank
 from ds_blockwise.schedules import SCHEDULES
 from ds_blockwise.state_record import KEY, differences, settings_of
 

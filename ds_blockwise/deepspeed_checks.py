@@ -36,6 +36,11 @@ def _problems(engine: Any, optimizer: str) -> Iterator[str]:
             '"super_offload": it steps the offloaded parameters with DeepSpeedCPUAdam and never calls ours. Set '
             '"super_offload": false.'
         )
+    if engine.pipeline_parallelism and engine.zero_optimization_stage() > 1:
+        yield (
+            f'"zero_optimization": {{"stage": {int(engine.zero_optimization_stage())}}} with a PipelineModule: '
+            f'DeepSpeed\'s pipeline engine works with ZeRO stage 0 and 1 only. Set "stage": 1.'
+        )
     if offload is not None and getattr(offload, "ratio", 1.0) < 1.0:
         yield (
             f'"offload_optimizer": {{"ratio": {offload.ratio}}}: partial offload works with DeepSpeedCPUAdam only. Set '

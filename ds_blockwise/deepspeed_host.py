@@ -31,10 +31,12 @@ from ds_blockwise.adam_mini import BlockwiseAdamMini
 from ds_blockwise.adamw import BlockwiseAdamW
 from ds_blockwise.blocks import BlockSpec
 from ds_blockwise.deepspeed_checks import check_config
+from ds_blockwise.deepspeed_pipeline import is_staged, names_in, tied_copies
 from ds_blockwise.hosting import Stepped, check_agreement, if_many, raise_together, tagged_placement, window
 from ds_blockwise.optimizer import BlockwiseOptimizer
 from ds_blockwise.reduce import ReductionGroups
 from ds_blockwise.schedules import SCHEDULES
+from ds_blockwise.stages import TiedCopy, check_rules, check_tied, rules_matched
 from ds_blockwise.table import Placement, whole_placement
 from ds_blockwise.tagging import tag_with_policy
 
@@ -93,9 +95,8 @@ def attach(engine: Any) -> None:
         engine: a ``DeepSpeedEngine`` whose basic optimizer is one of ours.
 
     Raises:
-        ValueError: on every rank, if any rank finds an unsupported setting, an unknown parameter or a layout that
-        differs
-            from its peers'.
+        ValueError: on every rank, if any rank finds an unsupported setting, an unknown parameter, a layout that
+            differs from its peers', or a tied weight that another pipeline stage would step otherwise.
     """
     optimizer = engine.basic_optimizer
     if not isinstance(optimizer, BlockwiseOptimizer):
@@ -105,10 +106,13 @@ def attach(engine: Any) -> None:
             f'DeepSpeedCPUAdam; name ours in the JSON\'s "optimizer" instead.'
         )
     stepped: list[Stepped] = []
+    matched: list[bool] = []
+    tied: list[TiedCopy] = []
     tp_group: dist.ProcessGroup | None = None
     failure: Exception | None = None
     try:
         check_config(engine, type(optimizer).__name__)
+        matched = rules_matched(names_in(engine), optimizer.policy)
         specs = _specs(engine, optimizer)
         tp_group = _tp_group(engine, specs)
         stepped = list(_stepped_tensors(engine, optimizer))
@@ -116,9 +120,12 @@ def attach(engine: Any) -> None:
         for item in stepped:
             assert item.tensor is not None  # DeepSpeed's flat tensors exist on every rank, empty ones included
             optimizer.bind(item.tensor, item.placements, ReductionGroups(if_many(item.dp_group), tp_group, device))
+        tied = tied_copies(engine, optimizer, stepped)
     except Exception as error:  # a rank that fails alone would leave the others waiting: all hear of it, all raise
         failure = error
     raise_together(failure)
+    check_rules(matched, optimizer.policy)
+    check_tied(tied)
     peers = if_many(_or_world(engine.seq_data_parallel_group))
     check_agreement(optimizer, stepped, peers, tp_group, "JSON")
     # Not at the top: whichever of our modules is imported first brings DeepSpeed in, and that imports this one.
@@ -128,7 +135,8 @@ def attach(engine: Any) -> None:
     if engine.optimizer is optimizer:
         # DeepSpeed's wrappers skip a step with NaN on all ranks; without a wrapper nobody looks
         device = torch.device(get_accelerator().current_device_name())
-        optimizer.skip_non_finite(ReductionGroups(if_many(_or_world(engine.seq_data_parallel_group)), tp_group, device))
+        everyone = _or_world(None)  # the other stages of a pipeline must skip it too
+        optimizer.skip_non_finite(ReductionGroups(if_many(everyone), None, device))
     if engine.zero_round_robin_gradients() and engine.global_rank == 0:
         logger.warning(
             "round_robin_gradients: training is exact, but DeepSpeed %s mixes up parameters when it converts such a "
@@ -145,7 +153,7 @@ def _specs(engine: Any, optimizer: BlockwiseOptimizer) -> dict[nn.Parameter, Blo
     params = [p for p in module.parameters() if p.requires_grad]
     tagged = [p for p in params if hasattr(p, "block_spec")]
     if not tagged or module in _TAGGED_HERE:
-        tag_with_policy(module, optimizer.policy, engine.param_names)
+        tag_with_policy(module, optimizer.policy, engine.param_names, is_stage=is_staged(engine))
         _TAGGED_HERE.add(module)
     elif len(tagged) < len(params):
         missing = next(engine.param_names.get(p) for p in params if not hasattr(p, "block_spec"))

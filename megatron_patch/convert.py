@@ -24,6 +24,7 @@ from ds_blockwise.optimizer import BlockwiseOptimizer
 from ds_blockwise.policy import BlockPolicy, suggest
 from ds_blockwise.reduce import ReductionGroups, is_first_rank
 from ds_blockwise.settings import MomentumDtype, check_group
+from ds_blockwise.stages import check_rules, rules_matched
 from megatron_patch import chunks, stack, stored
 
 logger = logging.getLogger(__name__)
@@ -115,11 +116,11 @@ def convert_(
             stack.check_settings(leaf)
         models = [chunks.unwrapped(chunk) for chunk in wrapped]
         policy = BlockPolicy.parse(lr_multipliers, weight_decay_multipliers, granularity, rules)
-        matched = chunks.rules_matched(models, policy)
+        matched = rules_matched(chunks.names_in(models), policy)
     except Exception as error:  # a rank that fails alone would leave the others waiting: all hear of it, all raise
         failure = error
     raise_together(failure)
-    chunks.check_rules(matched, policy)
+    check_rules(matched, policy, "Layers are numbered from 0 in every stage.")
     try:
         conversions = _prepare(leaves, models, KINDS[kind], settings)
     except Exception as error:  # as above
