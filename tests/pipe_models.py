@@ -119,8 +119,16 @@ class PipeFeed:
     their own, whose sum is that of a plan for twice as many shares.
     """
 
-    def __init__(self, engine: Any, plan: GradientPlan) -> None:
+    def __init__(
+        self,
+        engine: Any,
+        plan: GradientPlan,
+        shapes: dict[str, tuple[int, ...]] | None = None,
+        cut: Callable[[str, Tensor], Tensor] = lambda name, whole: whole,
+    ) -> None:
+        """Replace the layers' forward; ``shapes`` are unsharded ones and ``cut`` takes this rank's part of a tensor."""
         self.plan, self.step, self.poison = plan, 0, False
+        self.shapes, self.cut = shapes or {}, cut
         self.dp_rank = engine.grid.get_data_parallel_id()
         self.tied = GradientPlan(2 * plan.dp_size, plan.micro_batches, plan.dtype)
         module, first = engine.module, engine.module._local_start
@@ -138,7 +146,8 @@ class PipeFeed:
             step, micro = next(calls)
             carry = torch.zeros(1, 1, device=carry.device) if is_first else carry
             for name, parameter in owned.items():
-                gradient = self.share(name, tuple(parameter.shape), step, micro, is_first=is_first)
+                shape = self.shapes.get(name, tuple(parameter.shape))
+                gradient = self.cut(name, self.share(name, shape, step, micro, is_first=is_first))
                 if is_first and self.poison:
                     gradient.view(-1)[3] = float("nan")
                 carry = carry + (parameter * gradient.to(parameter)).sum().float()

@@ -19,6 +19,7 @@ from engines import DTYPES, engine_config, masters, open_engine, prepare_deepspe
 from guarded import raised
 from models import GradientPlan
 from oracle import Hyper, Oracle, assert_same_update, clipped
+from pipe_checks import check_checkpoint, check_grid
 from pipe_models import LAYERS, TIED, VOCAB, PipeFeed, Unpiped, loss_of, pipe, pipe_classes, train_step
 from torch import nn
 
@@ -208,6 +209,8 @@ CHECKS = {
     "rules": check_rules,
     "tied": check_tied_mismatch,
     "stages": check_stages,
+    "checkpoint": check_checkpoint,
+    "grid": check_grid,
 }
 WRAPPERS = {
     "z0-fp32": Case(stage=0, wrapper=""),
@@ -251,6 +254,11 @@ def _cases() -> dict[str, tuple[int, tuple[str, Any]]]:
     add("training", "z1-fp32", dp=2)
     for kind, dp in (("rules", 1), ("tied", 1), ("stages", 1)):
         table[f"{kind}-pp{STAGES}-dp{dp}"] = (STAGES * dp, (kind, None))
+    sums = {"stage": 1, "dtype": "bf16", **FP32_SUMS}
+    for name, dp, what in (("mini", 1, sums), ("adamw", 1, {"stage": 0}), ("mini", 2, {"stage": 1})):
+        table[f"checkpoint-z{what['stage']}-{name}-pp{STAGES}-dp{dp}"] = (STAGES * dp, ("checkpoint", (name, what)))
+    for name in ("adamw", "mini"):
+        table[f"grid-{name}-tp2-pp{STAGES}"] = (2 * STAGES, ("grid", name))
     return table
 
 
@@ -287,6 +295,19 @@ def test_training_keeps_tied_copies_alike(outcome: Outcome, name: str) -> None:
 @pytest.mark.parametrize("name", _names("rules", "tied", "stages"))
 def test_what_stages_must_agree_on(outcome: Outcome, name: str) -> None:
     """A rule for one stage would be refused by the others, or tied copies drift apart without a word."""
+    passes(outcome, name)
+
+
+@pytest.mark.parametrize("name", _names("checkpoint"))
+def test_checkpoints_of_a_pipeline(outcome: Outcome, name: str) -> None:
+    """A stage would resume from damaged layers, or from another step than the others."""
+    passes(outcome, name)
+
+
+@pytest.mark.skipif(find_spec("megatron") is None, reason="needs megatron")
+@pytest.mark.parametrize("name", _names("grid"))
+def test_tensor_parallel_layers_in_a_pipeline(outcome: Outcome, name: str) -> None:
+    """Blocks would be summed over the grid's model-parallel group, which spans the stages, and hang or be wrong."""
     passes(outcome, name)
 
 
