@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from torch import nn
+
 
 def check_config(engine: Any, optimizer: str) -> None:
     """Refuse what cannot work, before the optimizer is built.
@@ -21,6 +23,29 @@ def check_config(engine: Any, optimizer: str) -> None:
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in problems)
         raise ValueError(f"{optimizer} does not support this DeepSpeed configuration:\n{listed}")
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse what DeepSpeed cannot train with any optimizer, before it fails on it.
+
+    Args:
+        model: as given to ``deepspeed.initialize``.
+
+    Raises:
+        ValueError: the model's experts are split over ranks by Megatron-core.
+    """
+    experts = [
+        name
+        for name, param in model.named_parameters()
+        # DeepSpeed's own experts have a group_name beside it
+        if not getattr(param, "allreduce", True) and not hasattr(param, "group_name")
+    ]
+    if experts:
+        raise ValueError(
+            f"expert parallelism of Megatron-core: {experts[0]!r} and {len(experts) - 1} more parameters hold other "
+            f"experts on other ranks, and DeepSpeed knows no groups for them. Set expert_model_parallel_size to 1, or "
+            f"train with Megatron-core's own optimizer and megatron_patch.convert_."
+        )
 
 
 def _problems(engine: Any, optimizer: str) -> Iterator[str]:

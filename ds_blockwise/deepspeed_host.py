@@ -30,7 +30,7 @@ from torch import nn
 from ds_blockwise.adam_mini import BlockwiseAdamMini
 from ds_blockwise.adamw import BlockwiseAdamW
 from ds_blockwise.blocks import BlockSpec
-from ds_blockwise.deepspeed_checks import check_config
+from ds_blockwise.deepspeed_checks import check_config, check_model
 from ds_blockwise.deepspeed_pipeline import is_staged, names_in, tied_copies
 from ds_blockwise.hosting import Stepped, check_agreement, if_many, raise_together, tagged_placement, window
 from ds_blockwise.optimizer import BlockwiseOptimizer
@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 OPTIMIZERS: tuple[type[BlockwiseOptimizer], ...] = (BlockwiseAdamW, BlockwiseAdamMini)
 _HOOK = "_configure_optimizer"
+_EARLY_HOOK = "_configure_distributed_model"  # where DeepSpeed first looks at the parameters
 _TAGGED_HERE: WeakSet[nn.Module] = WeakSet()
 
 
@@ -51,7 +52,8 @@ def register() -> None:
     """Make the optimizers and schedules available by name in a DeepSpeed JSON; called by ``import ds_blockwise``.
 
     Idempotent. Adds names to ``torch.optim`` and ``deepspeed.runtime.lr_schedules``, the classes to ZeRO's list of
-    supported optimizers, and a hook around one method of the engine.
+    supported optimizers, and hooks around two methods of the engine; without the second one, only the reason of a
+    refusal would be lost.
 
     Raises:
         ImportError: this DeepSpeed has no such method.
@@ -70,6 +72,18 @@ def register() -> None:
         )
     if getattr(original, "calls_ds_blockwise", False):
         return
+
+    early = getattr(DeepSpeedEngine, _EARLY_HOOK, None)
+    if early is not None:
+
+        @functools.wraps(early)
+        def check_and_configure(self: Any, model: nn.Module) -> None:
+            named = self.optimizer_name() in [optimizer.__name__ for optimizer in OPTIMIZERS]
+            if named or isinstance(self.client_optimizer, BlockwiseOptimizer):
+                check_model(model)
+            early(self, model)
+
+        setattr(DeepSpeedEngine, _EARLY_HOOK, check_and_configure)
 
     @functools.wraps(original)
     def configure_and_attach(self: Any, client_optimizer: Any, model_parameters: Any) -> None:

@@ -17,7 +17,8 @@ from ds_blockwise.blocks import BlockSpec
 from ds_blockwise.policy import BlockPolicy
 from ds_blockwise.reduce import gather
 
-_SETTINGS = ("lr", "betas", "eps", "weight_decay")
+# of a param group; the last four are what Megatron-core's scheduler makes the first and the fourth of
+_SETTINGS = ("lr", "betas", "eps", "weight_decay", "max_lr", "min_lr", "lr_mult", "wd_mult")
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,9 @@ def tied_copy(
         ranks: global ranks that hold a copy.
         fqn: the parameter's name on this rank.
         param: tagged, unless it is frozen.
-        group: the param group that it is stepped in, if the host can tell.
+        group: the param group that it is stepped in; None if this rank steps nothing of it.
     """
-    settings = {key: group[key] for key in _SETTINGS} if group is not None else {}
+    settings = {key: group[key] for key in _SETTINGS if group is not None and key in group}
     spec = cast("BlockSpec | None", getattr(param, "block_spec", None)) if param.requires_grad else None
     if spec is None:
         return TiedCopy((name, tuple(ranks)), fqn, "frozen", "frozen")

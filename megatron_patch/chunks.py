@@ -7,12 +7,13 @@ count from 0 in every chunk, so they are not unique over stages; nothing here re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
 from weakref import WeakSet
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.module import Float16Module
 from torch import nn
@@ -21,7 +22,7 @@ from ds_blockwise.blocks import apply_policy
 from ds_blockwise.naming import canonical_fqn
 from ds_blockwise.optimizer import BlockwiseOptimizer
 from ds_blockwise.policy import BlockPolicy
-from ds_blockwise.stages import rules_matched
+from ds_blockwise.stages import TiedCopy, rules_matched, tied_copy
 from ds_blockwise.tagging import tag_with_policy
 
 _WRAPPERS = (DistributedDataParallel, Float16Module)
@@ -85,6 +86,24 @@ def tag(models: Sequence[nn.Module], optimizer: BlockwiseOptimizer) -> None:
             # a rule of another stage would be called unused in this one, so it was left out; it is part of the settings
             spec = apply_policy(spec.structure, optimizer.policy)
         cast("Any", param).block_spec = optimizer.spec_of(spec)
+
+
+def tied_copies(
+    models: Sequence[nn.Module], group_of: Callable[[nn.Parameter], dict[str, Any] | None]
+) -> list[TiedCopy]:
+    """This rank's copies of the embedding that other stages hold as well: tied, or for multi-token prediction.
+
+    Args:
+        models: unwrapped and tagged chunks.
+        group_of: a parameter's param group.
+    """
+    return [
+        tied_copy(_EMBEDDING, dist.get_process_group_ranks(cast("Any", model).embd_group), name, param, group_of(param))
+        for model in models
+        if getattr(model, "embd_group", None) is not None
+        for name, param in model.named_parameters()
+        if getattr(param, "shared_embedding", False)
+    ]
 
 
 def _tag_model(model: nn.Module, policy: BlockPolicy) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pipeline of tensor-parallel layers on DeepSpeed's grid, and checkpoints of a pipeline."""
+"""Megatron-core's layers in DeepSpeed's engines: on the grid of a pipeline, and experts; checkpoints of a pipeline."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from distributed import RankContext
 from engine_cases import BETAS, EPS, FULL_NAME, LR, LR_FACTORS, WEIGHT_DECAY
-from engines import engine_config, masters, open_engine, prepare_deepspeed
+from engines import engine_config, feed_step, masters, open_engine, prepare_deepspeed
 from gpt_shards import cut, parallel
 from guarded import assert_same, everything, raised
 from models import GradientPlan
@@ -88,6 +88,53 @@ def _split_pipe(topology: Any, shapes: dict[str, tuple[int, ...]], rank: int) ->
         for name, parameter in model.named_parameters():
             parameter.copy_(cut(name, models.small_weight(name, shapes[name]), rank))
     return model
+
+
+# -------------------------------------------------------------------------------------------- experts
+
+
+def check_experts(context: RankContext, optimizer: str) -> None:
+    """Experts that every rank holds are stepped exactly; expert parallelism is refused."""
+    prepare_deepspeed()
+    from megatron_parallel import Layout, chunks_of, classes_of, parallel_of, whole_shapes
+
+    import ds_blockwise  # noqa: F401 - registers the optimizers
+    import megatron_patch
+
+    megatron_patch.cpu_shims()
+    params = {"lr": LR, "betas": list(BETAS), "eps": EPS, "weight_decay": WEIGHT_DECAY}
+    config = engine_config(FULL_NAME[optimizer], stage=1, params=params)
+    layout = Layout(experts=True)
+    shapes = whole_shapes(layout)
+    with parallel_of(layout):
+        mpu = megatron_patch.mpu_adapter()
+        with open_engine(config, lambda: models.set_small_weights(chunks_of(layout)[0]), mpu=mpu) as run:
+            plan = GradientPlan(context.world_size)
+            now = masters(run)
+            assert any("local_experts.3" in name for name in now)
+            hyper = Hyper(LR, BETAS, EPS, WEIGHT_DECAY)
+            oracle = Oracle(now, classes_of(shapes, layout.groups), optimizer == "mini", hyper)
+            for step in range(3):
+                feed_step(run, plan, step, context.rank)
+                before, now, was = now, masters(run), oracle.weights()
+                oracle.step({n: plan.mean(n, s, step) for n, s in shapes.items()})
+                assert_same_update((before, now), (was, oracle.weights()), LR, what=f"step {step}")
+    split = Layout(ep=2, experts=True)
+    for layout, word in ((split, "expert_model_parallel_size = 2"), (Layout(tp=2), "expert_tensor_parallel_size = 1")):
+        with parallel_of(layout):
+            text = raised(megatron_patch.mpu_adapter, ValueError)
+            assert word in text, text
+            assert "convert_" in text, text
+    with parallel_of(split):
+        text = raised(lambda: _opened(config, chunks_of(split)[0]), ValueError)
+        assert "expert parallelism of Megatron-core" in text, text
+        stock = engine_config("AdamW", stage=1, params={"torch_adam": True})
+        raised(lambda: _opened(stock, chunks_of(split)[0]), AttributeError)  # so upstream fails with any optimizer
+
+
+def _opened(config: dict[str, Any], model: nn.Module) -> None:
+    with open_engine(config, lambda: model):
+        pass
 
 
 # -------------------------------------------------------------------------------------- checkpoints

@@ -19,7 +19,7 @@ from engines import DTYPES, engine_config, masters, open_engine, prepare_deepspe
 from guarded import raised
 from models import GradientPlan
 from oracle import Hyper, Oracle, assert_same_update, clipped
-from pipe_checks import check_checkpoint, check_grid
+from pipe_checks import check_checkpoint, check_experts, check_grid
 from pipe_models import LAYERS, TIED, VOCAB, PipeFeed, Unpiped, loss_of, pipe, pipe_classes, train_step
 from torch import nn
 
@@ -211,6 +211,7 @@ CHECKS = {
     "stages": check_stages,
     "checkpoint": check_checkpoint,
     "grid": check_grid,
+    "experts": check_experts,
 }
 WRAPPERS = {
     "z0-fp32": Case(stage=0, wrapper=""),
@@ -258,6 +259,7 @@ def _cases() -> dict[str, tuple[int, tuple[str, Any]]]:
     for name, dp, what in (("mini", 1, sums), ("adamw", 1, {"stage": 0}), ("mini", 2, {"stage": 1})):
         table[f"checkpoint-z{what['stage']}-{name}-pp{STAGES}-dp{dp}"] = (STAGES * dp, ("checkpoint", (name, what)))
     for name in ("adamw", "mini"):
+        table[f"experts-z1-{name}-dp2"] = (2, ("experts", name))
         table[f"grid-{name}-tp2-pp{STAGES}"] = (2 * STAGES, ("grid", name))
     return table
 
@@ -308,6 +310,13 @@ def test_checkpoints_of_a_pipeline(outcome: Outcome, name: str) -> None:
 @pytest.mark.parametrize("name", _names("grid"))
 def test_tensor_parallel_layers_in_a_pipeline(outcome: Outcome, name: str) -> None:
     """Blocks would be summed over the grid's model-parallel group, which spans the stages, and hang or be wrong."""
+    passes(outcome, name)
+
+
+@pytest.mark.skipif(find_spec("megatron") is None, reason="needs megatron")
+@pytest.mark.parametrize("name", _names("experts"))
+def test_experts_of_megatron(outcome: Outcome, name: str) -> None:
+    """DeepSpeed would average different experts with each other."""
     passes(outcome, name)
 
 
