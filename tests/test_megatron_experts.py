@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import itertools
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -12,10 +13,11 @@ import torch
 import torch.distributed as dist
 from distributed import Outcome, RankContext, fleet_outcome, passes
 from engine_cases import BETAS, EPS, LR_FACTORS, WEIGHT_DECAY, named
-from megatron_parallel import Layout, ParallelRun, classes_of, parallel_of, whole_shapes
+from megatron_parallel import VOCAB, Layout, ParallelRun, chunks_of, classes_of, parallel_of, whole_shapes
 from megatron_stack import EMBEDDING, LR, stack_shims
-from models import GradientPlan
+from models import GradientPlan, small_weight
 from oracle import Hyper, Oracle, assert_same_update
+from torch import nn
 
 pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="needs megatron")
 
@@ -28,16 +30,66 @@ class Case:
     steps: int = 4
     oracle_multipliers: dict[str, float] = field(default_factory=dict)
     overrides: dict[str, float] = field(default_factory=dict)  # what a rule says, for the oracle
+    end_to_end: bool = False
 
 
 def run_case(context: RankContext, case: Case) -> None:
     """Entry of every rank."""
     stack_shims()
     shapes = whole_shapes(case.layout)
+    history = trained_whole(context, case, shapes) if case.end_to_end else []
     with parallel_of(case.layout):
         run = ParallelRun(case.layout, shapes)
         run.convert()
-        check_values(context, case, run)
+        if case.end_to_end:
+            check_end_to_end(run, history)
+        else:
+            check_values(context, case, run)
+
+
+def trained_whole(
+    context: RankContext, case: Case, shapes: dict[str, tuple[int, ...]]
+) -> list[dict[str, torch.Tensor]]:
+    """Weights before and after each step of the oracle on autograd's gradients of the model with all its experts."""
+    alone = replace(case.layout, ep=1)
+    with parallel_of(alone):
+        (model,) = chunks_of(alone)
+        start = {name: small_weight(name, shape) for name, shape in shapes.items()}
+        mini = case.layout.optimizer == "mini"
+        oracle = Oracle(start, classes_of(shapes, alone.groups), mini, Hyper(LR, BETAS, EPS, WEIGHT_DECAY))
+        history = [oracle.weights()]
+        for step in range(case.steps):
+            model.load_state_dict(history[-1], strict=False)
+            model.zero_grad()
+            for rank in range(context.world_size):
+                (loss_of(model, step, rank) / context.world_size).backward()
+            oracle.step({name: p.grad for name, p in model.named_parameters()})
+            history.append(oracle.weights())
+    return history
+
+
+def loss_of(model: nn.Module, step: int, rank: int) -> torch.Tensor:
+    """Mean loss of a data-parallel rank's own tokens."""
+    tokens = torch.randint(VOCAB, (2, 13), generator=torch.Generator().manual_seed(100 * step + rank))
+    positions = torch.arange(12).expand(2, -1)
+    loss: torch.Tensor = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:].contiguous()).mean()
+    return loss
+
+
+def check_end_to_end(run: ParallelRun, history: list[dict[str, torch.Tensor]]) -> None:
+    """Tokens really travel to experts on other ranks and their gradients back."""
+    from megatron.core.distributed import finalize_model_grads
+
+    for step, (was, then) in enumerate(itertools.pairwise(history)):
+        (chunk,) = run.chunks
+        before = run.masters()
+        chunk.zero_grad_buffer()
+        loss_of(chunk, step, run.dp_rank).backward()
+        finalize_model_grads(run.chunks)
+        run.optimizer.step()
+        expected = tuple({n: run.cut(n, weights[n]) for n in before} for weights in (was, then))
+        # 1e-4: the products of the two runs add up in another order
+        assert_same_update((before, run.masters()), expected, LR, tolerance=1e-4, what=f"step {step}")
 
 
 def check_values(context: RankContext, case: Case, run: ParallelRun) -> None:
@@ -140,6 +192,7 @@ def _cases() -> dict[str, tuple[int, Case]]:
     add("context", 2, Layout("adamw", "plain", cp=2))
     for tp in (1, 2, 4):
         add("one_group", 1, Layout(tp=tp, groups=1))
+    add("trained", 2, Layout("mini", "distributed", ep=2, experts=True), end_to_end=True, steps=3)
     add("mutant", 2, Layout(ep=2, experts=True), oracle_multipliers={"ffn": 6.01})
     return table
 
@@ -159,6 +212,12 @@ def outcome(request: pytest.FixtureRequest) -> Outcome:
 @pytest.mark.parametrize("name", _names("experts"))
 def test_experts(outcome: Outcome, name: str) -> None:
     """Blocks of experts would be summed over ranks that hold other experts, or cut as if all held all."""
+    passes(outcome, name)
+
+
+@pytest.mark.parametrize("name", _names("trained"))
+def test_experts_on_two_ranks_train_like_all_on_one(outcome: Outcome, name: str) -> None:
+    """Going to two expert-parallel ranks would change the trained model."""
     passes(outcome, name)
 
 
