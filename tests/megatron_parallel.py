@@ -23,9 +23,9 @@ from models import GradientPlan
 from oracle_names import ROLE, Classes, Classified, Span
 from torch import Tensor, nn
 
-# odd hidden size: shards of the distributed optimizer end inside heads and rows
+# odd hidden size, an odd number of experts on one of two ranks: shards of the distributed optimizer end inside rows
 SHAPE: dict[str, Any] = {"hidden_size": 15, "kv_channels": 6, "ffn_hidden_size": 16}
-HEADS, GROUPS, HEAD_DIM, VOCAB, EXPERT_COUNT = 4, 2, 6, 24, 4
+HEADS, GROUPS, HEAD_DIM, VOCAB, EXPERT_COUNT = 4, 2, 6, 24, 6
 MOE = {
     **EXPERTS,
     "num_moe_experts": EXPERT_COUNT,
@@ -49,7 +49,7 @@ class Layout:
     ep: int = 1
     etp: int = 1
     groups: int = GROUPS  # query groups
-    layers: int = 2
+    layers: int = 1
     experts: bool = False
     mtp: bool = False
     tied: bool = False

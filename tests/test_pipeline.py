@@ -40,7 +40,7 @@ class Case:
     config: dict[str, Any] = field(default_factory=dict)
     params: dict[str, Any] = field(default_factory=dict)
     wrapper: str = "DeepSpeedZeroOptimizer"
-    poison: tuple[int, ...] = ()  # steps at which the first stage of rank 0 finds a NaN
+    poison: tuple[int, ...] = ()  # steps at which rank 0, on the first stage, finds a NaN
     oracle_multipliers: dict[str, float] = field(default_factory=dict)
 
 
