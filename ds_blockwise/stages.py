@@ -29,13 +29,15 @@ class TiedCopy:
         key: what the copies have in common: the weight's name for the user, and the ranks that hold it.
         fqn: the copy's name on this rank.
         text: how it is stepped, for the message.
-        facts: how it is stepped, for the comparison.
+        facts: its blocks and multipliers, for the comparison.
+        settings: of its param group, likewise; empty if this rank steps nothing of it.
     """
 
     key: tuple[str, tuple[int, ...]]
     fqn: str
     text: str
     facts: str
+    settings: str = ""
 
 
 def tied_copy(
@@ -64,7 +66,7 @@ def tied_copy(
     )
     facts = repr((spec.structure.stored_shape, spec.axis, spec.parts, None if shard is None else shard.chunks))
     shown = "".join(f", {key} {value}" for key, value in settings.items())
-    return TiedCopy((name, tuple(ranks)), fqn, parts + shown, f"{facts}{sorted(settings.items())}")
+    return TiedCopy((name, tuple(ranks)), fqn, parts + shown, facts, shown)
 
 
 def check_tied(copies: Sequence[TiedCopy]) -> None:
@@ -76,14 +78,14 @@ def check_tied(copies: Sequence[TiedCopy]) -> None:
     Raises:
         ValueError: on every rank, naming the weight and how each copy would be stepped.
     """
-    found: dict[tuple[str, tuple[int, ...]], dict[str, str]] = {}
+    found: dict[tuple[str, tuple[int, ...]], list[tuple[int, TiedCopy]]] = {}
     for rank, others in enumerate(gather(list(copies))):
         for copy in others:
-            said = f"rank {rank} steps {copy.fqn!r} as {copy.text}"
-            found.setdefault(copy.key, {}).setdefault(copy.facts, said)
-    for (name, _), ways in found.items():
-        if len(ways) > 1:
-            listed = "".join(f"\n  - {said}" for said in ways.values())
+            found.setdefault(copy.key, []).append((rank, copy))
+    for (name, _), held in found.items():
+        ways = {copy.facts for _, copy in held}
+        if len(ways) > 1 or len({copy.settings for _, copy in held if copy.settings}) > 1:
+            listed = "".join(f"\n  - rank {rank} steps {copy.fqn!r} as {copy.text}" for rank, copy in held)
             raise ValueError(
                 f"the copies of the tied weight {name!r} on different pipeline stages would be stepped differently and "
                 f"drift apart:{listed}\nGive all of them one role and one learning rate: a rule that matches every "

@@ -31,6 +31,7 @@ class Case:
     oracle_multipliers: dict[str, float] = field(default_factory=dict)
     overrides: dict[str, float] = field(default_factory=dict)  # what a rule says, for the oracle
     end_to_end: bool = False
+    refused: str = ""  # what the error says
 
 
 def run_case(context: RankContext, case: Case) -> None:
@@ -40,6 +41,10 @@ def run_case(context: RankContext, case: Case) -> None:
     history = trained_whole(context, case, shapes) if case.end_to_end else []
     with parallel_of(case.layout):
         run = ParallelRun(case.layout, shapes)
+        if case.refused:
+            with pytest.raises(ValueError, match=case.refused):
+                run.convert()
+            return
         run.convert()
         if case.end_to_end:
             check_end_to_end(run, history)
@@ -195,6 +200,7 @@ def _cases() -> dict[str, tuple[int, Case]]:
     for tp in (1, 2, 4):
         add("one_group", 1, Layout(tp=tp, groups=1))
     add("trained", 2, Layout("mini", "distributed", ep=2, experts=True), end_to_end=True, steps=3)
+    add("refused", 2, Layout(etp=2, experts=True), refused="Set expert_tensor_parallel_size to 1 or to tensor_model_p")
     add("mutant", 2, Layout(ep=2, experts=True), oracle_multipliers={"ffn": 6.01})
     return table
 
@@ -214,6 +220,12 @@ def outcome(request: pytest.FixtureRequest) -> Outcome:
 @pytest.mark.parametrize("name", _names("experts"))
 def test_experts(outcome: Outcome, name: str) -> None:
     """Blocks of experts would be summed over ranks that hold other experts, or cut as if all held all."""
+    passes(outcome, name)
+
+
+@pytest.mark.parametrize("name", _names("refused"))
+def test_other_expert_tensor_sizes_are_refused(outcome: Outcome, name: str) -> None:
+    """Rows of experts would be summed over the tensor-parallel group, which is another one."""
     passes(outcome, name)
 
 

@@ -98,7 +98,7 @@ def check_values(context: RankContext, case: Case) -> None:
 
 def check_training(context: RankContext, case: Case) -> None:
     """Real forward and backward over 24 steps: the first against autograd's gradients, the copies after each."""
-    dp, torch_whole = context.world_size // STAGES, Unpiped()
+    dp, unpiped = context.world_size // STAGES, Unpiped()
     with open_engine(config_of(case), start(), feed=False) as run:
         now = masters(run)
         whole = {n: w for weights in gathered(now) for n, w in weights.items()}
@@ -111,11 +111,11 @@ def check_training(context: RankContext, case: Case) -> None:
             before, now, was = now, masters(run), oracle.weights()
             check_copies(run)
             if step < 2 and case.dtype == "fp32":
-                torch_whole.load_state_dict({n: w for n, w in was.items()})
-                torch_whole.zero_grad()
+                unpiped.load_state_dict(was)
+                unpiped.zero_grad()
                 for tokens in batches:
-                    (loss_of(torch_whole(tokens), tokens) / len(batches)).backward()
-                oracle.step({n: p.grad for n, p in torch_whole.named_parameters()})
+                    (loss_of(unpiped(tokens), tokens) / len(batches)).backward()
+                oracle.step({n: p.grad for n, p in unpiped.named_parameters()})
                 expected = tuple({n: weights[n] for n in now} for weights in (was, oracle.weights()))
                 # 1e-4: sums of the two backward passes run in another order
                 assert_same_update((before, now), expected, LR, tolerance=1e-4, what=f"step {step}")
