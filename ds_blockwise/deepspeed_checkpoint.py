@@ -18,9 +18,9 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from ds_blockwise import checkpoint_files as files
 from ds_blockwise.checkpoint_files import Checkpoint, CheckpointError
 from ds_blockwise.deepspeed_folder import universal_misfit
-from ds_blockwise.deepspeed_save import gather, leads, load_rank_state, node_of, save_checkpoint, topology_of
+from ds_blockwise.deepspeed_save import leads, load_rank_state, node_of, save_checkpoint, topology_of
 from ds_blockwise.optimizer import BlockwiseOptimizer
-from ds_blockwise.reduce import first_error, is_first_rank
+from ds_blockwise.reduce import first_error, gather, is_first_rank
 from ds_blockwise.schedules import SCHEDULES
 from ds_blockwise.state_record import KEY, differences, settings_of
 
@@ -205,12 +205,16 @@ def _check_topology(engine: Any, checkpoint: Checkpoint, *, optimizer: bool, mod
     keys = _RIGID if whole and not (partitioned and not optimizer) else _OF_WEIGHTS
     different = [f"{key} was {saved[key]}, is {own[key]}" for key in keys if saved[key] != own[key]]
     if different:
+        way_out = (
+            f"Make a portable checkpoint of it, which loads anywhere (ds-blockwise convert {checkpoint.folder} OUTPUT)"
+            f", or a universal one with DeepSpeed's ds_to_universal and load that with "
+            f'"checkpoint": {{"load_universal": true}}.'
+        )
+        if saved["pp"] > 1:  # `ds-blockwise convert` does not read layer files
+            way_out = "Those of a pipeline cannot be converted: resume it with the ranks and stages that saved it."
         raise ValueError(
             f"checkpoint {checkpoint.folder} was saved by {_described(saved)}; this engine has {_described(own)} "
-            f"({'; '.join(different)}). DeepSpeed's files fit one topology only. Make a portable checkpoint of it, "
-            f"which loads anywhere (ds-blockwise convert {checkpoint.folder} OUTPUT), or a universal one with "
-            f'DeepSpeed\'s ds_to_universal and load that with "checkpoint": {{"load_universal": true}}. Nothing was '
-            f"loaded."
+            f"({'; '.join(different)}). DeepSpeed's files fit one topology only. {way_out} Nothing was loaded."
         )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 from ds_blockwise.optimizer import built_from_ours
 
@@ -49,6 +50,29 @@ def check_client(client: object) -> None:
         )
 
 
+def check_model(model: nn.Module) -> None:
+    """Refuse what DeepSpeed cannot train with any optimizer, before it fails on it.
+
+    Args:
+        model: as given to ``deepspeed.initialize``.
+
+    Raises:
+        ValueError: the model's experts are split over ranks by Megatron-core.
+    """
+    experts = [
+        name
+        for name, param in model.named_parameters()
+        # DeepSpeed's own experts have a group_name beside it
+        if not getattr(param, "allreduce", True) and not hasattr(param, "group_name")
+    ]
+    if experts:
+        raise ValueError(
+            f"expert parallelism of Megatron-core: {experts[0]!r} and {len(experts) - 1} more parameters hold other "
+            f"experts on other ranks, and DeepSpeed knows no groups for them. Set expert_model_parallel_size to 1, or "
+            f"train with Megatron-core's own optimizer and megatron_patch.convert_."
+        )
+
+
 def _problems(engine: Any, optimizer: str) -> Iterator[str]:
     mini = optimizer == "BlockwiseAdamMini"
     offload = engine.zero_offload_optimizer()
@@ -61,6 +85,11 @@ def _problems(engine: Any, optimizer: str) -> Iterator[str]:
         yield (
             '"super_offload": it steps the offloaded parameters with DeepSpeedCPUAdam and never calls ours. Set '
             '"super_offload": false.'
+        )
+    if engine.pipeline_parallelism and engine.zero_optimization_stage() > 1:
+        yield (
+            f'"zero_optimization": {{"stage": {int(engine.zero_optimization_stage())}}} with a PipelineModule: '
+            f'DeepSpeed\'s pipeline engine works with ZeRO stage 0 and 1 only. Set "stage": 1.'
         )
     if offload is not None and getattr(offload, "ratio", 1.0) < 1.0:
         yield (

@@ -28,7 +28,7 @@ HARMLESS = (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address)
 
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 _OPTIM = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
-_OTHER = re.compile(r"(layer_|expp_rank_|expert_).*\.pt")
+_OTHER = re.compile(r"(?:(layer_(?!\d+_expert_))|layer_|expp_rank_|expert_).*\.pt")
 
 
 def load_file(path: Path, *, trust: bool) -> dict[str, Any]:
@@ -175,8 +175,9 @@ def _find_files(folder: Path) -> tuple[dict[tuple[int, int], Path], dict[tuple[i
             models[int(found[2]), int(found[1] or 0)] = path
         elif found := _OPTIM.fullmatch(path.name):
             optims[int(found[2]), int(found[1])] = path
-        elif _OTHER.fullmatch(path.name):
-            raise ValueError(_not_read(f"{path} is a file of a pipeline-parallel or expert-parallel run"))
+        elif found := _OTHER.fullmatch(path.name):
+            kind = "pipeline-parallel run (PipelineModule)" if found[1] else "run with experts (DeepSpeed's MoE)"
+            raise ValueError(_not_read(f"{path} is a file of a {kind}"))
     if not models:
         raise CheckpointError(f"{folder} has no *_model_states.pt: it is not a checkpoint of a DeepSpeed engine")
     return models, optims

@@ -30,11 +30,13 @@ from torch import nn
 from ds_blockwise.adam_mini import BlockwiseAdamMini
 from ds_blockwise.adamw import BlockwiseAdamW
 from ds_blockwise.blocks import BlockSpec
-from ds_blockwise.deepspeed_checks import check_client, check_config
+from ds_blockwise.deepspeed_checks import check_client, check_config, check_model
+from ds_blockwise.deepspeed_pipeline import is_staged, names_in, tied_copies
 from ds_blockwise.hosting import Stepped, check_agreement, if_many, raise_together, tagged_placement, window
 from ds_blockwise.optimizer import BlockwiseOptimizer
 from ds_blockwise.reduce import ReductionGroups
 from ds_blockwise.schedules import SCHEDULES
+from ds_blockwise.stages import TiedCopy, check_rules, check_tied, rules_matched
 from ds_blockwise.table import Placement, whole_placement
 from ds_blockwise.tagging import tag_with_policy
 
@@ -42,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 OPTIMIZERS: tuple[type[BlockwiseOptimizer], ...] = (BlockwiseAdamW, BlockwiseAdamMini)
 _HOOK = "_configure_optimizer"
+_EARLY_HOOK = "_configure_distributed_model"  # where DeepSpeed first looks at the parameters
 _TAGGED_HERE: WeakSet[nn.Module] = WeakSet()
 
 
@@ -49,7 +52,8 @@ def register() -> None:
     """Make the optimizers and schedules available by name in a DeepSpeed JSON; called by ``import ds_blockwise``.
 
     Idempotent. Adds names to ``torch.optim`` and ``deepspeed.runtime.lr_schedules``, the classes to ZeRO's list of
-    supported optimizers, and a hook around one method of the engine.
+    supported optimizers, and hooks around two methods of the engine; without the second one, only the reason of a
+    refusal would be lost.
 
     Raises:
         ImportError: this DeepSpeed has no such method.
@@ -68,6 +72,18 @@ def register() -> None:
         )
     if getattr(original, "calls_ds_blockwise", False):
         return
+
+    early = getattr(DeepSpeedEngine, _EARLY_HOOK, None)
+    if early is not None:
+
+        @functools.wraps(early)
+        def check_and_configure(self: Any, model: nn.Module) -> None:
+            named = self.optimizer_name() in [optimizer.__name__ for optimizer in OPTIMIZERS]
+            if named or isinstance(self.client_optimizer, BlockwiseOptimizer):
+                check_model(model)
+            early(self, model)
+
+        setattr(DeepSpeedEngine, _EARLY_HOOK, check_and_configure)
 
     @functools.wraps(original)
     def configure_and_attach(self: Any, client_optimizer: Any, model_parameters: Any) -> None:
@@ -95,9 +111,8 @@ def attach(engine: Any) -> None:
         engine: a ``DeepSpeedEngine`` whose basic optimizer is one of ours.
 
     Raises:
-        ValueError: on every rank, if any rank finds an unsupported setting, an unknown parameter or a layout that
-        differs
-            from its peers'.
+        ValueError: on every rank, if any rank finds an unsupported setting, an unknown parameter, a layout that
+            differs from its peers', or a tied weight that another pipeline stage would step otherwise.
     """
     optimizer = engine.basic_optimizer
     if not isinstance(optimizer, BlockwiseOptimizer):
@@ -107,10 +122,13 @@ def attach(engine: Any) -> None:
             f'DeepSpeedCPUAdam; name ours in the JSON\'s "optimizer" instead.'
         )
     stepped: list[Stepped] = []
+    matched: list[bool] = []
+    tied: list[TiedCopy] = []
     tp_group: dist.ProcessGroup | None = None
     failure: Exception | None = None
     try:
         check_config(engine, type(optimizer).__name__)
+        matched = rules_matched(names_in(engine), optimizer.policy)
         specs = _specs(engine, optimizer)
         tp_group = _tp_group(engine, specs)
         stepped = list(_stepped_tensors(engine, optimizer))
@@ -118,9 +136,12 @@ def attach(engine: Any) -> None:
         for item in stepped:
             assert item.tensor is not None  # DeepSpeed's flat tensors exist on every rank, empty ones included
             optimizer.bind(item.tensor, item.placements, ReductionGroups(if_many(item.dp_group), tp_group, device))
+        tied = tied_copies(engine, optimizer, stepped)
     except Exception as error:  # a rank that fails alone would leave the others waiting: all hear of it, all raise
         failure = error
     raise_together(failure)
+    check_rules(matched, optimizer.policy)
+    check_tied(tied)
     peers = if_many(_or_world(engine.seq_data_parallel_group))
     check_agreement(optimizer, stepped, peers, tp_group, "JSON")
     # Not at the top: whichever of our modules is imported first brings DeepSpeed in, and that imports this one.
@@ -130,7 +151,8 @@ def attach(engine: Any) -> None:
     if engine.optimizer is optimizer:
         # DeepSpeed's wrappers skip a step with NaN on all ranks; without a wrapper nobody looks
         device = torch.device(get_accelerator().current_device_name())
-        optimizer.skip_non_finite(ReductionGroups(if_many(_or_world(engine.seq_data_parallel_group)), tp_group, device))
+        everyone = _or_world(None)  # the other stages of a pipeline must skip it too
+        optimizer.skip_non_finite(ReductionGroups(if_many(everyone), None, device))
     if engine.zero_round_robin_gradients() and engine.global_rank == 0:
         logger.warning(
             "round_robin_gradients: training is exact, but DeepSpeed %s mixes up parameters when it converts such a "
@@ -147,7 +169,7 @@ def _specs(engine: Any, optimizer: BlockwiseOptimizer) -> dict[nn.Parameter, Blo
     params = [p for p in module.parameters() if p.requires_grad]
     tagged = [p for p in params if hasattr(p, "block_spec")]
     if not tagged or module in _TAGGED_HERE:
-        tag_with_policy(module, optimizer.policy, engine.param_names)
+        tag_with_policy(module, optimizer.policy, engine.param_names, is_stage=is_staged(engine))
         _TAGGED_HERE.add(module)
     elif len(tagged) < len(params):
         missing = next(engine.param_names.get(p) for p in params if not hasattr(p, "block_spec"))

@@ -27,7 +27,7 @@ from ds_blockwise import checkpoint_files as files
 from ds_blockwise.checkpoint_files import PARTIAL, CheckpointError
 from ds_blockwise.deepspeed_universal import universal_checkpoint_info
 from ds_blockwise.optimizer import BlockwiseOptimizer
-from ds_blockwise.reduce import is_first_rank
+from ds_blockwise.reduce import gather, is_first_rank
 from ds_blockwise.state_record import KEY, settings_of
 
 logger = logging.getLogger(__name__)
@@ -344,10 +344,3 @@ def node_of(engine: Any) -> int:
 def leads(engine: Any) -> bool:
     """Whether this rank makes, renames and removes the folders of its storage."""
     return dist.get_rank() == node_of(engine)
-
-
-def gather(value: Any) -> list[Any]:
-    """What every rank gave, in the order of ranks; a collective over all ranks."""
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered

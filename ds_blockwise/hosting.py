@@ -34,6 +34,19 @@ class Stepped:
     dp_group: dist.ProcessGroup | None
 
 
+def group_of(param: nn.Parameter, optimizer: BlockwiseOptimizer, stepped: Sequence[Stepped]) -> dict[str, Any] | None:
+    """The param group that a model's parameter is stepped in; None if this rank steps nothing of it.
+
+    Args:
+        param: of the model, tagged.
+        optimizer: what steps.
+        stepped: its tensors.
+    """
+    spec = getattr(param, "block_spec", None)
+    holders = {id(item.tensor) for item in stepped if any(p.spec is spec for p in item.placements)}
+    return next((g for g in optimizer.param_groups if any(id(t) in holders for t in g["params"])), None)
+
+
 def tagged_placement(
     param: nn.Parameter, flat_start: int, param_start: int, numel: int, cuts: tuple[int, ...]
 ) -> Placement:

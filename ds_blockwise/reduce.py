@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -101,12 +102,17 @@ def first_error(error: str | None) -> str | None:
     """Collective over all ranks: the error of the lowest rank that has one, with its rank; None if none has."""
     if not (dist.is_available() and dist.is_initialized()):
         return error
-    errors: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    for rank, text in enumerate(errors):
+    for rank, text in enumerate(gather(error)):
         if text is not None:
             return text if error == text else f"rank {rank}: {text}"
     return None
+
+
+def gather(value: Any) -> list[Any]:
+    """Collective over all ranks: what every rank gave, in the order of ranks."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
 
 
 def disagreement(digest: str, group: dist.ProcessGroup | None) -> list[int]:

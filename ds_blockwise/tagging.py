@@ -112,6 +112,8 @@ def tag_with_policy(
     model: nn.Module,
     policy: BlockPolicy,
     names: Mapping[torch.Tensor, str] | None = None,
+    *,
+    is_stage: bool = False,
 ) -> None:
     """`tag_parameters` with parsed settings.
 
@@ -119,6 +121,7 @@ def tag_with_policy(
         model: the module.
         policy: settings.
         names: a host's own names; parameters without one keep the module tree's.
+        is_stage: the module is a part of the model: a rule may match nothing in it (`stages.check_rules`).
 
     Raises:
         ValueError: as `tag_parameters`; every problem of the model in one message.
@@ -126,7 +129,7 @@ def tag_with_policy(
     problems: list[str] = []
     tagged: list[tuple[nn.Parameter, BlockSpec, TensorShard | None]] = []
     every = _named_parameters(model, names)
-    for rule in policy.rules:
+    for rule in () if is_stage else policy.rules:
         if not any(rule.matches(fqn) for named in every for fqn in named.fqns):
             problems.append(f"rule {rule.match!r} matches no parameter of the model")
     for named in every:

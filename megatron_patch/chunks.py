@@ -7,7 +7,7 @@ count from 0 in every chunk, so they are not unique over stages; nothing here re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
 from weakref import WeakSet
@@ -22,6 +22,7 @@ from ds_blockwise.blocks import apply_policy
 from ds_blockwise.naming import canonical_fqn
 from ds_blockwise.optimizer import BlockwiseOptimizer
 from ds_blockwise.policy import BlockPolicy
+from ds_blockwise.stages import TiedCopy, rules_matched, tied_copy
 from ds_blockwise.tagging import tag_with_policy
 
 _WRAPPERS = (DistributedDataParallel, Float16Module)
@@ -46,30 +47,12 @@ def unwrapped(chunk: nn.Module) -> nn.Module:
     return chunk
 
 
-def rules_matched(models: Sequence[nn.Module], policy: BlockPolicy) -> list[bool]:
-    """Per rule of a policy, whether it matches a parameter of these models."""
-    names = [name for model in models for name in _names(model)]
-    return [any(rule.matches(name) for name in names) for rule in policy.rules]
-
-
-def check_rules(matched: Sequence[bool], policy: BlockPolicy) -> None:
-    """Collective over all ranks: every rule must match a parameter of some stage.
-
-    Args:
-        matched: `rules_matched` of this rank's stage.
-        policy: the same on every rank.
-
-    Raises:
-        ValueError: on every rank, naming the rules that match nothing anywhere.
-    """
-    everywhere: list[Sequence[bool]] = [()] * dist.get_world_size()
-    dist.all_gather_object(everywhere, list(matched))
-    for rule, found in zip(policy.rules, zip(*everywhere, strict=True), strict=True):
-        if not any(found):
-            raise ValueError(
-                f"rule {rule.match!r} matches no parameter of any pipeline stage. Correct its pattern; layers are "
-                f"numbered from 0 in every stage."
-            )
+def names_in(models: Sequence[nn.Module]) -> Iterator[str]:
+    """Names of the parameters that rules may match; a copy of a tied embedding has the embedding's."""
+    for model in models:
+        for name, param in model.named_parameters(remove_duplicate=False):
+            # a rule for the copy alone would let it drift away from the embedding
+            yield _EMBEDDING if _is_tied_copy(name, param) else canonical_fqn(name)
 
 
 def tag(models: Sequence[nn.Module], optimizer: BlockwiseOptimizer) -> None:
@@ -105,19 +88,31 @@ def tag(models: Sequence[nn.Module], optimizer: BlockwiseOptimizer) -> None:
         cast("Any", param).block_spec = optimizer.spec_of(spec)
 
 
+def tied_copies(
+    models: Sequence[nn.Module], group_of: Callable[[nn.Parameter], dict[str, Any] | None]
+) -> list[TiedCopy]:
+    """This rank's copies of the embedding that other stages hold as well: tied, or for multi-token prediction.
+
+    Args:
+        models: unwrapped and tagged chunks.
+        group_of: a parameter's param group.
+    """
+    return [
+        tied_copy(_EMBEDDING, dist.get_process_group_ranks(cast("Any", model).embd_group), name, param, group_of(param))
+        for model in models
+        if getattr(model, "embd_group", None) is not None
+        for name, param in model.named_parameters()
+        if getattr(param, "shared_embedding", False)
+    ]
+
+
 def _tag_model(model: nn.Module, policy: BlockPolicy) -> None:
-    here = rules_matched([model], policy)
+    here = rules_matched(names_in([model]), policy)
     used = tuple(rule for rule, matches in zip(policy.rules, here, strict=True) if matches)
     tied: dict[torch.Tensor, str] = {
         param: _EMBEDDING for name, param in model.named_parameters() if _is_tied_copy(name, param)
     }
     tag_with_policy(model, replace(policy, rules=used), tied)
-
-
-def _names(model: nn.Module) -> Iterator[str]:
-    for name, param in model.named_parameters(remove_duplicate=False):
-        # a rule for the copy alone would let it drift away from the embedding
-        yield _EMBEDDING if _is_tied_copy(name, param) else canonical_fqn(name)
 
 
 def _is_tied_copy(name: str, param: nn.Parameter) -> bool:

@@ -8,6 +8,7 @@ and never in ``group["lr"]``, so schedules, ``decoupled_lr``, overrides and resu
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,11 +20,12 @@ from torch import nn
 
 from ds_blockwise.adam_mini import BlockwiseAdamMini
 from ds_blockwise.adamw import BlockwiseAdamW
-from ds_blockwise.hosting import Stepped, check_agreement, raise_together
+from ds_blockwise.hosting import Stepped, check_agreement, group_of, raise_together
 from ds_blockwise.optimizer import BlockwiseOptimizer
 from ds_blockwise.policy import BlockPolicy, suggest
 from ds_blockwise.reduce import ReductionGroups, is_first_rank
 from ds_blockwise.settings import MomentumDtype, check_group
+from ds_blockwise.stages import check_rules, check_tied, rules_matched
 from megatron_patch import chunks, stack, stored
 
 logger = logging.getLogger(__name__)
@@ -86,7 +88,8 @@ def convert_(
 
     Raises:
         ValueError: on every rank: a setting that is not supported (``use_precision_aware_optimizer``,
-            ``optimizer_cpu_offload``, ``use_megatron_fsdp``, ...), an unknown parameter, ranks that differ.
+            ``optimizer_cpu_offload``, ``use_megatron_fsdp``, ...), an unknown parameter, ranks that differ, copies of
+            an embedding on several pipeline stages that would be stepped differently.
         TypeError: a setting or an optimizer of the wrong type.
         ImportError: a version of Megatron-core that lacks names the conversion relies on.
 
@@ -115,16 +118,17 @@ def convert_(
             stack.check_settings(leaf)
         models = [chunks.unwrapped(chunk) for chunk in wrapped]
         policy = BlockPolicy.parse(lr_multipliers, weight_decay_multipliers, granularity, rules)
-        matched = chunks.rules_matched(models, policy)
+        matched = rules_matched(chunks.names_in(models), policy)
     except Exception as error:  # a rank that fails alone would leave the others waiting: all hear of it, all raise
         failure = error
     raise_together(failure)
-    chunks.check_rules(matched, policy)
+    check_rules(matched, policy, "Layers are numbered from 0 in every stage.")
     try:
         conversions = _prepare(leaves, models, KINDS[kind], settings)
     except Exception as error:  # as above
         failure = error
     raise_together(failure)
+    check_tied(chunks.tied_copies(models, functools.partial(_group_of, conversions)))
     for conversion in conversions:
         _compare(conversion, wrapped[0], whole_lists=_all_ranks_hold_all(optimizer))
     for conversion in conversions:
@@ -179,6 +183,11 @@ def _inner(old: Any, kind: type[BlockwiseOptimizer], settings: dict[str, Any]) -
         check_group(group, f"param_groups[{index}].")
     new.param_groups = old.param_groups
     return new
+
+
+def _group_of(conversions: Sequence[_Conversion], param: nn.Parameter) -> dict[str, Any] | None:
+    found = (group_of(param, conversion.inner, conversion.stepped) for conversion in conversions)
+    return next((group for group in found if group is not None), None)
 
 
 def _all_ranks_hold_all(optimizer: Any) -> bool:

@@ -91,7 +91,8 @@ def mpu_adapter() -> MpuAdapter:
 
     Raises:
         ValueError: `parallel_state` isn't initialised, or has context or expert parallelism:
-            DeepSpeed would average gradients over the wrong ranks without noticing.
+            DeepSpeed would average gradients over the wrong ranks without noticing. So it is with experts that
+            are split over another number of tensor-parallel ranks than the other layers.
     """
     if not parallel_state.model_parallel_is_initialized():
         raise ValueError(
@@ -105,6 +106,18 @@ def mpu_adapter() -> MpuAdapter:
         if size != 1:
             raise ValueError(
                 f"{name} = {size}: only 1 is supported under DeepSpeed's data-parallel averaging; "
-                f"call initialize_model_parallel with {name}=1"
+                f"call initialize_model_parallel with {name}=1, or train with Megatron-core's own optimizer and "
+                f"megatron_patch.convert_"
             )
+    tp, etp = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_expert_tensor_parallel_world_size(),
+    )
+    if etp != tp:
+        raise ValueError(
+            f"expert_tensor_parallel_size = {etp}, tensor_model_parallel_size = {tp}: experts would be replicated over "
+            f"other ranks than the data-parallel group over which DeepSpeed averages all gradients; call "
+            f"initialize_model_parallel with expert_tensor_parallel_size={tp}, or train with Megatron-core's own "
+            f"optimizer and megatron_patch.convert_"
+        )
     return MpuAdapter()

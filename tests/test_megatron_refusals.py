@@ -115,12 +115,19 @@ def _other_shards(run: Run, arguments: dict[str, Any]) -> None:
         buffer.param_index_map[param] = (start + 64, end + 64, bucket)
 
 
+def _other_copy(run: Run, arguments: dict[str, Any]) -> None:
+    from ds_blockwise import tag_parameters
+
+    tag_parameters(run.model, lr_multipliers={"emb": 4})
+
+
 SPOILS: dict[str, Spoil] = {
     "precision_aware": _setting("use_precision_aware_optimizer", True),
     "cpu_offload": _setting("optimizer_cpu_offload", True),
     "l2": _setting("decoupled_weight_decay", False),
     "sgd": _setting("optimizer", "sgd"),
     "fsdp": _fsdp,
+    "other_copy": _other_copy,
     "unknown_class": _unknown_class,
     "twice": _twice,
     "stepped": _stepped,
@@ -152,6 +159,15 @@ CASES: dict[str, tuple[int, Case]] = {
     "kind": (2, Case("kind", "ValueError", ("BlockwiseAdamMinni", "did you mean 'BlockwiseAdamMini'"))),
     "multiplier": (2, Case("multiplier", "ValueError", ("emd", "emb"))),
     "unused_rule": (2, Case("unused_rule", "ValueError", ("no such layer", "any pipeline stage"), True)),
+    "other_copy": (
+        2,
+        Case(
+            "other_copy",
+            "ValueError",
+            ("tied weight 'embedding.word_embeddings.weight'", "lr x10", "'output_layer.weight' as embedding (lr x4"),
+            stack=Stack(stock=True, pp=2, tied=True),
+        ),
+    ),
     "disagree-data": (2, Case("disagree", "ValueError", ("data-parallel ranks [1]", "settings"))),
     "disagree-tensor": (
         2,
