@@ -8,6 +8,7 @@ _REFUSED = "test_bad_input.py::test_every_rank_gets_the_error_within_seconds"
 PLAIN = "PyTorch alone"
 DEEPSPEED = "DeepSpeed"
 MEGATRON_DEEPSPEED = "DeepSpeed with a Megatron-core model"
+PIPELINE = "DeepSpeed's PipelineModule"
 MEGATRON = "Megatron-core's own optimizers (`megatron_patch.convert_`)"
 TRAINER = "Hugging Face Trainer and Accelerate (with DeepSpeed)"
 KERNELS = "Kernels"
@@ -58,6 +59,17 @@ ROWS: tuple[Row, ...] = (
     works(DEEPSPEED, "resume at the same topology, bitwise", "test_resume.py::*"),
     works(DEEPSPEED, "checkpoints at another topology", "test_reshard.py::*"),
     works(MEGATRON_DEEPSPEED, "tensor parallelism 2, ZeRO-0 to 3", "test_tensor_parallel.py::*[fed-gqa-*-{o}-tp2-*]"),
+    works(
+        MEGATRON_DEEPSPEED,
+        "experts, each rank holding all",
+        "test_pipeline.py::test_experts_of_megatron[experts-z1-{o}-dp2]",
+    ),
+    refused(
+        MEGATRON_DEEPSPEED,
+        "expert parallelism",
+        "expert parallelism of Megatron-core",
+        "test_pipeline.py::test_experts_of_megatron[experts-z1-{o}-dp2]",
+    ),
     works(TRAINER, "Trainer, `auto` values, against a plain loop", "test_hf_trainer.py::*plain_loop-{O}-whole*"),
     works(TRAINER, "Trainer, resume, bitwise", "test_hf_trainer.py::*resumes_bitwise-{O}-whole*"),
     works(TRAINER, "PEFT (LoRA), frozen base", "test_hf_trainer.py::*plain_loop-{O}-lora*"),
@@ -73,6 +85,42 @@ ROWS: tuple[Row, ...] = (
         (Works(("test_hf_trainer.py::*accelerate_keeps*",)),) * 2,
     ),
     works(
+        PIPELINE,
+        "2 stages: ZeRO-0 fp32 and bf16, ZeRO-1, `BF16_Optimizer`",
+        "test_pipeline.py::test_values_of_a_pipeline[values-*-{o}-pp2-dp1]",
+    ),
+    works(PIPELINE, "2 stages x dp 2", "test_pipeline.py::test_values_of_a_pipeline[values-*-{o}-pp2-dp2]"),
+    works(
+        PIPELINE,
+        "tied embeddings, copies bit-identical after 24 steps",
+        "test_pipeline.py::test_training_keeps_tied_copies_alike[training-*-{o}-*]",
+    ),
+    works(
+        PIPELINE,
+        "2 stages x tensor parallelism 2",
+        "test_pipeline.py::test_tensor_parallel_layers_in_a_pipeline[grid-{o}-tp2-pp2]",
+    ),
+    works(PIPELINE, "save, resume bitwise", "test_pipeline.py::test_checkpoints_of_a_pipeline[checkpoint-*-{o}-*]"),
+    refused(
+        PIPELINE,
+        "ZeRO-2, ZeRO-3",
+        "DeepSpeed's pipeline engine works with ZeRO stage 0 and 1 only",
+        "test_pipeline.py::test_what_stages_must_agree_on[stages-pp2-dp1]",
+    ),
+    refused(
+        PIPELINE,
+        "tied weights that stages would step differently",
+        "would be stepped differently and drift apart",
+        "test_pipeline.py::test_what_stages_must_agree_on[tied-pp2-dp1]",
+    ),
+    refused(
+        PIPELINE,
+        "`ds-blockwise convert`",
+        "pipeline-parallel run (PipelineModule)",
+        "test_pipeline.py::test_checkpoints_of_a_pipeline*",
+    ),
+    untested(PIPELINE, "CPU offload, fp16, more than 2 stages", "no case"),
+    works(
         MEGATRON,
         "`FP32Optimizer`, `Float16Optimizer`, dp 2",
         "test_megatron_optimizer.py::test_values[values-plain-*-{o}-tp1-pp1-dp2]",
@@ -80,6 +128,47 @@ ROWS: tuple[Row, ...] = (
     works(
         MEGATRON, "`DistributedOptimizer`, dp 2", "test_megatron_optimizer.py::test_values[values-distributed-*-{o}-*]"
     ),
+    Row(
+        MEGATRON,
+        "one query group, tensor parallelism 1, 2 and 4",
+        (
+            Untested("no case of its own; its update is element-wise"),
+            Works(("test_megatron_experts.py::test_one_query_group*",)),
+        ),
+    ),
+    works(
+        MEGATRON,
+        "pipeline parallelism 2, tied embeddings",
+        "test_megatron_optimizer.py::test_tied_embeddings_on_two_stages[pipeline-*-{o}-*]",
+    ),
+    works(
+        MEGATRON,
+        "pipeline parallelism 2, multi-token prediction",
+        "test_megatron_experts.py::test_copies_of_the_embedding[mtp-*-{o}-*]",
+    ),
+    works(
+        MEGATRON,
+        "virtual pipeline stages",
+        "test_megatron_experts.py::test_copies_of_the_embedding[virtual-*-{o}-*]",
+    ),
+    works(MEGATRON, "expert parallelism 2", "test_megatron_experts.py::test_experts[experts-*-{o}-ep2-*]"),
+    Row(
+        MEGATRON,
+        "expert tensor parallelism 2",
+        (Untested("no case of its own; its update is element-wise"), Works(("test_megatron_experts.py::*etp2*",))),
+    ),
+    works(
+        MEGATRON,
+        "context parallelism 2 (gradients fed: Megatron-core's CPU attention has none)",
+        "test_megatron_experts.py::test_context_parallel_ranks_share_shards[context-*-{o}-*]",
+    ),
+    works(
+        MEGATRON,
+        "checkpoints: dp_reshardable, fully_reshardable, torch",
+        "test_megatron_checkpoint.py::test_a_resumed_run_goes_on_exactly[resume-*-{o}-*]",
+    ),
+    untested(MEGATRON, "alltoall dispatcher, grouped experts", "need CUDA streams, Transformer Engine or grouped_gemm"),
+    untested(MEGATRON, "Transformer Engine layers", "need a GPU; tags and shards are tested on stand-ins"),
     refused(
         MEGATRON,
         "precision-aware optimizer",
