@@ -23,6 +23,26 @@ def check_config(engine: Any, optimizer: str) -> None:
         raise ValueError(f"{optimizer} does not support this DeepSpeed configuration:\n{listed}")
 
 
+def check_clipping(engine: Any, tp: int) -> None:
+    """Refuse gradient clipping where DeepSpeed's norm is wrong.
+
+    Args:
+        engine: a ``DeepSpeedEngine`` with its optimizer built.
+        tp: its tensor-parallel size.
+
+    Raises:
+        ValueError: ZeRO stage 0 in 16 bit with several tensor-parallel ranks (``unfused_optimizer.py`` asks gradients,
+            not parameters, whether they are split, and leaves out all but the first rank's).
+    """
+    clip = float(engine.gradient_clipping())
+    if tp > 1 and clip > 0 and type(engine.optimizer).__name__ == "FP16_UnfusedOptimizer":
+        raise ValueError(
+            f'"gradient_clipping": {clip} (1.0 if not set) at ZeRO stage 0 in 16 bit with {tp} tensor-parallel ranks: '
+            f"DeepSpeed's norm there counts the first rank's gradients only, with any optimizer. Use ZeRO stage 1, or "
+            f'"gradient_clipping": 0.'
+        )
+
+
 def _problems(engine: Any, optimizer: str) -> Iterator[str]:
     mini = optimizer == "BlockwiseAdamMini"
     offload = engine.zero_offload_optimizer()

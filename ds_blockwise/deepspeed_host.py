@@ -30,7 +30,8 @@ from torch import nn
 from ds_blockwise.adam_mini import BlockwiseAdamMini
 from ds_blockwise.adamw import BlockwiseAdamW
 from ds_blockwise.blocks import BlockSpec
-from ds_blockwise.deepspeed_checks import check_config
+from ds_blockwise.deepspeed_autotp import check_replicas, with_empty_shards
+from ds_blockwise.deepspeed_checks import check_clipping, check_config
 from ds_blockwise.hosting import Stepped, check_agreement, if_many, raise_together, tagged_placement, window
 from ds_blockwise.optimizer import BlockwiseOptimizer
 from ds_blockwise.reduce import ReductionGroups
@@ -112,11 +113,13 @@ def attach(engine: Any) -> None:
         specs = _specs(engine, optimizer)
         tp_group = _tp_group(engine, specs)
         stepped = list(_stepped_tensors(engine, optimizer))
-        device = torch.device(get_accelerator().current_device_name())
-        for item in stepped:
-            assert item.tensor is not None  # DeepSpeed's flat tensors exist on every rank, empty ones included
-            optimizer.bind(item.tensor, item.placements, ReductionGroups(if_many(item.dp_group), tp_group, device))
     except Exception as error:  # a rank that fails alone would leave the others waiting: all hear of it, all raise
+        failure = error
+    raise_together(failure)
+    stepped = with_empty_shards(stepped, list(specs), tp_group)
+    try:
+        _bind(optimizer, stepped, tp_group)
+    except Exception as error:  # as above
         failure = error
     raise_together(failure)
     peers = if_many(_or_world(engine.seq_data_parallel_group))
@@ -135,6 +138,16 @@ def attach(engine: Any) -> None:
             "run to a universal checkpoint. Resume with the same number of ranks, or set it to false.",
             deepspeed.__version__,
         )
+
+
+def _bind(optimizer: BlockwiseOptimizer, stepped: list[Stepped], tp_group: dist.ProcessGroup | None) -> None:
+    device = torch.device(get_accelerator().current_device_name())
+    for item in stepped:
+        groups = ReductionGroups(if_many(item.dp_group), tp_group, device)
+        if item.tensor is None:
+            optimizer.bind_absent(item.placements, groups, device)
+        else:
+            optimizer.bind(item.tensor, item.placements, groups)
 
 
 # --------------------------------------------------------------------------- parameters
@@ -293,9 +306,13 @@ def _tp_group(engine: Any, specs: Mapping[nn.Parameter, BlockSpec]) -> dist.Proc
     if size > 1 and not shards:
         raise ValueError(
             f"the tensor-parallel size is {size}, but no parameter is known to be split. For a Megatron-core model "
-            f"import megatron_patch before deepspeed.initialize; other tensor-parallel models (AutoTP) are not "
-            f"supported by this version."
+            f'import megatron_patch before deepspeed.initialize; with "tensor_parallel": {{"autotp_size": {size}}} '
+            f"DeepSpeed must know the model's layers, or its partition_config match them; other tensor-parallel layers "
+            f"need a ds_blockwise.readers.ModuleReader."
         )
+    if size > 1:
+        check_replicas(engine.module, engine.param_names)
+        check_clipping(engine, size)
     for param, shard in shards.items():
         if len(shard.chunks) != size:
             raise ValueError(

@@ -46,6 +46,7 @@ ORDER = [
     "hosting",
     "schedules",
     "report",
+    "shard_roles",
     "module_facts",
     "readers",
     "tagging",
@@ -60,6 +61,7 @@ ORDER = [
     "deepspeed_save",
     "deepspeed_checkpoint",
     "deepspeed_checks",
+    "deepspeed_autotp",
     "deepspeed_host",
     "import_hook",
     "__init__",
@@ -68,7 +70,14 @@ ORDER = [
     "cli",
 ]
 ALLOWED = {
-    "torch.distributed": {"reduce", "hosting", "deepspeed_host", "deepspeed_portable", "deepspeed_save"},
+    "torch.distributed": {
+        "reduce",
+        "hosting",
+        "deepspeed_autotp",
+        "deepspeed_host",
+        "deepspeed_portable",
+        "deepspeed_save",
+    },
     "deepspeed": {
         "deepspeed_files",
         "deepspeed_portable",
