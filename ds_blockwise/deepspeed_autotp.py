@@ -118,29 +118,39 @@ def _shard_of(
     return TensorShard(whole, dim, rank, tuple(chunks))
 
 
-def check_replicas(model: nn.Module, names: Mapping[torch.Tensor, str]) -> None:
-    """Refuse norms of heads whose gradient nobody sums.
-
-    They are whole on every rank but see the rank's own heads only, so each rank would train another copy. AutoTP sums
-    their gradients where a model's own plan says so, and forgets it under a ``partition_config``.
+def check_splits(model: nn.Module, names: Mapping[torch.Tensor, str], zero_stage: int) -> None:
+    """Refuse what AutoTP would train wrongly, or not at all, with any optimizer.
 
     Args:
-        model: after AutoTP.
+        model: after AutoTP, tagged.
         names: the engine's names of its parameters.
+        zero_stage: of the engine.
 
     Raises:
-        ValueError: naming the parameters and what to write.
+        ValueError: norms of heads whose gradient nobody sums: they are whole on every rank but see the rank's own
+            heads only, so each rank would train another copy. Or ranks without any part of a weight at ZeRO-3.
     """
     found = list(_unsummed_norms(model))
-    if not found:
-        return
-    listed = ", ".join(names.get(p, "?") for p in found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
-    raise ValueError(
-        f"{listed}: norms of attention heads, which every tensor-parallel rank holds whole and applies to its own "
-        f"heads. AutoTP sums their gradients only if it is told to, so with any optimizer the ranks' copies drift "
-        f"apart. Remove the partition_config if the model has a plan of its own, or add to its layer_specs: "
-        f'{{"patterns": [".*_norm\\\\.weight$"], "partition_type": "skip", "grad_allreduce": true}}'
-    )
+    if found:
+        raise ValueError(
+            f"{_few(found, names)}: norms of attention heads, which every tensor-parallel rank holds whole and applies "
+            f"to its own heads. AutoTP sums their gradients only if it is told to, so with any optimizer the ranks' "
+            f"copies drift apart. Remove the partition_config if the model has a plan of its own, or add to its "
+            f'layer_specs: {{"patterns": [".*_norm\\\\.weight$"], "partition_type": "skip", "grad_allreduce": true}}'
+        )
+    shards = ((p, getattr(p, "block_shard", None)) for p in model.parameters())
+    empty = [p for p, shard in shards if shard is not None and not all(shard.chunks)]
+    if empty and zero_stage == 3:
+        raise ValueError(
+            f"{_few(empty, names)}: some tensor-parallel ranks hold no part of it (more ranks than key and value "
+            f"heads), which DeepSpeed's ZeRO-3 cannot gather, with any optimizer. Use ZeRO stage 2 or fewer "
+            f"tensor-parallel ranks."
+        )
+
+
+def _few(params: Sequence[nn.Parameter], names: Mapping[torch.Tensor, str]) -> str:
+    more = f" and {len(params) - 3} more" if len(params) > 3 else ""
+    return ", ".join(repr(names.get(p, "?")) for p in params[:3]) + more
 
 
 def _unsummed_norms(model: nn.Module) -> Iterator[nn.Parameter]:

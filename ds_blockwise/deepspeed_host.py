@@ -30,7 +30,7 @@ from torch import nn
 from ds_blockwise.adam_mini import BlockwiseAdamMini
 from ds_blockwise.adamw import BlockwiseAdamW
 from ds_blockwise.blocks import BlockSpec
-from ds_blockwise.deepspeed_autotp import check_replicas, with_empty_shards
+from ds_blockwise.deepspeed_autotp import check_splits, with_empty_shards
 from ds_blockwise.deepspeed_checks import check_clipping, check_config
 from ds_blockwise.hosting import Stepped, check_agreement, if_many, raise_together, tagged_placement, window
 from ds_blockwise.optimizer import BlockwiseOptimizer
@@ -311,7 +311,7 @@ def _tp_group(engine: Any, specs: Mapping[nn.Parameter, BlockSpec]) -> dist.Proc
             f"need a ds_blockwise.readers.ModuleReader."
         )
     if size > 1:
-        check_replicas(engine.module, engine.param_names)
+        check_splits(engine.module, engine.param_names, engine.zero_optimization_stage())
         check_clipping(engine, size)
     for param, shard in shards.items():
         if len(shard.chunks) != size:

@@ -34,6 +34,7 @@ class Case:
     steps: int = 3
     config: dict[str, Any] = field(default_factory=dict)
     zero: dict[str, Any] = field(default_factory=dict)
+    params: dict[str, Any] = field(default_factory=dict)  # of the optimizer
     granularity: dict[str, str] = field(default_factory=dict)
     oracle_multipliers: dict[str, float] = field(default_factory=dict)
     zero_init: bool = False
@@ -55,7 +56,8 @@ def config_of(case: Case) -> dict[str, Any]:
             "weight_decay_multipliers": DECAY_MULTIPLIERS,
             "granularity": case.granularity,
             "backend": case.backend,
-        },
+        }
+        | case.params,
         zero=dict(case.zero),
         **({"gradient_clipping": case.clip} if case.clip else {}),
         **parallel,
@@ -67,12 +69,13 @@ def config_of(case: Case) -> dict[str, Any]:
 def engine_of(context: Any, case: Case, *, feed: bool = True) -> Iterator[SimpleNamespace]:
     """An engine after AutoTP; AutoTP replaces modules, so names and the feed are taken from what it leaves."""
     config = config_of(case)
+    shapes = shapes_of(case.model)  # imports the model's file, which zero.Init must not see
     with open_engine(config, lambda: _build(case, config), feed=False) as run:
         run.model = run.engine.module
         run.names = {id(p): name for name, p in run.model.named_parameters()}
         run.feed = Feed(run.model) if feed else None
         run.tp, run.tp_rank, run.dp_rank = case.tp, context.rank % case.tp, context.rank // case.tp
-        run.shapes = shapes_of(case.model)
+        run.shapes = shapes
         run.cut = partial(cut, case.model, size=case.tp)
         yield run
 

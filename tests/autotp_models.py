@@ -23,6 +23,7 @@ _COMMON = {
     "max_position_embeddings": 32,
     "tie_word_embeddings": False,
     "attn_implementation": "eager",
+    "pad_token_id": None,
 }
 _LLAMA = {"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
 _GQA = {"hidden_size": 15, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6}
@@ -80,6 +81,7 @@ _GLM = _specs(
     rows=r".*(?:self_attn\.o_proj|mlp\.down_proj)\.weight$",
 )
 _ATTENTION_ONLY = _specs((r".*self_attn\.[qkv]_proj\.weight$", {}), rows=r".*self_attn\.o_proj\.weight$", norms=True)
+_NO_NORMS = _specs((r".*self_attn\.[qkv]_proj\.weight$", {}), rows=r".*self_attn\.o_proj\.weight$")
 _ROWS = {"vocab_size": 38, "intermediate_size": 14}
 
 MODELS: dict[str, Model] = {
@@ -92,11 +94,13 @@ MODELS: dict[str, Model] = {
     "mqa": Model("Mistral", {**_GQA, "num_key_value_heads": 1}, {}),
     # three key heads on two ranks: two thirds and a third of the heads
     "thirds": Model("Mistral", {**_GQA, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 4}, {}),
-    "neox": Model(
-        "GPTNeoX", {"hidden_size": 20, "num_attention_heads": 4}, {}
-    ),
+    "neox": Model("GPTNeoX", {"hidden_size": 20, "num_attention_heads": 4}, {}),
     "glm": Model("Glm4", {**_GQA, "attention_bias": True}, _GLM, head_is_split=False, biases=True),
     "attention": Model("Qwen3", _GQA, _ATTENTION_ONLY, head_is_split=False, qk_norms=True),
+    # AutoTP's patterns cut Persimmon's rows as if queries, keys and values were not mixed head by head
+    "persimmon": Model("Persimmon", {"hidden_size": 24, "num_attention_heads": 4}, {}),
+    "unsummed": Model("Qwen3", _GQA, _NO_NORMS),
+    "nothing": Model("Qwen2", _LLAMA, _specs((r"no_such_layer", {}), rows="none")),
     "tied": Model("Mistral", {**_GQA, "tie_word_embeddings": True}, {}),
 }
 
@@ -136,7 +140,7 @@ def cut(model: str, name: str, full: Tensor, rank: int, size: int = 2, *, gradie
         return _piece(full, _near_even(full.shape[0], size), rank, 0)
     if leaf == "gate_up_proj":  # its part of gate, then its part of up
         return torch.cat([_piece(half, _near_even(half.shape[0], size), rank, 0) for half in full.chunk(2)])
-    if leaf == "lm_head" and spec.head_is_split or model == "tied" and leaf == "embed_tokens":
+    if (leaf == "lm_head" and spec.head_is_split) or (model == "tied" and leaf == "embed_tokens"):
         return _piece(full, _near_even(full.shape[0], size), rank, 0)
     return full
 

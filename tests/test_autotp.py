@@ -130,7 +130,7 @@ def _names(*kinds: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def outcome(request: pytest.FixtureRequest) -> Outcome:
-    return fleet_outcome(request, run_case, CASES, per_spawn=16)
+    return fleet_outcome(request, run_case, CASES, per_spawn=40)
 
 
 @pytest.mark.parametrize("name", _names("values", "bf16_optimizer", "sub_groups", "zero_init"))

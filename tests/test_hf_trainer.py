@@ -44,8 +44,8 @@ class Tokens(torch.utils.data.Dataset[dict[str, Tensor]]):
         return {"input_ids": tokens, "labels": tokens}
 
 
-def run_trainer(context: RankContext, folder: str, resume: bool) -> dict[str, Any]:
-    """Trains on every rank; returns rank-local facts of the end."""
+def run_trainer(context: RankContext, folder: str, resume: bool, more: dict[str, Any]) -> dict[str, Any]:
+    """Trains on every rank with ``more`` in the JSON; returns rank-local facts of the end."""
     prepare_deepspeed()
     # Accelerate insists on an address although the process group is there already
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
@@ -57,7 +57,7 @@ def run_trainer(context: RankContext, folder: str, resume: bool) -> dict[str, An
     torch.manual_seed(3)
     arguments = transformers.TrainingArguments(
         output_dir=folder,
-        deepspeed=JSON,
+        deepspeed=JSON | more,
         max_steps=STEPS,
         save_steps=SAVED,
         per_device_train_batch_size=2,
@@ -82,6 +82,7 @@ def run_trainer(context: RankContext, folder: str, resume: bool) -> dict[str, An
         "group": {k: v for k, v in optimizer.param_groups[0].items() if k != "params"},
         "steps": sorted({int(state["step"]) for state in optimizer.state.values()}),
         "multiplier": engine.module.model.embed_tokens.weight.block_spec.parts[0].lr_multiplier,
+        "is_split": engine.module.model.layers[0].mlp.down_proj.weight.block_shard is not None,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
     }
     engine.destroy()
@@ -89,12 +90,14 @@ def run_trainer(context: RankContext, folder: str, resume: bool) -> dict[str, An
     return facts
 
 
-def test_trainer_uses_the_json_and_resumes_bitwise(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [{}, {"tensor_parallel": {"autotp_size": 2}}], ids=["dp2", "autotp2"])
+def test_trainer_uses_the_json_and_resumes_bitwise(tmp_path: Path, more: dict[str, Any]) -> None:
     """``auto`` left in a hyper-parameter, or a resume that starts the moments again, would train another model."""
-    whole = run_distributed(run_trainer, 2, str(tmp_path / "run"), False)
-    again = run_distributed(run_trainer, 2, str(tmp_path / "run"), True)
+    whole = run_distributed(run_trainer, 2, str(tmp_path / "run"), False, more)
+    again = run_distributed(run_trainer, 2, str(tmp_path / "run"), True, more)
     for one, two in zip(whole, again, strict=True):
         assert one["optimizer"] == two["optimizer"] == "BlockwiseAdamMini"
+        assert one["is_split"] == two["is_split"] == bool(more)
         assert one["steps"] == two["steps"] == [STEPS]
         assert one["multiplier"] == 5.0
         assert one["group"] == two["group"]
