@@ -49,6 +49,7 @@ def run_trainer(context: RankContext, folder: str, resume: bool, more: dict[str,
     prepare_deepspeed()
     # Accelerate insists on an address although the process group is there already
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    import accelerate
     import models
     import transformers
 
@@ -69,6 +70,9 @@ def run_trainer(context: RankContext, folder: str, resume: bool, more: dict[str,
         disable_tqdm=True,
         logging_steps=1,
     )
+    # Accelerate asks the accelerator's own backend how many processes there are, and a CPU has none
+    state = accelerate.PartialState()
+    state.num_processes, state.process_index = context.world_size, context.rank
     trainer = transformers.Trainer(model=models.llama(), args=arguments, train_dataset=Tokens())
     checkpoint = f"{folder}/checkpoint-{SAVED}" if resume else None
     trainer.train(resume_from_checkpoint=checkpoint)
