@@ -7,6 +7,37 @@ from collections.abc import Iterator
 from typing import Any
 
 
+def check_experts(engine: Any, model_parameters: Any) -> None:
+    """Refuse param groups that DeepSpeed cannot train MoE layers with, before the optimizer is built.
+
+    Args:
+        engine: a ``DeepSpeedEngine`` that has looked for MoE layers.
+        model_parameters: what the user gave to ``deepspeed.initialize``: parameters or dicts, or an optimizer's groups.
+
+    Raises:
+        ValueError: experts in a group with other parameters, or ZeRO stage 3.
+    """
+    if not engine.has_moe_layers:
+        return
+    if engine.zero_optimization_stage() == 3 and any(type(m).__name__ == "MoE" for m in engine.module.modules()):
+        raise ValueError(
+            "DeepSpeed's MoE layers cannot be trained at ZeRO stage 3: its experts lie on other ranks than the other "
+            "parameters. Use ZeRO stage 1 or 2."
+        )
+    groups = [group for group in model_parameters or () if isinstance(group, dict)]
+    marked = any("moe" in group for group in groups)
+    for index, group in enumerate(groups):
+        experts = [not getattr(param, "allreduce", True) for param in group["params"]]
+        mixed = any(experts) and not (group.get("moe") and all(experts))
+        if mixed and (marked or "name" not in group):
+            raise ValueError(
+                f"param group {index} holds experts of MoE layers, which other ranks do not have, and is not marked "
+                f'"moe": true with the "name" of their group. Give deepspeed.initialize plain parameters, or groups '
+                f"from deepspeed.moe.utils.split_params_into_different_moe_groups_for_optimizer, each given a "
+                f'"name" before.'
+            )
+
+
 def check_config(engine: Any, optimizer: str) -> None:
     """Refuse what cannot work, before the optimizer is built.
 
@@ -24,23 +55,28 @@ def check_config(engine: Any, optimizer: str) -> None:
 
 
 def check_clipping(engine: Any, tp: int) -> None:
-    """Refuse gradient clipping where DeepSpeed's norm is wrong.
+    """Refuse gradient clipping where DeepSpeed's norm is wrong: ZeRO stage 0 in 16 bit (``unfused_optimizer.py``).
 
     Args:
         engine: a ``DeepSpeedEngine`` with its optimizer built.
         tp: its tensor-parallel size.
 
     Raises:
-        ValueError: ZeRO stage 0 in 16 bit with several tensor-parallel ranks (``unfused_optimizer.py`` asks gradients,
-            not parameters, whether they are split, and leaves out all but the first rank's).
+        ValueError: with several tensor-parallel ranks (gradients are asked, not parameters, whether they are split, and
+            all but the first rank's left out), or with MoE layers.
     """
     clip = float(engine.gradient_clipping())
-    if tp > 1 and clip > 0 and type(engine.optimizer).__name__ == "FP16_UnfusedOptimizer":
+    if clip <= 0 or type(engine.optimizer).__name__ != "FP16_UnfusedOptimizer":
+        return
+    where = f'"gradient_clipping": {clip} (1.0 if not set) at ZeRO stage 0 in 16 bit with'
+    what_to_do = 'with any optimizer. Use ZeRO stage 1, or "gradient_clipping": 0.'
+    if tp > 1:
         raise ValueError(
-            f'"gradient_clipping": {clip} (1.0 if not set) at ZeRO stage 0 in 16 bit with {tp} tensor-parallel ranks: '
-            f"DeepSpeed's norm there counts the first rank's gradients only, with any optimizer. Use ZeRO stage 1, or "
-            f'"gradient_clipping": 0.'
+            f"{where} {tp} tensor-parallel ranks: DeepSpeed's norm there counts the first rank's gradients only, "
+            f"{what_to_do}"
         )
+    if engine.has_moe_layers:
+        raise ValueError(f"{where} MoE layers: DeepSpeed's norm there leaves out all experts, {what_to_do}")
 
 
 def _problems(engine: Any, optimizer: str) -> Iterator[str]:

@@ -31,7 +31,7 @@ from ds_blockwise.adam_mini import BlockwiseAdamMini
 from ds_blockwise.adamw import BlockwiseAdamW
 from ds_blockwise.blocks import BlockSpec
 from ds_blockwise.deepspeed_autotp import check_splits, with_empty_shards
-from ds_blockwise.deepspeed_checks import check_clipping, check_config
+from ds_blockwise.deepspeed_checks import check_clipping, check_config, check_experts
 from ds_blockwise.hosting import Stepped, check_agreement, if_many, raise_together, tagged_placement, window
 from ds_blockwise.optimizer import BlockwiseOptimizer
 from ds_blockwise.reduce import ReductionGroups
@@ -75,8 +75,10 @@ def register() -> None:
         names = [optimizer.__name__ for optimizer in OPTIMIZERS]
         if isinstance(client_optimizer, BlockwiseOptimizer):
             check_config(self, type(client_optimizer).__name__)
+            check_experts(self, client_optimizer.param_groups if self.zero_optimization() else None)
         elif client_optimizer is None and self.optimizer_name() in names:
             check_config(self, self.optimizer_name())
+            check_experts(self, model_parameters)
         original(self, client_optimizer, model_parameters)
         if isinstance(self.basic_optimizer, BlockwiseOptimizer):
             attach(self)
@@ -303,6 +305,7 @@ def _tp_group(engine: Any, specs: Mapping[nn.Parameter, BlockSpec]) -> dist.Proc
     # the *tensor* parallel group: a pipeline grid's "model parallel" group spans the stages as well
     group = None if engine.mpu is None else if_many(bwc_tensor_model_parallel_group(engine.mpu))
     size = 1 if group is None else dist.get_world_size(group)
+    check_clipping(engine, size)
     if size > 1 and not shards:
         raise ValueError(
             f"the tensor-parallel size is {size}, but no parameter is known to be split. For a Megatron-core model "
@@ -312,7 +315,6 @@ def _tp_group(engine: Any, specs: Mapping[nn.Parameter, BlockSpec]) -> dist.Proc
         )
     if size > 1:
         check_splits(engine.module, engine.param_names, engine.zero_optimization_stage())
-        check_clipping(engine, size)
     for param, shard in shards.items():
         if len(shard.chunks) != size:
             raise ValueError(

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
+from deepspeed.utils import groups
 from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size, bwc_tensor_model_parallel_world_size
 
 from ds_blockwise import checkpoint_files as files
@@ -55,6 +56,7 @@ def topology_of(engine: Any) -> dict[str, Any]:
         "wrapper": type(engine.optimizer).__name__ if engine.optimizer is not engine.basic_optimizer else "none",
         "dtype": "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32",
         "offload": device,
+        "ep": int(groups._get_max_expert_size() or 1) if engine.has_moe_layers else 1,
     }
 
 
