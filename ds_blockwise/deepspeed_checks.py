@@ -6,6 +6,41 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch.distributed as dist
+
+
+def tensor_parallel_mpu(engine: Any) -> Any | None:
+    """The engine's ``mpu`` if it says how tensors are split, else None.
+
+    That of DeepSpeed's Ulysses (``parallel_state_sp``) calls sequence-parallel ranks, which hold the same tensors,
+    model-parallel.
+    """
+    return None if hasattr(engine.mpu, "initialize_sequence_parallel") else engine.mpu
+
+
+def check_sequence_parallel(engine: Any) -> None:
+    """Refuse sequence parallelism whose ranks do not share their gradients.
+
+    Args:
+        engine: a ``DeepSpeedEngine`` with its process groups.
+
+    Raises:
+        ValueError: the JSON's ``sequence_parallel_size`` and ``data_parallel_size`` (or ``mesh_param``) made the
+            groups: DeepSpeed then averages over data-parallel ranks only.
+    """
+    if int(getattr(engine, "sequence_parallel_size", 1)) <= 1:
+        return
+    group = engine.seq_data_parallel_group
+    averaged = set(range(dist.get_world_size()) if group is None else dist.get_process_group_ranks(group))
+    if not averaged.issuperset(dist.get_process_group_ranks(engine.seq_parallel_group)):
+        raise ValueError(
+            f'"sequence_parallel_size": {engine.sequence_parallel_size} with "data_parallel_size" (or mesh_param): '
+            f"DeepSpeed then averages gradients over ranks {sorted(averaged)} only, and each rank's are those of its "
+            f"own part of the sequence, so with any optimizer the ranks drift apart. Remove both and pass "
+            f"mpu=UlyssesSPAttentionHF.register_with_transformers(...), or deepspeed.runtime.sequence_parallel."
+            f"parallel_state_sp after its initialize_sequence_parallel({engine.sequence_parallel_size})."
+        )
+
 
 def check_experts(engine: Any, model_parameters: Any) -> None:
     """Refuse param groups that DeepSpeed cannot train MoE layers with, before the optimizer is built.

@@ -31,7 +31,13 @@ from ds_blockwise.adam_mini import BlockwiseAdamMini
 from ds_blockwise.adamw import BlockwiseAdamW
 from ds_blockwise.blocks import BlockSpec
 from ds_blockwise.deepspeed_autotp import check_splits, with_empty_shards
-from ds_blockwise.deepspeed_checks import check_clipping, check_config, check_experts
+from ds_blockwise.deepspeed_checks import (
+    check_clipping,
+    check_config,
+    check_experts,
+    check_sequence_parallel,
+    tensor_parallel_mpu,
+)
 from ds_blockwise.hosting import Stepped, check_agreement, if_many, raise_together, tagged_placement, window
 from ds_blockwise.optimizer import BlockwiseOptimizer
 from ds_blockwise.reduce import ReductionGroups
@@ -112,6 +118,7 @@ def attach(engine: Any) -> None:
     failure: Exception | None = None
     try:
         check_config(engine, type(optimizer).__name__)
+        check_sequence_parallel(engine)
         specs = _specs(engine, optimizer)
         tp_group = _tp_group(engine, specs)
         stepped = list(_stepped_tensors(engine, optimizer))
@@ -303,7 +310,8 @@ def _or_world(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
 def _tp_group(engine: Any, specs: Mapping[nn.Parameter, BlockSpec]) -> dist.ProcessGroup | None:
     shards = {p: s for p in specs if (s := cast("Any", p).block_shard) is not None}
     # the *tensor* parallel group: a pipeline grid's "model parallel" group spans the stages as well
-    group = None if engine.mpu is None else if_many(bwc_tensor_model_parallel_group(engine.mpu))
+    mpu = tensor_parallel_mpu(engine)
+    group = None if mpu is None else if_many(bwc_tensor_model_parallel_group(mpu))
     size = 1 if group is None else dist.get_world_size(group)
     check_clipping(engine, size)
     if size > 1 and not shards:
