@@ -26,10 +26,16 @@ def check_sequence_parallel(engine: Any) -> None:
 
     Raises:
         ValueError: the JSON's ``sequence_parallel_size`` and ``data_parallel_size`` (or ``mesh_param``) made the
-            groups: DeepSpeed then averages over data-parallel ranks only.
+            groups: DeepSpeed then averages over data-parallel ranks only. Or the wrapper is ``BF16_Optimizer``.
     """
     if int(getattr(engine, "sequence_parallel_size", 1)) <= 1:
         return
+    if type(engine.optimizer).__name__ == "BF16_Optimizer":
+        raise ValueError(
+            '"grad_accum_dtype": "fp32" with bf16 at ZeRO stage 1 and sequence parallelism: DeepSpeed\'s '
+            "BF16_Optimizer fails in its first gradient norm on all but the first rank of a sequence, with any "
+            'optimizer. Use ZeRO stage 2 or 3, or remove "grad_accum_dtype".'
+        )
     group = engine.seq_data_parallel_group
     averaged = set(range(dist.get_world_size()) if group is None else dist.get_process_group_ranks(group))
     if not averaged.issuperset(dist.get_process_group_ranks(engine.seq_parallel_group)):
