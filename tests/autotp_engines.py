@@ -75,7 +75,7 @@ def engine_of(context: Any, case: Case, *, feed: bool = True) -> Iterator[Simple
         run.names = {id(p): name for name, p in run.model.named_parameters()}
         run.feed = Feed(run.model) if feed else None
         run.tp, run.tp_rank, run.dp_rank = case.tp, context.rank % case.tp, context.rank // case.tp
-        run.shapes = shapes
+        run.shapes, run.cut_over_all = shapes, case.zero_init
         run.cut = partial(cut, case.model, size=case.tp)
         yield run
 

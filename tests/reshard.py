@@ -130,7 +130,9 @@ def whole_state(run: SimpleNamespace) -> dict[str, dict[str, Tensor]]:
             flats |= {"exp_avg": state["exp_avg"].reshape(-1).cpu(), "exp_avg_sq": second.cpu()}
         for p in binding.table.placements:
             values = {kind: flat[p.flat_start : p.flat_start + p.numel].clone() for kind, flat in flats.items()}
-            pieces.append((p.spec.fqn, run.tp_rank, p.param_start, values))
+            # zero.Init before AutoTP cuts whole parameters over all ranks
+            tp_rank = 0 if p.shard is None and getattr(run, "cut_over_all", False) else run.tp_rank
+            pieces.append((p.spec.fqn, tp_rank, p.param_start, values))
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, pieces)
     parts: dict[tuple[str, str, int], dict[int, Tensor]] = {}

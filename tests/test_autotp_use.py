@@ -135,7 +135,9 @@ def moves_to_another_size(context: RankContext, use: Use) -> None:
 
     assert use.target is not None
     plan = GradientPlan(context.world_size // use.case.tp, 1, DTYPES[use.case.dtype])
-    folder = _shared_folder(context, f"move-{use.case.model}-{use.case.stage}-{use.target.tp}-{use.case.optimizer}")
+    folder = _shared_folder(
+        context, f"move-{use.case.model}-{use.case.stage}-{use.target.tp}-{use.case.dtype}-{use.case.zero_init}"
+    )
     with engine_of(context, use.case) as run:
         for step in range(2):
             feed(run, plan, step)
@@ -217,6 +219,11 @@ def _uses() -> dict[str, tuple[int, Use]]:
                 table[f"move-{model}-z{stage}-{optimizer}-tp{tp}"] = use
     table["move-mqa-z0-bf16"] = Use(
         "moves_to_another_size", Case("mini", 0, "bf16", "mqa"), Case("mini", 1, "bf16", "mqa", tp=1)
+    )
+    table["move-even-z3-zero_init"] = Use(
+        "moves_to_another_size",
+        Case("mini", 3, model="even", zero_init=True),
+        Case("mini", 2, model="even", tp=1),
     )
     table["universal-plain"] = Use("universal_keeps_its_information", Case(model="even"))
     table["universal-compact"] = Use(
