@@ -82,6 +82,7 @@ _GLM = _specs(
 )
 _ATTENTION_ONLY = _specs((r".*self_attn\.[qkv]_proj\.weight$", {}), rows=r".*self_attn\.o_proj\.weight$", norms=True)
 _NO_NORMS = _specs((r".*self_attn\.[qkv]_proj\.weight$", {}), rows=r".*self_attn\.o_proj\.weight$")
+_HEAD_BY_HEAD = _specs((r".*query_key_value\.weight$", {}), rows=r".*self_attn\.dense\.weight$")
 _ROWS = {"vocab_size": 38, "intermediate_size": 14}
 
 MODELS: dict[str, Model] = {
@@ -99,6 +100,8 @@ MODELS: dict[str, Model] = {
     "attention": Model("Qwen3", _GQA, _ATTENTION_ONLY, head_is_split=False, qk_norms=True),
     # AutoTP's patterns cut Persimmon's rows as if queries, keys and values were not mixed head by head
     "persimmon": Model("Persimmon", {"hidden_size": 24, "num_attention_heads": 4}, {}),
+    # its attention counts its own heads: AutoTP makes that number the rank's
+    "counting": Model("Persimmon", {"hidden_size": 32, "num_attention_heads": 4, "qk_layernorm": False}, _HEAD_BY_HEAD),
     "unsummed": Model("Qwen3", _GQA, _NO_NORMS),
     "nothing": Model("Qwen2", _LLAMA, _specs((r"no_such_layer", {}), rows="none")),
     "tied": Model("Mistral", {**_GQA, "tie_word_embeddings": True}, {}),

@@ -205,6 +205,7 @@ def _uses() -> dict[str, tuple[int, Use]]:
         )
     }
     table["verify-neox"] = Use("layout_is_verified", Case(model="neox"))
+    table["verify-counting"] = Use("layout_is_verified", Case(model="counting"))
     for stage, model, optimizer in (
         (0, "qwen3", "mini"),
         (1, "mqa", "mini"),
@@ -225,6 +226,8 @@ def _uses() -> dict[str, tuple[int, Use]]:
         Case("mini", 3, model="even", zero_init=True),
         Case("mini", 2, model="even", tp=1),
     )
+    glm = Case("mini", 1, model="glm")
+    table["move-glm-z1-mini-tp1"] = Use("moves_to_another_size", glm, replace(glm, stage=2, tp=1))
     table["universal-plain"] = Use("universal_keeps_its_information", Case(model="even"))
     table["universal-compact"] = Use(
         "universal_keeps_its_information",
