@@ -28,7 +28,7 @@ __all__ = ["guard", "load_checkpoint", "load_rank_state", "save_checkpoint"]
 
 logger = logging.getLogger(__name__)
 
-_RIGID = ("world_size", "dp", "tp", "pp", "wrapper", "dtype")  # of a topology: what DeepSpeed's files depend on
+_RIGID = ("world_size", "dp", "tp", "pp", "ep", "wrapper", "dtype")  # of a topology: what DeepSpeed's files depend on
 _OF_WEIGHTS = ("tp", "pp")  # what the files of the weights alone depend on, below ZeRO-3
 _Loaded = tuple[str | None, dict[str, Any] | None]
 _Groups = list[dict[str, Any]]
@@ -200,7 +200,8 @@ def _check_topology(engine: Any, checkpoint: Checkpoint, *, optimizer: bool, mod
             )
     if checkpoint.manifest is None:
         return
-    saved, own = checkpoint.manifest["topology"], topology_of(engine)
+    # manifests of older versions know no experts
+    saved, own = {"ep": 1, **checkpoint.manifest["topology"]}, topology_of(engine)
     whole = (optimizer and not module_only) or "Stage3" in saved["wrapper"] + own["wrapper"]
     keys = _RIGID if whole and not (partitioned and not optimizer) else _OF_WEIGHTS
     different = [f"{key} was {saved[key]}, is {own[key]}" for key in keys if saved[key] != own[key]]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -197,9 +197,9 @@ class DeepSpeedFiles:
     def _assembled(self, kind: str, name: str, spec: BlockSpec) -> torch.Tensor:
         """The unsharded tensor from the pieces of all ranks, one value per element."""
         by_shard: dict[int, list[_Piece]] = {}
+        copy_of = _copies(self._pieces[name])
         for piece in self._pieces[name]:
-            shard = piece.placement.shard
-            by_shard.setdefault(piece.mp_rank if shard is None else shard.rank, []).append(piece)
+            by_shard.setdefault(copy_of(piece), []).append(piece)
         shard = self._pieces[name][0].placement.shard
         locals_ = {rank: _joined(kind, pieces) for rank, pieces in sorted(by_shard.items())}
         if shard is None:
@@ -255,23 +255,23 @@ class DeepSpeedFiles:
     def _check_coverage(self) -> None:
         """Every element of every parameter must be in the files exactly once."""
         for name, pieces in self._pieces.items():
-            held: dict[tuple[int, int], list[tuple[int, int]]] = {}
+            held: dict[int, list[tuple[int, int]]] = {}
+            copy_of = _copies(pieces)
             for piece in pieces:
                 p = piece.placement
-                key = (piece.mp_rank, -1) if p.shard is None else (0, p.shard.rank)
-                held.setdefault(key, []).append((p.param_start, p.param_start + p.numel))
+                held.setdefault(copy_of(piece), []).append((p.param_start, p.param_start + p.numel))
                 if int(piece.state.get("step", 0)) != self.steps[name]:
                     raise CheckpointError(
                         f"{piece.path}: parameter {name!r} is at step {piece.state.get('step')}, but at "
                         f"{self.steps[name]} in {pieces[0].path.name}: the files are of different steps."
                     )
             shard, spec = pieces[0].placement.shard, pieces[0].placement.spec
-            if shard is not None and len(held) != len(shard.chunks):
+            if shard is not None and len(held) < sum(1 for ranges in shard.chunks if ranges):
                 raise CheckpointError(f"{self.folder} has {len(held)} of the {len(shard.chunks)} shards of {name!r}")
-            for _, rank in held:
+            for rank, ranges in held.items():
                 shape = spec.shape if shard is None else replace(shard, rank=rank).local_shape
                 at = 0
-                for start, end in sorted(r for r in held[_, rank] if r[0] < r[1]):
+                for start, end in sorted(r for r in ranges if r[0] < r[1]):
                     if start != at:
                         break
                     at = end
@@ -317,6 +317,21 @@ def _check_sizes(
             f"{path}: tensor {position} of the optimizer state should have {end} to {numel} elements, but "
             f"{', '.join(wrong)}. The file is damaged or of another run."
         )
+
+
+def _copies(pieces: list[_Piece]) -> Callable[[_Piece], int]:
+    """Which shard, or which tensor-parallel rank's copy of a whole parameter, a piece belongs to.
+
+    zero.Init before AutoTP cuts whole parameters over the tensor-parallel ranks too: these make one copy together.
+    """
+    first = pieces[0].placement
+    one_copy = sum(piece.placement.numel for piece in pieces) == first.spec.numel
+
+    def copy_of(piece: _Piece) -> int:
+        shard = piece.placement.shard
+        return shard.rank if shard is not None else 0 if one_copy else piece.mp_rank
+
+    return copy_of
 
 
 def _joined(kind: str, pieces: Iterable[_Piece]) -> torch.Tensor:

@@ -30,7 +30,16 @@ from torch import nn
 from ds_blockwise.adam_mini import BlockwiseAdamMini
 from ds_blockwise.adamw import BlockwiseAdamW
 from ds_blockwise.blocks import BlockSpec
-from ds_blockwise.deepspeed_checks import check_client, check_config, check_model
+from ds_blockwise.deepspeed_autotp import check_splits, with_empty_shards
+from ds_blockwise.deepspeed_checks import (
+    check_client,
+    check_clipping,
+    check_config,
+    check_experts,
+    check_model,
+    check_sequence_parallel,
+    tensor_parallel_mpu,
+)
 from ds_blockwise.deepspeed_pipeline import is_staged, names_in, tied_copies
 from ds_blockwise.hosting import Stepped, check_agreement, if_many, raise_together, tagged_placement, window
 from ds_blockwise.optimizer import BlockwiseOptimizer
@@ -90,8 +99,10 @@ def register() -> None:
         names = [optimizer.__name__ for optimizer in OPTIMIZERS]
         if isinstance(client_optimizer, BlockwiseOptimizer):
             check_config(self, type(client_optimizer).__name__)
+            check_experts(self, client_optimizer.param_groups if self.zero_optimization() else None)
         elif client_optimizer is None and self.optimizer_name() in names:
             check_config(self, self.optimizer_name())
+            check_experts(self, model_parameters)
         else:
             check_client(client_optimizer)
         original(self, client_optimizer, model_parameters)
@@ -128,16 +139,19 @@ def attach(engine: Any) -> None:
     failure: Exception | None = None
     try:
         check_config(engine, type(optimizer).__name__)
+        check_sequence_parallel(engine)
         matched = rules_matched(names_in(engine), optimizer.policy)
         specs = _specs(engine, optimizer)
         tp_group = _tp_group(engine, specs)
         stepped = list(_stepped_tensors(engine, optimizer))
-        device = torch.device(get_accelerator().current_device_name())
-        for item in stepped:
-            assert item.tensor is not None  # DeepSpeed's flat tensors exist on every rank, empty ones included
-            optimizer.bind(item.tensor, item.placements, ReductionGroups(if_many(item.dp_group), tp_group, device))
-        tied = tied_copies(engine, optimizer, stepped)
     except Exception as error:  # a rank that fails alone would leave the others waiting: all hear of it, all raise
+        failure = error
+    raise_together(failure)
+    stepped = with_empty_shards(stepped, list(specs), tp_group)
+    try:
+        _bind(optimizer, stepped, tp_group)
+        tied = tied_copies(engine, optimizer, stepped)
+    except Exception as error:  # as above
         failure = error
     raise_together(failure)
     check_rules(matched, optimizer.policy)
@@ -159,6 +173,16 @@ def attach(engine: Any) -> None:
             "run to a universal checkpoint. Resume with the same number of ranks, or set it to false.",
             deepspeed.__version__,
         )
+
+
+def _bind(optimizer: BlockwiseOptimizer, stepped: list[Stepped], tp_group: dist.ProcessGroup | None) -> None:
+    device = torch.device(get_accelerator().current_device_name())
+    for item in stepped:
+        groups = ReductionGroups(if_many(item.dp_group), tp_group, device)
+        if item.tensor is None:
+            optimizer.bind_absent(item.placements, groups, device)
+        else:
+            optimizer.bind(item.tensor, item.placements, groups)
 
 
 # --------------------------------------------------------------------------- parameters
@@ -312,14 +336,19 @@ def _or_world(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
 def _tp_group(engine: Any, specs: Mapping[nn.Parameter, BlockSpec]) -> dist.ProcessGroup | None:
     shards = {p: s for p in specs if (s := cast("Any", p).block_shard) is not None}
     # the *tensor* parallel group: a pipeline grid's "model parallel" group spans the stages as well
-    group = None if engine.mpu is None else if_many(bwc_tensor_model_parallel_group(engine.mpu))
+    mpu = tensor_parallel_mpu(engine)
+    group = None if mpu is None else if_many(bwc_tensor_model_parallel_group(mpu))
     size = 1 if group is None else dist.get_world_size(group)
+    check_clipping(engine, size)
     if size > 1 and not shards:
         raise ValueError(
             f"the tensor-parallel size is {size}, but no parameter is known to be split. For a Megatron-core model "
-            f"import megatron_patch before deepspeed.initialize; other tensor-parallel models (AutoTP) are not "
-            f"supported by this version."
+            f'import megatron_patch before deepspeed.initialize; with "tensor_parallel": {{"autotp_size": {size}}} '
+            f"DeepSpeed must know the model's layers, or its partition_config match them; other tensor-parallel layers "
+            f"need a ds_blockwise.readers.ModuleReader."
         )
+    if size > 1:
+        check_splits(engine.module, engine.param_names, engine.zero_optimization_stage())
     for param, shard in shards.items():
         if len(shard.chunks) != size:
             raise ValueError(

@@ -21,10 +21,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
+from deepspeed.utils import groups
 from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size, bwc_tensor_model_parallel_world_size
 
 from ds_blockwise import checkpoint_files as files
 from ds_blockwise.checkpoint_files import PARTIAL, CheckpointError
+from ds_blockwise.deepspeed_checks import tensor_parallel_mpu
 from ds_blockwise.deepspeed_universal import universal_checkpoint_info
 from ds_blockwise.optimizer import BlockwiseOptimizer
 from ds_blockwise.reduce import gather, is_first_rank
@@ -49,12 +51,13 @@ def topology_of(engine: Any) -> dict[str, Any]:
     return {
         "world_size": dist.get_world_size(),
         "dp": int(engine.seq_dp_world_size),
-        "tp": int(bwc_tensor_model_parallel_world_size(engine.mpu)),
+        "tp": int(bwc_tensor_model_parallel_world_size(tensor_parallel_mpu(engine))),
         "pp": int(bwc_pipeline_parallel_world_size(engine.mpu)),
         "zero_stage": int(engine.zero_optimization_stage()),
         "wrapper": type(engine.optimizer).__name__ if engine.optimizer is not engine.basic_optimizer else "none",
         "dtype": "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32",
         "offload": device,
+        "ep": int(groups._get_max_expert_size() or 1) if engine.has_moe_layers else 1,
     }
 
 

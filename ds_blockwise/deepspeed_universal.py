@@ -35,10 +35,13 @@ def universal_checkpoint_info(engine: Any) -> dict[str, Any] | None:
         engine: a ``DeepSpeedEngine`` with any optimizer.
 
     Returns:
-        Version and patterns, one per parameter; None if DeepSpeed writes its own (AutoTP).
+        Version and patterns, one per parameter; None if DeepSpeed writes its own (AutoTP) and nothing has to be added.
     """
-    if getattr(engine.module, UNIVERSAL_CHECKPOINT_INFO, None) is not None:
-        return None
+    reason = _unconvertible(engine)
+    own = getattr(engine.module, UNIVERSAL_CHECKPOINT_INFO, None)
+    if own is not None:
+        unsupported = {**own.get(AUTOTP_UNSUPPORTED_PARAMETER_PATTERNS, {}), ".*": reason}
+        return None if reason is None else {**own, AUTOTP_UNSUPPORTED_PARAMETER_PATTERNS: unsupported}
     info: dict[str, Any] = {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE}
     splits = tensor_splits(engine.module)
     for param in engine.module.parameters():
@@ -50,7 +53,6 @@ def universal_checkpoint_info(engine: Any) -> dict[str, Any] | None:
             info.setdefault(category, []).append(pattern)
         elif category != _COLUMN_PARALLEL:
             info.setdefault(AUTOTP_UNSUPPORTED_PARAMETER_PATTERNS, {})[pattern] = category
-    reason = _unconvertible(engine)
     if reason is not None:
         info.setdefault(AUTOTP_UNSUPPORTED_PARAMETER_PATTERNS, {})[".*"] = reason
     return info

@@ -90,25 +90,30 @@ def fused_layout(attention: nn.Module, linear: str) -> QKVLayout | None:
 # ----------------------------------------------------------------------------------------- head counts
 
 
-def generic_heads(attention: nn.Module) -> HeadGeometry | None:
+def generic_heads(attention: nn.Module, *, config_first: bool = False) -> HeadGeometry | None:
     """Head counts from the attributes of an attention module or its config; None if they do not say.
 
     Attributes of the module come first: tensor-parallel wrappers change them and leave the config alone.
+
+    Args:
+        attention: the module.
+        config_first: for a module whose attributes such a wrapper has changed.
     """
     config = getattr(attention, "config", None)
-    num_heads, said_by = _count(attention, config, NUM_HEADS)
+    sources = (config, attention) if config_first else (attention, config)
+    num_heads, said_by = _count(sources, NUM_HEADS)
     if num_heads is None:
         return None
-    num_kv_heads, _ = _count(attention, config, _NUM_KV_HEADS)
+    num_kv_heads, _ = _count(sources, _NUM_KV_HEADS)
     if num_kv_heads is None or _is_multi_head(attention):
         num_kv_heads = num_heads
-    head_dim, _ = _count(attention, config, _HEAD_DIM)
-    rope_dim, _ = _count(attention, config, _ROPE_DIM)
+    head_dim, _ = _count(sources, _HEAD_DIM)
+    rope_dim, _ = _count(sources, _ROPE_DIM)
     if rope_dim is None:
         return HeadGeometry(num_heads, num_kv_heads, head_dim, said_by)
     # Multi-head latent attention: ``head_dim`` of such configs is the rotary part, and every head has its own keys
-    key_dim, _ = _count(attention, config, _KEY_DIM)
-    value_dim, _ = _count(attention, config, _VALUE_DIM)
+    key_dim, _ = _count(sources, _KEY_DIM)
+    value_dim, _ = _count(sources, _VALUE_DIM)
     query_dim = None if key_dim is None else key_dim + rope_dim
     return HeadGeometry(num_heads, num_heads, query_dim, said_by, key_dim, value_dim, rope_dim)
 
@@ -120,12 +125,12 @@ def _is_multi_head(attention: nn.Module) -> bool:
     return any(name in _MULTI_HEAD for name in names)
 
 
-def _count(module: nn.Module, config: object, names: tuple[str, ...]) -> tuple[int | None, str]:
-    for source, where in ((module, type(module).__name__), (config, type(config).__name__)):
+def _count(sources: tuple[object, ...], names: tuple[str, ...]) -> tuple[int | None, str]:
+    for source in sources:
         for name in names:
             value = getattr(source, name, None)
             if isinstance(value, int) and not isinstance(value, bool):
-                return value, f"{where}.{name}={value}"
+                return value, f"{type(source).__name__}.{name}={value}"
     return None, ""
 
 
@@ -147,5 +152,5 @@ def storage_of(owner: nn.Module) -> Storage | None:
 
 def num_experts_in(owner: nn.Module) -> int | None:
     """How many experts a module with one parameter for all of them holds on this rank."""
-    count, _ = _count(owner, None, ("num_local_experts", "num_gemms"))
+    count, _ = _count((owner,), ("num_local_experts", "num_gemms"))
     return count

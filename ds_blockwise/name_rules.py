@@ -119,7 +119,9 @@ NAME_RULES: tuple[NameRule, ...] = (
     NameRule("megatron-legacy", r"(?:self_attention|inter_attention)\.dense", Role.ATTN_OUT),
     NameRule("megatron-legacy", r"(?:mlp|deepspeed_experts\.\d+)\.(?:dense_h_to_4h|dense_4h_to_h)", Role.FFN),
     NameRule("megatron-legacy", r"mlp\.(?:linear1|linear2)", Role.FFN),
-    NameRule("megatron-legacy", r"deepspeed_moe\.gate\.wg|mlp\.coefficient", Role.ROUTER),
+    NameRule("megatron-legacy", r"deepspeed_moe\.gate\.wg|(?:mlp|moe)\.coefficient", Role.ROUTER),
+    # DeepSpeed's MoE: an expert is whatever module its user has written, and norms are called norms
+    NameRule("deepspeed", r"deepspeed_experts\.\d+(?:\.(?!ln|\w*norm)\w+)*", Role.FFN),
     NameRule("megatron-legacy", r"input_norm|post_attention_norm|post_inter_attention_norm|final_norm", Role.NORM),
     NameRule("megatron-legacy", r"final_linear", Role.OUTPUT),
 )

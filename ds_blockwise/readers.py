@@ -28,6 +28,10 @@ class TensorSplit:
 class ModuleReader(Protocol):
     """Reads facts off the modules of one framework; registered with `register_reader`."""
 
+    @property
+    def exact_shards(self) -> bool:
+        """Whether `shard` tells the very rows of a fused weight; else they are read as shares of each of its roles."""
+
     def match(self, owner: nn.Module, parent: nn.Module | None, param: nn.Parameter, name: str) -> NameMatch | None:
         """What a parameter is, from its owner and the module above.
 

@@ -367,7 +367,8 @@ def fingerprint(placements: Sequence[Placement], *, of_shards: bool) -> str:
             where the splits are even.
     """
     digest = hashlib.sha256()
-    windows = not of_shards and same_windows(placements)
+    # what every tensor-parallel rank holds whole may be cut over all of them (zero.Init before AutoTP)
+    windows = not of_shards and same_windows(placements) and any(p.shard is not None for p in placements)
     for p in placements:
         facts: tuple[object, ...] = (p.spec.fqn, p.spec.structure.stored_shape, p.spec.axis, p.spec.parts)
         facts += (p.shard.dim, p.shard.chunks) if p.shard else (None,)

@@ -42,6 +42,7 @@ from ds_blockwise.naming import (
 from ds_blockwise.policy import BlockPolicy, Rule
 from ds_blockwise.readers import READERS, ModuleReader, TensorSplit, register_reader, tensor_splits
 from ds_blockwise.report import BlockReport, block_report
+from ds_blockwise.shard_roles import check_cut, cut_by_role
 
 __all__ = ["ModuleReader", "TensorSplit", "register_reader", "tag_parameters", "tag_with_policy", "tensor_splits"]
 
@@ -175,7 +176,7 @@ def _structure_of(named: _Named, policy: BlockPolicy) -> tuple[TensorStructure, 
     fqn, owner = named.fqn, named.places[0].owner
     rule = next((r for f in named.fqns if (r := policy.rule_for(f)) is not None), None)
     match = _match(named, rule)
-    shard = _shard(named)
+    shard, exact = _shard(named)
     local = named.shape
     if shard is not None and shard.local_shape != local:
         raise ValueError(
@@ -191,7 +192,10 @@ def _structure_of(named: _Named, policy: BlockPolicy) -> tuple[TensorStructure, 
     if match.qkv_layout is not None:
         heads = _heads(named, match, rule)
         structure = fused_qkv(fqn, shape, match.qkv_layout, heads, is_bias=match.is_bias, axis=axis)
-        return structure, _cut_by_role(structure, shard, match)
+        if exact:
+            check_cut(structure, shard, match.qkv_layout)
+            return structure, shard
+        return structure, cut_by_role(structure, shard, match.qkv_layout)
     assert match.role is not None
     _check_dims(fqn, shape, match)
     matrices = _matrices(named, shape, match)
@@ -208,13 +212,17 @@ def _structure_of(named: _Named, policy: BlockPolicy) -> tuple[TensorStructure, 
         headless=match.headless,
         matrices=matrices,
     )
+    if exact:
+        check_cut(structure, shard, None)
     return structure, shard
 
 
-def _shard(named: _Named) -> TensorShard | None:
+def _shard(named: _Named) -> tuple[TensorShard | None, bool]:
+    """This rank's part of a parameter, and whether its reader knows the very rows."""
     owner = named.places[0].owner
     try:
-        return next((s for r in READERS if (s := r.shard(owner, named.param, named.leaf)) is not None), None)
+        found = ((r.shard(owner, named.param, named.leaf), r.exact_shards) for r in READERS)
+        return next((said for said in found if said[0] is not None), (None, False))
     except ValueError as error:  # a reader knows the module, not its name in the model
         raise ValueError(f"parameter {named.fqn!r}: {error}") from error
 
@@ -258,16 +266,6 @@ def _matrices(named: _Named, shape: tuple[int, ...], match: NameMatch) -> tuple[
             f"dimensions are the outputs. Give one of {lines}"
         )
     return shape
-
-
-def _cut_by_role(structure: TensorStructure, shard: TensorShard | None, match: NameMatch) -> TensorShard | None:
-    """The split of a concatenated weight: each rank holds its share of Q, then of K, then of V."""
-    if shard is None or shard.dim != structure.axis or match.qkv_layout not in ("concat", "key_value_concat"):
-        return shard
-    try:
-        return shard.part_by_part([span.end for span in structure.spans])
-    except ValueError as error:
-        raise ValueError(f"parameter {structure.fqn!r} (queries, keys and values in a row): {error}") from error
 
 
 def _match(named: _Named, rule: Rule | None) -> NameMatch:

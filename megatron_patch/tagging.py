@@ -33,6 +33,8 @@ _COLUMN_TENSOR = re.compile(r"(?:weight|bias)\d*")  # and not layer_norm_weight,
 class MegatronReader:
     """Reads the layers of Megatron-core (local and Transformer Engine specs) and of Megatron-LM's older models."""
 
+    exact_shards = False
+
     def match(self, owner: nn.Module, parent: nn.Module | None, param: nn.Parameter, name: str) -> NameMatch | None:
         """What a parameter of a Megatron-core module is; see `megatron_patch.roles.match_of`."""
         return match_of(owner, parent, param, name)

@@ -97,11 +97,13 @@ def plain_loop(optimizer: str, model: nn.Module, batches: list[Batch], lrs: list
 
 def trainer_resumes_bitwise(context: RankContext, optimizer: str, model: str) -> None:
     """A resume that starts the moments or the schedule again would train another model."""
-    build, _ = MODELS[model]
-    first, whole = train_with_trainer(context, optimizer, build())
+    build, more = (start_model, AUTOTP) if model == "autotp" else (MODELS[model][0], {})
+    first, whole = train_with_trainer(context, optimizer, build(), more)
+    split = first.model_wrapped.module.get_parameter(next(n for n in whole.weights[0] if "down_proj" in n)).block_shard
+    assert (split is not None) == (model == "autotp")
     losses = [entry["loss"] for entry in first.state.log_history if "loss" in entry]
     close(first.model_wrapped)
-    again, rest = train_with_trainer(context, optimizer, build(), resume=True)
+    again, rest = train_with_trainer(context, optimizer, build(), more, resume=True)
     assert rest.lrs == whole.lrs[SAVED:]
     assert [entry["loss"] for entry in again.state.log_history if "loss" in entry][-STEPS + SAVED :] == losses[SAVED:]
     for name, weight in whole.weights[-1].items():
@@ -215,6 +217,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Classes]]] = {
     "whole": (start_model, lambda: hf_llama_classes(**SIZES)),
     "lora": (lora_model, lora_classes),
 }
+AUTOTP = {"tensor_parallel": {"autotp_size": 2}}
 OPTIMIZERS = ("BlockwiseAdamW", "BlockwiseAdamMini")
 _FUNCTIONS: tuple[tuple[Callable[..., None], tuple[tuple[str, ...], ...]], ...] = (
     (trainer_against_plain_loop, tuple(product(OPTIMIZERS, MODELS))),
@@ -222,6 +225,8 @@ _FUNCTIONS: tuple[tuple[Callable[..., None], tuple[tuple[str, ...], ...]], ...] 
     (accelerate_replaces_a_client_optimizer, ((),)),
     (accelerate_keeps_a_client_optimizer, ((),)),
     (compiled_engines, tuple((name,) for name in OPTIMIZERS)),
+    # last: DeepSpeed remembers tensor parallelism in its modules, and would check later engines' batches by it
+    (trainer_resumes_bitwise, (("BlockwiseAdamMini", "autotp"),)),
 )
 CASES = {"-".join((f.__name__, *arguments)): (f, arguments) for f, variants in _FUNCTIONS for arguments in variants}
 

@@ -7,7 +7,7 @@ import gc
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -150,13 +150,18 @@ def gradients_of(model: nn.Module, weights: Mapping[str, Tensor], batch: Batch) 
 
 
 def train_with_trainer(
-    context: RankContext, optimizer: str, model: nn.Module, *, resume: bool = False, **arguments: Any
+    context: RankContext,
+    optimizer: str,
+    model: nn.Module,
+    more: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    resume: bool = False,
 ) -> tuple[Any, Recorder]:
-    """Hugging Face's Trainer from a JSON; returns it after its last step, and what it did."""
+    """Trainer from a JSON with ``more`` in it; returns it after its last step, and what it did."""
     import transformers
 
     join_accelerate(context)
-    folder = context.tmp_path / optimizer / type(model).__name__
+    folder = context.tmp_path / "-".join((optimizer, type(model).__name__, *more))
     recorder = Recorder(lambda: trainer.model_wrapped)
 
     class Watch(transformers.TrainerCallback):
@@ -167,7 +172,7 @@ def train_with_trainer(
         model=model,
         args=transformers.TrainingArguments(
             output_dir=str(folder),
-            deepspeed=trainer_json(optimizer),
+            deepspeed=trainer_json(optimizer) | dict(more),
             max_steps=STEPS,
             save_steps=SAVED,
             per_device_train_batch_size=MICRO,
@@ -181,7 +186,6 @@ def train_with_trainer(
             accelerator_config={"use_configured_state": True},
             disable_tqdm=True,
             logging_steps=1,
-            **arguments,
         ),
         train_dataset=Tokens(),
         data_collator=recorder.collate,

@@ -27,7 +27,7 @@ def llama(**changes: object) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 12, "num_attention_heads": 2, "num_key_value_heads": 1}
-    return LlamaForCausalLM(LlamaConfig(**_hf_sizes(**sizes), **changes))
+    return LlamaForCausalLM(LlamaConfig(**{**_hf_sizes(**sizes), **changes}))
 
 
 def qwen3() -> nn.Module:

@@ -8,7 +8,7 @@ fp32 weights and moments after a step are those of one unsharded run.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,7 +130,9 @@ def whole_state(run: SimpleNamespace) -> dict[str, dict[str, Tensor]]:
             flats |= {"exp_avg": state["exp_avg"].reshape(-1).cpu(), "exp_avg_sq": second.cpu()}
         for p in binding.table.placements:
             values = {kind: flat[p.flat_start : p.flat_start + p.numel].clone() for kind, flat in flats.items()}
-            pieces.append((p.spec.fqn, run.tp_rank, p.param_start, values))
+            # zero.Init before AutoTP cuts whole parameters over all ranks
+            tp_rank = 0 if p.shard is None and getattr(run, "cut_over_all", False) else run.tp_rank
+            pieces.append((p.spec.fqn, tp_rank, p.param_start, values))
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, pieces)
     parts: dict[tuple[str, str, int], dict[int, Tensor]] = {}
@@ -145,18 +147,20 @@ def whole_state(run: SimpleNamespace) -> dict[str, dict[str, Tensor]]:
             for rank in range(run.tp)
             if (found := parts.get((kind, name, rank)))
         ]
-        state[kind][name] = joined(name, locals_, run.shapes[name])
+        state[kind][name] = joined(name, locals_, run.shapes[name], getattr(run, "cut", gpt_shards.cut))
     return state
 
 
-def joined(name: str, flats: list[Tensor], shape: tuple[int, ...]) -> Tensor:
+def joined(
+    name: str, flats: list[Tensor], shape: tuple[int, ...], cut: Callable[[str, Tensor, int], Tensor] = gpt_shards.cut
+) -> Tensor:
     """The inverse of ``cut``: a whole tensor from what the tensor-parallel ranks hold, found by cutting indices."""
     if len(flats) == 1:
         return flats[0].view(shape)
     whole = torch.full(shape, float("nan"), dtype=flats[0].dtype)
     index = torch.arange(whole.numel()).view(shape)
     for rank, flat in enumerate(flats):
-        whole.view(-1)[gpt_shards.cut(name, index, rank).reshape(-1)] = flat
+        whole.view(-1)[cut(name, index, rank).reshape(-1)] = flat
     return whole
 
 

@@ -48,6 +48,7 @@ ORDER = [
     "stages",
     "schedules",
     "report",
+    "shard_roles",
     "module_facts",
     "readers",
     "tagging",
@@ -59,10 +60,11 @@ ORDER = [
     "deepspeed_files",
     "deepspeed_portable",
     "deepspeed_universal",
+    "deepspeed_checks",
     "deepspeed_save",
     "deepspeed_checkpoint",
-    "deepspeed_checks",
     "deepspeed_pipeline",
+    "deepspeed_autotp",
     "deepspeed_host",
     "import_hook",
     "__init__",
@@ -75,7 +77,15 @@ ORDER = [
     "cli",
 ]
 ALLOWED = {
-    "torch.distributed": {"reduce", "hosting", "deepspeed_host", "deepspeed_portable", "deepspeed_save"},
+    "torch.distributed": {
+        "reduce",
+        "hosting",
+        "deepspeed_autotp",
+        "deepspeed_checks",
+        "deepspeed_host",
+        "deepspeed_portable",
+        "deepspeed_save",
+    },
     "deepspeed": {
         "deepspeed_files",
         "deepspeed_portable",
