@@ -4,10 +4,14 @@
 from support import Refused, Row, Untested, Works, refused, untested, works
 
 _NO_GPU = "needs a GPU; the tests are there (`make test-gpu`)"
+_AUTOTP = "test_autotp.py::test_autotp_trains_like_whole_tensors"
 _REFUSED = "test_bad_input.py::test_every_rank_gets_the_error_within_seconds"
 PLAIN = "PyTorch alone"
 DEEPSPEED = "DeepSpeed"
 MEGATRON_DEEPSPEED = "DeepSpeed with a Megatron-core model"
+AUTOTP = "DeepSpeed's AutoTP (Hugging Face models)"
+MOE = "DeepSpeed's MoE layers"
+ULYSSES = "Ulysses sequence parallelism (DeepSpeed)"
 PIPELINE = "DeepSpeed's PipelineModule"
 MEGATRON = "Megatron-core's own optimizers (`megatron_patch.convert_`)"
 TRAINER = "Hugging Face Trainer and Accelerate (with DeepSpeed)"
@@ -72,6 +76,14 @@ ROWS: tuple[Row, ...] = (
     ),
     works(TRAINER, "Trainer, `auto` values, against a plain loop", "test_hf_trainer.py::*plain_loop-{O}-whole*"),
     works(TRAINER, "Trainer, resume, bitwise", "test_hf_trainer.py::*resumes_bitwise-{O}-whole*"),
+    Row(
+        TRAINER,
+        "Trainer with AutoTP, resume",
+        (
+            Untested("BlockwiseAdamMini's case stands for both"),
+            Works(("test_hf_trainer.py::*resumes_bitwise-{O}-autotp*",)),
+        ),
+    ),
     works(TRAINER, "PEFT (LoRA), frozen base", "test_hf_trainer.py::*plain_loop-{O}-lora*"),
     works(TRAINER, "`torch.compile`, before and after `initialize`", "test_hf_trainer.py::*compiled_engines-{O}*"),
     Row(
@@ -83,6 +95,83 @@ ROWS: tuple[Row, ...] = (
         TRAINER,
         'the same with `"zero_force_ds_cpu_optimizer": false`, or named in the JSON',
         (Works(("test_hf_trainer.py::*accelerate_keeps*",)),) * 2,
+    ),
+    *(
+        works(
+            AUTOTP,
+            f"ZeRO-{stage}, tensor parallelism 2, fp32 and bf16",
+            f"test_autotp.py::test_autotp_trains_like_whole_tensors[values-qwen3-z{stage}-*-{{o}}-*]",
+        )
+        for stage in range(4)
+    ),
+    works(
+        AUTOTP,
+        "real batches, against one rank",
+        "test_autotp_use.py::test_autotp_trains_like_one_rank[end_to_end-*-{o}]",
+    ),
+    works(AUTOTP, "resume, bitwise", "test_autotp_use.py::test_resume_is_bitwise[resume-*-{o}]"),
+    works(
+        AUTOTP,
+        "checkpoints at another tensor-parallel size",
+        "test_autotp_use.py::test_checkpoints_move_between_sizes[move-*-{o}-*]",
+    ),
+    Row(
+        AUTOTP,
+        "fused weights, uneven heads, biases, fewer KV heads than ranks",
+        (
+            Works(tuple(f"{_AUTOTP}[values-{m}-*-adamw-*]" for m in ("neox", "glm", "mqa"))),
+            Works(tuple(f"{_AUTOTP}[values-{m}-*-mini-*]" for m in ("neox", "glm", "mqa", "thirds", "qwen2"))),
+        ),
+    ),
+    refused(
+        AUTOTP,
+        "norms of heads whose gradients AutoTP would not sum",
+        "see its own heads only",
+        "test_autotp_use.py::test_what_autotp_gets_wrong_is_refused[refused-head_norms]",
+    ),
+    *(
+        works(
+            MOE,
+            f"ZeRO-{stage}, expert parallelism 2",
+            f"test_deepspeed_experts.py::test_experts_train_like_whole_tensors[values-split-z{stage}-*-{{o}}-ep2-*]",
+        )
+        for stage in range(3)
+    ),
+    works(
+        MOE,
+        "resume, bitwise",
+        "test_deepspeed_experts.py::test_resume_is_bitwise_and_convert_is_refused[resume-*-{o}-*]",
+    ),
+    refused(
+        MOE,
+        "ZeRO-3",
+        "DeepSpeed's MoE layers cannot be trained at ZeRO stage 3",
+        "test_deepspeed_experts.py::test_what_cannot_train_is_refused[refused-split-z3-*]",
+    ),
+    refused(
+        MOE,
+        "`ds-blockwise convert`",
+        "run with experts (DeepSpeed's MoE)",
+        "test_deepspeed_experts.py::test_resume_is_bitwise_and_convert_is_refused*",
+    ),
+    *(
+        works(
+            ULYSSES,
+            f"ZeRO-{stage}, sequence parallelism 2",
+            f"test_ulysses.py::test_sequence_parallel_values[fed-z{stage}-*-{{o}}-sp2-*]",
+        )
+        for stage in range(4)
+    ),
+    works(
+        ULYSSES,
+        "half a sequence per rank, against whole ones",
+        "test_ulysses.py::test_half_a_sequence_per_rank_trains_like_whole_ones[end_to_end-*-{o}-*]",
+    ),
+    refused(
+        ULYSSES,
+        "sequence ranks that do not share gradients",
+        "DeepSpeed then averages gradients over ranks",
+        "test_ulysses.py::test_what_does_not_share_gradients_is_refused*",
     ),
     works(
         PIPELINE,
