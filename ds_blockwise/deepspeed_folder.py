@@ -176,7 +176,8 @@ def _find_files(folder: Path) -> tuple[dict[tuple[int, int], Path], dict[tuple[i
         elif found := _OPTIM.fullmatch(path.name):
             optims[int(found[2]), int(found[1])] = path
         elif _OTHER.fullmatch(path.name):
-            raise ValueError(_not_read(f"{path} is a file of a run with pipeline stages or experts of MoE layers"))
+            kind = "a pipeline-parallel or expert-parallel run (DeepSpeed's MoE layers)"
+            raise ValueError(_not_read(f"{path} is a file of {kind}"))
     if not models:
         raise CheckpointError(f"{folder} has no *_model_states.pt: it is not a checkpoint of a DeepSpeed engine")
     return models, optims
