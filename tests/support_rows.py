@@ -126,7 +126,7 @@ ROWS: tuple[Row, ...] = (
     refused(
         AUTOTP,
         "norms of heads whose gradients AutoTP would not sum",
-        "see its own heads only",
+        "norms of attention heads, which every tensor-parallel rank holds whole",
         "test_autotp_use.py::test_what_autotp_gets_wrong_is_refused[refused-head_norms]",
     ),
     *(
