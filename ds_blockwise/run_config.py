@@ -7,18 +7,21 @@ the schedule, where monitors write) is composed in `engine_config`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ds_blockwise.config_files import HIGH, LOW, Problems, read_json, read_section, read_yaml
-from ds_blockwise.model_shape import GPTShape
+from ds_blockwise.config_files import HIGH, LOW, Problems, nearest, read_json, read_section, read_yaml
+from ds_blockwise.model_shape import LLAMA, GPTShape
 
 _POSITIVE = {LOW: 1}
 _NOT_NEGATIVE = {LOW: 0}
+_DEEPEST = 8  # bases of bases
+ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,26 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ClusterConfig:
+    """The machines that a run is meant for; the launcher's own count of processes wins at the start.
+
+    Attributes:
+        nodes: Machines.
+        gpus_per_node: Processes on each of them.
+        gpu: Kind of GPU, a name that ``ds-blockwise plan`` knows; empty for CPUs.
+    """
+
+    nodes: int = field(default=1, metadata=_POSITIVE)
+    gpus_per_node: int = field(default=1, metadata=_POSITIVE)
+    gpu: str = ""
+
+    @property
+    def processes(self) -> int:
+        """Processes on all machines together."""
+        return self.nodes * self.gpus_per_node
+
+
+@dataclass(frozen=True, slots=True)
 class TrainingConfig:
     """Length, batch and intervals of the training; all intervals are in optimizer steps.
 
@@ -66,6 +89,9 @@ class TrainingConfig:
         checkpoint_interval: Steps between checkpoints; 0 writes only the last.
         keep_checkpoints: How many of them stay, the newest ones; 0 keeps all.
         seed: Of the initial weights and of the data order.
+        sequence_length: Tokens in one training sequence, if not the model file's.
+        activation_checkpointing: ``none``; ``selective``: attention is computed again in the backward pass; ``full``:
+            whole layers are.
     """
 
     steps: int = field(metadata=_POSITIVE)
@@ -78,6 +104,8 @@ class TrainingConfig:
     checkpoint_interval: int = field(default=0, metadata=_NOT_NEGATIVE)
     keep_checkpoints: int = field(default=0, metadata=_NOT_NEGATIVE)
     seed: int = field(default=1234, metadata=_NOT_NEGATIVE)
+    sequence_length: int | None = field(default=None, metadata=_POSITIVE)
+    activation_checkpointing: str = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +131,7 @@ class RunConfig:
         data: See `DataConfig`.
         parallel: See `ParallelConfig`.
         training: See `TrainingConfig`.
+        cluster: See `ClusterConfig`.
     """
 
     file: Path
@@ -115,6 +144,7 @@ class RunConfig:
     data: DataConfig
     parallel: ParallelConfig
     training: TrainingConfig
+    cluster: ClusterConfig
 
     @property
     def data_directory(self) -> Path:
@@ -131,7 +161,9 @@ _SECTIONS: dict[str, type] = {
     "data": DataConfig,
     "parallel": ParallelConfig,
     "training": TrainingConfig,
+    "cluster": ClusterConfig,
 }
+_RELATIVE = ("model", "deepspeed")  # entries that are paths relative to the file they stand in
 
 
 def load_run(
@@ -142,9 +174,10 @@ def load_run(
 ) -> tuple[RunConfig | None, Problems]:
     """Read a run file, its model file and its DeepSpeed JSON.
 
-    `model` and `deepspeed` are relative to the run file, so that a run can be started from
-    anywhere; `output` and `data.directory` are relative to the working directory. The output
-    folder gets the name of the JSON appended: swapping the optimizer never mixes two runs.
+    A run file may name another as its `base` and then states only what differs. `model`, `deepspeed`
+    and `base` are relative to the file that they stand in, so that a run can be started from anywhere;
+    `output` and `data.directory` are relative to the working directory. The output folder gets the name
+    of the JSON appended: swapping the optimizer never mixes two runs.
 
     Args:
         file: The run file.
@@ -157,7 +190,7 @@ def load_run(
     """
     file = Path(file)
     problems = Problems()
-    values = read_yaml(file, problems)
+    values = _read_with_bases(file, problems)
     if not values:
         return None, problems
     for override in overrides:
@@ -172,13 +205,15 @@ def load_run(
     top = read_section(_RunFile, values, file=file, problems=problems)
     if top is None:
         return None, problems
-    model_file = file.parent / top.model
-    json_file = Path(deepspeed_file) if deepspeed_file else file.parent / top.deepspeed
+    model_file = Path(top.model)
+    json_file = Path(deepspeed_file) if deepspeed_file else Path(top.deepspeed)
     shape = GPTShape.read(model_file, problems)
     deepspeed = read_json(json_file, problems)
-    data, parallel, training = (sections.get(name) for name in _SECTIONS)
-    if shape is None or data is None or parallel is None or training is None:
+    data, parallel, training, cluster = (sections.get(name) for name in _SECTIONS)
+    if shape is None or data is None or parallel is None or training is None or cluster is None:
         return None, problems
+    if training.sequence_length is not None:
+        shape = _with_sequence_length(shape, training.sequence_length, file, problems)
     run = RunConfig(
         file=file,
         name=top.name,
@@ -190,8 +225,37 @@ def load_run(
         data=data,
         parallel=parallel,
         training=training,
+        cluster=cluster,
     )
     return run, problems
+
+
+def _read_with_bases(file: Path, problems: Problems, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A run file's entries over those of its base, section by section; paths as seen from the working directory."""
+    values = read_yaml(file, problems)
+    for key in _RELATIVE:
+        if isinstance(values.get(key), str):
+            values[key] = os.path.normpath(file.parent / values[key])
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str) or file.parent / base in seen or len(seen) > _DEEPEST:
+        allowed = "the path of another run file, which does not lead back here"
+        problems.add(file, "base", base, allowed, "correct the path")
+        return {}
+    merged = _read_with_bases(file.parent / base, problems, (*seen, file))
+    for key, value in values.items():
+        section = merged.get(key)
+        merged[key] = section | value if isinstance(section, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _with_sequence_length(shape: GPTShape, length: int, file: Path, problems: Problems) -> GPTShape:
+    if shape.architecture != LLAMA and length != shape.sequence_length:
+        allowed = f"{shape.sequence_length}: the model has that many learned positions"
+        problems.add(file, "training.sequence_length", length, allowed, "leave it out or choose another model")
+        return shape
+    return replace(shape, sequence_length=length)
 
 
 def _apply_override(values: dict[str, Any], override: str, problems: Problems) -> None:
@@ -237,6 +301,12 @@ def check_run(run: RunConfig, world_size: int, problems: Problems) -> None:
             )
             remedy = "change one of the batch sizes or the number of processes"
             problems.add(file, "training.global_batch_size", training.global_batch_size, allowed, remedy)
+    if training.activation_checkpointing not in ACTIVATION_CHECKPOINTING:
+        value = training.activation_checkpointing
+        allowed = ", ".join(ACTIVATION_CHECKPOINTING)
+        problems.add(
+            file, "training.activation_checkpointing", value, allowed, nearest(value, list(ACTIVATION_CHECKPOINTING))
+        )
     run.shape.check_tensor_parallel(parallel.tensor, run.model_file, problems)
     if training.warmup_steps >= training.steps:
         allowed = f"fewer than training.steps = {training.steps}"

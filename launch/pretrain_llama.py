@@ -71,7 +71,9 @@ def main(arguments: list[str] | None = None) -> None:
         dp_size=processes.dp_size,
         device=processes.device,
     )
-    model = megatron_patch.build_gpt(run.shape, dtype=parameter_dtype(config))
+    model = megatron_patch.build_gpt(
+        run.shape, dtype=parameter_dtype(config), activation_checkpointing=run.training.activation_checkpointing
+    )
     engine, _, _, _ = deepspeed.initialize(model=model, config=config, mpu=megatron_patch.mpu_adapter())
     name = optimizer_type(config)
     if processes.rank == 0 and name.startswith("Blockwise"):

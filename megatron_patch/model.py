@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -15,9 +16,20 @@ from torch.nn.functional import gelu, silu
 from ds_blockwise.config_files import Problems
 from ds_blockwise.model_shape import GPT2, LLAMA, GPTShape
 
+# Megatron-core's names for what a run file's `activation_checkpointing` asks for
+RECOMPUTED: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
 
 def build_gpt(
-    shape: GPTShape, *, dtype: torch.dtype = torch.float32, cpu_initialization: bool | None = None
+    shape: GPTShape,
+    *,
+    dtype: torch.dtype = torch.float32,
+    cpu_initialization: bool | None = None,
+    activation_checkpointing: str = "none",
 ) -> GPTModel:
     """A Megatron-core `GPTModel` in the given shape, on the current process groups.
 
@@ -32,6 +44,8 @@ def build_gpt(
             the same seed gives the same model at every tensor-parallel size. Default: only
             without CUDA, where it is the only way. Otherwise seed with Megatron-core's
             ``model_parallel_cuda_manual_seed`` first.
+        activation_checkpointing: What is computed again in the backward pass instead of being kept: ``none``,
+            ``selective`` (attention) or ``full`` (every layer).
 
     Raises:
         ValueError: `parallel_state` isn't initialised, or the sizes don't divide.
@@ -49,7 +63,7 @@ def build_gpt(
     if cpu_initialization is None:
         cpu_initialization = not torch.cuda.is_available()
     return GPTModel(
-        config=_transformer_config(shape, dtype, cpu_initialization),
+        config=_transformer_config(shape, dtype, cpu_initialization, RECOMPUTED[activation_checkpointing]),
         transformer_layer_spec=get_gpt_layer_local_spec(normalization=_normalization(shape)),
         vocab_size=shape.vocab_size,
         max_sequence_length=shape.sequence_length,
@@ -65,7 +79,9 @@ def _normalization(shape: GPTShape) -> str:
     return "RMSNorm" if shape.architecture == LLAMA else "LayerNorm"
 
 
-def _transformer_config(shape: GPTShape, dtype: torch.dtype, cpu_initialization: bool) -> TransformerConfig:
+def _transformer_config(
+    shape: GPTShape, dtype: torch.dtype, cpu_initialization: bool, recomputed: dict[str, Any]
+) -> TransformerConfig:
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -88,6 +104,7 @@ def _transformer_config(shape: GPTShape, dtype: torch.dtype, cpu_initialization:
         bf16=dtype is torch.bfloat16,
         fp16=dtype is torch.float16,
         use_cpu_initialization=cpu_initialization,
+        **recomputed,
         # Writes into `main_grad`, which DeepSpeed doesn't have.
         gradient_accumulation_fusion=False,
         # torch's RMSNorm (local spec) has no persistent kernel.

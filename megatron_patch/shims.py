@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What Megatron-core needs to run on a machine without CUDA (tests, the demo, a laptop).
 
-Megatron-core 0.16 names the CUDA device in three places that a dense GPT model reaches, and a fourth name is
-missing for one with experts. Each is replaced here, with the reason beside it. With CUDA present nothing is touched.
+Megatron-core 0.16 names the CUDA device in the places that a dense GPT model reaches, and one more name is missing for
+one with experts. Each is replaced here, with the reason beside it. With CUDA present nothing is touched.
 """
 
 from __future__ import annotations
@@ -31,11 +31,22 @@ def cpu_shims() -> None:
     # The default tracker saves and restores CUDA generators around attention. Megatron-core's own
     # inference tracker has the same interface and leaves generators alone.
     tensor_parallel_random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
+    # Activation checkpointing saves and restores the CUDA generator beside the CPU's; here there is only one.
+    tensor_parallel_random._get_cuda_rng_state = _no_generator
+    tensor_parallel_random._set_cuda_rng_state = _keep_generator
     # The causal mask is created with device="cuda" when the caller passes none.
     fused_softmax.get_default_causal_mask = _causal_mask
     # The router asks whether this function is None, but the name exists only where Transformer Engine is installed.
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def _no_generator(*_: object, **__: object) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8)
+
+
+def _keep_generator(*_: object, **__: object) -> None:
+    """Nothing to restore."""
 
 
 def _cpu_device() -> torch.device:

@@ -83,3 +83,32 @@ def test_gpt2_steps_and_learns(tmp_path):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.5
+
+
+@pytest.mark.parametrize("kind", ["selective", "full"])
+def test_activation_checkpointing_changes_no_gradient(kind):
+    """What is computed again in the backward pass is what was computed before, bit for bit."""
+    from dataclasses import replace
+
+    from megatron_patch import build_gpt
+
+    build_meta_gpt(FILES["tiny"])  # process groups
+    shape = replace(GPTShape.load(FILES["tiny"]), num_layers=2, vocab_size=64, num_parameters=None)
+    tokens = torch.randint(64, (2, 17), generator=torch.Generator().manual_seed(1))
+    gradients, saved = {}, {}
+    for name in ("none", kind):
+        torch.manual_seed(0)
+        model = build_gpt(shape, activation_checkpointing=name)
+        kept: dict[int, int] = {}
+
+        def pack(tensor, kept=kept):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(tokens[:, :-1], torch.arange(16).expand(2, 16), None, labels=tokens[:, 1:]).mean()
+        loss.backward()
+        gradients[name] = {n: p.grad for n, p in model.named_parameters()}
+        saved[name] = sum(kept.values())
+    assert all(torch.equal(gradients[kind][n], g) for n, g in gradients["none"].items())
+    assert saved[kind] < saved["none"]
