@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``ds-blockwise convert`` and ``ds-blockwise check``: checkpoints on disk, without the ranks that wrote them."""
+"""``ds-blockwise convert`` and ``ds-blockwise check``: checkpoints on disk, without their ranks, and run files."""
 
 from __future__ import annotations
 
@@ -39,8 +39,12 @@ def add_commands(commands: Any) -> None:
     convert.add_argument("source", type=Path, metavar="SOURCE", help=CHECKPOINT_HELP)
     convert.add_argument("output", type=Path, metavar="OUTPUT", help="folder of checkpoints to write into")
     convert.set_defaults(run=_run_convert)
-    check = commands.add_parser("check", help="print what is in a checkpoint and verify it")
-    check.add_argument("source", type=Path, metavar="CHECKPOINT", help=CHECKPOINT_HELP)
+    check = commands.add_parser("check", help="verify a checkpoint or a run file, and print what it holds")
+    check.add_argument(
+        "source", type=Path, metavar="CHECKPOINT_OR_RUN", help=f"{CHECKPOINT_HELP}; or a run file (.yaml)"
+    )
+    check.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="of a run file")
+    check.add_argument("--deepspeed-config", type=Path, metavar="JSON", help="another one than the run file's")
     check.add_argument("--json", action="store_true", help="print JSON instead of text")
     check.set_defaults(run=_run_check)
     for parser in (convert, check):
@@ -60,8 +64,26 @@ def _run_convert(args: argparse.Namespace) -> tuple[str, int]:
 
 
 def _run_check(args: argparse.Namespace) -> tuple[str, int]:
+    if args.source.suffix in (".yaml", ".yml"):
+        return _check_run(args)
     found = describe_checkpoint(args.source, tag=args.tag, trust=args.trust)
     return json.dumps(found, indent=2) if args.json else _text(found), 1 if found["problems"] else 0
+
+
+def _check_run(args: argparse.Namespace) -> tuple[str, int]:
+    try:
+        checks = importlib.import_module("ds_blockwise.run_check")
+    except ModuleNotFoundError as error:
+        raise ImportError(f"run files need {error.name}: pip install 'ds_blockwise[launch]'") from error
+    run, problems = checks.check_run_file(args.source, args.set, args.deepspeed_config)
+    described = [] if run is None or problems else checks.describe_run(run)
+    if args.json:
+        return json.dumps({"problems": problems.lines, "run": dict(described)}, indent=2), 1 if problems else 0
+    if problems:
+        listed = "\n".join(f"- {line}" for line in problems.lines)
+        return f"{args.source}: {len(problems.lines)} problem(s)\n{listed}", 1
+    width = max(len(name) for name, _ in described)
+    return "\n".join([*(f"{name:<{width}}  {value}" for name, value in described), "no problems"]), 0
 
 
 def convert_checkpoint(

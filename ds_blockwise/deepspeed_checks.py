@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ds_blockwise.optimizer import built_from_ours
+from ds_blockwise.refusals import EngineFacts, refusals
 
 
 def tensor_parallel_mpu(engine: Any) -> Any | None:
@@ -93,7 +93,7 @@ def check_config(engine: Any, optimizer: str) -> None:
     Raises:
         ValueError: every refused setting with its reason, in one message.
     """
-    problems = list(_problems(engine, optimizer))
+    problems = list(refusals(_facts_of(engine, optimizer)))
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in problems)
         raise ValueError(f"{optimizer} does not support this DeepSpeed configuration:\n{listed}")
@@ -169,50 +169,28 @@ def check_clipping(engine: Any, tp: int) -> None:
         raise ValueError(f"{where} MoE layers: DeepSpeed's norm there leaves out all experts, {what_to_do}")
 
 
-def _problems(engine: Any, optimizer: str) -> Iterator[str]:
-    mini = optimizer == "BlockwiseAdamMini"
+def _facts_of(engine: Any, optimizer: str) -> EngineFacts:
     offload = engine.zero_offload_optimizer()
-    if getattr(engine, "zenflow", None):
-        yield (
-            '"zenflow": it updates selected columns with an AdamW of its own and stores weights transposed. Remove '
-            '"zenflow" from "zero_optimization".'
-        )
-    if engine.super_offload():
-        yield (
-            '"super_offload": it steps the offloaded parameters with DeepSpeedCPUAdam and never calls ours. Set '
-            '"super_offload": false.'
-        )
-    if engine.pipeline_parallelism and engine.zero_optimization_stage() > 1:
-        yield (
-            f'"zero_optimization": {{"stage": {int(engine.zero_optimization_stage())}}} with a PipelineModule: '
-            f'DeepSpeed\'s pipeline engine works with ZeRO stage 0 and 1 only. Set "stage": 1.'
-        )
-    if offload is not None and getattr(offload, "ratio", 1.0) < 1.0:
-        yield (
-            f'"offload_optimizer": {{"ratio": {offload.ratio}}}: partial offload works with DeepSpeedCPUAdam only. Set '
-            f'"ratio": 1.0.'
-        )
-    if mini and offload is not None and str(getattr(offload.device, "value", offload.device)) == "nvme":
-        yield (
-            '"offload_optimizer": {"device": "nvme"}: the swapper needs state in the shape of the parameters, and one '
-            'second moment per block is not. Use "device": "cpu".'
-        )
-    for name, on in (
-        ("bf16_master_weights_and_grads", engine.bf16_master_weights_and_gradients()),
-        ("fp16_master_weights_and_grads", engine.fp16_master_weights_and_gradients()),
-    ):
-        if on:
-            yield f'"{name}": the master weights are updated in fp32. Set it to false.'
-    if engine.zero_elastic_checkpoint():
-        yield (
-            '"elastic_checkpoint": it cuts state tensors by the padding of the parameters and cannot be loaded. Set it '
-            "to false; use universal checkpoints to change the number of ranks."
-        )
-    if mini and not engine.zero_compute_grad_norm() and _autocast_fp16(engine):
-        yield (
-            '"compute_grad_norm": false with fp16 torch_autocast: the gradient scaler then skips steps rank by rank, '
-            "and the others would wait for ever. Set it to true."
-        )
+    device = "none" if offload is None else str(getattr(offload.device, "value", offload.device))
+    return EngineFacts(
+        optimizer=optimizer,
+        zero_stage=int(engine.zero_optimization_stage()),
+        is_pipeline=bool(engine.pipeline_parallelism),
+        zenflow=bool(getattr(engine, "zenflow", None)),
+        super_offload=bool(engine.super_offload()),
+        offload_device=None if device == "none" else device,
+        offload_ratio=float(getattr(offload, "ratio", 1.0)),
+        master_weights_16_bit=tuple(
+            name
+            for name, on in (
+                ("bf16_master_weights_and_grads", engine.bf16_master_weights_and_gradients()),
+                ("fp16_master_weights_and_grads", engine.fp16_master_weights_and_gradients()),
+            )
+            if on
+        ),
+        elastic_checkpoint=bool(engine.zero_elastic_checkpoint()),
+        skips_rank_by_rank=not engine.zero_compute_grad_norm() and _autocast_fp16(engine),
+    )
 
 
 def _autocast_fp16(engine: Any) -> bool:
