@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``ds-blockwise`` command: ``blocks`` prints how a model is cut, ``convert`` and ``check`` work on checkpoints."""
+"""The ``ds-blockwise`` command: how a model is cut, what a run needs, what is in a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 
 from ds_blockwise.checkpoint_files import CheckpointError
 from ds_blockwise.cli_checkpoint import add_commands
+from ds_blockwise.cli_plan import add_plan_command
 from ds_blockwise.model_source import MODEL_HELP, load_model
 from ds_blockwise.naming import canonical_fqn
 from ds_blockwise.settings import OPTIMIZER_KEYS, check_extra_keys
@@ -64,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     blocks.set_defaults(run=_run_blocks)
     add_commands(commands)
+    add_plan_command(commands)
     return parser
 
 

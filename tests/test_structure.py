@@ -74,8 +74,12 @@ ORDER = [
     "run_config",
     "engine_config",
     "run_check",
+    "plan_memory",
+    "plan",
     "model_source",
     "cli_checkpoint",
+    "plan_plot",
+    "cli_plan",
     "cli",
 ]
 ALLOWED = {
