@@ -302,3 +302,13 @@ def test_a_run_that_does_not_fit_says_so(capsys: pytest.CaptureFixture[str]) -> 
     settings = ["--set", "training.micro_batch_size=64", "--set", "training.activation_checkpointing=none"]
     assert main(["plan", str(FOLDER / "nodes_1.yaml"), "--plot", "", "--gpu", "a100-40g", *settings]) == 0
     assert "fits in 40 GB with BlockwiseAdamMini: NO" in capsys.readouterr().out
+
+
+def test_the_page_shows_what_the_command_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`docs/scaling.md` quotes the planner; a change of its model must change the page."""
+    monkeypatch.chdir(ROOT)
+    assert main(["plan", "configs/run/llama_2b", "--nodes", "8", "--plot", str(tmp_path / "plan.png")]) == 0
+    printed = capsys.readouterr().out.replace(str(tmp_path / "plan.png"), "docs/scaling/llama_2b.png")
+    assert printed.strip() in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
