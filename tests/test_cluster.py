@@ -201,14 +201,17 @@ def test_ssh_through_deepspeeds_own_runner(bench: Bench) -> None:
     (bench.bin / "deepspeed").unlink()
     bench.stub("pdsh", "ssh")
     real = f"{bench.bin}:{Path(sys.executable).parent}:/usr/bin:/bin"
-    done = bench.run("ssh.sh", PATH=real, DS_ACCELERATOR="cpu", MASTER_PORT="29777")
+    done = bench.run(
+        "ssh.sh", PATH=real, DS_ACCELERATOR="cpu", MASTER_PORT="29777", SHARE_ALSO="WANDB_MODE", WANDB_MODE="offline"
+    )
     assert done.returncode == 0, done.stderr
     assert [call["argv"][-2:] for call in bench.calls("ssh")] == [["node1", "hostname"]]  # the runner's check
     (call,) = bench.calls("pdsh")
     argv = call["argv"]
     assert argv[:5] == ["-S", "-f", "1024", "-w", "node1,node2"]
     exports = dict(re.findall(r"export (\w+)=(\S*); ", argv[5]))
-    _assert_shared(exports, LAUNCH_HOSTS="node1:4,node2:2")
+    exports = {name: value.strip('"') for name, value in exports.items()}
+    _assert_shared(exports, LAUNCH_HOSTS="node1:4,node2:2", PATH=real, WANDB_MODE="offline")
     assert argv[6] == f"cd {bench.folder};"
     assert Path(argv[7]).samefile(sys.executable)
     world = json.loads(base64.urlsafe_b64decode(argv[11].removeprefix("--world_info=")))

@@ -8,6 +8,7 @@
 : "${MASTER_PORT:=29500}"    # of the rendezvous, on the first host; free there, below 32768
 : "${MAX_RESTARTS:=3}"       # how often a job that ended with an error is started again
 : "${RESTART_WAIT:=10}"      # seconds before each
+: "${SHARE_ALSO:=}"         # names of more variables that every rank needs, such as "WANDB_API_KEY HF_HOME"
 : "${VENV=.venv}"            # virtual environment, the same path on every host; empty: what PATH finds
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -40,6 +41,10 @@ share LAUNCH_JOIN_SECONDS 300
 share LAUNCH_SILENCE_SECONDS 60
 # A job's log is read while it runs; under srun and torchrun Python would keep it back by the block.
 share PYTHONUNBUFFERED 1
+
+for name in $SHARE_ALSO; do
+    share "$name" ""
+done
 
 # ssh itself must notice a dead host, or pdsh waits for it for ever after the job has ended on all others.
 export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=10 -o ServerAliveCountMax=3"

@@ -18,7 +18,8 @@ command -v pdsh >/dev/null || die "pdsh is not installed here (Debian: apt-get i
 DS_ENV_FILE=$(mktemp)
 export DS_ENV_FILE
 trap 'rm -f "$DS_ENV_FILE"' EXIT
-for name in "${SHARED[@]}"; do
+# ssh brings a bare PATH: the kernels of a rank are compiled with the ninja of the virtual environment
+for name in "${SHARED[@]}" PATH ${LD_LIBRARY_PATH:+LD_LIBRARY_PATH}; do
     echo "$name=${!name}"
 done > "$DS_ENV_FILE"
 
