@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make test-hosts`: the main job on two hosts with their own networks, through `launch/cluster` and DeepSpeed's launcher.
+"""`make test-hosts`: the main job on two hosts with their own networks, through `launch/cluster` and the launchers.
 
 Needs root. The hosts are namespaces of this machine, see `two_hosts`.
 """
@@ -126,7 +126,8 @@ def _cut(pair: Pair, output: str, strike: Callable[[], None]) -> tuple[str, floa
     """Strike in the middle of training; what was written, and the seconds until everything had ended."""
     log = f"{output}-cut"
     process = pair.train(output, log)
-    pair.wait_until(pair.checkpoint(output, 5).is_dir, process, log)
+    # the one before it is complete: a folder gets its name a moment before `latest` does
+    pair.wait_until(pair.checkpoint(output, 6).is_dir, process, log)
     strike()
     before = time.monotonic()
     try:
