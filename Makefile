@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup train finetune compare test support test-slow test-faults test-gpu checkpoint-matrix lint clean bench bench-kernels bench-gpu bench-communication bench-end-to-end
+.PHONY: setup train finetune compare test support test-slow test-faults test-hosts test-gpu checkpoint-matrix lint clean bench bench-kernels bench-gpu bench-communication bench-end-to-end
 
 setup: $(STAMP)
 
@@ -49,10 +49,10 @@ bench-end-to-end: setup
 	$(BIN)/python benchmarks/end_to_end.py --readme $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -m "not gpu and not slow and not faults" tests $(ARGS)
+	$(BIN)/python -m pytest -m "not gpu and not slow and not faults and not hosts" tests $(ARGS)
 
 support: setup
-	WRITE_SUPPORT=1 $(BIN)/python -m pytest -m "not gpu and not slow and not faults" --deselect tests/test_support.py::test_the_page_has_the_rows tests $(ARGS)
+	WRITE_SUPPORT=1 $(BIN)/python -m pytest -m "not gpu and not slow and not faults and not hosts" --deselect tests/test_support.py::test_the_page_has_the_rows tests $(ARGS)
 
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow and not gpu" tests $(ARGS)
@@ -62,6 +62,10 @@ test-faults: setup
 
 checkpoint-matrix: setup
 	WRITE_CHECKPOINT_MATRIX=1 $(BIN)/python -m pytest -q tests/test_reshard.py $(ARGS)
+
+# As root, with the packages iproute2 openssh-server pdsh util-linux.
+test-hosts: setup
+	$(BIN)/python -m pytest -rP tests/test_hosts.py $(ARGS)
 
 test-gpu: setup
 	DS_ACCELERATOR=cuda $(BIN)/python -m pytest -m gpu tests $(ARGS)

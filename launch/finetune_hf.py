@@ -28,6 +28,7 @@ import transformers
 from accelerate import PartialState
 from corpus import Corpus, choose_validation, digest, find_corpus
 from finetune_report import plot_losses, table
+from meeting import Place
 from processes import prepare_process
 from transformers import (
     AutoModelForCausalLM,
@@ -103,6 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
         ValueError: Lists what is wrong with the options or the text, before the model is built.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    Place.of_this_process()  # a start without a launcher needs its variables
     prepare_process()
     if not torch.cuda.is_available():
         arguments += ["--accelerator_config", json.dumps(_join_without_gpu())]

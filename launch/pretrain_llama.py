@@ -10,7 +10,6 @@ The run file says everything; the DeepSpeed JSON that it names decides the optim
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 import json
@@ -23,15 +22,20 @@ import deepspeed
 import quiet  # noqa: F401
 import torch
 from batches import Batches, check_data
-from processes import Processes, agree, start, world_size
+from job_options import job_options
+from meeting import Place, connect, exit_status
+from preflight import load_and_check
+from processes import Processes, agree, prepare_process, start
 from report import plot_loss, state_bytes_per_parameter, summarize, table, write_summary
 from run_folder import check_output, check_source, find_checkpoint, prepare_output
+from silence import Watch, naming_hosts
 from training import Trainer
 
 import megatron_patch
 from ds_blockwise import block_report
-from ds_blockwise.engine_config import compose, optimizer_type, parameter_dtype, zero_stage
-from ds_blockwise.run_config import RunConfig, check_run, load_run
+from ds_blockwise.config_files import Problems
+from ds_blockwise.engine_config import optimizer_type, parameter_dtype, zero_stage
+from ds_blockwise.run_config import RunConfig
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -41,21 +45,20 @@ def main(arguments: list[str] | None = None) -> None:
         arguments: Command line without the program's name; default `sys.argv`.
 
     Raises:
-        ValueError: Lists what is wrong with the configuration, before the first step.
+        ValueError: Lists what is wrong with the configuration or differs between hosts, before the first step.
+        TimeoutError: Ranks did not come up.
+        RuntimeError: The connection to a host was lost; names it.
     """
     started = time.perf_counter()
-    options = _options(arguments)
+    options = job_options(arguments, __doc__.splitlines()[0])
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("run_folder").setLevel(logging.INFO)
-    run, problems = load_run(options.run, overrides=options.set, deepspeed_file=options.deepspeed_config)
-    if run is None:
-        problems.raise_if_any()
-    assert run is not None
-    check_run(run, world_size(), problems)
-    config = compose(run, problems)
-    problems.raise_if_any()
-
-    processes = start(run.parallel, run.training.seed)
+    place = Place.of_this_process()
+    prepare_process()
+    store = connect(place)
+    run, config, hosts = load_and_check(options, place, store)
+    processes = start(run.parallel, run.training.seed, store)
+    problems = Problems()
     metadata = check_data(run, problems)
     record = _record(run, config, metadata, processes)
     checkpoint = find_checkpoint(run, problems) if options.resume or options.auto_resume else None
@@ -83,7 +86,8 @@ def main(arguments: list[str] | None = None) -> None:
         trainer.resume()
     elif source is not None:
         trainer.start_from(source)
-    trainer.train(options.stop_at_step)
+    with Watch(place, hosts, store), naming_hosts(hosts):
+        trainer.train(options.stop_at_step)
 
     stage = zero_stage(config)
     state_bytes = state_bytes_per_parameter(engine.basic_optimizer, engine.module, processes, zero_stage=stage)
@@ -103,27 +107,6 @@ def main(arguments: list[str] | None = None) -> None:
         print(table(summary, run.output), flush=True)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-
-
-def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    # torchrun takes a script's --run for its own --run-path; --run-file gets past it.
-    parser.add_argument("--run", "--run-file", required=True, help="run file, such as configs/run/tiny.yaml")
-    parser.add_argument("--deepspeed-config", help="another DeepSpeed JSON than the run file's")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
-    parser.add_argument("--stop-at-step", type=int, help="stop early, with a checkpoint")
-    existing = parser.add_mutually_exclusive_group()
-    existing.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
-    existing.add_argument("--auto-resume", action="store_true", help="go on if there is a checkpoint, else start")
-    existing.add_argument("--overwrite", action="store_true", help="delete an earlier run's files")
-    parser.add_argument(
-        "--init-from", metavar="FOLDER", help="begin with weights and optimizer state of a checkpoint; new schedule"
-    )
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the launcher
-    options = parser.parse_args(arguments)
-    if options.resume and options.init_from:
-        parser.error("--init-from begins a new run and --resume goes on with one: leave one out")
-    return options
 
 
 def _record(run: RunConfig, config: dict[str, Any], metadata: dict[str, Any], processes: Processes) -> dict[str, Any]:
@@ -150,4 +133,4 @@ def _digest(record: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    exit_status(main)

@@ -58,24 +58,25 @@ class Processes:
         return int(total)
 
 
-def world_size() -> int:
-    """Number of processes that the launcher started; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def start(parallel: ParallelConfig, seed: int) -> Processes:
+def start(parallel: ParallelConfig, seed: int, store: torch.distributed.Store) -> Processes:
     """Join the other processes and seed the initial weights.
 
     Args:
         parallel: Sizes of the groups.
         seed: Of the weights; equal on all ranks of a data-parallel group by construction.
+        store: Where the processes met.
     """
-    prepare_process()
-    deepspeed.init_distributed()
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    timeout = deepspeed.constants.default_pg_timeout  # DEEPSPEED_TIMEOUT
+    if not torch.distributed.is_initialized():
+        backend = get_accelerator().communication_backend_name()
+        rank, size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+        torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    deepspeed.init_distributed()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        distributed_timeout_minutes=timeout.total_seconds() / 60,
     )
     megatron_patch.cpu_shims()
     random.seed(seed)
@@ -94,14 +95,13 @@ def start(parallel: ParallelConfig, seed: int) -> Processes:
 
 
 def prepare_process() -> None:
-    """What comes before the first collective: quiet logs, a share of the cores, a launcher's variables."""
+    """What comes before the first collective: quiet logs, a share of the cores."""
     deepspeed.utils.logger.setLevel(logging.WARNING)
     if not torch.cuda.is_available():
         _share_cores()
         # DeepSpeed would compile a shared-memory all-reduce at every first start; only its
         # inference path uses it, and a compilation that was killed leaves a lock that hangs.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    _read_launcher_environment()
 
 
 def agree(problems: Problems) -> None:
@@ -148,10 +148,3 @@ def _share_cores() -> None:
         # A container may own fewer cores than the machine has; only Linux tells.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, (cores or 1) // local))
-
-
-def _read_launcher_environment() -> None:
-    """Without a launcher (`python launch/pretrain_llama.py`) this is a run of one process."""
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    if "RANK" not in os.environ:
-        os.environ.update(alone, MASTER_PORT="0")

@@ -31,6 +31,7 @@ if os.environ["DS_ACCELERATOR"] == "cpu":
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
     config.addinivalue_line("markers", "slow: left out of make test (make test-slow)")
+    config.addinivalue_line("markers", "hosts: two hosts in network namespaces, as root (make test-hosts)")
     config.addinivalue_line("markers", "faults: many kills of the main job (make test-faults)")
 
 

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# The main job on all hosts of a hostfile, started from one of them over pdsh and ssh. Needs pdsh here, ssh without a
+# password to every host, and this checkout at the same path on each.
+#   HOSTFILE=hostfile launch/cluster/ssh.sh RUN_FILE [more arguments of launch/pretrain_llama.py]
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+# shellcheck source=launch/cluster/env.sh
+source "$here/env.sh"
+# shellcheck source=launch/cluster/common.sh
+source "$here/common.sh"
+
+HOSTFILE=${HOSTFILE:-hostfile}
+read_hostfile "$HOSTFILE"
+command -v pdsh >/dev/null || die "pdsh is not installed here (Debian: apt-get install pdsh); or start no_ssh.sh on each host"
+
+# DeepSpeed carries over what this file holds, and of the environment little more than NCCL_* and PYTHON*
+DS_ENV_FILE=$(mktemp)
+export DS_ENV_FILE
+trap 'rm -f "$DS_ENV_FILE"' EXIT
+# ssh brings a bare PATH: the kernels of a rank are compiled with the ninja of the virtual environment
+for name in "${SHARED[@]}" PATH ${LD_LIBRARY_PATH:+LD_LIBRARY_PATH}; do
+    echo "$name=${!name}"
+done > "$DS_ENV_FILE"
+
+first=${LAUNCH_HOSTS%%:*}
+# --force_multi: a hostfile with one line names that host, not this one
+with_restarts deepspeed --hostfile "$HOSTFILE" --force_multi --launcher pdsh \
+    --master_addr "${MASTER_ADDR:-$first}" --master_port "$MASTER_PORT" "${JOB[@]}"
