@@ -53,8 +53,7 @@ def write_parts(job: Job, parts: Sequence[tuple[tuple[Span, ...], str]], workers
             progress.finish(part)
         progress.close()
         return
-    context = multiprocessing.get_context("forkserver")
-    _start_forkserver(context)
+    context = forkserver()
     counters = context.Array("q", 3)
     progress = Progress(counters.get_obj(), total)
     others = set(multiprocessing.active_children())
@@ -85,8 +84,9 @@ def _wait(futures: dict[Future[None], tuple[Span, ...]], progress: Progress) -> 
         progress.show()
 
 
-def _start_forkserver(context: Any) -> None:
-    """Import the packages once, in the server that the workers are forked from, not once in each of them."""
+def forkserver() -> Any:
+    """A context whose processes are forked from one that has imported the packages: once, not in each of them."""
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["quiet", "data_pool"])
     before = os.environ.get("PYTHONPATH")
     here = str(Path(__file__).resolve().parent)
@@ -99,6 +99,7 @@ def _start_forkserver(context: Any) -> None:
             del os.environ["PYTHONPATH"]
         else:
             os.environ["PYTHONPATH"] = before
+    return context
 
 
 def _begin(counters: Any) -> None:

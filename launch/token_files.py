@@ -78,6 +78,7 @@ def prepare(
     metadata = read_metadata(directory)
     if metadata is not None and metadata["fingerprint"] == fingerprint and not force:
         logger.info("%s is up to date", directory)
+        _sweep(directory / PARTS, recipe)
         return metadata
     directory.mkdir(parents=True, exist_ok=True)
     with _alone_in(directory):
@@ -210,6 +211,14 @@ def _recipe(data: DataConfig, vocab_size: int, part_bytes: int, corpus: Corpus, 
         "part size": part_bytes,
         "the files": hashlib.sha256(corpus.listing().encode()).hexdigest(),
     }
+
+
+def _sweep(folder: Path, recipe: dict[str, Any]) -> None:
+    """Remove what is left of parts that were joined already; others' unfinished work stays."""
+    plan = folder / _PLAN
+    if folder.is_dir() and (not plan.is_file() or json.loads(plan.read_text(encoding="utf-8")) == recipe):
+        with _alone_in(folder.parent):
+            shutil.rmtree(folder)
 
 
 def _explain(folder: Path, recipe: dict[str, Any]) -> None:
