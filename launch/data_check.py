@@ -86,10 +86,10 @@ def check(directory: Path, metadata: dict[str, Any], *, every_token: bool) -> li
         every_token: Read everything: all tokens, the ends of all documents, the sums. Else the
             structure of the index and the documents that the description has a sum of.
     """
-    found = []
     tokenizer = directory / metadata["tokenizer"]["file"]
     if sha256_of(tokenizer) != metadata["tokenizer"]["sha256"]:
-        found.append(f"{tokenizer}: another file than the one that the tokens were made with")
+        return [f"{tokenizer}: another file than the one that the tokens were made with"]
+    found: list[str] = []
     for split in SPLITS:
         try:
             found += _check_split(directory, split, metadata, every_token)

@@ -39,7 +39,7 @@ _PLAN = "plan.json"
 _FORMAT = 2
 _READABLE = (1, 2)  # 1 has no sums
 _SAMPLES = 64
-_BLOCK = 4 << 20
+_BLOCK = 1 << 20
 _VERSIONED = ("tokenizers", "megatron-core")
 
 

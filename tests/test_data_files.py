@@ -55,7 +55,7 @@ def test_lines_belong_to_one_part_each(part_bytes: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("part_bytes", [1, 5, 64, 10**9])
 def test_text_is_cut_at_lines_and_nothing_is_lost(part_bytes: int, tmp_path: Path) -> None:
-    whole = "über\r\nlang\n\nzwei é\rdrei\n" + "ohne Ende " * 9
+    whole = "über\r\nlang\nzwei é\rdrei\n" + "ohne Ende " * 9
     path = tmp_path / "a.txt"
     path.write_bytes(whole.encode())
     found = [document for part in read(path, part_bytes) for document in part]
@@ -97,7 +97,7 @@ def test_parquet_and_zstd_become_the_same_tokens_with_three_workers(tmp_path: Pa
     for workers in (1, 3):
         prepare(data_config(tmp_path / f"data{workers}", tmp_path / "texts"), workers=workers)
     assert contents(tmp_path / "data1") == contents(tmp_path / "data3")
-    found = sum((documents_of(tmp_path / "data1", split) for split in token_files.SPLITS), [])
+    found = [document for split in token_files.SPLITS for document in documents_of(tmp_path / "data1", split)]
     assert len({*expected} - {*found}) <= 5  # long texts are cut at lines
 
 
@@ -194,7 +194,8 @@ def test_hugging_face_folder_ends_documents_with_its_own_token(
     metadata = token_files.prepare(data, 400, "run.yaml")
     assert metadata["tokenizer"]["end_of_document"] == 320
     assert metadata["tokenizer"]["vocab_size"] == 321
-    assert sorted(sum((documents_of(tmp_path / "data", s) for s in token_files.SPLITS), [])) == sorted(texts)
+    found = [document for split in token_files.SPLITS for document in documents_of(tmp_path / "data", split)]
+    assert sorted(found) == sorted(texts)
     assert (tmp_path / "data" / "tokenizer.json").read_bytes() == (given / "tokenizer.json").read_bytes()
     token_files.check_directory(tmp_path / "data")
     # The folder of the tokens is a tokenizer itself, with the same end.

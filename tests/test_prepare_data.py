@@ -299,38 +299,42 @@ def test_killed_worker_is_reported(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------- memory and progress
 
 
-def _peak_after(send: Connection, folder: Path, sizes: list[float]) -> None:
-    """Peak memory of this process after it has prepared each of the corpora."""
+def _peaks(send: Connection, folder: Path, sizes: list[int], tokenizer: str) -> None:
+    """Peak memory of this process after it has prepared each of the corpora, in MiB."""
     peaks = []
     for size in sizes:
-        token_files.prepare(data_config(folder / f"data{size}", folder / f"{size}.jsonl"), 320, "run.yaml")
-        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        data = data_config(folder / f"data{size}", folder / f"{size}.jsonl", tokenizer=tokenizer)
+        token_files.prepare(data, 320, "run.yaml", part_bytes=1 << 40)
+        token_files.check_directory(folder / f"data{size}")
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     send.send(peaks)
 
 
-def _growth(folder: Path, sizes: list[float]) -> float:
-    """Peak memory after the last size over the one after the first, in MiB."""
+def _growth(folder: Path, sizes: list[int], tokenizer: str) -> float:
+    """Peak memory after the last size over the one after the first, in MiB; each is a single part."""
+    bodies = [text(seed, 300) for seed in range(99)]
     for size in sizes:
         with (folder / f"{size}.jsonl").open("w", encoding="utf-8") as file:
-            number = 0
-            while file.tell() < size * MIB:
-                number += 1
-                file.write(json.dumps({"text": text(number % 997, 300) + str(number)}) + "\n")
+            for number in range(size * MIB // (len(bodies[0]) + 20)):
+                file.write(json.dumps({"text": f"{number} {bodies[number % 99]}"}) + "\n")
     receive, send = Pipe(duplex=False)
-    process = start(_peak_after, send, folder, sizes)
-    peaks = receive.recv() if receive.poll(800.0) else pytest.fail("no peak")
+    process = start(_peaks, send, folder, sizes, tokenizer)
+    while not receive.poll(0.1):
+        assert process.exitcode is None
     process.join()
-    return (peaks[-1] - peaks[0]) / MIB
+    first, *_, last = receive.recv()
+    return last - first
 
 
-def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
-    """20 MB of text in one part; all of it in memory, as text or tokens, would be more than 20 MB."""
-    assert _growth(tmp_path, [2, 20]) < 10
+def test_memory_does_not_grow_with_the_text(whole: tuple[Path, Path, list[str]], tmp_path: Path) -> None:
+    """Half of the text, or two bytes of each token, in memory would be more than is allowed."""
+    assert _growth(tmp_path, [4, 20], str(whole[1])) < 6
 
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_200_megabytes(tmp_path: Path) -> None:
-    assert _growth(tmp_path, [20, 200]) < 20
+    """With a tokenizer that is trained on a sample of them."""
+    assert _growth(tmp_path, [40, 200], "train") < 10
 
 
 def test_progress_is_rare_in_a_log_and_counts_right(
