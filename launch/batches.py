@@ -165,6 +165,8 @@ def check_data(run: RunConfig, problems: Problems) -> dict[str, Any]:
             allowed = f"folders that were prepared with one tokenizer; it differs from that of {first}"
             remedy = f"run: python launch/prepare_data.py --run {run.file} --directory {folder} --tokenizer {first}"
             problems.add(run.file, "data.blend", folder, allowed, f"{remedy} --source (its text)")
+    if len(problems.lines) > found:
+        return {}
     blend = [{"share": share, **{name: held[folder]["splits"][name] for name in SPLITS}} for folder, share in shares]
     return {"tokenizer": held[first]["tokenizer"], "splits": {"blend": blend}}
 
