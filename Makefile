@@ -5,14 +5,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup train finetune compare test support test-slow test-faults test-hosts test-gpu checkpoint-matrix lint clean bench bench-kernels bench-gpu bench-communication bench-end-to-end
+.PHONY: setup train finetune compare test support test-slow test-faults test-hosts test-gpu checkpoint-matrix lint clean bench bench-kernels bench-gpu bench-communication bench-end-to-end bench-data
 
 setup: $(STAMP)
 
 $(STAMP): constraints.txt setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[deepspeed,megatron,hf,launch,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[deepspeed,megatron,hf,launch,data,dev]"
 	touch $(STAMP)
 
 train: setup
@@ -47,6 +47,9 @@ bench-communication: setup
 
 bench-end-to-end: setup
 	$(BIN)/python benchmarks/end_to_end.py --readme $(ARGS)
+
+bench-data: setup
+	$(BIN)/python benchmarks/bench_prepare_data.py --docs $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest -m "not gpu and not slow and not faults and not hosts" tests $(ARGS)

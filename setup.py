@@ -10,7 +10,8 @@ EXTRAS = {
     "deepspeed": ["deepspeed>=0.19,<0.20", "safetensors>=0.4"],
     "megatron": ["megatron-core>=0.16,<0.17", "pyyaml"],
     "hf": ["transformers>=4.48", "accelerate"],
-    "launch": ["tokenizers", "pyyaml", "matplotlib", "tensorboard", "tqdm"],
+    "data": ["pyarrow"],
+    "launch": ["tokenizers>=0.20", "pyyaml", "matplotlib", "tensorboard", "tqdm"],
     "dev": [
         "adam-mini==1.1.1",
         "hypothesis",

@@ -30,13 +30,16 @@ class DataConfig:
 
     Attributes:
         directory: Holds the tokens, the tokenizer and `metadata.json`; relative to the working
-            directory.
+            directory. With `blend` only Megatron's sample indices go there.
         source: ``stdlib`` (the source files of Python's standard library), or folders, glob
-            patterns and files; `.jsonl` files hold one JSON object in each line.
-        text_key: Entry of a JSON object that holds the text.
-        tokenizer: ``train`` (byte-level BPE with the model's vocabulary size) or the path of a
-            `tokenizer.json` of the `tokenizers` library.
-        validation_fraction: Share of the documents kept for validation only.
+            patterns and files: text, JSON lines (one object in each line), parquet, the first two
+            also compressed.
+        text_key: Entry of a JSON object, or column of a parquet file, that holds the text.
+        tokenizer: ``train`` (byte-level BPE with the model's vocabulary size), the path of a
+            `tokenizer.json`, or a folder with one, as Hugging Face saves it.
+        validation_fraction: Chance of a document to be kept for validation only; its text alone decides.
+        blend: Prepared folders to train on instead of `directory`, each with its share of the
+            samples before it: ``0.7 data/web``. The shares are relative to their sum.
     """
 
     directory: str
@@ -44,6 +47,34 @@ class DataConfig:
     text_key: str = "text"
     tokenizer: str = "train"
     validation_fraction: float = field(default=0.05, metadata={LOW: 0.001, HIGH: 0.5})
+    blend: tuple[str, ...] = ()
+
+    def read_blend(self, file: str | Path, problems: Problems) -> tuple[tuple[str, float], ...]:
+        """Folders and their shares of the samples, which sum to 1; `directory` alone without a blend.
+
+        Args:
+            file: The run file, for messages.
+            problems: Notes entries that are no share and folder, and folders that come twice.
+        """
+        if not self.blend:
+            return ((self.directory, 1.0),)
+        shares: dict[str, float] = {}
+        for entry in self.blend:
+            number, _, folder = entry.strip().partition(" ")
+            folder = folder.strip()
+            try:
+                share = float(number)
+            except ValueError:
+                share = 0.0
+            if not (0.0 < share < float("inf")) or not folder:
+                allowed = "a share above 0 and a prepared folder, such as '0.7 data/web'"
+                problems.add(file, "data.blend", entry, allowed, "write both, with a space between")
+            elif Path(folder) in map(Path, shares):
+                problems.add(file, "data.blend", entry, "each folder once", "add its shares up in one entry")
+            else:
+                shares[folder] = share
+        total = sum(shares.values())
+        return tuple((folder, share / total) for folder, share in shares.items())
 
 
 @dataclass(frozen=True, slots=True)

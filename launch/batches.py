@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches from Megatron-core's `GPTDataset`, as a function of the step alone.
+"""Batches from Megatron-core's `GPTDataset`, or a blend of several, as a function of the step alone.
 
 Step s takes samples s * global_batch ... (s + 1) * global_batch of the shuffled data set; a
 data-parallel rank takes its share of each micro batch. There is no loader state to save: a resumed
@@ -8,18 +8,24 @@ run asks for the next step. All tensor-parallel ranks of one copy ask for the sa
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
+from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from token_files import CACHE, SPLITS, read_metadata, token_prefix
 
 from ds_blockwise.config_files import Problems
 from ds_blockwise.run_config import RunConfig
+
+_SURPLUS = 0.005  # Megatron builds so much more of each folder of a blend than its share; its default
 
 
 @dataclass(frozen=True)
@@ -37,9 +43,11 @@ class _TokenizerFacts:
     pad = -1  # never in the data: sequences are cut from a stream, none is padded
 
     def __init__(self, metadata: dict[str, Any]) -> None:
-        self.vocab_size: int = metadata["vocab_size"]
-        self.eod: int = metadata["end_of_document"]
-        self.unique_identifiers = OrderedDict(sha256=metadata["sha256"])
+        self.vocab_size: int = metadata["tokenizer"]["vocab_size"]
+        self.eod: int = metadata["tokenizer"]["end_of_document"]
+        # Megatron finds its sample indices by this, by path and by length: without the sums it would take
+        # those of a folder that was prepared again since.
+        self.unique_identifiers = OrderedDict(sha256=metadata["tokenizer"]["sha256"], splits=metadata["splits"])
 
 
 class Batches:
@@ -67,22 +75,31 @@ class Batches:
         self._dp_size = dp_size
         self._device = device
         self._positions = torch.arange(run.shape.sequence_length, device=device)
-        train, validation = (([str(token_prefix(run.data_directory, split))], None) for split in SPLITS)
+        shares = run.data.read_blend(run.file, Problems())
+        weights = [share for _, share in shares] if len(shares) > 1 else None
+        train, validation = (
+            ([str(token_prefix(Path(folder), split)) for folder, _ in shares], weights) for split in SPLITS
+        )
         config = GPTDatasetConfig(
             random_seed=run.training.seed,
             sequence_length=run.shape.sequence_length,
             blend_per_split=[train, validation, None],
             path_to_cache=str(run.data_directory / CACHE),
-            tokenizer=_TokenizerFacts(metadata["tokenizer"]),
+            tokenizer=_TokenizerFacts(metadata),
             reset_position_ids=False,
             reset_attention_mask=False,
             eod_mask_loss=False,
             create_attention_mask=False,  # the model makes the causal mask
+            mid_level_dataset_surplus=_SURPLUS,
         )
         samples = run.training.steps * run.training.global_batch_size
-        sizes = [samples, None, 0]  # None: one pass over the validation documents
+        # None: one pass over the validation documents; a blend is drawn by its shares, which needs a number
+        sizes = [samples, None if weights is None else run.training.validation_sequences, 0]
         builder = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config)
         self._train, self._validation, _ = builder.build()
+        if weights is not None:
+            _check_shares(self._train, samples, shares)
+            _check_shares(self._validation, run.training.validation_sequences, shares)
 
     def micro_batches(self, step: int) -> Iterator[Batch]:
         """This rank's share of one optimizer step.
@@ -115,42 +132,70 @@ class Batches:
         return Batch(tokens, self._positions.expand_as(tokens), labels)
 
 
+def _check_shares(dataset: BlendedDataset, samples: int, shares: Sequence[tuple[str, float]]) -> None:
+    """Every folder must give its share of the samples, to within one for each of the others."""
+    drawn = numpy.bincount(dataset.dataset_index[:samples], minlength=len(shares))
+    for (folder, share), count in zip(shares, drawn, strict=True):
+        if abs(int(count) - share * samples) > len(shares):
+            raise RuntimeError(f"{folder} gives {count} of {samples} samples, but its share is {share:.4f}")
+
+
 def check_data(run: RunConfig, problems: Problems) -> dict[str, Any]:
     """Check that the prepared data is there and fits the model.
 
     Args:
         run: The run.
-        problems: Notes missing or incomplete data, a vocabulary that is too large and too few
-            validation sequences.
+        problems: Notes missing or incomplete data, folders of one blend with different tokenizers, a
+            vocabulary that is too large and too few validation sequences.
 
     Returns:
-        The metadata; empty if there is none.
+        The metadata; empty if there is none. Of a blend: its common tokenizer, and each folder's splits.
     """
-    file = run.file
-    metadata = read_metadata(run.data_directory)
+    found = len(problems.lines)
+    shares = run.data.read_blend(run.file, problems)
+    held = {folder: _check_folder(run, Path(folder), share, problems) for folder, share in shares}
+    if not run.data.blend:
+        return held[run.data.directory]
+    if len(problems.lines) > found:
+        return {}
+    first, *others = held
+    for folder in others:
+        mine, theirs = held[first]["tokenizer"], held[folder]["tokenizer"]
+        if any(mine[key] != theirs[key] for key in ("sha256", "end_of_document")):
+            allowed = f"folders that were prepared with one tokenizer; it differs from that of {first}"
+            remedy = f"run: python launch/prepare_data.py --run {run.file} --directory {folder} --tokenizer {first}"
+            problems.add(run.file, "data.blend", folder, allowed, f"{remedy} --source (its text)")
+    if len(problems.lines) > found:
+        return {}
+    blend = [{"share": share, **{name: held[folder]["splits"][name] for name in SPLITS}} for folder, share in shares]
+    return {"tokenizer": held[first]["tokenizer"], "splits": {"blend": blend}}
+
+
+def _check_folder(run: RunConfig, folder: Path, share: float, problems: Problems) -> dict[str, Any]:
+    file, training = run.file, run.training
+    key = "data.blend" if run.data.blend else "data.directory"
+    metadata = read_metadata(folder)
     if metadata is None:
         allowed = "a folder that prepare_data.py has completed"
-        remedy = f"run: python launch/prepare_data.py --run {file}"
-        problems.add(file, "data.directory", str(run.data_directory), allowed, remedy)
+        options = f" --directory {folder} --source (its text)" if run.data.blend else ""
+        problems.add(file, key, str(folder), allowed, f"run: python launch/prepare_data.py --run {file}{options}")
         return {}
     vocab_size = metadata["tokenizer"]["vocab_size"]
     if vocab_size > run.shape.vocab_size:
-        allowed = f"at least {vocab_size}, the tokens of {run.data_directory}"
+        allowed = f"at least {vocab_size}, the tokens of {folder}"
         remedy = "raise it or prepare the data with a smaller tokenizer"
         problems.add(run.model_file, "vocab_size", run.shape.vocab_size, allowed, remedy)
     length = run.shape.sequence_length
     held = {name: (metadata["splits"][name]["tokens"] - 1) // length for name in SPLITS}
-    if held["validation"] < run.training.validation_sequences:
-        allowed = f"at most {held['validation']}, what {run.data_directory} holds"
+    # Megatron asks each folder of a blend for so many sequences; more than it holds would come twice.
+    surplus = _SURPLUS if len(run.data.blend) > 1 else 0.0
+    needed = math.ceil(math.ceil(training.validation_sequences * share) * (1 + surplus))
+    if held["validation"] < needed:
+        most = held["validation"] if share == 1.0 else math.floor(held["validation"] / (1 + surplus) / share)
+        allowed = f"at most {most}, what {folder} holds" + (f" for its share of {share:.3g}" if share < 1.0 else "")
         remedy = "lower it or raise data.validation_fraction and prepare the data again"
-        problems.add(
-            file,
-            "training.validation_sequences",
-            run.training.validation_sequences,
-            allowed,
-            remedy,
-        )
+        problems.add(file, "training.validation_sequences", training.validation_sequences, allowed, remedy)
     if held["train"] < 1:
         allowed = f"data of more than {length} training tokens (one sequence)"
-        problems.add(file, "data.directory", str(run.data_directory), allowed, "name more text")
+        problems.add(file, key, str(folder), allowed, "name more text")
     return metadata

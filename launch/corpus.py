@@ -1,28 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which documents a run learns from, and which of them it never sees before validation.
 
-A document is one text file, a piece of a very long one, or one line of a JSONL file. The order is
-that of the sorted file names, so that every machine with the same files gets the same documents.
+A document is one text file, a piece of a very long one, one line of JSON lines or one row of parquet.
+The order is that of the sorted file names, so that every machine with the same files gets the same
+documents. A corpus is cut into parts by the sizes of its files alone: whoever tokenizes them, in whatever
+order, the parts are the same.
 """
 
 from __future__ import annotations
 
-import ast
 import glob
 import hashlib
-import json
 import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data_readers import COMPRESSIONS, JSON_LINES, PARQUET, PYDOC_TOPICS, TEXT, NotText, Span, documents, kind_of
+from data_readers import row_group_bytes as row_group_bytes_of
+
 from ds_blockwise.config_files import Problems
 
 STDLIB = "stdlib"
 PYDOC = "pydoc"  # the chapters of the language reference that every Python brings for help()
-JSONL = ".jsonl"
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", JSONL)  # what a folder is searched for
+# What a folder is searched for; the first two of them also compressed.
+_TEXTS = (".txt", ".md", ".rst", ".py")
+_JSONS = (".jsonl", ".ndjson")
+FOLDER_SUFFIXES = (
+    *_TEXTS,
+    *_JSONS,
+    ".parquet",
+    *(f"{suffix}{packed}" for packed in COMPRESSIONS for suffix in (".txt", *_JSONS, ".json")),
+)
+PART_BYTES = 32 << 20
 # Tests and generated tables: two thirds of the standard library's bytes, little of its language.
 _STDLIB_SKIPPED = {
     "__pycache__",
@@ -35,8 +46,6 @@ _STDLIB_SKIPPED = {
     "tests",
 }
 _STDLIB_FOLDER = Path(sysconfig.get_path("stdlib"))
-# A longer text file becomes several documents: one book must not be all of the validation set.
-_LONGEST_DOCUMENT = 1 << 18  # characters
 
 
 @dataclass
@@ -45,7 +54,7 @@ class Corpus:
 
     Attributes:
         files: (name in messages and in the fingerprint, path), in order.
-        text_key: Entry of a JSON object that holds the text.
+        text_key: Entry of a JSON object, or column of a parquet file, that holds the text.
         skipped: Names of files that are not UTF-8 text, known after an iteration.
     """
 
@@ -57,16 +66,35 @@ class Corpus:
         """Yield the text of each document that isn't blank.
 
         Raises:
-            ValueError: A line of a JSONL file is not an object with a text under `text_key`.
+            ValueError: A line of JSON or a row has no text under `text_key`.
         """
+        for part in self.parts():
+            for span in part:
+                try:
+                    yield from documents(span, self.text_key)
+                except NotText:
+                    self.skipped.add(span.name)
+
+    def parts(self, part_bytes: int = PART_BYTES) -> list[tuple[Span, ...]]:
+        """Cut the files into parts of about ``part_bytes``: spans of large files, groups of small ones.
+
+        Where a file is cut depends on its own size only. A compressed file is never cut.
+
+        Raises:
+            ValueError: A parquet file has no column `text_key`.
+        """
+        parts: list[tuple[Span, ...]] = []
+        group: list[Span] = []
         for name, path in self.files:
-            if name == PYDOC:
-                documents = _topics(path)
+            spans = list(_cut(name, path, self.text_key, part_bytes))
+            if len(spans) > 1 or sum(span.bytes for span in group) + sum(s.bytes for s in spans) > part_bytes:
+                parts += [tuple(group)] if group else []
+                group = []
+            if len(spans) > 1:
+                parts += [(span,) for span in spans]
             else:
-                documents = self._json_lines(name, path) if path.suffix == JSONL else self._text(name, path)
-            for text in documents:
-                if text.strip():
-                    yield text
+                group += spans
+        return [*parts, tuple(group)] if group else parts
 
     def listing(self) -> str:
         """Names, sizes and times of the files: changes when the text may have changed."""
@@ -76,38 +104,25 @@ class Corpus:
             entries.append(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}")
         return "\n".join(entries)
 
-    def _text(self, name: str, path: Path) -> Iterator[str]:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            self.skipped.add(name)
-            return
-        while len(text) > _LONGEST_DOCUMENT:
-            end = text.rfind("\n", 0, _LONGEST_DOCUMENT) + 1 or _LONGEST_DOCUMENT
-            yield text[:end]
-            text = text[end:]
-        yield text
 
-    def _json_lines(self, name: str, path: Path) -> Iterator[str]:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(
-                        f"{name}, line {number}: {error}; allowed: one JSON object in each line; "
-                        f"correct the line or give the file another suffix than {JSONL}"
-                    ) from error
-                text = entry.get(self.text_key) if isinstance(entry, dict) else None
-                if not isinstance(text, str):
-                    keys = ", ".join(entry) if isinstance(entry, dict) else type(entry).__name__
-                    raise ValueError(
-                        f"{name}, line {number}: no text under the key {self.text_key!r} (found: "
-                        f"{keys}); set data.text_key or --text-key to the right key"
-                    )
-                yield text
+def _cut(name: str, path: Path, text_key: str, part_bytes: int) -> Iterator[Span]:
+    stat = path.stat()
+    kind = PYDOC_TOPICS if name == PYDOC else kind_of(path)
+    size = stat.st_size
+    if kind == PARQUET:
+        first, held = 0, 0
+        groups = row_group_bytes_of(name, path, text_key)
+        for index, group_bytes in enumerate(groups):
+            held += group_bytes
+            if held >= part_bytes or index + 1 == len(groups):
+                yield Span(name, path, kind, first, index + 1, held, size, stat.st_mtime_ns)
+                first, held = index + 1, 0
+        return
+    whole = kind not in (TEXT, JSON_LINES) or path.suffix in COMPRESSIONS
+    pieces = 1 if whole else max(1, -(-size // part_bytes))
+    for piece in range(pieces):
+        start, end = size * piece // pieces, size * (piece + 1) // pieces
+        yield Span(name, path, kind, start, end, end - start, size, stat.st_mtime_ns)
 
 
 def find_corpus(source: tuple[str, ...], text_key: str, named_in: str | Path, problems: Problems) -> Corpus:
@@ -115,7 +130,7 @@ def find_corpus(source: tuple[str, ...], text_key: str, named_in: str | Path, pr
 
     Args:
         source: ``stdlib``, ``pydoc``, folders, glob patterns and files.
-        text_key: Entry of a JSON object that holds the text.
+        text_key: Entry of a JSON object, or column of a parquet file, that holds the text.
         named_in: File that named the source, for messages.
         problems: Notes each entry that matches no file.
     """
@@ -124,7 +139,7 @@ def find_corpus(source: tuple[str, ...], text_key: str, named_in: str | Path, pr
         found = list(_find(entry))
         if not found:
             allowed = f"{STDLIB!r}, {PYDOC!r}, or a folder, glob pattern or file of text that exists"
-            remedy = f"in a folder only {', '.join(TEXT_SUFFIXES)} are read; name others by pattern"
+            remedy = f"in a folder only {', '.join(FOLDER_SUFFIXES)} are read; name others by pattern"
             problems.add(named_in, "data.source", entry, allowed, remedy)
         for name, path in found:
             files.setdefault(path.resolve(), name)
@@ -139,7 +154,7 @@ def _find(entry: str) -> Iterator[tuple[str, Path]]:
         yield PYDOC, _STDLIB_FOLDER / "pydoc_data" / "topics.py"
         return
     if Path(entry).is_dir():
-        paths = [path for path in Path(entry).rglob("*") if path.suffix in TEXT_SUFFIXES]
+        paths = [path for path in Path(entry).rglob("*") if path.name.endswith(FOLDER_SUFFIXES)]
     else:
         paths = [Path(name) for name in glob.glob(entry, recursive=True)]
     for path in sorted(paths):
@@ -156,37 +171,19 @@ def _python_files(root: Path) -> Iterator[tuple[str, Path]]:
                 yield f"{STDLIB}/{path.relative_to(root).as_posix()}", path
 
 
-def _topics(path: Path) -> Iterator[str]:
-    (mapping,) = (
-        node.value for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.Assign)
-    )
-    yield from ast.literal_eval(mapping).values()
-
-
 def digest(text: str) -> bytes:
     """Identity of a document: equal texts are one document for the split."""
     return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
 
-def choose_validation(corpus: Corpus, fraction: float, named_in: str | Path, problems: Problems) -> frozenset[bytes]:
-    """Choose whole documents for validation, by the hash of their text.
+def is_validation(text: str, fraction: float) -> bool:
+    """Whether a document is kept for validation.
 
-    Identical documents fall on the same side, so no validation text is trained on; the choice
-    does not depend on file names or order.
+    Its text alone decides, so that equal documents fall on the same side, no validation text is trained
+    on, and nothing has to be remembered between documents, files, or processes.
 
     Args:
-        corpus: The documents.
-        fraction: Share of the distinct documents, at least one of them.
-        named_in: File that named the source, for messages.
-        problems: Notes a corpus of fewer than two distinct documents.
-
-    Returns:
-        Digests of the validation documents.
+        text: The document.
+        fraction: Share of the distinct documents that is kept.
     """
-    digests = sorted({digest(text) for text in corpus})
-    if len(digests) < 2:
-        allowed = "at least 2 different documents (one is kept for validation)"
-        remedy = "name more files, or cut the text into several"
-        problems.add(named_in, "data.source", f"{len(digests)} documents", allowed, remedy)
-        return frozenset()
-    return frozenset(digests[: max(1, round(len(digests) * fraction))])
+    return int.from_bytes(digest(text), "big") < fraction * 2.0**64

@@ -26,7 +26,7 @@ import quiet  # noqa: F401
 import torch
 import transformers
 from accelerate import PartialState
-from corpus import Corpus, choose_validation, digest, find_corpus
+from corpus import Corpus, find_corpus, is_validation
 from finetune_report import plot_losses, table
 from meeting import Place
 from processes import prepare_process
@@ -110,10 +110,12 @@ def main(arguments: list[str] | None = None) -> None:
         arguments += ["--accelerator_config", json.dumps(_join_without_gpu())]
     options, training = parse(arguments)
     transformers.set_seed(training.seed)
-    tokenizer, shape, corpus, validation = inputs_of(options)
+    tokenizer, shape, corpus = inputs_of(options)
     train, held_out = (
         Sequences(texts, tokenizer, options.sequence_length, limit)
-        for texts, limit in zip(_split(corpus, validation), (None, options.validation_sequences), strict=True)
+        for texts, limit in zip(
+            _split(corpus, options.validation_fraction), (None, options.validation_sequences), strict=True
+        )
     )
     _check_sizes(options, train, held_out)
     trainer = Trainer(
@@ -152,8 +154,8 @@ def _join_without_gpu() -> dict[str, bool]:
     return {"use_configured_state": True}
 
 
-def inputs_of(options: FineTuning) -> tuple[PreTrainedTokenizerFast, GPTShape | None, Corpus, frozenset[bytes]]:
-    """Tokenizer, shape (None: the model's folder has the weights), text and the texts kept for validation.
+def inputs_of(options: FineTuning) -> tuple[PreTrainedTokenizerFast, GPTShape | None, Corpus]:
+    """Tokenizer, shape (None: the model's folder has the weights) and text.
 
     Raises:
         ValueError: Lists every path that is not there or does not fit.
@@ -170,19 +172,17 @@ def inputs_of(options: FineTuning) -> tuple[PreTrainedTokenizerFast, GPTShape | 
         remedy = "give --tokenizer (launch/prepare_data.py writes one into its data folder)"
         problems.add(here, "--tokenizer", str(tokenizer_file), "the path of a tokenizer.json", remedy)
     problems.raise_if_any()
-    validation = choose_validation(corpus, options.validation_fraction, here, problems)
-    problems.raise_if_any()
     if options.tokenizer is None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
     else:
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file), eos_token=_END)
-    return tokenizer, shape, corpus, validation
+    return tokenizer, shape, corpus
 
 
-def _split(corpus: Corpus, validation: frozenset[bytes]) -> Iterator[list[str]]:
+def _split(corpus: Corpus, fraction: float) -> Iterator[list[str]]:
     texts = list(corpus)
-    yield [text for text in texts if digest(text) not in validation]
-    yield [text for text in texts if digest(text) in validation]
+    yield [text for text in texts if not is_validation(text, fraction)]
+    yield [text for text in texts if is_validation(text, fraction)]
 
 
 def _check_sizes(options: FineTuning, train: Sequences, held_out: Sequences) -> None:
@@ -190,7 +190,8 @@ def _check_sizes(options: FineTuning, train: Sequences, held_out: Sequences) -> 
         if len(held) == 0:
             raise ValueError(
                 f"--source {' '.join(options.source)} holds less than one {name} sequence of "
-                f"{options.sequence_length} tokens: name more text, or lower --sequence_length"
+                f"{options.sequence_length} tokens: name more text, lower --sequence_length, or change "
+                "--validation_fraction"
             )
 
 

@@ -1,27 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """The prepared data: a tokenizer and Megatron's `.bin`/`.idx` token files, with their description.
 
-`metadata.json` is written last, so its presence says that everything beside it is complete.
+`metadata.json` is written last, so its presence says that everything beside it is complete. Until then the
+work is in the folder `parts`, and what is finished there is not done again.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.metadata
 import json
 import logging
-import os
 import platform
 import shutil
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from corpus import Corpus, choose_validation, digest, find_corpus
-from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+import numpy
+from corpus import PART_BYTES, Corpus, find_corpus
+from data_check import INDEX_TYPES, Index, check, write_header
+from data_parts import SPLITS, Job, files_of, finished, replace, write_json
+from data_pool import write_parts
+from data_readers import Span
+from data_tokenizer import TOKENIZER, TOKENIZER_CONFIG, TRAIN_TOKENIZER, Vocabulary, given_file, provide, provided
 
 from ds_blockwise.config_files import Problems
 from ds_blockwise.run_config import DataConfig
@@ -29,90 +33,121 @@ from ds_blockwise.run_config import DataConfig
 logger = logging.getLogger(__name__)
 
 METADATA = "metadata.json"
-TOKENIZER = "tokenizer.json"
 CACHE = "cache"  # Megatron's sample indices
-SPLITS = ("train", "validation")
-TRAIN_TOKENIZER = "train"
-_FORMAT = 1
-_END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
-_BATCH = 256  # documents that are tokenized at once
+PARTS = "parts"
+_PLAN = "plan.json"
+_FORMAT = 2
+_READABLE = (1, 2)  # 1 has no sums
+_SAMPLES = 64
+_BLOCK = 1 << 20
+_VERSIONED = ("tokenizers", "megatron-core")
 
 
-def prepare(data: DataConfig, vocab_size: int, named_in: str | Path, *, force: bool = False) -> dict[str, Any]:
+def prepare(
+    data: DataConfig,
+    vocab_size: int,
+    named_in: str | Path,
+    *,
+    force: bool = False,
+    workers: int = 1,
+    part_bytes: int = PART_BYTES,
+) -> dict[str, Any]:
     """Turn the text into token files, unless they are up to date.
 
     Args:
         data: Source, tokenizer and split; `data.directory` is written.
         vocab_size: Largest vocabulary that the model can take; a trained tokenizer's size.
         named_in: The run file, for messages.
-        force: Prepare even if the files are up to date.
+        force: Prepare even if the files are up to date, and make finished parts again.
+        workers: Processes that tokenize; the files are the same for any number.
+        part_bytes: About how much of the source is one part; long text files are cut there.
 
     Returns:
         The metadata, as in `metadata.json`.
 
     Raises:
-        ValueError: Nothing to read, a text key that isn't there, a tokenizer that doesn't fit.
+        ValueError: Nothing to read, a text key that isn't there, a tokenizer that doesn't fit, a split
+            without documents, or somebody else at work in the folder.
     """
     problems = Problems()
     directory = Path(data.directory)
     corpus = find_corpus(data.source, data.text_key, named_in, problems)
     problems.raise_if_any()
-    fingerprint = _fingerprint(data, vocab_size, corpus)
-    if not force:
-        metadata = read_metadata(directory)
-        if metadata is not None and metadata["fingerprint"] == fingerprint:
-            logger.info("%s is up to date", directory)
-            return metadata
-    validation = choose_validation(corpus, data.validation_fraction, named_in, problems)
-    problems.raise_if_any()
+    recipe = _recipe(data, vocab_size, part_bytes, corpus, named_in)
+    fingerprint = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
+    metadata = read_metadata(directory)
+    if metadata is not None and metadata["fingerprint"] == fingerprint and not force:
+        logger.info("%s is up to date", directory)
+        _sweep(directory / PARTS, recipe)
+        return metadata
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / METADATA).unlink(missing_ok=True)
-    # Megatron finds its sample indices by path and length, not by content: stale ones would be
-    # used for the new tokens without a word.
-    shutil.rmtree(directory / CACHE, ignore_errors=True)
-    tokenizer = _tokenizer(data, vocab_size, corpus, validation, named_in)
-    end_of_document = _end_of_document(tokenizer, data, named_in)
-    tokenizer.save(str(directory / TOKENIZER))
-    counts = _write_tokens(directory, corpus, validation, tokenizer, end_of_document)
-    metadata = {
-        "format": _FORMAT,
-        "fingerprint": fingerprint,
-        "source": list(data.source),
-        "files": len(corpus.files),
-        "files_skipped_not_utf8": sorted(corpus.skipped),
-        "tokenizer": {
-            "file": TOKENIZER,
-            "sha256": hashlib.sha256((directory / TOKENIZER).read_bytes()).hexdigest(),
-            "vocab_size": tokenizer.get_vocab_size(),
-            "end_of_document": end_of_document,
-        },
-        "splits": counts,
-        "versions": {
-            "python": platform.python_version(),
-            **{p: importlib.metadata.version(p) for p in ("tokenizers", "megatron-core")},
-        },
-    }
-    partial = directory / f"{METADATA}.partial"
-    partial.write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, directory / METADATA)
+    with _alone_in(directory):
+        folder = directory / PARTS
+        if force:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(exist_ok=True)
+        _explain(folder, recipe)
+        parts = corpus.parts(part_bytes)
+        vocabulary = _vocabulary(folder, data, vocab_size, corpus, parts, named_in, fingerprint)
+        job = Job(folder, data.text_key, data.validation_fraction, vocabulary)
+        versions = {package: importlib.metadata.version(package) for package in _VERSIONED}
+        keys = [job.key(part, versions) for part in parts]
+        records = _finished_parts(job, keys)
+        missing = [(part, key) for part, key in zip(parts, keys, strict=True) if key not in records]
+        if missing:
+            logger.info("writing tokens to %s: %d parts, %d to do", directory, len(parts), len(missing))
+            write_parts(job, missing, workers)
+            records |= {key: json.loads(job.record(key).read_text(encoding="utf-8")) for _, key in missing}
+        skipped = {name for record in records.values() for name in record["skipped"]}
+        kept = [key for key in keys if not skipped.issuperset(records[key]["files"])]
+        _check_split(data, [records[key] for key in kept], named_in, problems)
+        problems.raise_if_any()
+        # From here on the old files go.
+        (directory / METADATA).unlink(missing_ok=True)
+        # Megatron finds its sample indices by path and length, not by content: stale ones would be
+        # used for the new tokens without a word.
+        shutil.rmtree(directory / CACHE, ignore_errors=True)
+        metadata = {
+            "format": _FORMAT,
+            "fingerprint": fingerprint,
+            "source": list(data.source),
+            "files": len(corpus.files),
+            "files_skipped_not_utf8": sorted(skipped),
+            "tokenizer": {
+                "file": TOKENIZER,
+                "sha256": vocabulary.sha256,
+                "vocab_size": vocabulary.size,
+                "end_of_document": vocabulary.end_of_document,
+                "exact": vocabulary.exact,
+            },
+            "splits": {split: _merge(directory, job, kept, records, split) for split in SPLITS},
+            "samples": {split: list(_samples(kept, records, split)) for split in SPLITS},
+            "versions": {"python": platform.python_version(), **versions},
+        }
+        for name in (TOKENIZER, TOKENIZER_CONFIG):
+            shutil.copyfile(folder / name, directory / f"{name}.partial")
+            replace(directory / f"{name}.partial", directory / name)
+        _raise_if_wrong(check(directory, metadata, every_token=False))
+        if not vocabulary.exact:
+            logger.info("%s changes text (normalizer, spaces): what it decodes to is not compared", data.tokenizer)
+        write_json(directory / METADATA, metadata)
+        shutil.rmtree(folder)
     return metadata
 
 
 def read_metadata(directory: Path) -> dict[str, Any] | None:
     """The description of prepared data, or None if there is none or a file is missing or cut."""
     try:
-        metadata = json.loads((directory / METADATA).read_text(encoding="utf-8"))
+        metadata: dict[str, Any] = json.loads((directory / METADATA).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
         return None
-    if metadata.get("format") != _FORMAT or not (directory / TOKENIZER).is_file():
+    if metadata.get("format") not in _READABLE or not (directory / TOKENIZER).is_file():
         return None
     for split in SPLITS:
-        expected = metadata["splits"][split]["bin_bytes"]
-        prefix = token_prefix(directory, split)
-        tokens = prefix.with_suffix(".bin")
-        if not tokens.is_file() or tokens.stat().st_size != expected:
+        tokens, index = files_of(token_prefix(directory, split))
+        if not tokens.is_file() or tokens.stat().st_size != metadata["splits"][split]["bin_bytes"]:
             return None
-        if not prefix.with_suffix(".idx").is_file():
+        if not index.is_file():
             return None
     return metadata
 
@@ -122,101 +157,188 @@ def token_prefix(directory: Path, split: str) -> Path:
     return directory / split
 
 
-def _fingerprint(data: DataConfig, vocab_size: int, corpus: Corpus) -> str:
-    given = data.tokenizer != TRAIN_TOKENIZER and Path(data.tokenizer).is_file()
-    recipe = [
-        _FORMAT,
-        data.source,
-        data.text_key,
-        data.validation_fraction,
-        hashlib.sha256(Path(data.tokenizer).read_bytes()).hexdigest() if given else data.tokenizer,
-        vocab_size,
-        corpus.listing(),
-    ]
-    return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
+def check_directory(directory: Path) -> dict[str, Any]:
+    """Read prepared data token by token and compare it with its description.
+
+    Args:
+        directory: Holds them.
+
+    Returns:
+        The metadata.
+
+    Raises:
+        ValueError: Lists what is wrong.
+    """
+    metadata = read_metadata(directory)
+    if metadata is None:
+        raise ValueError(f"{directory}: no prepared data, or files that are missing or cut; run prepare_data.py")
+    _raise_if_wrong(check(directory, metadata, every_token=True))
+    return metadata
 
 
-def _tokenizer(
+def _raise_if_wrong(found: list[str]) -> None:
+    if found:
+        raise ValueError("\n- ".join(["the token files are damaged; prepare them again with --force:", *found]))
+
+
+@contextmanager
+def _alone_in(directory: Path) -> Iterator[None]:
+    """Hold the folder: two preparations at once would take each other's parts for their own."""
+    with (directory / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"data.directory = '{directory}': another prepare_data.py is at work there; wait for it or end it"
+            ) from error
+        except OSError as error:
+            logger.warning("%s can't be locked (%s): see to it that nobody else prepares data there", directory, error)
+        yield
+
+
+def _recipe(data: DataConfig, vocab_size: int, part_bytes: int, corpus: Corpus, named_in: str | Path) -> dict[str, Any]:
+    """All that decides the token files, by the names that a user knows."""
+    tokenizer = data.tokenizer
+    if tokenizer != TRAIN_TOKENIZER:
+        tokenizer = hashlib.sha256(given_file(data, named_in).read_bytes()).hexdigest()
+    return {
+        "format": _FORMAT,
+        "data.source": list(data.source),
+        "data.text_key": data.text_key,
+        "data.validation_fraction": data.validation_fraction,
+        "data.tokenizer": tokenizer,
+        "vocab_size": vocab_size,
+        "part size": part_bytes,
+        "the files": hashlib.sha256(corpus.listing().encode()).hexdigest(),
+    }
+
+
+def _sweep(folder: Path, recipe: dict[str, Any]) -> None:
+    """Remove what is left of parts that were joined already; others' unfinished work stays."""
+    plan = folder / _PLAN
+    if folder.is_dir() and (not plan.is_file() or json.loads(plan.read_text(encoding="utf-8")) == recipe):
+        with _alone_in(folder.parent):
+            shutil.rmtree(folder)
+
+
+def _explain(folder: Path, recipe: dict[str, Any]) -> None:
+    """Say what has changed since an unfinished preparation, and remember the recipe."""
+    plan = folder / _PLAN
+    if plan.is_file():
+        old = json.loads(plan.read_text(encoding="utf-8"))
+        changed = [name for name in recipe if old.get(name) != recipe[name]]
+        if changed:
+            logger.info("an unfinished preparation was found, but %s changed since", ", ".join(changed))
+    write_json(plan, recipe)
+
+
+def _vocabulary(
+    folder: Path,
     data: DataConfig,
     vocab_size: int,
     corpus: Corpus,
-    validation: frozenset[bytes],
+    parts: Sequence[tuple[Span, ...]],
     named_in: str | Path,
-) -> Tokenizer:
-    problems = Problems()
-    if data.tokenizer != TRAIN_TOKENIZER:
-        if not Path(data.tokenizer).is_file():
-            allowed = f"{TRAIN_TOKENIZER!r} or the path of a tokenizer.json"
-            problems.add(named_in, "data.tokenizer", data.tokenizer, allowed, "correct the path")
-            problems.raise_if_any()
-        tokenizer = Tokenizer.from_file(data.tokenizer)
-        if tokenizer.get_vocab_size() > vocab_size:
-            allowed = f"a tokenizer of at most vocab_size = {vocab_size} tokens"
-            value = f"{data.tokenizer} ({tokenizer.get_vocab_size()} tokens)"
-            remedy = "raise the model's vocab_size or take a smaller tokenizer"
-            problems.add(named_in, "data.tokenizer", value, allowed, remedy)
-            problems.raise_if_any()
-        return tokenizer
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    smallest = len(alphabet) + 1
-    if vocab_size < smallest:
-        allowed = f"at least {smallest}: every byte and the end of a document"
-        problems.add(named_in, "vocab_size", vocab_size, allowed, "raise the model's vocab_size")
-        problems.raise_if_any()
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[_END_OF_DOCUMENT[0]],
-        initial_alphabet=sorted(alphabet),
-        show_progress=False,
-    )
-    logger.info("training a byte-level BPE tokenizer with %d tokens", vocab_size)
-    tokenizer.train_from_iterator((text for text in corpus if digest(text) not in validation), trainer)
-    return tokenizer
+    fingerprint: str,
+) -> Vocabulary:
+    """The tokenizer, trained once for all attempts at the same preparation."""
+    note = folder / "trained_for.json"
+    if data.tokenizer == TRAIN_TOKENIZER and note.is_file():
+        trained = json.loads(note.read_text(encoding="utf-8"))
+        if trained["fingerprint"] == fingerprint:
+            vocabulary = provided(folder, data, vocab_size, named_in)
+            if vocabulary.sha256 == trained["sha256"]:
+                return vocabulary
+    note.unlink(missing_ok=True)
+    vocabulary = provide(folder, data, vocab_size, corpus, parts, named_in)
+    write_json(note, {"fingerprint": fingerprint, "sha256": vocabulary.sha256})
+    return vocabulary
 
 
-def _end_of_document(tokenizer: Tokenizer, data: DataConfig, named_in: str | Path) -> int:
-    for token in _END_OF_DOCUMENT:
-        number = tokenizer.token_to_id(token)
-        if number is not None:
-            return int(number)
-    problems = Problems()
-    allowed = "a tokenizer with one of the tokens " + " ".join(_END_OF_DOCUMENT)
-    problems.add(named_in, "data.tokenizer", data.tokenizer, allowed, "add such a special token")
-    problems.raise_if_any()
-    raise AssertionError("unreachable")
+def _finished_parts(job: Job, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Records of the parts that need not be made; what belongs to no part goes."""
+    records = {key: record for key in keys if (record := finished(job, key)) is not None}
+    names = {path.name for key in records for path in _files_of_part(job, key)}
+    others = [path for path in job.folder.iterdir() if path.suffix in (".bin", ".idx", ".json", ".partial")]
+    keep = {TOKENIZER, TOKENIZER_CONFIG, _PLAN, "trained_for.json", *names}
+    dropped = [path for path in others if path.name not in keep]
+    for path in dropped:
+        path.unlink()
+    if records:
+        logger.info("going on: %d of %d parts are finished", len(records), len(keys))
+    stale = sum(path.suffix == ".json" for path in dropped)
+    if stale:
+        logger.info("%d finished parts are of no use: their text, settings or files changed", stale)
+    return records
 
 
-def _write_tokens(
-    directory: Path,
-    corpus: Corpus,
-    validation: frozenset[bytes],
-    tokenizer: Tokenizer,
-    end_of_document: int,
-) -> dict[str, dict[str, int]]:
-    dtype = DType.optimal_dtype(tokenizer.get_vocab_size())
-    prefixes = {split: token_prefix(directory, split) for split in SPLITS}
-    builders = {split: IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype) for split, prefix in prefixes.items()}
-    counts = {split: {"documents": 0, "characters": 0, "tokens": 0} for split in SPLITS}
-    logger.info("writing tokens to %s", directory)
-    for batch in _batches(corpus):
-        encodings = tokenizer.encode_batch(batch, add_special_tokens=False)
-        for text, encoding in zip(batch, encodings, strict=True):
-            split = SPLITS[1] if digest(text) in validation else SPLITS[0]
-            tokens = [*encoding.ids, end_of_document]
-            builders[split].add_document(torch.tensor(tokens), [len(tokens)])
-            counts[split]["documents"] += 1
-            counts[split]["characters"] += len(text)
-            counts[split]["tokens"] += len(tokens)
-    for split, builder in builders.items():
-        builder.finalize(f"{prefixes[split]}.idx")
-        counts[split]["bin_bytes"] = Path(f"{prefixes[split]}.bin").stat().st_size
+def _files_of_part(job: Job, key: str) -> list[Path]:
+    return [job.record(key), *(path for split in SPLITS for path in files_of(job.prefix(key, split)))]
+
+
+def _check_split(data: DataConfig, records: Sequence[dict[str, Any]], named_in: str | Path, problems: Problems) -> None:
+    train, validation = (sum(record["splits"][split]["documents"] for record in records) for split in SPLITS)
+    if train == 0 or validation == 0:
+        allowed = "at least one document for training and another one for validation"
+        value = f"{data.validation_fraction} ({validation} of {train + validation} documents)"
+        remedy = "name more text, cut it into more documents, or raise the fraction"
+        problems.add(named_in, "data.validation_fraction", value, allowed, remedy)
+
+
+def _merge(
+    directory: Path, job: Job, keys: Sequence[str], records: dict[str, dict[str, Any]], split: str
+) -> dict[str, Any]:
+    """Join the parts' files of one split: what Megatron's `add_index` does, without lists of all documents."""
+    parts = [(job.prefix(key, split), records[key]["splits"][split]) for key in keys]
+    counts: dict[str, Any] = {
+        name: sum(part[name] for _, part in parts) for name in ("documents", "characters", "tokens", "bin_bytes")
+    }
+    final = files_of(token_prefix(directory, split))
+    partial = [path.with_name(f"{path.name}.partial") for path in final]
+    total = hashlib.sha256()
+    with partial[0].open("wb") as file:
+        for prefix, part in parts:
+            own = hashlib.sha256()
+            with files_of(prefix)[0].open("rb") as tokens:
+                while block := tokens.read(_BLOCK):
+                    total.update(block)
+                    own.update(block)
+                    file.write(block)
+            if own.hexdigest() != part["bin_sha256"]:
+                raise ValueError(f"{files_of(prefix)[0]} was changed since it was written; start again")
+    counts["bin_sha256"] = total.hexdigest()
+    counts["idx_sha256"] = _merge_indices(partial[1], [files_of(prefix)[1] for prefix, _ in parts], job, counts)
+    for path, name in zip(partial, final, strict=True):
+        replace(path, name)
     return counts
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    iterator = iter(texts)
-    while batch := list(islice(iterator, _BATCH)):
-        yield batch
+def _merge_indices(path: Path, parts: Sequence[Path], job: Job, counts: dict[str, Any]) -> str:
+    indices = [Index.read(part) for part in parts]
+    with path.open("wb") as file:
+        write_header(file, job.dtype, counts["documents"], counts["documents"] + 1)
+        for column, dtype in enumerate(INDEX_TYPES):
+            offset = 0
+            if column == 2:
+                file.write(numpy.zeros(1, dtype).tobytes())
+            for index in indices:
+                # Every index has its own bound 0; of them only the first is kept.
+                for entries in index.entries(column, start=1 if column == 2 else 0):
+                    file.write((entries + offset if column else entries).astype(dtype).tobytes())
+                if column == 1:
+                    offset += files_of(index.path.with_name(index.path.stem))[0].stat().st_size
+                elif column == 2:
+                    offset += index.sequences
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _samples(keys: Sequence[str], records: dict[str, dict[str, Any]], split: str) -> Iterator[dict[str, Any]]:
+    """First documents of evenly spaced parts, with the sums of their texts as they were read."""
+    step = max(1, -(-len(keys) // _SAMPLES))
+    document = 0
+    for number, key in enumerate(keys):
+        counts = records[key]["splits"][split]
+        if number % step == 0 and counts["documents"]:
+            yield {"document": document, "text": counts["first"]}
+        document += counts["documents"]

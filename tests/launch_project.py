@@ -16,6 +16,12 @@ LAUNCH = ROOT / "launch"
 # The scripts of launch/ import their neighbours by bare name, as the launcher starts them.
 sys.path.insert(0, str(LAUNCH))
 
+import batches  # noqa: E402
+import corpus  # noqa: E402
+import data_check  # noqa: E402
+import data_pool  # noqa: E402
+import data_readers  # noqa: E402
+import data_tokenizer  # noqa: E402
 import token_files  # noqa: E402
 from batches import Batches, check_data  # noqa: E402
 
@@ -30,9 +36,15 @@ __all__ = [
     "DataConfig",
     "RunConfig",
     "assert_same_checkpoint",
+    "batches",
     "check_data",
     "check_run",
     "compose",
+    "corpus",
+    "data_check",
+    "data_pool",
+    "data_readers",
+    "data_tokenizer",
     "load",
     "load_run",
     "make_project",
