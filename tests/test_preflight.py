@@ -24,7 +24,7 @@ from launch_project import make_project, prepare_project, token_files
 import meeting
 import preflight
 
-QUICK_S = 20.0  # a second on idle cores
+QUICK_S = 60.0  # a second on idle cores; a wait for something would last LAUNCH_JOIN_SECONDS, 300
 
 
 @pytest.fixture(scope="module")
