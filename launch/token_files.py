@@ -82,6 +82,8 @@ def prepare(
         return metadata
     directory.mkdir(parents=True, exist_ok=True)
     with _alone_in(directory):
+        for path in directory.glob("*.partial"):  # of somebody who was killed
+            path.unlink()
         folder = directory / PARTS
         if force:
             shutil.rmtree(folder, ignore_errors=True)

@@ -44,7 +44,8 @@ def make_corpus(folder: Path, *, parquet: bool = False) -> list[str]:
         found.append(document)
     found += write_lines(folder / "lines.jsonl", [text(100 + n, 9 + n % 40) for n in range(120)])
     found += write_lines(folder / "packed.jsonl.gz", [text(300 + n, 30) for n in range(20)], gzip.open)
-    (folder / "picture.txt").write_bytes(b"\xff\xfe\x00\x80" * 2000)
+    # No text, which shows only in a later part than its first.
+    (folder / "picture.txt").write_bytes(b"a header of lines\n" * 400 + b"\xff\xfe\x00\x80" * 2000)
     if parquet:
         import pyarrow
 

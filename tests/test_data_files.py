@@ -53,6 +53,12 @@ def test_lines_belong_to_one_part_each(part_bytes: int, tmp_path: Path) -> None:
     assert (len(parts) == 1) == (part_bytes > path.stat().st_size)
 
 
+def test_line_that_begins_where_a_part_does_is_the_parts(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one\ntwo\nsix\nten\n")
+    assert read(tmp_path / "a.txt", part_bytes=8) == [["one\ntwo\n"], ["six\nten\n"]]
+    assert read(tmp_path / "a.txt", part_bytes=6) == [["one\ntwo\n"], ["six\n"], ["ten\n"]]
+
+
 @pytest.mark.parametrize("part_bytes", [1, 5, 64, 10**9])
 def test_text_is_cut_at_lines_and_nothing_is_lost(part_bytes: int, tmp_path: Path) -> None:
     whole = "über\r\nlang\nzwei é\rdrei\n" + "ohne Ende " * 9

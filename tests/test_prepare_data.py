@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -74,8 +75,15 @@ def test_every_document_is_there_once_on_the_side_that_its_text_decides(
     assert len(expected) - len(whole_texts) <= 5  # long texts are cut at lines, for parallel work
     assert not set(whole_texts) - {*train, *validation}
     assert "".join(sorted("".join(train + validation))) == "".join(sorted("".join(expected)))
-    assert all(map(kept, validation))
-    assert not any(map(kept, train))
+    read = [
+        document
+        for part in corpus.Corpus([(str(path), path) for path in sorted(texts.iterdir())], "text").parts(PART)
+        for span in part
+        if span.path.name != "picture.txt"
+        for document in data_readers.documents(span, "text")
+    ]
+    assert train == [document for document in read if not kept(document)]  # in the order of the names
+    assert validation == [document for document in read if kept(document)]
     metadata = token_files.read_metadata(data)
     assert metadata is not None
     assert metadata["files_skipped_not_utf8"] == [str(texts / "picture.txt")]
@@ -143,6 +151,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(
         assert before.items() <= finished.items(), "a finished part was made again"
     assert kills >= 2
     assert kept >= 1, "no attempt went on with another's parts"
+    assert sorted(contents(folder)) == sorted(contents(data))
     assert contents(folder) == contents(data)
 
 
@@ -219,9 +228,9 @@ def test_damaged_and_outdated_parts_are_made_again_and_it_says_so(
     assert not (folder / "parts").exists()
 
     caplog.clear()
-    folder = tmp_path / "another"
-    _interrupt(data_config(folder, texts), monkeypatch, 6)
-    prepare(data_config(folder, texts, validation_fraction=0.3))
+    given = data_config(tmp_path / "another", texts, tokenizer=str(data))
+    _interrupt(given, monkeypatch, 6)
+    prepare(dataclasses.replace(given, validation_fraction=0.3))
     assert "data.validation_fraction changed since" in caplog.text
     assert "6 finished parts are of no use" in caplog.text
     assert "going on" not in caplog.text
@@ -257,6 +266,16 @@ def test_old_token_files_stay_until_the_new_ones_are_made(
     )
     _interrupt(data_config(folder, texts), monkeypatch, 3)
     assert data_check.check(folder, token_files.read_metadata(folder), every_token=True) == []
+
+
+def test_half_written_files_of_a_killed_run_go(whole: tuple[Path, Path, list[str]], tmp_path: Path) -> None:
+    texts, data, _ = whole
+    for name in ("metadata.json.77.partial", "train.bin.partial", "parts/0a.train.77.partial.bin", "parts/0a.json"):
+        path = tmp_path / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
+    prepare(data_config(tmp_path / "data", texts))
+    assert contents(tmp_path / "data") == contents(data)
 
 
 def test_two_at_once_in_one_folder_are_refused(whole: tuple[Path, Path, list[str]], tmp_path: Path) -> None:
