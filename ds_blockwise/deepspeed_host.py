@@ -151,7 +151,7 @@ def attach(engine: Any) -> None:
     try:
         _bind(optimizer, stepped, tp_group)
         tied = tied_copies(engine, optimizer, stepped)
-    except Exception as error:  # as above
+    except Exception as error:  # all ranks hear of it and raise, as above
         failure = error
     raise_together(failure)
     check_rules(matched, optimizer.policy)

@@ -29,8 +29,6 @@ from tokenizers import AddedToken, Tokenizer, normalizers
 
 from ds_blockwise.config_files import Problems
 
-NEEDS_PYARROW = "parquet and zstd need the extra 'data'"
-
 
 def read(path: Path, part_bytes: int = 1 << 25, key: str = "text") -> list[list[str]]:
     """The documents of each part of a file."""
@@ -79,7 +77,7 @@ def test_long_text_becomes_several_documents(tmp_path: Path) -> None:
 
 
 def test_parquet_row_groups_are_read_once_each(tmp_path: Path) -> None:
-    pytest.importorskip("pyarrow", reason=NEEDS_PYARROW)
+    pytest.importorskip("pyarrow", reason="parquet and zstd need the extra 'data'")
     texts = write_parquet(tmp_path / "a.parquet", [text(n, 20) for n in range(60)])
     for part_bytes in (1, 3000, 1 << 30):
         parts = read(tmp_path / "a.parquet", part_bytes)
@@ -98,7 +96,7 @@ def test_parquet_row_groups_are_read_once_each(tmp_path: Path) -> None:
 
 
 def test_parquet_and_zstd_become_the_same_tokens_with_three_workers(tmp_path: Path) -> None:
-    pytest.importorskip("pyarrow", reason=NEEDS_PYARROW)
+    pytest.importorskip("pyarrow", reason="parquet and zstd need the extra 'data'")
     expected = make_corpus(tmp_path / "texts", parquet=True)
     for workers in (1, 3):
         prepare(data_config(tmp_path / f"data{workers}", tmp_path / "texts"), workers=workers)
