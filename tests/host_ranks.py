@@ -110,7 +110,7 @@ def _run(body: Callable[[int], None], rank: int, log: Path, env: Mapping[str, st
         status = 0
     except SystemExit as end:
         status = int(end.code or 0)
-    except BaseException:
+    except BaseException:  # shown as an interpreter would show it; the status stays 1
         sys.excepthook(*sys.exc_info())
     sys.stdout.flush()
     os._exit(status)  # the parent's test session must not be torn down here
