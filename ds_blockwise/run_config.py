@@ -338,6 +338,7 @@ def check_run(run: RunConfig, world_size: int, problems: Problems) -> None:
         problems.add(
             file, "training.activation_checkpointing", value, allowed, nearest(value, list(ACTIVATION_CHECKPOINTING))
         )
+    run.data.read_blend(file, problems)
     run.shape.check_tensor_parallel(parallel.tensor, run.model_file, problems)
     if training.warmup_steps >= training.steps:
         allowed = f"fewer than training.steps = {training.steps}"

@@ -60,8 +60,9 @@ def facts_of(options: argparse.Namespace, run: RunConfig | None, problems: Probl
     if run is not None:
         compared["file", f"model file {run.model_file}"] = _sum(run.model_file)
         compared["file", f"DeepSpeed JSON {run.deepspeed_file}"] = _sum(run.deepspeed_file)
-        for path in _data_files(run.data_directory):
-            compared["data", str(path)] = _sum(path)
+        for folder, _ in run.data.read_blend(run.file, Problems()):
+            for path in _data_files(Path(folder)):
+                compared["data", str(path)] = _sum(path)
     compared["layout", "WORLD_SIZE"] = str(place.world_size)
     return {
         "compared": [[kind, name, value] for (kind, name), value in compared.items()],

@@ -140,6 +140,7 @@ BROKEN: dict[str, tuple[str, str, Any, tuple[str, ...]]] = {
     "misspelt key": ("run", "training.warmup_step", 10, ("training.warmup_step", "did you mean 'warmup_steps'")),
     "missing key": ("run", "training.steps", MISSING, ("training.steps", "add this required key")),
     "wrong type": ("run", "training.micro_batch_size", "4 or 5", ("micro_batch_size = '4 or 5'", "a whole number")),
+    "share of a blend": ("run", "data.blend", ["data/a 0.7", "data/b none"], ("data.blend = 'data/b none'",)),
     "no nodes": ("run", "cluster.nodes", 0, ("cluster.nodes = 0", "at least 1")),
     "checkpointing": ("run", "training.activation_checkpointing", "ful", ("activation_checkpointing = 'ful'", "full")),
     "model file": ("run", "model", "modell.yaml", ("modell.yaml", "readable YAML file")),
