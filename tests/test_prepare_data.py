@@ -318,26 +318,26 @@ def test_killed_worker_is_reported(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------- memory and progress
 
 
-def _peaks(send: Connection, folder: Path, sizes: list[int], tokenizer: str) -> None:
+def _peaks(send: Connection, folder: Path, sizes: list[int], tokenizer: str, part: int) -> None:
     """Peak memory of this process after it has prepared each of the corpora, in MiB."""
     peaks = []
     for size in sizes:
         data = data_config(folder / f"data{size}", folder / f"{size}.jsonl", tokenizer=tokenizer)
-        token_files.prepare(data, 320, "run.yaml", part_bytes=1 << 40)
+        token_files.prepare(data, 320, "run.yaml", part_bytes=part)
         token_files.check_directory(folder / f"data{size}")
         peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     send.send(peaks)
 
 
-def _growth(folder: Path, sizes: list[int], tokenizer: str) -> float:
-    """Peak memory after the last size over the one after the first, in MiB; each is a single part."""
+def _growth(folder: Path, sizes: list[int], tokenizer: str, part: int) -> float:
+    """Peak memory after the last size over the one after the first, in MiB."""
     bodies = [text(seed, 300) for seed in range(99)]
     for size in sizes:
         with (folder / f"{size}.jsonl").open("w", encoding="utf-8") as file:
             for number in range(size * MIB // (len(bodies[0]) + 20)):
                 file.write(json.dumps({"text": f"{number} {bodies[number % 99]}"}) + "\n")
     receive, send = Pipe(duplex=False)
-    process = start(_peaks, send, folder, sizes, tokenizer)
+    process = start(_peaks, send, folder, sizes, tokenizer, part)
     while not receive.poll(0.1):
         assert process.exitcode is None
     process.join()
@@ -346,14 +346,14 @@ def _growth(folder: Path, sizes: list[int], tokenizer: str) -> float:
 
 
 def test_memory_does_not_grow_with_the_text(whole: tuple[Path, Path, list[str]], tmp_path: Path) -> None:
-    """Half of the text, or two bytes of each token, in memory would be more than is allowed."""
-    assert _growth(tmp_path, [4, 20], str(whole[1])) < 6
+    """In one part. Half of the text, or two bytes of each token, in memory would be more than is allowed."""
+    assert _growth(tmp_path, [4, 20], str(whole[1]), 1 << 40) < 6
 
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_200_megabytes(tmp_path: Path) -> None:
-    """With a tokenizer that is trained on a sample of them."""
-    assert _growth(tmp_path, [40, 200], "train") < 10
+    """In parts of the usual size, with a tokenizer that is trained on a sample of them."""
+    assert _growth(tmp_path, [40, 200], "train", corpus.PART_BYTES) < 6
 
 
 def test_progress_is_rare_in_a_log_and_counts_right(
