@@ -264,8 +264,7 @@ def _child_main(rank: int, world_size: int, name: str, worker: Worker, cases: li
         outcome = _Outcome()
         try:
             outcome.value = worker(context, *args)
-        except Exception:
-            # not hidden: the traceback goes to the parent, which fails the test with it; the other cases go on
+        except Exception:  # not hidden: the parent fails the test with the traceback; the other cases go on
             outcome.error = traceback.format_exc()
         _write(_outcome_path(directory, index, rank), outcome)
         gc.collect()  # engines hold hooks in reference cycles; they must not meet the next case
