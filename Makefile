@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Files of tests side by side; a test starts up to four processes of its own.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: setup train finetune compare test support test-slow test-faults test-hosts test-gpu checkpoint-matrix lint clean bench bench-kernels bench-gpu bench-communication bench-end-to-end bench-data
@@ -52,13 +55,13 @@ bench-data: setup
 	$(BIN)/python benchmarks/bench_prepare_data.py --docs $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -m "not gpu and not slow and not faults and not hosts" tests $(ARGS)
+	$(PYTEST) -m "not gpu and not slow and not faults and not hosts" tests $(ARGS)
 
 support: setup
-	WRITE_SUPPORT=1 $(BIN)/python -m pytest -m "not gpu and not slow and not faults and not hosts" --deselect tests/test_support.py::test_the_page_has_the_rows tests $(ARGS)
+	WRITE_SUPPORT=1 $(PYTEST) -m "not gpu and not slow and not faults and not hosts" --deselect tests/test_support.py::test_the_page_has_the_rows tests $(ARGS)
 
 test-slow: setup
-	$(BIN)/python -m pytest -m "slow and not gpu" tests $(ARGS)
+	$(PYTEST) -m "slow and not gpu" tests $(ARGS)
 
 test-faults: setup
 	$(BIN)/python -m pytest -rP tests/test_faults.py $(ARGS)

@@ -14,11 +14,13 @@ EXTRAS = {
     "launch": ["tokenizers>=0.20", "pyyaml", "matplotlib", "tensorboard", "tqdm"],
     "dev": [
         "adam-mini==1.1.1",
+        "cloudpickle",
         "hypothesis",
         "mypy",
         "peft",
         "pytest",
         "pytest-timeout",
+        "pytest-xdist",
         "ruff",
         'triton>=3.2; platform_system == "Linux"',
         "types-PyYAML",

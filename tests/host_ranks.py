@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks that believe to be on different hosts: forked processes with a name, a folder and a real TCP store."""
+"""Ranks that believe to be on different hosts: processes with a name, a folder and a real TCP store."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import cloudpickle
 import launch_project  # noqa: F401 - makes launch/ importable
 import meeting
 import torch
+
+# isort: split
+import data_pool
 
 LIMIT_S = 90.0  # a rank needs less than a second on an idle core
 
@@ -29,7 +33,7 @@ def free_port() -> int:
 class Ranks:
     """Processes started by `start`, one on each host `node1`, `node2`, ...; ranks that are None stay away."""
 
-    processes: dict[int, multiprocessing.Process]
+    processes: dict[int, BaseProcess]
     logs: dict[int, Path]
 
     def wait(self) -> dict[int, tuple[int, str]]:
@@ -62,11 +66,14 @@ def start(
     env: Mapping[str, str] | None = None,
     env_of: Callable[[int], Mapping[str, str]] = lambda rank: {},
 ) -> Ranks:
-    """Fork ranks that run ``body(rank)`` and end as a program of `launch/` does.
+    """Start ranks that run ``body(rank)`` and end as a program of `launch/` does.
+
+    They are forked from a process that has imported `launch/` and done nothing else: what earlier tests left in this
+    one (threads, process groups) is not theirs.
 
     Args:
         folder: for logs.
-        body: what each rank does.
+        body: what each rank does; it travels by value, closures included.
         world_size: what the launcher would say.
         per_host: ranks on each host.
         absent: ranks that do not come up.
@@ -74,7 +81,7 @@ def start(
         env_of: more variables of one rank.
     """
     port = str(free_port())
-    context = multiprocessing.get_context("fork")
+    context = data_pool.forkserver()
     ranks = Ranks({}, {})
     for rank in range(world_size):
         if rank in absent:
@@ -91,13 +98,13 @@ def start(
         }
         ranks.logs[rank] = folder / f"log.{rank}"
         ranks.logs[rank].touch()
-        arguments = (body, rank, ranks.logs[rank], place | dict(env or {}) | dict(env_of(rank)))
+        arguments = (cloudpickle.dumps(body), rank, ranks.logs[rank], place | dict(env or {}) | dict(env_of(rank)))
         ranks.processes[rank] = context.Process(target=_run, args=arguments)
         ranks.processes[rank].start()
     return ranks
 
 
-def _run(body: Callable[[int], None], rank: int, log: Path, env: Mapping[str, str]) -> None:
+def _run(body: bytes, rank: int, log: Path, env: Mapping[str, str]) -> None:
     torch.set_num_threads(1)
     file = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
@@ -106,11 +113,11 @@ def _run(body: Callable[[int], None], rank: int, log: Path, env: Mapping[str, st
     os.environ.update(env)
     status = 1
     try:
-        meeting.exit_status(lambda: body(rank))
+        meeting.exit_status(lambda: cloudpickle.loads(body)(rank))
         status = 0
     except SystemExit as end:
         status = int(end.code or 0)
     except BaseException:  # shown as an interpreter would show it; the status stays 1
         sys.excepthook(*sys.exc_info())
     sys.stdout.flush()
-    os._exit(status)  # the parent's test session must not be torn down here
+    os._exit(status)  # a process group of a broken job would wait for its peers here

@@ -80,16 +80,13 @@ LATENT = {
 @contextmanager
 def alone():
     """Process groups of one rank, in memory, for models that are built in the test's own process."""
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    mine = not parallel_state.model_parallel_is_initialized()
-    if mine:
-        parallel_state.initialize_model_parallel()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
     try:
         yield
     finally:
-        if mine:
-            parallel_state.destroy_model_parallel()
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
 
 
 def gpt(spec: ModuleSpec | None = None, *, spec_settings: Any = None, tied: bool = False, **config: Any) -> nn.Module:

@@ -219,13 +219,15 @@ def test_a_new_start_does_not_meet_the_ranks_of_an_old_one(hosts: Path) -> None:
     assert second.wait()[1][0] == 0
 
 
-def test_a_port_in_use_is_named(hosts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meeting, "_PORT_SECONDS", 1.0)
+def test_a_port_in_use_is_named(hosts: Path) -> None:
+    def impatient(rank: int) -> None:
+        meeting._PORT_SECONDS = 1.0
+
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        results = start(hosts, _check(hosts), world_size=1, env={"MASTER_PORT": port}).wait()
+        results = start(hosts, _check(hosts, impatient), world_size=1, env={"MASTER_PORT": port}).wait()
     status, text = results[0]
     assert status == meeting.REFUSED
     assert f"MASTER_PORT = {port}: allowed: a port that is free on node1" in text

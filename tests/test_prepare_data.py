@@ -17,8 +17,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -120,6 +122,14 @@ def _prepare_alone(ready: Connection, folder: Path, texts: Path) -> None:
     prepare(data_config(folder, texts))
 
 
+def _begin(folder: Path, texts: Path) -> BaseProcess:
+    """A preparation of its own process that has everything imported and has just begun."""
+    ready, send = Pipe(duplex=False)
+    process = start(_prepare_alone, send, folder, texts)
+    assert ready.poll(120.0)
+    return process
+
+
 def _finished(folder: Path) -> dict[str, int]:
     """Records of finished parts and when they were written."""
     return {p.name: p.stat().st_mtime_ns for p in (folder / "parts").glob("*.json") if len(p.stem) == 24}
@@ -131,28 +141,38 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(
     """Killed while it trains, tokenizes, joins; finished parts are never made again."""
     texts, data, _ = whole
     draw = random.Random(7)
-    folder, finished, kills, kept = tmp_path / "data", {}, 0, 0
-    exitcode = None
-    while exitcode != 0:
-        ready, send = Pipe(duplex=False)
-        process = start(_prepare_alone, send, folder, texts)
-        assert ready.poll(120.0)
-        process.join(draw.random() * 0.2)
+    before = time.monotonic()
+    _begin(tmp_path / "timed", texts).join()
+    takes = time.monotonic() - before
+    kills = kept = 0
+    while kills < 2 or kept < 1:  # an attempt that was through too soon says nothing: aim earlier
+        folder = tmp_path / f"after-{takes:.4f}-seconds"
+        kills, kept = _kill_until_done(folder, texts, lambda limit=takes: draw.random() * limit)
+        assert sorted(contents(folder)) == sorted(contents(data))
+        assert contents(folder) == contents(data)
+        takes *= 0.7
+        assert takes > 0.001, "no attempt went on with another's parts"
+
+
+def _kill_until_done(folder: Path, texts: Path, moment: Callable[[], float]) -> tuple[int, int]:
+    """Kill each attempt after its moment until one is through: how many were killed, how many went on with parts."""
+    finished: dict[str, int] = {}
+    kills = kept = 0
+    while True:
+        process = _begin(folder, texts)
+        process.join(moment())
         process.kill()
         process.join()
-        exitcode = process.exitcode
-        assert exitcode in (0, -signal.SIGKILL)
-        kills += exitcode != 0
         kept += bool(finished)
+        if process.exitcode == 0:
+            return kills, kept
+        assert process.exitcode == -signal.SIGKILL
+        kills += 1
         if (folder / "metadata.json").is_file():  # killed while it cleaned up
             finished = {}
             continue
-        before, finished = finished, _finished(folder)
-        assert before.items() <= finished.items(), "a finished part was made again"
-    assert kills >= 2
-    assert kept >= 1, "no attempt went on with another's parts"
-    assert sorted(contents(folder)) == sorted(contents(data))
-    assert contents(folder) == contents(data)
+        earlier, finished = finished, _finished(folder)
+        assert earlier.items() <= finished.items(), "a finished part was made again"
 
 
 def test_command_line_killed_with_two_workers_goes_on_with_one(tmp_path: Path) -> None:

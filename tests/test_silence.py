@@ -66,7 +66,8 @@ def test_a_silent_host_is_named_and_the_job_ends(tmp_path: Path, gone: int) -> N
             assert process.exitcode == silence.LOST, text
             assert f"node{rank + 1}: no sign of life from host node{gone + 1} (rank {gone}) for 2 s" in text
             assert "--auto-resume" in text
-        assert SILENCE_S < took < SILENCE_S + LATE_S
+        # counted from the last sign of life, which came up to a beat before the stop
+        assert SILENCE_S / 2 < took < SILENCE_S + LATE_S
     finally:
         ranks.kill()
 
