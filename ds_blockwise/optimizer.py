@@ -32,7 +32,7 @@ from ds_blockwise.settings import (
 )
 from ds_blockwise.stored_state import StoredState
 from ds_blockwise.table import Placement, SegmentTable, build_table, whole_placement
-from ds_blockwise.work import NO_HYPER, Binding, Work, by_kernels, hyper_of, non_finite
+from ds_blockwise.work import NO_HYPER, Binding, StepObserver, Work, by_kernels, hyper_of, non_finite
 
 _LIVE: WeakSet[BlockwiseOptimizer] = WeakSet()
 
@@ -71,6 +71,7 @@ class BlockwiseOptimizer(StoredState):
         self._own_second_moment: dict[int, torch.Tensor] = {}
         self._copies: dict[int, torch.Tensor] = {}
         self._finite_over: ReductionGroups | None = None
+        self._observers: list[StepObserver] = []
         self.overflow = False  # DeepSpeed reads it after each step, counts the skipped one and holds the schedule
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         check_group(defaults, "")
@@ -106,7 +107,8 @@ class BlockwiseOptimizer(StoredState):
         torch.optim.Optimizer.__setstate__(self, state)
         for by_id in ("_bindings", "_own_second_moment", "_copies"):
             self.__dict__.setdefault(by_id, {})
-        self.__dict__.setdefault("_absent", [])
+        for plain_list in ("_absent", "_observers"):
+            self.__dict__.setdefault(plain_list, [])
         self.__dict__.setdefault("_finite_over", None)
         self.__dict__.setdefault("overflow", False)
 
@@ -193,6 +195,14 @@ class BlockwiseOptimizer(StoredState):
         """
         self._finite_over = groups
 
+    def observe(self, observer: StepObserver) -> None:
+        """Let ``observer`` see every step from now on; `unobserve` ends it. Costs nothing while nobody does."""
+        self._observers.append(observer)
+
+    def unobserve(self, observer: StepObserver) -> None:
+        """Leave out an observer that `observe` was given."""
+        self._observers.remove(observer)
+
     def spec_of(self, spec: BlockSpec) -> BlockSpec:
         """Return ``spec`` with this optimizer's settings.
 
@@ -253,11 +263,15 @@ class BlockwiseOptimizer(StoredState):
         self.overflow = self._finite_over is not None and any_rank(
             non_finite(work), [self._finite_over], self._finite_over.device or torch.device("cpu")
         )
-        if work and not self.overflow:
-            self._before_update(work)
-            self._sum_split_blocks(work)
-            self._update([w for w in work if w.item.grad is not None])
-            self.step_calls += 1
+        # a list: every observer is asked, whatever the one before it said
+        if not self.overflow and all([observer.before_update(work) for observer in self._observers]):
+            if work:
+                self._before_update(work)
+                self._sum_split_blocks(work)
+                self._update([w for w in work if w.item.grad is not None])
+                self.step_calls += 1
+            for observer in self._observers:
+                observer.after_update(work)
         return loss
 
     def _collect(self) -> list[Work]:

@@ -109,7 +109,9 @@ def first_error(error: str | None) -> str | None:
 
 
 def gather(value: Any) -> list[Any]:
-    """Collective over all ranks: what every rank gave, in the order of ranks."""
+    """Collective over all ranks: what every rank gave, in the order of ranks; a process alone is the only rank."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -36,6 +36,18 @@ class Work:
 
     binding: Binding
     item: Item
+
+
+class StepObserver(Protocol):
+    """Sees every step of an optimizer, on every rank alike; both methods may communicate."""
+
+    def before_update(self, work: Sequence[Work]) -> bool:
+        """Called with the gradients, before anything changes; False leaves everything as it is, on every rank."""
+        ...
+
+    def after_update(self, work: Sequence[Work]) -> None:
+        """Called with the new weights and states, the gradients still there."""
+        ...
 
 
 def hyper_of(group: dict[str, Any]) -> Hyper:

@@ -38,6 +38,7 @@ ORDER = [
     "backends",
     "settings",
     "work",
+    "role_sums",
     "state_record",
     "foreign_state",
     "stored_state",
