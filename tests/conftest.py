@@ -53,10 +53,24 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def _no_process_group_is_left() -> Iterator[None]:
     """A default process group that a module leaves behind fails modules after it, in some orders only."""
+    import torch.distributed as dist
+
+    before = dist.is_initialized()
+    yield
+    assert before or not dist.is_initialized(), "this module leaves a default process group behind"
+
+
+@pytest.fixture(scope="module")
+def ends_process_groups() -> Iterator[None]:
+    """For modules that build Megatron models in the test's process, whose groups last as long as a process."""
     yield
     import torch.distributed as dist
 
-    assert not dist.is_initialized(), "this module leaves a default process group behind: destroy it where it is made"
+    parallel_state = sys.modules.get("megatron.core.parallel_state")
+    if parallel_state is not None:
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,10 @@ import dataclasses
 import gzip
 import json
 import random
+import signal
 from collections.abc import Callable
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -93,3 +96,42 @@ def start(target: Callable[..., None], *arguments: Any) -> BaseProcess:
     process: BaseProcess = data_pool.forkserver().Process(target=target, args=arguments)
     process.start()
     return process
+
+
+def _prepare_alone(ready: Connection, folder: Path, texts: Path) -> None:
+    ready.send(None)
+    prepare(data_config(folder, texts))
+
+
+def finished_parts(folder: Path) -> dict[str, int]:
+    """Records of finished parts and when they were written."""
+    return {p.name: p.stat().st_mtime_ns for p in (folder / "parts").glob("*.json") if len(p.stem) == 24}
+
+
+def begin(folder: Path, texts: Path) -> BaseProcess:
+    """A preparation of its own process that has everything imported and has just begun."""
+    ready, send = Pipe(duplex=False)
+    process = start(_prepare_alone, send, folder, texts)
+    assert ready.poll(120.0)
+    return process
+
+
+def kill_until_done(folder: Path, texts: Path, moment: Callable[[], float]) -> tuple[int, int]:
+    """Kill each attempt after its moment until one is through: how many were killed, how many went on with parts."""
+    finished: dict[str, int] = {}
+    kills = kept = 0
+    while True:
+        process = begin(folder, texts)
+        process.join(moment())
+        process.kill()
+        process.join()
+        kept += bool(finished)
+        if process.exitcode == 0:
+            return kills, kept
+        assert process.exitcode == -signal.SIGKILL
+        kills += 1
+        if (folder / "metadata.json").is_file():  # killed while it cleaned up
+            finished = {}
+            continue
+        earlier, finished = finished, finished_parts(folder)
+        assert earlier.items() <= finished.items(), "a finished part was made again"

@@ -10,6 +10,7 @@ from ds_blockwise.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 transformers = pytest.importorskip("transformers", reason="models are built from Hugging Face configs")
+pytestmark = pytest.mark.usefixtures("ends_process_groups")
 
 
 @pytest.fixture

@@ -12,6 +12,8 @@ from ds_blockwise import tag_parameters
 from ds_blockwise.model_shape import ARCHITECTURES
 from megatron_patch import GPTShape, build_meta_gpt
 
+pytestmark = pytest.mark.usefixtures("ends_process_groups")
+
 FOLDER = Path(__file__).parent.parent / "configs" / "model"
 FILES = {path.stem: path for path in FOLDER.glob("*.yaml")}
 # billions of parameters, as the paper (or the model's own authors) round them

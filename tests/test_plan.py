@@ -22,6 +22,8 @@ from ds_blockwise.plan import GPUS, computed_again, flops_per_token, make_plan, 
 from ds_blockwise.plan_memory import Layout, activations, local_blocks, local_parameters, memory_of
 from ds_blockwise.run_check import check_run_file
 
+pytestmark = pytest.mark.usefixtures("ends_process_groups")
+
 pytest.importorskip("deepspeed", reason="bytes are measured on DeepSpeed's engines")
 pytest.importorskip("megatron.core", reason="bytes are measured on Megatron-core's model")
 

@@ -17,10 +17,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -28,7 +26,20 @@ import pytest
 pytest.importorskip("megatron.core", reason="the token files need the extra 'megatron'")
 pytest.importorskip("tokenizers", reason="the token files need the extra 'launch'")
 
-from data_corpus import PART, contents, data_config, documents_of, make_corpus, prepare, start, text, write_lines
+from data_corpus import (
+    PART,
+    begin,
+    contents,
+    data_config,
+    documents_of,
+    finished_parts,
+    kill_until_done,
+    make_corpus,
+    prepare,
+    start,
+    text,
+    write_lines,
+)
 from launch_project import LAUNCH, DataConfig, corpus, data_check, data_pool, data_readers, make_project, token_files
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
@@ -117,24 +128,6 @@ def test_share_of_validation_is_the_fraction() -> None:
 # ------------------------------------------------------------------------------- interruptions
 
 
-def _prepare_alone(ready: Connection, folder: Path, texts: Path) -> None:
-    ready.send(None)
-    prepare(data_config(folder, texts))
-
-
-def _begin(folder: Path, texts: Path) -> BaseProcess:
-    """A preparation of its own process that has everything imported and has just begun."""
-    ready, send = Pipe(duplex=False)
-    process = start(_prepare_alone, send, folder, texts)
-    assert ready.poll(120.0)
-    return process
-
-
-def _finished(folder: Path) -> dict[str, int]:
-    """Records of finished parts and when they were written."""
-    return {p.name: p.stat().st_mtime_ns for p in (folder / "parts").glob("*.json") if len(p.stem) == 24}
-
-
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(
     whole: tuple[Path, Path, list[str]], tmp_path: Path
 ) -> None:
@@ -142,37 +135,16 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(
     texts, data, _ = whole
     draw = random.Random(7)
     before = time.monotonic()
-    _begin(tmp_path / "timed", texts).join()
+    begin(tmp_path / "timed", texts).join()
     takes = time.monotonic() - before
     kills = kept = 0
     while kills < 2 or kept < 1:  # an attempt that was through too soon says nothing: aim earlier
         folder = tmp_path / f"after-{takes:.4f}-seconds"
-        kills, kept = _kill_until_done(folder, texts, lambda limit=takes: draw.random() * limit)
+        kills, kept = kill_until_done(folder, texts, lambda limit=takes: draw.random() * limit)
         assert sorted(contents(folder)) == sorted(contents(data))
         assert contents(folder) == contents(data)
         takes *= 0.7
         assert takes > 0.001, "no attempt went on with another's parts"
-
-
-def _kill_until_done(folder: Path, texts: Path, moment: Callable[[], float]) -> tuple[int, int]:
-    """Kill each attempt after its moment until one is through: how many were killed, how many went on with parts."""
-    finished: dict[str, int] = {}
-    kills = kept = 0
-    while True:
-        process = _begin(folder, texts)
-        process.join(moment())
-        process.kill()
-        process.join()
-        kept += bool(finished)
-        if process.exitcode == 0:
-            return kills, kept
-        assert process.exitcode == -signal.SIGKILL
-        kills += 1
-        if (folder / "metadata.json").is_file():  # killed while it cleaned up
-            finished = {}
-            continue
-        earlier, finished = finished, _finished(folder)
-        assert earlier.items() <= finished.items(), "a finished part was made again"
 
 
 def test_command_line_killed_with_two_workers_goes_on_with_one(tmp_path: Path) -> None:
@@ -185,7 +157,7 @@ def test_command_line_killed_with_two_workers_goes_on_with_one(tmp_path: Path) -
     process = subprocess.Popen([*script, "2"], stdout=log, stderr=log, start_new_session=True)
     folder = project / "data"
     until = time.monotonic() + 120
-    while len(_finished(folder)) < 2 and time.monotonic() < until:
+    while len(finished_parts(folder)) < 2 and time.monotonic() < until:
         assert process.poll() is None, (tmp_path / "log").read_text()
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
@@ -193,7 +165,7 @@ def test_command_line_killed_with_two_workers_goes_on_with_one(tmp_path: Path) -
     while _session(process.pid) and time.monotonic() < until:
         time.sleep(0.05)
     assert not _session(process.pid)
-    before = _finished(folder)
+    before = finished_parts(folder)
     assert len(before) >= 2
     for output in (folder, tmp_path / "other"):
         prepare(data_config(output, project / "texts"), part_bytes=MIB // 16)
@@ -315,7 +287,7 @@ def test_error_in_a_worker_is_the_users_to_read_and_finished_parts_stay(
     with pytest.raises(ValueError, match=r"zz\.jsonl, line 2: no text under the key 'text' \(found: text\)"):
         prepare(data_config(tmp_path / "data", texts, tokenizer=given), workers=2)
     assert not (tmp_path / "data" / "metadata.json").exists()
-    assert _finished(tmp_path / "data")
+    assert finished_parts(tmp_path / "data")
 
 
 def test_killed_worker_is_reported(tmp_path: Path) -> None:
