@@ -32,9 +32,10 @@ finetune: setup
 	$(BIN)/deepspeed --num_gpus 2 launch/finetune_hf.py $(FINETUNE) \
 		--model runs/finetune/base --source pydoc --learning_rate 2e-4 --max_steps 100 --output_dir runs/finetune/tuned $(ARGS)
 
+# Six optimizers, each with its own sweep, seeds and ablations; goes on where it was stopped. QUICK=1: 15 minutes.
 compare: setup
-	$(BIN)/python launch/prepare_data.py --run configs/run/tiny.yaml
-	$(BIN)/python benchmarks/compare_optimizers.py $(ARGS)
+	$(BIN)/python launch/prepare_data.py --run configs/run/compare.yaml
+	$(BIN)/python benchmarks/compare_optimizers.py $(if $(QUICK),--quick) $(ARGS)
 
 bench: bench-kernels bench-communication bench-end-to-end
 

@@ -22,6 +22,7 @@ EXTRAS = {
         "pytest-timeout",
         "pytest-xdist",
         "ruff",
+        "torchao",
         'triton>=3.2; platform_system == "Linux"',
         "types-PyYAML",
         "types-tqdm",

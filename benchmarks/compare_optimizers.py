@@ -1,174 +1,194 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train the tiny model with four optimizers, one after the other; write a CSV, a figure and the README's table.
+"""Train the tiny model with six optimizers, each with its own learning-rate sweep, and write what came out.
 
-python benchmarks/compare_optimizers.py                # trains what runs/tiny lacks, then writes
-python benchmarks/compare_optimizers.py --train-again  # trains everything
+python benchmarks/compare_optimizers.py          # everything: sweeps, seeds, shorter runs, ablations; about 3 hours
+python benchmarks/compare_optimizers.py --quick  # shorter runs, 3 learning rates, 2 seeds; about 15 minutes
 
-The uniform baseline AdamW is trained at three learning rates, ours at their shipped ones.
+One process on one core per trial. A trial that has finished is never trained again, so a run that was stopped goes on
+where it was; `--minutes` stops it by itself.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
-import json
+import multiprocessing
 import os
-import platform
-import re
-import socket
-import subprocess
 import sys
+import time
+from collections.abc import Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
-import matplotlib
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "launch"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-matplotlib.use("Agg")
+import compare_report
+from bench_machine import ROOT, cores
+from compare_trials import ARMS, BASELINE, FULL, QUICK, Plan, Trial, ablations
+from token_files import read_metadata
+from tqdm import tqdm
 
-import torch
-from matplotlib import pyplot
+from ds_blockwise.run_config import load_run
 
-ROOT = Path(__file__).resolve().parent.parent
-RUN_FILE = ROOT / "configs/run/tiny.yaml"
-RUNS = ROOT / "runs/tiny"
-RESULTS = ROOT / "docs/compare/tiny.csv"
-FIGURE = ROOT / "docs/compare/tiny.png"
-SWEPT = {"adamw_low": ("adamw", 2e-3), "adamw_high": ("adamw", 8e-3)}
-ARMS = {
-    "adamw_low": ("AdamW (torch)", "#bbbbbb"),
-    "adamw": ("AdamW (torch)", "#444444"),
-    "adamw_high": ("AdamW (torch)", "#888888"),
-    "adam_mini": ("Adam-mini (ours, all multipliers 1)", "#b45f06"),
-    "blockwise_adamw": ("Blockwise AdamW", "#0b5394"),
-    "blockwise_adam_mini": ("Blockwise Adam-mini", "#38761d"),
-}
-COLUMNS = (
-    "optimizer",
-    "base_lr",
-    "state_bytes_per_parameter",
-    "final_validation_loss",
-    "steps",
-    "tokens",
-    "parameters",
-    "machine",
-    "torch",
-    "deepspeed",
-    "date",
-    "commit",
-)
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+RUN_FILE = ROOT / "configs/run/compare.yaml"
+_PRELOAD = ["compare_job"]
 
 
-def settings_file(arm: str) -> Path:
-    """The arm's DeepSpeed JSON; of a swept arm, its base's with another learning rate and the same ratio to min_lr."""
-    if arm not in SWEPT:
-        return ROOT / f"configs/deepspeed/{arm}.json"
-    base, lr = SWEPT[arm]
-    settings = json.loads(settings_file(base).read_text(encoding="utf-8"))
-    settings["scheduler"]["params"]["min_lr"] *= lr / settings["optimizer"]["params"]["lr"]
-    settings["optimizer"]["params"]["lr"] = lr
-    path = ROOT / f"runs/settings/{arm}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings, indent=2), encoding="utf-8")
-    return path
+class Stopped(Exception):
+    """The time is up; what has finished is kept."""
 
 
-def train(arm: str) -> None:
-    """Run the main job with one DeepSpeed JSON, by the same command as a user's."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", str(port)]
-    command += ["launch/pretrain_llama.py", "--run", str(RUN_FILE), "--overwrite"]
-    command += ["--deepspeed-config", str(settings_file(arm))]
-    subprocess.run(command, cwd=ROOT, check=True)
+class Trials:
+    """Trains trials, several at a time, and remembers results.
+
+    Args:
+        folder: Of all trials.
+        run_file: Model, data and batch.
+        workers: Trials at a time.
+        deadline: `time.monotonic` after which none begins.
+        overrides: More ``section.key=value`` for the run file.
+    """
+
+    def __init__(
+        self, folder: Path, run_file: Path, workers: int, deadline: float, overrides: Iterable[str] = ()
+    ) -> None:
+        self.results: dict[Trial, dict[str, Any]] = {}
+        self._overrides = list(overrides)
+        run, problems = load_run(run_file, overrides=self._overrides)
+        problems.raise_if_any()
+        assert run is not None
+        self.run = run
+        metadata = read_metadata(run.data_directory)
+        if metadata is None:
+            raise SystemExit(
+                f"no prepared data in {run.data_directory}: python launch/prepare_data.py --run {run_file}"
+            )
+        self._folder, self._run_file, self._deadline = folder, run_file, deadline
+        self._known = (run.shape.vocab_size, metadata)
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOAD)  # the packages are imported once
+        # the server finds modules by this variable only
+        os.environ["PYTHONPATH"] = os.pathsep.join([p for p in sys.path if p])
+        self._pool = ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1)
+        self._workers = workers
+
+    def __enter__(self) -> Trials:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def train(self, trials: Iterable[Trial], title: str) -> None:
+        """Train what has no result yet.
+
+        Args:
+            trials: Which.
+            title: For the progress bar.
+
+        Raises:
+            Stopped: The time is up.
+        """
+        from compare_job import result_of, run_trial
+
+        waiting = []
+        for trial in dict.fromkeys(trials):
+            found = self.results.get(trial) or result_of(trial, self._folder, *self._known)
+            if found is None:
+                waiting.append(trial)
+            else:
+                self.results[trial] = found
+        running: dict[Future[dict[str, Any]], Trial] = {}
+        with tqdm(total=len(waiting), desc=title, unit="run", dynamic_ncols=True) as bar:
+            while waiting or running:
+                while waiting and len(running) < self._workers and time.monotonic() < self._deadline:
+                    trial = waiting.pop(0)
+                    future = self._pool.submit(
+                        run_trial, trial, self._folder, self._run_file, *self._known, self._overrides
+                    )
+                    running[future] = trial
+                if not running:
+                    raise Stopped(f"{len(waiting)} runs of '{title}' are left; the same command goes on with them")
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    trial = running.pop(future)
+                    result = self.results[trial] = future.result()
+                    bar.update()
+                    loss = result["final_validation_loss"]
+                    bar.write(f"{trial.name}: {'diverged' if loss is None else f'{loss:.4f}'}")
 
 
-def row(arm: str) -> dict[str, str]:
-    """One line of the CSV, from the run's own summary."""
-    summary = json.loads((RUNS / arm / "summary.json").read_text(encoding="utf-8"))
-    settings = json.loads(settings_file(arm).read_text(encoding="utf-8"))
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout.strip()
-    values = (
-        ARMS[arm][0],
-        f"{settings['optimizer']['params']['lr']:g}",
-        f"{summary['optimizer_state_bytes_per_parameter']:.2f}",
-        f"{summary['final_validation_loss']:.3f}",
-        summary["steps"],
-        summary["tokens"],
-        summary["parameters"],
-        f"{platform.machine()} CPU with {os.cpu_count()} cores and 2 processes",
-        torch.__version__,
-        summary["versions"]["deepspeed"],
-        datetime.date.today().isoformat(),
-        commit,
-    )
-    return {key: str(value) for key, value in zip(COLUMNS, values, strict=True)}
+def sweep(trials: Trials, plan: Plan) -> dict[str, float]:
+    """Best learning rate of each arm at the first seed; grids grow where an edge is best."""
+
+    def at(arm: str, lr: float) -> Trial:
+        return Trial(arm, lr, seed=1, steps=plan.steps)
+
+    grids = {arm: list(plan.learning_rates(arm)) for arm in ARMS}
+    trials.train([at(arm, lr) for arm, grid in grids.items() for lr in grid], "learning rates")
+    for _ in range(plan.widen):
+        for arm, grid in grids.items():
+            best = compare_report.best_of(trials.results, [at(arm, lr) for lr in grid]).lr
+            if best == grid[0]:
+                grid.insert(0, best / 2)
+            elif best == grid[-1]:
+                grid.append(best * 2)
+        trials.train([at(arm, lr) for arm, grid in grids.items() for lr in grid], "wider grids")
+    return {arm: compare_report.best_of(trials.results, [at(arm, lr) for lr in grid]).lr for arm, grid in grids.items()}
 
 
-def markdown(rows: list[dict[str, str]]) -> str:
-    """The README's table with its provenance; `tests/test_readme.py` compares it with the CSV."""
-    first = rows[0]
-    lines = [
-        "| optimizer | base lr | optimizer state, bytes per parameter | validation loss |",
-        "|---|---:|---:|---:|",
+def train_all(trials: Trials, plan: Plan) -> None:
+    """The whole plan; each part depends on the results of those before.
+
+    Raises:
+        Stopped: The time is up.
+    """
+    best = sweep(trials, plan)
+    whole = {arm: [Trial(arm, lr, seed, plan.steps) for seed in range(1, plan.seeds + 1)] for arm, lr in best.items()}
+    trials.train([trial for seeds in whole.values() for trial in seeds], "seeds")
+    target = compare_report.mean_loss(trials.results, whole[BASELINE])
+    better = [arm for arm, seeds in whole.items() if compare_report.mean_loss(trials.results, seeds) < target]
+    shorter = [
+        Trial(arm, best[arm], seed, round(share * plan.steps))
+        for share in plan.lengths
+        for arm in better
+        for seed in range(1, plan.seeds + 1)
     ]
-    lines += [
-        f"| {r['optimizer']} | {r['base_lr']} | {r['state_bytes_per_parameter']} | {r['final_validation_loss']} |"
-        for r in rows
-    ]
-    lines += [
-        "",
-        f"Measured by `benchmarks/compare_optimizers.py`: LLaMA of {int(first['parameters']):,} parameters, "
-        f"{first['steps']} steps, {int(first['tokens']):,} tokens of Python source text, one seed, ZeRO-2 on "
-        f"{first['machine']}, torch {first['torch']}, DeepSpeed {first['deepspeed']}, {first['date']}, commit "
-        f"{first['commit']}. A sanity check on minutes of training, not evidence for the paper's claim: one seed, and "
-        f"only AdamW's learning rate was swept.",
-        "",
-        "![validation loss against steps](docs/compare/tiny.png)",
-    ]
-    return "\n".join(lines)
+    trials.train(shorter, "shorter runs")
+    if plan.ablations:
+        trials.train(ablations(plan, best), "ablations")
 
 
-def plot() -> None:
-    """Validation loss against steps, the same colour per optimizer everywhere."""
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for arm, (label, colour) in ARMS.items():
-        with open(RUNS / arm / "csv/loss_validation.csv", newline="", encoding="utf-8") as file:
-            points = [(int(line[0]), float(line[1])) for line in list(csv.reader(file))[1:]]
-        steps, losses = zip(*points, strict=True)
-        label = f"{label}, base lr {row(arm)['base_lr']}"
-        axes.plot(steps, losses, label=label, color=colour, marker="o", markersize=3)
-    axes.set(xlabel="optimizer steps", ylabel="validation loss (nats per token)", ylim=(None, 4.6))
-    axes.set_title("LLaMA of 1.3M parameters on Python source text, one seed")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(FIGURE, dpi=110)
+def main() -> int:
+    """Train what the plan asks for and lacks, then report.
 
-
-def main() -> None:
-    """Train (unless told not to) and write the results."""
+    Returns:
+        0; 1 if the time was up before the plan was done.
+    """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--train-again", action="store_true", help="also arms whose run is complete in runs/tiny")
+    parser.add_argument("--quick", action="store_true", help="shorter runs, 3 learning rates, 2 seeds, no ablations")
+    parser.add_argument("--workers", type=int, default=cores(), help="runs at a time, one core each")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
+    parser.add_argument("--run", type=Path, default=RUN_FILE, help="run file: model, data, batch")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="as in the main job")
     options = parser.parse_args()
-    for arm in ARMS:
-        if options.train_again or not (RUNS / arm / "summary.json").is_file():
-            train(arm)
-    rows = [row(arm) for arm in ARMS]
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    with open(RESULTS, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    plot()
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    table = f"{BEGIN}\n{markdown(rows)}\n{END}"
-    text = re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: table, text, flags=re.DOTALL)
-    readme.write_text(text, encoding="utf-8")
+    plan = QUICK if options.quick else FULL
+    name = f"{options.run.stem}_quick" if options.quick else options.run.stem
+    folder = ROOT / "runs" / "compare" / name
+    # relative paths of run files count from here
+    os.chdir(ROOT)
+    with Trials(folder, options.run, options.workers, time.monotonic() + 60 * options.minutes, options.set) as trials:
+        stopped = None
+        try:
+            train_all(trials, plan)
+        except Stopped as reason:
+            stopped = reason
+        # only a whole run may change what stands in the repository
+        published = stopped is None and not options.quick and options.run == RUN_FILE
+        print(compare_report.write(trials.results, trials.run, plan, folder, published=published))
+    if stopped is not None:
+        print(f"not complete: {stopped}")
+    return int(stopped is not None)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

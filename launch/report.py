@@ -19,6 +19,7 @@ import torch
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from processes import Processes
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from training import Progress
 
 from ds_blockwise.run_config import RunConfig
@@ -45,7 +46,7 @@ def state_bytes_per_parameter(
         zero_stage: At 0 every data-parallel rank holds a whole copy of the state.
     """
     held = sum(
-        value.numel() * value.element_size()
+        _stored_bytes(value)
         for state in optimizer.state.values()
         for value in state.values()
         if isinstance(value, torch.Tensor)
@@ -55,6 +56,13 @@ def state_bytes_per_parameter(
     local = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     parameters = processes.sum_over_world(local) / processes.dp_size
     return processes.sum_over_world(held) / copies / parameters
+
+
+def _stored_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor's storage; of a quantized one those of its parts, not of the type that it stands for."""
+    if is_traceable_wrapper_subclass(tensor):
+        return sum(_stored_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.numel() * tensor.element_size()
 
 
 def summarize(

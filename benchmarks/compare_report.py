@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the trials of `compare_optimizers.py` say: a CSV of all, tables, figures, and the pages that show them."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import compare_plots
+from bench_machine import PROVENANCE, ROOT, write_between
+from compare_trials import ARMS, BASELINE, Plan, Trial
+
+from ds_blockwise.run_config import RunConfig
+
+Results = Mapping[Trial, Mapping[str, Any]]
+DOCS = ROOT / "docs" / "compare"
+COLUMNS = (
+    "arm",
+    "change",
+    "base_lr",
+    "seed",
+    "steps",
+    "warmup_share",
+    "final_validation_loss",
+    "cpu_seconds_per_step",
+    "state_bytes_per_parameter",
+    "parameters",
+    "tokens",
+    *PROVENANCE,
+)
+DIVERGED = "diverged"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds; the standard error is NaN for a single one."""
+
+    mean: float
+    error: float
+    seeds: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Estimate:
+        """From one value per seed."""
+        spread = statistics.stdev(values) if len(values) > 1 else math.nan
+        return cls(statistics.fmean(values), spread / math.sqrt(len(values)), len(values))
+
+    def text(self, form: str = ".4f") -> str:
+        """``3.5123 ± 0.0012``."""
+        return format(self.mean, form) + (f" ± {self.error:.4f}" if self.seeds > 1 else " (one seed)")
+
+
+def loss_of(results: Results, trial: Trial) -> float:
+    """Final validation loss in nats per token; infinite if the trial diverged."""
+    loss = results[trial]["final_validation_loss"]
+    return math.inf if loss is None else float(loss)
+
+
+def best_of(results: Results, trials: Sequence[Trial]) -> Trial:
+    """The trial with the lowest final loss."""
+    return min(trials, key=lambda trial: loss_of(results, trial))
+
+
+def mean_loss(results: Results, trials: Sequence[Trial]) -> float:
+    """Mean final loss."""
+    return statistics.fmean(loss_of(results, trial) for trial in trials)
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """What the table says of one arm."""
+
+    arm: str
+    lr: float
+    loss: Estimate
+    against_baseline: Estimate | None
+    steps_to_baseline: str
+    cpu_seconds_per_step: float
+    state_bytes: float
+
+
+def arm_results(results: Results, plan: Plan) -> list[ArmResult]:
+    """Every arm whose sweep has finished, at its best learning rate."""
+    found = []
+    seeds = {arm: _at_best(results, plan, arm) for arm in ARMS}
+    baseline = {t.seed: loss_of(results, t) for t in seeds[BASELINE]}
+    for arm, trials in seeds.items():
+        if not trials:
+            continue
+        paired = [loss_of(results, t) - baseline[t.seed] for t in trials if t.seed in baseline]
+        ended = [t for t in trials if results[t]["diverged"] is None]
+        if not ended:
+            continue
+        found.append(
+            ArmResult(
+                arm,
+                trials[0].lr,
+                Estimate.of([loss_of(results, t) for t in trials]),
+                Estimate.of(paired) if paired and arm != BASELINE else None,
+                _steps_to(results, plan, trials, statistics.fmean(baseline.values())) if baseline else "",
+                statistics.median(results[t]["cpu_seconds"] / t.steps for t in ended),
+                results[ended[0]]["optimizer_state_bytes_per_parameter"],
+            )
+        )
+    return found
+
+
+def _plain(results: Results, arm: str, steps: int) -> list[Trial]:
+    return [t for t in results if t.arm == arm and not t.change and t.steps == steps]
+
+
+def _at_best(results: Results, plan: Plan, arm: str) -> list[Trial]:
+    """The arm's seeds at the learning rate that was best at the first."""
+    trials = _plain(results, arm, plan.steps)
+    swept = [t for t in trials if t.seed == 1]
+    if not swept:
+        return []
+    lr = best_of(results, swept).lr
+    return sorted((t for t in trials if t.lr == lr), key=lambda t: t.seed)
+
+
+def _steps_to(results: Results, plan: Plan, trials: Sequence[Trial], target: float) -> str:
+    """Steps of a complete decay that ends at the baseline's final loss, between the lengths that were trained."""
+    arm, lr = trials[0].arm, trials[0].lr
+    if arm == BASELINE:
+        return str(plan.steps)
+    lengths = sorted({t.steps for t in results if t.arm == arm and not t.change and t.lr == lr})
+    points = []
+    for steps in lengths:
+        at = [t for t in _plain(results, arm, steps) if t.lr == lr]
+        points.append((steps, mean_loss(results, at)))
+    if points[-1][1] > target:
+        return f"not within {plan.steps}"
+    if points[0][1] <= target:
+        return f"at most {points[0][0]}" if len(points) > 1 else f"fewer than {plan.steps}"
+    for (short, above), (long, below) in itertools.pairwise(points):
+        if below <= target < above:
+            share = (above - target) / (above - below)
+            return f"{round(short * (long / short) ** share)}"
+    return f"not between {lengths}"
+
+
+def table(rows: Sequence[ArmResult], results: Results, plan: Plan) -> str:
+    """The comparison as Markdown, with where it comes from."""
+    lines = [
+        f"| optimizer | best base lr | final validation loss | against AdamW, same seeds | "
+        f"steps to AdamW's loss at {plan.steps} | CPU s per step | state, bytes per parameter |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        against = "" if row.against_baseline is None else row.against_baseline.text("+.4f")
+        lines.append(
+            f"| {ARMS[row.arm].label} | {row.lr:g} | {row.loss.text()} | {against} | {row.steps_to_baseline} | "
+            f"{row.cpu_seconds_per_step:.3f} | {row.state_bytes:.2f} |"
+        )
+    return "\n".join([*lines, "", provenance_text(results, plan)])
+
+
+def ablation_table(results: Results, plan: Plan) -> str:
+    """Each change against the same arm, learning rate and seed without it."""
+    lines = ["| optimizer | change | base lr | final validation loss | change in loss |", "|---|---|---:|---:|---:|"]
+    for trial in (t for t in results if t.change):
+        loss = loss_of(results, trial)
+        twin = next(
+            (t for t in _plain(results, trial.arm, trial.steps) if (t.lr, t.seed) == (trial.lr, trial.seed)), None
+        )
+        shown = DIVERGED if math.isinf(loss) else f"{loss:.4f}"
+        difference = "" if twin is None or math.isinf(loss) else f"{loss - loss_of(results, twin):+.4f}"
+        lines.append(f"| {ARMS[trial.arm].label} | {trial.change} | {trial.lr:g} | {shown} | {difference} |")
+    return "\n".join(lines)
+
+
+def provenance_text(results: Results, plan: Plan) -> str:
+    """One paragraph: what was trained, where, with which versions."""
+    trial, some = next((t, r) for t, r in results.items() if r["diverged"] is None)
+    of = some["provenance"]
+    commits = sorted({r["provenance"]["commit"] for r in results.values()})
+    dates = sorted({r["provenance"]["date"] for r in results.values()})
+    return (
+        f"Measured by `benchmarks/compare_optimizers.py`: LLaMA of {some['parameters']:,} parameters on Python source "
+        f"text, {plan.steps} steps of {some['tokens'] // trial.steps:,} tokens, complete decays; every "
+        f"optimizer at the best of its own learning rates (first seed), {plan.seeds} seeds, differences between runs "
+        f"of the same seed, ± one standard error. CPU time has validation in it. "
+        f"One process on one core of {of['cpu']}, torch {of['torch']}, "
+        f"DeepSpeed {of['deepspeed']}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, "
+        f"commit {', '.join(commits)}."
+    )
+
+
+def write_csv(results: Results, path: Path) -> None:
+    """One line for each trial."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for trial, result in sorted(results.items(), key=lambda item: item[0].name):
+            ended = result["diverged"] is None
+            writer.writerow(
+                [
+                    trial.arm,
+                    trial.change,
+                    f"{trial.lr:g}",
+                    trial.seed,
+                    trial.steps,
+                    f"{trial.warmup:g}",
+                    f"{result['final_validation_loss']:.5f}" if ended else DIVERGED,
+                    f"{result['cpu_seconds'] / trial.steps:.4f}" if ended else "",
+                    f"{result['optimizer_state_bytes_per_parameter']:.4f}" if ended else "",
+                    result.get("parameters", ""),
+                    result.get("tokens", ""),
+                    *(result["provenance"][key] for key in PROVENANCE),
+                ]
+            )
+
+
+def write(results: Results, run: RunConfig, plan: Plan, folder: Path, *, published: bool) -> str:
+    """Write CSV, tables and figures beside the trials and, if whole, into the repository.
+
+    Args:
+        results: Of all trials that have finished.
+        run: What they trained.
+        plan: What was asked for.
+        folder: Of the trials.
+        published: Also replace docs/compare, README's table and the tables of docs/evidence.md.
+
+    Returns:
+        The table for the terminal.
+    """
+    rows = arm_results(results, plan)
+    if not rows:
+        return "no optimizer has finished its learning rates yet"
+    text = table(rows, results, plan)
+    title = f"LLaMA of {next(r['parameters'] for r in results.values() if r['diverged'] is None) / 1e6:.1f}M parameters"
+    for target in (folder, DOCS) if published else (folder,):
+        write_csv(results, target / f"{run.name}.csv")
+        compare_plots.losses(results, rows, plan, title, target / f"{run.name}.png")
+        compare_plots.sweeps(results, plan, title, target / f"{run.name}_sweep.png")
+    (folder / "table.md").write_text(text + "\n", encoding="utf-8")
+    if published:
+        write_between(ROOT / "README.md", "results", f"{text}\n\n![validation loss](docs/compare/{run.name}.png)")
+        write_between(ROOT / "docs/evidence.md", "results", text)
+        write_between(ROOT / "docs/evidence.md", "ablations", ablation_table(results, plan))
+    return f"{text}\n\n{ablation_table(results, plan)}\n\nwritten to {folder}"
