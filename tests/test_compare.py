@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make compare`: what is trained follows from results, the statistics are right, and real trials end in a table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("deepspeed", reason="trials are runs of the main job, which needs the extra 'deepspeed'")
+pytest.importorskip("megatron.core", reason="trials are runs of the main job, which needs the extra 'megatron'")
+pytest.importorskip("torchao", reason="one of the compared optimizers is torchao's")
+
+from launch_project import ROOT, prepare_project
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import compare_optimizers
+import compare_peers
+import compare_report
+from compare_trials import ARMS, BASELINE, FULL, QUICK, Plan, Trial, ablations
+
+PLAN = Plan(steps=100, grid=3, seeds=3, lengths=(0.5,), widen=2, ablations=True)
+
+
+class FakeTrials:
+    """Answers trials from a formula instead of training them."""
+
+    def __init__(self, loss_of):
+        self.results = {}
+        self.titles = []
+        self._loss_of = loss_of
+
+    def train(self, trials, title):
+        self.titles.append(title)
+        for trial in trials:
+            loss = self._loss_of(trial)
+            self.results[trial] = {
+                "diverged": None if math.isfinite(loss) else "inf",
+                "final_validation_loss": loss if math.isfinite(loss) else None,
+                "optimizer_state_bytes_per_parameter": 8.0,
+                "cpu_seconds": 0.5 * trial.steps,
+                "parameters": 1000,
+                "tokens": 10 * trial.steps,
+                "curve": [(0, 7.0), (trial.steps // 2, 5.0), (trial.steps, loss)],
+                "provenance": dict.fromkeys(compare_report.PROVENANCE, "x"),
+            }
+
+
+def _bowl(best, floor):
+    """Final loss of an arm: a parabola in log2 of the rate, better with more steps, another constant for each seed."""
+
+    def loss(trial):
+        distance = math.log2(trial.lr / best[trial.arm])
+        return floor[trial.arm] + 0.1 * distance**2 + 0.01 * trial.seed - 0.2 * math.log2(trial.steps / PLAN.steps)
+
+    return loss
+
+
+BEST = dict(zip(ARMS, (1.6e-2, 5e-4, 4e-3, 2.5e-4, 8e-3, 4e-3), strict=True))
+FLOOR = dict(zip(ARMS, (3.5, 3.45, 3.6, 3.5, 3.4, 3.52), strict=True))
+
+
+def test_a_grid_grows_until_its_best_is_inside():
+    trials = FakeTrials(_bowl(BEST, FLOOR))
+    found = compare_optimizers.sweep(trials, PLAN)
+    assert found == BEST
+    rates = sorted(t.lr for t in trials.results if t.arm == BASELINE)
+    assert rates[-1] == 3.2e-2, "the best rate was never shown to have a worse one above it"
+
+
+def test_a_grid_grows_no_further_than_it_may():
+    trials = FakeTrials(_bowl(BEST, FLOOR))
+    narrow = dataclasses.replace(PLAN, widen=0)
+    assert compare_optimizers.sweep(trials, narrow)[BASELINE] == 8e-3
+    assert len(trials.results) == 3 * len(ARMS)
+
+
+def test_shorter_runs_only_of_what_beats_the_baseline():
+    trials = FakeTrials(_bowl(BEST, FLOOR))
+    compare_optimizers.train_all(trials, PLAN)
+    shorter = {t.arm for t in trials.results if t.steps == 50}
+    assert shorter == {"blockwise_adamw", "muon"}
+    assert {t.seed for t in trials.results if t.steps == 50} == {1, 2, 3}
+
+
+def test_the_table_says_what_the_formula_does():
+    trials = FakeTrials(_bowl(BEST, FLOOR))
+    compare_optimizers.train_all(trials, PLAN)
+    rows = {row.arm: row for row in compare_report.arm_results(trials.results, PLAN)}
+    assert {arm: row.lr for arm, row in rows.items()} == BEST
+    for arm, row in rows.items():
+        assert row.loss.mean == pytest.approx(FLOOR[arm] + 0.02)
+        assert row.loss.error == pytest.approx(0.01 / math.sqrt(3))
+        assert row.cpu_seconds_per_step == pytest.approx(0.5)
+        if arm != BASELINE:
+            assert row.against_baseline.mean == pytest.approx(FLOOR[arm] - FLOOR[BASELINE])
+            assert row.against_baseline.error == pytest.approx(0.0, abs=1e-12), "seeds are compared in pairs"
+    # 0.05 better at 100 steps and 0.2 for each factor of 2: the baseline's loss after 100 / 2^(1/4) steps
+    assert rows["blockwise_adamw"].steps_to_baseline == "84"
+    assert rows["muon"].steps_to_baseline == "71"
+    assert rows["adamw_8bit"].steps_to_baseline == "not within 100"
+    text = compare_report.table(list(rows.values()), trials.results, PLAN)
+    assert "| Muon + AdamW (torch) | 0.008 | 3.4200 ± 0.0058 | -0.1000 ± 0.0000 | 71 | 0.500 | 8.00 |" in text
+
+
+def test_a_rate_that_diverges_is_never_the_best_and_is_written_down(tmp_path):
+    bowl = _bowl(BEST, FLOOR)
+    trials = FakeTrials(lambda trial: math.inf if trial.lr > 6e-3 else bowl(trial))
+    found = compare_optimizers.sweep(trials, PLAN)
+    assert found[BASELINE] == 4e-3
+    compare_report.write_csv(trials.results, tmp_path / "trials.csv")
+    lines = (tmp_path / "trials.csv").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 1 + len(trials.results)
+    assert sum(f",{compare_report.DIVERGED}," in line for line in lines) == sum(t.lr > 6e-3 for t in trials.results)
+
+
+@pytest.mark.parametrize("plan", [FULL, QUICK], ids=["full", "quick"])
+def test_trials_have_names_of_their_own_and_settings_that_differ(plan):
+    trials = [Trial(arm, lr, seed, plan.steps) for arm in ARMS for lr in plan.learning_rates(arm) for seed in (1, 2)]
+    changes = ablations(plan, BEST)
+    assert len(changes) > 30
+    trials += changes
+    assert len({t.name for t in trials}) == len(trials)
+    facts = {json.dumps([t.settings(2048), t.seed, t.steps, t.warmup], sort_keys=True) for t in trials}
+    # a change to the default would be compared with itself
+    assert len(facts) == len(trials)
+
+
+def test_muon_steps_hidden_matrices_and_adamw_the_rest():
+    """Against both of torch's optimizers, each with its own parameters."""
+    torch.manual_seed(3)
+    shapes = [(20, 8), (8, 8), (24, 8), (8,), (20, 8)]
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    both = compare_peers.MuonAndAdamW(ours, lr=1e-2, vocab_size=20)
+    muon = torch.optim.Muon(theirs[1:3], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    rest = [theirs[0], *theirs[3:]]
+    adamw = torch.optim.AdamW(rest, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    for step in range(3):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        for group in (*both.param_groups, *muon.param_groups, *adamw.param_groups):
+            group["lr"] = 1e-2 / (step + 1)
+        both.step()
+        muon.step()
+        adamw.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    with pytest.raises(ValueError, match="vocab_size = 21"):
+        compare_peers.MuonAndAdamW(ours, lr=1e-2, vocab_size=21)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_project(tmp_path_factory.mktemp("compare"))
+
+
+def _trained(project: Path, folder: Path, deadline: float, workers: int = 2):
+    plan = Plan(steps=2, grid=1, seeds=1, lengths=(), widen=0, ablations=False)
+    overrides = ["training.log_interval=1", "parallel.tensor=1", "cluster.gpus_per_node=1"]
+    with compare_optimizers.Trials(folder, project / "run.yaml", workers, deadline, overrides) as trials:
+        compare_optimizers.train_all(trials, plan)
+        return trials.results, compare_report.write(trials.results, trials.run, plan, folder, published=False)
+
+
+def test_real_trials_end_in_a_table_and_are_not_trained_twice(project, tmp_path, monkeypatch):
+    """Through the main job; the second time everything is there. 8-bit AdamW is compiled for a minute: see below."""
+    monkeypatch.chdir(project)
+    monkeypatch.delitem(ARMS, "adamw_8bit")
+    for deadline in (time.monotonic() + 600.0, 0.0):  # the second time nothing may begin
+        results, text = _trained(project, tmp_path, deadline)
+    for arm in ARMS.values():
+        assert f"| {arm.label} | " in text
+    bytes_of = {t.arm: r["optimizer_state_bytes_per_parameter"] for t, r in results.items()}
+    assert bytes_of["blockwise_adamw"] == 8.0
+    assert bytes_of["adamw"] == pytest.approx(8.0, abs=0.01), "torch counts steps in tensors"
+    assert bytes_of["adam_mini"] < bytes_of["muon"] < 8.0
+    assert all(figure.stat().st_size > 10_000 for figure in tmp_path.glob("*.png"))
+    assert len(list(tmp_path.glob("*.png"))) == 2
+    (changed,) = [t for t in results if t.arm == BASELINE]
+    result = tmp_path / changed.name / "result.json"
+    result.write_text(result.read_text(encoding="utf-8").replace("0.004", "0.005"), encoding="utf-8")
+    with pytest.raises(compare_optimizers.Stopped, match="1 runs of 'learning rates' are left"):
+        _trained(project, tmp_path, 0.0)
+
+
+@pytest.mark.slow
+def test_8_bit_states_are_counted_as_they_are_stored(project, tmp_path, monkeypatch):
+    monkeypatch.chdir(project)
+    for arm in [arm for arm in ARMS if arm not in (BASELINE, "adamw_8bit")]:
+        monkeypatch.delitem(ARMS, arm)
+    results, _ = _trained(project, tmp_path, time.monotonic() + 600.0)
+    bytes_of = {t.arm: r["optimizer_state_bytes_per_parameter"] for t, r in results.items()}
+    assert 2.0 < bytes_of["adamw_8bit"] < 4.0
