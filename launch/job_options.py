@@ -19,6 +19,9 @@ def job_options(arguments: list[str] | None, description: str) -> argparse.Names
     parser.add_argument("--deepspeed-config", help="another DeepSpeed JSON than the run file's")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     parser.add_argument("--stop-at-step", type=int, help="stop early, with a checkpoint")
+    parser.add_argument(
+        "--stop-after-minutes", type=float, help="stop after so long with a checkpoint, for machines lent by the hour"
+    )
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     existing.add_argument("--auto-resume", action="store_true", help="go on if there is a checkpoint, else start")

@@ -54,7 +54,7 @@ def facts_of(options: argparse.Namespace, run: RunConfig | None, problems: Probl
     """
     compared = {("package", name): version for name, version in _versions().items()}
     compared["code", "ds_blockwise, megatron_patch and launch"] = _code()
-    for name in ("set", "stop_at_step", "resume", "auto_resume", "overwrite", "init_from"):
+    for name in ("set", "stop_at_step", "stop_after_minutes", "resume", "auto_resume", "overwrite", "init_from"):
         compared["option", f"--{name.replace('_', '-')}"] = repr(getattr(options, name))
     compared["file", f"run file {options.run}"] = _sum(Path(options.run))
     if run is not None:

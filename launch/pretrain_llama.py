@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
     elif source is not None:
         trainer.start_from(source)
     with Watch(place, hosts, store), naming_hosts(hosts):
-        trainer.train(options.stop_at_step)
+        trainer.train(options.stop_at_step, options.stop_after_minutes)
 
     stage = zero_stage(config)
     state_bytes = state_bytes_per_parameter(engine.basic_optimizer, engine.module, processes, zero_stage=stage)

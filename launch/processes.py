@@ -51,6 +51,10 @@ class Processes:
         torch.distributed.all_reduce(stacked, group=self.dp_group)
         return [float(value) for value in stacked]
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any process; all must call."""
+        return self.sum_over_world(int(flag)) > 0
+
     def sum_over_world(self, value: int) -> int:
         """Sum of a whole number over all processes."""
         total = torch.tensor(value, dtype=torch.int64, device=self.device)

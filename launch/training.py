@@ -68,12 +68,16 @@ class Trainer:
         self._run = run
         self._batches = batches
         self._processes = processes
-        self._started = started
+        self._started = self._program_started = started
         self._loss_sum = torch.zeros((), device=processes.device)
         self._loss_count = torch.zeros((), device=processes.device)
 
-    def train(self, stop_at: int | None = None) -> None:
-        """Train to the last step, or to ``stop_at``, and write a checkpoint there.
+    def train(self, stop_at: int | None = None, stop_after: float | None = None) -> None:
+        """Train to the last step, or until told to stop, and write a checkpoint there.
+
+        Args:
+            stop_at: Step after which to stop.
+            stop_after: Minutes since the start of the program after which to stop, at the next point of the curve.
 
         Raises:
             FloatingPointError: The loss is no longer finite (on every rank at the same step).
@@ -99,6 +103,10 @@ class Trainer:
                 if interval and progress.step % interval == 0:
                     self.save()
                     saved = progress.step
+                if stop_after is not None and progress.step % training.log_interval == 0:
+                    # clocks differ, and a rank that stopped alone would leave the others waiting
+                    if self._processes.any(time.perf_counter() - self._program_started > 60 * stop_after):
+                        break
         if saved != progress.step:
             self.save()
 

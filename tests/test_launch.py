@@ -101,6 +101,20 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(prepared: Path, whole_run:
     assert_same_checkpoint(*(f / "checkpoints" / "step_0000006" for f in (whole_folder, folder)))
 
 
+def test_a_job_that_stops_by_the_clock_goes_on_to_the_same_bits(
+    prepared: Path, whole_run: tuple[Path, dict[str, Any]]
+) -> None:
+    """Its time is over at once, so it comes to the first point of the curve only; all ranks stop there."""
+    folder, stopped = _finished(prepared, "clock", "--auto-resume", "--stop-after-minutes", "0")
+    assert stopped["completed"] is False
+    assert stopped["steps"] == 4
+    _, ended = _finished(prepared, "clock", "--auto-resume", "--stop-after-minutes", "60")
+    whole_folder, whole = whole_run
+    assert ended["completed"] is True
+    assert ended["final_validation_loss"] == whole["final_validation_loss"]
+    assert_same_checkpoint(*(f / "checkpoints" / "step_0000006" for f in (whole_folder, folder)))
+
+
 def test_tensor_parallel_run_follows_the_data_parallel_one(
     prepared: Path, whole_run: tuple[Path, dict[str, Any]]
 ) -> None:
