@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ from compare_peers import register
 from compare_trials import Trial, digest_of
 
 RESULT = "result.json"
+_BEGUN = "digest"  # of what is in the folder, finished or not
 VALIDATIONS = 8  # points of a curve
 
 
@@ -34,9 +36,17 @@ def result_of(trial: Trial, folder: Path, vocab_size: int, data: dict[str, Any])
 
 
 def run_trial(
-    trial: Trial, folder: Path, run_file: Path, vocab_size: int, data: dict[str, Any], overrides: list[str]
-) -> dict[str, Any]:
+    trial: Trial,
+    folder: Path,
+    run_file: Path,
+    vocab_size: int,
+    data: dict[str, Any],
+    overrides: list[str],
+    minutes: float,
+) -> dict[str, Any] | None:
     """Train in this process, which serves no other trial, and write the result; its output goes to ``log`` beside it.
+
+    A trial that was stopped by the clock goes on from its checkpoint.
 
     Args:
         trial: What to train.
@@ -45,16 +55,19 @@ def run_trial(
         vocab_size: Of the model.
         data: `metadata.json` of the prepared text.
         overrides: More ``section.key=value`` for the run file.
+        minutes: After so many it stops with a checkpoint.
 
     Returns:
-        The result; a loss that is no longer finite is one, with ``final_validation_loss`` None.
+        The result, None if it was stopped; a loss that is no longer finite is one, with ``final_validation_loss`` None.
     """
-    place = folder / trial.name
+    place, digest = folder / trial.name, digest_of(trial, vocab_size, data)
+    if not (place / _BEGUN).is_file() or (place / _BEGUN).read_text(encoding="utf-8") != digest:
+        shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True, exist_ok=True)
-    (place / RESULT).unlink(missing_ok=True)
+    (place / _BEGUN).write_text(digest, encoding="utf-8")
     settings = place / "settings.json"
     settings.write_text(json.dumps(trial.settings(vocab_size), indent=2), encoding="utf-8")
-    log = os.open(place / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    log = os.open(place / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     torch.set_num_threads(1)
@@ -69,28 +82,42 @@ def run_trial(
     }
     options = [f"--set={key}={value}" for key, value in changes.items()]
     options += [f"--set={override}" for override in overrides]
+    if minutes < float("inf"):
+        options.append(f"--stop-after-minutes={minutes}")
     diverged = None
-    before = time.process_time()
     try:
-        pretrain_llama.main(["--run", str(run_file), "--deepspeed-config", str(settings), "--overwrite", *options])
+        pretrain_llama.main(["--run", str(run_file), "--deepspeed-config", str(settings), "--auto-resume", *options])
     except FloatingPointError as error:
         diverged = str(error)
+    seconds = _spent(place)
     result = _result(place / "settings", diverged)
-    # not wall time: other work may share the machine
-    result["cpu_seconds"] = time.process_time() - before
-    result |= {"digest": digest_of(trial, vocab_size, data), "provenance": provenance()}
+    if result is None:
+        return None
+    result |= {"cpu_seconds": seconds, "digest": digest, "provenance": provenance()}
     partial = place / f"{RESULT}.partial"
     partial.write_text(json.dumps(result, indent=2), encoding="utf-8")
     partial.replace(place / RESULT)  # a trial that was killed leaves none
     return result
 
 
-def _result(output: Path, diverged: str | None) -> dict[str, Any]:
+def _spent(place: Path) -> float:
+    """CPU seconds of this and earlier processes of a trial; not wall time, because other work may share the machine."""
+    path = place / "cpu_seconds"
+    before = float(path.read_text(encoding="utf-8")) if path.is_file() else 0.0
+    seconds = before + time.process_time()
+    path.write_text(str(seconds), encoding="utf-8")
+    return seconds
+
+
+def _result(output: Path, diverged: str | None) -> dict[str, Any] | None:
     if diverged is not None:
         return {"diverged": diverged, "final_validation_loss": None, "curve": []}
     summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
+    if not summary["completed"]:
+        return None
     with open(output / "csv" / "loss_validation.csv", newline="", encoding="utf-8") as file:
-        curve = [(int(step), float(loss)) for step, loss in list(csv.reader(file))[1:]]
+        # DeepSpeed's monitor writes its header again at every start, and after a kill some steps come twice
+        points = {int(step): float(loss) for step, loss in csv.reader(file) if step.isdecimal()}
     kept = (
         "final_validation_loss",
         "parameters",
@@ -98,4 +125,4 @@ def _result(output: Path, diverged: str | None) -> dict[str, Any]:
         "optimizer_state_bytes_per_parameter",
         "versions",
     )
-    return {"diverged": None, "curve": curve, **{key: summary[key] for key in kept}}
+    return {"diverged": None, "curve": sorted(points.items()), **{key: summary[key] for key in kept}}

@@ -4,8 +4,11 @@
 python benchmarks/compare_optimizers.py          # everything: sweeps, seeds, shorter runs, ablations; about 3 hours
 python benchmarks/compare_optimizers.py --quick  # shorter runs, 3 learning rates, 2 seeds; about 15 minutes
 
-One process on one core per trial. A trial that has finished is never trained again, so a run that was stopped goes on
-where it was; `--minutes` stops it by itself.
+One process on one core (or GPU) per trial. What has finished is never trained again, so a run that was stopped goes
+on where it was; `--minutes` stops it by itself, each trial with a checkpoint.
+
+python benchmarks/compare_optimizers.py --run configs/run/compare_30m.yaml --steps 4000 --no-ablations \\
+    --arms adamw,blockwise_adamw,blockwise_adam_mini --workers 1 --minutes 9    # a GPU, in slices of ten minutes
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,15 +107,19 @@ class Trials:
             while waiting or running:
                 while waiting and len(running) < self._workers and time.monotonic() < self._deadline:
                     trial = waiting.pop(0)
+                    minutes = (self._deadline - time.monotonic()) / 60
                     future = self._pool.submit(
-                        run_trial, trial, self._folder, self._run_file, *self._known, self._overrides
+                        run_trial, trial, self._folder, self._run_file, *self._known, self._overrides, minutes
                     )
                     running[future] = trial
                 if not running:
                     raise Stopped(f"{len(waiting)} runs of '{title}' are left; the same command goes on with them")
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    trial = running.pop(future)
-                    result = self.results[trial] = future.result()
+                    trial, result = running.pop(future), future.result()
+                    if result is None:  # the clock has stopped it
+                        waiting.append(trial)
+                        continue
+                    self.results[trial] = result
                     bar.update()
                     loss = result["final_validation_loss"]
                     bar.write(f"{trial.name}: {'diverged' if loss is None else f'{loss:.4f}'}")
@@ -123,7 +131,7 @@ def sweep(trials: Trials, plan: Plan) -> dict[str, float]:
     def at(arm: str, lr: float) -> Trial:
         return Trial(arm, lr, seed=1, steps=plan.steps)
 
-    grids = {arm: list(plan.learning_rates(arm)) for arm in ARMS}
+    grids = {arm: list(plan.learning_rates(arm)) for arm in plan.arms}
     trials.train([at(arm, lr) for arm, grid in grids.items() for lr in grid], "learning rates")
     for _ in range(plan.widen):
         for arm, grid in grids.items():
@@ -158,6 +166,21 @@ def train_all(trials: Trials, plan: Plan) -> None:
         trials.train(ablations(plan, best), "ablations")
 
 
+def _plan(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Plan:
+    plan = QUICK if options.quick else FULL
+    if options.steps:
+        plan = replace(plan, steps=options.steps)
+    if options.no_ablations:
+        plan = replace(plan, ablations=False)
+    if options.arms:
+        arms = tuple(options.arms.split(","))
+        unknown = [arm for arm in arms if arm not in ARMS]
+        if unknown or BASELINE not in arms:
+            parser.error(f"--arms {options.arms}: allowed: {', '.join(ARMS)}, and {BASELINE} must be among them")
+        plan = replace(plan, arms=arms)
+    return plan
+
+
 def main() -> int:
     """Train what the plan asks for and lacks, then report.
 
@@ -170,8 +193,11 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
     parser.add_argument("--run", type=Path, default=RUN_FILE, help="run file: model, data, batch")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="as in the main job")
+    parser.add_argument("--arms", help=f"only these, separated by commas, {BASELINE} among them: {', '.join(ARMS)}")
+    parser.add_argument("--steps", type=int, help="of a whole run")
+    parser.add_argument("--no-ablations", action="store_true")
     options = parser.parse_args()
-    plan = QUICK if options.quick else FULL
+    plan = _plan(options, parser)
     name = f"{options.run.stem}_quick" if options.quick else options.run.stem
     folder = ROOT / "runs" / "compare" / name
     # relative paths of run files count from here
@@ -183,7 +209,7 @@ def main() -> int:
         except Stopped as reason:
             stopped = reason
         # only a whole run may change what stands in the repository
-        published = stopped is None and not options.quick and options.run == RUN_FILE
+        published = stopped is None and plan == FULL and options.run == RUN_FILE and not options.set
         print(compare_report.write(trials.results, trials.run, plan, folder, published=published))
     if stopped is not None:
         print(f"not complete: {stopped}")

@@ -88,7 +88,7 @@ class ArmResult:
 def arm_results(results: Results, plan: Plan) -> list[ArmResult]:
     """Every arm whose sweep has finished, at its best learning rate."""
     found = []
-    seeds = {arm: _at_best(results, plan, arm) for arm in ARMS}
+    seeds = {arm: _at_best(results, plan, arm) for arm in plan.arms}
     baseline = {t.seed: loss_of(results, t) for t in seeds[BASELINE]}
     for arm, trials in seeds.items():
         if not trials:

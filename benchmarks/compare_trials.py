@@ -109,6 +109,7 @@ class Plan:
         lengths: Shares of the steps at which arms are trained again with complete decays.
         widen: How often a grid may grow at an edge that turned out best.
         ablations: Whether those are trained too.
+        arms: Keys of `ARMS`.
     """
 
     steps: int
@@ -117,6 +118,7 @@ class Plan:
     lengths: tuple[float, ...]
     widen: int
     ablations: bool
+    arms: tuple[str, ...] = tuple(ARMS)
 
     def learning_rates(self, arm: str) -> tuple[float, ...]:
         """The arm's grid; a shorter one loses its ends, the upper one first."""
