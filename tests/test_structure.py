@@ -20,6 +20,7 @@ ORDER = [
     "name_rules",
     "naming",
     "policy",
+    "ratios",
     "layout",
     "blocks",
     "table",
