@@ -200,8 +200,8 @@ def _each_binding(model: nn.Module) -> Iterator[Binding]:
         placement = whole_placement(spec, shard)
         if parameter.numel() != placement.numel:
             raise ValueError(
-                f"parameter {name!r} has {parameter.numel()} elements here, not its {placement.numel}: ZeRO-3 holds the "
-                f"rest. Use probe_engine(engine, ...)."
+                f"parameter {name!r} has {parameter.numel()} elements here, not its {placement.numel}: ZeRO-3 holds "
+                f"the rest. Use probe_engine(engine, ...)."
             )
         table = build_table(parameter.numel(), [placement], shares_second_moment=False)
         yield Binding(parameter, table, LOCAL, kernels_for("reference", parameter.device), None)

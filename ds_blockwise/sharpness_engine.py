@@ -128,8 +128,8 @@ def _check_engine(engine: Any, estimator: str) -> None:
     accumulated = engine.micro_steps % engine.gradient_accumulation_steps()
     if accumulated:
         raise ValueError(
-            f"{accumulated} of {engine.gradient_accumulation_steps()} micro batches are accumulated: measuring would mix "
-            f"with their gradients. Measure right after the engine.step() that updates the weights."
+            f"{accumulated} of {engine.gradient_accumulation_steps()} micro batches are accumulated: measuring would "
+            f"mix with their gradients. Measure right after the engine.step() that updates the weights."
         )
 
 
