@@ -43,8 +43,8 @@ def multipliers_from_sharpness(
         if not (math.isfinite(value) and value > 0.0):
             raise ValueError(
                 f"the sharpness of {block_type!r} is {value}; ratios need a positive finite number. Its gradient was "
-                f"zero or overflowed: measure again on more batches, or leave the type out and give its multiplier "
-                f"by hand."
+                f"zero or overflowed, or the estimator was 'hutchinson', whose traces can be negative: measure again, "
+                f"or leave the type out and give its multiplier by hand."
             )
     if not 0.0 < exponent <= 1.0:
         raise ValueError(f"exponent = {exponent}: allowed: above 0, at most 1; {DEFAULT_EXPONENT} fits the paper's")

@@ -67,7 +67,7 @@ def probe_engine(
     failure: Exception | None = None
     try:
         check_arguments(estimator, draws)
-        _check_engine(engine, estimator)
+        check_engine(engine, estimator)
         chosen = list(batches)
     except Exception as error:  # a rank that fails alone would leave the others waiting: all hear of it, all raise
         failure = error
@@ -96,7 +96,12 @@ def probe_engine(
     return finish(sums, local, tokens, estimator=estimator, step=engine.global_steps if step is None else step)
 
 
-def _check_engine(engine: Any, estimator: str) -> None:
+def check_engine(engine: Any, estimator: str) -> None:
+    """Raise why an engine cannot be measured, now or at all.
+
+    Raises:
+        ValueError: with the reason.
+    """
     optimizer = getattr(engine, "basic_optimizer", None)
     if not isinstance(optimizer, BlockwiseOptimizer):
         raise ValueError(

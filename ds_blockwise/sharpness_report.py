@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 import math
 import re
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ds_blockwise.checkpoint_manifest import replace_text
 from ds_blockwise.naming import BLOCK_TYPES, BlockType, Role
 from ds_blockwise.role_sums import RoleOf
 
@@ -214,24 +216,21 @@ def _name_of(entry: SharpnessEntry) -> str:
 # ------------------------------------------------------------------------------------------------ files
 
 
-def write_csv(reports: Iterable[SharpnessReport], path: str | Path, *, append: bool = False) -> None:
-    """Write measurements, a row for each entry; floats keep every bit.
+def write_csv(reports: Iterable[SharpnessReport], path: str | Path) -> None:
+    """Write measurements, a row for each entry; floats keep every bit. The file is whole, or as it was before.
 
     Args:
         reports: in any order.
         path: of the file.
-        append: keep what is there; the head line is written to a new or empty file only.
     """
-    path = Path(path)
-    is_new = not append or not path.exists() or path.stat().st_size == 0
-    with path.open("a" if append else "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, _COLUMNS)
-        if is_new:
-            writer.writeheader()
-        for report in reports:
-            for row in report.rows():
-                role = row["role"]
-                writer.writerow({**row, "role": None if role is None else role.value})
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for report in reports:
+        for row in report.rows():
+            role = row["role"]
+            writer.writerow({**row, "role": None if role is None else role.value})
+    replace_text(Path(path), text.getvalue())
 
 
 def read_csv(path: str | Path) -> list[SharpnessReport]:
