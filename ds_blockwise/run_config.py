@@ -336,14 +336,14 @@ def check_run(run: RunConfig, world_size: int, problems: Problems) -> None:
             )
             remedy = "change one of the batch sizes or the number of processes"
             problems.add(file, "training.global_batch_size", training.global_batch_size, allowed, remedy)
+        if training.sharpness_interval:
+            check_sharpness(run, copies, training.sharpness_batches, "training.sharpness_batches", problems)
     if training.activation_checkpointing not in ACTIVATION_CHECKPOINTING:
         value = training.activation_checkpointing
         allowed = ", ".join(ACTIVATION_CHECKPOINTING)
         problems.add(
             file, "training.activation_checkpointing", value, allowed, nearest(value, list(ACTIVATION_CHECKPOINTING))
         )
-        if training.sharpness_interval:
-            check_sharpness(run, copies, training.sharpness_batches, "training.sharpness_batches", problems)
     run.data.read_blend(file, problems)
     run.shape.check_tensor_parallel(parallel.tensor, run.model_file, problems)
     if training.warmup_steps >= training.steps:

@@ -10,6 +10,7 @@ wrote it (or any number, for a portable one), and changes nothing there. The CSV
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import quiet  # noqa: F401
@@ -57,7 +58,9 @@ def main(arguments: list[str] | None = None) -> None:
         problems.add(run.file, "--checkpoint", str(source), "a complete checkpoint", remedy)
     agree(problems)
 
-    engine, batches = build(job, metadata)
+    # a monitor would write into the folder of the run
+    config = {key: value for key, value in job.config.items() if key not in ("csv_monitor", "tensorboard", "wandb")}
+    engine, batches = build(dataclasses.replace(job, config=config), metadata)
     _, state = load_checkpoint(engine, folder, tag)
     step = int(state["progress"]["step"]) if state and "progress" in state else int(engine.global_steps)
     report = measure(
