@@ -47,15 +47,15 @@ def main(arguments: list[str] | None = None) -> None:
     metadata = check_data(run, problems)
     count = run.training.sharpness_batches if options.batches is None else options.batches
     check_sharpness(run, job.processes.dp_size, count, "--batches or training.sharpness_batches", problems)
-    source = checkpoints_of(run) if options.checkpoint is None else Path(options.checkpoint)
-    folder, tag = place_of(source)
+    named = options.checkpoint
+    folder, tag = (checkpoints_of(run), None) if named is None else place_of(Path(named))
     try:
         found = resolve_tag(folder, tag)
         remedy = "train first, or give --checkpoint with a folder of checkpoints, or one of them"
     except CheckpointError as error:
         found, remedy = None, str(error)
     if found is None:
-        problems.add(run.file, "--checkpoint", str(source), "a complete checkpoint", remedy)
+        problems.add(run.file, "--checkpoint", named or str(folder), "a complete checkpoint", remedy)
     agree(problems)
 
     # a monitor would write into the folder of the run
