@@ -14,7 +14,7 @@ from models import gpt2_conv1d, llama
 from torch import Tensor, nn
 
 from ds_blockwise import tag_parameters
-from ds_blockwise.label_draws import Predictions, causal_lm, draw_labels, uniforms
+from ds_blockwise.label_draws import Predictions, causal_lm, draw_labels, megatron_gpt, uniforms
 from ds_blockwise.naming import Role
 from ds_blockwise.sharpness import measure_sharpness
 from ds_blockwise.sharpness_report import SharpnessReport
@@ -189,6 +189,33 @@ def test_a_fused_weight_and_a_tied_embedding_are_taken_apart_and_counted_once():
         8 * float(wte.square().mean()), rel=ROUNDING
     )
     assert sum(e.numel for e in report.at("type")) == sum(p.numel() for p in model.parameters())
+
+
+def test_megatrons_interleaved_queries_keys_and_values_are_told_apart():
+    """Each query group's rows are its queries, then its key, then its value."""
+    pytest.importorskip("megatron.core", reason="needs Megatron-core")
+    import megatron_models
+    from gpt_shards import SHAPES, gpt
+
+    import megatron_patch
+
+    megatron_patch.cpu_shims()
+    sizes = SHAPES["gqa"]
+    tokens = torch.randint(sizes["vocab"], (2, 9), generator=torch.Generator().manual_seed(4))
+    inputs = {"tokens": tokens[:, :-1], "position_ids": torch.arange(8).expand(2, -1), "labels": tokens[:, 1:]}
+    with megatron_models.alone():
+        model = gpt("gqa", torch.float32)
+        tag_parameters(model)
+        report = measure_sharpness(model, [inputs], megatron_gpt, estimator="fisher")
+        model(inputs["tokens"], inputs["position_ids"], None, labels=inputs["labels"]).mean().backward()
+    name = "decoder.layers.1.self_attention.linear_qkv.weight"
+    gradient = model.get_parameter(name).grad
+    size, queries = sizes["head_dim"], sizes["heads"] // sizes["groups"]
+    per_group = gradient.view(sizes["groups"], queries + 2, size, -1)
+    rows = {Role.QUERY: per_group[:, :queries], Role.KEY: per_group[:, queries], Role.VALUE: per_group[:, queries + 1]}
+    found = {e.role: e.sharpness for e in report.at("parameter") if e.parameter == name}
+    assert found == pytest.approx({role: 16 * float(part.square().mean()) for role, part in rows.items()}, rel=1e-4)
+    assert len({round(math.log(value), 3) for value in found.values()}) == 3
 
 
 # ---------------------------------------------------------------------------------------- traps
