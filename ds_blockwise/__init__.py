@@ -14,6 +14,9 @@ from ds_blockwise.import_hook import after_import as _after_import
 from ds_blockwise.naming import Role
 from ds_blockwise.report import BlockReport, block_report
 from ds_blockwise.schedules import BlockwiseCosineLR, BlockwiseLinearLR, BlockwiseWSDLR
+from ds_blockwise.sharpness import measure_sharpness
+from ds_blockwise.sharpness_engine import probe_engine
+from ds_blockwise.sharpness_report import SharpnessReport
 from ds_blockwise.state_record import VERSION
 from ds_blockwise.tagging import tag_parameters
 from ds_blockwise.verify import LayoutReport, verify_layout
@@ -30,8 +33,11 @@ __all__ = [
     "BlockwiseWSDLR",
     "LayoutReport",
     "Role",
+    "SharpnessReport",
     "attach",
     "block_report",
+    "measure_sharpness",
+    "probe_engine",
     "tag_parameters",
     "verify_layout",
 ]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``ds-blockwise`` command: how a model is cut, what a run needs, what is in a checkpoint."""
+"""The ``ds-blockwise`` command: how a model is cut, what a run needs, what is in a checkpoint, how sharp blocks are."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 from ds_blockwise.checkpoint_files import CheckpointError
 from ds_blockwise.cli_checkpoint import add_commands
 from ds_blockwise.cli_plan import add_plan_command
+from ds_blockwise.cli_sharpness import add_sharpness_command
 from ds_blockwise.model_source import MODEL_HELP, load_model
 from ds_blockwise.naming import canonical_fqn
 from ds_blockwise.settings import OPTIMIZER_KEYS, check_extra_keys
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         text, status = args.run(args)
-    except (ValueError, TypeError, OSError, ImportError, CheckpointError) as error:
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError, CheckpointError) as error:
         print(f"ds-blockwise: error: {error}", file=sys.stderr)
         return 2
     try:
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     blocks.set_defaults(run=_run_blocks)
     add_commands(commands)
     add_plan_command(commands)
+    add_sharpness_command(commands)
     return parser
 
 

@@ -8,7 +8,8 @@ A stepped tensor is a whole parameter tagged with ``block_spec``, or whatever a 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 from weakref import WeakSet
 
@@ -202,6 +203,15 @@ class BlockwiseOptimizer(StoredState):
     def unobserve(self, observer: StepObserver) -> None:
         """Leave out an observer that `observe` was given."""
         self._observers.remove(observer)
+
+    @contextmanager
+    def observed_only_by(self, observer: StepObserver) -> Iterator[None]:
+        """Let ``observer`` alone see the steps inside: they belong to a measurement, not to training."""
+        others, self._observers = self._observers, [observer]
+        try:
+            yield
+        finally:
+            self._observers = others
 
     def spec_of(self, spec: BlockSpec) -> BlockSpec:
         """Return ``spec`` with this optimizer's settings.

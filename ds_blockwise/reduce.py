@@ -117,6 +117,13 @@ def gather(value: Any) -> list[Any]:
     return gathered
 
 
+def place_in(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """This rank's place in a group (None: all ranks) and the group's size; (0, 1) for a process alone."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(group), dist.get_world_size(group)
+
+
 def disagreement(digest: str, group: dist.ProcessGroup | None) -> list[int]:
     """Collective over ``group``: the group ranks whose digest differs from rank 0's; empty if all agree."""
     if group is None:

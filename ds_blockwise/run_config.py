@@ -121,6 +121,8 @@ class TrainingConfig:
         keep_checkpoints: How many of them stay, the newest ones; 0 keeps all.
         seed: Of the initial weights and of the data order.
         sequence_length: Tokens in one training sequence, if not the model file's.
+        sharpness_interval: Steps between measurements of the blocks' sharpness; also after the last. 0 measures none.
+        sharpness_batches: Micro batches of each rank, of the validation set, that each of them takes.
         activation_checkpointing: ``none``; ``selective``: attention is computed again in the backward pass; ``full``:
             whole layers are.
     """
@@ -137,6 +139,8 @@ class TrainingConfig:
     seed: int = field(default=1234, metadata=_NOT_NEGATIVE)
     sequence_length: int | None = field(default=None, metadata=_POSITIVE)
     activation_checkpointing: str = "none"
+    sharpness_interval: int = field(default=0, metadata=_NOT_NEGATIVE)
+    sharpness_batches: int = field(default=4, metadata=_POSITIVE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,6 +336,8 @@ def check_run(run: RunConfig, world_size: int, problems: Problems) -> None:
             )
             remedy = "change one of the batch sizes or the number of processes"
             problems.add(file, "training.global_batch_size", training.global_batch_size, allowed, remedy)
+        if training.sharpness_interval:
+            check_sharpness(run, copies, training.sharpness_batches, "training.sharpness_batches", problems)
     if training.activation_checkpointing not in ACTIVATION_CHECKPOINTING:
         value = training.activation_checkpointing
         allowed = ", ".join(ACTIVATION_CHECKPOINTING)
@@ -343,3 +349,28 @@ def check_run(run: RunConfig, world_size: int, problems: Problems) -> None:
     if training.warmup_steps >= training.steps:
         allowed = f"fewer than training.steps = {training.steps}"
         problems.add(file, "training.warmup_steps", training.warmup_steps, allowed, "lower it")
+
+
+def check_sharpness(run: RunConfig, copies: int, batches: int, key: str, problems: Problems) -> None:
+    """Note what keeps this run's model from being measured by `ds_blockwise.sharpness_engine`.
+
+    Args:
+        run: The run.
+        copies: Data-parallel ranks.
+        batches: Micro batches of each of them in one measurement.
+        key: Where the number stands.
+        problems: Every mistake is noted here.
+    """
+    training = run.training
+    most = training.validation_sequences // (training.micro_batch_size * copies)
+    if not 1 <= batches <= most:
+        allowed = (
+            f"1 to {most}: the validation set has {training.validation_sequences} sequences, and {copies} "
+            f"data-parallel ranks take {training.micro_batch_size} each"
+        )
+        problems.add(run.file, key, batches, allowed, "change it or training.validation_sequences")
+    name = str(run.deepspeed.get("optimizer", {}).get("type"))
+    if not name.startswith("Blockwise"):
+        allowed = "BlockwiseAdamW or BlockwiseAdamMini where sharpness is measured: others do not know the blocks"
+        remedy = "BlockwiseAdamW with all lr_multipliers 1 is AdamW; or set training.sharpness_interval to 0"
+        problems.add(run.deepspeed_file, "optimizer.type", name, allowed, remedy)

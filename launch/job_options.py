@@ -1,9 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line of the main job, shared by its pre-flight check."""
+"""The command line of the main job, shared by its pre-flight check and by the probe of its checkpoints."""
 
 from __future__ import annotations
 
 import argparse
+
+
+def run_options(description: str) -> argparse.ArgumentParser:
+    """A parser with what every program that starts from a run file needs.
+
+    Args:
+        description: First line of the help text.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    # torchrun takes a script's --run for its own --run-path; --run-file gets past it.
+    parser.add_argument("--run", "--run-file", required=True, help="run file, such as configs/run/tiny.yaml")
+    parser.add_argument("--deepspeed-config", help="another DeepSpeed JSON than the run file's")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the launcher
+    return parser
 
 
 def job_options(arguments: list[str] | None, description: str) -> argparse.Namespace:
@@ -13,11 +28,7 @@ def job_options(arguments: list[str] | None, description: str) -> argparse.Names
         arguments: Without the program's name; default `sys.argv`.
         description: First line of the help text.
     """
-    parser = argparse.ArgumentParser(description=description)
-    # torchrun takes a script's --run for its own --run-path; --run-file gets past it.
-    parser.add_argument("--run", "--run-file", required=True, help="run file, such as configs/run/tiny.yaml")
-    parser.add_argument("--deepspeed-config", help="another DeepSpeed JSON than the run file's")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    parser = run_options(description)
     parser.add_argument("--stop-at-step", type=int, help="stop early, with a checkpoint")
     parser.add_argument(
         "--stop-after-minutes", type=float, help="stop after so long with a checkpoint, for machines lent by the hour"
@@ -29,7 +40,6 @@ def job_options(arguments: list[str] | None, description: str) -> argparse.Names
     parser.add_argument(
         "--init-from", metavar="FOLDER", help="begin with weights and optimizer state of a checkpoint; new schedule"
     )
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the launcher
     options = parser.parse_args(arguments)
     if options.resume and options.init_from:
         parser.error("--init-from begins a new run and --resume goes on with one: leave one out")

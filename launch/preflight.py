@@ -54,8 +54,9 @@ def facts_of(options: argparse.Namespace, run: RunConfig | None, problems: Probl
     """
     compared = {("package", name): version for name, version in _versions().items()}
     compared["code", "ds_blockwise, megatron_patch and launch"] = _code()
-    for name in ("set", "stop_at_step", "stop_after_minutes", "resume", "auto_resume", "overwrite", "init_from"):
-        compared["option", f"--{name.replace('_', '-')}"] = repr(getattr(options, name))
+    for name, value in vars(options).items():
+        if name not in ("run", "deepspeed_config", "local_rank"):  # files are compared by what stands in them
+            compared["option", f"--{name.replace('_', '-')}"] = repr(value)
     compared["file", f"run file {options.run}"] = _sum(Path(options.run))
     if run is not None:
         compared["file", f"model file {run.model_file}"] = _sum(run.model_file)

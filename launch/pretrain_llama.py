@@ -14,27 +14,24 @@ import dataclasses
 import hashlib
 import json
 import logging
-import sys
 import time
 from typing import Any
 
-import deepspeed
 import quiet  # noqa: F401
 import torch
-from batches import Batches, check_data
+from batches import check_data
+from job import begin, build
 from job_options import job_options
-from meeting import Place, connect, exit_status
-from preflight import load_and_check
-from processes import Processes, agree, prepare_process, start
+from meeting import exit_status
+from processes import Processes, agree
 from report import plot_loss, state_bytes_per_parameter, summarize, table, write_summary
 from run_folder import check_output, check_source, find_checkpoint, prepare_output
 from silence import Watch, naming_hosts
 from training import Trainer
 
-import megatron_patch
 from ds_blockwise import block_report
 from ds_blockwise.config_files import Problems
-from ds_blockwise.engine_config import optimizer_type, parameter_dtype, zero_stage
+from ds_blockwise.engine_config import optimizer_type, zero_stage
 from ds_blockwise.run_config import RunConfig
 
 
@@ -51,13 +48,9 @@ def main(arguments: list[str] | None = None) -> None:
     """
     started = time.perf_counter()
     options = job_options(arguments, __doc__.splitlines()[0])
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    job = begin(options)
     logging.getLogger("run_folder").setLevel(logging.INFO)
-    place = Place.of_this_process()
-    prepare_process()
-    store = connect(place)
-    run, config, hosts = load_and_check(options, place, store)
-    processes = start(run.parallel, run.training.seed, store)
+    run, config, processes = job.run, job.config, job.processes
     problems = Problems()
     metadata = check_data(run, problems)
     record = _record(run, config, metadata, processes)
@@ -67,17 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
     agree(problems)
     prepare_output(run, record, processes, checkpoint)
 
-    batches = Batches(
-        run,
-        metadata,
-        dp_rank=processes.dp_rank,
-        dp_size=processes.dp_size,
-        device=processes.device,
-    )
-    model = megatron_patch.build_gpt(
-        run.shape, dtype=parameter_dtype(config), activation_checkpointing=run.training.activation_checkpointing
-    )
-    engine, _, _, _ = deepspeed.initialize(model=model, config=config, mpu=megatron_patch.mpu_adapter())
+    engine, batches = build(job, metadata)
     name = optimizer_type(config)
     if processes.rank == 0 and name.startswith("Blockwise"):
         print(block_report(engine.module), flush=True)
@@ -86,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
         trainer.resume()
     elif source is not None:
         trainer.start_from(source)
-    with Watch(place, hosts, store), naming_hosts(hosts):
+    with Watch(job.place, job.hosts, job.store), naming_hosts(job.hosts):
         trainer.train(options.stop_at_step, options.stop_after_minutes)
 
     stage = zero_stage(config)

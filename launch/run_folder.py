@@ -34,6 +34,8 @@ from ds_blockwise.run_config import RunConfig
 
 logger = logging.getLogger(__name__)
 
+SHARPNESS_CSV = "sharpness.csv"
+FIGURES = ("sharpness.png", "sharpness_blocks.png")
 CHECKPOINTS = "checkpoints"  # below the run's output folder
 RUN_RECORD = "run.json"  # what a run was started with
 INIT_FROM = "init_from"  # key of the record: sums of the files that a run began with
@@ -41,7 +43,7 @@ INIT_FROM = "init_from"  # key of the record: sums of the files that a run began
 _FIXED = ("model", "parallel", "processes", "data", "steps", "global_batch_size", "seed")
 _OF_TOPOLOGY = ("parallel", "processes")  # a portable checkpoint goes on under any
 # Nothing that a result depends on: changing these needs no mention.
-_UNIMPORTANT = ("keep_checkpoints", "checkpoint_interval")
+_UNIMPORTANT = ("keep_checkpoints", "checkpoint_interval", "sharpness_interval", "sharpness_batches")
 
 
 def checkpoints_of(run: RunConfig) -> Path:
@@ -192,7 +194,7 @@ def prepare_output(run: RunConfig, record: dict[str, Any], processes: Processes,
         if checkpoint is None:
             for name in (CHECKPOINTS, "csv", "tensorboard"):
                 shutil.rmtree(run.output / name, ignore_errors=True)
-            for name in ("loss.png", "summary.json"):
+            for name in ("loss.png", "summary.json", SHARPNESS_CSV, *FIGURES):
                 (run.output / name).unlink(missing_ok=True)
             logger.info("starting from the beginning in %s", run.output)
         else:

@@ -18,6 +18,7 @@ import torch
 from batches import Batch, Batches
 from processes import Processes, random_states, restore_random_states
 from run_folder import checkpoints_of, place_of, remove_old
+from sharpness_run import SharpnessCurve
 from tqdm import tqdm
 
 from ds_blockwise.deepspeed_checkpoint import load_checkpoint, load_rank_state, save_checkpoint
@@ -69,6 +70,7 @@ class Trainer:
         self._batches = batches
         self._processes = processes
         self._started = self._program_started = started
+        self._sharpness = SharpnessCurve(engine, run, batches, processes)
         self._loss_sum = torch.zeros((), device=processes.device)
         self._loss_count = torch.zeros((), device=processes.device)
 
@@ -99,6 +101,8 @@ class Trainer:
                 final = progress.step == training.steps
                 if final or progress.step % training.validation_interval == 0:
                     self._validate(bar)
+                if self._sharpness.due(progress.step):
+                    self._sharpness.measure(progress.step)
                 interval = training.checkpoint_interval
                 if interval and progress.step % interval == 0:
                     self.save()
@@ -146,6 +150,7 @@ class Trainer:
             restore_random_states(mine["random"])
         self._loss_sum.fill_(total)
         self._loss_count.fill_(count)
+        self._sharpness.resume(self.progress.step)
         self._started = time.perf_counter() - self.progress.wall_seconds
 
     def start_from(self, source: Path) -> None:
@@ -221,7 +226,8 @@ class Trainer:
         return tokens / self.progress.train_seconds if self.progress.train_seconds else 0.0
 
     def finish(self) -> Progress:
-        """The progress with its times brought up to date."""
+        """The progress with its times brought up to date; draws the figures of the sharpness, if it was measured."""
+        self._sharpness.finish()
         self._count_wall_time()
         return self.progress
 

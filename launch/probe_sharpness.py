@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure the average sharpness of a checkpoint of the main job, block type by block type, without training.
+
+deepspeed --num_gpus 2 launch/probe_sharpness.py --run configs/run/tiny.yaml
+
+Takes the newest checkpoint of the run's output folder, or the one that `--checkpoint` names, on as many processes as
+wrote it (or any number, for a portable one), and changes nothing there. The CSV is for `ds-blockwise sharpness`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import quiet  # noqa: F401
+import torch
+from batches import check_data
+from job import begin, build
+from job_options import run_options
+from meeting import exit_status
+from processes import agree
+from run_folder import checkpoints_of, place_of
+from sharpness_run import measure
+
+from ds_blockwise.checkpoint_files import CheckpointError, resolve_tag
+from ds_blockwise.config_files import Problems
+from ds_blockwise.deepspeed_checkpoint import load_checkpoint
+from ds_blockwise.run_config import check_sharpness
+from ds_blockwise.sharpness_report import LEVELS, write_csv
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure one checkpoint.
+
+    Args:
+        arguments: Command line without the program's name; default `sys.argv`.
+
+    Raises:
+        ValueError: Lists what is wrong with the configuration, the checkpoint or the engine.
+        CheckpointError: Files of the checkpoint are damaged (all are named).
+        FloatingPointError: No gradient was finite.
+    """
+    options = _options(arguments)
+    job = begin(options)
+    run, problems = job.run, Problems()
+    metadata = check_data(run, problems)
+    count = run.training.sharpness_batches if options.batches is None else options.batches
+    check_sharpness(run, job.processes.dp_size, count, "--batches or training.sharpness_batches", problems)
+    named = options.checkpoint
+    folder, tag = (checkpoints_of(run), None) if named is None else place_of(Path(named))
+    try:
+        found = resolve_tag(folder, tag)
+        remedy = "train first, or give --checkpoint with a folder of checkpoints, or one of them"
+    except CheckpointError as error:
+        found, remedy = None, str(error)
+    if found is None:
+        problems.add(run.file, "--checkpoint", named or str(folder), "a complete checkpoint", remedy)
+    agree(problems)
+
+    # a monitor would write into the folder of the run
+    config = {key: value for key, value in job.config.items() if key not in ("csv_monitor", "tensorboard", "wandb")}
+    engine, batches = build(dataclasses.replace(job, config=config), metadata)
+    _, state = load_checkpoint(engine, folder, tag)
+    step = int(state["progress"]["step"]) if state and "progress" in state else int(engine.global_steps)
+    report = measure(
+        engine, run, batches, step, estimator=options.estimator, count=options.batches, draws=options.draws
+    )
+    if job.processes.rank == 0:
+        print(report.table(options.level), flush=True)
+        if options.csv:
+            write_csv([report], options.csv)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = run_options((__doc__ or "").splitlines()[0])
+    parser.add_argument("--checkpoint", metavar="FOLDER", help="a checkpoint, or a folder of them; default: the run's")
+    parser.add_argument("--estimator", choices=("gauss_newton", "fisher"), default="gauss_newton")
+    parser.add_argument("--batches", type=int, help="default: the run file's training.sharpness_batches")
+    parser.add_argument("--draws", type=int, default=1, help="labels drawn for each batch")
+    parser.add_argument("--level", choices=LEVELS, default=LEVELS[0], help="rows of the table")
+    parser.add_argument("--csv", type=Path, metavar="CSV", help="also write all entries to this file")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    exit_status(main)
