@@ -62,6 +62,8 @@ class Measuring(StoredState):
         return {"_measured": (settings, self.run_state(), self._lr_multipliers)}
 
     def _measure_again(self) -> None:
+        if "_measured" not in self.__dict__ and "_meter" in self.__dict__:
+            return  # torch's load_state_dict comes here too
         settings, state, multipliers = self.__dict__.pop("_measured", (None, None, {}))
         self._measure_from_now(settings)
         self._apply_lr_multipliers(multipliers)

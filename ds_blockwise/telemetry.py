@@ -187,7 +187,7 @@ def type_telemetry(
 
 
 class Alarm:
-    """Watches update ratios: one message per block type and episode.
+    """Watches update ratios: one message per block type and episode; the other side of the band is a new one.
 
     Args:
         settings: bands, and what to do.
@@ -195,7 +195,7 @@ class Alarm:
 
     def __init__(self, settings: TelemetrySettings) -> None:
         self._settings = settings
-        self._outside: set[str] = set()
+        self._outside: dict[str, bool] = {}  # whether below
 
     def look(self, readings: Readings) -> None:
         """Log what left its band, on the first rank, or raise on all.
@@ -208,11 +208,11 @@ class Alarm:
             band = self._settings.band.get(kind)
             if band is None or reading.step <= (self._settings.warmup_num_steps or 0):
                 continue
-            inside = band[0] <= reading.update_ratio <= band[1]  # NaN is outside
+            below, inside = reading.update_ratio < band[0], band[0] <= reading.update_ratio <= band[1]
             if inside:
-                self._outside.discard(kind)
-            elif kind not in self._outside:
-                self._outside.add(kind)
+                self._outside.pop(kind, None)
+            elif self._outside.get(kind) is not below:  # NaN is outside, and above
+                self._outside[kind] = below
                 messages.append(_message(reading, band))
         if messages and is_first_rank():
             for message in messages:
