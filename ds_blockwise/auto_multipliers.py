@@ -16,11 +16,12 @@ from typing import Any
 
 from ds_blockwise.naming import BLOCK_TYPES
 from ds_blockwise.policy import AutoMultipliers, BlockPolicy
-from ds_blockwise.ratios import REFERENCE, multipliers_from_sharpness
+from ds_blockwise.ratios import multipliers_from_sharpness
 from ds_blockwise.reduce import is_first_rank
 
 logger = logging.getLogger(__name__)
 
+REFERENCE = "norm"  # to whose sharpness all others are relative
 READINGS = 10  # averaged, against the noise of single batches
 LONGEST_SPACING = 20  # steps between readings; at beta2 = 0.95 second moments have forgotten the one before
 STAGES = 10  # of the ramp; each rebuilds the segment tables

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, cast
 
 from ds_blockwise.naming import BLOCK_TYPE_OF, BLOCK_TYPES, QKV_LAYOUTS, STORAGES, QKVLayout, Role, Storage
+from ds_blockwise.ratios import DEFAULT_EXPONENT
 
 Granularity = Literal["head", "row", "tensor", "element"]
 GRANULARITIES: tuple[Granularity, ...] = ("head", "row", "tensor", "element")
@@ -182,14 +183,14 @@ class AutoMultipliers:
     Attributes:
         after: share of the run before the measurement; at least 0.02, because the order of sharpness among block types
             does not hold earlier (at step 100 of 50,000 the queries and keys are flattest and values sharpest).
-        exponent: ``p`` in ``r = clamp((S_norm / S_type) ** p, 1, high)``.
+        exponent: above 0 and at most 1: ``p`` in ``r = clamp((S_norm / S_type) ** p, 1, high)``.
         high: largest multiplier.
         ramp: share of the run over which multipliers go from 1 to what was measured.
         total_num_steps: updates of the whole run; None: what the JSON's schedule says.
     """
 
     after: float = EARLIEST_MEASUREMENT
-    exponent: float = 0.7
+    exponent: float = DEFAULT_EXPONENT
     high: float = 16.0
     ramp: float = 0.01
     total_num_steps: int | None = None
@@ -215,9 +216,9 @@ def _parse_auto(value: object) -> tuple[AutoMultipliers | None, object]:
             f"the order of sharpness among block types does not hold yet, and what is measured would be wrong for the "
             f"rest of the run."
         )
-    if exponent == 0 or high < 1 or ramp >= 1:
+    if not 0 < exponent <= 1 or high < 1 or ramp >= 1:
         raise ValueError(
-            f"{name} needs exponent > 0, high >= 1 and ramp < 1 (a share of the run), got exponent={exponent:g}, "
+            f"{name} needs 0 < exponent <= 1, high >= 1 and ramp < 1 (a share of the run), got exponent={exponent:g}, "
             f"high={high:g}, ramp={ramp:g}"
         )
     total = _optional(_count, f"{name}['total_num_steps']", raw.get("total_num_steps"))

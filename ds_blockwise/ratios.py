@@ -1,46 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learning-rate multipliers from measured sharpness: the sharper a block type next to norms, the smaller its own."""
+"""Learning-rate multipliers from measured sharpness: flatter blocks can take longer steps.
+
+r(type) = clamp((S(norm) / S(type)) ** p, low, high), so that norms, the sharpest, stay at the base learning rate.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 
-REFERENCE = "norm"  # the sharpest type in the paper, whose learning rate is the base one
+DEFAULT_EXPONENT = 0.7
+"""Of the ratios: read off the paper's figures, its 10/8/6/4 are its measured ratios to powers from 0.64 to 0.80.
+
+At step 40000 of LLaMA 0.25B S(norm) / S(type) was 36 (emb), 21 (qk), 10.7 (ffn) and 5.7 (vo); to the power 0.7 these
+are 12.3, 8.4, 5.3 and 3.4. A square root, which a diagonal quadratic model would suggest, gives 6.0, 4.6, 3.3 and 2.4.
+"""
 
 
 def multipliers_from_sharpness(
     sharpness: Mapping[str, float], *, exponent: float, low: float = 1.0, high: float = 16.0
 ) -> dict[str, float]:
-    """``r = clamp((S_norm / S_type) ** exponent, low, high)`` for every block type.
-
-    Only ratios count, so sharpness may be known up to a common factor. The published 10/8/6/4 are the paper's own
-    sharpness ratios to a power of 0.64 to 0.80.
+    """Learning-rate multipliers by block type.
 
     Args:
-        sharpness: by block type, ``norm`` among them: trace of its Hessian block over its number of parameters.
-        exponent: > 0.
-        low: smallest multiplier.
-        high: largest multiplier.
+        sharpness: average sharpness by block type; ``norm`` must be among them, being the reference.
+        exponent: of the ratios, above 0 and at most 1; see `DEFAULT_EXPONENT`.
+        low: the smallest multiplier.
+        high: the largest multiplier.
 
     Returns:
-        A multiplier for every type given, in their order.
+        A multiplier for each of the block types given, ``norm`` included.
 
     Raises:
-        ValueError: no norms, a sharpness that is not positive and finite, or a setting outside its range.
+        ValueError: there is no norm, a sharpness is not a positive finite number, or the limits make no sense.
     """
-    if not (math.isfinite(exponent) and exponent > 0 and 0 < low <= high):
-        raise ValueError(f"exponent must be > 0 and 0 < low <= high, got exponent={exponent}, low={low}, high={high}")
-    if REFERENCE not in sharpness:
+    if "norm" not in sharpness:
         raise ValueError(
-            f"multipliers are relative to the sharpness of {REFERENCE!r}, and there is none: got "
-            f"{', '.join(sharpness) or 'nothing'}. Give fixed multipliers instead."
+            f"no sharpness of 'norm', the reference of all ratios; measured: {', '.join(sharpness) or 'nothing'}. "
+            f"A model without trained norms needs multipliers given by hand."
         )
     for block_type, value in sharpness.items():
-        if not (math.isfinite(value) and value > 0):
+        if not (math.isfinite(value) and value > 0.0):
             raise ValueError(
-                f"the sharpness of {block_type!r} must be positive and finite, got {value}: no gradient reached it, or "
-                f"training has diverged. Leave the type out and give it a fixed multiplier."
+                f"the sharpness of {block_type!r} is {value}; ratios need a positive finite number. Its gradient was "
+                f"zero or overflowed, or the estimator was 'hutchinson', whose traces can be negative: measure again, "
+                f"or leave the type out and give its multiplier by hand."
             )
-    reference = sharpness[REFERENCE]
-    return {kind: min(high, max(low, (reference / value) ** exponent)) for kind, value in sharpness.items()}
+    if not 0.0 < exponent <= 1.0:
+        raise ValueError(f"exponent = {exponent}: allowed: above 0, at most 1; {DEFAULT_EXPONENT} fits the paper's")
+    if not 0.0 < low <= high < math.inf:
+        raise ValueError(f"low = {low}, high = {high}: allowed: 0 < low <= high, both finite")
+    norm = sharpness["norm"]
+    return {block_type: min(max((norm / value) ** exponent, low), high) for block_type, value in sharpness.items()}

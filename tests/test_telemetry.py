@@ -28,16 +28,15 @@ PLAN = GradientPlan(1, 1, torch.float32)
 def made(case: Case, **settings: Any) -> SimpleNamespace:
     """A tagged model, its optimizer, and the oracle on the same weights."""
     model = build(case, config_of(case))
-    settings = settings_of(case) | settings
-    rules = settings.pop("rules")
-    tag_parameters(model, rules=rules, **{k: settings.pop(k) for k in ("lr_multipliers", "granularity")},
-                   weight_decay_multipliers=settings.pop("weight_decay_multipliers"))  # fmt: skip
+    for_model = settings_of(case)
+    for_optimizer = {key: for_model.pop(key) for key in ("momentum_dtype", "backend")} | settings
+    tag_parameters(model, **for_model)
     split = groups_of(case)
     hyper = hyper_of(case, [name for name, _ in model.named_parameters()])
     first = next(iter(hyper.values()))
     optimizer = CLASSES[case.optimizer](
         split(model) if split else model.parameters(),
-        lr=first.lr, betas=first.betas, eps=first.eps, weight_decay=first.weight_decay, **settings,
+        lr=first.lr, betas=first.betas, eps=first.eps, weight_decay=first.weight_decay, **for_optimizer,
     )  # fmt: skip
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     return SimpleNamespace(model=model, optimizer=optimizer, oracle=oracle_of(case, start, hyper))
