@@ -74,6 +74,11 @@ class Measuring(StoredState):
         """What measures during steps; None without telemetry and measured multipliers (hosts only)."""
         return self._meter
 
+    @property
+    def has_telemetry(self) -> bool:
+        """Whether the setting ``telemetry`` was given."""
+        return self._meter is not None and self._meter.settings is not None
+
     def telemetry(self) -> dict[BlockType, TypeTelemetry]:
         """The last reading per block type, the same on every rank; empty before the first, or without the setting."""
         return {} if self._meter is None else dict(self._meter.last)
@@ -87,7 +92,7 @@ class Measuring(StoredState):
         Raises:
             ValueError: telemetry is off.
         """
-        if self._meter is None or self._meter.settings is None:
+        if self._meter is None or not self.has_telemetry:
             raise ValueError(
                 f'telemetry is off. Give {type(self).__name__} telemetry={{"interval": 100}} (in a DeepSpeed JSON '
                 f'under "optimizer": {{"params": ...}}).'

@@ -26,7 +26,7 @@ from job_options import job_options
 from meeting import Place, connect, exit_status
 from preflight import load_and_check
 from processes import Processes, agree, prepare_process, start
-from report import plot_loss, state_bytes_per_parameter, summarize, table, write_summary
+from report import plot_loss, plot_telemetry, state_bytes_per_parameter, summarize, table, write_summary
 from run_folder import check_output, check_source, find_checkpoint, prepare_output
 from silence import Watch, naming_hosts
 from training import Trainer
@@ -104,6 +104,8 @@ def main(arguments: list[str] | None = None) -> None:
         )
         write_summary(summary, run.output / "summary.json")
         plot_loss(run, progress, name, run.output / "loss.png")
+        if progress.telemetry:
+            plot_telemetry(run, progress, run.output / "telemetry.png")
         print(table(summary, run.output), flush=True)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
