@@ -95,8 +95,9 @@ def check_values(run: Run, case: Case, folder: Any) -> tuple[Any, ...]:
 def check_refused() -> None:
     """Norms are stepped by one optimizer, experts by another: neither can compare them."""
     layout = Layout(ep=2, experts=True, settings=SETTINGS)
+    shapes = whole_shapes(layout)
     with parallel_of(layout):
-        run = ParallelRun(layout, whole_shapes(layout))
+        run = ParallelRun(layout, shapes)
         with pytest.raises(ValueError, match="2 optimizers step parts of this model"):
             run.convert()
 
