@@ -23,12 +23,14 @@ from models import GradientPlan
 from oracle import Hyper, Oracle, assert_same_update, clipped, scheduled_lr
 from oracle_names import megatron_classes
 from telemetry_truth import AutoTruth, assert_reads, truth
+from test_resume import same, to_universal
 from torch import Tensor
 
 SCHEDULE = {"warmup_num_steps": 2, "total_num_steps": 60, "min_lr": 3e-3}
 NEW = {"ffn": 2.0, "qk": 0.5, "head": 0.0}
 # of 60 steps: the first reading after 2, ten readings, a ramp of 12 steps in ten stages
 AUTO = {"auto": {"after": 0.02, "exponent": 0.6, "high": 9.0, "ramp": 0.2}, "head": 3.0}
+UNIVERSAL = {"checkpoint": {"load_universal": True}}
 READING_STEPS, RAMP, AUTO_STEPS = range(2, 12), 12, 28
 
 
@@ -260,8 +262,22 @@ def check_resume(context: RankContext, what: Measured) -> None:
             train(run, range(saved, AUTO_STEPS))
             found = end_of(run)
         assert found[1:] == wanted[1:], (saved, found[1:], wanted[1:])
-        different = [n for n, w in wanted[0].items() if not torch.equal(found[0][n], w)]
-        assert not different, f"resumed after step {saved}: {different}"
+        same(found[0], wanted[0], f"resumed after step {saved}")
+    with open_engine(config, lambda: build(what.case, config)) as run:  # weights and moments for another run
+        run.engine.load_checkpoint(folder, tag=f"step{what.saves[-1]}", load_lr_scheduler_states=False)
+        optimizer = run.engine.basic_optimizer
+        assert (optimizer.meter.steps, optimizer.meter.auto.target, optimizer.lr_multipliers) == (0, None, {})
+    if what.extra.get("universal"):
+        tag = f"step{what.saves[1]}"
+        if context.rank == 0:
+            to_universal(Path(folder) / tag, Path(folder) / "universal")
+        context.barrier()
+        with open_engine(config | UNIVERSAL, lambda: build(what.case, config)) as run:
+            run.engine.load_checkpoint(folder, tag="universal")
+            train(run, range(what.saves[1], AUTO_STEPS))
+            found = end_of(run)
+        assert found[1:] == wanted[1:]
+        same(found[0], wanted[0], "resumed from a universal checkpoint")
 
 
 def end_of(run: SimpleNamespace) -> tuple[dict[str, Tensor], Any, Any, Any]:

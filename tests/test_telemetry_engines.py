@@ -49,7 +49,8 @@ def _cases() -> Iterator[tuple[str, tuple[int, Measured]]]:
     for optimizer, stage, dtype in (("mini", 0, "bf16"), ("mini", 2, "fp32"), ("adamw", 3, "bf16")):
         params = {"lr_multipliers": AUTO, "telemetry": {"interval": 4}}
         case = _case(optimizer, stage, params, dtype=dtype, **PLAIN, **OWN)
-        yield f"resume-{optimizer}-z{stage}", (2, Measured("resume", case, saves=(6, 16, 24)))
+        universal = {"universal": stage == 2}
+        yield f"resume-{optimizer}-z{stage}", (2, Measured("resume", case, saves=(6, 16, 24), extra=universal))
     no_total = _case("mini", 2, {"lr_multipliers": "auto"}, **PLAIN)
     yield "refused-no_total", (2, Measured("refused", no_total, extra={"says": '"total_num_steps": N'}))
     short = _case("mini", 2, {"lr_multipliers": {"auto": {"total_num_steps": 8}}}, **PLAIN)

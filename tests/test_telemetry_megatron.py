@@ -14,7 +14,7 @@ from distributed import Outcome, RankContext, fleet_outcome, passes
 from engine_cases import BETAS, EPS, WEIGHT_DECAY
 from gpt_shards import LAYERS, SHAPES
 from megatron_parallel import Layout, ParallelRun, parallel_of, whole_shapes
-from megatron_stack import LR, Run, Stack, lr_after, open_stack, stack_shims
+from megatron_stack import LR, TOTAL, Run, Stack, lr_after, open_stack, stack_shims
 from models import GradientPlan
 from oracle import Hyper, Oracle, assert_same_update
 from oracle_names import megatron_classes
@@ -77,11 +77,12 @@ def check_values(run: Run, case: Case, folder: Any) -> tuple[Any, ...]:
         before, was = run.masters(), oracle.weights()
         plan = one_step(run, step)
         for h in hyper.values():
-            h.lr = lr_after(step)
+            h.lr = lr_after(min(step, TOTAL))
         gradients = {name: run.mean(plan, name, step) for name in start}
         oracle.step(gradients)
         expected = tuple({n: run.cut(n, w[n]) for n in before} for w in (was, oracle.weights()))
-        assert_same_update((before, run.masters()), expected, LR, weight_roundings=2, what=f"step {step}")
+        lr = lr_after(min(step, TOTAL))
+        assert_same_update((before, run.masters()), expected, lr, weight_roundings=2, what=f"step {step}")
         if step % 2:
             assert_reads(inner.telemetry(), truth(oracle, was, gradients), step + 1, f"step {step}")
         oracle.lr_multipliers = by_hand.after(step + 1, oracle)
