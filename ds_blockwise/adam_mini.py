@@ -51,6 +51,7 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
         eps: added to the root of the second moment.
         weight_decay: decoupled, multiplied by the block's learning rate.
         lr_multipliers: per block type (``emb head qk ffn vo norm other``) or role; defaults 10, 10, 8, 6, 4, 1, 1.
+            ``"auto"``, or a key ``"auto"``, measures them: see `ds_blockwise.policy.AutoMultipliers`.
         weight_decay_multipliers: likewise; default 1.
         granularity: per block type, role or ``"bias"``: ``"head"``, ``"row"``, ``"tensor"`` or ``"element"``.
         rules: list of ``{"match": regex, "role" | "lr_multiplier" | ...}`` for single parameters.
@@ -59,6 +60,7 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
         backend: ``"auto"`` (C++ for CPU tensors, Triton for CUDA), ``"cpp"``, ``"triton"`` or ``"reference"``.
         checkpoint_format: ``"expanded"`` (AdamW's keys and shapes) or ``"compact"`` (second moments per block; a third
             smaller, loads at the topology that wrote it, or anywhere after ``ds-blockwise convert``).
+        telemetry: ``{"interval": 100, ...}``; see `ds_blockwise.telemetry.TelemetrySettings`. Default: off.
 
     State on each rank: per stepped tensor ``step`` (int), ``exp_avg`` in the tensor's shape, and ``exp_avg_sq`` of
     shape ``(num_blocks,)``, one value per block with elements on this rank (equal on all ranks that share the block).

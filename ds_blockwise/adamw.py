@@ -26,6 +26,7 @@ class BlockwiseAdamW(BlockwiseOptimizer):
         eps: added to the root of the second moment.
         weight_decay: decoupled, multiplied by the block's learning rate.
         lr_multipliers: per block type (``emb head qk ffn vo norm other``) or role; defaults 10, 10, 8, 6, 4, 1, 1.
+            ``"auto"``, or a key ``"auto"``, measures them: see `ds_blockwise.policy.AutoMultipliers`.
         weight_decay_multipliers: likewise; default 1.
         granularity: accepted so that one JSON serves both optimizers; second moments are element-wise.
         rules: list of ``{"match": regex, "role" | "lr_multiplier" | ...}`` for single parameters.
@@ -33,9 +34,10 @@ class BlockwiseAdamW(BlockwiseOptimizer):
         backend: ``"auto"`` (C++ for CPU tensors, Triton for CUDA), ``"cpp"``, ``"triton"``, ``"apex"``, ``"te"``
             (NVIDIA's fused Adam, where it is installed) or ``"reference"``.
         checkpoint_format: accepted so that one JSON serves both optimizers; second moments are element-wise.
+        telemetry: ``{"interval": 100, ...}``; see `ds_blockwise.telemetry.TelemetrySettings`. Default: off.
 
     State on each rank: per stepped tensor ``step`` (int), ``exp_avg`` and ``exp_avg_sq`` in the tensor's shape.
-    Nothing is communicated.
+    Nothing is communicated, but in the steps that telemetry or measured multipliers read.
 
     Raises:
         ValueError, TypeError: a setting outside its range, an unknown key, a group that does not fit.

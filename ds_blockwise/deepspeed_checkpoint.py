@@ -88,9 +88,10 @@ def load_checkpoint(
     }
     original = functools.partial(type(engine).load_checkpoint, engine, str(load_dir), **options)
     scheduled = load_lr_scheduler_states and not load_module_only
+    moments = load_optimizer_states and not load_module_only
     if engine.load_universal_checkpoint():
         _check_universal(engine, Path(load_dir), tag)
-        return _load_into_groups(engine, functools.partial(original, tag), scheduled, tell=True)
+        return _load_into_groups(engine, functools.partial(original, tag), scheduled, tell=True, moments=moments)
     checkpoint = _find(engine, Path(load_dir), tag)
     if checkpoint is None:
         return cast("_Loaded", original(tag))
@@ -98,9 +99,10 @@ def load_checkpoint(
         from ds_blockwise.deepspeed_portable import load_portable
 
         load = functools.partial(load_portable, engine, checkpoint.folder, **options)
-        return _load_into_groups(engine, load, scheduled, tell=True)
+        return _load_into_groups(engine, load, scheduled, tell=True, moments=moments)
     _check_topology(engine, checkpoint, optimizer=load_optimizer_states, module_only=load_module_only)
-    return _load_into_groups(engine, functools.partial(original, checkpoint.tag), scheduled, tell=False)
+    load = functools.partial(original, checkpoint.tag)
+    return _load_into_groups(engine, load, scheduled, tell=False, moments=moments)
 
 
 # ------------------------------------------------------------------------ before loading
@@ -229,7 +231,9 @@ def _described(topology: dict[str, Any]) -> str:
 # ------------------------------------------------------------------------- while loading
 
 
-def _load_into_groups(engine: Any, load: Callable[[], _Loaded], scheduled: bool, *, tell: bool) -> _Loaded:
+def _load_into_groups(
+    engine: Any, load: Callable[[], _Loaded], scheduled: bool, *, tell: bool, moments: bool
+) -> _Loaded:
     """Load, then give the param groups their own settings back and let all ranks settle.
 
     Args:
@@ -237,10 +241,12 @@ def _load_into_groups(engine: Any, load: Callable[[], _Loaded], scheduled: bool,
         load: fills it.
         scheduled: whether ``load`` also loads the schedule.
         tell: whether to report other settings; our optimizers' own ``load_state_dict`` does it where it is called.
+        moments: whether ``load`` also loads the moments.
     """
     optimizer = engine.basic_optimizer
     ours = isinstance(optimizer, BlockwiseOptimizer)
     own = [_settings(group) for group in optimizer.param_groups] if ours else []
+    own_run = optimizer.run_state() if ours else None
     failure: Exception | None = None
     path, client_state = None, None
     try:
@@ -264,6 +270,9 @@ def _load_into_groups(engine: Any, load: Callable[[], _Loaded], scheduled: bool,
             logger.warning(
                 "the checkpoint was saved under other settings; the present ones are used:\n  %s", "\n  ".join(changed)
             )
+        # a run that starts anew from another one's state measures anew
+        run, steps = (settings.get("run"), int(engine.global_steps)) if scheduled and moments else (own_run, 0)
+        optimizer.load_run_state(run, steps)
         optimizer.settle()
     return path, client_state
 

@@ -41,6 +41,7 @@ from ds_blockwise.deepspeed_checks import (
     tensor_parallel_mpu,
 )
 from ds_blockwise.deepspeed_pipeline import is_staged, names_in, tied_copies
+from ds_blockwise.deepspeed_telemetry import connect
 from ds_blockwise.hosting import Stepped, check_agreement, if_many, raise_together, tagged_placement, window
 from ds_blockwise.optimizer import BlockwiseOptimizer
 from ds_blockwise.reduce import ReductionGroups
@@ -150,6 +151,7 @@ def attach(engine: Any) -> None:
     stepped = with_empty_shards(stepped, list(specs), tp_group)
     try:
         _bind(optimizer, stepped, tp_group)
+        connect(engine, optimizer)
         tied = tied_copies(engine, optimizer, stepped)
     except Exception as error:  # all ranks hear of it and raise, as above
         failure = error

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ds_blockwise.config_files import Problems, nearest
+from ds_blockwise.policy import AUTO
 from ds_blockwise.run_config import RunConfig
 
 # Keys that the launcher writes; in the JSON they would be a second place for the same number.
@@ -81,6 +82,7 @@ def compose(run: RunConfig, problems: Problems) -> dict[str, Any]:
     config["train_micro_batch_size_per_gpu"] = training.micro_batch_size
     config["steps_per_print"] = training.steps + 1  # the progress bar says it already
     _check_optimizer(run, config, problems)
+    _fill_auto_multipliers(run, config, problems)
     _fill_schedule(run, config, problems)
     for monitor in _MONITORS:
         section = config.get(monitor)
@@ -124,6 +126,26 @@ def _check_optimizer(run: RunConfig, config: dict[str, Any], problems: Problems)
         allowed = "0, 1 or 2 with parallel.tensor > 1"
         remedy = "lower the stage or set parallel.tensor to 1"
         problems.add(run.deepspeed_file, "zero_optimization.stage", 3, allowed, remedy)
+
+
+def _fill_auto_multipliers(run: RunConfig, config: dict[str, Any], problems: Problems) -> None:
+    """Say how long the run is to an optimizer that measures its multipliers, whatever the schedule."""
+    section = config.get("optimizer")
+    params = section.get("params") if isinstance(section, dict) else None
+    multipliers = params.get("lr_multipliers") if isinstance(params, dict) else None
+    if multipliers == AUTO:
+        multipliers = {AUTO: {}}
+    if not isinstance(params, dict) or not isinstance(multipliers, dict) or not isinstance(multipliers.get(AUTO), dict):
+        return
+    if _TOTAL in multipliers[AUTO]:
+        problems.add(
+            run.deepspeed_file,
+            f"optimizer.params.lr_multipliers.{AUTO}.{_TOTAL}",
+            multipliers[AUTO][_TOTAL],
+            "nothing, the launcher writes it",
+            f"remove it here and set training.steps in {run.file}",
+        )
+    params["lr_multipliers"] = {**multipliers, AUTO: {**multipliers[AUTO], _TOTAL: run.training.steps}}
 
 
 def _fill_schedule(run: RunConfig, config: dict[str, Any], problems: Problems) -> None:

@@ -120,7 +120,8 @@ def check_agreement(
     kernels = sorted({binding.kernels.name for binding in optimizer.bindings()})
     for what, group, of_shards in (("data", data_peers, True), ("tensor", tensor_peers, False)):
         digests = [fingerprint(item.placements, of_shards=of_shards) for item in stepped]
-        different = disagreement(repr((settings, kernels, digests)), group)
+        measured = None if optimizer.meter is None else optimizer.meter.facts()
+        different = disagreement(repr((settings, kernels, digests, measured)), group)
         message = None
         if different:
             message = (

@@ -20,6 +20,7 @@ from ds_blockwise.backends import kernels_for
 from ds_blockwise.blocks import BlockSpec, apply_policy
 from ds_blockwise.kernels import Item
 from ds_blockwise.layout import TensorShard
+from ds_blockwise.measuring import Measuring
 from ds_blockwise.policy import BlockPolicy
 from ds_blockwise.reduce import LOCAL, ReductionGroups, any_rank, reduce_block_sums_
 from ds_blockwise.settings import (
@@ -31,14 +32,14 @@ from ds_blockwise.settings import (
     check_group,
     check_momentum_dtype,
 )
-from ds_blockwise.stored_state import StoredState
 from ds_blockwise.table import Placement, SegmentTable, build_table, whole_placement
+from ds_blockwise.telemetry import TelemetrySettings
 from ds_blockwise.work import NO_HYPER, Binding, StepObserver, Work, by_kernels, hyper_of, non_finite
 
 _LIVE: WeakSet[BlockwiseOptimizer] = WeakSet()
 
 
-class BlockwiseOptimizer(StoredState):
+class BlockwiseOptimizer(Measuring):
     """Base of `BlockwiseAdamW` and `BlockwiseAdamMini`; not to be used by itself.
 
     It is a ``torch.optim.AdamW`` by type only, because hosts (Megatron-core, DeepSpeed) accept nothing else.
@@ -59,6 +60,7 @@ class BlockwiseOptimizer(StoredState):
         momentum_dtype: MomentumDtype = "fp32",
         backend: str = "auto",
         checkpoint_format: CheckpointFormat = "expanded",
+        telemetry: object = None,
         **extra: object,
     ) -> None:
         check_extra_keys(type(self).__name__, extra)
@@ -74,6 +76,7 @@ class BlockwiseOptimizer(StoredState):
         self._finite_over: ReductionGroups | None = None
         self._observers: list[StepObserver] = []
         self.overflow = False  # DeepSpeed reads it after each step, counts the skipped one and holds the schedule
+        self._measure_from_now(TelemetrySettings.parse(telemetry))
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         check_group(defaults, "")
         # AdamW's own constructor would add switches (fused, foreach, ...) that mean nothing here
@@ -101,7 +104,7 @@ class BlockwiseOptimizer(StoredState):
     def __getstate__(self) -> dict[str, Any]:
         # bindings are made anew: they are found by the ids of tensors, which a copy does not share
         kept = ("policy", "momentum_dtype", "backend", "checkpoint_format", "step_calls")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}, **self._measuring_state()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # AdamW's version adds its switches to every group and turns step into a tensor
@@ -112,6 +115,7 @@ class BlockwiseOptimizer(StoredState):
             self.__dict__.setdefault(plain_list, [])
         self.__dict__.setdefault("_finite_over", None)
         self.__dict__.setdefault("overflow", False)
+        self._measure_again()
 
     # ---------------------------------------------------------------- binding
 
@@ -126,6 +130,7 @@ class BlockwiseOptimizer(StoredState):
         Returns:
             The segment table, built once.
         """
+        placements = self._with_present_multipliers(placements)
         table = build_table(tensor.numel(), placements, shares_second_moment=self.shares_second_moment)
         kernels = kernels_for(self.backend, tensor.device)
         plan = kernels.plan(table, tensor.device)
@@ -220,6 +225,11 @@ class BlockwiseOptimizer(StoredState):
             ValueError: settings were given both to the optimizer and to ``tag_parameters``, and differ.
         """
         if self.policy.is_default or spec.policy == self.policy:
+            if self.policy.auto is None and spec.policy.auto is not None:
+                raise ValueError(
+                    f'parameter {spec.fqn!r} was tagged with lr_multipliers "auto", but it is the optimizer that '
+                    f'measures: give {type(self).__name__} lr_multipliers="auto".'
+                )
             return spec
         if not spec.policy.is_default:
             raise ValueError(

@@ -11,10 +11,11 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, cast
 
 from ds_blockwise.naming import BLOCK_TYPE_OF, BLOCK_TYPES, QKV_LAYOUTS, STORAGES, QKVLayout, Role, Storage
+from ds_blockwise.ratios import DEFAULT_EXPONENT
 
 Granularity = Literal["head", "row", "tensor", "element"]
 GRANULARITIES: tuple[Granularity, ...] = ("head", "row", "tensor", "element")
@@ -55,6 +56,8 @@ _RULE_KEYS = (
     "weight_decay_multiplier",
     "granularity",
 )
+AUTO = "auto"
+EARLIEST_MEASUREMENT = 0.02  # share of a run; see `AutoMultipliers.after`
 
 
 def suggest(key: str, allowed: Iterable[str]) -> str:
@@ -174,6 +177,55 @@ def _optional(check: Any, name: str, value: object) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
+class AutoMultipliers:
+    """How multipliers are measured: ``"lr_multipliers": "auto"`` or ``{"auto": {...}}``.
+
+    Attributes:
+        after: share of the run before the measurement; at least 0.02, because the order of sharpness among block types
+            does not hold earlier (at step 100 of 50,000 the queries and keys are flattest and values sharpest).
+        exponent: above 0 and at most 1: ``p`` in ``r = clamp((S_norm / S_type) ** p, 1, high)``.
+        high: largest multiplier.
+        ramp: share of the run over which multipliers go from 1 to what was measured.
+        total_num_steps: updates of the whole run; None: what the JSON's schedule says.
+    """
+
+    after: float = EARLIEST_MEASUREMENT
+    exponent: float = DEFAULT_EXPONENT
+    high: float = 16.0
+    ramp: float = 0.01
+    total_num_steps: int | None = None
+
+
+def _parse_auto(value: object) -> tuple[AutoMultipliers | None, object]:
+    """The measurement that ``lr_multipliers`` asks for, and what remains: fixed multipliers."""
+    if value == AUTO:
+        return AutoMultipliers(), None
+    if not isinstance(value, Mapping) or AUTO not in value:
+        return None, value
+    pinned = {key: multiplier for key, multiplier in value.items() if key != AUTO}
+    name = f"lr_multipliers[{AUTO!r}]"
+    raw = _mapping(name, value[AUTO])
+    _check_keys(name, raw, [f.name for f in fields(AutoMultipliers)])
+    after, exponent, high, ramp = (
+        _multiplier(f"{name}[{key!r}]", raw.get(key, getattr(AutoMultipliers(), key)))
+        for key in ("after", "exponent", "high", "ramp")
+    )
+    if not EARLIEST_MEASUREMENT <= after < 1:
+        raise ValueError(
+            f"{name}['after'] must be >= {EARLIEST_MEASUREMENT} and < 1 (a share of the run), got {after:g}: earlier "
+            f"the order of sharpness among block types does not hold yet, and what is measured would be wrong for the "
+            f"rest of the run."
+        )
+    if not 0 < exponent <= 1 or high < 1 or ramp >= 1:
+        raise ValueError(
+            f"{name} needs 0 < exponent <= 1, high >= 1 and ramp < 1 (a share of the run), got exponent={exponent:g}, "
+            f"high={high:g}, ramp={ramp:g}"
+        )
+    total = _optional(_count, f"{name}['total_num_steps']", raw.get("total_num_steps"))
+    return AutoMultipliers(after, exponent, high, ramp, total), pinned
+
+
+@dataclass(frozen=True, slots=True)
 class Resolved:
     """The settings of one role in one parameter."""
 
@@ -193,6 +245,7 @@ class BlockPolicy:
     weight_decay_multipliers: dict[str, float] = field(default_factory=dict)
     granularity: dict[str, Granularity] = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
+    auto: AutoMultipliers | None = None
 
     @classmethod
     def parse(
@@ -204,10 +257,13 @@ class BlockPolicy:
     ) -> BlockPolicy:
         """Check raw settings (a JSON's dicts and lists) and freeze them; None means the defaults.
 
+        ``lr_multipliers`` may be ``"auto"`` or have a key ``"auto"``: see `AutoMultipliers`.
+
         Raises:
             ValueError: unknown key or role, a value outside its range, a bad regular expression.
             TypeError: a value of the wrong type.
         """
+        auto, lr_multipliers = _parse_auto(lr_multipliers)
         rate_maps = [
             {k: _multiplier(f"{name}[{k!r}]", v) for k, v in _checked(name, value).items()}
             for name, value in (
@@ -223,12 +279,31 @@ class BlockPolicy:
         if isinstance(rules, (str, Mapping)) or not isinstance(rules, Iterable):
             raise TypeError(f'rules must be a list of {{"match": ..., ...}}, got {rules!r}')
         parsed = tuple(_parse_rule(index, rule) for index, rule in enumerate(rules))
-        return cls(rate_maps[0], rate_maps[1], sizes, parsed)
+        return cls(rate_maps[0], rate_maps[1], sizes, parsed, auto)
 
     @property
     def is_default(self) -> bool:
         """True if the user set nothing."""
         return self == BlockPolicy()
+
+    def with_lr_multipliers(self, multipliers: Mapping[str, object]) -> BlockPolicy:
+        """These settings with some multipliers replaced; rules keep theirs.
+
+        Raises:
+            ValueError, TypeError: an unknown key, a value outside its range.
+        """
+        checked = {
+            k: _multiplier(f"lr_multipliers[{k!r}]", v) for k, v in _checked("lr_multipliers", multipliers).items()
+        }
+        return replace(self, lr_multipliers={**self.lr_multipliers, **checked})
+
+    def is_measured(self, role: Role, fqn: str = "") -> bool:
+        """Whether the multiplier of a role (in a parameter) is to be measured: ``"auto"``, and nothing pins it."""
+        if self.auto is None or BLOCK_TYPE_OF[role] == "other":
+            return False
+        rule = self.rule_for(fqn)
+        pinned = role.value in self.lr_multipliers or BLOCK_TYPE_OF[role] in self.lr_multipliers
+        return not pinned and (rule is None or rule.lr_multiplier is None)
 
     def rule_for(self, fqn: str) -> Rule | None:
         """Return the user's rule for a parameter.
@@ -268,8 +343,9 @@ class BlockPolicy:
                 f'parameter {fqn!r}: granularity "head" is for query, key and value weights, not for {what}. '
                 f'Use "row", "tensor" or "element".'
             )
+        unset = DEFAULT_LR_MULTIPLIERS[block_type] if self.auto is None else 1.0  # nothing is measured yet
         return Resolved(
-            lr_multiplier=pick(rule.lr_multiplier, self.lr_multipliers, DEFAULT_LR_MULTIPLIERS[block_type]),
+            lr_multiplier=pick(rule.lr_multiplier, self.lr_multipliers, unset),
             weight_decay_multiplier=pick(rule.weight_decay_multiplier, self.weight_decay_multipliers, 1.0),
             granularity=granularity,
         )

@@ -23,12 +23,13 @@ class ReportRow:
         shape: unsharded shape of the parameter.
         role: see `Role`; ``bias`` is appended for biases of linears.
         block_type: ``emb head qk ffn vo norm other``.
-        lr_multiplier: factor on the base learning rate.
+        lr_multiplier: factor on the base learning rate; where it is to be measured (``is_measured``), the 1 until then.
         weight_decay_multiplier: factor on the weight decay.
         granularity: ``head row tensor element``.
         num_blocks: second moments that Adam-mini keeps for these elements.
         numel: elements of the role in the unsharded parameter.
         state_bytes: fp32 ``exp_avg`` plus one fp32 value per block, over all ranks, replicas not counted.
+        is_measured: whether the multiplier is ``"auto"``.
     """
 
     fqn: str
@@ -41,6 +42,7 @@ class ReportRow:
     num_blocks: int
     numel: int
     state_bytes: int
+    is_measured: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,7 @@ class BlockReport:
                 "x".join(map(str, row.shape)) or "scalar",
                 row.role,
                 row.block_type,
-                f"{row.lr_multiplier:g}",
+                "auto" if row.is_measured else f"{row.lr_multiplier:g}",
                 f"{row.weight_decay_multiplier:g}",
                 row.granularity,
                 f"{row.num_blocks:,}",
@@ -165,4 +167,5 @@ def _rows_of(spec: BlockSpec) -> Iterator[ReportRow]:
             num_blocks,
             numel,
             (numel + num_blocks) * STATE_BYTES_PER_VALUE,
+            spec.policy.is_measured(role, spec.fqn),
         )

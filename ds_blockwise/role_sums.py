@@ -9,7 +9,7 @@ weights and padding are no concern of theirs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +17,24 @@ import torch
 from ds_blockwise.layout import runs_of_range
 from ds_blockwise.naming import BLOCK_TYPE_OF, BlockType, Role
 from ds_blockwise.reduce import gather
-from ds_blockwise.table import MultiplierRun, Placement
+from ds_blockwise.table import MultiplierRun, Placement, TableRun
 from ds_blockwise.work import Binding
+
+
+@dataclass(frozen=True, slots=True)
+class RolePart:
+    """Elements of one role in one stepped tensor, with their multipliers.
+
+    Attributes:
+        piece: number of the piece that they belong to, as the sums count.
+        elements: where they lie.
+        blocks: the same with their slots in the block vector; None if second moments are element-wise.
+    """
+
+    piece: int
+    elements: MultiplierRun
+    blocks: TableRun | None
+
 
 ValuesOf = Callable[[Binding], torch.Tensor | None]
 """The values of a stepped tensor, 1-D with one per element; None if there are none, which counts as zeros."""
@@ -72,12 +88,13 @@ class RoleSums:
 
     def __init__(self, bindings: Iterable[Binding]) -> None:
         self._pieces: list[_Piece] = []
-        self._runs: list[tuple[Binding, list[tuple[int, MultiplierRun]]]] = []
+        self._runs: list[tuple[Binding, list[RolePart]]] = []
         for binding in bindings:
-            runs: list[tuple[int, MultiplierRun]] = []
+            runs: list[RolePart] = []
+            blocks = iter(binding.table.runs)  # made from the same runs in the same order
             for placement in binding.table.placements:
-                for piece, of_piece in _pieces(placement):
-                    runs += [(len(self._pieces), run) for run in of_piece]
+                for piece, of_piece in _pieces(placement, blocks):
+                    runs += [RolePart(len(self._pieces), *run) for run in of_piece]
                     self._pieces.append(piece)
             self._runs.append((binding, runs))
 
@@ -95,6 +112,28 @@ class RoleSums:
     def totals(self, values_of: ValuesOf) -> torch.Tensor:
         """As `squares`, but sums of the values themselves."""
         return self._over_runs(values_of, lambda part: part.sum(dtype=torch.float64))
+
+    @property
+    def parts(self) -> list[tuple[Binding, list[RolePart]]]:
+        """Per stepped tensor what it holds of each role."""
+        return self._runs
+
+    @property
+    def block_types(self) -> list[BlockType]:
+        """The block type of each piece held here, in the order of the sums."""
+        return [piece.of.block_type for piece in self._pieces]
+
+    def numels(self) -> torch.Tensor:
+        """Elements of each piece held here, fp64."""
+        return torch.tensor([float(piece.numel) for piece in self._pieces], dtype=torch.float64)
+
+    def copies(self) -> torch.Tensor:
+        """Collective over all ranks: how many ranks hold each piece that is held here, fp64."""
+        held: dict[_Piece, int] = {}
+        for of_rank in gather(self._pieces):
+            for piece in of_rank:
+                held[piece] = held.get(piece, 0) + 1
+        return torch.tensor([float(held[piece]) for piece in self._pieces], dtype=torch.float64)
 
     def merged(self, **local: torch.Tensor) -> list[RoleStatistics]:
         """Collective over all ranks: the sums of the unsharded parameters, the same list on every rank.
@@ -128,8 +167,8 @@ class RoleSums:
             if values is not None:
                 flat = values.detach().reshape(-1)
                 # one copy to the host for all runs of a tensor
-                parts = torch.stack([total(run.of(flat)) for _, run in runs]).cpu()
-                sums.index_add_(0, torch.tensor([index for index, _ in runs]), parts)
+                parts = torch.stack([total(part.elements.of(flat)) for part in runs]).cpu()
+                sums.index_add_(0, torch.tensor([part.piece for part in runs]), parts)
         return sums
 
 
@@ -145,19 +184,25 @@ def by_block_type(statistics: Sequence[RoleStatistics]) -> dict[BlockType, RoleS
     return found
 
 
-def _pieces(placement: Placement) -> list[tuple[_Piece, list[MultiplierRun]]]:
+_Run = tuple[MultiplierRun, TableRun | None]
+
+
+def _pieces(placement: Placement, blocks: Iterator[TableRun]) -> list[tuple[_Piece, list[_Run]]]:
     if not placement.numel:
         return []
     spec, start = placement.spec, placement.param_start
-    by_role: dict[Role, list[MultiplierRun]] = {}
+    by_role: dict[Role, list[_Run]] = {}
     for run in runs_of_range(placement.view(), start, start + placement.numel):
-        at = placement.flat_start + run.start
-        whole = MultiplierRun(at, run.count * run.numel, run.repeat, run.repeat_stride, 1.0, 1.0)
-        by_role.setdefault(spec.parts[run.tag].role, []).append(whole)
+        at, part = placement.flat_start + run.start, spec.parts[run.tag]
+        rates = (part.lr_multiplier, part.weight_decay_multiplier)
+        whole = MultiplierRun(at, run.count * run.numel, run.repeat, run.repeat_stride, *rates)
+        by_role.setdefault(part.role, []).append((whole, next(blocks, None)))
     shard = 0 if placement.shard is None else placement.shard.rank
     return [
         (
-            _Piece(RoleOf(spec.fqn, role, spec.structure.is_bias), shard, start, sum(r.count * r.repeat for r in runs)),
+            _Piece(
+                RoleOf(spec.fqn, role, spec.structure.is_bias), shard, start, sum(r.count * r.repeat for r, _ in runs)
+            ),
             runs,
         )
         for role, runs in by_role.items()

@@ -30,6 +30,7 @@ OPTIMIZER_KEYS = (
     "momentum_dtype",
     "backend",
     "checkpoint_format",
+    "telemetry",
 )
 
 # Keys that DeepSpeed's own AdamW takes in the JSON; accepted at the one value that says what we do anyway, so that only

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -18,7 +18,7 @@ import torch
 from ds_blockwise.blocks import BlockPart, BlockSpec, RoleSpan, TensorStructure
 from ds_blockwise.layout import TensorShard
 from ds_blockwise.naming import BLOCK_TYPE_OF, Role
-from ds_blockwise.policy import DEFAULT_GRANULARITY, DEFAULT_LR_MULTIPLIERS, BlockPolicy, Rule
+from ds_blockwise.policy import AUTO, DEFAULT_GRANULARITY, DEFAULT_LR_MULTIPLIERS, BlockPolicy, Rule
 from ds_blockwise.table import Placement, SegmentTable, build_table
 
 KEY = "ds_blockwise"  # of the record in a state dict
@@ -38,6 +38,13 @@ class Recorded(Protocol):
 
     def placements_in(self, tensor: torch.Tensor) -> tuple[Placement, ...] | None:
         """The parameters in a stepped tensor; None if they are not known."""
+
+    @property
+    def lr_multipliers(self) -> dict[str, float]:
+        """The multipliers in effect where they are not those of the settings."""
+
+    def run_state(self) -> dict[str, Any] | None:
+        """Position and measurements of the run; None if there are none."""
 
 
 # ------------------------------------------------------------------------------- writing
@@ -83,7 +90,7 @@ def settings_of(optimizer: Recorded) -> dict[str, Any]:
         policy = next(iter(specs.values())).policy  # settings may have been given to tag_parameters instead
     return {
         "optimizer": type(optimizer).__name__,
-        "lr_multipliers": {**DEFAULT_LR_MULTIPLIERS, **policy.lr_multipliers},
+        "lr_multipliers": _packed_multipliers(policy, optimizer.lr_multipliers),
         "weight_decay_multipliers": dict(policy.weight_decay_multipliers),
         "granularity": {**{role.value: size for role, size in DEFAULT_GRANULARITY.items()}, **policy.granularity},
         "rules": [_packed_rule(rule) for rule in policy.rules],
@@ -91,7 +98,14 @@ def settings_of(optimizer: Recorded) -> dict[str, Any]:
         "checkpoint_format": str(optimizer.checkpoint_format),
         "layout": _digest(specs) if specs else "",
         "groups": [_packed_group(group) for group in optimizer.param_groups],
+        **({} if (run := optimizer.run_state()) is None else {"run": run}),
     }
+
+
+def _packed_multipliers(policy: BlockPolicy, present: Mapping[str, float]) -> dict[str, Any]:
+    if policy.auto is not None:  # what was measured is no setting; it is part of "run"
+        return {AUTO: asdict(policy.auto), **policy.lr_multipliers}
+    return {**DEFAULT_LR_MULTIPLIERS, **policy.lr_multipliers, **present}
 
 
 def _packed_group(group: Mapping[str, Any]) -> dict[str, Any]:

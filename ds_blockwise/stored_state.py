@@ -113,7 +113,22 @@ class StoredState(torch.optim.AdamW, ABC):
             for tensor, state in states.items()
             if self.shares_second_moment and state["exp_avg_sq"].shape != tensor.shape
         }
+        run = None if record is None else record["settings"].get("run")
+        self.load_run_state(run, max((state["step"] for state in states.values()), default=0))
         self.report_changes(record)
+
+    @property
+    @abstractmethod
+    def lr_multipliers(self) -> dict[str, float]:
+        """The multipliers in effect where they are not those of the settings."""
+
+    @abstractmethod
+    def run_state(self) -> dict[str, Any] | None:
+        """Position and measurements of the run, for a checkpoint."""
+
+    @abstractmethod
+    def load_run_state(self, state: Mapping[str, Any] | None, steps: int) -> None:
+        """Go on from `run_state`, or from a number of updates if a checkpoint has none."""
 
     def report_changes(self, record: Mapping[str, Any] | None) -> None:
         """Warn, on the first rank, of settings in a loaded record (`state_record`) that differ from this object's."""

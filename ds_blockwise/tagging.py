@@ -84,7 +84,7 @@ class _Named:
 
 def tag_parameters(
     model: nn.Module,
-    lr_multipliers: Mapping[str, float] | None = None,
+    lr_multipliers: Mapping[str, Any] | str | None = None,
     rules: Iterable[Mapping[str, Any]] | None = None,
     granularity: Mapping[str, str] | None = None,
     weight_decay_multipliers: Mapping[str, float] | None = None,
@@ -93,7 +93,7 @@ def tag_parameters(
 
     Args:
         model: any module; its trainable parameters may be on the meta device or ZeRO-3 placeholders.
-        lr_multipliers: per block type or role; see `BlockwiseAdamW`.
+        lr_multipliers: per block type or role, or ``"auto"``; see `BlockwiseAdamW`, which must then be given it too.
         rules: list of ``{"match": regex, ...}`` for single parameters.
         granularity: per block type, role or ``"bias"``.
         weight_decay_multipliers: per block type or role.

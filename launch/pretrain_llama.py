@@ -24,7 +24,7 @@ from job import begin, build
 from job_options import job_options
 from meeting import exit_status
 from processes import Processes, agree
-from report import plot_loss, state_bytes_per_parameter, summarize, table, write_summary
+from report import plot_loss, plot_telemetry, state_bytes_per_parameter, summarize, table, write_summary
 from run_folder import check_output, check_source, find_checkpoint, prepare_output
 from silence import Watch, naming_hosts
 from training import Trainer
@@ -87,6 +87,8 @@ def main(arguments: list[str] | None = None) -> None:
         )
         write_summary(summary, run.output / "summary.json")
         plot_loss(run, progress, name, run.output / "loss.png")
+        if progress.telemetry:
+            plot_telemetry(run, progress, run.output / "telemetry.png")
         print(table(summary, run.output), flush=True)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

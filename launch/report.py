@@ -27,6 +27,27 @@ from ds_blockwise.run_config import RunConfig
 ADAMW_STATE_BYTES = 8.0  # two fp32 moments for each parameter
 _VALIDATION_COLOUR = "#0b5394"
 _TRAIN_COLOUR = "#9fc5e8"
+_TYPE_COLOURS = {
+    "emb": "#1f77b4",
+    "head": "#17becf",
+    "qk": "#9467bd",
+    "ffn": "#2ca02c",
+    "vo": "#ff7f0e",
+    "norm": "#d62728",
+    "other": "#7f7f7f",
+}
+_TELEMETRY_TITLES = {
+    "lr": "effective learning rate",
+    "lr_multiplier": "multiplier",
+    "update_ratio": "RMS of update / RMS of parameters",
+    "grad_rms": "RMS of gradient (after clipping)",
+    "second_moment": "mean second moment",
+    "momentum_rms": "RMS of momentum",
+    "grad_norm": "gradient norm before clipping, whole model",
+    "clip_factor": "clipping factor, whole model",
+}
+_LINEAR = ("lr_multiplier", "clip_factor")
+_OF_THE_WHOLE_MODEL = ("grad_norm", "clip_factor")
 _PACKAGES = ("torch", "deepspeed", "megatron-core", "ds_blockwise", "tokenizers")
 
 
@@ -196,6 +217,40 @@ def loss_axes(path: Path, train: list[tuple[int, float]], validation: list[tuple
     axes.grid(alpha=0.3)
     axes.legend()
     yield axes
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def plot_telemetry(run: RunConfig, progress: Progress, path: Path) -> None:
+    """Draw every quantity that telemetry read over optimizer steps, a line per block type.
+
+    Args:
+        run: For the title.
+        progress: With at least one reading.
+        path: PNG file to write.
+    """
+    kinds = [kind for kind in _TYPE_COLOURS if kind in progress.telemetry[0][1]]
+    names = [name for name in _TELEMETRY_TITLES if any(name in values[kinds[0]] for _, values in progress.telemetry)]
+    rows = -(-len(names) // 2)
+    figure, grid = pyplot.subplots(
+        rows, 2, figsize=(10.0, 2.6 * rows), sharex=True, squeeze=False, layout="constrained"
+    )
+    for axes, name in zip(grid.flat, names, strict=False):
+        for kind in kinds:
+            points = [(step, values[kind][name]) for step, values in progress.telemetry if name in values[kind]]
+            axes.plot(*zip(*points, strict=True), color=_TYPE_COLOURS[kind], label=kind)
+            if name in _OF_THE_WHOLE_MODEL:
+                break
+        if name not in _LINEAR and any(value > 0 for line in axes.lines for value in line.get_ydata()):
+            axes.set_yscale("log")
+        axes.set_title(_TELEMETRY_TITLES[name], fontsize="medium")
+        axes.grid(alpha=0.3)
+    for axes in grid.flat[len(names) :]:
+        axes.set_visible(False)
+    for axes in grid[-1]:
+        axes.set_xlabel("optimizer step")
+    grid[0, 0].legend(ncols=2, fontsize="small")
+    figure.suptitle(f"LLaMA {run.name}, per block type")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 

@@ -194,7 +194,7 @@ def prepare_output(run: RunConfig, record: dict[str, Any], processes: Processes,
         if checkpoint is None:
             for name in (CHECKPOINTS, "csv", "tensorboard"):
                 shutil.rmtree(run.output / name, ignore_errors=True)
-            for name in ("loss.png", "summary.json", SHARPNESS_CSV, *FIGURES):
+            for name in ("loss.png", "telemetry.png", "summary.json", SHARPNESS_CSV, *FIGURES):
                 (run.output / name).unlink(missing_ok=True)
             logger.info("starting from the beginning in %s", run.output)
         else:

@@ -22,7 +22,9 @@ from sharpness_run import SharpnessCurve
 from tqdm import tqdm
 
 from ds_blockwise.deepspeed_checkpoint import load_checkpoint, load_rank_state, save_checkpoint
+from ds_blockwise.optimizer import BlockwiseOptimizer
 from ds_blockwise.run_config import RunConfig
+from ds_blockwise.telemetry import Readings
 
 
 @dataclass
@@ -33,6 +35,7 @@ class Progress:
         step: Optimizer steps done.
         train_curve: (step, loss in nats per token averaged over the steps since the last point).
         validation_curve: (step, loss in nats per token).
+        telemetry: (step, block type -> quantity -> value), if the JSON asks for telemetry.
         train_seconds: Time spent in optimizer steps.
         wall_seconds: Time since the start, validation and checkpoints included.
     """
@@ -40,6 +43,7 @@ class Progress:
     step: int = 0
     train_curve: list[tuple[int, float]] = field(default_factory=list)
     validation_curve: list[tuple[int, float]] = field(default_factory=list)
+    telemetry: list[tuple[int, dict[str, dict[str, float]]]] = field(default_factory=list)
     train_seconds: float = 0.0
     wall_seconds: float = 0.0
 
@@ -73,6 +77,9 @@ class Trainer:
         self._sharpness = SharpnessCurve(engine, run, batches, processes)
         self._loss_sum = torch.zeros((), device=processes.device)
         self._loss_count = torch.zeros((), device=processes.device)
+        optimizer = engine.basic_optimizer
+        if isinstance(optimizer, BlockwiseOptimizer) and optimizer.has_telemetry:
+            optimizer.on_telemetry(self._note)
 
     def train(self, stop_at: int | None = None, stop_after: float | None = None) -> None:
         """Train to the last step, or until told to stop, and write a checkpoint there.
@@ -175,6 +182,10 @@ class Trainer:
             self._engine.step()
             self._loss_sum += loss.detach()
             self._loss_count += 1
+
+    def _note(self, readings: Readings) -> None:
+        values: dict[str, dict[str, float]] = {kind: reading.quantities() for kind, reading in readings.items()}
+        self.progress.telemetry.append((self.progress.step + 1, values))
 
     def _forward(self, batch: Batch) -> torch.Tensor:
         """Loss of each token, [sequences, sequence length]."""

@@ -60,6 +60,7 @@ def convert_(
     rules: object = None,
     momentum_dtype: MomentumDtype = "fp32",
     backend: str = "auto",
+    telemetry: object = None,
 ) -> Any:
     """Let the optimizer that ``get_megatron_optimizer`` returned step as one of ours, in place.
 
@@ -76,12 +77,15 @@ def convert_(
         model_chunks: what was given to ``get_megatron_optimizer``. Their parameters are tagged, unless
             ``ds_blockwise.tag_parameters`` already did; layers count from 0 in every chunk.
         kind: ``"BlockwiseAdamMini"`` or ``"BlockwiseAdamW"``.
-        lr_multipliers: see `ds_blockwise.BlockwiseAdamW`; so are the four below.
+        lr_multipliers: see `ds_blockwise.BlockwiseAdamW`; so are the four below. ``"auto"`` needs ``total_num_steps``
+            and a model that one optimizer steps (experts have another).
         weight_decay_multipliers: per block type or role.
         granularity: per block type, role or ``"bias"``.
         rules: list of ``{"match": regex, ...}``; each must match a parameter of some pipeline stage.
         momentum_dtype: ``"fp32"`` or ``"bf16"``.
         backend: ``"auto"``, ``"cpp"``, ``"triton"`` or ``"reference"``.
+        telemetry: see `ds_blockwise.telemetry.TelemetrySettings`. Readings go to ``on_telemetry`` of each wrapper's
+            inner ``optimizer``; what they know of clipping is None.
 
     Returns:
         ``optimizer``.
@@ -102,6 +106,7 @@ def convert_(
         "rules": rules,
         "momentum_dtype": momentum_dtype,
         "backend": backend,
+        "telemetry": telemetry,
     }
     wrapped = [model_chunks] if isinstance(model_chunks, nn.Module) else list(model_chunks)
     leaves: list[Any] = []
@@ -125,6 +130,7 @@ def convert_(
     check_rules(matched, policy, "Layers are numbered from 0 in every stage.")
     try:
         conversions = _prepare(leaves, models, KINDS[kind], settings)
+        _connect(conversions, len(leaves), asked=telemetry is not None or policy.auto is not None)
     except Exception as error:  # as above
         failure = error
     raise_together(failure)
@@ -183,6 +189,25 @@ def _inner(old: Any, kind: type[BlockwiseOptimizer], settings: dict[str, Any]) -
         check_group(group, f"param_groups[{index}].")
     new.param_groups = old.param_groups
     return new
+
+
+def _connect(conversions: Sequence[_Conversion], num_leaves: int, *, asked: bool) -> None:
+    """Let the inner optimizers measure, where that was asked for."""
+    meters = [conversion.inner.meter for conversion in conversions]
+    if asked and len(meters) < num_leaves:
+        raise ValueError(
+            "telemetry and measured multipliers need something to train in every optimizer of every rank: readings are "
+            "collectives, and this rank would not take part. Leave telemetry out, and give fixed lr_multipliers."
+        )
+    for meter in meters:
+        if meter is None:
+            continue
+        if meter.auto is not None and num_leaves > 1:
+            raise ValueError(
+                f'lr_multipliers "auto" compares block types with norms, but {num_leaves} optimizers step parts of '
+                f"this model (experts have their own), each of which sees its part alone. Give fixed multipliers."
+            )
+        meter.host(total_num_steps=None, warmup_num_steps=None, norm_source=lambda: (None, 0.0))
 
 
 def _group_of(conversions: Sequence[_Conversion], param: nn.Parameter) -> dict[str, Any] | None:

@@ -178,6 +178,8 @@ class BlockwiseDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
         step = next((int(group["step"]) for group in saved["param_groups"] if "step" in group), 0)
         for state in optimizer.state.values():
             state["step"] = step
+        # upstream hands on neither the record nor, before its files are read, any moments
+        optimizer.load_run_state(None if record is None else record["settings"].get("run"), step)
         settle(self)
         optimizer.report_changes(record)
 
