@@ -82,8 +82,8 @@ def test_what_cannot_be_measured_is_refused_before_training(prepared: Path) -> N
     assert "training.sharpness_batches = 2: allowed: 1 to 1: the validation set has 7 sequences" in text
     _, text = load(prepared, "training.sharpness_batches=2")
     assert not text, "nothing is measured, so nothing can be wrong with it"
-    adamw = str(ROOT / "configs" / "deepspeed" / "adamw.json")
-    text = _start(prepared, "adamw", *INTERVAL, "--deepspeed-config", adamw).fail()
+    adamw = ROOT / "configs" / "deepspeed" / "adamw.json"
+    _, text = load(prepared, "training.sharpness_interval=2", "training.sharpness_batches=1", f"deepspeed={adamw}")
     assert "optimizer.type = 'AdamW': allowed: BlockwiseAdamW or BlockwiseAdamMini where sharpness is measured" in text
     text = _start(prepared, "nothing", *INTERVAL, prelude=PROBE).fail()
     assert "a complete checkpoint" in text
