@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import copy
+import csv
 import logging
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -206,3 +208,21 @@ def test_listening_without_telemetry_is_an_error() -> None:
     assert optimizer.telemetry() == {}
     with pytest.raises(ValueError, match=r'telemetry is off.*"interval": 100'):
         optimizer.on_telemetry(print)
+
+
+def test_the_benchmark_of_its_cost_runs(tmp_path: Path) -> None:
+    import telemetry_cost
+
+    quick = "--hidden 32 --layers 1 --vocab 64 --batch 1 --length 8 --rounds 2 --out"
+    threads = torch.get_num_threads()
+    try:
+        telemetry_cost.main([*quick.split(), str(tmp_path)])
+    finally:
+        torch.set_num_threads(threads)
+    with open(tmp_path / "telemetry_cost.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["optimizer"] for row in rows] == ["BlockwiseAdamW", "BlockwiseAdamMini"]
+    for row in rows:
+        share = float(row["read_adds_ms"]) / (100 * float(row["step_ms"]))
+        assert float(row["added"].rstrip("%")) / 100 == pytest.approx(share, rel=2e-2, abs=1e-5)
+        assert row["added"] in telemetry_cost.markdown(rows)
