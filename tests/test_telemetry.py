@@ -7,6 +7,7 @@ import copy
 import csv
 import logging
 import math
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -211,6 +212,7 @@ def test_listening_without_telemetry_is_an_error() -> None:
 
 
 def test_the_benchmark_of_its_cost_runs(tmp_path: Path) -> None:
+    sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
     import telemetry_cost
 
     quick = "--hidden 32 --layers 1 --vocab 64 --batch 1 --length 8 --rounds 2 --out"
