@@ -228,3 +228,23 @@ def test_the_benchmark_of_its_cost_runs(tmp_path: Path) -> None:
         share = float(row["read_adds_ms"]) / (100 * float(row["step_ms"]))
         assert float(row["added"].rstrip("%")) / 100 == pytest.approx(share, rel=2e-2, abs=1e-5)
         assert row["added"] in telemetry_cost.markdown(rows)
+
+
+def test_copies_count_once() -> None:
+    """What tensor-parallel ranks hold whole beside weights that are cut would otherwise weigh too much."""
+    readings = []
+    for copies in (0, 1):
+        model = build(Case("adamw", model="llama"), config_of(Case("adamw", model="llama")))
+        tag_parameters(model)
+        gradients = {n: PLAN.mean(n, tuple(p.shape), 0) for n, p in model.named_parameters()}
+        set_gradients(model, gradients)
+        parameters = list(model.parameters())
+        own = model.model.layers[0].mlp.up_proj.weight
+        for _ in range(copies):
+            copied = torch.nn.Parameter(own.detach().clone())
+            copied.block_spec, copied.block_shard, copied.grad = own.block_spec, own.block_shard, own.grad.clone()
+            parameters.append(copied)
+        optimizer = BlockwiseAdamW(parameters, lr=1e-2, telemetry={"interval": 1})
+        optimizer.step()
+        readings.append(optimizer.telemetry()["ffn"].quantities())
+    assert readings[1] == pytest.approx(readings[0], rel=1e-12)
