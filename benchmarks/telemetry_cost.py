@@ -27,6 +27,7 @@ COLUMNS = (
     "optimizer",
     "parameters",
     "tokens_per_step",
+    "threads",
     "interval",
     "rounds",
     "step_ms",
@@ -75,6 +76,7 @@ def model_of(hidden: int, layers: int, vocab: int) -> nn.Module:
 def measure(name: str, options: argparse.Namespace) -> dict[str, str]:
     """Time steps that are read and steps that are not, alternating, on the same model."""
     torch.manual_seed(0)
+    torch.set_num_threads(options.threads)
     model = model_of(options.hidden, options.layers, options.vocab)
     tag_parameters(model)
     # every second step is read, so that slow phases of the machine meet both kinds
@@ -99,6 +101,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, str]:
         "optimizer": name,
         "parameters": str(sum(p.numel() for p in model.parameters())),
         "tokens_per_step": str(tokens.numel()),
+        "threads": str(options.threads),
         "interval": str(options.interval),
         "rounds": str(options.rounds),
         "step_ms": f"{step * 1e3:.4g}",
@@ -123,8 +126,8 @@ def markdown(rows: list[dict[str, str]]) -> str:
         "",
         f"Medians of {first['rounds']} steps of each kind by `benchmarks/telemetry_cost.py`: a LLaMA of "
         f"{int(first['parameters']) / 1e6:.1f}M parameters, {int(first['tokens_per_step']):,} tokens a step, one "
-        f"process, {first['cores']} cores ({first['cpu']}), torch {first['torch']}, {first['date']}, commit "
-        f"{first['commit']}.",
+        f"process, threads: {first['threads']}, on {first['cores']} cores ({first['cpu']}), "
+        f"torch {first['torch']}, {first['date']}, commit {first['commit']}.",
     ]
     return "\n".join(lines)
 
@@ -134,8 +137,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocab", type=int, default=2048)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=4, help="sequences: small, so that the step is short")
     parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=1, help="more of them wait for each other on a busy machine")
     parser.add_argument("--interval", type=int, default=100, help="steps between readings in the run that is meant")
     parser.add_argument("--rounds", type=int, default=21, help="samples of each kind")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/bench", help="folder of the CSV")

@@ -35,8 +35,8 @@ class TypeSums:
     def __init__(self, bindings: Iterable[Binding]) -> None:
         self._roles = RoleSums(bindings)
         self._parts = {id(binding.tensor): parts for binding, parts in self._roles.parts}
-        self._share: torch.Tensor | None = None
-        self._local: dict[str, torch.Tensor] = {}
+        self._share: list[float] | None = None
+        self._local: dict[str, list[float]] = {}
 
     def add(
         self, binding: Binding, group: dict[str, Any], state: Mapping[str, Any], names: Sequence[str], updated: bool
@@ -51,14 +51,22 @@ class TypeSums:
             updated: whether this step has updated it; else its update, and its gradient, are zero.
         """
         read = _Reader(binding, group, state, updated)
-        parts = self._parts[id(binding.tensor)]
-        for name in names:
-            rows = [(part.piece, value) for part in parts if (value := getattr(read, name)(part)) is not None]
-            if not rows:
-                continue
-            sums = self._local.setdefault(name, torch.zeros(len(self._roles.block_types), dtype=torch.float64))
-            # one copy to the host for all parts of a tensor
-            sums.index_add_(0, torch.tensor([i for i, _ in rows]), torch.stack([v for _, v in rows]).cpu())
+        where: list[tuple[str, int]] = []
+        values: list[torch.Tensor] = []
+        for part in self._parts[id(binding.tensor)]:
+            for name in names:
+                value: torch.Tensor | float | None = getattr(read, name)(part)
+                if isinstance(value, torch.Tensor):
+                    where.append((name, part.piece))
+                    values.append(value)
+                elif value is not None:
+                    self._sum_of(name)[part.piece] += value
+        if values:  # one copy to the host for all that is read of a tensor
+            for (name, piece), number in zip(where, torch.stack(values).tolist(), strict=True):
+                self._sum_of(name)[piece] += number
+
+    def _sum_of(self, name: str) -> list[float]:
+        return self._local.setdefault(name, [0.0] * len(self._roles.block_types))
 
     def completed(self, names: Sequence[str]) -> dict[BlockType, dict[str, float]]:
         """Collective over all ranks: the sums of the whole model since the last call, the same numbers on every rank.
@@ -70,16 +78,15 @@ class TypeSums:
             Per block type of the model the sums by name, and ``numel``. Copies count once (`RoleSums.merged`).
         """
         if self._share is None:
-            self._share = 1.0 / self._roles.copies()
-        local = {"numel": self._roles.numels(), **self._local}
+            self._share = (1.0 / self._roles.copies()).tolist()
+        self._local["numel"] = self._roles.numels().tolist()
+        columns = [self._sum_of(name) for name in ("numel", *names)]
         self._local = {}
         mine: dict[str, list[float]] = {}
-        zeros = torch.zeros_like(self._share)
-        columns = [(local.get(name, zeros) * self._share).tolist() for name in ("numel", *names)]
-        for index, kind in enumerate(self._roles.block_types):
+        for index, (kind, share) in enumerate(zip(self._roles.block_types, self._share, strict=True)):
             held = mine.setdefault(kind, [0.0] * len(columns))
             for at, column in enumerate(columns):
-                held[at] += column[index]
+                held[at] += column[index] * share
         everyone = gather(mine)
         kinds = dict.fromkeys(kind for of_rank in everyone for kind in of_rank)
         return {
@@ -106,22 +113,16 @@ class _Reader:
         # a loaded checkpoint's second moments are one per element until the next step
         self._in_blocks = binding.table.shares_second_moment
         self._wide = wide_dtype(binding.tensor.dtype)
-        self._device = binding.tensor.device
 
     def _block_lr(self, part: RolePart) -> float:
         hyper = self._hyper
         return block_lr(part.elements.lr_multiplier, lr=float(hyper.lr), lr_floor=hyper.lr_floor)
 
-    def _times_numel(self, value: float, part: RolePart) -> torch.Tensor:
-        return torch.tensor(
-            value * part.elements.count * part.elements.repeat, dtype=torch.float64, device=self._device
-        )
+    def lr(self, part: RolePart) -> float:
+        return self._block_lr(part) * part.elements.count * part.elements.repeat
 
-    def lr(self, part: RolePart) -> torch.Tensor:
-        return self._times_numel(self._block_lr(part), part)
-
-    def lr_multiplier(self, part: RolePart) -> torch.Tensor:
-        return self._times_numel(part.elements.lr_multiplier, part)
+    def lr_multiplier(self, part: RolePart) -> float:
+        return part.elements.lr_multiplier * part.elements.count * part.elements.repeat
 
     def param(self, part: RolePart) -> torch.Tensor:
         return _squares(part.elements.of(self._param))

@@ -95,8 +95,9 @@ def test_a_load_under_changed_multipliers_is_reported(caplog: pytest.LogCaptureF
 def test_measured_by_hand(optimizer: str, caplog: pytest.LogCaptureFixture) -> None:
     """1 until the measurement, a ramp of ten stairs, then what the oracle's own second moments say."""
     caplog.set_level(logging.WARNING, "ds_blockwise.auto_multipliers")
-    run = made(Case(optimizer, **LIVE), lr_multipliers=SETTING)
-    by_hand = AutoTruth(READING_STEPS, RAMP, 0.6, 9.0, {"head": 3.0})
+    high = 1.55
+    run = made(Case(optimizer, **LIVE), lr_multipliers=SETTING | {"auto": SETTING["auto"] | {"high": high}})
+    by_hand = AutoTruth(READING_STEPS, RAMP, 0.6, high, {"head": 3.0})
     run.oracle.lr_multipliers = by_hand.after(0, run.oracle)
     for step in range(AUTO_STEPS):
         follow(run, step)
@@ -104,6 +105,8 @@ def test_measured_by_hand(optimizer: str, caplog: pytest.LogCaptureFixture) -> N
     assert run.optimizer.lr_multipliers.keys() == {"emb", "qk", "ffn", "vo", "norm"}
     for kind, multiplier in run.optimizer.lr_multipliers.items():
         assert multiplier == pytest.approx(by_hand.target[kind], rel=1e-5)
+    ratios = [value for kind, value in by_hand.target.items() if kind != "norm"]
+    assert min(ratios) < high == max(ratios), "the limit must matter, but not to all"
     (record,) = caplog.records
     assert "lr_multipliers measured at step 11" in record.getMessage()
     assert "ramped in over 12 steps" in record.getMessage()

@@ -52,6 +52,7 @@ def test_json_has_every_column_and_the_totals(llama, capsys):
         "num_blocks": 2,
         "numel": 24 * 48,
         "state_bytes": 4 * (24 * 48 + 2),
+        "is_measured": False,
     }
     assert report["totals"]["adam_mini_state_bytes"] == 4 * (28272 + 491)
 

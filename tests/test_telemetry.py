@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import copy
+import csv
 import logging
 import math
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -206,3 +209,42 @@ def test_listening_without_telemetry_is_an_error() -> None:
     assert optimizer.telemetry() == {}
     with pytest.raises(ValueError, match=r'telemetry is off.*"interval": 100'):
         optimizer.on_telemetry(print)
+
+
+def test_the_benchmark_of_its_cost_runs(tmp_path: Path) -> None:
+    sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+    import telemetry_cost
+
+    quick = "--hidden 32 --layers 1 --vocab 64 --batch 1 --length 8 --rounds 2 --out"
+    threads = torch.get_num_threads()
+    try:
+        telemetry_cost.main([*quick.split(), str(tmp_path)])
+    finally:
+        torch.set_num_threads(threads)
+    with open(tmp_path / "telemetry_cost.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["optimizer"] for row in rows] == ["BlockwiseAdamW", "BlockwiseAdamMini"]
+    for row in rows:
+        share = float(row["read_adds_ms"]) / (100 * float(row["step_ms"]))
+        assert float(row["added"].rstrip("%")) / 100 == pytest.approx(share, rel=2e-2, abs=1e-5)
+        assert row["added"] in telemetry_cost.markdown(rows)
+
+
+def test_copies_count_once() -> None:
+    """What tensor-parallel ranks hold whole beside weights that are cut would otherwise weigh too much."""
+    readings = []
+    for copies in (0, 1):
+        model = build(Case("adamw", model="llama"), config_of(Case("adamw", model="llama")))
+        tag_parameters(model)
+        gradients = {n: PLAN.mean(n, tuple(p.shape), 0) for n, p in model.named_parameters()}
+        set_gradients(model, gradients)
+        parameters = list(model.parameters())
+        own = model.model.layers[0].mlp.up_proj.weight
+        for _ in range(copies):
+            copied = torch.nn.Parameter(own.detach().clone())
+            copied.block_spec, copied.block_shard, copied.grad = own.block_spec, own.block_shard, own.grad.clone()
+            parameters.append(copied)
+        optimizer = BlockwiseAdamW(parameters, lr=1e-2, telemetry={"interval": 1})
+        optimizer.step()
+        readings.append(optimizer.telemetry()["ffn"].quantities())
+    assert readings[1] == pytest.approx(readings[0], rel=1e-12)
