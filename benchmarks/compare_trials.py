@@ -145,6 +145,7 @@ def ablations(plan: Plan, best: Mapping[str, float]) -> list[Trial]:
     """
     changes = [
         *_block_types(best),
+        *_measured(best),
         *_schedules(best),
         *_second_moments(best),
         *_warmups(best),
@@ -168,6 +169,16 @@ def _block_types(best: Mapping[str, float]) -> list[dict[str, Any]]:
     ]
     found += [_change(ours, best, f"head-{m}", params={"lr_multipliers": {"head": m}}) for m in (1, 4)]
     return found
+
+
+def _measured(best: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Multipliers that the run measures itself; they are smaller than the fixed ones, so also at higher base rates."""
+    auto = {"lr_multipliers": {"auto": {}}}
+    return [
+        _change(arm, {arm: factor * best[arm]}, "auto", params=auto)
+        for arm in ("blockwise_adamw", "blockwise_adam_mini")
+        for factor in (1, 2, 4)
+    ]
 
 
 def _schedules(best: Mapping[str, float]) -> list[dict[str, Any]]:
