@@ -117,6 +117,8 @@ class Fed:
 def fed(context: RankContext, what: Measured) -> Iterator[Fed]:
     """An open engine of a case."""
     config = config_of(what.case)
+    if "csv_monitor" in config:
+        config["csv_monitor"] = config["csv_monitor"] | {"output_path": str(context.tmp_path / "csv")}
     if what.tp == 1:
         with open_engine(config, lambda: build(what.case, config)) as run:
             yield Fed(run, what, context.rank, context.world_size, 0)
@@ -166,7 +168,7 @@ def check_clipping(run: Fed, reading: Any) -> None:
 
 def check_files(context: RankContext, run: Fed) -> None:
     context.barrier()
-    folder = Path(run.case.config["csv_monitor"]["output_path"]) / "job"
+    folder = context.tmp_path / "csv" / "job"
     reading = run.optimizer.telemetry()["qk"]
     for quantity, value in reading.quantities().items():
         with open(folder / f"blockwise_{quantity}_qk.csv", encoding="utf-8") as file:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
 from itertools import product
@@ -41,7 +40,10 @@ def _cases() -> Iterator[tuple[str, tuple[int, Measured]]]:
         params = telemetry | ({"lr_multipliers": AUTO} if kind == "auto" else {})
         case = _case(optimizer, 1, params, decay_multipliers=False, **OWN)
         yield f"{kind}-{optimizer}-tp2", (2, Measured(kind, case, tp=2))
-    csv = {"csv_monitor": {"enabled": True, "output_path": tempfile.mkdtemp(prefix="csv-"), "job_name": "job"}}
+    for optimizer, stage in (("mini", 1), ("adamw", 3), ("mini", 3)):  # some of three ranks hold nothing of a norm
+        case = _case(optimizer, stage, telemetry, model="slim", **OWN)
+        yield f"values-{optimizer}-z{stage}-slim-dp3", (3, Measured("values", case))
+    csv = {"csv_monitor": {"enabled": True, "job_name": "job"}}
     yield "values-csv", (2, Measured("values", _case("mini", 2, telemetry, config=csv)))
     stop = {"telemetry": {"interval": 2, "band": {"vo": [0.0, 1e-6]}, "on_alarm": "stop"}}
     for stage in (0, 2, 3):
