@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import compare_report
 from bench_machine import ROOT, cores
-from compare_trials import ARMS, BASELINE, FULL, QUICK, Plan, Trial, ablations
+from compare_ablations import MINI, OUR_MINI, ablations, confirmation
+from compare_trials import ARMS, BASELINE, FULL, QUICK, Plan, Trial
 from token_files import read_metadata
 from tqdm import tqdm
 
@@ -58,6 +59,7 @@ class Trials:
         self, folder: Path, run_file: Path, workers: int, deadline: float, overrides: Iterable[str] = ()
     ) -> None:
         self.results: dict[Trial, dict[str, Any]] = {}
+        self.compared = False  # all but the ablations has been trained
         self._overrides = list(overrides)
         run, problems = load_run(run_file, overrides=self._overrides)
         problems.raise_if_any()
@@ -162,8 +164,12 @@ def train_all(trials: Trials, plan: Plan) -> None:
         for seed in range(1, plan.seeds + 1)
     ]
     trials.train(shorter, "shorter runs")
+    trials.compared = True
     if plan.ablations:
-        trials.train(ablations(plan, best), "ablations")
+        asked = ablations(best)
+        trials.train([trial for ablation in asked for trial in ablation.trials(plan)], "ablations")
+        losses = {trial: compare_report.loss_of(trials.results, trial) for trial in trials.results}
+        trials.train(confirmation(plan, asked, losses, (MINI, OUR_MINI)), "seeds of the best cuts")
 
 
 def _plan(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Plan:
@@ -208,8 +214,8 @@ def main() -> int:
             train_all(trials, plan)
         except Stopped as reason:
             stopped = reason
-        # only a whole run may change what stands in the repository
-        published = stopped is None and plan == FULL and options.run == RUN_FILE and not options.set
+        # only a whole comparison may change what stands in the repository
+        published = trials.compared and plan == FULL and options.run == RUN_FILE and not options.set
         print(compare_report.write(trials.results, trials.run, plan, folder, published=published))
     if stopped is not None:
         print(f"not complete: {stopped}")

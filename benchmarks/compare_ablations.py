@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Changes of one thing at a time, which `compare_optimizers.py` trains after the comparison itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from compare_trials import ARMS, BASELINE, MIN_LR_SHARE, OUR_CUTS, PUBLISHED_CUTS, Plan, Trial
+
+from ds_blockwise.policy import DEFAULT_LR_MULTIPLIERS
+
+ADAMW, OURS, MINI, OUR_MINI = BASELINE, "blockwise_adamw", "adam_mini", "blockwise_adam_mini"
+_TYPE_NAMES = {
+    "emb": "the embedding",
+    "head": "the output layer",
+    "qk": "queries and keys",
+    "ffn": "FFN",
+    "vo": "values and output",
+    "norm": "norms",
+}
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """One change of one arm.
+
+    Attributes:
+        arm: Key of `compare_trials.ARMS`.
+        change: Name, part of the trials' folders.
+        words: The same for readers.
+        lr: Base learning rate; the arm's best unless the change is about the rate.
+        params: What it sets in the optimizer's parameters.
+        scheduler: The scheduler's section, if another.
+        warmup: Share of the steps, if another.
+        all_seeds: Whether a decision hangs on it: trained with every seed of the plan.
+        of_blocks: Whether it is about where second moments are cut.
+    """
+
+    arm: str
+    change: str
+    words: str
+    lr: float
+    params: Mapping[str, Any] = field(default_factory=dict)
+    scheduler: Mapping[str, Any] | None = None
+    warmup: float = 0.05
+    all_seeds: bool = False
+    of_blocks: bool = False
+
+    def trial(self, plan: Plan, seed: int) -> Trial:
+        """Its run with this seed, as long as the plan's whole runs."""
+        return Trial(self.arm, self.lr, seed, plan.steps, self.change, self.params, self.scheduler, self.warmup)
+
+    def trials(self, plan: Plan) -> list[Trial]:
+        """Its runs with the first seed, or all."""
+        return [self.trial(plan, seed) for seed in range(1, (plan.seeds if self.all_seeds else 1) + 1)]
+
+
+def ablations(best: Mapping[str, float]) -> list[Ablation]:
+    """All of them, those that decide a default first.
+
+    Args:
+        best: Best learning rate by arm, from the sweep.
+    """
+    return [*_second_moments(best), *_block_types(best), *_schedules(best), *_measured(best), *_warmups(best)]
+
+
+def confirmation(
+    plan: Plan, asked: Iterable[Ablation], losses: Mapping[Trial, float], arms: tuple[str, ...]
+) -> list[Trial]:
+    """The other seeds of the cut of second moments that was best with the first seed: one lucky seed decides nothing.
+
+    Args:
+        plan: Its seeds.
+        asked: The ablations that were trained.
+        losses: Final losses by trial.
+        arms: Whose best to confirm.
+    """
+    found = []
+    for arm in arms:
+        cuts = [a for a in asked if a.arm == arm and a.of_blocks]
+        winner = min(cuts, key=lambda a: losses[a.trial(plan, 1)], default=None)
+        if winner is not None:
+            found += [winner.trial(plan, seed) for seed in range(2, plan.seeds + 1)]
+    return found
+
+
+def _second_moments(best: Mapping[str, float]) -> list[Ablation]:
+    """Where Adam-mini's second moments are cut, how long they remember, and eps."""
+    cuts: dict[str, tuple[str, dict[str, str]]] = {
+        "published-cuts": ("one second moment for each norm, as published", PUBLISHED_CUTS),
+        "norm-elements": ("one second moment for each element of a norm", OUR_CUTS),
+        "value-whole": ("one for the whole value projection", {"value": "tensor"}),
+        "qk-rows": ("one for each row of queries and keys", {"qk": "row"}),
+        "norm-elements-qk-rows": ("for each element of a norm, each row of queries and keys", {**OUR_CUTS, "qk": "row"}),
+    }
+    chosen = {
+        MINI: ("norm-elements", "value-whole", "qk-rows", "norm-elements-qk-rows"),
+        OUR_MINI: ("published-cuts", "value-whole", "qk-rows"),
+    }
+    found = []
+    for arm, names in chosen.items():
+        for name in names:
+            words, change = cuts[name]
+            granularity = {**ARMS[arm].params["granularity"], **change}
+            decides = name in ("norm-elements", "published-cuts")
+            found.append(
+                Ablation(
+                    arm, name, words, best[arm], {"granularity": granularity}, all_seeds=decides, of_blocks=True
+                )
+            )
+    for beta2 in (0.9, 0.98):
+        found.append(Ablation(MINI, f"beta2-{beta2}", f"beta2 = {beta2}", best[MINI], {"betas": [0.9, beta2]}))
+    found.append(Ablation(MINI, "eps-1e-6", "eps = 1e-6", best[MINI], {"eps": 1e-6}))
+    return found
+
+
+def _block_types(best: Mapping[str, float]) -> list[Ablation]:
+    """Each block type at the rate that tuned AdamW gives it, the others blockwise; and the head's multiplier."""
+    uniform = best[ADAMW] / best[OURS]
+    found = [
+        Ablation(
+            OURS,
+            f"uniform-{block_type}",
+            f"{name} at AdamW's best rate ({uniform:g}x the base instead of {DEFAULT_LR_MULTIPLIERS[block_type]:g}x)",
+            best[OURS],
+            {"lr_multipliers": {block_type: uniform}},
+        )
+        for block_type, name in _TYPE_NAMES.items()
+        if uniform != DEFAULT_LR_MULTIPLIERS[block_type]
+    ]
+    for multiplier in (1, 4):
+        words = f"output layer at {multiplier}x the base instead of {DEFAULT_LR_MULTIPLIERS['head']:g}x"
+        found.append(Ablation(OURS, f"head-{multiplier}", words, best[OURS], {"lr_multipliers": {"head": multiplier}}))
+    return found
+
+
+def _measured(best: Mapping[str, float]) -> list[Ablation]:
+    """Multipliers that the run measures itself; they are smaller than the fixed ones, so also at higher base rates."""
+    factors = {OURS: (1, 2, 4), OUR_MINI: (2,)}
+    return [
+        Ablation(
+            arm,
+            "auto",
+            f"measured multipliers, {factor}x the best base rate",
+            factor * best[arm],
+            {"lr_multipliers": {"auto": {}}},
+        )
+        for arm, chosen in factors.items()
+        for factor in chosen
+    ]
+
+
+def _schedules(best: Mapping[str, float]) -> list[Ablation]:
+    """The minimum as a share of each block's own peak, and two other shapes, for the baseline and ours."""
+    proportional = {"type": "WarmupCosineLR", "params": {"cos_min_ratio": MIN_LR_SHARE, "warmup_type": "linear"}}
+    words = f"every block decays to {MIN_LR_SHARE:g} of its own peak"
+    found = [Ablation(OURS, "proportional-min-lr", words, best[OURS], scheduler=proportional)]
+    kinds = {"wsd": ("BlockwiseWSDLR", "warm-up, stable, decay"), "linear": ("BlockwiseLinearLR", "linear decay")}
+    for arm in (ADAMW, OURS):
+        for name, (kind, shape) in kinds.items():
+            scheduler = {"type": kind, "params": {"min_lr": MIN_LR_SHARE * best[arm]}}
+            found.append(Ablation(arm, name, f"{shape} instead of cosine", best[arm], scheduler=scheduler))
+    return found
+
+
+def _warmups(best: Mapping[str, float]) -> list[Ablation]:
+    """Warm-up length at the best rate and at twice that: where Adam-mini is said to diverge.
+
+    The sweep has both rates with the usual warm-up.
+    """
+    factors = {ADAMW: (2,), MINI: (1, 2)}
+    return [
+        Ablation(
+            arm,
+            f"warmup-{share:g}",
+            f"warm-up of {share:.0%} instead of 5%, {factor}x the best base rate",
+            factor * best[arm],
+            warmup=share,
+        )
+        for arm, chosen in factors.items()
+        for factor in chosen
+        for share in (0.01, 0.2)
+    ]
