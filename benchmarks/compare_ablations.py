@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,12 +59,14 @@ class Ablation:
 
 
 def ablations(best: Mapping[str, float]) -> list[Ablation]:
-    """All of them, those that decide a default first.
+    """All of the arms that were trained, those that decide a default first.
 
     Args:
         best: Best learning rate by arm, from the sweep.
     """
-    return [*_second_moments(best), *_block_types(best), *_schedules(best), *_measured(best), *_warmups(best)]
+    rates = {arm: best.get(arm, math.nan) for arm in ARMS}
+    found = [*_second_moments(rates), *_block_types(rates), *_schedules(rates), *_measured(rates), *_warmups(rates)]
+    return [ablation for ablation in found if ablation.arm in best]
 
 
 def confirmation(
@@ -93,7 +96,10 @@ def _second_moments(best: Mapping[str, float]) -> list[Ablation]:
         "norm-elements": ("one second moment for each element of a norm", OUR_CUTS),
         "value-whole": ("one for the whole value projection", {"value": "tensor"}),
         "qk-rows": ("one for each row of queries and keys", {"qk": "row"}),
-        "norm-elements-qk-rows": ("for each element of a norm, each row of queries and keys", {**OUR_CUTS, "qk": "row"}),
+        "norm-elements-qk-rows": (
+            "for each element of a norm, each row of queries and keys",
+            {**OUR_CUTS, "qk": "row"},
+        ),
     }
     chosen = {
         MINI: ("norm-elements", "value-whole", "qk-rows", "norm-elements-qk-rows"),
@@ -106,9 +112,7 @@ def _second_moments(best: Mapping[str, float]) -> list[Ablation]:
             granularity = {**ARMS[arm].params["granularity"], **change}
             decides = name in ("norm-elements", "published-cuts")
             found.append(
-                Ablation(
-                    arm, name, words, best[arm], {"granularity": granularity}, all_seeds=decides, of_blocks=True
-                )
+                Ablation(arm, name, words, best[arm], {"granularity": granularity}, all_seeds=decides, of_blocks=True)
             )
     for beta2 in (0.9, 0.98):
         found.append(Ablation(MINI, f"beta2-{beta2}", f"beta2 = {beta2}", best[MINI], {"betas": [0.9, beta2]}))

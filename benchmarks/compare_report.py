@@ -14,6 +14,7 @@ from typing import Any
 
 import compare_plots
 from bench_machine import PROVENANCE, ROOT, write_between
+from compare_ablations import ablations
 from compare_trials import ARMS, BASELINE, Plan, Trial
 
 from ds_blockwise.run_config import RunConfig
@@ -162,17 +163,34 @@ def table(rows: Sequence[ArmResult], results: Results, plan: Plan) -> str:
     return "\n".join([*lines, "", provenance_text(results, plan)])
 
 
-def ablation_table(results: Results, plan: Plan) -> str:
-    """Each change against the same arm, learning rate and seed without it."""
-    lines = ["| optimizer | change | base lr | final validation loss | change in loss |", "|---|---|---:|---:|---:|"]
-    for trial in (t for t in results if t.change):
-        loss = loss_of(results, trial)
-        twin = next(
-            (t for t in _plain(results, trial.arm, trial.steps) if (t.lr, t.seed) == (trial.lr, trial.seed)), None
-        )
-        shown = DIVERGED if math.isinf(loss) else f"{loss:.4f}"
-        difference = "" if twin is None or math.isinf(loss) else f"{loss - loss_of(results, twin):+.4f}"
-        lines.append(f"| {ARMS[trial.arm].label} | {trial.change} | {trial.lr:g} | {shown} | {difference} |")
+def ablation_table(results: Results, plan: Plan, best: Mapping[str, float]) -> str:
+    """Each change against the same arm, learning rate and seeds without it; what is not trained is counted.
+
+    Args:
+        results: Of all trials that have finished.
+        plan: Its steps and seeds.
+        best: Best learning rate by arm.
+    """
+    lines = [
+        "| optimizer | change | base lr | final validation loss | change in loss, same seeds |",
+        "|---|---|---:|---:|---:|",
+    ]
+    asked = ablations(best)
+    missing = []
+    for ablation in asked:
+        trials = [t for seed in range(1, plan.seeds + 1) if (t := ablation.trial(plan, seed)) in results]
+        if not trials:
+            missing.append(ablation.words)
+            continue
+        losses = [loss_of(results, t) for t in trials]
+        plain = {t.seed: loss_of(results, t) for t in _plain(results, ablation.arm, plan.steps) if t.lr == ablation.lr}
+        paired = [loss - plain[t.seed] for t, loss in zip(trials, losses, strict=True) if t.seed in plain]
+        diverged = math.isinf(max(losses))
+        shown = DIVERGED if diverged else Estimate.of(losses).text()
+        change = Estimate.of(paired).text("+.4f") if paired and math.isfinite(sum(paired)) else ""
+        lines.append(f"| {ARMS[ablation.arm].label} | {ablation.words} | {ablation.lr:g} | {shown} | {change} |")
+    if missing:
+        lines += ["", f"{len(missing)} of {len(asked)} are not trained yet: {'; '.join(dict.fromkeys(missing))}."]
     return "\n".join(lines)
 
 
@@ -236,6 +254,7 @@ def write(results: Results, run: RunConfig, plan: Plan, folder: Path, *, publish
     if not rows:
         return "no optimizer has finished its learning rates yet"
     text = table(rows, results, plan)
+    changes = ablation_table(results, plan, {row.arm: row.lr for row in rows}) if plan.ablations else ""
     title = f"LLaMA of {next(r['parameters'] for r in results.values() if r['diverged'] is None) / 1e6:.1f}M parameters"
     for target in (folder, DOCS) if published else (folder,):
         write_csv(results, target / f"{run.name}.csv")
@@ -245,5 +264,5 @@ def write(results: Results, run: RunConfig, plan: Plan, folder: Path, *, publish
     if published:
         write_between(ROOT / "README.md", "results", f"{text}\n\n![validation loss](docs/compare/{run.name}.png)")
         write_between(ROOT / "docs/evidence.md", "results", text)
-        write_between(ROOT / "docs/evidence.md", "ablations", ablation_table(results, plan))
-    return f"{text}\n\n{ablation_table(results, plan)}\n\nwritten to {folder}"
+        write_between(ROOT / "docs/evidence.md", "ablations", changes)
+    return f"{text}\n\n{changes}\n\nwritten to {folder}"

@@ -25,7 +25,8 @@ import compare_job  # noqa: F401 - takes seconds, which would count against the 
 import compare_optimizers
 import compare_peers
 import compare_report
-from compare_trials import ARMS, BASELINE, FULL, QUICK, Plan, Trial, ablations
+from compare_ablations import ADAMW, MINI, OUR_MINI, ablations, confirmation
+from compare_trials import ARMS, BASELINE, FULL, QUICK, Plan, Trial
 
 PLAN = Plan(steps=100, grid=3, seeds=3, lengths=(0.5,), widen=2, ablations=True)
 
@@ -36,6 +37,7 @@ class FakeTrials:
     def __init__(self, loss_of):
         self.results = {}
         self.titles = []
+        self.compared = False
         self._loss_of = loss_of
 
     def train(self, trials, title):
@@ -125,13 +127,61 @@ def test_a_rate_that_diverges_is_never_the_best_and_is_written_down(tmp_path):
 @pytest.mark.parametrize("plan", [FULL, QUICK], ids=["full", "quick"])
 def test_trials_have_names_of_their_own_and_settings_that_differ(plan):
     trials = [Trial(arm, lr, seed, plan.steps) for arm in ARMS for lr in plan.learning_rates(arm) for seed in (1, 2)]
-    changes = ablations(plan, BEST)
+    changes = [trial for ablation in ablations(BEST) for trial in ablation.trials(plan)]
     assert len(changes) > 30
     trials += changes
     assert len({t.name for t in trials}) == len(trials)
     facts = {json.dumps([t.settings(2048), t.seed, t.steps, t.warmup], sort_keys=True) for t in trials}
     # a change to the default would be compared with itself
     assert len(facts) == len(trials)
+
+
+def test_the_whole_comparison_fits_three_hours_of_two_cores():
+    """At 115 s for a run of 800 steps on each of two cores, with one grid in two that grows once."""
+    trials = FakeTrials(_bowl(BEST, FLOOR))
+    compare_optimizers.train_all(trials, FULL)
+    steps = sum(t.steps for t in trials.results)
+    assert steps / 800 * 230 / 2 < 3 * 3600
+
+
+def test_ablations_need_only_the_arms_that_were_trained():
+    few = {BASELINE: 4e-3, MINI: 4e-3}
+    found = ablations(few)
+    assert {a.arm for a in found} == {BASELINE, MINI}
+    assert all(math.isfinite(a.lr) for a in found)
+
+
+def test_the_best_cut_of_one_seed_is_trained_with_the_others():
+    asked = ablations(BEST)
+
+    def loss(trial):
+        return 3.4 if (trial.arm, trial.change) == (MINI, "qk-rows") else 3.5 + 0.01 * (trial.change != "value-whole")
+
+    losses = {trial: loss(trial) for a in asked for trial in a.trials(PLAN)}
+    found = [(t.arm, t.change, t.seed) for t in confirmation(PLAN, asked, losses, (MINI, OUR_MINI))]
+    assert found == [(arm, cut, s) for arm, cut in ((MINI, "qk-rows"), (OUR_MINI, "value-whole")) for s in (2, 3)]
+
+
+def test_ablations_are_compared_with_the_same_seeds_and_what_is_missing_is_counted():
+    bowl = _bowl(BEST, FLOOR)
+    gains = {"norm-elements": -0.03, "wsd": 0.02}
+    trials = FakeTrials(lambda t: math.inf if t.change == "linear" else bowl(t) + gains.get(t.change, 0.0))
+    compare_optimizers.train_all(trials, PLAN)
+    assert trials.compared
+    rates = compare_optimizers.sweep(trials, PLAN)
+    text = compare_report.ablation_table(trials.results, PLAN, rates)
+    label = ARMS[MINI].label
+    norms = "one second moment for each element of a norm"
+    assert f"| {label} | {norms} | 0.004 | 3.5900 ± 0.0058 | -0.0300 ± 0.0000 |" in text
+    assert (
+        f"| {ARMS[ADAMW].label} | warm-up, stable, decay instead of cosine | 0.016 | 3.5300 (one seed) | +0.0200"
+        in text
+    )
+    assert f"| {ARMS[ADAMW].label} | linear decay instead of cosine | 0.016 | diverged |  |" in text
+    assert "not trained yet" not in text
+    without = {t: r for t, r in trials.results.items() if t.change != "wsd"}
+    text = compare_report.ablation_table(without, PLAN, rates)
+    assert f"2 of {len(ablations(rates))} are not trained yet: warm-up, stable, decay instead of cosine." in text
 
 
 def test_muon_steps_hidden_matrices_and_adamw_the_rest():
