@@ -237,6 +237,40 @@ def write_csv(results: Results, path: Path) -> None:
             )
 
 
+def read_csv(path: Path, plan: Plan) -> dict[Trial, dict[str, Any]]:
+    """The results that `write_csv` wrote, without curves: enough for the tables.
+
+    Args:
+        path: The CSV.
+        plan: Under which its trials were trained.
+    """
+    found: dict[Trial, dict[str, Any]] = {}
+    changed: dict[str, dict[str, Any]] = {}
+    with open(path, newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            steps, ended = int(row["steps"]), row["final_validation_loss"] != DIVERGED
+            result: dict[str, Any] = {
+                "diverged": None if ended else DIVERGED,
+                "final_validation_loss": float(row["final_validation_loss"]) if ended else None,
+                "provenance": {key: row[key] for key in PROVENANCE},
+            }
+            if ended:
+                result |= {
+                    "cpu_seconds": float(row["cpu_seconds_per_step"]) * steps,
+                    "optimizer_state_bytes_per_parameter": float(row["state_bytes_per_parameter"]),
+                    "parameters": int(row["parameters"]),
+                    "tokens": int(row["tokens"]),
+                }
+            trial = Trial(row["arm"], float(row["base_lr"]), int(row["seed"]), steps, row["change"])
+            if row["change"]:
+                changed[trial.name] = result
+            else:
+                found[trial] = result
+    best = {row.arm: row.lr for row in arm_results(found, plan)}
+    whole = [ablation.trial(plan, seed) for ablation in ablations(best) for seed in range(1, plan.seeds + 1)]
+    return found | {trial: changed[trial.name] for trial in whole if trial.name in changed}
+
+
 def write(results: Results, run: RunConfig, plan: Plan, folder: Path, *, published: bool) -> str:
     """Write CSV, tables and figures beside the trials and, if whole, into the repository.
 
@@ -250,14 +284,18 @@ def write(results: Results, run: RunConfig, plan: Plan, folder: Path, *, publish
     Returns:
         The table for the terminal.
     """
-    rows = arm_results(results, plan)
-    if not rows:
+    if not arm_results(results, plan):
         return "no optimizer has finished its learning rates yet"
-    text = table(rows, results, plan)
-    changes = ablation_table(results, plan, {row.arm: row.lr for row in rows}) if plan.ablations else ""
+    write_csv(results, folder / f"{run.name}.csv")
+    # tables come from the file, so that they can be had again from it, digit by digit
+    read = read_csv(folder / f"{run.name}.csv", plan)
+    rows = arm_results(read, plan)
+    text = table(rows, read, plan)
+    changes = ablation_table(read, plan, {row.arm: row.lr for row in rows}) if plan.ablations else ""
     title = f"LLaMA of {next(r['parameters'] for r in results.values() if r['diverged'] is None) / 1e6:.1f}M parameters"
+    if published:
+        write_csv(results, DOCS / f"{run.name}.csv")
     for target in (folder, DOCS) if published else (folder,):
-        write_csv(results, target / f"{run.name}.csv")
         compare_plots.losses(results, rows, plan, title, target / f"{run.name}.png")
         compare_plots.sweeps(results, plan, title, target / f"{run.name}_sweep.png")
     (folder / "table.md").write_text(text + "\n", encoding="utf-8")

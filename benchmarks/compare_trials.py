@@ -113,6 +113,7 @@ class Plan:
         seeds: Of the best learning rate of each arm, the sweep's included.
         lengths: Shares of the steps at which arms are trained again with complete decays.
         widen: How often a grid may grow at an edge that turned out best.
+        refine: How often the best is then compared with a rate between it and its better neighbour.
         ablations: Whether those are trained too.
         arms: Keys of `ARMS`.
     """
@@ -122,6 +123,7 @@ class Plan:
     seeds: int
     lengths: tuple[float, ...]
     widen: int
+    refine: int
     ablations: bool
     arms: tuple[str, ...] = tuple(ARMS)
 
@@ -132,8 +134,8 @@ class Plan:
         return grid[surplus // 2 : len(grid) - (surplus + 1) // 2]
 
 
-FULL = Plan(steps=800, grid=4, seeds=3, lengths=(0.5, 0.75), widen=2, ablations=True)
-QUICK = Plan(steps=200, grid=3, seeds=2, lengths=(), widen=0, ablations=False)
+FULL = Plan(steps=800, grid=3, seeds=3, lengths=(0.5, 0.75), widen=2, refine=1, ablations=True)
+QUICK = Plan(steps=200, grid=3, seeds=2, lengths=(), widen=0, refine=0, ablations=False)
 
 
 def digest_of(trial: Trial, vocab_size: int, data: Mapping[str, Any]) -> str:

@@ -28,7 +28,7 @@ import compare_report
 from compare_ablations import ADAMW, MINI, OUR_MINI, ablations, confirmation
 from compare_trials import ARMS, BASELINE, FULL, QUICK, Plan, Trial
 
-PLAN = Plan(steps=100, grid=3, seeds=3, lengths=(0.5,), widen=2, ablations=True)
+PLAN = Plan(steps=100, grid=3, seeds=3, lengths=(0.5,), widen=2, refine=0, ablations=True)
 
 
 class FakeTrials:
@@ -76,6 +76,16 @@ def test_a_grid_grows_until_its_best_is_inside():
     assert found == BEST
     rates = sorted(t.lr for t in trials.results if t.arm == BASELINE)
     assert rates[-1] == 3.2e-2, "the best rate was never shown to have a worse one above it"
+
+
+def test_a_best_rate_between_two_points_is_looked_for_on_the_better_side():
+    """A parabola whose minimum is at 2.9e-3: 4e-3 is best of the factors of 2, and 2e-3 its better neighbour."""
+    between = {**BEST, BASELINE: 2.9e-3}
+    trials = FakeTrials(_bowl(between, FLOOR))
+    found = compare_optimizers.sweep(trials, dataclasses.replace(PLAN, refine=1))
+    assert found == {**BEST, BASELINE: 2.8e-3}
+    rates = sorted(t.lr for t in trials.results if t.arm == BASELINE)
+    assert rates == [2e-3, 2.8e-3, 4e-3, 8e-3]
 
 
 def test_a_grid_grows_no_further_than_it_may():
@@ -184,6 +194,22 @@ def test_ablations_are_compared_with_the_same_seeds_and_what_is_missing_is_count
     assert f"2 of {len(ablations(rates))} are not trained yet: warm-up, stable, decay instead of cosine." in text
 
 
+def test_tables_are_the_same_from_the_csv(tmp_path):
+    """The tests of README.md read the CSV, and every number of its table must follow from it."""
+    bowl = _bowl(BEST, FLOOR)
+    trials = FakeTrials(lambda trial: math.inf if trial.lr > 6e-2 else bowl(trial))
+    compare_optimizers.train_all(trials, PLAN)
+    compare_report.write_csv(trials.results, tmp_path / "trials.csv")
+    read = compare_report.read_csv(tmp_path / "trials.csv", PLAN)
+    assert len(read) == len(trials.results)
+    shown = []
+    for results in (read, trials.results):
+        rows = compare_report.arm_results(results, PLAN)
+        rates = {row.arm: row.lr for row in rows}
+        shown.append((compare_report.table(rows, results, PLAN), compare_report.ablation_table(results, PLAN, rates)))
+    assert shown[0] == shown[1]
+
+
 def test_muon_steps_hidden_matrices_and_adamw_the_rest():
     """Against both of torch's optimizers, each with its own parameters."""
     torch.manual_seed(3)
@@ -214,7 +240,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _trained(project: Path, folder: Path, deadline: float, arms: list[str], steps: int = 2):
-    plan = Plan(steps, grid=1, seeds=1, lengths=(), widen=0, ablations=False, arms=tuple(arms))
+    plan = Plan(steps, grid=1, seeds=1, lengths=(), widen=0, refine=0, ablations=False, arms=tuple(arms))
     overrides = ["training.log_interval=1", "parallel.tensor=1", "cluster.gpus_per_node=1"]
     with compare_optimizers.Trials(folder, project / "run.yaml", 2, deadline, overrides) as trials:
         compare_optimizers.train_all(trials, plan)
