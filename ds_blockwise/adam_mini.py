@@ -41,8 +41,9 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
         v  = beta2 * v + (1 - beta2) * mean of g^2 over the whole, unsharded block
         p -= lr_b * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
 
-    A block is a head of a query or key weight, an output row of any other weight, a whole norm vector, one element of a
-    linear's bias; ``granularity`` changes that per block type or role.
+    A block is a head of a query or key weight, an output row of any other weight, one element of a norm or of a
+    linear's bias; ``granularity`` changes that per block type or role. The paper has one block for each norm vector:
+    ``granularity="published"``.
 
     Args:
         params: parameters or param groups (each may have its own ``lr``, ``betas``, ``eps``, ``weight_decay``).
@@ -53,7 +54,8 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
         lr_multipliers: per block type (``emb head qk ffn vo norm other``) or role; defaults 10, 10, 8, 6, 4, 1, 1.
             ``"auto"``, or a key ``"auto"``, measures them: see `ds_blockwise.policy.AutoMultipliers`.
         weight_decay_multipliers: likewise; default 1.
-        granularity: per block type, role or ``"bias"``: ``"head"``, ``"row"``, ``"tensor"`` or ``"element"``.
+        granularity: per block type, role or ``"bias"``: ``"head"``, ``"row"``, ``"tensor"`` or ``"element"``; or
+            ``"published"``, the paper's partition.
         rules: list of ``{"match": regex, "role" | "lr_multiplier" | ...}`` for single parameters.
         momentum_dtype: ``"fp32"`` or ``"bf16"``: storage of ``exp_avg``. Arithmetic is fp32 (fp64 for fp64 parameters),
             sums over blocks are fp64.

@@ -2,7 +2,8 @@
 """The user's settings: multipliers, granularity and rules, checked once and then immutable.
 
 Defaults: multipliers of arXiv 2502.19002 (Emb 10, QK 8, FFN 6, VO 4, Norm 1), partition of Adam-mini
-(arXiv 2406.16793, algorithm 2: a head of Q and K, a row elsewhere, a whole norm vector).
+(arXiv 2406.16793, algorithm 2: a head of Q and K, a row elsewhere, a whole norm vector), but every element of a norm
+for itself: that costs no memory worth naming (docs/evidence.md has what it gains).
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ DEFAULT_LR_MULTIPLIERS: dict[str, float] = {
     "norm": 1.0,
     "other": 1.0,
 }
-DEFAULT_GRANULARITY: dict[Role, Granularity] = {
+PUBLISHED = "published"
+PUBLISHED_GRANULARITY: dict[Role, Granularity] = {
     Role.EMBEDDING: "row",
     Role.OUTPUT: "row",
     Role.QUERY: "head",
@@ -41,6 +43,7 @@ DEFAULT_GRANULARITY: dict[Role, Granularity] = {
     Role.NORM: "tensor",
     Role.OTHER: "row",
 }
+DEFAULT_GRANULARITY: dict[Role, Granularity] = {**PUBLISHED_GRANULARITY, Role.NORM: "element"}
 HEAD_ROLES = (Role.QUERY, Role.KEY, Role.VALUE)
 
 _ROLE_NAMES = tuple(role.value for role in Role)
@@ -176,6 +179,17 @@ def _optional(check: Any, name: str, value: object) -> Any:
     return None if value is None else check(name, value)
 
 
+def _parse_granularity(value: object) -> dict[str, Granularity]:
+    if isinstance(value, str):
+        if value != PUBLISHED:
+            raise ValueError(
+                f'granularity must be a mapping of block types or roles, or "{PUBLISHED}" (the partition of '
+                f"Adam-mini's paper), got {value!r}{suggest(value, [PUBLISHED])}"
+            )
+        return {role.value: cut for role, cut in PUBLISHED_GRANULARITY.items() if cut != DEFAULT_GRANULARITY[role]}
+    return {k: _granularity(f"granularity[{k!r}]", v) for k, v in _checked("granularity", value, "bias").items()}
+
+
 @dataclass(frozen=True, slots=True)
 class AutoMultipliers:
     """How multipliers are measured: ``"lr_multipliers": "auto"`` or ``{"auto": {...}}``.
@@ -257,7 +271,8 @@ class BlockPolicy:
     ) -> BlockPolicy:
         """Check raw settings (a JSON's dicts and lists) and freeze them; None means the defaults.
 
-        ``lr_multipliers`` may be ``"auto"`` or have a key ``"auto"``: see `AutoMultipliers`.
+        ``lr_multipliers`` may be ``"auto"`` or have a key ``"auto"``: see `AutoMultipliers`. ``granularity`` may be
+        ``"published"``: `PUBLISHED_GRANULARITY`.
 
         Raises:
             ValueError: unknown key or role, a value outside its range, a bad regular expression.
@@ -271,9 +286,7 @@ class BlockPolicy:
                 ("weight_decay_multipliers", weight_decay_multipliers),
             )
         ]
-        sizes = {
-            k: _granularity(f"granularity[{k!r}]", v) for k, v in _checked("granularity", granularity, "bias").items()
-        }
+        sizes = _parse_granularity(granularity)
         if rules is None:
             rules = ()
         if isinstance(rules, (str, Mapping)) or not isinstance(rules, Iterable):

@@ -86,7 +86,7 @@ def tag_parameters(
     model: nn.Module,
     lr_multipliers: Mapping[str, Any] | str | None = None,
     rules: Iterable[Mapping[str, Any]] | None = None,
-    granularity: Mapping[str, str] | None = None,
+    granularity: Mapping[str, str] | str | None = None,
     weight_decay_multipliers: Mapping[str, float] | None = None,
 ) -> BlockReport:
     """Find out what each trainable parameter is and set ``param.block_spec`` (and ``param.block_shard``) on it.
@@ -95,7 +95,7 @@ def tag_parameters(
         model: any module; its trainable parameters may be on the meta device or ZeRO-3 placeholders.
         lr_multipliers: per block type or role, or ``"auto"``; see `BlockwiseAdamW`, which must then be given it too.
         rules: list of ``{"match": regex, ...}`` for single parameters.
-        granularity: per block type, role or ``"bias"``.
+        granularity: per block type, role or ``"bias"``; or ``"published"``, see `BlockwiseAdamMini`.
         weight_decay_multipliers: per block type or role.
 
     Returns:

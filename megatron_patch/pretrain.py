@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ds_blockwise.policy import PUBLISHED
 from ds_blockwise.settings import BACKENDS, MOMENTUM_DTYPES
 from megatron_patch.convert import KINDS, convert_
 
@@ -48,17 +49,17 @@ def add_blockwise_args(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         default=None,
         help="Optimizer that takes Adam's place; needs --optimizer adam. Without it nothing is changed.",
     )
-    for name, example in (
-        ("lr-multipliers", '{"emb": 10, "qk": 8}'),
-        ("weight-decay-multipliers", '{"norm": 0}'),
-        ("granularity", '{"value": "tensor"}'),
-        ("rules", '[{"match": "adapter", "role": "ffn"}]'),
+    for name, example, word in (
+        ("lr-multipliers", '{"emb": 10, "qk": 8}', None),
+        ("weight-decay-multipliers", '{"norm": 0}', None),
+        ("granularity", '{"value": "tensor"}', PUBLISHED),
+        ("rules", '[{"match": "adapter", "role": "ffn"}]', None),
     ):
         group.add_argument(
             f"--blockwise-{name}",
-            type=_json_value,
+            type=functools.partial(_json_value, word=word),
             default=None,
-            help=f"JSON, such as {example}, or the path of a JSON file.",
+            help=f"JSON, such as {example}, {f'{word}, ' if word else ''}or the path of a JSON file.",
         )
     group.add_argument(
         "--blockwise-momentum-dtype", choices=list(MOMENTUM_DTYPES), default="fp32", help="Storage of the first moment."
@@ -166,7 +167,9 @@ def _with_args(pretrain: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _json_value(text: str) -> Any:
+def _json_value(text: str, word: str | None) -> Any:
+    if text == word:
+        return word
     source = text
     if not text.lstrip().startswith(("{", "[")):
         try:

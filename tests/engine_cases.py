@@ -62,12 +62,13 @@ class Case:
 HEAD = -2  # stands for the model's rows per head
 HEAD_ROWS = {"llama": 6, "qwen3": 6, "slim": 2, "nano": 5, "gpt2": 5}
 # name -> the JSON's "granularity", and the same said to the oracle
-GRANULARITIES: dict[str, tuple[dict[str, str], list[tuple[str, int]]]] = {
+GRANULARITIES: dict[str, tuple[dict[str, str] | str, list[tuple[str, int]]]] = {
     "": ({}, []),
+    "published": ("published", [("norm", ROLE)]),
     "value_tensor": ({"value": "tensor"}, [("value", ROLE)]),
     "mixed": (
-        {"bias": "tensor", "vo": "tensor", "value": "head", "query": "row", "ffn": "element"},
-        [("bias", ROLE), ("attn_out", ROLE), ("value", HEAD), ("query", 1), ("ffn", 0)],
+        {"bias": "tensor", "vo": "tensor", "value": "head", "query": "row", "ffn": "element", "norm": "tensor"},
+        [("norm", ROLE), ("bias", ROLE), ("attn_out", ROLE), ("value", HEAD), ("query", 1), ("ffn", 0)],
     ),
 }
 

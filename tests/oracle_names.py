@@ -59,7 +59,7 @@ def _rows(count: int, role: str, size: int = 1) -> Classified:
 
 
 def _norm(count: int) -> Classified:
-    return _rows(count, "norm", count)
+    return _rows(count, "norm", 0)
 
 
 def _elements(spans: tuple[Span, ...]) -> Classified:

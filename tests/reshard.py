@@ -184,7 +184,7 @@ def reference(source: str, target: str, value_tensor: bool) -> list[tuple[float,
     for number in range(STEPS_BEFORE):
         step(run, number)
     if target != source or value_tensor:
-        new_classes = regroup(classes, "value", ROLE) if value_tensor else classes
+        new_classes = regroup(regroup(classes, "value", ROLE), "norm", ROLE) if value_tensor else classes
         after = oracle(run.weights(), GROUPS[target], new_classes)
         after._state = run._state
         for name, state in after._state.items():

@@ -60,7 +60,7 @@ TOPOLOGIES: dict[str, Topology] = {
     "z2-dp2-adamw": Topology(2, 2, optimizer="adamw"),
     "z3-tp2-adamw": Topology(3, 1, 2, optimizer="adamw"),
     "z0-adamw": Topology(0, optimizer="adamw"),
-    "z2-dp2-value_tensor": Topology(2, 2, params={"granularity": {"value": "tensor"}}),
+    "z2-dp2-value_tensor": Topology(2, 2, params={"granularity": {"value": "tensor", "norm": "tensor"}}),
 }
 
 

@@ -114,7 +114,11 @@ def _cases() -> dict[str, tuple[int, Case]]:
     add("zero_init", 1, Case("mini", 3, model="even", zero_init=True))
     add("zero_init", 2, Case("mini", 3, "bf16", model="qwen2", zero_init=True))
     for model, stage, dp in (("qwen3", 0, 1), ("qwen3", 1, 2), ("neox", 2, 1), ("qwen2", 3, 1)):
-        add("granularity", dp, Case("mini", stage, model=model, granularity={"value": "tensor", "bias": "tensor"}))
+        add(
+            "granularity",
+            dp,
+            Case("mini", stage, model=model, granularity={"value": "tensor", "bias": "tensor", "norm": "tensor"}),
+        )
     for stage, dp in ((0, 1), (1, 2), (3, 2)):
         add("clip", dp, Case("mini", stage, clip=0.05))
     add("mutant", 1, Case("mini", 2, oracle_multipliers={"value": 4.01}, steps=2))

@@ -42,6 +42,7 @@ SETTINGS = {
     "multiplier a string": ({"lr_multipliers": {"qk": "8"}}, r"must be a number >= 0, got '8'"),
     "multipliers a list": ({"lr_multipliers": [10, 8]}, r"lr_multipliers must be a mapping"),
     "negative weight decay multiplier": ({"weight_decay_multipliers": {"norm": -0.1}}, r"weight_decay_multipliers"),
+    "a granularity in one word": ({"granularity": "publisched"}, r'or "published".*got \'publisched\'; did you mean'),
     "unknown granularity": ({"granularity": {"value": "column"}}, r"one of head, row, tensor, element, got 'column'"),
     "negative lr": ({"lr": -1e-3}, r"lr must be >= 0 and finite, got -0.001"),
     "lr auto": ({"lr": "auto"}, r'lr is "auto", which only HF Trainer'),

@@ -80,7 +80,7 @@ def _partitions() -> Named:
 
 def _granularities() -> Named:
     for (model, granularity), (stage, dp) in product(
-        (("nano", "value_tensor"), ("qwen3", "mixed")), ((0, 1), (2, 2), (2, 3), (3, 2), (3, 3))
+        (("nano", "value_tensor"), ("qwen3", "mixed"), ("slim", "published")), ((0, 1), (2, 2), (2, 3), (3, 2), (3, 3))
     ):
         yield _named(granularity, dp, Case("mini", stage, model=model, granularity=granularity))
 

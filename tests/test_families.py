@@ -59,9 +59,12 @@ EXPECTED = {
 
 
 def tags_of(model, **settings):
-    """name -> "role granularity blocks", joined by + for the roles of a fused weight, in the order of its rows."""
+    """name -> "role granularity blocks", joined by + for the roles of a fused weight, in the order of its rows.
+
+    As published unless the settings say otherwise: with one block for each norm the tables need no vector's length.
+    """
     found = {}
-    for row in tag_parameters(model, **settings).rows:
+    for row in tag_parameters(model, **{"granularity": "published", **settings}).rows:
         found.setdefault(row.fqn, []).append(f"{row.role} {row.granularity} {row.num_blocks}")
     return {name: " + ".join(roles) for name, roles in found.items()}
 
@@ -71,6 +74,16 @@ def test_every_parameter_is_what_the_model_code_makes_of_it(family):
     """A weight read as another role trains at up to ten times its rate, and the loss curve does not say why."""
     with torch.device("meta"):
         assert tags_of(build(family)) == EXPECTED[family]
+
+
+@pytest.mark.parametrize(("family", "heads"), [("Llama", {}), ("Qwen3", {"q_norm": 12, "k_norm": 12}), ("GPT2", {})])
+def test_by_default_every_element_of_a_norm_is_a_block(family, heads):
+    """The one departure from Adam-mini's partition; nothing else may move with it."""
+    with torch.device("meta"):
+        found = tags_of(build(family), granularity={})
+    for name, published in EXPECTED[family].items():
+        length = next((n for part, n in heads.items() if part in name), 48)
+        assert found[name] == published.replace("norm tensor 1", f"norm element {length}"), name
 
 
 def test_every_family_has_a_table():

@@ -115,6 +115,8 @@ def test_arguments_become_settings(tmp_path: Path) -> None:
     assert parsed is not None
     assert (parsed["kind"], parsed["granularity"]) == ("BlockwiseAdamMini", {"value": "tensor"})
     assert (parsed["momentum_dtype"], parsed["backend"], parsed["rules"]) == ("fp32", "auto", None)
+    published = _parsed("--blockwise-optimizer", "BlockwiseAdamMini", "--blockwise-granularity", "published")
+    assert published is not None and published["granularity"] == "published"
 
 
 def test_settings_without_the_optimizer_are_an_error() -> None:

@@ -78,7 +78,7 @@ def test_an_explicit_head_dim_decides_the_head_size_not_the_hidden_size():
     assert blocks["model.layers.0.self_attn.q_proj.weight"] == 4
     assert blocks["model.layers.0.self_attn.k_proj.weight"] == 2
     assert blocks["model.layers.0.self_attn.v_proj.weight"] == 32
-    assert blocks["model.layers.0.self_attn.q_norm.weight"] == 1
+    assert blocks["model.layers.0.self_attn.q_norm.weight"] == 0, "element-wise: no second moment is shared"
 
 
 def test_gpt2_conv1d_blocks_run_along_the_output_columns():

@@ -115,6 +115,7 @@ def test_oracle_is_published_adam_mini(family: str) -> None:
     published = _published_adam_mini(model, HEAD_NUMEL[family], decay)
     unit = {"lr_multipliers": UNIT, "weight_decay_multipliers": {"norm": 0.0}}
     oracle = _oracle(family, "mini", model, **unit)
+    oracle = replace(oracle, classes=regroup(oracle.classes, "norm", ROLE))
     oracle.hyper.weight_decay = decay
     _run(model, published, oracle, tolerance=1e-12)
 
@@ -146,7 +147,7 @@ MUTANTS = {
 }
 
 
-@pytest.mark.parametrize("mutant", [*MUTANTS, "head_size", "border", "role", "element_wise"])
+@pytest.mark.parametrize("mutant", [*MUTANTS, "head_size", "border", "role", "whole_norm"])
 def test_comparison_notices(mutant: str) -> None:
     """The comparison would be blind to a small error, and every green test with it."""
     model = _model("nano")
@@ -159,7 +160,7 @@ def test_comparison_notices(mutant: str) -> None:
         classes = {
             "head_size": regroup(wrong.classes, "query", 1),
             "border": {n: replace(c, spans=_shifted(c.spans)) for n, c in wrong.classes.items()},
-            "element_wise": regroup(wrong.classes, "norm", 0),
+            "whole_norm": regroup(wrong.classes, "norm", ROLE),
         }[mutant]
         wrong = replace(wrong, classes=classes)
     start = oracle.weights()
@@ -223,9 +224,9 @@ def test_library_matches_torch_adamw(family: str) -> None:
 
 @pytest.mark.parametrize("family", HEAD_NUMEL)
 def test_library_matches_published_adam_mini(family: str) -> None:
-    """A user who moves from the published Adam-mini (multipliers 1) would get another optimizer."""
+    """A user who moves from the published Adam-mini (multipliers 1, its partition) would get another optimizer."""
     ours, theirs = _model(family, torch.float64), _model(family, torch.float64)
-    settings = {"lr_multipliers": UNIT, "weight_decay": 0.0}
+    settings = {"lr_multipliers": UNIT, "weight_decay": 0.0, "granularity": "published"}
     optimizer = _ours(ours, "mini", **settings)
     outside = _published_adam_mini(theirs, HEAD_NUMEL[family], 0.0)
     for step, lr in enumerate(LRS):
@@ -325,12 +326,13 @@ def test_missing_gradient_leaves_parameter_alone(kind: str) -> None:
         ({"value": "tensor"}, {"value": ROLE}),
         ({"vo": "tensor", "value": "row"}, {"attn_out": ROLE}),
         ({"qk": "row", "key": "element", "emb": "tensor"}, {"query": 1, "key": 0, "embedding": ROLE}),
-        ({"ffn": "element", "norm": "element"}, {"ffn": 0, "norm": 0}),
+        ({"ffn": "element", "norm": "row"}, {"ffn": 0, "norm": 0}),
+        ("published", {"norm": ROLE}),
         ({"bias": "tensor"}, {"bias": ROLE}),
     ],
-    ids=["value_tensor", "role_wins", "attention", "element", "bias_tensor"],
+    ids=["value_tensor", "role_wins", "attention", "element", "published", "bias_tensor"],
 )
-def test_granularity(family: str, granularity: dict[str, str], changes: dict[str, int]) -> None:
+def test_granularity(family: str, granularity: dict[str, str] | str, changes: dict[str, int]) -> None:
     """The partition a user chose (one block for V in short runs) would not be the one used."""
     model = _model(family)
     optimizer = _ours(model, "mini", granularity=granularity)

@@ -343,7 +343,8 @@ def test_published_adam_mini_state_goes_on(llama: nn.Module) -> None:
     twin.load_state_dict(then)
     tag_parameters(twin)
     ones = dict.fromkeys(("emb", "head", "qk", "ffn", "vo", "norm", "other"), 1.0)
-    ours = BlockwiseAdamMini(twin.parameters(), lr=LR, betas=BETAS, eps=EPS, weight_decay=0.0, lr_multipliers=ones)
+    same = {"lr_multipliers": ones, "granularity": "published"}
+    ours = BlockwiseAdamMini(twin.parameters(), lr=LR, betas=BETAS, eps=EPS, weight_decay=0.0, **same)
     ours.load_state_dict(state)
     assert {int(s["step"]) for s in ours.state.values()} == {3}
     for step in range(3, 5):
@@ -353,6 +354,22 @@ def test_published_adam_mini_state_goes_on(llama: nn.Module) -> None:
         # it works in fp32 throughout: a few roundings of the update more than ours
         assert_same_update((before, weights(twin)), (then, weights(llama)), LR, tolerance=1e-5, what=f"step {step}")
         then = weights(llama)
+
+
+def test_published_adam_mini_state_goes_on_in_our_own_partition(llama: nn.Module) -> None:
+    """Every element of a norm begins with the second moment that the whole vector had."""
+    theirs = published(llama, dim=12, n_heads=2, n_kv_heads=1)
+    train(llama, theirs, range(2))
+    twin = models.llama()
+    tag_parameters(twin)
+    ours = BlockwiseAdamMini(twin.parameters(), **ADAMW)
+    ours.load_state_dict(through_a_file(theirs.state_dict()))
+    name = "model.layers.0.input_layernorm.weight"
+    (group,) = [group for group in theirs.state_dict()["param_groups"] if group["name"] == name]
+    expected = theirs.state_dict()["state"][group["params"][0]]["vmean"]
+    own = ours.state_dict()["state"][[n for n, _ in twin.named_parameters()].index(name)]["exp_avg_sq"]
+    assert own.shape == (12,) and expected.numel() == 1 and expected > 0
+    torch.testing.assert_close(own, expected.reshape(1).expand(12), rtol=0, atol=0)
 
 
 def test_published_adam_mini_state_of_another_model_is_refused(llama: nn.Module) -> None:

@@ -64,7 +64,7 @@ def _config(case: Case) -> dict[str, Any]:
             "eps": eps,
             "weight_decay": WEIGHT_DECAY,
             "weight_decay_multipliers": DECAY_MULTIPLIERS,
-            "granularity": {"value": "tensor"} if case.value_tensor else {},
+            "granularity": {"value": "tensor", "norm": "tensor"} if case.value_tensor else {},
             "backend": case.backend,
         },
         **({"gradient_clipping": case.clip} if case.clip else {}),
@@ -74,7 +74,7 @@ def _config(case: Case) -> dict[str, Any]:
 
 def _classes(case: Case) -> Classes:
     classes = megatron_classes(layers=LAYERS, **SHAPES[case.shape])
-    return regroup(classes, "value", ROLE) if case.value_tensor else classes
+    return regroup(regroup(classes, "value", ROLE), "norm", ROLE) if case.value_tensor else classes
 
 
 def _set_lr(run: SimpleNamespace, step: int) -> float:
