@@ -18,8 +18,8 @@ STEPS = 2  # the second sees moments that are not zero
 HYPER = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
 OURS_TOLERANCE = 1e-5
 UNIT = {"lr_multipliers": dict.fromkeys(("emb", "head", "qk", "ffn", "vo", "norm", "other"), 1.0)}
-# what the published package does: norms are not decayed, query, key and value are weights of their own
-PUBLISHED = {**UNIT, "weight_decay_multipliers": {"norm": 0.0}}
+# what the published package does: its partition, norms are not decayed, query, key and value are weights of their own
+PUBLISHED = {**UNIT, "weight_decay_multipliers": {"norm": 0.0}, "granularity": "published"}
 
 
 def verify(contenders: list[Contender], layouts: list[str], device: torch.device) -> list[str]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 import os
 import shutil
@@ -61,6 +62,12 @@ def run_trial(
         The result, None if it was stopped; a loss that is no longer finite is one, with ``final_validation_loss`` None.
     """
     place, digest = folder / trial.name, digest_of(trial, vocab_size, data)
+    folder.mkdir(parents=True, exist_ok=True)
+    # A run whose main process was killed leaves this trial going on; the next one waits for it and takes its result.
+    lock = os.open(folder / f"{trial.name}.lock", os.O_WRONLY | os.O_CREAT)
+    fcntl.flock(lock, fcntl.LOCK_EX)  # until this process ends
+    if (found := result_of(trial, folder, vocab_size, data)) is not None:
+        return found
     if not (place / _BEGUN).is_file() or (place / _BEGUN).read_text(encoding="utf-8") != digest:
         shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True, exist_ok=True)

@@ -70,7 +70,7 @@ def matrices(shape: GPTShape) -> list[Matrix]:
         Matrix(shape.num_heads * shape.head_dim * h, h, "columns", layers),
         Matrix(up_rows * h, up_rows, "rows", layers),
         Matrix(f * h, h, "columns", layers),
-        Matrix(h, 1, None, (2 * layers + 1) * (2 if gpt2 else 1)),
+        Matrix(h, h, None, (2 * layers + 1) * (2 if gpt2 else 1)),
     ]
     if gpt2:
         found.append(Matrix(shape.sequence_length * h, shape.sequence_length, None, 1))

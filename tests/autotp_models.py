@@ -197,7 +197,7 @@ def _rows(count: int, role: str, size: int = 1) -> Classified:
 
 def _neox(spec: Model) -> Classes:
     hidden, ffn, vocab = (spec.size(n) for n in ("hidden_size", "intermediate_size", "vocab_size"))
-    head, norm = spec.head_dim, partial(_rows, hidden, "norm", hidden)
+    head, norm = spec.head_dim, partial(_rows, hidden, "norm", 0)
     qkv: list[Span] = []
     for _ in range(spec.size("num_attention_heads")):  # head by head: its queries, keys and values
         for role, rows in (("query", head), ("key", head), ("value", 1)):

@@ -20,7 +20,7 @@ from engine_cases import BETAS, EPS, FULL_NAME, WEIGHT_DECAY
 from megatron_models import EXPERTS, LLAMA, SIZES
 from megatron_stack import DTYPES, EMBEDDING, LR
 from models import GradientPlan
-from oracle_names import ROLE, Classes, Classified, Span
+from oracle_names import Classes, Classified, Span
 from torch import Tensor, nn
 
 # odd hidden size, an odd number of experts on one of two ranks: shards of the distributed optimizer end inside rows
@@ -173,7 +173,7 @@ def classes_of(shapes: dict[str, tuple[int, ...]], groups: int) -> Classes:
         if name.endswith("linear_qkv.weight"):
             classes[name] = Classified(tuple(qkv))
         elif "norm" in name:
-            classes[name] = Classified((Span(0, shape[0], "norm", ROLE),))
+            classes[name] = Classified((Span(0, shape[0], "norm", 0),))
         else:
             role = next(role for end, role in ends.items() if name.endswith(end))
             classes[name] = Classified((Span(0, shape[0], role, 1),))

@@ -276,9 +276,9 @@ def test_communication_of_zero_is_what_a_hand_counts(tmp_path: Path) -> None:
     # 1044 elements: embedding 11x12, norm 12, proj 12x12 and qkv 20x12 in either order, norm 12, fc1 20x12, fc2 12x10,
     # norm 12, output 11x12. The cut at 522 is 378 behind the first norm: row 19.5 of qkv, or row 11.5 of proj.
     assert counted["1/2"] == (1, 8, 0, 0)
-    # Halves of: embedding and output (row 5.5: 1 each), three norms (1 each), qkv (row 10 of heads 0-4, 4-8, 8-12: 1);
-    # proj (row 6), fc1 (row 10) and fc2 (row 6) are cut between rows.
-    assert counted["3"] == (1, 8 * 6, 0, 0)
+    # Halves of: embedding and output (row 5.5: 1 each), qkv (row 10 of heads 0-4, 4-8, 8-12: 1); proj (row 6), fc1
+    # (row 10) and fc2 (row 6) are cut between rows, and norms have one second moment for each element.
+    assert counted["3"] == (1, 8 * 3, 0, 0)
 
 
 def test_communication_of_tensor_parallelism_is_what_a_hand_counts(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def test_the_table_of_a_hugging_face_config(llama, capsys):
     out = capsys.readouterr().out
     (query,) = [line.split() for line in out.splitlines() if "q_proj" in line]
     assert query == ["model.layers.0.self_attn.q_proj.weight", "48x48", "query", "qk", "8", "1", "head", "4", "9,232"]
-    assert "total: 28,272 parameters, 491 blocks" in out
+    assert "total: 28,272 parameters, 632 blocks" in out
 
 
 def test_json_has_every_column_and_the_totals(llama, capsys):
@@ -54,7 +54,7 @@ def test_json_has_every_column_and_the_totals(llama, capsys):
         "state_bytes": 4 * (24 * 48 + 2),
         "is_measured": False,
     }
-    assert report["totals"]["adam_mini_state_bytes"] == 4 * (28272 + 491)
+    assert report["totals"]["adam_mini_state_bytes"] == 4 * (28272 + 632)
 
 
 def test_settings_come_from_a_deepspeed_json(llama, tmp_path, capsys):

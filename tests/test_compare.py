@@ -4,9 +4,13 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import math
+import os
+import shutil
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -274,7 +278,7 @@ def test_a_trial_that_the_clock_stops_goes_on_from_its_checkpoint(project, tmp_p
     whole, _ = _trained(project, tmp_path / "whole", time.monotonic() + 600.0, [BASELINE], steps=200)
     with pytest.raises(compare_optimizers.Stopped, match="1 runs"):
         _trained(project, tmp_path / "slices", time.monotonic() + 1.0, [BASELINE], steps=200)
-    (place,) = (tmp_path / "slices").iterdir()
+    (place,) = (path for path in (tmp_path / "slices").iterdir() if path.is_dir())
     spent = float((place / "cpu_seconds").read_text(encoding="utf-8"))
     assert list((place / "settings" / "checkpoints").glob("step_*"))
     slices, _ = _trained(project, tmp_path / "slices", time.monotonic() + 600.0, [BASELINE], steps=200)
@@ -282,6 +286,29 @@ def test_a_trial_that_the_clock_stops_goes_on_from_its_checkpoint(project, tmp_p
     assert one["final_validation_loss"] == two["final_validation_loss"]
     assert one["curve"] == two["curve"]
     assert two["cpu_seconds"] > spent > 0
+
+
+def test_a_trial_that_another_process_is_training_is_waited_for(project, tmp_path, monkeypatch):
+    """Two processes in one folder would write into each other's logs and checkpoints."""
+    monkeypatch.chdir(project)
+    results, _ = _trained(project, tmp_path / "one", time.monotonic() + 600.0, [BASELINE])
+    ((trial, result),) = results.items()
+    (tmp_path / "two").mkdir()
+    lock = os.open(tmp_path / "two" / f"{trial.name}.lock", os.O_WRONLY | os.O_CREAT)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+
+    def finish() -> None:
+        """The other process ends: its result is there before its lock is gone."""
+        shutil.copytree(tmp_path / "one" / trial.name, tmp_path / "two" / trial.name)
+        (tmp_path / "two" / trial.name / "log").write_text("of the other process", encoding="utf-8")
+        os.close(lock)
+
+    other = threading.Timer(12.0, finish)
+    other.start()
+    again, _ = _trained(project, tmp_path / "two", time.monotonic() + 600.0, [BASELINE])
+    other.join()
+    assert again[trial]["cpu_seconds"] == result["cpu_seconds"], "trained again"
+    assert (tmp_path / "two" / trial.name / "log").read_text(encoding="utf-8") == "of the other process"
 
 
 @pytest.mark.slow

@@ -161,7 +161,7 @@ def test_adam_mini_keeps_about_half_of_adamws_state():
     train(model, mini, 1)
     train(model, adamw, 1)
     numel = sum(p.numel() for p in model.parameters())
-    blocks = 11 + 3 + 12 + 3 + 12 + 12 + 1 + 1 + 11
+    blocks = 11 + 3 + 12 + 3 + 12 + 12 + 12 + 12 + 11
     assert mini.state_bytes() == 4 * (numel + blocks)
     assert adamw.state_bytes() == 8 * numel
 

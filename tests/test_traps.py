@@ -46,8 +46,8 @@ def nearly_empty():
 
 
 def one_huge_block():
-    """A norm vector longer than two ranks' share: one block on three ranks."""
-    return nn.ModuleDict({"norm": Norm(50), "lm_head": nn.Linear(2, 3, bias=False)})
+    """A row longer than two ranks' share: one block on three ranks."""
+    return nn.ModuleDict({"norm": Norm(2), "lm_head": nn.Linear(50, 1, bias=False)})
 
 
 def heads():
