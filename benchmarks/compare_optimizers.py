@@ -220,6 +220,7 @@ def main() -> int:
     parser.add_argument("--arms", help=f"only these, separated by commas, {BASELINE} among them: {', '.join(ARMS)}")
     parser.add_argument("--steps", type=int, help="of a whole run")
     parser.add_argument("--no-ablations", action="store_true")
+    parser.add_argument("--publish", action="store_true", help="write docs and README.md although runs are missing")
     options = parser.parse_args()
     plan = _plan(options, parser)
     name = f"{options.run.stem}_quick" if options.quick else options.run.stem
@@ -232,8 +233,9 @@ def main() -> int:
             train_all(trials, plan)
         except Stopped as reason:
             stopped = reason
-        # only a whole comparison may change what stands in the repository
-        published = trials.compared and plan == FULL and options.run == RUN_FILE and not options.set
+        # only a whole comparison changes what stands in the repository, unless somebody asks for it
+        whole = plan == FULL and options.run == RUN_FILE and not options.set
+        published = whole and (trials.compared or options.publish)
         print(compare_report.write(trials.results, trials.run, plan, folder, published=published))
     if stopped is not None:
         print(f"not complete: {stopped}")

@@ -135,7 +135,8 @@ def _steps_to(results: Results, plan: Plan, trials: Sequence[Trial], target: flo
     points = []
     for steps in lengths:
         at = [t for t in _plain(results, arm, steps) if t.lr == lr]
-        points.append((steps, mean_loss(results, at)))
+        if len(at) == len(trials):  # a mean of other seeds would be compared with other seeds
+            points.append((steps, mean_loss(results, at)))
     if points[-1][1] > target:
         return f"not within {plan.steps}"
     if points[0][1] <= target:

@@ -127,6 +127,16 @@ def test_the_table_says_what_the_formula_does():
     assert "| Muon + AdamW (torch) | 0.008 | 3.4200 ± 0.0058 | -0.1000 ± 0.0000 | 71 | 0.500 | 8.00 |" in text
 
 
+def test_a_length_counts_when_all_seeds_have_it():
+    """A comparison that is stopped in between would give the mean of one seed beside the mean of three."""
+    trials = FakeTrials(_bowl(BEST, FLOOR))
+    compare_optimizers.train_all(trials, PLAN)
+    few = {t: r for t, r in trials.results.items() if t.steps == PLAN.steps or t.seed == 1}
+    rows = {row.arm: row for row in compare_report.arm_results(few, PLAN)}
+    assert rows["muon"].steps_to_baseline == "fewer than 100"
+    assert rows["adamw_8bit"].steps_to_baseline == "not within 100"
+
+
 def test_a_rate_that_diverges_is_never_the_best_and_is_written_down(tmp_path):
     bowl = _bowl(BEST, FLOOR)
     trials = FakeTrials(lambda trial: math.inf if trial.lr > 6e-3 else bowl(trial))
