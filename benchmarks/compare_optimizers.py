@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import compare_report
 from bench_machine import ROOT, cores
 from compare_ablations import MINI, OUR_MINI, ablations, confirmation
-from compare_trials import ARMS, BASELINE, FULL, QUICK, Plan, Trial
+from compare_trials import ARMS, BASELINE, FULL, QUICK, WARMUP_SHARE, Plan, Trial
 from token_files import read_metadata
 from tqdm import tqdm
 
@@ -175,8 +175,9 @@ def train_all(trials: Trials, plan: Plan) -> None:
     trials.train([trial for seeds in whole.values() for trial in seeds], "seeds")
     target = compare_report.mean_loss(trials.results, whole[BASELINE])
     better = [arm for arm, seeds in whole.items() if compare_report.mean_loss(trials.results, seeds) < target]
+    # as many steps of warm-up as the whole runs: with fewer, a run ends above what a longer one has in passing
     shorter = [
-        Trial(arm, best[arm], seed, round(share * plan.steps))
+        Trial(arm, best[arm], seed, round(share * plan.steps), warmup=WARMUP_SHARE / share)
         for share in plan.lengths
         for arm in better
         for seed in range(1, plan.seeds + 1)

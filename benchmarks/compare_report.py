@@ -190,9 +190,11 @@ def ablation_table(results: Results, plan: Plan, best: Mapping[str, float]) -> s
         shown = DIVERGED if diverged else Estimate.of(losses).text()
         change = Estimate.of(paired).text("+.4f") if paired and math.isfinite(sum(paired)) else ""
         lines.append(f"| {ARMS[ablation.arm].label} | {ablation.words} | {ablation.lr:g} | {shown} | {change} |")
+    if len(missing) == len(asked):
+        lines = []
     if missing:
         lines += ["", f"{len(missing)} of {len(asked)} are not trained yet: {'; '.join(dict.fromkeys(missing))}."]
-    return "\n".join(lines)
+    return "\n".join(lines).lstrip("\n")
 
 
 def provenance_text(results: Results, plan: Plan) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+WARMUP_SHARE = 0.05
 MIN_LR_SHARE = 0.05  # the paper's: every block decays to one twentieth of the base learning rate
 COMMON = {"betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
 UNIFORM = {"lr_multipliers": {"emb": 1, "head": 1, "qk": 1, "ffn": 1, "vo": 1, "norm": 1, "other": 1}}
@@ -75,7 +76,7 @@ class Trial:
     change: str = ""
     params: Mapping[str, Any] = field(default_factory=dict, hash=False)
     scheduler: Mapping[str, Any] | None = field(default=None, hash=False)
-    warmup: float = 0.05
+    warmup: float = WARMUP_SHARE
 
     @property
     def name(self) -> str:

@@ -105,6 +105,8 @@ def test_shorter_runs_only_of_what_beats_the_baseline():
     shorter = {t.arm for t in trials.results if t.steps == 50}
     assert shorter == {"blockwise_adamw", "muon"}
     assert {t.seed for t in trials.results if t.steps == 50} == {1, 2, 3}
+    plain = [t for t in trials.results if not t.change]
+    assert {round(t.warmup * t.steps) for t in plain} == {5}, "the warm-up does not shrink with the run"
 
 
 def test_the_table_says_what_the_formula_does():
