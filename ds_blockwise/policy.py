@@ -3,7 +3,7 @@
 
 Defaults: multipliers of arXiv 2502.19002 (Emb 10, QK 8, FFN 6, VO 4, Norm 1), partition of Adam-mini
 (arXiv 2406.16793, algorithm 2: a head of Q and K, a row elsewhere, a whole norm vector), but every element of a norm
-for itself: that costs no memory worth naming (docs/evidence.md has what it gains).
+for itself: that costs no memory worth naming (docs/evidence.md: what is known of its gain).
 """
 
 from __future__ import annotations
