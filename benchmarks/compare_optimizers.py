@@ -224,6 +224,11 @@ def main() -> int:
     parser.add_argument("--publish", action="store_true", help="write docs and README.md although runs are missing")
     options = parser.parse_args()
     plan = _plan(options, parser)
+    whole = plan == FULL and options.run == RUN_FILE and not options.set
+    if options.publish and not whole:
+        parser.error(
+            "--publish is for the plan and run file that README.md shows: no --quick, --arms, --steps, --set ..."
+        )
     name = f"{options.run.stem}_quick" if options.quick else options.run.stem
     folder = ROOT / "runs" / "compare" / name
     # relative paths of run files count from here
@@ -235,7 +240,6 @@ def main() -> int:
         except Stopped as reason:
             stopped = reason
         # only a whole comparison changes what stands in the repository, unless somebody asks for it
-        whole = plan == FULL and options.run == RUN_FILE and not options.set
         published = whole and (trials.compared or options.publish)
         print(compare_report.write(trials.results, trials.run, plan, folder, published=published))
     if stopped is not None:

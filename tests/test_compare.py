@@ -139,6 +139,15 @@ def test_a_length_counts_when_all_seeds_have_it():
     assert rows["adamw_8bit"].steps_to_baseline == "not within 100"
 
 
+@pytest.mark.parametrize("other", [["--quick"], ["--steps", "100"], ["--set", "training.seed=3"], ["--no-ablations"]])
+def test_only_the_plan_that_the_readme_shows_is_published(other, monkeypatch, capsys):
+    """Asked for and ignored, or worse: another comparison in the place of this one."""
+    monkeypatch.setattr(sys, "argv", ["compare_optimizers.py", "--publish", *other])
+    with pytest.raises(SystemExit):
+        compare_optimizers.main()
+    assert "--publish is for the plan" in capsys.readouterr().err
+
+
 def test_a_rate_that_diverges_is_never_the_best_and_is_written_down(tmp_path):
     bowl = _bowl(BEST, FLOOR)
     trials = FakeTrials(lambda trial: math.inf if trial.lr > 6e-3 else bowl(trial))
