@@ -58,15 +58,19 @@ class Ablation:
         return [self.trial(plan, seed) for seed in range(1, (plan.seeds if self.all_seeds else 1) + 1)]
 
 
-def ablations(best: Mapping[str, float]) -> list[Ablation]:
-    """All of the arms that were trained, those that decide a default first.
+def ablations(best: Mapping[str, float], plan: Plan) -> list[Ablation]:
+    """Those the plan asks for, of the arms that were trained; those that decide a default first.
 
     Args:
         best: Best learning rate by arm, from the sweep.
+        plan: What is trained.
     """
+    if plan.ablations == "none":
+        return []
     rates = {arm: best.get(arm, math.nan) for arm in ARMS}
     found = [*_second_moments(rates), *_block_types(rates), *_schedules(rates), *_measured(rates), *_warmups(rates)]
-    return [ablation for ablation in found if ablation.arm in best]
+    every = plan.ablations == "all"
+    return [ablation for ablation in found if ablation.arm in best and (every or ablation.all_seeds)]
 
 
 def confirmation(
@@ -174,7 +178,7 @@ def _warmups(best: Mapping[str, float]) -> list[Ablation]:
 
     The sweep has both rates with the usual warm-up.
     """
-    factors = {ADAMW: (2,), MINI: (1, 2)}
+    factors = {ADAMW: (2,), MINI: (1, 2), OURS: (1,)}
     return [
         Ablation(
             arm,

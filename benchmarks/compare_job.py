@@ -20,30 +20,24 @@ import pretrain_llama
 import torch
 from bench_machine import provenance
 from compare_peers import register
-from compare_trials import Trial, digest_of
+from compare_trials import Setup, Trial
 
 RESULT = "result.json"
 _BEGUN = "digest"  # of what is in the folder, finished or not
 VALIDATIONS = 8  # points of a curve
 
 
-def result_of(trial: Trial, folder: Path, vocab_size: int, data: dict[str, Any]) -> dict[str, Any] | None:
+def result_of(trial: Trial, folder: Path, setup: Setup) -> dict[str, Any] | None:
     """What a finished trial left; None if it has not finished, or something that decides its result has changed."""
     path = folder / trial.name / RESULT
     if not path.is_file():
         return None
     found = json.loads(path.read_text(encoding="utf-8"))
-    return found if found["digest"] == digest_of(trial, vocab_size, data) else None
+    return found if found["digest"] == setup.digest(trial) else None
 
 
 def run_trial(
-    trial: Trial,
-    folder: Path,
-    run_file: Path,
-    vocab_size: int,
-    data: dict[str, Any],
-    overrides: list[str],
-    minutes: float,
+    trial: Trial, folder: Path, run_file: Path, setup: Setup, overrides: list[str], minutes: float
 ) -> dict[str, Any] | None:
     """Train in this process, which serves no other trial, and write the result; its output goes to ``log`` beside it.
 
@@ -53,32 +47,31 @@ def run_trial(
         trial: What to train.
         folder: Of all trials.
         run_file: Model, data and batch.
-        vocab_size: Of the model.
-        data: `metadata.json` of the prepared text.
+        setup: What all trials share.
         overrides: More ``section.key=value`` for the run file.
         minutes: After so many it stops with a checkpoint.
 
     Returns:
         The result, None if it was stopped; a loss that is no longer finite is one, with ``final_validation_loss`` None.
     """
-    place, digest = folder / trial.name, digest_of(trial, vocab_size, data)
+    place, digest = folder / trial.name, setup.digest(trial)
     folder.mkdir(parents=True, exist_ok=True)
     # A run whose main process was killed leaves this trial going on; the next one waits for it and takes its result.
     lock = os.open(folder / f"{trial.name}.lock", os.O_WRONLY | os.O_CREAT)
     fcntl.flock(lock, fcntl.LOCK_EX)  # until this process ends
-    if (found := result_of(trial, folder, vocab_size, data)) is not None:
+    if (found := result_of(trial, folder, setup)) is not None:
         return found
     if not (place / _BEGUN).is_file() or (place / _BEGUN).read_text(encoding="utf-8") != digest:
         shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True, exist_ok=True)
     (place / _BEGUN).write_text(digest, encoding="utf-8")
     settings = place / "settings.json"
-    settings.write_text(json.dumps(trial.settings(vocab_size), indent=2), encoding="utf-8")
+    settings.write_text(json.dumps(setup.settings(trial), indent=2), encoding="utf-8")
     log = os.open(place / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     torch.set_num_threads(1)
-    register(trial.settings(vocab_size)["optimizer"]["type"])
+    register(setup.settings(trial)["optimizer"]["type"])
     changes = {
         "output": place,
         "cluster.gpus_per_node": 1,

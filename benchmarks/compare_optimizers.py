@@ -7,6 +7,8 @@ python benchmarks/compare_optimizers.py --quick  # shorter runs, 3 learning rate
 One process on one core (or GPU) per trial. What has finished is never trained again, so a run that was stopped goes
 on where it was; `--minutes` stops it by itself, each trial with a checkpoint.
 
+python benchmarks/compare_optimizers.py --run configs/run/compare_5m.yaml    # a larger model, in bf16; about an hour
+
 python benchmarks/compare_optimizers.py --run configs/run/compare_30m.yaml --steps 4000 --no-ablations \\
     --arms adamw,blockwise_adamw,blockwise_adam_mini --workers 1 --minutes 9    # a GPU, in slices of ten minutes
 """
@@ -31,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import compare_report
 from bench_machine import ROOT, cores
 from compare_ablations import MINI, OUR_MINI, ablations, confirmation
-from compare_trials import ARMS, BASELINE, FULL, QUICK, WARMUP_SHARE, Plan, Trial
+from compare_trials import ARMS, BASELINE, FULL, PUBLISHED_PLANS, QUICK, WARMUP_SHARE, Plan, Setup, Trial
 from token_files import read_metadata
 from tqdm import tqdm
 
@@ -53,11 +55,19 @@ class Trials:
         run_file: Model, data and batch.
         workers: Trials at a time.
         deadline: `time.monotonic` after which none begins.
+        bf16: As `Plan.bf16`.
         overrides: More ``section.key=value`` for the run file.
     """
 
     def __init__(
-        self, folder: Path, run_file: Path, workers: int, deadline: float, overrides: Iterable[str] = ()
+        self,
+        folder: Path,
+        run_file: Path,
+        workers: int,
+        deadline: float,
+        *,
+        bf16: bool = False,
+        overrides: Iterable[str] = (),
     ) -> None:
         self.results: dict[Trial, dict[str, Any]] = {}
         self.compared = False  # all but the ablations has been trained
@@ -72,7 +82,7 @@ class Trials:
                 f"no prepared data in {run.data_directory}: python launch/prepare_data.py --run {run_file}"
             )
         self._folder, self._run_file, self._deadline = folder, run_file, deadline
-        self._known = (run.shape.vocab_size, metadata)
+        self._setup = Setup(run.shape.vocab_size, metadata, bf16)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOAD)  # the packages are imported once
         # the server finds modules by this variable only
@@ -100,7 +110,7 @@ class Trials:
 
         waiting = []
         for trial in dict.fromkeys(trials):
-            found = self.results.get(trial) or result_of(trial, self._folder, *self._known)
+            found = self.results.get(trial) or result_of(trial, self._folder, self._setup)
             if found is None:
                 waiting.append(trial)
             else:
@@ -112,7 +122,7 @@ class Trials:
                     trial = waiting.pop(0)
                     minutes = (self._deadline - time.monotonic()) / 60
                     future = self._pool.submit(
-                        run_trial, trial, self._folder, self._run_file, *self._known, self._overrides, minutes
+                        run_trial, trial, self._folder, self._run_file, self._setup, self._overrides, minutes
                     )
                     running[future] = trial
                 if not running:
@@ -173,8 +183,8 @@ def train_all(trials: Trials, plan: Plan) -> None:
     best = sweep(trials, plan)
     whole = {arm: [Trial(arm, lr, seed, plan.steps) for seed in range(1, plan.seeds + 1)] for arm, lr in best.items()}
     trials.train([trial for seeds in whole.values() for trial in seeds], "seeds")
-    target = compare_report.mean_loss(trials.results, whole[BASELINE])
-    better = [arm for arm, seeds in whole.items() if compare_report.mean_loss(trials.results, seeds) < target]
+    differences = {arm: compare_report.against(trials.results, seeds, whole[BASELINE]) for arm, seeds in whole.items()}
+    better = [arm for arm, difference in differences.items() if difference is not None and difference.sign < 0]
     # as many steps of warm-up as the whole runs: with fewer, a run ends above what a longer one has in passing
     shorter = [
         Trial(arm, best[arm], seed, round(share * plan.steps), warmup=WARMUP_SHARE / share)
@@ -184,19 +194,18 @@ def train_all(trials: Trials, plan: Plan) -> None:
     ]
     trials.train(shorter, "shorter runs")
     trials.compared = True
-    if plan.ablations:
-        asked = ablations(best)
-        trials.train([trial for ablation in asked for trial in ablation.trials(plan)], "ablations")
-        losses = {trial: compare_report.loss_of(trials.results, trial) for trial in trials.results}
-        trials.train(confirmation(plan, asked, losses, (MINI, OUR_MINI)), "seeds of the best cuts")
+    asked = ablations(best, plan)
+    trials.train([trial for ablation in asked for trial in ablation.trials(plan)], "ablations")
+    losses = {trial: compare_report.loss_of(trials.results, trial) for trial in trials.results}
+    trials.train(confirmation(plan, asked, losses, (MINI, OUR_MINI)), "seeds of the best cuts")
 
 
 def _plan(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Plan:
-    plan = QUICK if options.quick else FULL
+    plan = QUICK if options.quick else PUBLISHED_PLANS.get(options.run.stem, FULL)
     if options.steps:
         plan = replace(plan, steps=options.steps)
     if options.no_ablations:
-        plan = replace(plan, ablations=False)
+        plan = replace(plan, ablations="none")
     if options.arms:
         arms = tuple(options.arms.split(","))
         unknown = [arm for arm in arms if arm not in ARMS]
@@ -224,16 +233,15 @@ def main() -> int:
     parser.add_argument("--publish", action="store_true", help="write docs and README.md although runs are missing")
     options = parser.parse_args()
     plan = _plan(options, parser)
-    whole = plan == FULL and options.run == RUN_FILE and not options.set
+    whole = plan == PUBLISHED_PLANS.get(options.run.stem) and not options.set
     if options.publish and not whole:
-        parser.error(
-            "--publish is for the plan and run file that README.md shows: no --quick, --arms, --steps, --set ..."
-        )
+        parser.error("--publish is for the plans that docs/evidence.md shows: no --quick, --arms, --steps, --set ...")
     name = f"{options.run.stem}_quick" if options.quick else options.run.stem
     folder = ROOT / "runs" / "compare" / name
     # relative paths of run files count from here
     os.chdir(ROOT)
-    with Trials(folder, options.run, options.workers, time.monotonic() + 60 * options.minutes, options.set) as trials:
+    deadline = time.monotonic() + 60 * options.minutes
+    with Trials(folder, options.run, options.workers, deadline, bf16=plan.bf16, overrides=options.set) as trials:
         stopped = None
         try:
             train_all(trials, plan)

@@ -15,7 +15,7 @@ from typing import Any
 import compare_plots
 from bench_machine import PROVENANCE, ROOT, write_between
 from compare_ablations import ablations
-from compare_trials import ARMS, BASELINE, Plan, Trial
+from compare_trials import ARMS, BASELINE, FULL, Plan, Trial
 
 from ds_blockwise.run_config import RunConfig
 
@@ -48,9 +48,17 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Estimate:
-        """From one value per seed."""
+        """From one value per seed; infinite without an error if a seed diverged."""
+        if math.inf in values:
+            return cls(math.inf, math.nan, len(values))
         spread = statistics.stdev(values) if len(values) > 1 else math.nan
         return cls(statistics.fmean(values), spread / math.sqrt(len(values)), len(values))
+
+    @property
+    def sign(self) -> int:
+        """-1 or 1 if the mean is further from 0 than two standard errors, else 0; a single seed is believed."""
+        unsure = self.seeds > 1 and abs(self.mean) <= 2 * self.error  # not if one of them has diverged
+        return 0 if unsure or not self.mean else int(math.copysign(1, self.mean))
 
     def text(self, form: str = ".4f") -> str:
         """``3.5123 ± 0.0012``."""
@@ -73,6 +81,13 @@ def mean_loss(results: Results, trials: Sequence[Trial]) -> float:
     return statistics.fmean(loss_of(results, trial) for trial in trials)
 
 
+def against(results: Results, trials: Sequence[Trial], baseline: Sequence[Trial]) -> Estimate | None:
+    """Difference of final losses between runs of one seed; None for the baseline itself and without common seeds."""
+    losses = {t.seed: loss_of(results, t) for t in baseline if t not in trials}
+    paired = [loss_of(results, t) - losses[t.seed] for t in trials if t.seed in losses]
+    return Estimate.of(paired) if paired else None
+
+
 @dataclass(frozen=True)
 class ArmResult:
     """What the table says of one arm."""
@@ -90,11 +105,9 @@ def arm_results(results: Results, plan: Plan) -> list[ArmResult]:
     """Every arm whose sweep has finished, at its best learning rate."""
     found = []
     seeds = {arm: _at_best(results, plan, arm) for arm in plan.arms}
-    baseline = {t.seed: loss_of(results, t) for t in seeds[BASELINE]}
     for arm, trials in seeds.items():
         if not trials:
             continue
-        paired = [loss_of(results, t) - baseline[t.seed] for t in trials if t.seed in baseline]
         ended = [t for t in trials if results[t]["diverged"] is None]
         if not ended:
             continue
@@ -103,8 +116,8 @@ def arm_results(results: Results, plan: Plan) -> list[ArmResult]:
                 arm,
                 trials[0].lr,
                 Estimate.of([loss_of(results, t) for t in trials]),
-                Estimate.of(paired) if paired and arm != BASELINE else None,
-                _steps_to(results, plan, trials, statistics.fmean(baseline.values())) if baseline else "",
+                against(results, trials, seeds[BASELINE]),
+                _steps_to(results, plan, trials, seeds[BASELINE]),
                 statistics.median(results[t]["cpu_seconds"] / t.steps for t in ended),
                 results[ended[0]]["optimizer_state_bytes_per_parameter"],
             )
@@ -126,19 +139,23 @@ def _at_best(results: Results, plan: Plan, arm: str) -> list[Trial]:
     return sorted((t for t in trials if t.lr == lr), key=lambda t: t.seed)
 
 
-def _steps_to(results: Results, plan: Plan, trials: Sequence[Trial], target: float) -> str:
+def _steps_to(results: Results, plan: Plan, trials: Sequence[Trial], baseline: Sequence[Trial]) -> str:
     """Steps of a complete decay that ends at the baseline's final loss, between the lengths that were trained."""
     arm, lr = trials[0].arm, trials[0].lr
-    if arm == BASELINE:
-        return str(plan.steps)
+    difference = against(results, trials, baseline)
+    if difference is None:
+        return str(plan.steps) if arm == BASELINE else ""
+    if difference.sign == 0:
+        return f"about {plan.steps}"
+    if difference.sign > 0:
+        return f"not within {plan.steps}"
+    target = mean_loss(results, baseline)
     lengths = sorted({t.steps for t in results if t.arm == arm and not t.change and t.lr == lr})
     points = []
     for steps in lengths:
         at = [t for t in _plain(results, arm, steps) if t.lr == lr]
         if len(at) == len(trials):  # a mean of other seeds would be compared with other seeds
             points.append((steps, mean_loss(results, at)))
-    if points[-1][1] > target:
-        return f"not within {plan.steps}"
     if points[0][1] <= target:
         return f"at most {points[0][0]}" if len(points) > 1 else f"fewer than {plan.steps}"
     for (short, above), (long, below) in itertools.pairwise(points):
@@ -176,7 +193,7 @@ def ablation_table(results: Results, plan: Plan, best: Mapping[str, float]) -> s
         "| optimizer | change | base lr | final validation loss | change in loss, same seeds |",
         "|---|---|---:|---:|---:|",
     ]
-    asked = ablations(best)
+    asked = ablations(best, plan)
     missing = []
     for ablation in asked:
         trials = [t for seed in range(1, plan.seeds + 1) if (t := ablation.trial(plan, seed)) in results]
@@ -203,9 +220,10 @@ def provenance_text(results: Results, plan: Plan) -> str:
     of = some["provenance"]
     commits = sorted({r["provenance"]["commit"] for r in results.values()})
     dates = sorted({r["provenance"]["date"] for r in results.values()})
+    precision = "bf16 with fp32 master weights" if plan.bf16 else "fp32"
     return (
         f"Measured by `benchmarks/compare_optimizers.py`: LLaMA of {some['parameters']:,} parameters on Python source "
-        f"text, {plan.steps} steps of {some['tokens'] // trial.steps:,} tokens, complete decays; every "
+        f"text, {precision}, {plan.steps} steps of {some['tokens'] // trial.steps:,} tokens, complete decays; every "
         f"optimizer at the best of its own learning rates (first seed), {plan.seeds} seeds, differences between runs "
         f"of the same seed, ± one standard error. CPU time has validation in it. "
         f"One process on one core of {of['cpu']}, torch {of['torch']}, "
@@ -270,7 +288,7 @@ def read_csv(path: Path, plan: Plan) -> dict[Trial, dict[str, Any]]:
             else:
                 found[trial] = result
     best = {row.arm: row.lr for row in arm_results(found, plan)}
-    whole = [ablation.trial(plan, seed) for ablation in ablations(best) for seed in range(1, plan.seeds + 1)]
+    whole = [ablation.trial(plan, seed) for ablation in ablations(best, plan) for seed in range(1, plan.seeds + 1)]
     return found | {trial: changed[trial.name] for trial in whole if trial.name in changed}
 
 
@@ -282,7 +300,8 @@ def write(results: Results, run: RunConfig, plan: Plan, folder: Path, *, publish
         run: What they trained.
         plan: What was asked for.
         folder: Of the trials.
-        published: Also replace docs/compare, README's table and the tables of docs/evidence.md.
+        published: Also replace the run's files in docs/compare and its tables in docs/evidence.md; if the plan is FULL
+            README's table, too.
 
     Returns:
         The table for the terminal.
@@ -294,7 +313,7 @@ def write(results: Results, run: RunConfig, plan: Plan, folder: Path, *, publish
     read = read_csv(folder / f"{run.name}.csv", plan)
     rows = arm_results(read, plan)
     text = table(rows, read, plan)
-    changes = ablation_table(read, plan, {row.arm: row.lr for row in rows}) if plan.ablations else ""
+    changes = ablation_table(read, plan, {row.arm: row.lr for row in rows})
     title = f"LLaMA of {next(r['parameters'] for r in results.values() if r['diverged'] is None) / 1e6:.1f}M parameters"
     if published:
         write_csv(results, DOCS / f"{run.name}.csv")
@@ -303,7 +322,8 @@ def write(results: Results, run: RunConfig, plan: Plan, folder: Path, *, publish
         compare_plots.sweeps(results, plan, title, target / f"{run.name}_sweep.png")
     (folder / "table.md").write_text(text + "\n", encoding="utf-8")
     if published:
-        write_between(ROOT / "README.md", "results", f"{text}\n\n![validation loss](docs/compare/{run.name}.png)")
-        write_between(ROOT / "docs/evidence.md", "results", text)
-        write_between(ROOT / "docs/evidence.md", "ablations", changes)
+        if plan == FULL:
+            write_between(ROOT / "README.md", "results", f"{text}\n\n![validation loss](docs/compare/{run.name}.png)")
+        write_between(ROOT / "docs/evidence.md", f"{run.name} results", text)
+        write_between(ROOT / "docs/evidence.md", f"{run.name} ablations", changes)
     return f"{text}\n\n{changes}\n\nwritten to {folder}"

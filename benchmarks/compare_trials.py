@@ -10,8 +10,8 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 WARMUP_SHARE = 0.05
 MIN_LR_SHARE = 0.05  # the paper's: every block decays to one twentieth of the base learning rate
@@ -84,23 +84,25 @@ class Trial:
         change = f"_{self.change}" if self.change else ""
         return f"{self.arm}{change}_lr{self.lr:g}_steps{self.steps}_seed{self.seed}"
 
-    def settings(self, vocab_size: int) -> dict[str, Any]:
+    def settings(self, vocab_size: int, *, bf16: bool = False) -> dict[str, Any]:
         """The DeepSpeed JSON.
 
         Args:
             vocab_size: Of the model, by which Muon's companion knows its parameters.
+            bf16: Whether weights and gradients are in bf16, with fp32 master weights.
         """
         arm = ARMS[self.arm]
         params = {**copy.deepcopy(COMMON), **copy.deepcopy(dict(arm.params)), **copy.deepcopy(dict(self.params))}
         if arm.type == "MuonAndAdamW":
             params["vocab_size"] = vocab_size
         scheduler = self.scheduler or {"type": "BlockwiseCosineLR", "params": {"min_lr": MIN_LR_SHARE * self.lr}}
+        precision = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
         return {
             "optimizer": {"type": arm.type, "params": {"lr": self.lr, **params}},
             "scheduler": copy.deepcopy(dict(scheduler)),
             "gradient_clipping": 1.0,
-            "zero_optimization": {"stage": 0},
             "csv_monitor": {"enabled": True},
+            **(precision if bf16 else {"zero_optimization": {"stage": 0}}),
         }
 
 
@@ -115,8 +117,10 @@ class Plan:
         lengths: Shares of the steps at which arms are trained again with complete decays.
         widen: How often a grid may grow at an edge that turned out best.
         refine: How often the best is then compared with a rate between it and its better neighbour.
-        ablations: Whether those are trained too.
+        ablations: Which: those on which a default of ours hangs, all, or none.
         arms: Keys of `ARMS`.
+        shift: Factor on the grids; a wider model's best rates are lower.
+        bf16: Whether the model is trained in bf16 with fp32 master weights, instead of fp32.
     """
 
     steps: int
@@ -125,33 +129,58 @@ class Plan:
     lengths: tuple[float, ...]
     widen: int
     refine: int
-    ablations: bool
+    ablations: Literal["all", "deciding", "none"]
     arms: tuple[str, ...] = tuple(ARMS)
+    shift: float = 1.0
+    bf16: bool = False
 
     def learning_rates(self, arm: str) -> tuple[float, ...]:
         """The arm's grid; a shorter one loses its ends, the upper one first."""
         grid = ARMS[arm].grid
         surplus = len(grid) - self.grid
-        return grid[surplus // 2 : len(grid) - (surplus + 1) // 2]
+        return tuple(self.shift * lr for lr in grid[surplus // 2 : len(grid) - (surplus + 1) // 2])
 
 
-FULL = Plan(steps=800, grid=3, seeds=3, lengths=(0.5, 0.75), widen=2, refine=1, ablations=True)
-QUICK = Plan(steps=200, grid=3, seeds=2, lengths=(), widen=0, refine=0, ablations=False)
+FULL = Plan(steps=800, grid=3, seeds=3, lengths=(0.5, 0.75), widen=2, refine=1, ablations="all")
+QUICK = Plan(steps=200, grid=3, seeds=2, lengths=(), widen=0, refine=0, ablations="none")
+# only the four that the claim is about: three times the time of a step
+LARGER = replace(
+    FULL,
+    lengths=(),
+    ablations="deciding",
+    arms=("adamw", "blockwise_adamw", "adam_mini", "blockwise_adam_mini"),
+    shift=0.5,
+    bf16=True,
+)
+# by the name of the run file; what is in the repository's pages
+PUBLISHED_PLANS = {"compare": FULL, "compare_5m": LARGER}
 
 
-def digest_of(trial: Trial, vocab_size: int, data: Mapping[str, Any]) -> str:
-    """What decides a trial's result, as text: a finished trial is used again only if this is unchanged.
+@dataclass(frozen=True)
+class Setup:
+    """What all trials of one comparison share.
 
-    Args:
-        trial: The trial.
+    Attributes:
         vocab_size: Of the model.
         data: `metadata.json` of the prepared text.
+        bf16: As `Plan.bf16`.
     """
-    facts = {
-        "settings": trial.settings(vocab_size),
-        "seed": trial.seed,
-        "steps": trial.steps,
-        "warmup": trial.warmup,
-        "data": [data["tokenizer"]["sha256"], data["splits"]],
-    }
-    return json.dumps(facts, sort_keys=True)
+
+    vocab_size: int
+    data: Mapping[str, Any]
+    bf16: bool
+
+    def settings(self, trial: Trial) -> dict[str, Any]:
+        """The trial's DeepSpeed JSON."""
+        return trial.settings(self.vocab_size, bf16=self.bf16)
+
+    def digest(self, trial: Trial) -> str:
+        """What decides a trial's result, as text: a finished trial is used again only if this is unchanged."""
+        facts = {
+            "settings": self.settings(trial),
+            "seed": trial.seed,
+            "steps": trial.steps,
+            "warmup": trial.warmup,
+            "data": [self.data["tokenizer"]["sha256"], self.data["splits"]],
+        }
+        return json.dumps(facts, sort_keys=True)

@@ -30,9 +30,9 @@ import compare_optimizers
 import compare_peers
 import compare_report
 from compare_ablations import ADAMW, MINI, OUR_MINI, ablations, confirmation
-from compare_trials import ARMS, BASELINE, FULL, QUICK, Plan, Trial
+from compare_trials import ARMS, BASELINE, FULL, LARGER, PUBLISHED_PLANS, QUICK, Plan, Setup, Trial
 
-PLAN = Plan(steps=100, grid=3, seeds=3, lengths=(0.5,), widen=2, refine=0, ablations=True)
+PLAN = Plan(steps=100, grid=3, seeds=3, lengths=(0.5,), widen=2, refine=0, ablations="all")
 
 
 class FakeTrials:
@@ -129,6 +129,41 @@ def test_the_table_says_what_the_formula_does():
     assert "| Muon + AdamW (torch) | 0.008 | 3.4200 ± 0.0058 | -0.1000 ± 0.0000 | 71 | 0.500 | 8.00 |" in text
 
 
+def test_a_tie_takes_about_as_many_steps_and_is_not_trained_again():
+    """Differences of one seed to another that are larger than the mean difference: no claim either way."""
+    bowl = _bowl(BEST, {**FLOOR, "adamw_8bit": FLOOR[BASELINE] - 0.001})
+    noise = {1: 0.01, 2: -0.01, 3: 0.0}
+    trials = FakeTrials(lambda t: bowl(t) + (noise[t.seed] if t.arm == "adamw_8bit" else 0.0))
+    compare_optimizers.train_all(trials, PLAN)
+    rows = {row.arm: row for row in compare_report.arm_results(trials.results, PLAN)}
+    assert rows["adamw_8bit"].against_baseline.mean == pytest.approx(-0.001)
+    assert rows["adamw_8bit"].steps_to_baseline == "about 100"
+    assert not [t for t in trials.results if t.arm == "adamw_8bit" and t.steps < PLAN.steps]
+
+
+@pytest.mark.parametrize(
+    ("values", "sign"),
+    [([0.1], 1), ([-0.1], -1), ([0.0], 0), ([0.1, 0.2], 1), ([-0.1, 0.2], 0), ([math.inf, 0.1, 0.1], 1)],
+)
+def test_a_difference_has_a_sign_beyond_two_standard_errors(values, sign):
+    assert compare_report.Estimate.of(values).sign == sign
+
+
+def test_the_larger_model_is_trained_in_bf16_with_its_own_rates_and_the_deciding_ablations():
+    trials = FakeTrials(_bowl(BEST, FLOOR))
+    compare_optimizers.train_all(trials, LARGER)
+    assert {t.arm for t in trials.results} == set(LARGER.arms)
+    assert LARGER.learning_rates(BASELINE) == (1e-3, 2e-3, 4e-3)
+    assert {t.change for t in trials.results} == {"", "norm-elements", "published-cuts"}
+    trial = next(iter(trials.results))
+    setups = [Setup(2048, {"tokenizer": {"sha256": "x"}, "splits": {}}, bf16) for bf16 in (False, True)]
+    fp32, bf16 = (setup.settings(trial) for setup in setups)
+    assert {**fp32, "bf16": {"enabled": True}, "zero_optimization": {"stage": 1}} == bf16
+    assert setups[0].digest(trial) != setups[1].digest(trial)
+    for name in PUBLISHED_PLANS:
+        assert (ROOT / f"configs/run/{name}.yaml").is_file()
+
+
 def test_a_length_counts_when_all_seeds_have_it():
     """A comparison that is stopped in between would give the mean of one seed beside the mean of three."""
     trials = FakeTrials(_bowl(BEST, FLOOR))
@@ -162,7 +197,7 @@ def test_a_rate_that_diverges_is_never_the_best_and_is_written_down(tmp_path):
 @pytest.mark.parametrize("plan", [FULL, QUICK], ids=["full", "quick"])
 def test_trials_have_names_of_their_own_and_settings_that_differ(plan):
     trials = [Trial(arm, lr, seed, plan.steps) for arm in ARMS for lr in plan.learning_rates(arm) for seed in (1, 2)]
-    changes = [trial for ablation in ablations(BEST) for trial in ablation.trials(plan)]
+    changes = [trial for ablation in ablations(BEST, FULL) for trial in ablation.trials(plan)]
     assert len(changes) > 30
     trials += changes
     assert len({t.name for t in trials}) == len(trials)
@@ -181,13 +216,13 @@ def test_the_whole_comparison_fits_three_hours_of_two_cores():
 
 def test_ablations_need_only_the_arms_that_were_trained():
     few = {BASELINE: 4e-3, MINI: 4e-3}
-    found = ablations(few)
+    found = ablations(few, FULL)
     assert {a.arm for a in found} == {BASELINE, MINI}
     assert all(math.isfinite(a.lr) for a in found)
 
 
 def test_the_best_cut_of_one_seed_is_trained_with_the_others():
-    asked = ablations(BEST)
+    asked = ablations(BEST, FULL)
 
     def loss(trial):
         return 3.4 if (trial.arm, trial.change) == (MINI, "qk-rows") else 3.5 + 0.01 * (trial.change != "value-whole")
@@ -216,7 +251,7 @@ def test_ablations_are_compared_with_the_same_seeds_and_what_is_missing_is_count
     assert "not trained yet" not in text
     without = {t: r for t, r in trials.results.items() if t.change != "wsd"}
     text = compare_report.ablation_table(without, PLAN, rates)
-    assert f"2 of {len(ablations(rates))} are not trained yet: warm-up, stable, decay instead of cosine." in text
+    assert f"2 of {len(ablations(rates, PLAN))} are not trained yet: warm-up, stable, decay instead of cosine." in text
 
 
 def test_tables_are_the_same_from_the_csv(tmp_path):
@@ -265,9 +300,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _trained(project: Path, folder: Path, deadline: float, arms: list[str], steps: int = 2):
-    plan = Plan(steps, grid=1, seeds=1, lengths=(), widen=0, refine=0, ablations=False, arms=tuple(arms))
+    plan = Plan(steps, grid=1, seeds=1, lengths=(), widen=0, refine=0, ablations="none", arms=tuple(arms))
     overrides = ["training.log_interval=1", "parallel.tensor=1", "cluster.gpus_per_node=1"]
-    with compare_optimizers.Trials(folder, project / "run.yaml", 2, deadline, overrides) as trials:
+    with compare_optimizers.Trials(folder, project / "run.yaml", 2, deadline, overrides=overrides) as trials:
         compare_optimizers.train_all(trials, plan)
         return trials.results, compare_report.write(trials.results, trials.run, plan, folder, published=False)
 
