@@ -200,8 +200,14 @@ def train_all(trials: Trials, plan: Plan) -> None:
     trials.train(confirmation(plan, asked, losses, (MINI, OUR_MINI)), "seeds of the best cuts")
 
 
+def _published_plan(run_file: Path) -> Plan | None:
+    """The plan of a run file whose results stand in the repository; None for any other file."""
+    ours = run_file.resolve().parent == RUN_FILE.parent
+    return PUBLISHED_PLANS.get(run_file.stem) if ours else None
+
+
 def _plan(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Plan:
-    plan = QUICK if options.quick else PUBLISHED_PLANS.get(options.run.stem, FULL)
+    plan = QUICK if options.quick else _published_plan(options.run) or FULL
     if options.steps:
         plan = replace(plan, steps=options.steps)
     if options.no_ablations:
@@ -233,7 +239,7 @@ def main() -> int:
     parser.add_argument("--publish", action="store_true", help="write docs and README.md although runs are missing")
     options = parser.parse_args()
     plan = _plan(options, parser)
-    whole = plan == PUBLISHED_PLANS.get(options.run.stem) and not options.set
+    whole = plan == _published_plan(options.run) and not options.set
     if options.publish and not whole:
         parser.error("--publish is for the plans that docs/evidence.md shows: no --quick, --arms, --steps, --set ...")
     name = f"{options.run.stem}_quick" if options.quick else options.run.stem

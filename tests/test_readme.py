@@ -108,14 +108,16 @@ def test_the_results_are_those_of_the_csv():
     pytest.importorskip("matplotlib", reason="the comparison draws with matplotlib, in the extra 'dev'")
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import compare_report
-    from compare_trials import FULL
+    from compare_trials import FULL, PUBLISHED_PLANS
 
-    results = compare_report.read_csv(ROOT / "docs/compare/compare.csv", FULL)
-    rows = compare_report.arm_results(results, FULL)
-    table = compare_report.table(rows, results, FULL)
     evidence = (ROOT / "docs/evidence.md").read_text(encoding="utf-8")
-    assert table in TEXT and table in evidence
-    assert compare_report.ablation_table(results, FULL, {row.arm: row.lr for row in rows}) in evidence
+    for name, plan in PUBLISHED_PLANS.items():
+        results = compare_report.read_csv(ROOT / f"docs/compare/{name}.csv", plan)
+        rows = compare_report.arm_results(results, plan)
+        table = compare_report.table(rows, results, plan)
+        assert table in evidence, name
+        assert compare_report.ablation_table(results, plan, {row.arm: row.lr for row in rows}) in evidence, name
+        assert (table in TEXT) == (plan == FULL), name
 
 
 def test_paths_in_the_text_exist():
