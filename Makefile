@@ -33,7 +33,7 @@ finetune: setup
 		--model runs/finetune/base --source pydoc --learning_rate 2e-4 --max_steps 100 --output_dir runs/finetune/tuned $(ARGS)
 
 # Six optimizers, each with its own sweep, seeds and ablations; goes on where it was stopped. QUICK=1: 15 minutes.
-# SIZE=5m: four of them with a larger model, in bf16.
+# SIZE=5m: three of them with a larger model, in bf16, about an hour.
 compare: RUN = configs/run/compare$(if $(SIZE),_$(SIZE)).yaml
 compare: setup
 	$(BIN)/python launch/prepare_data.py --run $(RUN)

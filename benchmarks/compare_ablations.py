@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from compare_trials import ARMS, BASELINE, MIN_LR_SHARE, OUR_CUTS, PUBLISHED_CUTS, Plan, Trial
+from compare_trials import ARMS, BASELINE, MIN_LR_SHARE, OUR_CUTS, PUBLISHED_CUTS, WARMUP_SHARE, Plan, Trial
 
 from ds_blockwise.policy import DEFAULT_LR_MULTIPLIERS
 
@@ -21,6 +21,9 @@ _TYPE_NAMES = {
     "vo": "values and output",
     "norm": "norms",
 }
+
+
+WORTH_CONFIRMING = 0.03  # nats: more than the seeds of one change differ from each other
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Ablation:
     lr: float
     params: Mapping[str, Any] = field(default_factory=dict)
     scheduler: Mapping[str, Any] | None = None
-    warmup: float = 0.05
+    warmup: float = WARMUP_SHARE
     all_seeds: bool = False
     of_blocks: bool = False
 
@@ -54,8 +57,9 @@ class Ablation:
         return Trial(self.arm, self.lr, seed, plan.steps, self.change, self.params, self.scheduler, self.warmup)
 
     def trials(self, plan: Plan) -> list[Trial]:
-        """Its runs with the first seed, or all."""
-        return [self.trial(plan, seed) for seed in range(1, (plan.seeds if self.all_seeds else 1) + 1)]
+        """Its runs with the first seed, or all; with another warm-up also the usual one at this rate."""
+        found = [self.trial(plan, seed) for seed in range(1, (plan.seeds if self.all_seeds else 1) + 1)]
+        return found if self.warmup == WARMUP_SHARE else [*found, Trial(self.arm, self.lr, 1, plan.steps)]
 
 
 def ablations(best: Mapping[str, float], plan: Plan) -> list[Ablation]:
@@ -65,32 +69,35 @@ def ablations(best: Mapping[str, float], plan: Plan) -> list[Ablation]:
         best: Best learning rate by arm, from the sweep.
         plan: What is trained.
     """
-    if plan.ablations == "none":
-        return []
     rates = {arm: best.get(arm, math.nan) for arm in ARMS}
     found = [*_second_moments(rates), *_block_types(rates), *_schedules(rates), *_measured(rates), *_warmups(rates)]
-    every = plan.ablations == "all"
-    return [ablation for ablation in found if ablation.arm in best and (every or ablation.all_seeds)]
+    wanted = {a.change for a in found} if plan.ablations == "all" else set(plan.ablations)
+    return [ablation for ablation in found if ablation.arm in best and ablation.change in wanted]
 
 
 def confirmation(
     plan: Plan, asked: Iterable[Ablation], losses: Mapping[Trial, float], arms: tuple[str, ...]
 ) -> list[Trial]:
-    """The other seeds of the cut of second moments that was best with the first seed: one lucky seed decides nothing.
+    """The other seeds of what looks good with the first one: one lucky seed decides nothing.
+
+    That is the best cut of second moments, and whatever ends `WORTH_CONFIRMING` below the arm as it is.
 
     Args:
         plan: Its seeds.
         asked: The ablations that were trained.
         losses: Final losses by trial.
-        arms: Whose best to confirm.
+        arms: Whose best cut to confirm, whatever it gains.
     """
-    found = []
+
+    def gain(ablation: Ablation) -> float:
+        plain = losses.get(Trial(ablation.arm, ablation.lr, 1, plan.steps), -math.inf)
+        return plain - losses[ablation.trial(plan, 1)]
+
+    found = [a for a in asked if gain(a) >= WORTH_CONFIRMING]
     for arm in arms:
         cuts = [a for a in asked if a.arm == arm and a.of_blocks]
-        winner = min(cuts, key=lambda a: losses[a.trial(plan, 1)], default=None)
-        if winner is not None:
-            found += [winner.trial(plan, seed) for seed in range(2, plan.seeds + 1)]
-    return found
+        found += sorted(cuts, key=gain)[-1:]
+    return list(dict.fromkeys(a.trial(plan, seed) for a in found for seed in range(2, plan.seeds + 1)))
 
 
 def _second_moments(best: Mapping[str, float]) -> list[Ablation]:
@@ -169,15 +176,13 @@ def _schedules(best: Mapping[str, float]) -> list[Ablation]:
     for arm in (ADAMW, OURS):
         for name, (kind, shape) in kinds.items():
             scheduler = {"type": kind, "params": {"min_lr": MIN_LR_SHARE * best[arm]}}
-            found.append(Ablation(arm, name, f"{shape} instead of cosine", best[arm], scheduler=scheduler))
+            words = f"{shape} instead of cosine"
+            found.append(Ablation(arm, name, words, best[arm], scheduler=scheduler))
     return found
 
 
 def _warmups(best: Mapping[str, float]) -> list[Ablation]:
-    """Warm-up length at the best rate and at twice that: where Adam-mini is said to diverge.
-
-    The sweep has both rates with the usual warm-up.
-    """
+    """Warm-up length at the best rate and at twice that: where Adam-mini is said to diverge."""
     factors = {ADAMW: (2,), MINI: (1, 2), OURS: (1,)}
     return [
         Ablation(

@@ -197,7 +197,7 @@ def train_all(trials: Trials, plan: Plan) -> None:
     asked = ablations(best, plan)
     trials.train([trial for ablation in asked for trial in ablation.trials(plan)], "ablations")
     losses = {trial: compare_report.loss_of(trials.results, trial) for trial in trials.results}
-    trials.train(confirmation(plan, asked, losses, (MINI, OUR_MINI)), "seeds of the best cuts")
+    trials.train(confirmation(plan, asked, losses, (MINI, OUR_MINI)), "seeds of what looks good")
 
 
 def _published_plan(run_file: Path) -> Plan | None:
@@ -211,7 +211,7 @@ def _plan(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Plan:
     if options.steps:
         plan = replace(plan, steps=options.steps)
     if options.no_ablations:
-        plan = replace(plan, ablations="none")
+        plan = replace(plan, ablations=())
     if options.arms:
         arms = tuple(options.arms.split(","))
         unknown = [arm for arm in arms if arm not in ARMS]

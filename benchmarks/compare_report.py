@@ -182,7 +182,9 @@ def table(rows: Sequence[ArmResult], results: Results, plan: Plan) -> str:
 
 
 def ablation_table(results: Results, plan: Plan, best: Mapping[str, float]) -> str:
-    """Each change against the same arm, learning rate and seeds without it; what is not trained is counted.
+    """Each change against the same arm and seeds without it; what is not trained is counted.
+
+    The rate without it is the same, or the arm's best where the same was not trained.
 
     Args:
         results: Of all trials that have finished.
@@ -201,11 +203,13 @@ def ablation_table(results: Results, plan: Plan, best: Mapping[str, float]) -> s
             missing.append(ablation.words)
             continue
         losses = [loss_of(results, t) for t in trials]
-        plain = {t.seed: loss_of(results, t) for t in _plain(results, ablation.arm, plan.steps) if t.lr == ablation.lr}
-        paired = [loss - plain[t.seed] for t, loss in zip(trials, losses, strict=True) if t.seed in plain]
+        plain = [t for t in _plain(results, ablation.arm, plan.steps) if t.lr == ablation.lr]
+        same_rate = bool(plain)
+        difference = against(results, trials, plain if same_rate else _at_best(results, plan, ablation.arm))
         diverged = math.isinf(max(losses))
         shown = DIVERGED if diverged else Estimate.of(losses).text()
-        change = Estimate.of(paired).text("+.4f") if paired and math.isfinite(sum(paired)) else ""
+        change = "" if difference is None or diverged else difference.text("+.4f")
+        change += "" if same_rate or not change else ", to the best rate"
         lines.append(f"| {ARMS[ablation.arm].label} | {ablation.words} | {ablation.lr:g} | {shown} | {change} |")
     if len(missing) == len(asked):
         lines = []
