@@ -33,8 +33,8 @@ finetune: setup
 		--model runs/finetune/base --source pydoc --learning_rate 2e-4 --max_steps 100 --output_dir runs/finetune/tuned $(ARGS)
 
 # Six optimizers, each with its own sweep, seeds and ablations; goes on where it was stopped. QUICK=1: 15 minutes.
-# SIZE=5m: three of them with a larger model, in bf16, about an hour.
-compare: RUN = configs/run/compare$(if $(SIZE),_$(SIZE)).yaml
+# PLAN=warmup: three of them with a longer warm-up, PLAN=5m: with a larger model, in bf16; each about an hour.
+compare: RUN = configs/run/compare$(if $(PLAN),_$(PLAN)).yaml
 compare: setup
 	$(BIN)/python launch/prepare_data.py --run $(RUN)
 	$(BIN)/python benchmarks/compare_optimizers.py --run $(RUN) $(if $(QUICK),--quick) $(ARGS)

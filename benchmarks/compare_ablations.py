@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from compare_trials import ARMS, BASELINE, MIN_LR_SHARE, OUR_CUTS, PUBLISHED_CUTS, WARMUP_SHARE, Plan, Trial
+from compare_trials import ARMS, BASELINE, MIN_LR_SHARE, OUR_CUTS, PUBLISHED_CUTS, Plan, Trial
 
 from ds_blockwise.policy import DEFAULT_LR_MULTIPLIERS
 
@@ -37,7 +37,7 @@ class Ablation:
         lr: Base learning rate; the arm's best unless the change is about the rate.
         params: What it sets in the optimizer's parameters.
         scheduler: The scheduler's section, if another.
-        warmup: Share of the steps, if another.
+        warmup: Share of the steps, if not the plan's.
         all_seeds: Whether a decision hangs on it: trained with every seed of the plan.
         of_blocks: Whether it is about where second moments are cut.
     """
@@ -48,18 +48,19 @@ class Ablation:
     lr: float
     params: Mapping[str, Any] = field(default_factory=dict)
     scheduler: Mapping[str, Any] | None = None
-    warmup: float = WARMUP_SHARE
+    warmup: float | None = None
     all_seeds: bool = False
     of_blocks: bool = False
 
     def trial(self, plan: Plan, seed: int) -> Trial:
         """Its run with this seed, as long as the plan's whole runs."""
-        return Trial(self.arm, self.lr, seed, plan.steps, self.change, self.params, self.scheduler, self.warmup)
+        warmup = self.warmup or plan.warmup
+        return Trial(self.arm, self.lr, seed, plan.steps, self.change, self.params, self.scheduler, warmup)
 
     def trials(self, plan: Plan) -> list[Trial]:
         """Its runs with the first seed, or all; with another warm-up also the usual one at this rate."""
         found = [self.trial(plan, seed) for seed in range(1, (plan.seeds if self.all_seeds else 1) + 1)]
-        return found if self.warmup == WARMUP_SHARE else [*found, Trial(self.arm, self.lr, 1, plan.steps)]
+        return [*found, plan.plain(self.arm, self.lr, 1)] if self.warmup else found
 
 
 def ablations(best: Mapping[str, float], plan: Plan) -> list[Ablation]:
@@ -90,7 +91,7 @@ def confirmation(
     """
 
     def gain(ablation: Ablation) -> float:
-        plain = losses.get(Trial(ablation.arm, ablation.lr, 1, plan.steps), -math.inf)
+        plain = losses.get(plan.plain(ablation.arm, ablation.lr, 1), -math.inf)
         return plain - losses[ablation.trial(plan, 1)]
 
     found = [a for a in asked if gain(a) >= WORTH_CONFIRMING]

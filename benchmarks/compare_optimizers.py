@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import compare_report
 from bench_machine import ROOT, cores
 from compare_ablations import MINI, OUR_MINI, ablations, confirmation
-from compare_trials import ARMS, BASELINE, FULL, PUBLISHED_PLANS, QUICK, WARMUP_SHARE, Plan, Setup, Trial
+from compare_trials import ARMS, BASELINE, FULL, PUBLISHED_PLANS, QUICK, Plan, Setup, Trial
 from token_files import read_metadata
 from tqdm import tqdm
 
@@ -146,7 +146,7 @@ def sweep(trials: Trials, plan: Plan) -> dict[str, float]:
     """
 
     def at(arm: str, lr: float) -> Trial:
-        return Trial(arm, lr, seed=1, steps=plan.steps)
+        return plan.plain(arm, lr, seed=1)
 
     grids = {arm: list(plan.learning_rates(arm)) for arm in plan.arms}
     trials.train([at(arm, lr) for arm, grid in grids.items() for lr in grid], "learning rates")
@@ -181,13 +181,13 @@ def train_all(trials: Trials, plan: Plan) -> None:
         Stopped: The time is up.
     """
     best = sweep(trials, plan)
-    whole = {arm: [Trial(arm, lr, seed, plan.steps) for seed in range(1, plan.seeds + 1)] for arm, lr in best.items()}
+    whole = {arm: [plan.plain(arm, lr, seed) for seed in range(1, plan.seeds + 1)] for arm, lr in best.items()}
     trials.train([trial for seeds in whole.values() for trial in seeds], "seeds")
     differences = {arm: compare_report.against(trials.results, seeds, whole[BASELINE]) for arm, seeds in whole.items()}
     better = [arm for arm, difference in differences.items() if difference is not None and difference.sign < 0]
     # as many steps of warm-up as the whole runs: with fewer, a run ends above what a longer one has in passing
     shorter = [
-        Trial(arm, best[arm], seed, round(share * plan.steps), warmup=WARMUP_SHARE / share)
+        Trial(arm, best[arm], seed, round(share * plan.steps), warmup=plan.warmup / share)
         for share in plan.lengths
         for arm in better
         for seed in range(1, plan.seeds + 1)

@@ -227,7 +227,8 @@ def provenance_text(results: Results, plan: Plan) -> str:
     precision = "bf16 with fp32 master weights" if plan.bf16 else "fp32"
     return (
         f"Measured by `benchmarks/compare_optimizers.py`: LLaMA of {some['parameters']:,} parameters on Python source "
-        f"text, {precision}, {plan.steps} steps of {some['tokens'] // trial.steps:,} tokens, complete decays; every "
+        f"text, {precision}, {plan.steps} steps of {some['tokens'] // trial.steps:,} tokens, "
+        f"{plan.warmup:.0%} of them warm-up, complete decays; every "
         f"optimizer at the best of its own learning rates (first seed), {plan.seeds} seeds, differences between runs "
         f"of the same seed, ± one standard error. CPU time has validation in it. "
         f"One process on one core of {of['cpu']}, torch {of['torch']}, "
@@ -286,7 +287,14 @@ def read_csv(path: Path, plan: Plan) -> dict[Trial, dict[str, Any]]:
                     "parameters": int(row["parameters"]),
                     "tokens": int(row["tokens"]),
                 }
-            trial = Trial(row["arm"], float(row["base_lr"]), int(row["seed"]), steps, row["change"])
+            trial = Trial(
+                row["arm"],
+                float(row["base_lr"]),
+                int(row["seed"]),
+                steps,
+                row["change"],
+                warmup=float(row["warmup_share"]),
+            )
             if row["change"]:
                 changed[trial.name] = result
             else:

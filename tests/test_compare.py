@@ -30,7 +30,7 @@ import compare_optimizers
 import compare_peers
 import compare_report
 from compare_ablations import ADAMW, MINI, OUR_MINI, OURS, ablations, confirmation
-from compare_trials import ARMS, BASELINE, FULL, LARGER, PUBLISHED_PLANS, QUICK, Plan, Setup, Trial
+from compare_trials import ARMS, BASELINE, FULL, LARGER, PATIENT, PUBLISHED_PLANS, QUICK, Plan, Setup, Trial
 
 PLAN = Plan(steps=100, grid=3, seeds=3, lengths=(0.5,), widen=2, refine=0, ablations="all")
 
@@ -162,6 +162,15 @@ def test_the_larger_model_is_trained_in_bf16_with_its_own_rates_and_few_ablation
     assert setups[0].digest(trial) != setups[1].digest(trial)
     for name in PUBLISHED_PLANS:
         assert (ROOT / f"configs/run/{name}.yaml").is_file()
+
+
+def test_a_longer_warm_up_is_that_of_every_run(tmp_path):
+    trials = FakeTrials(_bowl(BEST, FLOOR))
+    compare_optimizers.train_all(trials, PATIENT)
+    assert {t.warmup for t in trials.results} == {0.2}
+    assert {t.change for t in trials.results} == {"", "uniform-norm", "wsd"}
+    compare_report.write_csv(trials.results, tmp_path / "trials.csv")
+    assert set(compare_report.read_csv(tmp_path / "trials.csv", PATIENT)) == set(trials.results)
 
 
 def test_a_length_counts_when_all_seeds_have_it():
