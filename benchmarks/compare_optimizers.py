@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import compare_report
 from bench_machine import ROOT, cores
-from compare_ablations import MINI, OUR_MINI, ablations, confirmation
+from compare_ablations import MINI, OUR_MINI, Ablation, ablations, confirmation
 from compare_trials import ARMS, BASELINE, FULL, PUBLISHED_PLANS, QUICK, Plan, Setup, Trial
 from token_files import read_metadata
 from tqdm import tqdm
@@ -96,6 +96,26 @@ class Trials:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
+    def find(self, trials: Iterable[Trial]) -> list[Trial]:
+        """Take over the results of earlier runs.
+
+        Args:
+            trials: Whose.
+
+        Returns:
+            Those that have none.
+        """
+        from compare_job import result_of
+
+        missing = []
+        for trial in dict.fromkeys(trials):
+            found = self.results.get(trial) or result_of(trial, self._folder, self._setup)
+            if found is None:
+                missing.append(trial)
+            else:
+                self.results[trial] = found
+        return missing
+
     def train(self, trials: Iterable[Trial], title: str) -> None:
         """Train what has no result yet.
 
@@ -106,15 +126,9 @@ class Trials:
         Raises:
             Stopped: The time is up.
         """
-        from compare_job import result_of, run_trial
+        from compare_job import run_trial
 
-        waiting = []
-        for trial in dict.fromkeys(trials):
-            found = self.results.get(trial) or result_of(trial, self._folder, self._setup)
-            if found is None:
-                waiting.append(trial)
-            else:
-                self.results[trial] = found
+        waiting = self.find(trials)
         running: dict[Future[dict[str, Any]], Trial] = {}
         with tqdm(total=len(waiting), desc=title, unit="run", dynamic_ncols=True) as bar:
             while waiting or running:
@@ -195,9 +209,17 @@ def train_all(trials: Trials, plan: Plan) -> None:
     trials.train(shorter, "shorter runs")
     trials.compared = True
     asked = ablations(best, plan)
-    trials.train([trial for ablation in asked for trial in ablation.trials(plan)], "ablations")
+    changed = [trial for ablation in asked for trial in ablation.trials(plan)]
+    trials.find(changed)
+    trials.find(_confirmation(trials, plan, asked))  # they count although the time may be up before
+    trials.train(changed, "ablations")
+    trials.train(_confirmation(trials, plan, asked), "seeds of what looks good")
+
+
+def _confirmation(trials: Trials, plan: Plan, asked: list[Ablation]) -> list[Trial]:
     losses = {trial: compare_report.loss_of(trials.results, trial) for trial in trials.results}
-    trials.train(confirmation(plan, asked, losses, (MINI, OUR_MINI)), "seeds of what looks good")
+    tried = [ablation for ablation in asked if ablation.trial(plan, 1) in losses]
+    return confirmation(plan, tried, losses, (MINI, OUR_MINI))
 
 
 def _published_plan(run_file: Path) -> Plan | None:

@@ -72,7 +72,8 @@ class MeasuredMultipliers:
         if last > total_num_steps:
             raise ValueError(
                 f'lr_multipliers "auto" measures and ramps until step {last}, but the run has {total_num_steps} steps '
-                f"(total_num_steps). Lower 'after' or 'ramp', or give fixed multipliers: measuring pays in long runs."
+                f"(total_num_steps). Give fixed multipliers: measuring is for long runs, since block types need steps "
+                f"to come into their order of sharpness. Or lower 'not_before', 'after' or 'ramp'."
             )
 
     @property
@@ -96,7 +97,7 @@ class MeasuredMultipliers:
     @property
     def start(self) -> int:
         """Updates before the first reading."""
-        return max(1, math.ceil(self.settings.after * self.total))
+        return max(self.settings.not_before, math.ceil(self.settings.after * self.total))
 
     @property
     def spacing(self) -> int:

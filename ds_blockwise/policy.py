@@ -61,6 +61,7 @@ _RULE_KEYS = (
 )
 AUTO = "auto"
 EARLIEST_MEASUREMENT = 0.02  # share of a run; see `AutoMultipliers.after`
+EARLIEST_STEP = 1000  # see `AutoMultipliers.not_before`
 
 
 def suggest(key: str, allowed: Iterable[str]) -> str:
@@ -197,6 +198,8 @@ class AutoMultipliers:
     Attributes:
         after: share of the run before the measurement; at least 0.02, because the order of sharpness among block types
             does not hold earlier (at step 100 of 50,000 the queries and keys are flattest and values sharpest).
+        not_before: updates before the measurement, whatever ``after`` says: the order takes a number of steps to
+            settle, not a share (1,000 in arXiv 2502.19002; 300 with our small model, see docs/evidence.md).
         exponent: above 0 and at most 1: ``p`` in ``r = clamp((S_norm / S_type) ** p, 1, high)``.
         high: largest multiplier.
         ramp: share of the run over which multipliers go from 1 to what was measured.
@@ -208,6 +211,7 @@ class AutoMultipliers:
     high: float = 16.0
     ramp: float = 0.01
     total_num_steps: int | None = None
+    not_before: int = EARLIEST_STEP
 
 
 def _parse_auto(value: object) -> tuple[AutoMultipliers | None, object]:
@@ -236,7 +240,8 @@ def _parse_auto(value: object) -> tuple[AutoMultipliers | None, object]:
             f"high={high:g}, ramp={ramp:g}"
         )
     total = _optional(_count, f"{name}['total_num_steps']", raw.get("total_num_steps"))
-    return AutoMultipliers(after, exponent, high, ramp, total), pinned
+    not_before = _count(f"{name}['not_before']", raw.get("not_before", EARLIEST_STEP))
+    return AutoMultipliers(after, exponent, high, ramp, total, not_before), pinned
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from torch import Tensor
 SCHEDULE = {"warmup_num_steps": 2, "total_num_steps": 60, "min_lr": 3e-3}
 NEW = {"ffn": 2.0, "qk": 0.5, "head": 0.0}
 # of 60 steps: the first reading after 2, ten readings, a ramp of 12 steps in ten stages
-AUTO = {"auto": {"after": 0.02, "exponent": 0.6, "high": 9.0, "ramp": 0.2}, "head": 3.0}
+AUTO = {"auto": {"after": 0.02, "not_before": 1, "exponent": 0.6, "high": 9.0, "ramp": 0.2}, "head": 3.0}
 UNIVERSAL = {"checkpoint": {"load_universal": True}}
 READING_STEPS, RAMP, AUTO_STEPS = range(2, 12), 12, 28
 

@@ -20,7 +20,9 @@ from test_telemetry import made, stepped
 from torch import Tensor
 
 from ds_blockwise import BlockwiseAdamMini, BlockwiseAdamW, block_report, tag_parameters
+from ds_blockwise.auto_multipliers import MeasuredMultipliers
 from ds_blockwise.cli import main as command_line
+from ds_blockwise.policy import BlockPolicy
 
 OPTIMIZERS = ["mini", "adamw"]
 TOTAL = {"total_num_steps": 60}
@@ -154,7 +156,7 @@ def test_resume_under_other_settings_is_reported(caplog: pytest.LogCaptureFixtur
     assert "lr_multipliers.auto was not set, is {'after': 0.02, 'exponent': 0.6" in caplog.text
     assert auto.optimizer.meter.steps == 5  # counted from the moments: the run did not say
     caplog.clear()
-    other = made(Case("mini", **LIVE), lr_multipliers={"auto": {"exponent": 0.5} | TOTAL})
+    other = made(Case("mini", **LIVE), lr_multipliers={"auto": {"exponent": 0.5, "not_before": 1} | TOTAL})
     other.optimizer.load_state_dict(auto.optimizer.state_dict())
     assert "lr_multipliers.auto was" in caplog.text
     assert "'exponent': 0.5" in caplog.text
@@ -181,7 +183,12 @@ def test_a_type_without_gradients_stays_at_one(caplog: pytest.LogCaptureFixture)
         ({"auto": {"exponent": 0}}, "needs 0 < exponent <= 1, high >= 1 and ramp < 1"),
         ({"auto": {"high": 0.5}}, "needs 0 < exponent <= 1, high >= 1 and ramp < 1"),
         ({"auto": {"total_num_steps": 0}}, r"'total_num_steps'\] must be an integer >= 1, got 0"),
-        ({"auto": {"total_num_steps": 8}}, "measures and ramps until step 10, but the run has 8 steps"),
+        (
+            {"auto": {"total_num_steps": 8, "not_before": 1}},
+            "measures and ramps until step 10, but the run has 8 steps",
+        ),
+        ({"auto": {"total_num_steps": 800}}, "until step 1017, but the run has 800 steps.*come into their order"),
+        ({"auto": {"not_before": 0}}, r"'not_before'\] must be an integer >= 1, got 0"),
         ({"auto": 5}, r"lr_multipliers\['auto'\] must be a mapping"),
         ({"auto": {}, "haed": 3}, "unknown key 'haed'; did you mean 'head'"),
         ("fixed", "lr_multipliers must be a mapping"),
@@ -190,6 +197,14 @@ def test_a_type_without_gradients_stays_at_one(caplog: pytest.LogCaptureFixture)
 def test_settings_that_are_refused(setting: Any, message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         BlockwiseAdamW([torch.nn.Parameter(torch.zeros(1))], lr_multipliers=setting)
+
+
+@pytest.mark.parametrize(("total", "start"), [(2_000, 1_000), (50_000, 1_000), (100_000, 2_000)])
+def test_the_order_needs_a_number_of_steps_not_a_share_of_the_run(total: int, start: int) -> None:
+    """2% of a short run lies in its warm-up, where values are sharpest: measured there, multipliers ruined the run."""
+    measured = MeasuredMultipliers.of(BlockPolicy.parse({"auto": {"total_num_steps": total}}))
+    assert measured is not None
+    assert next(step for step in range(1, total) if measured.is_due(step)) == start
 
 
 def test_a_run_of_unknown_length_does_not_start() -> None:
@@ -205,7 +220,7 @@ def test_a_model_without_norms_is_refused_at_once() -> None:
         {"embed_tokens": torch.nn.Embedding(5, 4), "lm_head": torch.nn.Linear(4, 5, bias=False)}
     )
     tag_parameters(model)
-    optimizer = BlockwiseAdamMini(model.parameters(), lr_multipliers={"auto": TOTAL})
+    optimizer = BlockwiseAdamMini(model.parameters(), lr_multipliers={"auto": {"not_before": 1} | TOTAL})
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     with pytest.raises(ValueError, match="relative to norms, but the model has only emb, head"):
@@ -219,7 +234,7 @@ def test_auto_belongs_to_the_optimizer() -> None:
     model(torch.zeros(1, 5, dtype=torch.long)).backward()
     with pytest.raises(ValueError, match='tagged with lr_multipliers "auto", but it is the optimizer that measures'):
         optimizer.step()
-    measuring = BlockwiseAdamMini(llama().parameters(), lr_multipliers={"auto": TOTAL})
+    measuring = BlockwiseAdamMini(llama().parameters(), lr_multipliers={"auto": {"not_before": 1} | TOTAL})
     with pytest.raises(ValueError, match='lr_multipliers is "auto", which sets them itself'):
         measuring.set_lr_multipliers({"ffn": 2})
 

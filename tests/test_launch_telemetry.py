@@ -18,7 +18,7 @@ from launch_project import assert_same_checkpoint, compose, load_run, prepare_pr
 from ds_blockwise.run_check import check_run_file
 
 STEPS, STOP = 24, 15  # measured at step 10, ramped in until step 20
-SETTINGS = {"lr_multipliers": {"auto": {"ramp": 0.4}, "head": 2}, "telemetry": {"interval": 3}}
+SETTINGS = {"lr_multipliers": {"auto": {"ramp": 0.4, "not_before": 1}, "head": 2}, "telemetry": {"interval": 3}}
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_the_run_file_says_how_long_the_run_is(project: Path) -> None:
     assert run is not None
     config = compose(run, problems)
     assert config["optimizer"]["params"]["lr_multipliers"] == {
-        "auto": {"ramp": 0.4, "total_num_steps": 6},
+        "auto": {"ramp": 0.4, "not_before": 1, "total_num_steps": 6},
         "head": 2,
     }
     _, checked = check_run_file(project / "run.yaml", deepspeed_file=path)

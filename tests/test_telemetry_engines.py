@@ -55,7 +55,7 @@ def _cases() -> Iterator[tuple[str, tuple[int, Measured]]]:
         yield f"resume-{optimizer}-z{stage}", (2, Measured("resume", case, saves=(6, 16, 24), extra=universal))
     no_total = _case("mini", 2, {"lr_multipliers": "auto"}, **PLAIN)
     yield "refused-no_total", (2, Measured("refused", no_total, extra={"says": '"total_num_steps": N'}))
-    short = _case("mini", 2, {"lr_multipliers": {"auto": {"total_num_steps": 8}}}, **PLAIN)
+    short = _case("mini", 2, {"lr_multipliers": {"auto": {"total_num_steps": 8, "not_before": 1}}}, **PLAIN)
     yield "refused-short", (2, Measured("refused", short, extra={"says": "until step 10, but the run has 8 steps"}))
 
 
