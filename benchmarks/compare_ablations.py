@@ -139,7 +139,7 @@ def _block_types(best: Mapping[str, float]) -> list[Ablation]:
         Ablation(
             OURS,
             f"uniform-{block_type}",
-            f"{name} at AdamW's best rate ({uniform:g}x the base instead of {DEFAULT_LR_MULTIPLIERS[block_type]:g}x)",
+            f"{name} at AdamW's best rate ({uniform:.3g}x the base instead of {DEFAULT_LR_MULTIPLIERS[block_type]:g}x)",
             best[OURS],
             {"lr_multipliers": {block_type: uniform}},
         )

@@ -15,7 +15,7 @@ from typing import Any
 import compare_plots
 from bench_machine import PROVENANCE, ROOT, write_between
 from compare_ablations import ablations
-from compare_trials import ARMS, BASELINE, FULL, Plan, Trial
+from compare_trials import ARMS, BASELINE, Plan, Trial
 
 from ds_blockwise.run_config import RunConfig
 
@@ -312,8 +312,8 @@ def write(results: Results, run: RunConfig, plan: Plan, folder: Path, *, publish
         run: What they trained.
         plan: What was asked for.
         folder: Of the trials.
-        published: Also replace the run's files in docs/compare and its tables in docs/evidence.md; if the plan is FULL
-            README's table, too.
+        published: Also replace the run's files in docs/compare and its tables in docs/evidence.md, and README's table
+            of this run if it has one.
 
     Returns:
         The table for the terminal.
@@ -334,8 +334,9 @@ def write(results: Results, run: RunConfig, plan: Plan, folder: Path, *, publish
         compare_plots.sweeps(results, plan, title, target / f"{run.name}_sweep.png")
     (folder / "table.md").write_text(text + "\n", encoding="utf-8")
     if published:
-        if plan == FULL:
-            write_between(ROOT / "README.md", "results", f"{text}\n\n![validation loss](docs/compare/{run.name}.png)")
+        if f"{run.name} results" in (ROOT / "README.md").read_text(encoding="utf-8"):
+            figure = f"![validation loss](docs/compare/{run.name}.png)"
+            write_between(ROOT / "README.md", f"{run.name} results", f"{text}\n\n{figure}")
         write_between(ROOT / "docs/evidence.md", f"{run.name} results", text)
         write_between(ROOT / "docs/evidence.md", f"{run.name} ablations", changes)
     return f"{text}\n\n{changes}\n\nwritten to {folder}"

@@ -153,14 +153,7 @@ _CLAIM = ("adamw", "blockwise_adamw", "blockwise_adam_mini")
 # with a short warm-up AdamW cannot bear the rates that would be best for it
 PATIENT = replace(FULL, lengths=(), ablations=("wsd", "uniform-norm"), arms=_CLAIM, shift=2.0, warmup=0.2)
 # the claim alone, where our default cuts second moments, and what helped the small model most; about an hour
-LARGER = replace(
-    FULL,
-    lengths=(),
-    ablations=("published-cuts", "uniform-norm", "wsd"),
-    arms=_CLAIM,
-    shift=0.5,
-    bf16=True,
-)
+LARGER = replace(PATIENT, ablations=("published-cuts", "uniform-norm", "wsd"), shift=1.0, bf16=True)
 # by the name of the run file; what is in the repository's pages
 PUBLISHED_PLANS = {"compare": FULL, "compare_warmup": PATIENT, "compare_5m": LARGER}
 

@@ -156,7 +156,7 @@ def test_the_larger_model_is_trained_in_bf16_with_its_own_rates_and_few_ablation
     trials = FakeTrials(_bowl(BEST, FLOOR))
     compare_optimizers.train_all(trials, LARGER)
     assert {t.arm for t in trials.results} == set(LARGER.arms)
-    assert LARGER.learning_rates(BASELINE) == (1e-3, 2e-3, 4e-3)
+    assert LARGER.learning_rates(BASELINE) == (2e-3, 4e-3, 8e-3)
     assert {t.change for t in trials.results} == {"", "published-cuts", "uniform-norm", "wsd"}
     trial = next(iter(trials.results))
     setups = [Setup(2048, {"tokenizer": {"sha256": "x"}, "splits": {}}, bf16) for bf16 in (False, True)]
