@@ -19,6 +19,7 @@ FILES = {path.stem: path for path in FOLDER.glob("*.yaml")}
 # billions of parameters, as the paper (or the model's own authors) round them
 SIZES = {
     "tiny": 0.0013,
+    "llama_5m": 0.005,
     "llama_30m": 0.0267,
     "llama_130m": 0.13,
     "llama_250m": 0.24,
