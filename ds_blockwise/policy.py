@@ -199,7 +199,7 @@ class AutoMultipliers:
         after: share of the run before the measurement; at least 0.02, because the order of sharpness among block types
             does not hold earlier (at step 100 of 50,000 the queries and keys are flattest and values sharpest).
         not_before: updates before the measurement, whatever ``after`` says: the order takes a number of steps to
-            settle, not a share (1,000 in arXiv 2502.19002; 300 with our small model, see docs/evidence.md).
+            settle, not a share (1,000 in arXiv 2502.19002; 300 in our small run of AdamW, docs/evidence.md).
         exponent: above 0 and at most 1: ``p`` in ``r = clamp((S_norm / S_type) ** p, 1, high)``.
         high: largest multiplier.
         ramp: share of the run over which multipliers go from 1 to what was measured.
