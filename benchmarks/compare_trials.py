@@ -151,7 +151,7 @@ FULL = Plan(steps=800, grid=3, seeds=3, lengths=(0.5, 0.75), widen=2, refine=1, 
 QUICK = Plan(steps=200, grid=3, seeds=2, lengths=(), widen=0, refine=0, ablations=())
 _CLAIM = ("adamw", "blockwise_adamw", "blockwise_adam_mini")
 # with a short warm-up AdamW cannot bear the rates that would be best for it
-PATIENT = replace(FULL, lengths=(), ablations=("wsd", "uniform-norm"), arms=_CLAIM, shift=2.0, warmup=0.2)
+PATIENT = replace(FULL, lengths=(0.75,), ablations=("wsd", "uniform-norm"), arms=_CLAIM, shift=2.0, warmup=0.2)
 # the claim alone, where our default cuts second moments, and what helped the small model most; about an hour
 LARGER = replace(PATIENT, ablations=("published-cuts", "uniform-norm", "wsd"), shift=1.0, bf16=True)
 # by the name of the run file; what is in the repository's pages

@@ -170,7 +170,8 @@ def test_the_larger_model_is_trained_in_bf16_with_its_own_rates_and_few_ablation
 def test_a_longer_warm_up_is_that_of_every_run(tmp_path):
     trials = FakeTrials(_bowl(BEST, FLOOR))
     compare_optimizers.train_all(trials, PATIENT)
-    assert {t.warmup for t in trials.results} == {0.2}
+    assert {round(t.warmup * t.steps) for t in trials.results} == {160}
+    assert {t.steps for t in trials.results} == {600, 800}, "steps to the same loss want a shorter length"
     assert {t.change for t in trials.results} == {"", "uniform-norm", "wsd"}
     compare_report.write_csv(trials.results, tmp_path / "trials.csv")
     assert set(compare_report.read_csv(tmp_path / "trials.csv", PATIENT)) == set(trials.results)
