@@ -158,13 +158,14 @@ def _measured(best: Mapping[str, float]) -> list[Ablation]:
     Measured in the warm-up, where the order of sharpness is another one, and from the step on where it holds
     (docs/sharpness/tiny.csv).
     """
-    early: dict[str, Any] = {"auto": {"not_before": 1}}
-    late: dict[str, Any] = {"auto": {"not_before": 300}}
+    early: dict[str, Any] = {"auto": {"not_before": 1, "head": True}}
+    late: dict[str, Any] = {"auto": {"not_before": 300, "head": True}}
+    without_head: dict[str, Any] = {"auto": {"not_before": 300}, "head": 10}
     chosen = [
         ("auto-early", "measured from step 16 on", 2, early),
         ("auto", "measured from step 300 on", 2, late),
         ("auto", "measured from step 300 on", 4, late),
-        ("auto-head", "measured from step 300 on, but the output layer at 10x", 2, {**late, "head": 10}),
+        ("auto-head", "measured from step 300 on, but the output layer at 10x", 2, without_head),
     ]
     return [
         Ablation(
@@ -173,6 +174,7 @@ def _measured(best: Mapping[str, float]) -> list[Ablation]:
             f"multipliers {words}; {factor}x the best base rate",
             factor * best[OURS],
             {"lr_multipliers": multipliers},
+            all_seeds=multipliers is without_head,  # the package's default
         )
         for change, words, factor, multipliers in chosen
     ]

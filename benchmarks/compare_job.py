@@ -20,7 +20,7 @@ import pretrain_llama
 import torch
 from bench_machine import provenance
 from compare_peers import register
-from compare_trials import Setup, Trial
+from compare_trials import Setup, Trial, fingerprint
 
 RESULT = "result.json"
 _BEGUN = "digest"  # of what is in the folder, finished or not
@@ -33,7 +33,7 @@ def result_of(trial: Trial, folder: Path, setup: Setup) -> dict[str, Any] | None
     if not path.is_file():
         return None
     found = json.loads(path.read_text(encoding="utf-8"))
-    return found if found["digest"] == setup.digest(trial) else None
+    return {**found, "fingerprint": fingerprint(found["digest"])} if found["digest"] == setup.digest(trial) else None
 
 
 def run_trial(
@@ -97,7 +97,7 @@ def run_trial(
     partial = place / f"{RESULT}.partial"
     partial.write_text(json.dumps(result, indent=2), encoding="utf-8")
     partial.replace(place / RESULT)  # a trial that was killed leaves none
-    return result
+    return result_of(trial, folder, setup)
 
 
 def _spent(place: Path) -> float:

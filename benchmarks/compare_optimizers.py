@@ -5,7 +5,8 @@ python benchmarks/compare_optimizers.py          # everything: sweeps, seeds, sh
 python benchmarks/compare_optimizers.py --quick  # shorter runs, 3 learning rates, 2 seeds; about 15 minutes
 
 One process on one core (or GPU) per trial. What has finished is never trained again, so a run that was stopped goes
-on where it was; `--minutes` stops it by itself, each trial with a checkpoint.
+on where it was; `--minutes` stops it by itself, each trial with a checkpoint. `--from-published` also counts what is in
+docs/compare: a new seed or ablation costs its own runs only, on any machine.
 
 python benchmarks/compare_optimizers.py --run configs/run/compare_5m.yaml    # a larger model, in bf16; about an hour
 
@@ -57,6 +58,7 @@ class Trials:
         deadline: `time.monotonic` after which none begins.
         bf16: As `Plan.bf16`.
         overrides: More ``section.key=value`` for the run file.
+        finished: A CSV of the same run file, whose results count as if they had been trained here.
     """
 
     def __init__(
@@ -68,7 +70,9 @@ class Trials:
         *,
         bf16: bool = False,
         overrides: Iterable[str] = (),
+        finished: Path | None = None,
     ) -> None:
+        self._finished = {} if finished is None else compare_report.finished_in(finished)
         self.results: dict[Trial, dict[str, Any]] = {}
         self.compared = False  # all but the ablations has been trained
         self._overrides = list(overrides)
@@ -110,6 +114,7 @@ class Trials:
         missing = []
         for trial in dict.fromkeys(trials):
             found = self.results.get(trial) or result_of(trial, self._folder, self._setup)
+            found = found or self._finished.get(self._setup.fingerprint(trial))
             if found is None:
                 missing.append(trial)
             else:
@@ -258,18 +263,25 @@ def main() -> int:
     parser.add_argument("--arms", help=f"only these, separated by commas, {BASELINE} among them: {', '.join(ARMS)}")
     parser.add_argument("--steps", type=int, help="of a whole run")
     parser.add_argument("--no-ablations", action="store_true")
+    parser.add_argument("--from-published", action="store_true", help="what is in docs/compare counts as finished")
     parser.add_argument("--publish", action="store_true", help="write docs and README.md although runs are missing")
     options = parser.parse_args()
     plan = _plan(options, parser)
     whole = plan == _published_plan(options.run) and not options.set
-    if options.publish and not whole:
-        parser.error("--publish is for the plans that docs/evidence.md shows: no --quick, --arms, --steps, --set ...")
+    for option in ("publish", "from-published"):
+        if getattr(options, option.replace("-", "_")) and not whole:
+            parser.error(
+                f"--{option} is for the plans that docs/evidence.md shows: no --quick, --arms, --steps, --set ..."
+            )
     name = f"{options.run.stem}_quick" if options.quick else options.run.stem
     folder = ROOT / "runs" / "compare" / name
     # relative paths of run files count from here
     os.chdir(ROOT)
     deadline = time.monotonic() + 60 * options.minutes
-    with Trials(folder, options.run, options.workers, deadline, bf16=plan.bf16, overrides=options.set) as trials:
+    finished = compare_report.DOCS / f"{options.run.stem}.csv" if options.from_published else None
+    with Trials(
+        folder, options.run, options.workers, deadline, bf16=plan.bf16, overrides=options.set, finished=finished
+    ) as trials:
         stopped = None
         try:
             train_all(trials, plan)

@@ -86,6 +86,11 @@ def sweeps(results: Results, plan: Plan, title: str, path: Path) -> None:
     _save(figure, path)
 
 
+def is_in_losses(trial: Trial, rows: Sequence[ArmResult], plan: Plan) -> bool:
+    """Whether `losses` draws the trial's curve, unless it diverged."""
+    return trial.steps == plan.steps and any(_at(trial, row) for row in rows)
+
+
 def _at(trial: Trial, row: ArmResult) -> bool:
     return trial.arm == row.arm and not trial.change and trial.lr == row.lr
 

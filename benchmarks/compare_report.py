@@ -33,6 +33,8 @@ COLUMNS = (
     "state_bytes_per_parameter",
     "parameters",
     "tokens",
+    "fingerprint",
+    "curve",
     *PROVENANCE,
 )
 DIVERGED = "diverged"
@@ -223,6 +225,7 @@ def provenance_text(results: Results, plan: Plan) -> str:
     trial, some = next((t, r) for t, r in results.items() if r["diverged"] is None)
     of = some["provenance"]
     commits = sorted({r["provenance"]["commit"] for r in results.values()})
+    machines = sorted({r["provenance"]["cpu"] for r in results.values()})
     dates = sorted({r["provenance"]["date"] for r in results.values()})
     precision = "bf16 with fp32 master weights" if plan.bf16 else "fp32"
     return (
@@ -231,7 +234,7 @@ def provenance_text(results: Results, plan: Plan) -> str:
         f"{plan.warmup:.0%} of them warm-up, complete decays; every "
         f"optimizer at the best of its own learning rates (first seed), {plan.seeds} seeds, differences between runs "
         f"of the same seed, ± one standard error. CPU time has validation in it. "
-        f"One process on one core of {of['cpu']}, torch {of['torch']}, "
+        f"One process on one core of {' or '.join(machines)}, torch {of['torch']}, "
         f"DeepSpeed {of['deepspeed']}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, "
         f"commit {', '.join(commits)}."
     )
@@ -252,19 +255,21 @@ def write_csv(results: Results, path: Path) -> None:
                     f"{trial.lr:g}",
                     trial.seed,
                     trial.steps,
-                    f"{trial.warmup:g}",
+                    repr(trial.warmup),
                     f"{result['final_validation_loss']:.5f}" if ended else DIVERGED,
                     f"{result['cpu_seconds'] / trial.steps:.4f}" if ended else "",
                     f"{result['optimizer_state_bytes_per_parameter']:.4f}" if ended else "",
                     result.get("parameters", ""),
                     result.get("tokens", ""),
+                    result["fingerprint"],
+                    " ".join(f"{step}:{loss:.5f}" for step, loss in result["curve"]),
                     *(result["provenance"][key] for key in PROVENANCE),
                 ]
             )
 
 
 def read_csv(path: Path, plan: Plan) -> dict[Trial, dict[str, Any]]:
-    """The results that `write_csv` wrote, without curves: enough for the tables.
+    """The results that `write_csv` wrote, by trial.
 
     Args:
         path: The CSV.
@@ -274,24 +279,12 @@ def read_csv(path: Path, plan: Plan) -> dict[Trial, dict[str, Any]]:
     changed: dict[str, dict[str, Any]] = {}
     with open(path, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            steps, ended = int(row["steps"]), row["final_validation_loss"] != DIVERGED
-            result: dict[str, Any] = {
-                "diverged": None if ended else DIVERGED,
-                "final_validation_loss": float(row["final_validation_loss"]) if ended else None,
-                "provenance": {key: row[key] for key in PROVENANCE},
-            }
-            if ended:
-                result |= {
-                    "cpu_seconds": float(row["cpu_seconds_per_step"]) * steps,
-                    "optimizer_state_bytes_per_parameter": float(row["state_bytes_per_parameter"]),
-                    "parameters": int(row["parameters"]),
-                    "tokens": int(row["tokens"]),
-                }
+            result = _result(row)
             trial = Trial(
                 row["arm"],
                 float(row["base_lr"]),
                 int(row["seed"]),
-                steps,
+                int(row["steps"]),
                 row["change"],
                 warmup=float(row["warmup_share"]),
             )
@@ -302,6 +295,30 @@ def read_csv(path: Path, plan: Plan) -> dict[Trial, dict[str, Any]]:
     best = {row.arm: row.lr for row in arm_results(found, plan)}
     whole = [ablation.trial(plan, seed) for ablation in ablations(best, plan) for seed in range(1, plan.seeds + 1)]
     return found | {trial: changed[trial.name] for trial in whole if trial.name in changed}
+
+
+def finished_in(path: Path) -> dict[str, dict[str, Any]]:
+    """The results that `write_csv` wrote, by fingerprint: those of another machine count as well."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return {row["fingerprint"]: _result(row) for row in csv.DictReader(file)}
+
+
+def _result(row: Mapping[str, str]) -> dict[str, Any]:
+    """What a trial left, from its line of the CSV."""
+    provenance = {key: row[key] for key in PROVENANCE}
+    result: dict[str, Any] = {"fingerprint": row["fingerprint"], "provenance": provenance}
+    if row["final_validation_loss"] == DIVERGED:
+        return result | {"diverged": DIVERGED, "final_validation_loss": None, "curve": []}
+    points = (point.split(":") for point in row["curve"].split())
+    return result | {
+        "diverged": None,
+        "final_validation_loss": float(row["final_validation_loss"]),
+        "curve": [(int(step), float(loss)) for step, loss in points],
+        "cpu_seconds": float(row["cpu_seconds_per_step"]) * int(row["steps"]),
+        "optimizer_state_bytes_per_parameter": float(row["state_bytes_per_parameter"]),
+        "parameters": int(row["parameters"]),
+        "tokens": int(row["tokens"]),
+    }
 
 
 def write(results: Results, run: RunConfig, plan: Plan, folder: Path, *, published: bool) -> str:
@@ -329,8 +346,11 @@ def write(results: Results, run: RunConfig, plan: Plan, folder: Path, *, publish
     title = f"LLaMA of {next(r['parameters'] for r in results.values() if r['diverged'] is None) / 1e6:.1f}M parameters"
     if published:
         write_csv(results, DOCS / f"{run.name}.csv")
+    drawn = [result for trial, result in results.items() if compare_plots.is_in_losses(trial, rows, plan)]
+    drawable = all(result["curve"] for result in drawn if result["diverged"] is None)
     for target in (folder, DOCS) if published else (folder,):
-        compare_plots.losses(results, rows, plan, title, target / f"{run.name}.png")
+        if drawable:
+            compare_plots.losses(results, rows, plan, title, target / f"{run.name}.png")
         compare_plots.sweeps(results, plan, title, target / f"{run.name}_sweep.png")
     (folder / "table.md").write_text(text + "\n", encoding="utf-8")
     if published:
@@ -339,4 +359,5 @@ def write(results: Results, run: RunConfig, plan: Plan, folder: Path, *, publish
             write_between(ROOT / "README.md", f"{run.name} results", f"{text}\n\n{figure}")
         write_between(ROOT / "docs/evidence.md", f"{run.name} results", text)
         write_between(ROOT / "docs/evidence.md", f"{run.name} ablations", changes)
-    return f"{text}\n\n{changes}\n\nwritten to {folder}"
+    note = "" if drawable else f"; {run.name}.png is as it was: the CSV has no curves of its runs"
+    return f"{text}\n\n{changes}\n\nwritten to {folder}{note}"

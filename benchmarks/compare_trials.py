@@ -8,6 +8,7 @@ finished trials are found again and never trained twice.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -186,3 +187,12 @@ class Setup:
             "data": [self.data["tokenizer"]["sha256"], self.data["splits"]],
         }
         return json.dumps(facts, sort_keys=True)
+
+    def fingerprint(self, trial: Trial) -> str:
+        """The same for files that go elsewhere: a result with this fingerprint is that of this trial on any machine."""
+        return fingerprint(self.digest(trial))
+
+
+def fingerprint(digest: str) -> str:
+    """A digest in 12 characters."""
+    return hashlib.sha256(digest.encode()).hexdigest()[:12]

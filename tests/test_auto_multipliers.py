@@ -160,11 +160,11 @@ def test_resume_under_other_settings_is_reported(caplog: pytest.LogCaptureFixtur
     other.optimizer.load_state_dict(auto.optimizer.state_dict())
     assert "lr_multipliers.auto was" in caplog.text
     assert "'exponent': 0.5" in caplog.text
-    assert "lr_multipliers.head was 3, is not set" in caplog.text
+    assert "lr_multipliers.head was 3, is 10" in caplog.text
 
 
 def test_a_type_without_gradients_stays_at_one(caplog: pytest.LogCaptureFixture) -> None:
-    run = made(Case("adamw", **LIVE), lr_multipliers={"auto": AUTO["auto"] | TOTAL})
+    run = made(Case("adamw", **LIVE), lr_multipliers={"auto": AUTO["auto"] | TOTAL | {"head": True}})
     for step in range(AUTO_STEPS):
         gradients = {n: PLAN.mean(n, tuple(p.shape), step) for n, p in run.model.named_parameters()}
         gradients["lm_head.weight"].zero_()
@@ -189,6 +189,8 @@ def test_a_type_without_gradients_stays_at_one(caplog: pytest.LogCaptureFixture)
         ),
         ({"auto": {"total_num_steps": 800}}, "until step 1017, but the run has 800 steps.*come into their order"),
         ({"auto": {"not_before": 0}}, r"'not_before'\] must be an integer >= 1, got 0"),
+        ({"auto": {"head": 3}}, r"'head'\] must be true .* or false, got 3"),
+        ({"auto": {"head": True}, "head": 3}, 'has "head": 3 and .* has "head": true. Give one of them'),
         ({"auto": 5}, r"lr_multipliers\['auto'\] must be a mapping"),
         ({"auto": {}, "haed": 3}, "unknown key 'haed'; did you mean 'head'"),
         ("fixed", "lr_multipliers must be a mapping"),
@@ -205,6 +207,20 @@ def test_the_order_needs_a_number_of_steps_not_a_share_of_the_run(total: int, st
     measured = MeasuredMultipliers.of(BlockPolicy.parse({"auto": {"total_num_steps": total}}))
     assert measured is not None
     assert next(step for step in range(1, total) if measured.is_due(step)) == start
+
+
+@pytest.mark.parametrize("asked", [None, False, True])
+def test_the_output_layer_is_measured_only_if_asked(asked: bool | None) -> None:
+    """Its sharpness gives it 2.8, training wants 10: docs/evidence.md."""
+    settings = AUTO["auto"] | TOTAL | ({} if asked is None else {"head": asked})
+    pinned = {} if asked else {"head": 10.0}
+    run = made(Case("mini", **LIVE), lr_multipliers={"auto": settings})
+    by_hand = AutoTruth(READING_STEPS, RAMP, 0.6, 9.0, pinned)
+    run.oracle.lr_multipliers = by_hand.after(0, run.oracle)
+    for step in range(AUTO_STEPS):
+        follow(run, step)
+        run.oracle.lr_multipliers = by_hand.after(step + 1, run.oracle)
+    assert ("head" in run.optimizer.lr_multipliers) is bool(asked), "those in effect that were measured"
 
 
 def test_a_run_of_unknown_length_does_not_start() -> None:
@@ -249,6 +265,11 @@ def test_reports_say_auto(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert said["model.layers.0.self_attn.k_proj.weight"] == (True, 1.0)
     line = next(line for line in str(block_report(model)).splitlines() if "k_proj" in line)
     assert " auto " in line
+    for setting, expected in (("auto", (False, 10.0)), ({"auto": {"head": True}}, (True, 1.0))):
+        tag_parameters(model, lr_multipliers=setting)
+        said = {row.fqn: (row.is_measured, row.lr_multiplier) for row in block_report(model).rows}
+        assert said["lm_head.weight"] == expected
+        assert said["model.embed_tokens.weight"] == (True, 1.0)
     config = tmp_path / "ds.json"
     params = {"lr_multipliers": "auto", "telemetry": {"interval": 7}}
     config.write_text(json.dumps({"optimizer": {"type": "BlockwiseAdamMini", "params": params}}))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import fcntl
 import json
@@ -59,6 +60,7 @@ class FakeTrials:
                 "parameters": 1000,
                 "tokens": 10 * trial.steps,
                 "curve": [(0, 7.0), (trial.steps // 2, 5.0), (trial.steps, loss)],
+                "fingerprint": trial.name,
                 "provenance": dict.fromkeys(compare_report.PROVENANCE, "x"),
             }
 
@@ -187,13 +189,14 @@ def test_a_length_counts_when_all_seeds_have_it():
     assert rows["adamw_8bit"].steps_to_baseline == "not within 100"
 
 
+@pytest.mark.parametrize("option", ["--publish", "--from-published"])
 @pytest.mark.parametrize("other", [["--quick"], ["--steps", "100"], ["--set", "training.seed=3"], ["--no-ablations"]])
-def test_only_the_plan_that_the_readme_shows_is_published(other, monkeypatch, capsys):
+def test_only_the_plan_that_the_readme_shows_is_published(option, other, monkeypatch, capsys):
     """Asked for and ignored, or worse: another comparison in the place of this one."""
-    monkeypatch.setattr(sys, "argv", ["compare_optimizers.py", "--publish", *other])
+    monkeypatch.setattr(sys, "argv", ["compare_optimizers.py", option, *other])
     with pytest.raises(SystemExit):
         compare_optimizers.main()
-    assert "--publish is for the plan" in capsys.readouterr().err
+    assert f"{option} is for the plan" in capsys.readouterr().err
 
 
 def test_a_rate_that_diverges_is_never_the_best_and_is_written_down(tmp_path):
@@ -282,7 +285,11 @@ def test_tables_are_the_same_from_the_csv(tmp_path):
     compare_optimizers.train_all(trials, PLAN)
     compare_report.write_csv(trials.results, tmp_path / "trials.csv")
     read = compare_report.read_csv(tmp_path / "trials.csv", PLAN)
-    assert len(read) == len(trials.results)
+    for trial, result in trials.results.items():
+        (found,) = (r for t, r in read.items() if t.name == trial.name)
+        ended = result["diverged"] is None
+        assert found["final_validation_loss"] == (pytest.approx(result["final_validation_loss"]) if ended else None)
+        assert found["curve"] == [(step, pytest.approx(loss)) for step, loss in result["curve"] if ended]
     shown = []
     for results in (read, trials.results):
         rows = compare_report.arm_results(results, PLAN)
@@ -320,10 +327,14 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepare_project(tmp_path_factory.mktemp("compare"))
 
 
-def _trained(project: Path, folder: Path, deadline: float, arms: list[str], steps: int = 2):
+def _trained(
+    project: Path, folder: Path, deadline: float, arms: list[str], steps: int = 2, finished: Path | None = None
+):
     plan = Plan(steps, grid=1, seeds=1, lengths=(), widen=0, refine=0, ablations=(), arms=tuple(arms))
     overrides = ["training.log_interval=1", "parallel.tensor=1", "cluster.gpus_per_node=1"]
-    with compare_optimizers.Trials(folder, project / "run.yaml", 2, deadline, overrides=overrides) as trials:
+    with compare_optimizers.Trials(
+        folder, project / "run.yaml", 2, deadline, overrides=overrides, finished=finished
+    ) as trials:
         compare_optimizers.train_all(trials, plan)
         return trials.results, compare_report.write(trials.results, trials.run, plan, folder, published=False)
 
@@ -386,6 +397,34 @@ def test_a_trial_that_another_process_is_training_is_waited_for(project, tmp_pat
     other.join()
     assert again[trial]["cpu_seconds"] == result["cpu_seconds"], "trained again"
     assert (tmp_path / "two" / trial.name / "log").read_text(encoding="utf-8") == "of the other process"
+
+
+def test_results_of_another_machine_count_if_nothing_that_decides_them_differs(project, tmp_path, monkeypatch):
+    """From a CSV, into an empty folder: no run begins; other lengths are other runs; figures want curves."""
+    monkeypatch.chdir(project)
+    there, here, path = tmp_path / "there", tmp_path / "here", tmp_path / "trials.csv"
+    results, text = _trained(project, there, time.monotonic() + 600.0, [BASELINE])
+    compare_report.write_csv(results, path)
+    here.mkdir()
+    again, same = _trained(project, here, 0.0, [BASELINE], finished=path)
+    assert {t: r["final_validation_loss"] for t, r in again.items()} == pytest.approx(
+        {t: r["final_validation_loss"] for t, r in results.items()}, abs=1e-5
+    )
+    assert same == text.replace(str(there), str(here))
+    assert {figure.name for figure in here.glob("*.png")} == {figure.name for figure in there.glob("*.png")}
+    with pytest.raises(compare_optimizers.Stopped, match="1 runs"):
+        _trained(project, here, 0.0, [BASELINE], steps=3, finished=path)
+    for figure in here.glob("*.png"):
+        figure.unlink()
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = [{**row, "curve": ""} for row in csv.DictReader(file)]
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    _, text = _trained(project, here, 0.0, [BASELINE], finished=path)
+    assert "is as it was: the CSV has no curves of its runs" in text
+    assert len(list(here.glob("*.png"))) == 1
 
 
 @pytest.mark.slow
