@@ -200,6 +200,10 @@ def train_all(trials: Trials, plan: Plan) -> None:
         Stopped: The time is up.
     """
     best = sweep(trials, plan)
+    asked = ablations(best, plan)
+    changed = [trial for ablation in asked for trial in ablation.trials(plan)]
+    trials.find(changed)
+    trials.find(_confirmation(trials, plan, asked))  # they count although the time may be up before
     whole = {arm: [plan.plain(arm, lr, seed) for seed in range(1, plan.seeds + 1)] for arm, lr in best.items()}
     trials.train([trial for seeds in whole.values() for trial in seeds], "seeds")
     differences = {arm: compare_report.against(trials.results, seeds, whole[BASELINE]) for arm, seeds in whole.items()}
@@ -213,10 +217,6 @@ def train_all(trials: Trials, plan: Plan) -> None:
     ]
     trials.train(shorter, "shorter runs")
     trials.compared = True
-    asked = ablations(best, plan)
-    changed = [trial for ablation in asked for trial in ablation.trials(plan)]
-    trials.find(changed)
-    trials.find(_confirmation(trials, plan, asked))  # they count although the time may be up before
     trials.train(changed, "ablations")
     trials.train(_confirmation(trials, plan, asked), "seeds of what looks good")
 

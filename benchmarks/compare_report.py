@@ -91,6 +91,35 @@ def against(results: Results, trials: Sequence[Trial], baseline: Sequence[Trial]
 
 
 @dataclass(frozen=True)
+class StepsTo:
+    """Steps of a complete decay that ends at the baseline's final loss.
+
+    Attributes:
+        steps: How many.
+        words: What is known of the number, for readers: empty, "about", "fewer than" or "not within".
+    """
+
+    steps: int
+    words: str = ""
+
+    def steps_text(self) -> str:
+        """``fewer than 800``."""
+        return f"{self.words} {self.steps}".lstrip()
+
+    def time_text(self, step_over_baseline: float, baseline_steps: int) -> str:
+        """The CPU time of these steps, of the baseline's whole run; empty where they are not enough.
+
+        Args:
+            step_over_baseline: CPU time of a step over the baseline's.
+            baseline_steps: Of its whole run.
+        """
+        if self.words == "not within":
+            return ""
+        words = self.words.replace("fewer", "less")
+        return f"{words} {step_over_baseline * self.steps / baseline_steps:.2f}".lstrip()
+
+
+@dataclass(frozen=True)
 class ArmResult:
     """What the table says of one arm."""
 
@@ -98,7 +127,7 @@ class ArmResult:
     lr: float
     loss: Estimate
     against_baseline: Estimate | None
-    steps_to_baseline: str
+    steps_to_baseline: StepsTo | None
     cpu_seconds_per_step: float
     state_bytes: float
 
@@ -141,43 +170,47 @@ def _at_best(results: Results, plan: Plan, arm: str) -> list[Trial]:
     return sorted((t for t in trials if t.lr == lr), key=lambda t: t.seed)
 
 
-def _steps_to(results: Results, plan: Plan, trials: Sequence[Trial], baseline: Sequence[Trial]) -> str:
-    """Steps of a complete decay that ends at the baseline's final loss, between the lengths that were trained."""
+def _steps_to(results: Results, plan: Plan, trials: Sequence[Trial], baseline: Sequence[Trial]) -> StepsTo | None:
+    """Interpolated between the lengths that were trained; None without a baseline."""
     arm, lr = trials[0].arm, trials[0].lr
     difference = against(results, trials, baseline)
     if difference is None:
-        return str(plan.steps) if arm == BASELINE else ""
+        return StepsTo(plan.steps) if arm == BASELINE else None
     if difference.sign == 0:
-        return f"about {plan.steps}"
+        return StepsTo(plan.steps, "about")
     if difference.sign > 0:
-        return f"not within {plan.steps}"
-    target = mean_loss(results, baseline)
+        return StepsTo(plan.steps, "not within")
+    seeds = {t.seed for t in trials}
+    target = mean_loss(results, [t for t in baseline if t.seed in seeds])
     lengths = sorted({t.steps for t in results if t.arm == arm and not t.change and t.lr == lr})
     points = []
     for steps in lengths:
         at = [t for t in _plain(results, arm, steps) if t.lr == lr]
         if len(at) == len(trials):  # a mean of other seeds would be compared with other seeds
             points.append((steps, mean_loss(results, at)))
-    if points[0][1] <= target:
-        return f"at most {points[0][0]}" if len(points) > 1 else f"fewer than {plan.steps}"
     for (short, above), (long, below) in itertools.pairwise(points):
         if below <= target < above:
             share = (above - target) / (above - below)
-            return f"{round(short * (long / short) ** share)}"
-    return f"not between {lengths}"
+            return StepsTo(round(short * (long / short) ** share))
+    return StepsTo(points[0][0], "fewer than")
 
 
 def table(rows: Sequence[ArmResult], results: Results, plan: Plan) -> str:
     """The comparison as Markdown, with where it comes from."""
     lines = [
         f"| optimizer | best base lr | final validation loss | against AdamW, same seeds | "
-        f"steps to AdamW's loss at {plan.steps} | CPU s per step | state, bytes per parameter |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        f"steps to AdamW's loss at {plan.steps} | time to it, of AdamW's | CPU s per step | "
+        f"state, bytes per parameter |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
+    of_baseline = next((row.cpu_seconds_per_step for row in rows if row.arm == BASELINE), math.nan)
     for row in rows:
         against = "" if row.against_baseline is None else row.against_baseline.text("+.4f")
+        reached, step_over_baseline = row.steps_to_baseline, row.cpu_seconds_per_step / of_baseline
+        steps = "" if reached is None else reached.steps_text()
+        time = "" if reached is None else reached.time_text(step_over_baseline, plan.steps)
         lines.append(
-            f"| {ARMS[row.arm].label} | {row.lr:g} | {row.loss.text()} | {against} | {row.steps_to_baseline} | "
+            f"| {ARMS[row.arm].label} | {row.lr:g} | {row.loss.text()} | {against} | {steps} | {time} | "
             f"{row.cpu_seconds_per_step:.3f} | {row.state_bytes:.2f} |"
         )
     return "\n".join([*lines, "", provenance_text(results, plan)])

@@ -127,11 +127,14 @@ def test_the_table_says_what_the_formula_does():
             assert row.against_baseline.mean == pytest.approx(FLOOR[arm] - FLOOR[BASELINE])
             assert row.against_baseline.error == pytest.approx(0.0, abs=1e-12), "seeds are compared in pairs"
     # 0.05 better at 100 steps and 0.2 for each factor of 2: the baseline's loss after 100 / 2^(1/4) steps
-    assert rows["blockwise_adamw"].steps_to_baseline == "84"
-    assert rows["muon"].steps_to_baseline == "71"
-    assert rows["adamw_8bit"].steps_to_baseline == "not within 100"
+    assert rows["blockwise_adamw"].steps_to_baseline.steps_text() == "84"
+    assert rows["muon"].steps_to_baseline.steps_text() == "71"
+    assert rows["adamw_8bit"].steps_to_baseline.steps_text() == "not within 100"
     text = compare_report.table(list(rows.values()), trials.results, PLAN)
-    assert "| Muon + AdamW (torch) | 0.008 | 3.4200 ± 0.0058 | -0.1000 ± 0.0000 | 71 | 0.500 | 8.00 |" in text
+    assert "| Muon + AdamW (torch) | 0.008 | 3.4200 ± 0.0058 | -0.1000 ± 0.0000 | 71 | 0.71 | 0.500 | 8.00 |" in text
+    assert (
+        f"| {ARMS['adamw_8bit'].label} | 0.004 | 3.5400 ± 0.0058 | +0.0200 ± 0.0000 | not within 100 |  | 0.500" in text
+    )
 
 
 def test_a_tie_takes_about_as_many_steps_and_is_not_trained_again():
@@ -142,8 +145,20 @@ def test_a_tie_takes_about_as_many_steps_and_is_not_trained_again():
     compare_optimizers.train_all(trials, PLAN)
     rows = {row.arm: row for row in compare_report.arm_results(trials.results, PLAN)}
     assert rows["adamw_8bit"].against_baseline.mean == pytest.approx(-0.001)
-    assert rows["adamw_8bit"].steps_to_baseline == "about 100"
+    assert rows["adamw_8bit"].steps_to_baseline.steps_text() == "about 100"
     assert not [t for t in trials.results if t.arm == "adamw_8bit" and t.steps < PLAN.steps]
+
+
+def test_time_to_the_loss_is_relative_to_the_baseline():
+    """A step that takes longer eats what fewer steps gain; a bound on steps is one on time."""
+    said = [compare_report.StepsTo(600, words) for words in ("", "about", "fewer than", "not within")]
+    texts = [(steps.steps_text(), steps.time_text(1.2, 800)) for steps in said]
+    assert texts == [
+        ("600", "0.90"),
+        ("about 600", "about 0.90"),
+        ("fewer than 600", "less than 0.90"),
+        ("not within 600", ""),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -185,8 +200,8 @@ def test_a_length_counts_when_all_seeds_have_it():
     compare_optimizers.train_all(trials, PLAN)
     few = {t: r for t, r in trials.results.items() if t.steps == PLAN.steps or t.seed == 1}
     rows = {row.arm: row for row in compare_report.arm_results(few, PLAN)}
-    assert rows["muon"].steps_to_baseline == "fewer than 100"
-    assert rows["adamw_8bit"].steps_to_baseline == "not within 100"
+    assert rows["muon"].steps_to_baseline.steps_text() == "fewer than 100"
+    assert rows["adamw_8bit"].steps_to_baseline.steps_text() == "not within 100"
 
 
 @pytest.mark.parametrize("option", ["--publish", "--from-published"])
@@ -276,6 +291,32 @@ def test_ablations_are_compared_with_the_same_seeds_and_what_is_missing_is_count
     without = {t: r for t, r in trials.results.items() if t.change != "wsd"}
     text = compare_report.ablation_table(without, PLAN, rates)
     assert f"2 of {len(ablations(rates, PLAN))} are not trained yet: warm-up, stable, decay instead of cosine." in text
+
+
+def test_finished_ablations_count_although_the_time_is_up_before(monkeypatch):
+    """Published with `--publish`, a CSV would lose what an earlier one had."""
+    whole = FakeTrials(_bowl(BEST, FLOOR))
+    compare_optimizers.train_all(whole, PLAN)
+    stopped = FakeTrials(_bowl(BEST, FLOOR))
+    train = stopped.train
+
+    def find(trials):
+        found = {trial: whole.results[trial] for trial in trials if trial.change}
+        stopped.results |= found
+        return [trial for trial in trials if trial not in found]
+
+    def until_shorter_runs(trials, title):
+        if title == "shorter runs":
+            raise compare_optimizers.Stopped(title)
+        train(trials, title)
+
+    monkeypatch.setattr(stopped, "find", find)
+    monkeypatch.setattr(stopped, "train", until_shorter_runs)
+    with pytest.raises(compare_optimizers.Stopped):
+        compare_optimizers.train_all(stopped, PLAN)
+    changed = {trial for trial in whole.results if trial.change}
+    assert changed == {trial for trial in stopped.results if trial.change}
+    assert not stopped.compared
 
 
 def test_tables_are_the_same_from_the_csv(tmp_path):
