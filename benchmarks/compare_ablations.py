@@ -162,10 +162,10 @@ def _measured(best: Mapping[str, float]) -> list[Ablation]:
     late: dict[str, Any] = {"auto": {"not_before": 300, "head": True}}
     without_head: dict[str, Any] = {"auto": {"not_before": 300}, "head": 10}
     chosen = [
-        ("auto-early", "measured from step 16 on", 2, early),
-        ("auto", "measured from step 300 on", 2, late),
-        ("auto", "measured from step 300 on", 4, late),
-        ("auto-head", "measured from step 300 on, but the output layer at 10x", 2, without_head),
+        ("auto-early", "measured from step 16 on, the output layer's too", 2, early),
+        ("auto", "measured from step 300 on, the output layer's too", 2, late),
+        ("auto", "measured from step 300 on, the output layer's too", 4, late),
+        ("auto-head", "measured from step 300 on, the output layer at 10x", 2, without_head),
     ]
     return [
         Ablation(

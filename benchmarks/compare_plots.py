@@ -42,18 +42,20 @@ def losses(results: Results, rows: Sequence[ArmResult], plan: Plan, title: str, 
         path: PNG file to write.
     """
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    top = 0.0
+    top, bottom = 0.0, math.inf
     for row in rows:
         curves = [r["curve"] for t, r in results.items() if _at(t, row) and t.steps == plan.steps and r["curve"]]
         steps = [step for step, _ in curves[0]]
         means = [statistics.fmean(values) for values in zip(*([loss for _, loss in c] for c in curves), strict=True)]
         label = f"{ARMS[row.arm].label}, {row.lr:g}: {row.loss.mean:.3f}"
         axes.plot(steps, means, color=COLOURS[row.arm], label=label, marker="o", markersize=3)
-        top = max(top, means[len(means) // 3])
+        top, bottom = max(top, means[len(means) // 3]), min(bottom, *means)
         for length in sorted({t.steps for t in results if _at(t, row) and t.steps != plan.steps}):
             ends = [r["final_validation_loss"] for t, r in results.items() if _at(t, row) and t.steps == length]
             axes.plot(length, statistics.fmean(ends), color=COLOURS[row.arm], marker="*", markersize=9)
-    axes.set(xlabel="optimizer steps (stars: the end of shorter complete decays)", ylabel=_LOSS, ylim=(None, top))
+    axes.set(xlabel="optimizer steps (stars: the end of shorter complete decays)", ylabel=_LOSS)
+    if bottom < top:
+        axes.set_ylim(bottom - 0.05 * (top - bottom), top)
     axes.set_title(f"{title}: best learning rate of each optimizer")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
