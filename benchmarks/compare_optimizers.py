@@ -279,6 +279,8 @@ def main() -> int:
     os.chdir(ROOT)
     deadline = time.monotonic() + 60 * options.minutes
     finished = compare_report.DOCS / f"{options.run.stem}.csv" if options.from_published else None
+    if finished is not None and not finished.is_file():
+        parser.error(f"--from-published: there is no docs/compare/{finished.name} yet: train everything without it")
     with Trials(
         folder, options.run, options.workers, deadline, bf16=plan.bf16, overrides=options.set, finished=finished
     ) as trials:

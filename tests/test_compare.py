@@ -214,6 +214,14 @@ def test_only_the_plan_that_the_readme_shows_is_published(option, other, monkeyp
     assert f"{option} is for the plan" in capsys.readouterr().err
 
 
+def test_nothing_published_to_go_on_from_is_an_error(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(compare_report, "DOCS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["compare_optimizers.py", "--from-published"])
+    with pytest.raises(SystemExit):
+        compare_optimizers.main()
+    assert "there is no docs/compare/compare.csv yet" in capsys.readouterr().err
+
+
 def test_a_rate_that_diverges_is_never_the_best_and_is_written_down(tmp_path):
     bowl = _bowl(BEST, FLOOR)
     trials = FakeTrials(lambda trial: math.inf if trial.lr > 6e-3 else bowl(trial))
