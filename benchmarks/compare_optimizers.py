@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "launch"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import compare_report
+import compare_summary
 from bench_machine import ROOT, cores
 from compare_ablations import MINI, OUR_MINI, Ablation, ablations, confirmation
 from compare_trials import ARMS, BASELINE, FULL, PUBLISHED_PLANS, QUICK, Plan, Setup, Trial
@@ -292,6 +293,8 @@ def main() -> int:
         # only a whole comparison changes what stands in the repository, unless somebody asks for it
         published = whole and (trials.compared or options.publish)
         print(compare_report.write(trials.results, trials.run, plan, folder, published=published))
+        if published:
+            compare_summary.write()
     if stopped is not None:
         print(f"not complete: {stopped}")
     return int(stopped is not None)

@@ -108,6 +108,7 @@ def test_the_results_are_those_of_the_csv():
     pytest.importorskip("matplotlib", reason="the comparison draws with matplotlib, in the extra 'dev'")
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import compare_report
+    import compare_summary
     from bench_machine import between
     from compare_trials import PUBLISHED_PLANS
 
@@ -126,6 +127,8 @@ def test_the_results_are_those_of_the_csv():
         ablations = compare_report.ablation_table(results, plan, {row.arm: row.lr for row in rows})
         assert table in shown[0] and ablations in shown[1], name
         assert all(table in text for text in shown[2:]), name
+    for page in compare_summary.PAGES:
+        assert compare_summary.table() in between((ROOT / page).read_text(encoding="utf-8"), compare_summary.NAME)
 
 
 def test_paths_in_the_text_exist():
