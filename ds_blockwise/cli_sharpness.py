@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_blockwise.measure_files import load_trained, read_batches
+from ds_blockwise.policy import DEFAULT_LR_MULTIPLIERS
 from ds_blockwise.ratios import DEFAULT_EXPONENT, multipliers_from_sharpness
 from ds_blockwise.sharpness import PRODUCTS, measure_sharpness
 from ds_blockwise.sharpness_report import ESTIMATORS, LEVELS, SharpnessReport, read_csv, write_csv
@@ -58,6 +59,8 @@ def add_sharpness_command(commands: Any) -> None:
     _add_source(ratios)
     ratios.add_argument("--exponent", type=float, default=DEFAULT_EXPONENT, help=f"default {DEFAULT_EXPONENT}")
     ratios.add_argument("--max", type=float, default=16.0, help="largest multiplier; default 16")
+    head = DEFAULT_LR_MULTIPLIERS["head"]
+    ratios.add_argument("--head", action="store_true", help=f"the output layer's too; default: its usual {head:g}")
     ratios.add_argument("--steps", type=int, help=f"of the whole run; default: from {_RUN_RECORD} beside the CSV")
     ratios.add_argument("--force", action="store_true", help="also from a measurement that may be too early")
     ratios.set_defaults(run=_run_ratios)
@@ -148,6 +151,8 @@ def _run_ratios(args: argparse.Namespace) -> tuple[str, int]:
         _check_time(report, args)
     sharpness: dict[str, float] = {str(block_type): value for block_type, value in report.by_type().items()}
     found = multipliers_from_sharpness(sharpness, exponent=args.exponent, high=args.max)
+    if "head" in found and not args.head:  # wants a higher rate than its sharpness says: docs/evidence.md
+        found["head"] = DEFAULT_LR_MULTIPLIERS["head"]
     return json.dumps({"lr_multipliers": {name: float(f"{value:.3g}") for name, value in found.items()}}, indent=2), 0
 
 
