@@ -110,7 +110,7 @@ def test_the_results_are_those_of_the_csv():
     import compare_report
     import compare_summary
     from bench_machine import between
-    from compare_trials import PUBLISHED_PLANS
+    from compare_trials import PUBLISHED_PLANS, QUICK
 
     evidence = (ROOT / "docs/evidence.md").read_text(encoding="utf-8")
     for name, plan in PUBLISHED_PLANS.items():
@@ -127,6 +127,9 @@ def test_the_results_are_those_of_the_csv():
         ablations = compare_report.ablation_table(results, plan, {row.arm: row.lr for row in rows})
         assert table in shown[0] and ablations in shown[1], name
         assert all(table in text for text in shown[2:]), name
+    quick = compare_report.read_csv(ROOT / "docs/compare/quick.csv", QUICK)
+    table = compare_report.table(compare_report.arm_results(quick, QUICK), quick, QUICK)
+    assert table in between(evidence, "quick results")
     for page in compare_summary.PAGES:
         assert compare_summary.table() in between((ROOT / page).read_text(encoding="utf-8"), compare_summary.NAME)
 
