@@ -14,7 +14,7 @@ import models
 import torch
 from autotp_models import MODELS, cut, shapes_of, small
 from engine_cases import BETAS, EPS, FULL_NAME, LR, WEIGHT_DECAY
-from engines import DTYPES, engine_config, feed_step, open_engine
+from engines import engine_config, feed_step, open_engine
 from models import Feed, GradientPlan
 from torch import Tensor, nn
 
@@ -85,7 +85,7 @@ def _build(case: Case, config: dict[str, Any]) -> nn.Module:
         return small(case.model)
     import deepspeed
 
-    with deepspeed.zero.Init(config_dict_or_path=config, dtype=DTYPES[case.dtype]):
+    with deepspeed.zero.Init(config_dict_or_path=config):
         model = MODELS[case.model].build()
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():

@@ -12,7 +12,7 @@ from typing import Any
 import models
 import pytest
 import torch
-from engines import DTYPES, engine_config
+from engines import engine_config
 from oracle import Hyper, Oracle
 from oracle_names import ROLE, Classes, gpt2_classes, hf_llama_classes, regroup
 from torch import Tensor, nn
@@ -157,7 +157,7 @@ def build(case: Case, config: dict[str, Any]) -> nn.Module:
     if case.zero_init:
         import deepspeed
 
-        with deepspeed.zero.Init(config_dict_or_path=config, dtype=DTYPES[case.dtype]):
+        with deepspeed.zero.Init(config_dict_or_path=config):
             model = make()
         for name, parameter in model.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():

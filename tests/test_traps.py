@@ -107,7 +107,7 @@ def spring(context, trap):
         else:
             import deepspeed
 
-            with deepspeed.zero.Init(config_dict_or_path=config, dtype=torch.float32):
+            with deepspeed.zero.Init(config_dict_or_path=config):
                 model = trap.build()
             assert all(tuple(p.shape) in ((0,), (1,)) for p in model.parameters()), "not a placeholder"
         for name, p in model.named_parameters():
