@@ -84,6 +84,7 @@ def _build(case: Case, config: dict[str, Any]) -> nn.Module:
     if not case.zero_init:
         return small(case.model)
     import deepspeed
+    from torch import _dynamo  # noqa: F401 - cannot be imported while zero.Init replaces tensor constructors
 
     with deepspeed.zero.Init(config_dict_or_path=config):
         model = MODELS[case.model].build()

@@ -156,6 +156,7 @@ def build(case: Case, config: dict[str, Any]) -> nn.Module:
     make, _ = MODELS[case.model]
     if case.zero_init:
         import deepspeed
+        from torch import _dynamo  # noqa: F401 - cannot be imported while zero.Init replaces tensor constructors
 
         with deepspeed.zero.Init(config_dict_or_path=config):
             model = make()
