@@ -37,44 +37,44 @@ finetune: setup
 compare: RUN = configs/run/compare$(if $(PLAN),_$(PLAN)).yaml
 compare: setup
 	$(BIN)/python launch/prepare_data.py --run $(RUN)
-	$(BIN)/python benchmarks/compare_optimizers.py --run $(RUN) $(if $(QUICK),--quick) $(ARGS)
+	$(BIN)/python -m benchmarks.compare.run --run $(RUN) $(if $(QUICK),--quick) $(ARGS)
 
 bench: bench-kernels bench-communication bench-end-to-end
 
 bench-kernels: setup
-	$(BIN)/python benchmarks/bench_kernels.py --readme $(ARGS)
+	$(BIN)/python -m benchmarks.step.run --readme $(ARGS)
 
 bench-gpu: setup
-	DS_ACCELERATOR=cuda $(BIN)/python benchmarks/bench_kernels.py --device cuda --readme $(ARGS)
+	DS_ACCELERATOR=cuda $(BIN)/python -m benchmarks.step.run --device cuda --readme $(ARGS)
 
 bench-communication: setup
-	$(BIN)/python benchmarks/communication.py --readme
-	$(BIN)/python benchmarks/communication_overhead.py --readme
+	$(BIN)/python -m benchmarks.costs.communication --readme
+	$(BIN)/python -m benchmarks.costs.communication_overhead --readme
 
 bench-end-to-end: setup
-	$(BIN)/python benchmarks/end_to_end.py --readme $(ARGS)
+	$(BIN)/python -m benchmarks.costs.end_to_end --readme $(ARGS)
 
 bench-data: setup
-	$(BIN)/python benchmarks/bench_prepare_data.py --docs $(ARGS)
+	$(BIN)/python -m benchmarks.costs.prepare_data --docs $(ARGS)
 
 test: setup
 	$(PYTEST) -m "not gpu and not slow and not faults and not hosts" tests $(ARGS)
 
 support: setup
-	WRITE_SUPPORT=1 $(PYTEST) -m "not gpu and not slow and not faults and not hosts" --deselect tests/test_support.py::test_the_page_has_the_rows tests $(ARGS)
+	WRITE_SUPPORT=1 $(PYTEST) -m "not gpu and not slow and not faults and not hosts" --deselect tests/repo/test_support.py::test_the_page_has_the_rows tests $(ARGS)
 
 test-slow: setup
 	$(PYTEST) -m "slow and not gpu" tests $(ARGS)
 
 test-faults: setup
-	$(BIN)/python -m pytest -rP tests/test_faults.py $(ARGS)
+	$(BIN)/python -m pytest -rP tests/launch/test_faults.py $(ARGS)
 
 checkpoint-matrix: setup
-	WRITE_CHECKPOINT_MATRIX=1 $(BIN)/python -m pytest -q tests/test_reshard.py $(ARGS)
+	WRITE_CHECKPOINT_MATRIX=1 $(BIN)/python -m pytest -q tests/hosts/deepspeed/test_reshard.py $(ARGS)
 
 # As root, with the packages iproute2 openssh-server pdsh util-linux.
 test-hosts: setup
-	$(BIN)/python -m pytest -rP tests/test_hosts.py $(ARGS)
+	$(BIN)/python -m pytest -rP tests/launch/test_two_hosts.py $(ARGS)
 
 test-gpu: setup
 	DS_ACCELERATOR=cuda $(BIN)/python -m pytest -m gpu tests $(ARGS)

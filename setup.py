@@ -3,7 +3,7 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 EXTRAS = {
@@ -37,9 +37,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["ds_blockwise", "megatron_patch"],
-    package_data={"ds_blockwise": ["py.typed", "csrc/*"], "megatron_patch": ["py.typed"]},
+    packages=find_packages(include=["ds_blockwise*", "megatron_patch*"]),
+    package_data={"ds_blockwise": ["py.typed", "kernels/cpp/*.cpp", "kernels/cpp/*.h"], "megatron_patch": ["py.typed"]},
     install_requires=["torch>=2.6", "ninja"],
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["ds-blockwise=ds_blockwise.cli:main"]},
+    entry_points={"console_scripts": ["ds-blockwise=ds_blockwise.cli.main:main"]},
 )

@@ -7,19 +7,19 @@ DeepSpeed itself is not imported.
 
 from typing import Any
 
-from ds_blockwise.adam_mini import BlockwiseAdamMini
-from ds_blockwise.adamw import BlockwiseAdamW
-from ds_blockwise.blocks import BlockSpec
-from ds_blockwise.import_hook import after_import as _after_import
-from ds_blockwise.naming import Role
-from ds_blockwise.report import BlockReport, block_report
-from ds_blockwise.schedules import BlockwiseCosineLR, BlockwiseLinearLR, BlockwiseWSDLR
-from ds_blockwise.sharpness import measure_sharpness
-from ds_blockwise.sharpness_engine import probe_engine
-from ds_blockwise.sharpness_report import SharpnessReport
-from ds_blockwise.state_record import VERSION
-from ds_blockwise.tagging import tag_parameters
-from ds_blockwise.verify import LayoutReport, verify_layout
+from ds_blockwise.blocks.spec import BlockSpec
+from ds_blockwise.checkpoint.record import VERSION
+from ds_blockwise.hosts.deepspeed.import_hook import after_import as _after_import
+from ds_blockwise.hosts.deepspeed.sharpness import probe_engine
+from ds_blockwise.measure.sharpness import measure_sharpness
+from ds_blockwise.measure.sharpness_report import SharpnessReport
+from ds_blockwise.optimizers.adam_mini import BlockwiseAdamMini
+from ds_blockwise.optimizers.adamw import BlockwiseAdamW
+from ds_blockwise.optimizers.schedules import BlockwiseCosineLR, BlockwiseLinearLR, BlockwiseWSDLR
+from ds_blockwise.tagging.names import Role
+from ds_blockwise.tagging.report import BlockReport, block_report
+from ds_blockwise.tagging.tag import tag_parameters
+from ds_blockwise.tagging.verify_layout import LayoutReport, verify_layout
 
 __version__ = VERSION
 
@@ -51,16 +51,16 @@ def attach(engine: Any) -> None:
 
     Raises:
         ImportError: DeepSpeed is not installed.
-        ValueError: see `ds_blockwise.deepspeed_host.attach`.
+        ValueError: see `ds_blockwise.hosts.deepspeed.attach.attach`.
     """
-    from ds_blockwise import deepspeed_host
+    from ds_blockwise.hosts.deepspeed.attach import attach as attach_to
 
-    deepspeed_host.attach(engine)
+    attach_to(engine)
 
 
 def _register_with_deepspeed() -> None:
     # registers at its end; if its own import brought DeepSpeed in, it is not complete yet
-    import ds_blockwise.deepspeed_host  # noqa: F401
+    import ds_blockwise.hosts.deepspeed.register  # noqa: F401
 
 
 _after_import("deepspeed", _register_with_deepspeed)

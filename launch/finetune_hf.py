@@ -22,14 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import quiet  # noqa: F401
 import torch
 import transformers
 from accelerate import PartialState
-from corpus import Corpus, find_corpus, is_validation
-from finetune_report import plot_losses, table
-from meeting import Place
-from processes import prepare_process
 from transformers import (
     AutoModelForCausalLM,
     HfArgumentParser,
@@ -41,7 +36,12 @@ from transformers import (
 )
 
 import ds_blockwise  # noqa: F401 - makes both optimizers known to DeepSpeed
-from ds_blockwise.config_files import Problems
+from data.corpus import Corpus, find_corpus, is_validation
+from ds_blockwise.runs.strict_files import Problems
+from finetune_report import plot_losses, table
+from job import quiet  # noqa: F401
+from job.process_groups import prepare_process
+from job.rendezvous import Place
 from megatron_patch import GPTShape
 
 _END = "<|endoftext|>"

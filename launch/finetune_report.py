@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from report import boxed, loss_axes
+from job.report import boxed, loss_axes
 
 
 def table(summary: dict[str, Any]) -> str:

@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from job_options import job_options
-from meeting import Host, Place, connect, exit_status, meet, ranks_text
 
-from ds_blockwise.config_files import Problems
-from ds_blockwise.engine_config import compose
-from ds_blockwise.run_config import RunConfig, check_run, load_run
+from ds_blockwise.runs.engine_json import compose
+from ds_blockwise.runs.run_file import RunConfig, check_run, load_run
+from ds_blockwise.runs.strict_files import Problems
+from job.options import job_options
+from job.rendezvous import Host, Place, connect, exit_status, meet, ranks_text
 
 FREE_GPU_FRACTION = 0.9  # a GPU that another job uses holds more than a tenth
 _PACKAGES = ("torch", "deepspeed", "megatron-core", "ds-blockwise", "numpy", "triton", "tokenizers", "transformers")

@@ -18,12 +18,11 @@ import sys
 import time
 from pathlib import Path
 
-import quiet  # noqa: F401
-from corpus import PART_BYTES
-from data_pool import usable_cores
-from token_files import SPLITS, check_directory, prepare
-
-from ds_blockwise.run_config import load_run
+from data.corpus import PART_BYTES
+from data.pool import usable_cores
+from data.token_files import SPLITS, check_directory, prepare
+from ds_blockwise.runs.run_file import load_run
+from job import quiet  # noqa: F401
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -17,22 +17,22 @@ import logging
 import time
 from typing import Any
 
-import quiet  # noqa: F401
 import torch
-from batches import check_data
-from job import begin, build
-from job_options import job_options
-from meeting import exit_status
-from processes import Processes, agree
-from report import plot_loss, plot_telemetry, state_bytes_per_parameter, summarize, table, write_summary
-from run_folder import check_output, check_source, find_checkpoint, prepare_output
-from silence import Watch, naming_hosts
-from training import Trainer
 
 from ds_blockwise import block_report
-from ds_blockwise.config_files import Problems
-from ds_blockwise.engine_config import optimizer_type, zero_stage
-from ds_blockwise.run_config import RunConfig
+from ds_blockwise.runs.engine_json import optimizer_type, zero_stage
+from ds_blockwise.runs.run_file import RunConfig
+from ds_blockwise.runs.strict_files import Problems
+from job import quiet  # noqa: F401
+from job.batches import check_data
+from job.heartbeat import Watch, naming_hosts
+from job.options import job_options
+from job.process_groups import Processes, agree
+from job.rendezvous import exit_status
+from job.report import plot_loss, plot_telemetry, state_bytes_per_parameter, summarize, table, write_summary
+from job.run_folder import check_output, check_source, find_checkpoint, prepare_output
+from job.start import begin, build
+from job.trainer import Trainer
 
 
 def main(arguments: list[str] | None = None) -> None:

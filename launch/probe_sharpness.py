@@ -13,21 +13,21 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-import quiet  # noqa: F401
 import torch
-from batches import check_data
-from job import begin, build
-from job_options import run_options
-from meeting import exit_status
-from processes import agree
-from run_folder import checkpoints_of, place_of
-from sharpness_run import measure
 
-from ds_blockwise.checkpoint_files import CheckpointError, resolve_tag
-from ds_blockwise.config_files import Problems
-from ds_blockwise.deepspeed_checkpoint import load_checkpoint
-from ds_blockwise.run_config import check_sharpness
-from ds_blockwise.sharpness_report import LEVELS, write_csv
+from ds_blockwise.checkpoint.folder import CheckpointError, resolve_tag
+from ds_blockwise.hosts.deepspeed.checkpoint.load import load_checkpoint
+from ds_blockwise.measure.sharpness_report import LEVELS, write_csv
+from ds_blockwise.runs.run_file import check_sharpness
+from ds_blockwise.runs.strict_files import Problems
+from job import quiet  # noqa: F401
+from job.batches import check_data
+from job.options import run_options
+from job.process_groups import agree
+from job.rendezvous import exit_status
+from job.run_folder import checkpoints_of, place_of
+from job.sharpness import measure
+from job.start import begin, build
 
 
 def main(arguments: list[str] | None = None) -> None:

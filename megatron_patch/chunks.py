@@ -18,12 +18,12 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.module import Float16Module
 from torch import nn
 
-from ds_blockwise.blocks import apply_policy
-from ds_blockwise.naming import canonical_fqn
-from ds_blockwise.optimizer import BlockwiseOptimizer
-from ds_blockwise.policy import BlockPolicy
-from ds_blockwise.stages import TiedCopy, rules_matched, tied_copy
-from ds_blockwise.tagging import tag_with_policy
+from ds_blockwise.blocks.block_settings import BlockPolicy
+from ds_blockwise.blocks.spec import apply_policy
+from ds_blockwise.hosts.pipeline_stages import TiedCopy, rules_matched, tied_copy
+from ds_blockwise.optimizers.base import BlockwiseOptimizer
+from ds_blockwise.tagging.names import canonical_fqn
+from ds_blockwise.tagging.tag import tag_with_policy
 
 _WRAPPERS = (DistributedDataParallel, Float16Module)
 _TAGGED_HERE: WeakSet[nn.Module] = WeakSet()

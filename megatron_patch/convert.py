@@ -18,15 +18,17 @@ import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import nn
 
-from ds_blockwise.adam_mini import BlockwiseAdamMini
-from ds_blockwise.adamw import BlockwiseAdamW
-from ds_blockwise.hosting import Stepped, check_agreement, group_of, raise_together
-from ds_blockwise.optimizer import BlockwiseOptimizer
-from ds_blockwise.policy import BlockPolicy, suggest
-from ds_blockwise.reduce import ReductionGroups, is_first_rank
-from ds_blockwise.settings import MomentumDtype, check_group
-from ds_blockwise.stages import check_rules, check_tied, rules_matched
-from megatron_patch import chunks, stack, stored
+from ds_blockwise.blocks.block_settings import BlockPolicy
+from ds_blockwise.hosts.pipeline_stages import check_rules, check_tied, rules_matched
+from ds_blockwise.hosts.stepped_tensors import Stepped, check_agreement, group_of
+from ds_blockwise.optimizers.adam_mini import BlockwiseAdamMini
+from ds_blockwise.optimizers.adamw import BlockwiseAdamW
+from ds_blockwise.optimizers.base import BlockwiseOptimizer
+from ds_blockwise.optimizers.settings import MomentumDtype, check_group
+from ds_blockwise.parallel.agree import is_first_rank, raise_together
+from ds_blockwise.parallel.reduce import ReductionGroups
+from ds_blockwise.values import suggest
+from megatron_patch import checkpoint, chunks, partitions
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +86,7 @@ def convert_(
         rules: list of ``{"match": regex, ...}``; each must match a parameter of some pipeline stage.
         momentum_dtype: ``"fp32"`` or ``"bf16"``.
         backend: ``"auto"``, ``"cpp"``, ``"triton"`` or ``"reference"``.
-        telemetry: see `ds_blockwise.telemetry.TelemetrySettings`. Readings go to ``on_telemetry`` of each wrapper's
+        telemetry: see `measure.readings.TelemetrySettings`. Readings go to ``on_telemetry`` of each wrapper's
             inner ``optimizer``; what they know of clipping is None.
 
     Returns:
@@ -117,10 +119,10 @@ def convert_(
     failure: Exception | None = None
     try:
         _check_kind(kind)
-        leaves = stack.leaves_of(optimizer)
+        leaves = partitions.leaves_of(optimizer)
         for leaf in leaves:
-            stack.check_version(leaf)
-            stack.check_settings(leaf)
+            partitions.check_version(leaf)
+            partitions.check_settings(leaf)
         models = [chunks.unwrapped(chunk) for chunk in wrapped]
         policy = BlockPolicy.parse(lr_multipliers, weight_decay_multipliers, granularity, rules)
         matched = rules_matched(chunks.names_in(models), policy)
@@ -165,9 +167,9 @@ def _prepare(
         if inner is None:
             continue  # everything in it is frozen
         stepped, groups = [], []
-        params = stack.stepped_by(leaf)
+        params = partitions.stepped_by(leaf)
         for param, item in params:
-            reduced_over = stack.groups_for(leaf, param, item)
+            reduced_over = partitions.groups_for(leaf, param, item)
             if item.tensor is None:
                 inner.bind_absent(item.placements, reduced_over, param.device)
             else:
@@ -222,19 +224,19 @@ def _all_ranks_hold_all(optimizer: Any) -> bool:
 
 def _compare(conversion: _Conversion, chunk: nn.Module, *, whole_lists: bool) -> None:
     leaf, is_expert = conversion.leaf, conversion.is_expert
-    data_peers = stack.data_peers_of(leaf, chunk, is_expert=is_expert) if whole_lists else None
-    tensor_peers = stack.tp_group_of(leaf, is_expert=is_expert)
+    data_peers = partitions.data_peers_of(leaf, chunk, is_expert=is_expert) if whole_lists else None
+    tensor_peers = partitions.tp_group_of(leaf, is_expert=is_expert)
     check_agreement(conversion.inner, conversion.stepped, data_peers, tensor_peers, "settings")
 
 
 def _install(conversion: _Conversion) -> None:
     leaf = conversion.leaf
     if isinstance(leaf, DistributedOptimizer):
-        stack.point_to_shards(leaf)
+        partitions.point_to_shards(leaf)
     leaf.optimizer = conversion.inner
-    leaf.init_state_fn = stored.allocate_state
+    leaf.init_state_fn = checkpoint.allocate_state
     leaf.reduction_groups = conversion.groups
-    leaf.__class__ = stored.CONVERTED[type(leaf)]
+    leaf.__class__ = checkpoint.CONVERTED[type(leaf)]
 
 
 def _warn_of_beta2(kind: str, conversions: Sequence[_Conversion]) -> None:

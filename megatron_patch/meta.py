@@ -11,9 +11,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
-from ds_blockwise.model_shape import GPTShape
+from ds_blockwise.runs.model_shape import GPTShape
+from megatron_patch.cpu_shims import cpu_shims
 from megatron_patch.model import build_gpt
-from megatron_patch.shims import cpu_shims
 
 
 def build_meta_gpt(path: str | Path) -> GPTModel:

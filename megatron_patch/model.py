@@ -13,8 +13,8 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
 from torch.nn.functional import gelu, silu
 
-from ds_blockwise.config_files import Problems
-from ds_blockwise.model_shape import GPT2, LLAMA, GPTShape
+from ds_blockwise.runs.model_shape import GPT2, LLAMA, GPTShape
+from ds_blockwise.runs.strict_files import Problems
 
 # Megatron-core's names for what a run file's `activation_checkpointing` asks for
 RECOMPUTED: dict[str, dict[str, Any]] = {

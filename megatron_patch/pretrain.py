@@ -22,8 +22,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ds_blockwise.policy import PUBLISHED
-from ds_blockwise.settings import BACKENDS, MOMENTUM_DTYPES
+from ds_blockwise.blocks.defaults import PUBLISHED
+from ds_blockwise.optimizers.settings import BACKENDS, MOMENTUM_DTYPES
 from megatron_patch.convert import KINDS, convert_
 
 ArgsProvider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]

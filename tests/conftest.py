@@ -4,16 +4,11 @@
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-# Helper modules (oracle, models, engines, distributed) are imported by bare name, also by the
-# processes that a test spawns: they inherit sys.path from here.
-sys.path.insert(0, str(Path(__file__).parent))
-
-from support import OUTCOMES, PAGE, write
-from support_rows import ROWS
+from tests.helpers.support import OUTCOMES, PAGE, write
+from tests.helpers.support_rows import ROWS
 
 _DEFAULTS = {
     "OMP_NUM_THREADS": "1",  # several processes share few cores

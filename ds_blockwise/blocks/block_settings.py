@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The user's settings: multipliers, granularity and rules, checked once and then immutable.
+
+Defaults: multipliers of arXiv 2502.19002 (Emb 10, QK 8, FFN 6, VO 4, Norm 1), partition of Adam-mini
+(arXiv 2406.16793, algorithm 2: a head of Q and K, a row elsewhere, a whole norm vector), but every element of a norm
+for itself: that costs no memory worth naming (docs/evidence.md: what is known of its gain).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ds_blockwise.blocks.auto_settings import AutoMultipliers, parse_auto
+from ds_blockwise.blocks.defaults import (
+    DEFAULT_GRANULARITY,
+    DEFAULT_LR_MULTIPLIERS,
+    GRANULARITIES,
+    HEAD_ROLES,
+    PUBLISHED,
+    PUBLISHED_GRANULARITY,
+    Granularity,
+)
+from ds_blockwise.tagging.names import BLOCK_TYPE_OF, BLOCK_TYPES, QKV_LAYOUTS, STORAGES, QKVLayout, Role, Storage
+from ds_blockwise.values import as_count, as_mapping, as_multiplier, check_keys, if_given, suggest
+
+_ROLE_NAMES = tuple(role.value for role in Role)
+_POLICY_KEYS = tuple(dict.fromkeys((*BLOCK_TYPES, *_ROLE_NAMES)))
+_RULE_KEYS = (
+    "match",
+    "role",
+    "layout",
+    "num_heads",
+    "num_kv_heads",
+    "storage",
+    "lr_multiplier",
+    "weight_decay_multiplier",
+    "granularity",
+)
+
+
+def _checked(name: str, value: object, *extra: str) -> Mapping[str, object]:
+    raw = as_mapping(name, value)
+    check_keys(name, raw, (*_POLICY_KEYS, *extra))
+    return raw
+
+
+def _granularity(name: str, value: object) -> Granularity:
+    if value not in GRANULARITIES:
+        raise ValueError(f"{name} must be one of {', '.join(GRANULARITIES)}, got {value!r}")
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One user rule: what it matches, and what it sets (None: leave as it is)."""
+
+    match: str
+    role: Role | None = None
+    qkv_layout: QKVLayout | None = None
+    num_heads: int | None = None
+    num_kv_heads: int | None = None
+    lr_multiplier: float | None = None
+    weight_decay_multiplier: float | None = None
+    granularity: Granularity | None = None
+    storage: Storage | None = None
+
+    def matches(self, fqn: str) -> bool:
+        """True if the rule's regular expression is found anywhere in ``fqn``."""
+        return re.search(self.match, fqn) is not None
+
+
+def _parse_rule(index: int, value: object) -> Rule:
+    name = f"rules[{index}]"
+    raw = as_mapping(name, value)
+    check_keys(name, raw, _RULE_KEYS)
+    match = raw.get("match")
+    if not isinstance(match, str) or not match:
+        raise ValueError(f'{name} needs "match": a regular expression on parameter names, got {match!r}')
+    try:
+        re.compile(match)
+    except re.error as error:
+        raise ValueError(f"{name}: {match!r} is not a regular expression: {error}") from error
+    role, layout = raw.get("role"), raw.get("layout")
+    if role == "qkv":
+        if layout not in QKV_LAYOUTS:
+            raise ValueError(f'{name}: role "qkv" needs "layout": one of {", ".join(QKV_LAYOUTS)}, got {layout!r}')
+        role = None
+    else:
+        if layout is not None:
+            raise ValueError(f'{name}: "layout" goes with "role": "qkv" only, got role {role!r}')
+        if role is not None and role not in _ROLE_NAMES:
+            allowed = (*_ROLE_NAMES, "qkv")
+            raise ValueError(
+                f"{name}: unknown role {role!r}{suggest(str(role), allowed)} Allowed: {', '.join(allowed)}"
+            )
+    storage = raw.get("storage")
+    if storage is not None and storage not in STORAGES:
+        raise ValueError(f"{name}.storage must be one of {', '.join(STORAGES)}, got {storage!r}")
+    optional = {k: raw[k] for k in _RULE_KEYS[3:] if raw.get(k) is not None}
+    if role is None and layout is None and not optional:
+        raise ValueError(f"{name} ({match!r}) sets nothing. Give at least one of {', '.join(_RULE_KEYS[1:])}")
+    return Rule(
+        match=match,
+        role=None if role is None else Role(role),
+        qkv_layout=layout,
+        num_heads=if_given(as_count, f"{name}.num_heads", raw.get("num_heads")),
+        num_kv_heads=if_given(as_count, f"{name}.num_kv_heads", raw.get("num_kv_heads")),
+        lr_multiplier=if_given(as_multiplier, f"{name}.lr_multiplier", raw.get("lr_multiplier")),
+        weight_decay_multiplier=if_given(
+            as_multiplier, f"{name}.weight_decay_multiplier", raw.get("weight_decay_multiplier")
+        ),
+        granularity=if_given(_granularity, f"{name}.granularity", raw.get("granularity")),
+        storage=storage,
+    )
+
+
+def _parse_granularity(value: object) -> dict[str, Granularity]:
+    if isinstance(value, str):
+        if value != PUBLISHED:
+            raise ValueError(
+                f'granularity must be a mapping of block types or roles, or "{PUBLISHED}" (the partition of '
+                f"Adam-mini's paper), got {value!r}{suggest(value, [PUBLISHED])}"
+            )
+        return {role.value: cut for role, cut in PUBLISHED_GRANULARITY.items() if cut != DEFAULT_GRANULARITY[role]}
+    return {k: _granularity(f"granularity[{k!r}]", v) for k, v in _checked("granularity", value, "bias").items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """The settings of one role in one parameter."""
+
+    lr_multiplier: float
+    weight_decay_multiplier: float
+    granularity: Granularity
+
+
+@dataclass(frozen=True, slots=True)
+class BlockPolicy:
+    """The settings that turn roles into multipliers and block sizes; compare equal if they say the same.
+
+    Keys of the three maps are block types or roles; a role wins over the block type it belongs to.
+    """
+
+    lr_multipliers: dict[str, float] = field(default_factory=dict)
+    weight_decay_multipliers: dict[str, float] = field(default_factory=dict)
+    granularity: dict[str, Granularity] = field(default_factory=dict)
+    rules: tuple[Rule, ...] = ()
+    auto: AutoMultipliers | None = None
+
+    @classmethod
+    def parse(
+        cls,
+        lr_multipliers: object = None,
+        weight_decay_multipliers: object = None,
+        granularity: object = None,
+        rules: object = None,
+    ) -> BlockPolicy:
+        """Check raw settings (a JSON's dicts and lists) and freeze them; None means the defaults.
+
+        ``lr_multipliers`` may be ``"auto"`` or have a key ``"auto"``: see `AutoMultipliers`. ``granularity`` may be
+        ``"published"``: `PUBLISHED_GRANULARITY`.
+
+        Raises:
+            ValueError: unknown key or role, a value outside its range, a bad regular expression.
+            TypeError: a value of the wrong type.
+        """
+        auto, lr_multipliers = parse_auto(lr_multipliers)
+        rate_maps = [
+            {k: as_multiplier(f"{name}[{k!r}]", v) for k, v in _checked(name, value).items()}
+            for name, value in (
+                ("lr_multipliers", lr_multipliers),
+                ("weight_decay_multipliers", weight_decay_multipliers),
+            )
+        ]
+        sizes = _parse_granularity(granularity)
+        if rules is None:
+            rules = ()
+        if isinstance(rules, (str, Mapping)) or not isinstance(rules, Iterable):
+            raise TypeError(f'rules must be a list of {{"match": ..., ...}}, got {rules!r}')
+        parsed = tuple(_parse_rule(index, rule) for index, rule in enumerate(rules))
+        return cls(rate_maps[0], rate_maps[1], sizes, parsed, auto)
+
+    @property
+    def is_default(self) -> bool:
+        """True if the user set nothing."""
+        return self == BlockPolicy()
+
+    def with_lr_multipliers(self, multipliers: Mapping[str, object]) -> BlockPolicy:
+        """These settings with some multipliers replaced; rules keep theirs.
+
+        Raises:
+            ValueError, TypeError: an unknown key, a value outside its range.
+        """
+        checked = {
+            k: as_multiplier(f"lr_multipliers[{k!r}]", v) for k, v in _checked("lr_multipliers", multipliers).items()
+        }
+        return replace(self, lr_multipliers={**self.lr_multipliers, **checked})
+
+    def is_measured(self, role: Role, fqn: str = "") -> bool:
+        """Whether the multiplier of a role (in a parameter) is to be measured: ``"auto"``, and nothing pins it."""
+        if self.auto is None or BLOCK_TYPE_OF[role] == "other":
+            return False
+        rule = self.rule_for(fqn)
+        pinned = role.value in self.lr_multipliers or BLOCK_TYPE_OF[role] in self.lr_multipliers
+        return not pinned and (rule is None or rule.lr_multiplier is None)
+
+    def rule_for(self, fqn: str) -> Rule | None:
+        """Return the user's rule for a parameter.
+
+        Raises:
+            ValueError: two rules match it.
+        """
+        found = [rule for rule in self.rules if rule.matches(fqn)]
+        if len(found) > 1:
+            patterns = " and ".join(repr(rule.match) for rule in found)
+            raise ValueError(
+                f"parameter {fqn!r} is matched by {len(found)} rules, {patterns}. Narrow them so that one matches."
+            )
+        return found[0] if found else None
+
+    def resolve(self, fqn: str, role: Role, is_bias: bool) -> Resolved:
+        """Settings of ``role`` in parameter ``fqn``: user rule, then role key, then block-type key, then default.
+
+        Raises:
+            ValueError: two user rules match ``fqn``, or the granularity does not suit the role.
+        """
+        rule = self.rule_for(fqn) or Rule(match="")
+        block_type = BLOCK_TYPE_OF[role]
+
+        def pick(own: Any, chosen: Mapping[str, Any], default: Any) -> Any:
+            if own is not None:
+                return own
+            return chosen.get(role.value, chosen.get(block_type, default))
+
+        if is_bias:
+            granularity = rule.granularity or self.granularity.get("bias", "element")
+        else:
+            granularity = pick(rule.granularity, self.granularity, DEFAULT_GRANULARITY[role])
+        if granularity == "head" and (role not in HEAD_ROLES or is_bias):
+            what = "a bias" if is_bias else f"role {role.value!r}"
+            raise ValueError(
+                f'parameter {fqn!r}: granularity "head" is for query, key and value weights, not for {what}. '
+                f'Use "row", "tensor" or "element".'
+            )
+        unset = DEFAULT_LR_MULTIPLIERS[block_type] if self.auto is None else 1.0  # nothing is measured yet
+        return Resolved(
+            lr_multiplier=pick(rule.lr_multiplier, self.lr_multipliers, unset),
+            weight_decay_multiplier=pick(rule.weight_decay_multiplier, self.weight_decay_multipliers, 1.0),
+            granularity=granularity,
+        )

@@ -1,0 +1,386 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The segment table: everything an update needs to know about one tensor that the optimizer steps.
+
+The tensor is a whole parameter or the flat ZeRO partition of many. The table is built once, holds no reference to the
+tensor, and is the single input of every kernel besides the tensors themselves.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ds_blockwise.blocks.ranges import (
+    LocalView,
+    Run,
+    TensorShard,
+    cut_blocks,
+    local_view,
+    runs_of_range,
+    tensor_split_blocks,
+)
+from ds_blockwise.blocks.spec import BlockSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where elements of one parameter lie in a stepped tensor.
+
+    Attributes:
+        spec: blocks of the unsharded parameter.
+        shard: its tensor-parallel split; None if the parameter is whole on every tensor-parallel rank.
+        flat_start: first element's offset in the stepped tensor.
+        param_start: first element's offset in the flattened tensor-parallel-local parameter.
+        numel: number of elements; 0 if this rank holds none (it still takes part in the reductions).
+        cuts: offsets in the flattened local parameter at which another data-parallel rank's range begins.
+    """
+
+    spec: BlockSpec
+    shard: TensorShard | None
+    flat_start: int
+    param_start: int
+    numel: int
+    cuts: tuple[int, ...] = ()
+
+    def view(self) -> LocalView:
+        """The parameter's local tensor as layout sees it."""
+        shape = self.spec.structure.stored_shape
+        return local_view(shape, self.spec.axis, self.spec.axis_spans(), self.shard, self.spec.batch)
+
+
+@dataclass(frozen=True, slots=True)
+class TableRun:
+    """A `layout.Run` whose ``block`` is a slot of the local block vector, with its multipliers."""
+
+    start: int
+    count: int
+    numel: int
+    block: int
+    repeat: int
+    repeat_stride: int
+    block_stride: int
+    lr_multiplier: float
+    weight_decay_multiplier: float
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(repeat, count, numel)``."""
+        return (self.repeat, self.count, self.numel)
+
+    def of(self, flat: torch.Tensor) -> torch.Tensor:
+        """View of the run's elements in a contiguous 1-D tensor, shape ``(repeat, count, numel)``."""
+        return flat.as_strided(self.shape, (self.repeat_stride, self.numel, 1), flat.storage_offset() + self.start)
+
+    def blocks_of(self, values: torch.Tensor) -> torch.Tensor:
+        """View of the run's values in a contiguous vector of block values, shape ``(repeat or 1, count, 1)``."""
+        repeat = self.repeat if self.block_stride else 1
+        return values.as_strided(
+            (repeat, self.count, 1), (self.block_stride, 1, 1), values.storage_offset() + self.block
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class MultiplierRun:
+    """Elements that share their multipliers, whatever their blocks; input of the element-wise update."""
+
+    start: int
+    count: int
+    repeat: int
+    repeat_stride: int
+    lr_multiplier: float
+    weight_decay_multiplier: float
+
+    def of(self, flat: torch.Tensor) -> torch.Tensor:
+        """View of the run's elements in a contiguous 1-D tensor, shape ``(repeat, count)``."""
+        return flat.as_strided(
+            (self.repeat, self.count),
+            (self.repeat_stride, 1),
+            flat.storage_offset() + self.start,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """The index tensors of a table on one device; see `SegmentTable` for what they mean."""
+
+    slot_numel: torch.Tensor
+    dp_slots: torch.Tensor
+    tp_slots: torch.Tensor
+
+
+@dataclass(frozen=True)
+class SegmentTable:
+    """Segments of one stepped tensor.
+
+    Attributes:
+        numel: elements of the stepped tensor, padding included.
+        shares_second_moment: whether second moments are one per block (Adam-mini) or one per element (AdamW).
+        placements: the parameters in it, in storage order.
+        runs: segments with their slots in the block vector; together they cover every non-padding element once. Empty
+            if second moments are element-wise.
+        multiplier_runs: the same elements, merged where multipliers agree.
+        num_blocks: length of this rank's block vector (``exp_avg_sq`` of Adam-mini): one slot per block with local
+            elements, one per element of element-wise parts.
+        slot_numel: fp64, shape ``(num_slots,)``: elements of each slot's block in the unsharded tensor. Slots from
+            ``num_blocks`` on are blocks that only pass through this rank's reductions.
+        dp_slots: int64: slots to sum over the data-parallel group, in the order all its ranks share.
+        tp_slots: int64: slots to sum over the tensor-parallel group afterwards.
+    """
+
+    numel: int
+    shares_second_moment: bool
+    placements: tuple[Placement, ...]
+    runs: tuple[TableRun, ...]
+    multiplier_runs: tuple[MultiplierRun, ...]
+    num_blocks: int
+    slot_numel: torch.Tensor
+    dp_slots: torch.Tensor
+    tp_slots: torch.Tensor
+    _slots_on: dict[torch.device, Slots] = field(default_factory=dict, repr=False, compare=False)
+
+    @functools.cached_property
+    def has_split_blocks(self) -> bool:
+        """Whether any of its sums travels, those that only pass through included."""
+        return bool(self.dp_slots.numel() or self.tp_slots.numel())
+
+    def on(self, device: torch.device) -> Slots:
+        """Its index tensors on a device, copied there once, so that a step never waits for the host."""
+        if device not in self._slots_on:
+            self._slots_on[device] = Slots(*(t.to(device) for t in (self.slot_numel, self.dp_slots, self.tp_slots)))
+        return self._slots_on[device]
+
+    @property
+    def num_slots(self) -> int:
+        """Slots, those that only pass through included."""
+        return self.slot_numel.numel()
+
+    def runs_with(self, values: torch.Tensor) -> Iterator[tuple[TableRun | MultiplierRun, torch.Tensor]]:
+        """Pair runs with their part of ``values``, one per block or one per element as second moments are.
+
+        Args:
+            values: 1-D: ``num_blocks`` values if second moments are shared, else ``numel``.
+
+        Yields:
+            A run, and a view of its values that broadcasts against ``run.of(flat)``.
+        """
+        if self.shares_second_moment:
+            yield from ((run, run.blocks_of(values)) for run in self.runs)
+        else:
+            yield from ((run, run.of(values)) for run in self.multiplier_runs)
+
+    def expand(self, values: torch.Tensor) -> torch.Tensor:
+        """Spread block values over the elements.
+
+        Args:
+            values: shape ``(num_blocks,)``, any floating dtype, any device.
+
+        Returns:
+            A 1-D CPU tensor of ``numel`` elements, each with its block's value; padding is 0.
+        """
+        values = values.detach().to("cpu").contiguous()
+        flat = torch.zeros(self.numel, dtype=values.dtype)
+        for run in self.runs:
+            run.of(flat).copy_(run.blocks_of(values).expand(run.shape))
+        return flat
+
+
+class _SlotBuilder:
+    """Collects runs, slots and reduction orders parameter by parameter."""
+
+    def __init__(self, shares_second_moment: bool, same_windows: bool) -> None:
+        self.shares = shares_second_moment
+        self.same_windows = same_windows
+        self.runs: list[TableRun] = []
+        self.numels: list[torch.Tensor] = []
+        self.through: list[float] = []
+        self.dp: list[int] = []
+        self.tp: list[int] = []
+        self.num_blocks = 0
+
+    def add(self, placement: Placement) -> None:
+        view = placement.view()
+        runs = runs_of_range(view, placement.param_start, placement.param_start + placement.numel)
+        slot_of = self._add_blocks(placement.spec, runs) if self.shares else {}
+        for run in runs:
+            self._add_run(placement, run, slot_of)
+        if self.shares:
+            self._add_reductions(placement, view, slot_of)
+
+    def slot_numel(self) -> torch.Tensor:
+        return torch.cat([*self.numels, _fp64(self.through)])
+
+    def _add_blocks(self, spec: BlockSpec, runs: Sequence[Run]) -> dict[int, int]:
+        ids = sorted({b for run in runs if not run.element_wise for b in range(run.block, run.block + run.count)})
+        per_row = spec.structure.numel_per_row if spec.numel else 0
+        rows = spec.block_rows() if ids else []
+        slot_of = {block: self.num_blocks + i for i, block in enumerate(ids)}
+        self.numels.append(_fp64([float(rows[block] * per_row) for block in ids]))
+        self.num_blocks += len(ids)
+        return slot_of
+
+    def _add_run(self, placement: Placement, run: Run, slot_of: dict[int, int]) -> None:
+        part = placement.spec.parts[run.tag]
+        if not self.shares:
+            slot = 0
+        elif run.element_wise:
+            slot = self.num_blocks
+            self.num_blocks += run.total
+            self.numels.append(torch.ones(run.total, dtype=torch.float64))
+        else:
+            slot = slot_of[run.block]
+        self.runs.append(
+            TableRun(
+                placement.flat_start + run.start,
+                run.count,
+                run.numel,
+                slot,
+                run.repeat,
+                run.repeat_stride,
+                run.block_stride,
+                part.lr_multiplier,
+                part.weight_decay_multiplier,
+            )
+        )
+
+    def _add_reductions(self, placement: Placement, view: LocalView, slot_of: dict[int, int]) -> None:
+        spec = placement.spec
+        stored_shape = spec.structure.stored_shape
+        over_tp = tensor_split_blocks(stored_shape, spec.axis, spec.axis_spans(), placement.shard, spec.batch)
+        over_dp = cut_blocks(view, placement.cuts)
+        if self.same_windows and placement.shard is not None and placement.shard.dim != spec.axis:
+            # the tensor-parallel peers hold other columns of exactly these rows, so nobody else has to know the sums
+            over_tp &= slot_of.keys()
+        elif placement.cuts:
+            # The local parts of a block cut by tensor parallelism may lie on different data-parallel ranks of the
+            # tensor-parallel peers, so every rank must know the whole data-parallel sum before the second reduction.
+            over_dp |= over_tp
+        if not over_dp and not over_tp:
+            return
+        rows = spec.block_rows()
+        per_row = spec.structure.numel_per_row
+        for block in sorted(over_dp | over_tp):
+            slot = slot_of.get(block)
+            if slot is None:
+                self.through.append(float(rows[block] * per_row))
+                slot = -len(self.through)
+            if block in over_dp:
+                self.dp.append(slot)
+            if block in over_tp:
+                self.tp.append(slot)
+
+    def slots(self, order: list[int]) -> torch.Tensor:
+        # slots of blocks without local elements follow the local ones; until all are known they are negative
+        return torch.tensor([s if s >= 0 else self.num_blocks - s - 1 for s in order], dtype=torch.int64)
+
+
+def _fp64(values: Sequence[float]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def build_table(numel: int, placements: Sequence[Placement], *, shares_second_moment: bool) -> SegmentTable:
+    """Build the table of one stepped tensor.
+
+    Args:
+        numel: elements of the stepped tensor, padding included.
+        placements: its parameters in storage order, the same list (with other ranges) on every rank that shares blocks.
+        shares_second_moment: False for element-wise second moments: no blocks, slots or reductions.
+
+    Raises:
+        ValueError: a placement leaves the tensor or overlaps the one before it.
+    """
+    at = 0
+    builder = _SlotBuilder(shares_second_moment, same_windows(placements))
+    for placement in placements:
+        if placement.flat_start < at or placement.flat_start + placement.numel > numel:
+            raise ValueError(
+                f"parameter {placement.spec.fqn!r} occupies [{placement.flat_start}, "
+                f"{placement.flat_start + placement.numel}) of a tensor of {numel} elements after offset {at}"
+            )
+        at = placement.flat_start + placement.numel if placement.numel else at
+        builder.add(placement)
+    return SegmentTable(
+        numel,
+        shares_second_moment,
+        tuple(placements),
+        tuple(builder.runs) if shares_second_moment else (),
+        tuple(_merge_multipliers(builder.runs)),
+        builder.num_blocks,
+        builder.slot_numel(),
+        builder.slots(builder.dp),
+        builder.slots(builder.tp),
+    )
+
+
+def same_windows(placements: Sequence[Placement]) -> bool:
+    """Whether all tensor-parallel peers of this rank hold the same ranges of their shards of these parameters.
+
+    They do if every split is even: all their flat buffers then have the same offsets, whatever the host cuts them into.
+    """
+    return all(p.shard is None or p.shard.is_even for p in placements)
+
+
+def _merge_multipliers(runs: Sequence[TableRun]) -> list[MultiplierRun]:
+    merged: list[MultiplierRun] = []
+    for run in runs:
+        new = MultiplierRun(
+            run.start,
+            run.count * run.numel,
+            run.repeat,
+            run.repeat_stride,
+            run.lr_multiplier,
+            run.weight_decay_multiplier,
+        )
+        last = merged[-1] if merged else None
+        if (
+            last is not None
+            and last.repeat == new.repeat
+            and last.repeat_stride == new.repeat_stride
+            and last.start + last.count == new.start
+            and last.lr_multiplier == new.lr_multiplier
+            and last.weight_decay_multiplier == new.weight_decay_multiplier
+        ):
+            merged[-1] = MultiplierRun(
+                last.start,
+                last.count + new.count,
+                last.repeat,
+                last.repeat_stride,
+                last.lr_multiplier,
+                last.weight_decay_multiplier,
+            )
+        else:
+            merged.append(new)
+    return merged
+
+
+def fingerprint(placements: Sequence[Placement], *, of_shards: bool) -> str:
+    """Digest of what ranks that share blocks must agree on.
+
+    Args:
+        placements: parameters of one stepped tensor in storage order.
+        of_shards: True for data-parallel peers, which hold the same tensor-parallel shard and must know the same cuts;
+            False for tensor-parallel peers, which share names, unsharded shapes and block settings, and the held ranges
+            where the splits are even.
+    """
+    digest = hashlib.sha256()
+    # what every tensor-parallel rank holds whole may be cut over all of them (zero.Init before AutoTP)
+    windows = not of_shards and same_windows(placements) and any(p.shard is not None for p in placements)
+    for p in placements:
+        facts: tuple[object, ...] = (p.spec.fqn, p.spec.structure.stored_shape, p.spec.axis, p.spec.parts)
+        facts += (p.shard.dim, p.shard.chunks) if p.shard else (None,)
+        if of_shards:
+            facts += (p.cuts, p.shard.rank if p.shard else 0)
+        if windows:
+            facts += (p.param_start, p.numel)
+        digest.update(repr(facts).encode())
+    return digest.hexdigest()
+
+
+def whole_placement(spec: BlockSpec, shard: TensorShard | None) -> Placement:
+    """Placement of a whole (tensor-parallel-local) parameter that is stepped by itself."""
+    shape = spec.shape if shard is None else shard.local_shape
+    return Placement(spec, shard, 0, 0, math.prod(shape))

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The manifest of a checkpoint: every file in it with its size and SHA-256, and what must fit to load it.
+
+Without one (another program wrote the checkpoint) the sums inside torch's own zip files are all there is to check.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ds_blockwise.atomic_files import replace_text, sha256_of, sync
+
+FORMAT = 1
+MANIFEST = "ds_blockwise.json"
+_OWN_SUM = "manifest_sha256"  # of the manifest's other entries: a changed bit in it must not go unnoticed
+_REQUIRED = ("format", "kind", "tag", "global_steps", "topology", "settings", "files")
+_ANOTHER = "Restore the file from a copy, or load another checkpoint by its tag."
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or read; the text names the files, the cause and what to do."""
+
+
+def sums_of(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Sizes and sums of files as a manifest lists them; the files are on the disk when this returns.
+
+    Args:
+        folder: a tag folder.
+        names: relative to it, with forward slashes.
+
+    Returns:
+        ``{name: {"bytes": int, "sha256": str}}``.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    sums = {}
+    for name in names:
+        path = folder / name
+        sync(path)
+        sums[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    return sums
+
+
+def files_in(folder: Path) -> list[str]:
+    """Names of all files below a tag folder but the manifest, relative to it, with forward slashes, sorted."""
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in names if name != MANIFEST)
+
+
+def write_manifest(
+    folder: Path,
+    *,
+    kind: str,
+    tag: str,
+    global_steps: int,
+    topology: Mapping[str, Any],
+    settings: Mapping[str, Any] | None,
+    files: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Describe a checkpoint in its own folder; the last thing written before `publish`.
+
+    Args:
+        folder: the folder that holds the files, usually ``<tag>.partial``.
+        kind: ``deepspeed`` or ``portable``.
+        tag: final name of the folder.
+        global_steps: optimizer steps so far.
+        topology: numbers of ranks and what else must fit for the files to be loaded as they are.
+        settings: of the optimizer; None if it is not one of ours.
+        files: what `sums_of` returned for all of them.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written.
+    """
+    manifest = {
+        "format": FORMAT,
+        "kind": kind,
+        "tag": tag,
+        "global_steps": global_steps,
+        "topology": dict(topology),
+        "settings": None if settings is None else dict(settings),
+        "files": {name: dict(files[name]) for name in sorted(files)},
+    }
+    manifest = json.loads(json.dumps(manifest))  # what a reader will see, so that the sum is of that
+    manifest[_OWN_SUM] = _digest(manifest)
+    replace_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a tag folder, or None if it has none.
+
+    Raises:
+        CheckpointError: it is damaged, or of a later format.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. {_ANOTHER}") from error
+    if not isinstance(manifest, dict) or any(key not in manifest for key in _REQUIRED):
+        raise CheckpointError(f"{path} is not a whole manifest: it must have {', '.join(_REQUIRED)}. {_ANOTHER}")
+    if manifest["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path} is of format {manifest['format']!r}; this version of ds_blockwise reads format {FORMAT}. Install "
+            f"the version that wrote it or a later one."
+        )
+    if _digest(manifest) != manifest.get(_OWN_SUM):
+        raise CheckpointError(f"{path} has changed since it was written (its own sum differs). {_ANOTHER}")
+    return manifest
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in manifest.items() if key != _OWN_SUM}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def listed_files(folder: Path) -> list[str]:
+    """Names of the files that `verify` looks at, the largest first: deal them out to share the work.
+
+    Raises:
+        CheckpointError: the manifest is damaged.
+    """
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        sizes = {name: int(facts["bytes"]) for name, facts in manifest["files"].items()}
+    else:
+        sizes = {name: (folder / name).stat().st_size for name in files_in(folder) if _is_tensor_file(name)}
+    return sorted(sizes, key=lambda name: (-sizes[name], name))
+
+
+def verify(folder: Path, names: Iterable[str] | None = None, *, contents: bool = True) -> list[str]:
+    """Compare the files of a tag folder with its manifest.
+
+    Without a manifest the sums inside torch's own (zip) files are checked instead; which files there should be is then
+    not known.
+
+    Args:
+        folder: the tag folder.
+        names: the files to look at; default all.
+        contents: whether to read them; False compares names and sizes only.
+
+    Returns:
+        A line for each missing, cut or changed file, beginning with its name; empty if all is well.
+
+    Raises:
+        CheckpointError: the manifest itself is damaged.
+    """
+    manifest = read_manifest(folder)
+    names = listed_files(folder) if names is None else names
+    problems = []
+    for name in names:
+        problem = (
+            _structural_problem(folder / name, contents)
+            if manifest is None
+            else _listed_problem(folder / name, manifest["files"].get(name), contents)
+        )
+        if problem is not None:
+            problems.append(f"{name}: {problem}")
+    return problems
+
+
+def _listed_problem(path: Path, facts: Mapping[str, Any] | None, contents: bool) -> str | None:
+    if facts is None:
+        return f"not listed in {MANIFEST}"
+    try:
+        size = path.stat().st_size
+        if size != facts["bytes"]:
+            return f"{size} bytes instead of {facts['bytes']}, it was cut or overwritten"
+        if contents and (found := sha256_of(path)) != facts["sha256"]:
+            return f"its contents have changed (sha256 {found[:12]}..., {facts['sha256'][:12]}... was written)"
+    except FileNotFoundError:
+        return "missing"
+    except OSError as error:
+        return f"cannot be read: {error}"
+    return None
+
+
+def _structural_problem(path: Path, contents: bool) -> str | None:
+    try:
+        if path.stat().st_size == 0:
+            return "empty"
+        if not zipfile.is_zipfile(path):
+            with path.open("rb") as file:
+                # a zip file that lost its end, unlike torch's older format, which has no sums to check
+                return "cut off" if file.read(2) == b"PK" else None
+        if contents:
+            with zipfile.ZipFile(path) as archive:
+                bad = archive.testzip()
+            return None if bad is None else f"its part {bad} has changed (CRC-32 differs)"
+    except FileNotFoundError:
+        return "missing"
+    except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, ValueError, EOFError) as error:
+        # the last three: a flipped bit in a header can ask for a password, a compression or a name that cannot be had
+        return f"cannot be read: {error}"
+    return None
+
+
+def _is_tensor_file(name: str) -> bool:
+    return name.endswith(".pt")

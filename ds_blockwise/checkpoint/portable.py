@@ -1,0 +1,374 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The portable checkpoint: safetensors keyed by parameter name in unsharded form, readable at any topology.
+
+A folder holds ``portable.json`` (what there is), ``<kind>-NNNNN.safetensors`` (the tensors) and ``training_state.pt``
+(schedule, counters, the user's own state; loads with ``weights_only``). Knows no ranks, no DeepSpeed and no engine:
+readers ask for the window of a parameter that they hold, and only its rows are read from the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+
+from ds_blockwise.blocks.ranges import TensorShard
+from ds_blockwise.blocks.segment_table import SegmentTable, build_table, whole_placement
+from ds_blockwise.blocks.spec import BlockSpec
+from ds_blockwise.checkpoint.folder import (
+    CheckpointError,
+    files_in,
+    publish,
+    start_partial,
+    sums_of,
+    write_latest,
+    write_manifest,
+)
+from ds_blockwise.checkpoint.record import spec_of
+from ds_blockwise.kernels.update import block_sums
+
+FORMAT = 1
+INDEX = "portable.json"
+TRAINING_STATE = "training_state.pt"
+TRAINED = ("weights", "exp_avg", "exp_avg_sq")  # one tensor of each per trained parameter
+KINDS = (*TRAINED, "frozen", "buffers")
+SHARD_BYTES = 1 << 30  # a file is written at once, so this is also what a conversion holds in memory
+
+
+class Source(Protocol):
+    """What a portable checkpoint is made from; tensors are asked for one at a time."""
+
+    record: Mapping[str, Any]
+    steps: Mapping[str, int]
+    group_of: Mapping[str, int]
+    param_groups: list[dict[str, Any]]
+    origin: Mapping[str, Any]
+    training_state: Mapping[str, Any]
+
+    def names(self, kind: str) -> Iterable[str]:
+        """Names of the tensors of one of `KINDS`."""
+
+    def tensor(self, kind: str, name: str) -> torch.Tensor:
+        """One tensor in unsharded form."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor of a portable checkpoint is, and what it looks like."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+# ---------------------------------------------------------------- second moments, unsharded
+
+
+def global_table(spec: BlockSpec) -> SegmentTable:
+    """The table of a whole parameter on one rank; its slots are the global numbering of second moments.
+
+    Blocks come first, by id, then one value per element of element-wise parts in the order of the tensor.
+    """
+    return build_table(spec.numel, [whole_placement(spec, None)], shares_second_moment=True)
+
+
+def per_block(values: torch.Tensor, spec: BlockSpec) -> torch.Tensor:
+    """The mean of every block.
+
+    Args:
+        values: one per element of the unsharded parameter, any shape, fp32 or fp64.
+        spec: its blocks.
+
+    Returns:
+        1-D, same dtype, in the numbering of `global_table`. Where all values of a block are equal, exactly that value.
+    """
+    table = global_table(spec)
+    sums = block_sums(values.reshape(-1).contiguous(), table, square=False)
+    return (sums / table.slot_numel).to(values.dtype)
+
+
+def per_element(values: torch.Tensor, spec: BlockSpec) -> torch.Tensor:
+    """The inverse of `per_block`: one value per element, in the parameter's unsharded shape."""
+    return global_table(spec).expand(values).reshape(spec.shape)
+
+
+# ------------------------------------------------------------------------------ writing
+
+
+def save_portable(source: Source, output: Path, shard_bytes: int = SHARD_BYTES) -> Path:
+    """Write a portable checkpoint as a complete tag folder, and let ``latest`` name it.
+
+    Args:
+        source: what to write; at most ``shard_bytes`` of its tensors (or one tensor) are in memory at a time.
+        output: the checkpoints folder; the tag is the source's.
+        shard_bytes: size of a file.
+
+    Returns:
+        The tag folder.
+
+    Raises:
+        ValueError: there is a checkpoint of that tag already.
+        CheckpointError, OSError: the disk is full or the folder cannot be written; what was written is removed.
+    """
+    tag, steps = str(source.origin["tag"]), int(source.origin["global_steps"])
+    if (output / tag).exists():
+        raise ValueError(f"{output / tag} exists already. Remove it, or give another OUTPUT.")
+    partial = start_partial(output, tag)
+    try:
+        _write(source, partial, shard_bytes)
+        topology, settings = source.origin["topology"], source.record["settings"]
+        files = sums_of(partial, files_in(partial))
+        write_manifest(
+            partial, kind="portable", tag=tag, global_steps=steps, topology=topology, settings=settings, files=files
+        )
+    except BaseException:  # also when it is interrupted: nobody needs half a copy
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    folder = publish(partial)
+    write_latest(output, tag)
+    return folder
+
+
+def _write(source: Source, folder: Path, shard_bytes: int) -> None:
+    stored = {kind: _write_kind(source, kind, folder, shard_bytes) for kind in KINDS}
+    names = list(stored["weights"])
+    index = {
+        "format": FORMAT,
+        "record": {key: value for key, value in source.record.items() if key != "tensors"},
+        "parameters": {name: {"step": source.steps[name], "group": source.group_of[name]} for name in names},
+        "param_groups": source.param_groups,
+        "origin": dict(source.origin),
+        "tensors": stored,
+    }
+    torch.save(dict(source.training_state), folder / TRAINING_STATE)
+    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def _write_kind(source: Source, kind: str, folder: Path, shard_bytes: int) -> dict[str, dict[str, Any]]:
+    from safetensors.torch import save_file
+
+    stored: dict[str, dict[str, Any]] = {}
+    waiting: dict[str, torch.Tensor] = {}
+    files = 0
+
+    def flush() -> None:
+        nonlocal files
+        if waiting:
+            files += 1
+            name = f"{kind}-{files:05d}.safetensors"
+            try:
+                save_file(waiting, folder / name)
+            except Exception as error:  # safetensors has a class of its own for a full disk
+                raise CheckpointError(f"{folder / name} cannot be written: {error}") from error
+            for key, tensor in waiting.items():
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                stored[key] = {"file": name, "shape": list(tensor.shape), "dtype": dtype}
+            waiting.clear()
+
+    for key in source.names(kind):
+        # a copy of its own: safetensors refuses tensors that share memory
+        tensor = source.tensor(kind, key).detach().clone(memory_format=torch.contiguous_format)
+        if sum(map(_bytes, waiting.values())) + _bytes(tensor) > shard_bytes:
+            flush()
+        waiting[key] = tensor
+    flush()
+    return stored
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+# ------------------------------------------------------------------------------ reading
+
+
+class Portable:
+    """A portable checkpoint that was opened for reading; files are mapped, not read.
+
+    Attributes:
+        folder: its folder.
+        record: the optimizer's record, without its stepped tensors.
+        parameters: per trained parameter its ``step`` and the index of its param ``group``.
+        param_groups: hyper-parameters of the source's groups.
+        origin: tag and topology of the source.
+        tensors: per kind, per name, where it is stored.
+
+    Raises:
+        CheckpointError: the folder is not a portable checkpoint that this version reads.
+        ImportError: safetensors is not installed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            import safetensors
+        except ModuleNotFoundError as error:
+            raise ImportError("portable checkpoints need safetensors: pip install 'ds_blockwise[deepspeed]'") from error
+        self.folder = Path(folder)
+        index = _read_index(self.folder / INDEX)
+        self.record: dict[str, Any] = index["record"]
+        self.parameters: dict[str, dict[str, int]] = index["parameters"]
+        self.param_groups: list[dict[str, Any]] = index["param_groups"]
+        self.origin: dict[str, Any] = index["origin"]
+        self.tensors = {
+            kind: {name: Stored(s["file"], tuple(s["shape"]), s["dtype"]) for name, s in index["tensors"][kind].items()}
+            for kind in KINDS
+        }
+        self._open = safetensors.safe_open
+        self._files: dict[str, Any] = {}
+
+    @property
+    def shares_second_moment(self) -> bool:
+        """Whether ``exp_avg_sq`` is stored one value per block (`global_table`) or per element."""
+        return bool(self.record["shares_second_moment"])
+
+    def bytes_of(self, kind: str) -> int:
+        """Bytes of the tensors of one of `KINDS`."""
+        return sum(
+            math.prod(s.shape) * cast("torch.dtype", getattr(torch, s.dtype)).itemsize
+            for s in self.tensors[kind].values()
+        )
+
+    def problems(self) -> list[str]:
+        """Tensors that are not in the files as ``portable.json`` says, a line each; contents are not read."""
+        found = []
+        for kind, name, stored in ((k, n, s) for k in KINDS for n, s in self.tensors[k].items()):
+            try:
+                with _named(self.folder / stored.file, name):
+                    shape = tuple(self._file(kind, name).get_slice(name).get_shape())
+            except CheckpointError as error:
+                found.append(str(error))
+                continue
+            if shape != stored.shape:
+                found.append(f"{stored.file}: {name!r} has shape {shape} instead of {stored.shape}")
+        return found
+
+    def training_state(self) -> dict[str, Any]:
+        """Schedule, counters, loss scale and client state.
+
+        Raises:
+            CheckpointError: the file is damaged or holds more than plain containers and tensors.
+        """
+        path = self.folder / TRAINING_STATE
+        try:
+            return cast("dict[str, Any]", torch.load(path, map_location="cpu", weights_only=True))
+        except Exception as error:  # torch raises anything from KeyError to UnpicklingError for a damaged file
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+    def tensor(self, kind: str, name: str) -> torch.Tensor:
+        """A whole tensor as it is stored (``exp_avg_sq`` may be one value per block)."""
+        with _named(self.folder / self.tensors[kind][name].file, name):
+            return cast("torch.Tensor", self._file(kind, name).get_tensor(name))
+
+    def window(self, kind: str, name: str, shard: TensorShard | None, start: int, numel: int) -> torch.Tensor:
+        """Elements ``[start, start + numel)`` of the flattened tensor-parallel shard of a parameter.
+
+        Args:
+            kind: one of `KINDS`. ``exp_avg_sq`` is always given one value per element.
+            name: a parameter.
+            shard: the tensor-parallel split; None for the whole parameter.
+            start: first element.
+            numel: number of elements.
+
+        Returns:
+            1-D, in the stored dtype.
+        """
+        if kind == "exp_avg_sq" and self.shares_second_moment:
+            spec = spec_of(self.record, name)
+            return window_of(per_element(self.tensor(kind, name), spec), spec.shape, shard, start, numel)
+        stored = self.tensors[kind][name]
+        if not stored.shape:
+            return self.tensor(kind, name).reshape(-1)[start : start + numel]
+        with _named(self.folder / stored.file, name):
+            return window_of(self._file(kind, name).get_slice(name), stored.shape, shard, start, numel)
+
+    def _file(self, kind: str, name: str) -> Any:
+        file = self.tensors[kind][name].file
+        if file not in self._files:
+            self._files[file] = self._open(str(self.folder / file), framework="pt")
+        return self._files[file]
+
+
+class _named:
+    """Turns what safetensors raises for a damaged file into an error that names the file and the tensor."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self.path, self.name = path, name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception):
+            raise CheckpointError(f"{self.path}: {self.name!r} cannot be read: {error}") from error
+
+
+def window_of(whole: Any, shape: tuple[int, ...], shard: TensorShard | None, start: int, numel: int) -> torch.Tensor:
+    """Elements ``[start, start + numel)`` of the flattened tensor-parallel shard of a tensor.
+
+    Args:
+        whole: the unsharded tensor or anything whose ``[first:last]`` gives its rows (a safetensors slice).
+        shape: unsharded shape, not a scalar's.
+        shard: the tensor-parallel split; None for the whole tensor.
+        start: first element.
+        numel: number of elements.
+
+    Returns:
+        1-D tensor.
+    """
+    local = shape if shard is None else shard.local_shape
+    inner = math.prod(local[1:])
+    if numel == 0 or inner == 0:
+        return cast("torch.Tensor", whole[0:0]).reshape(-1)
+    first, last = start // inner, -(-(start + numel) // inner)
+    if shard is None:
+        rows = whole[first:last]
+    elif shard.dim == 0:
+        pieces, at = [], 0
+        for low, high in shard.chunks[shard.rank]:
+            begin, end = max(first, at), min(last, at + high - low)
+            if begin < end:
+                pieces.append(whole[low + begin - at : low + end - at])
+            at += high - low
+        rows = torch.cat(pieces)
+    else:
+        wide = whole[first:last]
+        rows = torch.cat([wide.narrow(shard.dim, low, high - low) for low, high in shard.chunks[shard.rank]], shard.dim)
+    return cast("torch.Tensor", rows.reshape(-1)[start - first * inner : start - first * inner + numel])
+
+
+def whole_of(shard: TensorShard, shards: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    """The inverse of `window_of`: the unsharded tensor from the flattened shards of all tensor-parallel ranks.
+
+    Args:
+        shard: the split, of any rank.
+        shards: per rank its elements, 1-D, all of one dtype.
+    """
+    whole = torch.empty(shard.global_shape, dtype=next(iter(shards.values())).dtype)
+    for rank, flat in shards.items():
+        view, at = flat.reshape(replace(shard, rank=rank).local_shape), 0
+        for low, high in shard.chunks[rank]:
+            whole.narrow(shard.dim, low, high - low).copy_(view.narrow(shard.dim, at, high - low))
+            at += high - low
+    return whole
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        missing = {"format", "record", "parameters", "param_groups", "origin", "tensors"} - set(index)
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. A portable checkpoint has this file.") from error
+    if missing:
+        raise CheckpointError(f"{path} is incomplete: it lacks {', '.join(sorted(missing))}. Convert the source again.")
+    if index["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {index['format']!r}; this version of ds_blockwise reads {FORMAT}. Install a later "
+            f"version, or convert the source again."
+        )
+    return cast("dict[str, Any]", index)

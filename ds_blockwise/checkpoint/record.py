@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a checkpoint says about itself: settings, blocks, and which element of which parameter lies where.
+
+The record is part of the optimizer's state dict, so it travels with every host that saves one. It consists of plain
+containers only: it loads with ``weights_only`` and can be written as JSON. Offline tools rebuild segment tables from
+it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from typing import Any, ClassVar, Protocol
+
+import torch
+
+from ds_blockwise.blocks.auto_settings import AUTO
+from ds_blockwise.blocks.block_settings import BlockPolicy, Rule
+from ds_blockwise.blocks.defaults import DEFAULT_GRANULARITY, DEFAULT_LR_MULTIPLIERS
+from ds_blockwise.blocks.ranges import TensorShard
+from ds_blockwise.blocks.segment_table import Placement, SegmentTable, build_table
+from ds_blockwise.blocks.spec import BlockPart, BlockSpec, RoleSpan, TensorStructure
+from ds_blockwise.tagging.names import BLOCK_TYPE_OF, Role
+
+KEY = "ds_blockwise"  # of the record in a state dict
+FORMAT = 1
+VERSION = "0.1.0"  # of this package
+PER_BLOCK_KEY = "exp_avg_sq_blocks"  # instead of exp_avg_sq in compact checkpoints: no other optimizer mistakes it
+
+
+class Recorded(Protocol):
+    """What of an optimizer goes into a record."""
+
+    policy: BlockPolicy
+    momentum_dtype: Any
+    checkpoint_format: Any
+    shares_second_moment: ClassVar[bool]
+    param_groups: list[dict[str, Any]]
+
+    def placements_in(self, tensor: torch.Tensor) -> tuple[Placement, ...] | None:
+        """The parameters in a stepped tensor; None if they are not known."""
+
+    @property
+    def lr_multipliers(self) -> dict[str, float]:
+        """The multipliers in effect where they are not those of the settings."""
+
+    def run_state(self) -> dict[str, Any] | None:
+        """Position and measurements of the run; None if there are none."""
+
+
+# ------------------------------------------------------------------------------- writing
+
+
+def record_of(optimizer: Recorded, version: str) -> dict[str, Any]:
+    """Describe an optimizer's settings and the contents of its stepped tensors.
+
+    Args:
+        optimizer: one of ours, with the groups that ``state_dict()`` will number.
+        version: of this package.
+
+    Returns:
+        Plain containers: ``format version optimizer shares_second_moment settings parameters tensors``. ``tensors`` is
+        in the order of the ids in ``state_dict()["state"]``, None where the contents are unknown.
+    """
+    tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+    placements = [optimizer.placements_in(tensor) for tensor in tensors]
+    specs = {p.spec.fqn: p.spec for found in placements for p in found or ()}
+    return {
+        "format": FORMAT,
+        "version": version,
+        "optimizer": type(optimizer).__name__,
+        "shares_second_moment": bool(optimizer.shares_second_moment),
+        "settings": settings_of(optimizer),
+        "parameters": {fqn: _packed_spec(spec) for fqn, spec in specs.items()},
+        "tensors": [
+            None if found is None else {"numel": tensor.numel(), "placements": [_packed_placement(p) for p in found]}
+            for tensor, found in zip(tensors, placements, strict=True)
+        ],
+    }
+
+
+def settings_of(optimizer: Recorded) -> dict[str, Any]:
+    """An optimizer's settings, with the defaults spelt out, and a digest of its blocks (``layout``).
+
+    The digest does not depend on the number of ranks or the ZeRO stage. It is empty while no tensor is known.
+    """
+    tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+    specs = {p.spec.fqn: p.spec for tensor in tensors for p in optimizer.placements_in(tensor) or ()}
+    policy = optimizer.policy
+    if policy.is_default and specs:
+        policy = next(iter(specs.values())).policy  # settings may have been given to tag_parameters instead
+    return {
+        "optimizer": type(optimizer).__name__,
+        "lr_multipliers": _packed_multipliers(policy, optimizer.lr_multipliers),
+        "weight_decay_multipliers": dict(policy.weight_decay_multipliers),
+        "granularity": {**{role.value: size for role, size in DEFAULT_GRANULARITY.items()}, **policy.granularity},
+        "rules": [_packed_rule(rule) for rule in policy.rules],
+        "momentum_dtype": str(optimizer.momentum_dtype),
+        "checkpoint_format": str(optimizer.checkpoint_format),
+        "layout": _digest(specs) if specs else "",
+        "groups": [_packed_group(group) for group in optimizer.param_groups],
+        **({} if (run := optimizer.run_state()) is None else {"run": run}),
+    }
+
+
+def _packed_multipliers(policy: BlockPolicy, present: Mapping[str, float]) -> dict[str, Any]:
+    if policy.auto is not None:  # what was measured is no setting; it is part of "run"
+        return {AUTO: asdict(policy.auto), **policy.lr_multipliers}
+    return {**DEFAULT_LR_MULTIPLIERS, **policy.lr_multipliers, **present}
+
+
+def _packed_group(group: Mapping[str, Any]) -> dict[str, Any]:
+    beta1, beta2 = group["betas"]
+    return {
+        "lr": float(group["lr"]),
+        "betas": [float(beta1), float(beta2)],
+        "eps": float(group["eps"]),
+        "weight_decay": float(group["weight_decay"]),
+    }
+
+
+def _packed_rule(rule: Rule) -> dict[str, Any]:
+    values = {f.name: getattr(rule, f.name) for f in fields(rule)}
+    return {k: v.value if isinstance(v, Role) else v for k, v in values.items() if v is not None}
+
+
+def _digest(specs: Mapping[str, BlockSpec]) -> str:
+    digest = hashlib.sha256()
+    for fqn in sorted(specs):
+        spec = specs[fqn]
+        blocks = [(p.start, p.end, p.role.value, p.rows_per_block, p.first_block) for p in spec.parts]
+        digest.update(repr((fqn, tuple(spec.shape), spec.axis, spec.structure.is_bias, blocks)).encode())
+        if spec.structure.matrices is not None:
+            digest.update(repr(spec.structure.matrices).encode())
+    return digest.hexdigest()
+
+
+def _packed_spec(spec: BlockSpec) -> dict[str, Any]:
+    matrices = spec.structure.matrices
+    return {
+        "shape": list(spec.shape),
+        "axis": spec.axis,
+        "is_bias": spec.structure.is_bias,
+        "num_blocks": spec.num_blocks,
+        "parts": [
+            [
+                part.start,
+                part.end,
+                part.role.value,
+                span.head_rows,
+                part.granularity,
+                part.lr_multiplier,
+                part.weight_decay_multiplier,
+                part.rows_per_block,
+                part.first_block,
+            ]
+            for part, span in zip(spec.parts, spec.structure.spans, strict=True)
+        ],
+        # only where there is something to say: most parameters are one matrix
+        **({} if matrices is None else {"matrices": list(matrices)}),
+    }
+
+
+def _packed_placement(p: Placement) -> dict[str, Any]:
+    shard = None
+    if p.shard is not None:
+        chunks = [[list(span) for span in rank] for rank in p.shard.chunks]
+        shard = {"dim": p.shard.dim, "rank": p.shard.rank, "chunks": chunks}
+    return {
+        "fqn": p.spec.fqn,
+        "flat_start": p.flat_start,
+        "param_start": p.param_start,
+        "numel": p.numel,
+        "shard": shard,
+        "cuts": list(p.cuts),
+    }
+
+
+# ------------------------------------------------------------------------------- reading
+
+
+def record_in(state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The record in an optimizer's state dict; None if another optimizer wrote it.
+
+    Raises:
+        ValueError: the record is of a later format than this version reads.
+    """
+    record = state_dict.get(KEY)
+    if record is None:
+        return None
+    if record.get("format") != FORMAT:
+        raise ValueError(
+            f"the checkpoint was written in format {record.get('format')!r} by ds_blockwise {record.get('version')!r}; "
+            f"this version reads format {FORMAT}. Install that version or a later one."
+        )
+    return dict(record)
+
+
+def spec_of(record: Mapping[str, Any], fqn: str) -> BlockSpec:
+    """The blocks of a parameter as they were when the record was written.
+
+    Raises:
+        ValueError: the record does not hold that parameter.
+    """
+    packed = record["parameters"].get(fqn)
+    if packed is None:
+        raise ValueError(f"the checkpoint has no parameter {fqn!r}; it has {_few(record['parameters'])}")
+    spans, parts = [], []
+    for start, end, role_name, head_rows, granularity, lr, weight_decay, rows, first in packed["parts"]:
+        role = Role(role_name)
+        spans.append(RoleSpan(start, end, role, head_rows))
+        parts.append(BlockPart(start, end, role, BLOCK_TYPE_OF[role], granularity, lr, weight_decay, rows, first))
+    matrices = tuple(packed["matrices"]) if "matrices" in packed else None
+    structure = TensorStructure(fqn, tuple(packed["shape"]), packed["axis"], tuple(spans), packed["is_bias"], matrices)
+    return BlockSpec(structure, tuple(parts), packed["num_blocks"], BlockPolicy())
+
+
+def placements_of(record: Mapping[str, Any], index: int) -> tuple[Placement, ...]:
+    """What lay in the stepped tensor with number ``index`` of the state dict.
+
+    Raises:
+        ValueError: the record does not know that tensor.
+    """
+    packed = record["tensors"][index] if index < len(record["tensors"]) else None
+    if packed is None:
+        raise ValueError(
+            f"the checkpoint does not say which parameters lie in tensor {index} of its optimizer state: it was saved "
+            f"before the model was tagged. Tag it (tag_parameters or deepspeed.initialize) and save again."
+        )
+    return tuple(_unpacked_placement(record, p) for p in packed["placements"])
+
+
+def _unpacked_placement(record: Mapping[str, Any], packed: Mapping[str, Any]) -> Placement:
+    spec = spec_of(record, packed["fqn"])
+    shard = None
+    if packed["shard"] is not None:
+        said = packed["shard"]
+        chunks = tuple(tuple((start, end) for start, end in rank) for rank in said["chunks"])
+        shard = TensorShard(spec.shape, said["dim"], said["rank"], chunks)
+    return Placement(spec, shard, packed["flat_start"], packed["param_start"], packed["numel"], tuple(packed["cuts"]))
+
+
+def table_of(record: Mapping[str, Any], index: int) -> SegmentTable:
+    """The segment table of the stepped tensor with number ``index`` of the state dict."""
+    numel = record["tensors"][index]["numel"] if index < len(record["tensors"]) and record["tensors"][index] else 0
+    return build_table(numel, placements_of(record, index), shares_second_moment=bool(record["shares_second_moment"]))
+
+
+def same_ranges(one: Sequence[Placement], two: Sequence[Placement]) -> bool:
+    """Whether two lists place the same elements of the same parameters at the same offsets."""
+
+    def facts(placements: Sequence[Placement]) -> list[tuple[Any, ...]]:
+        return [
+            (p.spec.fqn, tuple(p.spec.shape), p.shard, p.flat_start, p.param_start, p.numel)
+            for p in placements
+            if p.numel
+        ]
+
+    return facts(one) == facts(two)
+
+
+def same_blocks(one: Sequence[Placement], two: Sequence[Placement]) -> bool:
+    """Whether two lists with the same ranges also cut their parameters into the same blocks."""
+
+    def facts(placements: Sequence[Placement]) -> list[tuple[Any, ...]]:
+        return [
+            (p.spec.axis, [(q.start, q.end, q.rows_per_block, q.first_block) for q in p.spec.parts])
+            for p in placements
+            if p.numel
+        ]
+
+    return facts(one) == facts(two)
+
+
+# ------------------------------------------------------------------------------- comparing
+
+
+def differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+    """What of ``settings_of`` changed between a checkpoint and the present run, a line each.
+
+    Learning rates are left out (schedules move them), and so is the form of the files.
+    """
+    lines: list[str] = []
+    for key in ("optimizer", "momentum_dtype"):
+        lines += _changed(key, saved.get(key), own.get(key))
+    for key in ("lr_multipliers", "weight_decay_multipliers", "granularity"):
+        was, now = saved.get(key, {}), own.get(key, {})
+        for name in sorted({*was, *now}):
+            lines += _changed(f"{key}.{name}", was.get(name), now.get(name))
+    lines += _changed("rules", saved.get("rules"), own.get("rules"))
+    lines += _changed_groups(saved.get("groups", []), own.get("groups", []))
+    if not any(line.startswith(("granularity", "rules")) for line in lines) and saved.get("layout") and own["layout"]:
+        lines += _changed("layout (roles, heads or shapes)", saved["layout"][:12], own["layout"][:12])
+    return lines
+
+
+def _changed_groups(was: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> list[str]:
+    if len(was) != len(now):
+        return [f"the number of param groups was {len(was)}, is {len(now)}"]
+    return [
+        line
+        for index, (old, new) in enumerate(zip(was, now, strict=True))
+        for key in ("betas", "eps", "weight_decay")
+        for line in _changed(f"param_groups[{index}].{key}", old.get(key), new.get(key))
+    ]
+
+
+def _changed(name: str, was: Any, now: Any) -> list[str]:
+    return [] if was == now else [f"{name} was {_shown(was)}, is {_shown(now)}"]
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _few(names: Mapping[str, Any]) -> str:
+    listed = list(names)
+    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")

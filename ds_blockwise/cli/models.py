@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models from what a command line can name: a Hugging Face config, a Megatron-core model file, a function.
+
+On the meta device to be looked at, or small with real weights to be run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from ds_blockwise.values import suggest
+
+# A small model keeps everything that attention depends on: the hidden size, heads, layouts, norms
+_SMALL_LAYERS = 4
+_SMALL_VOCABULARY = 256
+_SMALL_WIDTH = 64  # of an FFN
+_FFN_WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "n_inner", "ffn_dim")
+
+MODEL_HELP = (
+    "a Hugging Face config.json (or the folder that holds it), a Megatron-core model file such as "
+    "configs/model/tiny.yaml, or package.module:function, a function without arguments that returns a torch module"
+)
+
+
+def load_model(source: str, *, small: bool = False) -> nn.Module:
+    """Build a model on the meta device (no memory is used for its parameters), or a small one with real weights.
+
+    Args:
+        source: see ``ds-blockwise blocks --help``.
+        small: real fp32 weights on the CPU; the first layers, a small vocabulary and narrow FFNs, where the source is
+            a file. A function builds what it builds.
+
+    Raises:
+        ValueError: the source is none of the known kinds.
+        ImportError: the library that builds such a model is not installed.
+    """
+    path = Path(source)
+    if path.is_dir():
+        path = path / "config.json"
+    if path.suffix == ".json" and path.is_file():
+        return _hugging_face_model(path, small)
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return _megatron_model(path, small)
+    if ":" in source and not path.exists():
+        return _from_function(source, small)
+    raise ValueError(f"cannot build a model from {source!r}: give {MODEL_HELP}")
+
+
+def _hugging_face_model(path: Path, small: bool) -> nn.Module:
+    try:
+        transformers = importlib.import_module("transformers")
+    except ModuleNotFoundError as error:
+        raise _missing(error, "transformers", "hf") from error
+    config = transformers.AutoConfig.from_pretrained(str(path.parent))
+    if small:
+        _shrink(config)
+    with torch.device("cpu" if small else "meta"):
+        model = cast("nn.Module", transformers.AutoModelForCausalLM.from_config(config))
+    return model.float() if small else model
+
+
+def _shrink(config: Any) -> None:
+    layers = config.num_hidden_layers
+    for name, value in list(vars(config).items()):
+        if isinstance(value, list) and len(value) == layers:  # a kind for each layer
+            setattr(config, name, value[:_SMALL_LAYERS])
+    config.num_hidden_layers = min(layers, _SMALL_LAYERS)
+    config.vocab_size = min(config.vocab_size, _SMALL_VOCABULARY)
+    padding = getattr(config, "pad_token_id", None)
+    if padding is not None and padding >= config.vocab_size:
+        config.pad_token_id = None
+    for name in _FFN_WIDTHS:
+        if isinstance(value := getattr(config, name, None), int):
+            setattr(config, name, min(value, _SMALL_WIDTH))
+
+
+def _megatron_model(path: Path, small: bool) -> nn.Module:
+    try:
+        megatron_patch = importlib.import_module("megatron_patch")
+    except ModuleNotFoundError as error:
+        raise _missing(error, "megatron", "megatron") from error
+    build = megatron_patch.build_small_gpt if small else megatron_patch.build_meta_gpt
+    return cast("nn.Module", build(path))
+
+
+def _missing(error: ModuleNotFoundError, package: str, extra: str) -> Exception:
+    if (error.name or "").partition(".")[0] != package:
+        return error
+    return ImportError(f"this model needs {package}: pip install 'ds_blockwise[{extra}]'")
+
+
+def _from_function(source: str, small: bool) -> nn.Module:
+    module_name, _, function_name = source.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    module = importlib.import_module(module_name)
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise ValueError(f"{module_name} has no function {function_name!r}{suggest(function_name, dir(module))}")
+    with torch.device("cpu" if small else "meta"):
+        model = function()
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{source} returned {type(model).__name__}, not a torch module")
+    return model

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``ds-blockwise sharpness``: measure a trained model, look at a run's measurements, propose multipliers from them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ds_blockwise.blocks.defaults import DEFAULT_EXPONENT, DEFAULT_LR_MULTIPLIERS
+from ds_blockwise.cli.measure_files import load_trained, read_batches
+from ds_blockwise.measure.ratios import multipliers_from_sharpness
+from ds_blockwise.measure.sharpness import PRODUCTS, measure_sharpness
+from ds_blockwise.measure.sharpness_plot import draw
+from ds_blockwise.measure.sharpness_report import ESTIMATORS, LEVELS, SharpnessReport, read_csv, write_csv
+from ds_blockwise.tagging.tag import tag_parameters
+
+EARLIEST = 0.02  # of a run: before that the order of the block types does not hold
+_RUN_RECORD = "run.json"  # beside the CSV that the main job writes
+
+
+def add_sharpness_command(commands: Any) -> None:
+    """Add it to the parser of ``ds-blockwise``; each of its commands sets ``run``, called with the arguments."""
+    parser = commands.add_parser("sharpness", help="average sharpness of a model's blocks: measure, show, plot, ratios")
+    own = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    measure = own.add_parser("measure", help="measure a trained model on a text, in this process")
+    measure.add_argument(
+        "model", metavar="MODEL", help="a Hugging Face folder with weights, or package.module:function"
+    )
+    measure.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8; its beginning is used")
+    measure.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json or a folder with it; default: MODEL")
+    measure.add_argument("--estimator", choices=ESTIMATORS, default=ESTIMATORS[0])
+    measure.add_argument("--batches", type=int, default=8)
+    measure.add_argument("--batch-size", type=int, default=4, help="sequences in a batch")
+    measure.add_argument("--length", type=int, default=256, help="tokens in a sequence")
+    measure.add_argument("--draws", type=int, default=1, help="labels or directions drawn for each batch")
+    measure.add_argument("--products", choices=PRODUCTS, default=PRODUCTS[0], help="of hutchinson")
+    measure.add_argument("--seed", type=int, default=0, help="of the draws")
+    measure.add_argument("--random-init", action="store_true", help="measure random weights where there are no others")
+    measure.add_argument("--csv", type=Path, metavar="CSV", help="also write all entries to this file")
+    _add_output(measure)
+    measure.set_defaults(run=_run_measure)
+
+    show = own.add_parser("show", help="print a measurement as a table")
+    _add_source(show)
+    _add_output(show)
+    show.set_defaults(run=_run_show)
+
+    plot = own.add_parser("plot", help="draw sharpness over time by block type, and its distribution over blocks")
+    _add_source(plot)
+    plot.add_argument("--output", type=Path, metavar="FOLDER", help="for the two PNGs; default: that of the CSV")
+    plot.set_defaults(run=_run_plot)
+
+    ratios = own.add_parser("ratios", help="propose lr_multipliers: (S(norm) / S(type)) ** exponent")
+    _add_source(ratios)
+    ratios.add_argument("--exponent", type=float, default=DEFAULT_EXPONENT, help=f"default {DEFAULT_EXPONENT}")
+    ratios.add_argument("--max", type=float, default=16.0, help="largest multiplier; default 16")
+    head = DEFAULT_LR_MULTIPLIERS["head"]
+    ratios.add_argument("--head", action="store_true", help=f"the output layer's too; default: its usual {head:g}")
+    ratios.add_argument("--steps", type=int, help=f"of the whole run; default: from {_RUN_RECORD} beside the CSV")
+    ratios.add_argument("--force", action="store_true", help="also from a measurement that may be too early")
+    ratios.set_defaults(run=_run_ratios)
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("csv", type=Path, metavar="CSV", help="sharpness.csv of a run, or what measure --csv wrote")
+    parser.add_argument("--step", type=int, help="the measurement to take; default: the last one")
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--level", choices=LEVELS, default=LEVELS[0], help="rows of the table")
+    parser.add_argument("--json", action="store_true", help="print all levels as JSON instead of a table")
+
+
+def _run_measure(args: argparse.Namespace) -> tuple[str, int]:
+    for name in ("batches", "batch_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} = {getattr(args, name)}: allowed: 1 and more")
+    if args.length < 2:
+        raise ValueError(f"--length = {args.length}: allowed: 2 and more, because the first token is not predicted")
+    model, warning = load_trained(args.model, random_init=args.random_init)
+    if warning:
+        print(f"ds-blockwise: warning: {warning}", file=sys.stderr)
+    model.eval()  # without dropout
+    tag_parameters(model)
+    batches = read_batches(
+        args.text,
+        args.tokenizer or args.model,
+        batches=args.batches,
+        sequences=args.batch_size,
+        length=args.length,
+        vocabulary=getattr(getattr(model, "config", None), "vocab_size", None),
+    )
+    report = measure_sharpness(
+        model, batches, estimator=args.estimator, draws=args.draws, seed=args.seed, products=args.products
+    )
+    if args.csv is not None:
+        write_csv([report], args.csv)
+    if args.json:
+        return report.to_json(), 0
+    return report.table(args.level), 0
+
+
+def _run_show(args: argparse.Namespace) -> tuple[str, int]:
+    report = _chosen(read_csv(args.csv), args)
+    return (report.to_json() if args.json else report.table(args.level)), 0
+
+
+def _run_plot(args: argparse.Namespace) -> tuple[str, int]:
+    reports = read_csv(args.csv)
+    report = _chosen(reports, args)
+    folder = args.csv.parent if args.output is None else args.output
+    paths = draw(reports, report, args.csv.parent.resolve().name, folder)
+    return "\n".join(f"figure: {path}" for path in paths), 0
+
+
+def _run_ratios(args: argparse.Namespace) -> tuple[str, int]:
+    report = _chosen(read_csv(args.csv), args)
+    if not args.force:
+        _check_time(report, args)
+    sharpness: dict[str, float] = {str(block_type): value for block_type, value in report.by_type().items()}
+    found = multipliers_from_sharpness(sharpness, exponent=args.exponent, high=args.max)
+    if "head" in found and not args.head:  # wants a higher rate than its sharpness says: docs/evidence.md
+        found["head"] = DEFAULT_LR_MULTIPLIERS["head"]
+    return json.dumps({"lr_multipliers": {name: float(f"{value:.3g}") for name, value in found.items()}}, indent=2), 0
+
+
+def _check_time(report: SharpnessReport, args: argparse.Namespace) -> None:
+    steps = args.steps
+    record = args.csv.parent / _RUN_RECORD
+    if steps is None and record.is_file():
+        steps = json.loads(record.read_text(encoding="utf-8")).get("steps")
+    if steps is None or report.step is None:
+        unknown = "its step" if report.step is None else f"the length of the run (no {_RUN_RECORD} beside it)"
+        raise ValueError(
+            f"{args.csv} does not say {unknown}, and before {EARLIEST:.0%} of a run the order of the block types does "
+            f"not hold. Give --steps, or --force if you know that the model is trained."
+        )
+    if report.step < EARLIEST * steps:
+        raise ValueError(
+            f"{args.csv} was measured at step {report.step} of {steps}; before step {EARLIEST * steps:.0f} "
+            f"({EARLIEST:.0%}) the order of the block types does not hold. Take a later one, or --force."
+        )
+
+
+def _chosen(reports: Sequence[SharpnessReport], args: argparse.Namespace) -> SharpnessReport:
+    if not reports:
+        raise ValueError(f"{args.csv} holds no measurement yet")
+    if args.step is None:
+        return reports[-1]
+    found = [report for report in reports if report.step == args.step]
+    if not found:
+        steps = ", ".join(str(report.step) for report in reports)
+        raise ValueError(f"{args.csv} has no measurement at step {args.step}, only at {steps}")
+    return found[-1]

@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DeepSpeed's load_checkpoint, made safe against damaged files, wrong topologies and overwritten settings.
+
+Nothing is loaded before every file has been verified, the ranks sharing the work, and what is wrong on one rank is
+raised on all. `deepspeed_save` is the other half. Checked with DeepSpeed 0.19.8.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+from ds_blockwise.checkpoint import folder as files
+from ds_blockwise.checkpoint.folder import Checkpoint, CheckpointError
+from ds_blockwise.checkpoint.record import KEY, differences, settings_of
+from ds_blockwise.hosts.deepspeed.checkpoint.save import leads, load_rank_state, node_of, save_checkpoint, topology_of
+from ds_blockwise.hosts.deepspeed.checkpoint.tag_folder import universal_misfit
+from ds_blockwise.optimizers.base import BlockwiseOptimizer
+from ds_blockwise.optimizers.schedules import SCHEDULES
+from ds_blockwise.parallel.agree import first_error, gather, is_first_rank
+
+__all__ = ["guard", "load_checkpoint", "load_rank_state", "save_checkpoint"]
+
+logger = logging.getLogger(__name__)
+
+_RIGID = ("world_size", "dp", "tp", "pp", "ep", "wrapper", "dtype")  # of a topology: what DeepSpeed's files depend on
+_OF_WEIGHTS = ("tp", "pp")  # what the files of the weights alone depend on, below ZeRO-3
+_Loaded = tuple[str | None, dict[str, Any] | None]
+_Groups = list[dict[str, Any]]
+
+
+def guard(engine: Any) -> None:
+    """Let ``engine.save_checkpoint`` and ``engine.load_checkpoint`` be this module's; ``attach`` calls it.
+
+    Args:
+        engine: any ``DeepSpeedEngine``; only this object is changed.
+    """
+    engine.save_checkpoint = functools.partial(save_checkpoint, engine)
+    engine.load_checkpoint = functools.partial(load_checkpoint, engine)
+
+
+def load_checkpoint(
+    engine: Any,
+    load_dir: str | Path,
+    tag: str | None = None,
+    load_module_strict: bool = True,
+    load_optimizer_states: bool = True,
+    load_lr_scheduler_states: bool = True,
+    load_module_only: bool = False,
+    custom_load_fn: Any = None,
+) -> _Loaded:
+    """Load a checkpoint after verifying every file of it; a collective over all ranks.
+
+    With one of our optimizers the settings of its param groups stay those of the present JSON, and the learning rate
+    follows the loaded schedule. Portable checkpoints are recognised by their manifest.
+
+    Args:
+        engine: any ``DeepSpeedEngine``.
+        load_dir: the checkpoints folder.
+        tag: default what ``latest`` names, or the newest complete checkpoint if that is not there.
+        load_module_strict: as DeepSpeed's, like all that follow.
+        load_optimizer_states: load the moments.
+        load_lr_scheduler_states: load the schedule's position.
+        load_module_only: load the weights alone.
+        custom_load_fn: loads the module's state dict.
+
+    Returns:
+        Path and client state as DeepSpeed's; ``(None, None)`` if there is no checkpoint and no tag was given.
+
+    Raises:
+        CheckpointError: on every rank, before anything is loaded: no such checkpoint, or damaged files (all named).
+        ValueError: on every rank, before anything is loaded: it was saved by another number of ranks, another ZeRO
+            wrapper or precision.
+    """
+    if load_module_only and isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
+        load_optimizer_states = False  # else DeepSpeed loads nothing at all there: the weights are in the ZeRO files
+    options = {
+        "load_module_strict": load_module_strict,
+        "load_optimizer_states": load_optimizer_states,
+        "load_lr_scheduler_states": load_lr_scheduler_states,
+        "load_module_only": load_module_only,
+        "custom_load_fn": custom_load_fn,
+    }
+    original = functools.partial(type(engine).load_checkpoint, engine, str(load_dir), **options)
+    scheduled = load_lr_scheduler_states and not load_module_only
+    moments = load_optimizer_states and not load_module_only
+    if engine.load_universal_checkpoint():
+        _check_universal(engine, Path(load_dir), tag)
+        return _load_into_groups(engine, functools.partial(original, tag), scheduled, tell=True, moments=moments)
+    checkpoint = _find(engine, Path(load_dir), tag)
+    if checkpoint is None:
+        return cast("_Loaded", original(tag))
+    if checkpoint.kind == "portable":
+        from ds_blockwise.hosts.deepspeed.checkpoint.load_portable import load_portable
+
+        load = functools.partial(load_portable, engine, checkpoint.folder, **options)
+        return _load_into_groups(engine, load, scheduled, tell=True, moments=moments)
+    _check_topology(engine, checkpoint, optimizer=load_optimizer_states, module_only=load_module_only)
+    load = functools.partial(original, checkpoint.tag)
+    return _load_into_groups(engine, load, scheduled, tell=False, moments=moments)
+
+
+# ------------------------------------------------------------------------ before loading
+
+
+def _find(engine: Any, folder: Path, tag: str | None) -> Checkpoint | None:
+    """The checkpoint that all ranks will load, with every file verified."""
+    said: tuple[Checkpoint | None, list[str], str | None] | None = None
+    if leads(engine):
+        try:
+            found = files.resolve_tag(folder, tag)
+            said = (found, [] if found is None else files.listed_files(found.folder), None)
+        except (CheckpointError, OSError) as error:
+            said = (None, [], str(error))
+    gathered = gather(said)
+    by_node = {rank: answer for rank, answer in enumerate(gathered) if answer is not None}
+    errors = dict.fromkeys(error for _, _, error in by_node.values() if error is not None)
+    if errors:
+        raise CheckpointError("\n".join(errors))
+    tags = {node: None if found is None else found.tag for node, (found, _, _) in by_node.items()}
+    if len(set(tags.values())) > 1:
+        listed = ", ".join(f"rank {rank}: {name}" for rank, name in tags.items())
+        raise CheckpointError(
+            f"the nodes would load different checkpoints from {folder} ({listed}). Name one that all have by its tag."
+        )
+    checkpoint, names, _ = by_node[node_of(engine)]
+    if checkpoint is None:
+        return None
+    if is_first_rank():
+        for note in checkpoint.notes:
+            logger.warning("%s", note)
+    _verify(engine, checkpoint, names)
+    return cast("Checkpoint", checkpoint)
+
+
+def _verify(engine: Any, checkpoint: Checkpoint, names: list[str]) -> None:
+    peers = [rank for rank, node in enumerate(gather(node_of(engine))) if node == node_of(engine)]
+    mine = names[peers.index(engine.global_rank) :: len(peers)]
+    try:
+        problems = files.verify(checkpoint.folder, mine)
+        if checkpoint.manifest is None:
+            problems += _absent(engine, checkpoint)
+    except (CheckpointError, OSError) as error:
+        problems = [str(error)]
+    bad = [problem for found in gather(problems) for problem in found]
+    if bad:
+        listed = "\n  - ".join(dict.fromkeys(bad))
+        raise CheckpointError(
+            f"checkpoint {checkpoint.folder} is damaged; nothing was loaded:\n  - {listed}\nRestore these files from a "
+            f"copy, or load another checkpoint: pass its tag, or write it into {files.LATEST!r}."
+        )
+
+
+def _absent(engine: Any, checkpoint: Checkpoint) -> list[str]:
+    """Files that this rank would ask for in vain, where no manifest lists them."""
+    load_dir, tag = str(checkpoint.folder.parent), checkpoint.tag
+    if not engine._get_all_ckpt_names(load_dir, tag):
+        return ["*model_states.pt: missing"]
+    if not engine.zero_optimization():
+        return []
+    path = Path(engine._get_zero_ckpt_name(load_dir, tag))
+    name = path.name
+    return [] if path.is_file() else [f"{name}: missing (or saved with fewer ranks, or another precision)"]
+
+
+def _check_universal(engine: Any, folder: Path, tag: str | None) -> None:
+    """Refuse a universal checkpoint that DeepSpeed would load wrongly or fail on half-way."""
+    try:
+        found = files.resolve_tag(folder, tag, latest=files.LATEST_UNIVERSAL)
+        misfit = (
+            None
+            if found is None
+            else universal_misfit(
+                found.folder,
+                partitions_weights=engine.zero_optimization_partition_weights(),
+                tp=1 if engine.autotp_size() > 1 else int(engine.mp_world_size),
+                round_robin=bool(getattr(engine.optimizer, "round_robin_gradients", False)),
+            )
+        )
+    except (CheckpointError, OSError) as error:
+        misfit = str(error)
+    message = first_error(misfit)
+    if message is not None:
+        raise ValueError(message)
+
+
+def _check_topology(engine: Any, checkpoint: Checkpoint, *, optimizer: bool, module_only: bool) -> None:
+    """Refuse what DeepSpeed would load wrongly or fail on half-way."""
+    partitioned = isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3)
+    if partitioned and not optimizer:
+        said = checkpoint.folder.parent / files.LATEST
+        if not said.is_file() or said.read_text(encoding="utf-8").strip() != checkpoint.tag:
+            raise ValueError(
+                f"without optimizer states DeepSpeed's ZeRO-3 loads the weights of the checkpoint that {said} names, "
+                f"whatever the tag, and that is not {checkpoint.tag!r}. Write that tag into it, or load the optimizer "
+                f"states as well."
+            )
+    if checkpoint.manifest is None:
+        return
+    # manifests of older versions know no experts
+    saved, own = {"ep": 1, **checkpoint.manifest["topology"]}, topology_of(engine)
+    whole = (optimizer and not module_only) or "Stage3" in saved["wrapper"] + own["wrapper"]
+    keys = _RIGID if whole and not (partitioned and not optimizer) else _OF_WEIGHTS
+    different = [f"{key} was {saved[key]}, is {own[key]}" for key in keys if saved[key] != own[key]]
+    if different:
+        way_out = (
+            f"Make a portable checkpoint of it, which loads anywhere (ds-blockwise convert {checkpoint.folder} OUTPUT)"
+            f", or a universal one with DeepSpeed's ds_to_universal and load that with "
+            f'"checkpoint": {{"load_universal": true}}.'
+        )
+        if saved["pp"] > 1:  # `ds-blockwise convert` does not read layer files
+            way_out = "Those of a pipeline cannot be converted: resume it with the ranks and stages that saved it."
+        raise ValueError(
+            f"checkpoint {checkpoint.folder} was saved by {_described(saved)}; this engine has {_described(own)} "
+            f"({'; '.join(different)}). DeepSpeed's files fit one topology only. {way_out} Nothing was loaded."
+        )
+
+
+def _described(topology: dict[str, Any]) -> str:
+    return (
+        f"{topology['world_size']} ranks (dp {topology['dp']}, tp {topology['tp']}, pp {topology['pp']}) with ZeRO-"
+        f"{topology['zero_stage']} in {topology['dtype']}"
+    )
+
+
+# ------------------------------------------------------------------------- while loading
+
+
+def _load_into_groups(
+    engine: Any, load: Callable[[], _Loaded], scheduled: bool, *, tell: bool, moments: bool
+) -> _Loaded:
+    """Load, then give the param groups their own settings back and let all ranks settle.
+
+    Args:
+        engine: the engine.
+        load: fills it.
+        scheduled: whether ``load`` also loads the schedule.
+        tell: whether to report other settings; our optimizers' own ``load_state_dict`` does it where it is called.
+        moments: whether ``load`` also loads the moments.
+    """
+    optimizer = engine.basic_optimizer
+    ours = isinstance(optimizer, BlockwiseOptimizer)
+    own = [_settings(group) for group in optimizer.param_groups] if ours else []
+    own_run = optimizer.run_state() if ours else None
+    failure: Exception | None = None
+    path, client_state = None, None
+    try:
+        path, client_state = load()
+    except Exception as error:
+        # Under ZeRO-3 the others may be in a collective of DeepSpeed's load, which only the end of this rank breaks;
+        # elsewhere they come to the exchange below.
+        if isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
+            raise
+        failure = error
+    message = first_error(None if failure is None else f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+        raise failure
+    if message is not None:
+        raise CheckpointError(f"another rank could not load the checkpoint: {message}")
+    saved = _take_own_entry(client_state)
+    if ours and path is not None:
+        settings = saved.get("settings") or {}
+        _restore_groups(engine, own, settings.get("groups", []) if scheduled else None)
+        if tell and settings and is_first_rank() and (changed := differences(settings, settings_of(optimizer))):
+            logger.warning(
+                "the checkpoint was saved under other settings; the present ones are used:\n  %s", "\n  ".join(changed)
+            )
+        # a run that starts anew from another one's state measures anew
+        run, steps = (settings.get("run"), int(engine.global_steps)) if scheduled and moments else (own_run, 0)
+        optimizer.load_run_state(run, steps)
+        optimizer.settle()
+    return path, client_state
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def _take_own_entry(client_state: dict[str, Any] | None) -> dict[str, Any]:
+    """Remove what `save_checkpoint` added to a client state and return our part of it."""
+    saved = (client_state or {}).pop(KEY, None) or {}
+    for key in saved.get("added", ()):
+        cast("dict[str, Any]", client_state).pop(key, None)
+    return cast("dict[str, Any]", saved)
+
+
+def _restore_groups(engine: Any, own: _Groups, saved: _Groups | None) -> None:
+    """Undo what a load did to the groups; only the learning rate follows the loaded schedule.
+
+    Args:
+        engine: the engine, loaded.
+        own: settings of its groups before.
+        saved: settings of the groups when the checkpoint was saved, empty if unknown; None if no schedule was loaded.
+    """
+    scheduler = engine.lr_scheduler if saved is not None else None
+    for index, (group, settings) in enumerate(zip(engine.basic_optimizer.param_groups, own, strict=True)):
+        lr = group["lr"]
+        for key in set(group) - set(settings) - {"params"}:
+            del group[key]
+        group.update(settings)
+        if scheduler is not None and not isinstance(scheduler, SCHEDULES):
+            group["lr"] = saved[index]["lr"] if saved and index < len(saved) else lr
+    if isinstance(scheduler, SCHEDULES):
+        scheduler.load_state_dict(scheduler.state_dict())  # sets the rate of its update in the restored groups

@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads a portable checkpoint into a DeepSpeed engine of any ZeRO stage, data-parallel and tensor-parallel size.
+
+Each rank reads the windows of the parameters that its own stepped tensors hold. Everything is checked on all ranks
+before anything is changed. Checked with DeepSpeed 0.19.8.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import nn
+
+from ds_blockwise.checkpoint.folder import CheckpointError
+from ds_blockwise.checkpoint.portable import Portable
+from ds_blockwise.checkpoint.record import KEY
+from ds_blockwise.kernels.base import wide_dtype
+from ds_blockwise.kernels.binding import Binding
+from ds_blockwise.optimizers.base import BlockwiseOptimizer
+from ds_blockwise.parallel.agree import first_error, is_first_rank
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = 8  # names in one line of an error
+
+
+def load_portable(
+    engine: Any,
+    folder: Path,
+    *,
+    load_module_strict: bool = True,
+    load_optimizer_states: bool = True,
+    load_lr_scheduler_states: bool = True,
+    load_module_only: bool = False,
+    custom_load_fn: Any = None,
+) -> tuple[str, dict[str, Any]]:
+    """Fill an engine from a portable checkpoint; a collective over all ranks.
+
+    fp32 weights, moments, step counts, frozen parameters, buffers, counters, loss scale and schedule are loaded;
+    multipliers, rules, granularity and the groups' hyper-parameters stay the engine's own. Second moments of another
+    optimizer or granularity become means over the engine's blocks, or one value per element for `BlockwiseAdamW`.
+
+    Args:
+        engine: a ``DeepSpeedEngine`` whose optimizer is one of ours.
+        folder: the portable checkpoint.
+        load_module_strict: refuse a checkpoint with parameters that the model lacks.
+        load_optimizer_states: load moments and step counts.
+        load_lr_scheduler_states: load the schedule's position.
+        load_module_only: load weights and buffers, nothing else.
+        custom_load_fn: DeepSpeed's argument of that name; must be None.
+
+    Returns:
+        The folder and the saved ``client_state``, which holds the settings of the source under ``ds_blockwise``.
+
+    Raises:
+        ValueError: on every rank, before anything is changed: the model or the engine does not fit.
+        CheckpointError: on every rank: files cannot be read. If this happens after the checks, weights may be
+            partly replaced, which the message says.
+    """
+    folder = Path(folder)
+    optimizer = engine.basic_optimizer
+    moments = load_optimizer_states and not load_module_only
+    _raise_everywhere(_unfit(engine, custom_load_fn), ValueError)
+    portable, training_state, damage = None, {}, None
+    try:
+        portable = Portable(folder)
+        training_state = portable.training_state()
+    except (CheckpointError, ImportError) as error:  # a rank that raised alone would leave the others waiting
+        damage = str(error)
+    _raise_everywhere(damage, CheckpointError)
+    portable = cast("Portable", portable)
+    _raise_everywhere(_problems(engine, portable, strict=load_module_strict, moments=moments), ValueError)
+    if not load_module_only:
+        _raise_everywhere(_load_schedule(engine, training_state, load_lr_scheduler_states), ValueError)
+    if isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
+        engine.optimizer.checkpoint_event_prologue()
+    try:
+        for binding in optimizer.bindings():
+            _fill(optimizer, binding, portable, moments)
+        _fill_fixed(engine, portable)
+    except Exception as error:  # whatever one rank meets while reading, all must hear of it before the next collective
+        damage = (
+            f"{type(error).__name__}: {error}. The weights of this engine are partly replaced: build it again before "
+            f"you load another checkpoint."
+        )
+    _raise_everywhere(damage, CheckpointError)
+    _refresh(engine.optimizer, optimizer)
+    if not load_module_only:
+        for name, value in training_state["counters"].items():
+            setattr(engine, name, value)
+        _load_loss_scale(engine.optimizer, training_state["loss_scale"])
+    if moments:
+        optimizer.settle()
+    saved = {"settings": portable.record["settings"], "topology": portable.origin.get("topology")}
+    return str(folder), {KEY: saved, **training_state["client_state"]}
+
+
+def _raise_everywhere(problem: str | None, kind: type[Exception]) -> None:
+    message = first_error(problem)
+    if message is not None:
+        raise kind(message)
+
+
+# -------------------------------------------------------------------------------------- checks
+
+
+def _unfit(engine: Any, custom_load_fn: Any) -> str | None:
+    if not isinstance(engine.basic_optimizer, BlockwiseOptimizer):
+        return (
+            f"a portable checkpoint loads into BlockwiseAdamW and BlockwiseAdamMini, but this engine's optimizer is "
+            f'{type(engine.basic_optimizer).__name__}. Name one of ours in the JSON\'s "optimizer".'
+        )
+    if custom_load_fn is not None:
+        return "custom_load_fn has no meaning for a portable checkpoint, which is not a module's state dict."
+    return None
+
+
+def _problems(engine: Any, portable: Portable, *, strict: bool, moments: bool) -> str | None:
+    """Everything that does not fit, in one message; None if all does."""
+    lines = []
+    weights, untrained = portable.tensors["weights"], portable.tensors["frozen"]
+    specs = {p.spec.fqn: p.spec for b in engine.basic_optimizer.bindings() for p in b.table.placements}
+    missing = [name for name in specs if name not in weights and name not in untrained]
+    if missing:
+        lines.append(f"trained parameters that the checkpoint lacks: {_few(missing)}")
+    for name, spec in specs.items():
+        stored = weights.get(name) or untrained.get(name)
+        if stored is not None and stored.shape != tuple(spec.shape):
+            lines.append(f"{name} has shape {tuple(spec.shape)}, in the checkpoint {stored.shape}")
+    without = [name for name in specs if name in untrained and name not in weights]
+    if moments and without:
+        lines.append(
+            f"parameters that were frozen, so that there are no moments of them: {_few(without)} "
+            f"(load_optimizer_states=False loads the weights alone)"
+        )
+    frozen = dict(_frozen(engine))
+    for name, param in frozen.items():
+        stored = untrained.get(name) or weights.get(name)
+        shape = tuple(getattr(param, "ds_shape", param.shape))
+        if stored is None:
+            lines.append(f"frozen parameter {name} is not in the checkpoint")
+        elif stored.shape != shape:
+            lines.append(
+                f"frozen parameter {name} has shape {shape}, in the checkpoint {stored.shape} (a frozen parameter that "
+                f"is split over tensor-parallel ranks cannot be loaded)"
+            )
+    for name, buffer in _buffers(engine):
+        stored = portable.tensors["buffers"].get(name)
+        if stored is not None and stored.shape != tuple(buffer.shape):
+            lines.append(f"buffer {name} has shape {tuple(buffer.shape)}, in the checkpoint {stored.shape}")
+    extra = [name for name in (*weights, *untrained) if name not in specs and name not in frozen]
+    if strict and extra:
+        lines.append(f"parameters that the model lacks: {_few(extra)} (load_module_strict=False ignores them)")
+    if not lines:
+        return None
+    listed = "".join(f"\n  - {line}" for line in lines[: 2 * _SHOWN])
+    more = f"\n  - and {len(lines) - 2 * _SHOWN} more" if len(lines) > 2 * _SHOWN else ""
+    return f"{portable.folder} does not fit this engine's model; nothing was loaded:{listed}{more}"
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+def _frozen(engine: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    for param in engine.module.parameters():
+        if not param.requires_grad and getattr(param, "ds_numel", param.numel()):
+            yield engine.param_names[param], param
+
+
+def _buffers(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    named = dict(engine.module.named_buffers())
+    yield from ((name, named[name]) for name in engine._get_buffer_names() if name in named)
+
+
+# -------------------------------------------------------------------------------------- filling
+
+
+def _fill(optimizer: BlockwiseOptimizer, binding: Binding, portable: Portable, moments: bool) -> None:
+    """Master weights and, if asked for, moments of one stepped tensor; padding is left as it is."""
+    tensor = binding.tensor
+    flat = tensor.data.contiguous().view(-1)
+    _read_into(flat, "weights", binding, portable)
+    if not tensor.is_contiguous():
+        tensor.data.copy_(flat.view(tensor.shape))
+    if not moments:
+        return
+    steps = {p.spec.fqn: portable.parameters[p.spec.fqn]["step"] for p in binding.table.placements}
+    step = max(steps.values(), default=0)
+    behind = [name for name, own in steps.items() if own != step]
+    if behind and is_first_rank():
+        logger.warning(
+            "parameters whose state has seen fewer updates go on with the step count of their flat partition (%d): %s",
+            step,
+            _few(behind),
+        )
+    optimizer.state.pop(tensor, None)
+    if not step:
+        return  # saved before the first update
+    wide = wide_dtype(tensor.dtype)
+    exp_avg = torch.zeros(tensor.numel(), dtype=torch.bfloat16 if optimizer.momentum_dtype == "bf16" else wide)
+    exp_avg_sq = torch.zeros(tensor.numel(), dtype=wide)
+    _read_into(exp_avg, "exp_avg", binding, portable)
+    _read_into(exp_avg_sq, "exp_avg_sq", binding, portable)
+    # one second moment per element; the optimizer's settle() makes them one per block, over all ranks
+    optimizer.state[tensor] = {
+        "step": step,
+        "exp_avg": exp_avg.view(tensor.shape).to(tensor.device),
+        "exp_avg_sq": exp_avg_sq.view(tensor.shape).to(tensor.device),
+    }
+
+
+def _read_into(flat: torch.Tensor, kind: str, binding: Binding, portable: Portable) -> None:
+    for p in binding.table.placements:
+        if p.numel:
+            stored = kind if p.spec.fqn in portable.tensors[kind] else "frozen"  # weights of a parameter unfrozen since
+            window = portable.window(stored, p.spec.fqn, p.shard, p.param_start, p.numel)
+            flat.narrow(0, p.flat_start, p.numel).copy_(window)
+
+
+def _fill_fixed(engine: Any, portable: Portable) -> None:
+    """Frozen parameters (from trained ones, if they were trained then) and buffers."""
+    for name, param in _frozen(engine):
+        whole = portable.tensor("frozen" if name in portable.tensors["frozen"] else "weights", name)
+        if not hasattr(param, "ds_tensor"):
+            param.data.copy_(whole)
+            continue
+        piece, group = cast("Any", param).ds_tensor, cast("Any", param).ds_process_group
+        start = min(piece.numel() * dist.get_rank(group), whole.numel())
+        held = min(piece.numel(), whole.numel() - start)
+        piece.data.view(-1).narrow(0, 0, held).copy_(whole.reshape(-1).narrow(0, start, held))
+    for name, buffer in _buffers(engine):
+        if name in portable.tensors["buffers"]:
+            buffer.data.copy_(portable.tensor("buffers", name))
+
+
+def _refresh(wrapper: Any, optimizer: BlockwiseOptimizer) -> None:
+    """Round the new master weights into the weights that the model computes with; a collective."""
+    if isinstance(wrapper, FP16_UnfusedOptimizer):
+        for halves, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
+            for half, master in zip(halves, masters, strict=True):
+                half.data.copy_(master.data)
+    elif isinstance(wrapper, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
+        wrapper.update_lp_params()
+        # what safe_get_full_optimizer_state shows is linked anew after the next step
+        wrapper._hp_optimizer_states_linked = False
+    elif isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
+        groups = zip(
+            wrapper.fp16_partitioned_groups_flat,
+            wrapper.fp32_partitioned_groups_flat,
+            wrapper.fp16_partitioned_groups,
+            strict=True,
+        )
+        for half, master, params in groups:
+            if master.numel():
+                half.data.copy_(master.data)
+            for param, value in zip(params, wrapper.unflatten(half, params), strict=True):
+                param.data = value.data
+        wrapper.checkpoint_event_epilogue()  # gathers the small parameters that every rank keeps whole
+    elif wrapper is not optimizer:
+        raise ValueError(f"{type(wrapper).__name__} is a wrapper that ds_blockwise does not know")
+
+
+# ------------------------------------------------------------------------------ schedule, counters
+
+
+def _load_schedule(engine: Any, training_state: Mapping[str, Any], wanted: bool) -> str | None:
+    saved = training_state["lr_scheduler"]
+    if not wanted or engine.lr_scheduler is None or saved is None:
+        return None
+    try:
+        engine.lr_scheduler.load_state_dict(saved)
+    except Exception as error:  # a schedule of another class raises whatever it likes
+        return (
+            f"{type(engine.lr_scheduler).__name__} cannot take in the saved schedule's state ({type(error).__name__}: "
+            f"{error}). Use the schedule that it was trained with, or load_lr_scheduler_states=False."
+        )
+    return None
+
+
+def _load_loss_scale(wrapper: Any, saved: Mapping[str, Any]) -> None:
+    own = getattr(wrapper, "loss_scale_config", None) or getattr(wrapper, "loss_scaler", None)
+    dynamic = own is not None and (getattr(own, "dynamic", False) or getattr(own, "dynamic_loss_scale", False))
+    for name, value in saved.items() if dynamic else ():
+        if hasattr(own, name):
+            setattr(own, name, value)

@@ -1,0 +1,365 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads the files that a DeepSpeed engine saved with one of our optimizers, without an engine and without its ranks.
+
+Read: ZeRO 0 (fp32, or 16 bit in the unfused wrapper), 1, 2, BF16_Optimizer and 3; any data-parallel and tensor-parallel
+size. Where each element belongs is said by the record in the optimizer's state; file names and keys: DeepSpeed 0.19.8,
+``runtime/engine.py`` 4300-4340 and 5356-5520.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from ds_blockwise.blocks.segment_table import Placement, build_table
+from ds_blockwise.blocks.spec import BlockSpec
+from ds_blockwise.checkpoint.folder import CheckpointError, read_manifest
+from ds_blockwise.checkpoint.portable import TRAINED, per_block, whole_of
+from ds_blockwise.checkpoint.record import PER_BLOCK_KEY, placements_of, record_in, spec_of
+from ds_blockwise.hosts.deepspeed.checkpoint.tag_folder import TagFolder, foreign_globals, load_file
+
+# keys of a model file that are DeepSpeed's; everything else is the user's client_state
+_DEEPSPEED_KEYS = frozenset(
+    "module buffer_names optimizer param_shapes frozen_param_shapes shared_params frozen_param_fragments lr_scheduler "
+    "data_sampler random_ltd skipped_steps global_steps global_samples dp_world_size mp_world_size ds_config "
+    "ds_version checkpoint_parallel_dimensions universal_checkpoint_info num_experts".split()
+)
+_LOSS_SCALE_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+class NoRecordError(CheckpointError):
+    """The checkpoint was not saved by one of our optimizers."""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Elements of one parameter in one file: a placement with the tensors that it points into."""
+
+    path: Path
+    mp_rank: int
+    placement: Placement
+    master: torch.Tensor
+    state: Mapping[str, Any]
+    block_start: int  # of the placement's values in a compact second moment
+
+    def read(self, kind: str) -> torch.Tensor:
+        """1-D: the placement's elements of the master weights or of a moment, one value each."""
+        p = self.placement
+        if kind != "weights" and not self.state:
+            return torch.zeros(p.numel)  # saved before the first step
+        if kind == "exp_avg_sq" and PER_BLOCK_KEY in self.state:
+            table = build_table(p.numel, [replace(p, flat_start=0)], shares_second_moment=True)
+            return table.expand(self.state[PER_BLOCK_KEY].narrow(0, self.block_start, table.num_blocks))
+        flat = self.master if kind == "weights" else self.state[kind]
+        return cast("torch.Tensor", flat.detach().reshape(-1).narrow(0, p.flat_start, p.numel))
+
+
+class DeepSpeedFiles:
+    """One tag folder, opened for reading; a `portable.Source`.
+
+    Args:
+        folder: the tag folder.
+        trust: see `load_file`.
+
+    Attributes:
+        record: the optimizer's record (of the first file; equal parameters in all).
+        steps: per parameter, updates that its state has seen.
+        group_of: per parameter, index of its param group.
+        param_groups: the groups' hyper-parameters.
+        origin: tag, step and topology.
+        training_state: schedule, counters, loss scale, client state: plain containers only.
+        notes: what a user should know about what was read.
+
+    Raises:
+        CheckpointError: files are missing, damaged, of different runs, or hold no record of ours.
+        ValueError: a kind of checkpoint that is not read (pipeline, experts), with the reason.
+    """
+
+    def __init__(self, folder: Path, *, trust: bool = False) -> None:
+        self.folder = Path(folder)
+        self.notes: list[str] = []
+        self._trust = trust
+        self._pieces: dict[str, list[_Piece]] = {}
+        self.record: dict[str, Any] = {}
+        self.steps: dict[str, int] = {}
+        self.group_of: dict[str, int] = {}
+        self.param_groups: list[dict[str, Any]] = []
+        self._files = files = TagFolder(self.folder, trust=trust)
+        loss_scale: Mapping[str, Any] = {}
+        for (mp_rank, _), path in sorted(files.optim_paths.items()):
+            saved = load_file(path, trust=trust)["optimizer_state_dict"]
+            loss_scale = loss_scale or getattr(saved.get("loss_scaler"), "__dict__", {})
+            base = saved["base_optimizer_state"] if "base_optimizer_state" in saved else saved["optimizer_state_dict"]
+            masters = saved.get("single_partition_of_fp32_groups", saved.get("fp32_flat_groups"))
+            self._add(path, mp_rank, base, masters)
+        if not files.optim_paths:
+            for (mp_rank, _), model in sorted(files.models.items()):
+                loss_scale = loss_scale or model["optimizer"]
+                self._add_unpartitioned(files.model_paths[mp_rank, 0], mp_rank, model)
+        self._check_coverage()
+        self._frozen, self._buffers = self._fixed_names()
+        topology = _said_topology(self.folder) or files.topology
+        self.origin = {"tag": self.folder.name, "global_steps": int(files.first["global_steps"]), "topology": topology}
+        self.training_state = self._training_state(files.first, loss_scale)
+
+    def names(self, kind: str) -> list[str]:
+        """Names of the tensors of one of `portable.KINDS`."""
+        return list(self._pieces) if kind in TRAINED else self._frozen if kind == "frozen" else self._buffers
+
+    def tensor(self, kind: str, name: str) -> torch.Tensor:
+        """One tensor in unsharded form; second moments of Adam-mini one per block (`portable.global_table`).
+
+        Raises:
+            ValueError: a frozen parameter or buffer that differs between tensor-parallel ranks.
+        """
+        if kind not in TRAINED:
+            return self._fixed_tensor(name)
+        spec = self.spec(name)
+        whole = self._assembled(kind, name, spec)
+        return per_block(whole, spec) if kind == "exp_avg_sq" and self.record["shares_second_moment"] else whole
+
+    def spec(self, name: str) -> BlockSpec:
+        """The blocks of a parameter."""
+        return spec_of(self.record, name)
+
+    def content_bytes(self) -> dict[str, int]:
+        """Bytes of tensors in the files per kind of content, padding and copies of other ranks included."""
+        seen: set[int] = set()
+        sizes: dict[str, int] = {}
+
+        def count(kind: str, tensor: Any) -> None:
+            if isinstance(tensor, torch.Tensor) and tensor.numel() and tensor.data_ptr() not in seen:
+                seen.add(tensor.data_ptr())
+                sizes[kind] = sizes.get(kind, 0) + tensor.numel() * tensor.element_size()
+
+        for piece in (piece for pieces in self._pieces.values() for piece in pieces):
+            count("weights", piece.master)
+            for key, value in piece.state.items():
+                count(key, value)
+        for model in self._files.models.values():
+            for value in (*model["module"].values(), *(model.get("frozen_param_fragments") or {}).values()):
+                count("model", value)
+        return sizes
+
+    # ------------------------------------------------------------------------ trained parameters
+
+    def _add(self, path: Path, mp_rank: int, base: Any, masters: list[torch.Tensor]) -> None:
+        """Take in one optimizer state dict and the fp32 weights of its tensors, in the same order."""
+        if not isinstance(base, Mapping):
+            raise ValueError(f"{path} is an elastic checkpoint, which cannot be read. Set elastic_checkpoint to false.")
+        record = record_in(base)
+        if record is None:
+            raise NoRecordError(
+                f"{path} has no record of ds_blockwise: its optimizer was another one. Load it through the engine "
+                f"(engine.load_checkpoint at the topology that saved it), and save again."
+            )
+        if not self.record:
+            self.record = {**record, "parameters": dict(record["parameters"])}
+            self.param_groups = [_plain_group(group) for group in base["param_groups"]]
+        for name, packed in record["parameters"].items():
+            if self.record["parameters"].setdefault(name, packed) != packed:
+                raise CheckpointError(
+                    f"{path} describes parameter {name!r} otherwise than the other files do: the "
+                    f"files are of different runs."
+                )
+        ids = [(i, g) for g, group in enumerate(base["param_groups"]) for i in group["params"]]
+        for position, ((number, group), master) in enumerate(zip(ids, masters, strict=True)):
+            placements = placements_of(record, position)
+            state = base["state"].get(number, {})
+            _check_sizes(path, position, record["tensors"][position]["numel"], placements, master, state)
+            at = 0
+            for placement in placements:
+                piece = _Piece(path, mp_rank, placement, master, state, at)
+                self._pieces.setdefault(placement.spec.fqn, []).append(piece)
+                self.steps.setdefault(placement.spec.fqn, int(state.get("step", 0)))
+                self.group_of.setdefault(placement.spec.fqn, group)
+                if PER_BLOCK_KEY in state:
+                    alone = [replace(placement, flat_start=0)]
+                    at += build_table(placement.numel, alone, shares_second_moment=True).num_blocks
+
+    def _add_unpartitioned(self, path: Path, mp_rank: int, model: Mapping[str, Any]) -> None:
+        """ZeRO 0: the optimizer's state is in the model file, the fp32 weights in its wrapper or in the module."""
+        saved = model["optimizer"]
+        if "fp32_groups" in saved:
+            masters = [master for group in saved["fp32_groups"] for master in group]
+            return self._add(path, mp_rank, saved["optimizer_state_dict"], masters)
+        record = record_in(saved)
+        count = 0 if record is None else len(record["tensors"])
+        names = [placements_of(record, i)[0].spec.fqn for i in range(count)] if record else []
+        return self._add(path, mp_rank, saved, [model["module"][name] for name in names])
+
+    def _assembled(self, kind: str, name: str, spec: BlockSpec) -> torch.Tensor:
+        """The unsharded tensor from the pieces of all ranks, one value per element."""
+        by_shard: dict[int, list[_Piece]] = {}
+        copy_of = _copies(self._pieces[name])
+        for piece in self._pieces[name]:
+            by_shard.setdefault(copy_of(piece), []).append(piece)
+        shard = self._pieces[name][0].placement.shard
+        locals_ = {rank: _joined(kind, pieces) for rank, pieces in sorted(by_shard.items())}
+        if shard is None:
+            copies = [local.reshape(spec.shape) for local in locals_.values()]
+            different = [float((copy - copies[0]).abs().max()) for copy in copies if not torch.equal(copy, copies[0])]
+            if different:
+                self.notes.append(
+                    f"{kind} of {name}: the copies of {len(copies)} tensor-parallel ranks differ by up to "
+                    f"{max(different):.2e}; rank 0's is taken"
+                )
+            return copies[0]
+        return whole_of(shard, locals_)
+
+    # -------------------------------------------------------------------- frozen parameters, buffers
+
+    def _fixed_names(self) -> tuple[list[str], list[str]]:
+        first = self._files.first
+        buffers = [name for name in first["buffer_names"] if isinstance(first["module"].get(name), torch.Tensor)]
+        if first.get("frozen_param_shapes") is not None:
+            frozen = [name for name, shape in first["frozen_param_shapes"].items() if math.prod(shape)]
+            return frozen, buffers
+        known = {name: first["module"].get(name) for name in self._pieces}
+        # tied weights appear under each of their names
+        addresses = {t.data_ptr() for t in known.values() if t is not None}
+        frozen = [
+            name
+            for name, value in first["module"].items()
+            if isinstance(value, torch.Tensor) and value.numel() and name not in known and name not in buffers
+            if value.data_ptr() not in addresses
+        ]
+        return frozen, buffers
+
+    def _fixed_tensor(self, name: str) -> torch.Tensor:
+        copies = []
+        for mp_rank in range(self._files.tp):
+            models = [model for (mp, _), model in sorted(self._files.models.items()) if mp == mp_rank]
+            fragments = models[0].get("frozen_param_fragments") or {}
+            if name in fragments and len(models) > 1:
+                shape = models[0]["frozen_param_shapes"][name]
+                whole = torch.cat([model["frozen_param_fragments"][name].reshape(-1) for model in models])
+                copies.append(whole[: math.prod(shape)].reshape(tuple(shape)))
+            else:
+                copies.append(fragments[name] if name in fragments else models[0]["module"][name])
+        if any(not torch.equal(copy, copies[0]) for copy in copies):
+            raise ValueError(
+                f"{name!r} is not trained and differs between tensor-parallel ranks: nothing in the checkpoint says "
+                f"how it is split, so it cannot be made whole. Train at tensor-parallel size 1, or train {name!r}."
+            )
+        return copies[0]
+
+    # -------------------------------------------------------------------------------- checks, the rest
+
+    def _check_coverage(self) -> None:
+        """Every element of every parameter must be in the files exactly once."""
+        for name, pieces in self._pieces.items():
+            held: dict[int, list[tuple[int, int]]] = {}
+            copy_of = _copies(pieces)
+            for piece in pieces:
+                p = piece.placement
+                held.setdefault(copy_of(piece), []).append((p.param_start, p.param_start + p.numel))
+                if int(piece.state.get("step", 0)) != self.steps[name]:
+                    raise CheckpointError(
+                        f"{piece.path}: parameter {name!r} is at step {piece.state.get('step')}, but at "
+                        f"{self.steps[name]} in {pieces[0].path.name}: the files are of different steps."
+                    )
+            shard, spec = pieces[0].placement.shard, pieces[0].placement.spec
+            if shard is not None and len(held) < sum(1 for ranges in shard.chunks if ranges):
+                raise CheckpointError(f"{self.folder} has {len(held)} of the {len(shard.chunks)} shards of {name!r}")
+            for rank, ranges in held.items():
+                shape = spec.shape if shard is None else replace(shard, rank=rank).local_shape
+                at = 0
+                for start, end in sorted(r for r in ranges if r[0] < r[1]):
+                    if start != at:
+                        break
+                    at = end
+                if at != math.prod(shape):
+                    raise CheckpointError(
+                        f"{self.folder}: elements from {at} on of the {math.prod(shape)} of parameter {name!r} are "
+                        f"missing or there twice: files are missing, or of different runs."
+                    )
+
+    def _training_state(self, first: Mapping[str, Any], loss_scale: Mapping[str, Any]) -> dict[str, Any]:
+        client_state = {key: value for key, value in first.items() if key not in _DEEPSPEED_KEYS}
+        state = {
+            "lr_scheduler": first["lr_scheduler"],
+            "counters": {key: first[key] for key in ("global_steps", "global_samples", "skipped_steps")},
+            "loss_scale": {key: loss_scale[key] for key in _LOSS_SCALE_KEYS if loss_scale.get(key) is not None},
+            "client_state": client_state,
+        }
+        for holder, key in [(client_state, key) for key in list(client_state)] + [(state, "lr_scheduler")]:
+            foreign = foreign_globals(_pickled(holder[key])) if self._trust else []
+            if foreign:
+                self.notes.append(f"{key!r} is left out: it holds Python objects ({', '.join(foreign)})")
+                holder[key] = None
+        return state
+
+
+# ---------------------------------------------------------------------------------- helpers
+
+
+def _check_sizes(
+    path: Path,
+    position: int,
+    numel: int,
+    placements: Iterable[Placement],
+    master: torch.Tensor,
+    state: Mapping[str, Any],
+) -> None:
+    # ZeRO 1 and 2 cut the padding off the weights, but not off the moments
+    end = max((p.flat_start + p.numel for p in placements if p.numel), default=0)
+    sizes = {"weights": master.numel(), **{k: v.numel() for k, v in state.items() if k in TRAINED}}
+    wrong = [f"{key} has {size} elements" for key, size in sizes.items() if not end <= size <= numel]
+    if wrong:
+        raise CheckpointError(
+            f"{path}: tensor {position} of the optimizer state should have {end} to {numel} elements, but "
+            f"{', '.join(wrong)}. The file is damaged or of another run."
+        )
+
+
+def _copies(pieces: list[_Piece]) -> Callable[[_Piece], int]:
+    """Which shard, or which tensor-parallel rank's copy of a whole parameter, a piece belongs to.
+
+    zero.Init before AutoTP cuts whole parameters over the tensor-parallel ranks too: these make one copy together.
+    """
+    first = pieces[0].placement
+    one_copy = sum(piece.placement.numel for piece in pieces) == first.spec.numel
+
+    def copy_of(piece: _Piece) -> int:
+        shard = piece.placement.shard
+        return shard.rank if shard is not None else 0 if one_copy else piece.mp_rank
+
+    return copy_of
+
+
+def _joined(kind: str, pieces: Iterable[_Piece]) -> torch.Tensor:
+    ordered = sorted((p for p in pieces if p.placement.numel), key=lambda piece: piece.placement.param_start)
+    parts = [piece.read(kind) for piece in ordered]
+    return torch.cat(parts) if parts else torch.zeros(0)
+
+
+def _plain_group(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A param group's settings as JSON holds them."""
+
+    def plain(values: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+        for key, value in values:
+            value = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+            if isinstance(value, (bool, int, float, str, list, tuple, type(None))):
+                yield key, list(value) if isinstance(value, tuple) else value
+
+    return dict(plain((key, value) for key, value in group.items() if key != "params"))
+
+
+def _said_topology(folder: Path) -> dict[str, Any] | None:
+    """The topology in the folder's manifest, if it has one."""
+    manifest = read_manifest(folder)
+    return None if manifest is None else cast("dict[str, Any] | None", manifest.get("topology"))
+
+
+def _pickled(value: Any) -> io.BytesIO:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return file

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of a DeepSpeed JSON under which the optimizers would be wrong or silently replaced; each is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ds_blockwise.optimizers.base import built_from_ours
+
+
+def tensor_parallel_mpu(engine: Any) -> Any | None:
+    """The engine's ``mpu`` if it says how tensors are split, else None.
+
+    That of DeepSpeed's Ulysses (``parallel_state_sp``) calls sequence-parallel ranks, which hold the same tensors,
+    model-parallel.
+    """
+    return None if hasattr(engine.mpu, "initialize_sequence_parallel") else engine.mpu
+
+
+def check_sequence_parallel(engine: Any) -> None:
+    """Refuse sequence parallelism whose ranks do not share their gradients.
+
+    Args:
+        engine: a ``DeepSpeedEngine`` with its process groups.
+
+    Raises:
+        ValueError: the JSON's ``sequence_parallel_size`` and ``data_parallel_size`` (or ``mesh_param``) made the
+            groups: DeepSpeed then averages over data-parallel ranks only. Or the wrapper is ``BF16_Optimizer``.
+    """
+    if int(getattr(engine, "sequence_parallel_size", 1)) <= 1:
+        return
+    if type(engine.optimizer).__name__ == "BF16_Optimizer":
+        raise ValueError(
+            '"grad_accum_dtype": "fp32" with bf16 at ZeRO stage 1 and sequence parallelism: DeepSpeed\'s '
+            "BF16_Optimizer fails in its first gradient norm on all but the first rank of a sequence, with any "
+            'optimizer. Use ZeRO stage 2 or 3, or remove "grad_accum_dtype".'
+        )
+    group = engine.seq_data_parallel_group
+    averaged = set(range(dist.get_world_size()) if group is None else dist.get_process_group_ranks(group))
+    if not averaged.issuperset(dist.get_process_group_ranks(engine.seq_parallel_group)):
+        raise ValueError(
+            f'"sequence_parallel_size": {engine.sequence_parallel_size} with "data_parallel_size" (or mesh_param): '
+            f"DeepSpeed then averages gradients over ranks {sorted(averaged)} only, and each rank's are those of its "
+            f"own part of the sequence, so with any optimizer the ranks drift apart. Remove both and pass "
+            f"mpu=UlyssesSPAttentionHF.register_with_transformers(...), or deepspeed.runtime.sequence_parallel."
+            f"parallel_state_sp after its initialize_sequence_parallel({engine.sequence_parallel_size})."
+        )
+
+
+def check_experts(engine: Any, model_parameters: Any) -> None:
+    """Refuse param groups that DeepSpeed cannot train MoE layers with, before the optimizer is built.
+
+    Args:
+        engine: a ``DeepSpeedEngine`` that has looked for MoE layers.
+        model_parameters: what the user gave to ``deepspeed.initialize``: parameters or dicts, or an optimizer's groups.
+
+    Raises:
+        ValueError: experts in a group with other parameters, or ZeRO stage 3.
+    """
+    if not engine.has_moe_layers:
+        return
+    if engine.zero_optimization_stage() == 3 and any(type(m).__name__ == "MoE" for m in engine.module.modules()):
+        raise ValueError(
+            "DeepSpeed's MoE layers cannot be trained at ZeRO stage 3: its experts lie on other ranks than the other "
+            "parameters. Use ZeRO stage 1 or 2."
+        )
+    groups = [group for group in model_parameters or () if isinstance(group, dict)]
+    marked = any("moe" in group for group in groups)
+    for index, group in enumerate(groups):
+        experts = [not getattr(param, "allreduce", True) for param in group["params"]]
+        mixed = any(experts) and not (group.get("moe") and all(experts))
+        if mixed and (marked or "name" not in group):
+            raise ValueError(
+                f"param group {index} holds experts of MoE layers, which other ranks do not have, and is not marked "
+                f'"moe": true with the "name" of their group. Give deepspeed.initialize plain parameters, or groups '
+                f"from deepspeed.moe.utils.split_params_into_different_moe_groups_for_optimizer, each given a "
+                f'"name" before.'
+            )
+
+
+def check_client(client: object) -> None:
+    """Refuse a client optimizer that took the place of one of ours on its way to ``deepspeed.initialize``.
+
+    Accelerate does that under optimizer offload: it builds DeepSpeedCPUAdam from the groups of whatever it was given.
+
+    Args:
+        client: what ``deepspeed.initialize`` was given as ``optimizer``.
+
+    Raises:
+        ValueError: it was built from the param groups of one of ours.
+    """
+    name = built_from_ours(client) if isinstance(client, torch.optim.Optimizer) else None
+    if name is not None:
+        raise ValueError(
+            f"{name} was replaced by {type(client).__name__} before DeepSpeed saw it: plain Adam would train, without "
+            f"block types and with AdamW's memory. Accelerate and HF Trainer do this to every client optimizer when "
+            f'"offload_optimizer" is set. Either set "zero_force_ds_cpu_optimizer": false in the DeepSpeed JSON and go '
+            f'on passing {name}, or name it there, "optimizer": {{"type": "{name}", ...}}, and pass Accelerate\'s '
+            f"DummyOptim(model.parameters()) (HF Trainer: nothing)."
+        )
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse what DeepSpeed cannot train with any optimizer, before it fails on it.
+
+    Args:
+        model: as given to ``deepspeed.initialize``.
+
+    Raises:
+        ValueError: the model's experts are split over ranks by Megatron-core.
+    """
+    experts = [
+        name
+        for name, param in model.named_parameters()
+        # DeepSpeed's own experts have a group_name beside it
+        if not getattr(param, "allreduce", True) and not hasattr(param, "group_name")
+    ]
+    if experts:
+        raise ValueError(
+            f"expert parallelism of Megatron-core: {experts[0]!r} and {len(experts) - 1} more parameters hold other "
+            f"experts on other ranks, and DeepSpeed knows no groups for them. Set expert_model_parallel_size to 1, or "
+            f"train with Megatron-core's own optimizer and megatron_patch.convert_."
+        )
+
+
+def check_clipping(engine: Any, tp: int) -> None:
+    """Refuse gradient clipping where DeepSpeed's norm is wrong: ZeRO stage 0 in 16 bit (``unfused_optimizer.py``).
+
+    Args:
+        engine: a ``DeepSpeedEngine`` with its optimizer built.
+        tp: its tensor-parallel size.
+
+    Raises:
+        ValueError: with several tensor-parallel ranks (gradients are asked, not parameters, whether they are split, and
+            all but the first rank's left out), or with MoE layers.
+    """
+    clip = float(engine.gradient_clipping())
+    if clip <= 0 or type(engine.optimizer).__name__ != "FP16_UnfusedOptimizer":
+        return
+    where = f'"gradient_clipping": {clip} (1.0 if not set) at ZeRO stage 0 in 16 bit with'
+    what_to_do = 'with any optimizer. Use ZeRO stage 1, or "gradient_clipping": 0.'
+    if tp > 1:
+        raise ValueError(
+            f"{where} {tp} tensor-parallel ranks: DeepSpeed's norm there counts the first rank's gradients only, "
+            f"{what_to_do}"
+        )
+    if engine.has_moe_layers:
+        raise ValueError(f"{where} MoE layers: DeepSpeed's norm there leaves out all experts, {what_to_do}")

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The map from the tensors that DeepSpeed steps to the parameters in them.
+
+Computed from each wrapper's own lists in storage order, never from ``_hp_mapping``, which is wrong with
+``round_robin_gradients``. Checked with DeepSpeed 0.19.8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import deepspeed
+import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import nn
+
+from ds_blockwise.blocks.segment_table import Placement, whole_placement
+from ds_blockwise.hosts.stepped_tensors import Stepped, tagged_placement, window
+from ds_blockwise.optimizers.base import BlockwiseOptimizer
+
+
+def stepped_tensors(engine: Any, optimizer: BlockwiseOptimizer) -> Iterator[Stepped]:
+    """Every tensor that the engine steps on this rank, with the parameters in it, in the engine's order.
+
+    Raises:
+        ValueError: this DeepSpeed wraps the optimizer in a class that is not known here.
+    """
+    wrapper = engine.optimizer
+    if wrapper is optimizer:
+        yield from _whole((p, p) for group in optimizer.param_groups for p in group["params"])
+    elif isinstance(wrapper, DeepSpeedZeroOptimizer):
+        yield from _zero_1_and_2(wrapper)
+    elif isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
+        yield from _zero_3(wrapper)
+    elif isinstance(wrapper, BF16_Optimizer):
+        yield from _bf16_optimizer(wrapper)
+    elif isinstance(wrapper, FP16_UnfusedOptimizer):
+        yield from _whole(
+            (master, param)
+            for masters, params in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True)
+            for master, param in zip(masters, params, strict=True)
+        )
+    else:
+        raise ValueError(
+            f"DeepSpeed {deepspeed.__version__} wraps the optimizer in {type(wrapper).__name__}, which ds_blockwise "
+            f"does not know. Use ZeRO stage 0, 1, 2 or 3 with fp32, bf16 or fp16."
+        )
+
+
+def _whole(pairs: Any) -> Iterator[Stepped]:
+    for tensor, param in pairs:
+        placement = whole_placement(param.block_spec, param.block_shard)
+        yield Stepped(tensor, (placement,), None)
+
+
+def zero_window(
+    params: list[nn.Parameter], offsets: list[int], rank: int, world_size: int, size: int
+) -> tuple[Placement, ...]:
+    """Placements of one rank's window ``[rank * size, (rank + 1) * size)`` of a group's flat buffer."""
+    low = rank * size
+    placements = []
+    for param, offset in zip(params, offsets, strict=True):
+        start, stop, cuts = window(offset, param.numel(), rank, world_size, size)
+        if start < stop:
+            placements.append(tagged_placement(param, start - low, start - offset, stop - start, cuts))
+        else:
+            placements.append(tagged_placement(param, min(max(offset - low, 0), size), 0, 0, cuts))
+    return tuple(placements)
+
+
+def _zero_1_and_2(wrapper: Any) -> Iterator[Stepped]:
+    for index, params in enumerate(wrapper.round_robin_bit16_groups):
+        group = or_world(wrapper.real_dp_process_group[index])
+        offsets = _zero_1_and_2_offsets(wrapper, index, params)
+        rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+        size = int(wrapper.partition_size[index])
+        yield Stepped(
+            wrapper.single_partition_of_fp32_groups[index],
+            zero_window(params, offsets, rank, world_size, size),
+            group,
+        )
+
+
+def _zero_1_and_2_offsets(wrapper: Any, index: int, params: list[nn.Parameter]) -> list[int]:
+    known = getattr(wrapper, "round_robin_bit16_offsets", None)
+    offsets = _cumulative(params) if known is None else [int(o) for o in known[index]]
+    flat = wrapper.bit16_groups_flat[index]
+    for param, offset in zip(params, offsets, strict=True):
+        # the parameters are views of the flat buffer, so the buffer itself tells whether the offsets are right
+        found = (param.data_ptr() - flat.data_ptr()) // flat.element_size()
+        if param.numel() and found != offset:
+            raise ValueError(
+                f"DeepSpeed {deepspeed.__version__} stores parameter {cast('Any', param).block_spec.fqn!r} at offset "
+                f"{found} of its flat buffer, not at {offset} as its lists say; ds_blockwise cannot map this version."
+            )
+    return offsets
+
+
+def _bf16_optimizer(wrapper: Any) -> Iterator[Stepped]:
+    for index, params in enumerate(wrapper.bf16_groups):
+        group = or_world(wrapper.real_dp_process_group[index])
+        tensor = wrapper.fp32_groups_flat_partition[index]
+        rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+        placements = zero_window(params, _cumulative(params), rank, world_size, tensor.numel())
+        yield Stepped(tensor, placements, group)
+
+
+def _zero_3(wrapper: Any) -> Iterator[Stepped]:
+    for index, params in enumerate(wrapper.fp16_groups):
+        tensor = wrapper.fp32_partitioned_groups_flat[index]
+        groups = {getattr(p, "ds_process_group", wrapper.dp_process_group) for p in params}
+        if len(groups) != 1:
+            raise ValueError(
+                f"ZeRO-3 sub-group {index} mixes parameters of {len(groups)} process groups, which cannot be mapped."
+            )
+        group = or_world(groups.pop())
+        rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+        placements, offset = [], 0
+        for param in params:
+            piece, numel = param.partition_numel(), param.ds_numel
+            start = min(rank * piece, numel)
+            cuts = tuple(k * piece for k in range(1, world_size) if k * piece < numel)
+            held = min(piece, numel - start)
+            placements.append(tagged_placement(param, offset, start if held else 0, held, cuts))
+            offset += piece
+        if offset != tensor.numel():
+            raise ValueError(
+                f"ZeRO-3 sub-group {index} has {tensor.numel()} elements but its parameters' partitions {offset}. "
+                f"NVMe offload is not supported; otherwise this DeepSpeed ({deepspeed.__version__}) stores them in a "
+                f"way that ds_blockwise does not know."
+            )
+        yield Stepped(tensor, tuple(placements), group)
+
+
+def _cumulative(params: list[nn.Parameter]) -> list[int]:
+    offsets, at = [], 0
+    for param in params:
+        offsets.append(at)
+        at += param.numel()
+    return offsets
+
+
+def or_world(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """The group, or all ranks where DeepSpeed gives none."""
+    return dist.group.WORLD if group is None else group  # type: ignore[return-value]

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DeepSpeed settings under which the optimizers would be wrong or silently replaced, each with its reason.
+
+The same list serves an engine, before its optimizer is built, and a JSON, before anything runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_MINI = "BlockwiseAdamMini"
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """What the refusals depend on.
+
+    Attributes:
+        optimizer: class name of ours.
+        zero_stage: 0 to 3.
+        is_pipeline: the model is a DeepSpeed PipelineModule.
+        zenflow: ``"zenflow"`` is set.
+        super_offload: ``"super_offload"`` is true.
+        offload_device: ``"cpu"``, ``"nvme"``; None without optimizer offload.
+        offload_ratio: share of the optimizer that is offloaded.
+        master_weights_16_bit: names of the settings that keep master weights in 16 bits.
+        elastic_checkpoint: ``"elastic_checkpoint"`` is true.
+        skips_rank_by_rank: fp16 autocast with ``"compute_grad_norm": false``.
+    """
+
+    optimizer: str
+    zero_stage: int = 0
+    is_pipeline: bool = False
+    zenflow: bool = False
+    super_offload: bool = False
+    offload_device: str | None = None
+    offload_ratio: float = 1.0
+    master_weights_16_bit: tuple[str, ...] = ()
+    elastic_checkpoint: bool = False
+    skips_rank_by_rank: bool = False
+
+
+def refusals(facts: EngineFacts) -> Iterator[str]:
+    """Every reason why these settings are refused: the setting, why, what to set instead."""
+    mini = facts.optimizer == _MINI
+    if facts.zenflow:
+        yield (
+            '"zenflow": it updates selected columns with an AdamW of its own and stores weights transposed. Remove '
+            '"zenflow" from "zero_optimization".'
+        )
+    if facts.super_offload:
+        yield (
+            '"super_offload": it steps the offloaded parameters with DeepSpeedCPUAdam and never calls ours. Set '
+            '"super_offload": false.'
+        )
+    if facts.is_pipeline and facts.zero_stage > 1:
+        yield (
+            f'"zero_optimization": {{"stage": {facts.zero_stage}}} with a PipelineModule: DeepSpeed\'s pipeline engine '
+            f'works with ZeRO stage 0 and 1 only. Set "stage": 1.'
+        )
+    if facts.offload_device is not None and facts.offload_ratio < 1.0:
+        yield (
+            f'"offload_optimizer": {{"ratio": {facts.offload_ratio}}}: partial offload works with DeepSpeedCPUAdam '
+            f'only. Set "ratio": 1.0.'
+        )
+    if mini and facts.offload_device == "nvme":
+        yield (
+            '"offload_optimizer": {"device": "nvme"}: the swapper needs state in the shape of the parameters, and one '
+            'second moment per block is not. Use "device": "cpu".'
+        )
+    for name in facts.master_weights_16_bit:
+        yield f'"{name}": the master weights are updated in fp32. Set it to false.'
+    if facts.elastic_checkpoint:
+        yield (
+            '"elastic_checkpoint": it cuts state tensors by the padding of the parameters and cannot be loaded. Set it '
+            "to false; use universal checkpoints to change the number of ranks."
+        )
+    if mini and facts.skips_rank_by_rank:
+        yield (
+            '"compute_grad_norm": false with fp16 torch_autocast: the gradient scaler then skips steps rank by rank, '
+            "and the others would wait for ever. Set it to true."
+        )
+
+
+def facts_of_json(config: Mapping[str, Any]) -> EngineFacts:
+    """The facts in a DeepSpeed JSON, with DeepSpeed's defaults for what it leaves out.
+
+    Args:
+        config: the JSON, of which sections that are not objects count as absent.
+    """
+    zero = _section(config, "zero_optimization")
+    offload = _section(zero, "offload_optimizer")
+    device = str(offload.get("device", "none"))
+    autocast = _section(config, "torch_autocast")
+    fp16 = bool(autocast.get("enabled")) and "bfloat16" not in str(autocast.get("dtype", "bfloat16"))
+    stage = zero.get("stage", 0)
+    ratio = offload.get("ratio", 1.0)
+    return EngineFacts(
+        optimizer=str(_section(config, "optimizer").get("type")),
+        zero_stage=stage if isinstance(stage, int) else 0,
+        zenflow=bool(zero.get("zenflow")),
+        super_offload=bool(offload.get("super_offload")),
+        offload_device=None if device == "none" else device,
+        offload_ratio=float(ratio) if isinstance(ratio, (int, float)) else 1.0,
+        master_weights_16_bit=tuple(
+            name
+            for precision in ("bf16", "fp16")
+            if _section(config, precision).get(name := f"{precision}_master_weights_and_grads")
+        ),
+        elastic_checkpoint=bool(zero.get("elastic_checkpoint")),
+        skips_rank_by_rank=fp16 and zero.get("compute_grad_norm") is False,
+    )
+
+
+def _section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = config.get(key)
+    return found if isinstance(found, Mapping) else {}
+
+
+def check_config(engine: Any, optimizer: str) -> None:
+    """Refuse what cannot work, before the optimizer is built.
+
+    Args:
+        engine: a ``DeepSpeedEngine`` with its configuration read.
+        optimizer: class name of ours.
+
+    Raises:
+        ValueError: every refused setting with its reason, in one message.
+    """
+    problems = list(refusals(_facts_of(engine, optimizer)))
+    if problems:
+        listed = "\n".join(f"  - {problem}" for problem in problems)
+        raise ValueError(f"{optimizer} does not support this DeepSpeed configuration:\n{listed}")
+
+
+def _facts_of(engine: Any, optimizer: str) -> EngineFacts:
+    offload = engine.zero_offload_optimizer()
+    device = "none" if offload is None else str(getattr(offload.device, "value", offload.device))
+    return EngineFacts(
+        optimizer=optimizer,
+        zero_stage=int(engine.zero_optimization_stage()),
+        is_pipeline=bool(engine.pipeline_parallelism),
+        zenflow=bool(getattr(engine, "zenflow", None)),
+        super_offload=bool(engine.super_offload()),
+        offload_device=None if device == "none" else device,
+        offload_ratio=float(getattr(offload, "ratio", 1.0)),
+        master_weights_16_bit=tuple(
+            name
+            for name, on in (
+                ("bf16_master_weights_and_grads", engine.bf16_master_weights_and_gradients()),
+                ("fp16_master_weights_and_grads", engine.fp16_master_weights_and_gradients()),
+            )
+            if on
+        ),
+        elastic_checkpoint=bool(engine.zero_elastic_checkpoint()),
+        skips_rank_by_rank=not engine.zero_compute_grad_norm() and _autocast_fp16(engine),
+    )
+
+
+def _autocast_fp16(engine: Any) -> bool:
+    enabled = getattr(engine, "torch_autocast_enabled", None)
+    if enabled is None or not enabled():
+        return False
+    return "float16" in str(engine.torch_autocast_dtype()).replace("bfloat16", "")

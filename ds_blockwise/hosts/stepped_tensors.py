@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every host does alike: find what its tensors hold, let all ranks fail together, compare them before a step.
+
+Knows the optimizers and the tags on parameters, but no host. A host's own file maps its tensors to parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ds_blockwise.blocks.segment_table import Placement, fingerprint
+from ds_blockwise.optimizers.base import BlockwiseOptimizer
+from ds_blockwise.parallel.agree import disagreement, first_error
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """One tensor that the base optimizer steps.
+
+    Attributes:
+        tensor: the tensor; None if this rank holds nothing of these parameters but its peers do.
+        placements: the parameters in it, in storage order.
+        dp_group: ranks that it is cut over; None if each holds it whole.
+    """
+
+    tensor: torch.Tensor | None
+    placements: tuple[Placement, ...]
+    dp_group: dist.ProcessGroup | None
+
+
+def group_of(param: nn.Parameter, optimizer: BlockwiseOptimizer, stepped: Sequence[Stepped]) -> dict[str, Any] | None:
+    """The param group that a model's parameter is stepped in; None if this rank steps nothing of it.
+
+    Args:
+        param: of the model, tagged.
+        optimizer: what steps.
+        stepped: its tensors.
+    """
+    spec = getattr(param, "block_spec", None)
+    holders = {id(item.tensor) for item in stepped if any(p.spec is spec for p in item.placements)}
+    return next((g for g in optimizer.param_groups if any(id(t) in holders for t in g["params"])), None)
+
+
+def tagged_placement(
+    param: nn.Parameter, flat_start: int, param_start: int, numel: int, cuts: tuple[int, ...]
+) -> Placement:
+    """`Placement` of a range of a tagged parameter."""
+    tagged = cast("Any", param)
+    return Placement(tagged.block_spec, tagged.block_shard, flat_start, param_start, numel, cuts)
+
+
+def window(offset: int, numel: int, rank: int, world_size: int, size: int) -> tuple[int, int, tuple[int, ...]]:
+    """What one rank holds of a parameter in a flat buffer that is cut into ``world_size`` windows.
+
+    Args:
+        offset: of the parameter in the buffer.
+        numel: of the parameter.
+        rank: the rank's window is ``[rank * size, (rank + 1) * size)``.
+        world_size: number of windows.
+        size: elements of one window.
+
+    Returns:
+        Start and end of the held range in the buffer (start >= end: nothing is held), and the offsets in the
+        parameter at which another rank's range begins.
+    """
+    low, end = rank * size, offset + numel
+    cuts = tuple(k * size - offset for k in range(1, world_size) if offset < k * size < end)
+    return max(offset, low), min(end, low + size), cuts
+
+
+def check_agreement(
+    optimizer: BlockwiseOptimizer,
+    stepped: Sequence[Stepped],
+    data_peers: dist.ProcessGroup | None,
+    tensor_peers: dist.ProcessGroup | None,
+    settings_are_in: str,
+) -> None:
+    """Collective over all ranks: compare parameters, blocks, settings and kernels with those of the peers.
+
+    Args:
+        optimizer: with ``stepped`` bound to it.
+        stepped: its tensors, in the same order on every rank.
+        data_peers: ranks that hold the same tensor-parallel shards; None if there are none.
+        tensor_peers: ranks that hold other shards of the same tensors; None if there are none.
+        settings_are_in: what every rank must be given alike, for the message.
+
+    Raises:
+        ValueError: on every rank, if any two peers differ.
+    """
+    settings = [
+        (group["lr"], tuple(group["betas"]), group["eps"], group["weight_decay"]) for group in optimizer.param_groups
+    ]
+    kernels = sorted({binding.kernels.name for binding in optimizer.bindings()})
+    for what, group, of_shards in (("data", data_peers, True), ("tensor", tensor_peers, False)):
+        digests = [fingerprint(item.placements, of_shards=of_shards) for item in stepped]
+        measured = None if optimizer.meter is None else optimizer.meter.facts()
+        different = disagreement(repr((settings, kernels, digests, measured)), group)
+        message = None
+        if different:
+            message = (
+                f"{what}-parallel ranks {different} of the group disagree with its rank 0 about parameters, blocks, "
+                f"settings or kernels. Every rank must build the same model with the same {settings_are_in}; if a "
+                f'machine cannot compile the kernels (it says so in its log), set "backend": "reference" for all.'
+            )
+        message = first_error(message)
+        if message is not None:
+            raise ValueError(message)

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One step as kernels see it: the interface that every backend implements, and the reference in plain torch.
+
+A backend gets the tensors of one step with their segment tables and settings. It knows nothing of param groups, hosts
+or process groups; between its two calls the optimizer completes the sums of split blocks over the ranks.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from ds_blockwise.blocks.segment_table import SegmentTable
+from ds_blockwise.kernels.update import (
+    block_sums,
+    decay_,
+    denominator,
+    step_,
+    update_exp_avg_,
+    update_exp_avg_sq_,
+    update_second_moment_,
+)
+
+WIDE = (torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Hyper:
+    """Settings of one param group in one step.
+
+    Attributes:
+        lr: base learning rate; a tensor of one element if the param group holds one (a captured CUDA graph reads it
+            anew at every replay).
+        lr_floor: see `ds_blockwise.kernels.update.block_lr`.
+        beta1: decay rate of the first moment.
+        beta2: decay rate of the second moment.
+        eps: added to the root of the second moment.
+        weight_decay: before the weight decay multiplier.
+    """
+
+    lr: float | torch.Tensor
+    lr_floor: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+
+
+@dataclass(slots=True)
+class Item:
+    """One stepped tensor in one step.
+
+    Attributes:
+        table: its segments.
+        plan: what `Kernels.plan` made of the table.
+        param: contiguous, any shape, of ``table.numel`` elements; fp32, fp64, bf16 or fp16; changed in place.
+        state: ``step`` (int, or an int64 tensor on the device, as the backend keeps it; steps before this one),
+            ``exp_avg`` (contiguous, like ``param`` but fp32, fp64 or bf16), ``exp_avg_sq`` (contiguous, fp32 or fp64,
+            ``table.num_blocks`` values if second moments are shared, else like ``param``). All changed in place.
+        hyper: settings.
+        grad: contiguous, like ``param``, any floating dtype; None if only reductions are due.
+        sums: fp64, shape ``(table.num_slots,)``, on the device of ``param``: sums of squares of the split blocks. Set
+            by `Kernels.sum_split_blocks`, completed by the optimizer, read by `Kernels.step_`. None if none is split.
+        param_copy: contiguous, like ``param`` but of a 16-bit dtype: receives the rounded new value in the same pass.
+    """
+
+    table: SegmentTable
+    plan: Any
+    param: torch.Tensor
+    state: dict[str, Any]
+    hyper: Hyper
+    grad: torch.Tensor | None = None
+    sums: torch.Tensor | None = None
+    param_copy: torch.Tensor | None = None
+
+
+class Kernels(ABC):
+    """A backend. All its results equal `ReferenceKernels` to 1e-6 of the update (one ULP after a cast to 16 bits)."""
+
+    #: what the setting ``backend`` calls it
+    name: ClassVar[str]
+
+    @abstractmethod
+    def plan(self, table: SegmentTable, device: torch.device) -> Any:
+        """What this backend needs of a table beside the tensors; made once per stepped tensor."""
+
+    @abstractmethod
+    def sum_split_blocks(self, items: Sequence[Item]) -> None:
+        """Set ``item.sums``: complete local sums in the slots of ``table.dp_slots`` and ``table.tp_slots``.
+
+        Args:
+            items: Adam-mini tensors with split blocks; those without a gradient contribute zeros.
+        """
+
+    @abstractmethod
+    def step_(self, items: Sequence[Item]) -> None:
+        """Update parameters and state in place and count the step.
+
+        Args:
+            items: tensors with a gradient. Sums of their split blocks are complete over all ranks.
+        """
+
+
+class ReferenceKernels(Kernels):
+    """The definition, for reading and for comparison: plain torch on any device, a Python loop over runs."""
+
+    name = "reference"
+
+    def plan(self, table: SegmentTable, device: torch.device) -> None:
+        """Nothing: it reads the table itself."""
+
+    def sum_split_blocks(self, items: Sequence[Item]) -> None:
+        """See `Kernels.sum_split_blocks`."""
+        for item in items:
+            if item.grad is None:
+                item.sums = torch.zeros(item.table.num_slots, dtype=torch.float64, device=item.param.device)
+            else:
+                item.sums = block_sums(item.grad.view(-1), item.table, square=True)
+
+    def step_(self, items: Sequence[Item]) -> None:
+        """See `Kernels.step_`."""
+        for item in items:
+            self._update_moments(item)
+            data = item.param.detach().view(-1)
+            wide = data if data.dtype in WIDE else data.to(torch.float32)
+            self._update_param(item, wide)
+            if wide is not data:
+                data.copy_(wide)
+            if item.param_copy is not None:
+                item.param_copy.view(-1).copy_(wide)
+
+    def _update_moments(self, item: Item) -> None:
+        assert item.grad is not None
+        grad, table, beta2 = item.grad.view(-1), item.table, item.hyper.beta2
+        item.state["step"] += 1
+        exp_avg_sq = item.state["exp_avg_sq"].view(-1)
+        if table.shares_second_moment:
+            sums = block_sums(grad, table, square=True) if item.sums is None else item.sums
+            update_second_moment_(exp_avg_sq, sums, table, beta2=beta2)
+        else:
+            update_exp_avg_sq_(exp_avg_sq, grad, beta2=beta2)
+
+    def _update_param(self, item: Item, param: torch.Tensor) -> None:
+        assert item.grad is not None
+        hyper, table, step = item.hyper, item.table, int(item.state["step"])
+        lr, lr_floor = float(hyper.lr), hyper.lr_floor
+        exp_avg = update_exp_avg_(item.state["exp_avg"].view(-1), item.grad.view(-1), beta1=hyper.beta1)
+        decay_(param, table, lr=lr, lr_floor=lr_floor, weight_decay=hyper.weight_decay)
+        denom = denominator(item.state["exp_avg_sq"].view(-1), step=step, beta2=hyper.beta2, eps=hyper.eps)
+        step_(param, exp_avg, denom, table, lr=lr, lr_floor=lr_floor, bias_correction1=1 - hyper.beta1**step)
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a parameter of ``dtype`` is updated: fp32, or fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)

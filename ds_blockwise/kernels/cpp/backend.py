@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The C++ backend for CPU tensors: OpenMP over tasks of about a megabyte, one call per step for all tensors.
+
+Per step each byte of parameter, gradient and state is read once and written once, but for blocks that exceed a cache or
+are split over ranks, whose gradient is read twice. Results do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.autograd.graph import increment_version
+
+from ds_blockwise.blocks.segment_table import SegmentTable
+from ds_blockwise.kernels.base import Item, Kernels
+from ds_blockwise.kernels.cpp.build import library
+
+_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_WIDE = {dtype: torch.promote_types(dtype, torch.float32) for dtype in _CODES}
+
+
+@dataclass(frozen=True)
+class CppPlan:
+    """A plan in the library's memory; freed with this object."""
+
+    handle: int
+
+
+class CppKernels(Kernels):
+    """See `ds_blockwise.kernels.base.Kernels`; its sources lie beside this file.
+
+    Raises:
+        BuildError: the library cannot be compiled or loaded.
+    """
+
+    name = "cpp"
+
+    def __init__(self) -> None:
+        lib = library()
+        self._plan = lib.ds_blockwise_plan
+        self._plan.restype = ctypes.c_void_p
+        self._free = lib.ds_blockwise_free
+        self._step = lib.ds_blockwise_step
+        self._sum_split = lib.ds_blockwise_sum_split
+
+    def plan(self, table: SegmentTable, device: torch.device) -> CppPlan:
+        """Cut a table into tasks.
+
+        Raises:
+            ValueError: the tensor is not on the CPU.
+        """
+        if device.type != "cpu":
+            raise ValueError(
+                f'backend "cpp" steps CPU tensors, but this one is on {device}. Use "auto" (Triton on CUDA) or '
+                f'"reference".'
+            )
+        if table.shares_second_moment:
+            runs = [(r.start, r.count, r.numel, r.block, r.repeat, r.repeat_stride, r.block_stride) for r in table.runs]
+        else:
+            runs = [(r.start, r.count, 1, 0, r.repeat, r.repeat_stride, 0) for r in table.multiplier_runs]
+        source = table.runs if table.shares_second_moment else table.multiplier_runs
+        integers = array("q", [value for run in runs for value in run])
+        multipliers = array("d", [v for run in source for v in (run.lr_multiplier, run.weight_decay_multiplier)])
+        is_split = torch.zeros(table.num_blocks, dtype=torch.uint8)
+        for slots in (table.dp_slots, table.tp_slots):
+            is_split[slots[slots < table.num_blocks]] = 1
+        handle = self._plan(
+            ctypes.c_int64(len(runs)),
+            _address(integers),
+            _address(multipliers),
+            ctypes.c_int64(table.num_blocks),
+            ctypes.c_void_p(table.slot_numel.data_ptr()),
+            ctypes.c_void_p(is_split.data_ptr()),
+            ctypes.c_int64(table.shares_second_moment),
+        )
+        plan = CppPlan(handle)
+        weakref.finalize(plan, self._free, ctypes.c_void_p(handle))
+        return plan
+
+    def sum_split_blocks(self, items: Sequence[Item]) -> None:
+        """See `Kernels.sum_split_blocks`."""
+        for item in items:
+            item.sums = torch.zeros(item.table.num_slots, dtype=torch.float64)
+        stepped = [item for item in items if item.grad is not None]
+        if stepped:
+            rows = self._rows(stepped)
+            self._sum_split(ctypes.c_int64(len(stepped)), _address(rows), ctypes.c_int64(torch.get_num_threads()))
+
+    def step_(self, items: Sequence[Item]) -> None:
+        """See `Kernels.step_`."""
+        rows = self._rows(items)
+        scalars: list[float] = []
+        for item in items:
+            h, state = item.hyper, item.state
+            state["step"] = step = int(state["step"]) + 1
+            corrections = (1 - h.beta1**step, 1 - h.beta2**step)
+            scalars += (float(h.lr), h.lr_floor, h.beta1, h.beta2, h.eps, h.weight_decay, *corrections)
+        values = array("d", scalars)  # named: the address does not keep it alive
+        threads = ctypes.c_int64(torch.get_num_threads())
+        self._step(ctypes.c_int64(len(items)), _address(rows), _address(values), threads)
+        # autograd must hear of writes through raw addresses, or a backward through old values would go unnoticed
+        increment_version([item.param for item in items])
+
+    def _rows(self, items: Sequence[Item]) -> array[int]:
+        """``Row`` of kernels.cpp, field by field."""
+        rows: list[int] = []
+        for item in items:
+            param, grad, state = item.param, item.grad, item.state
+            exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
+            assert grad is not None
+            if not (param.is_cpu and exp_avg.is_cpu):
+                raise ValueError(_moved(param, exp_avg))
+            wide, table = _WIDE[param.dtype], item.table
+            values = table.num_blocks if table.shares_second_moment else table.numel
+            if exp_avg.numel() != param.numel() or exp_avg_sq.numel() != values or exp_avg_sq.dtype != wide:
+                raise ValueError(_misfit(item, wide))
+            if exp_avg.dtype != wide and exp_avg.dtype != torch.bfloat16:
+                raise ValueError(_misfit(item, wide))
+            rows += (
+                item.plan.handle,
+                param.data_ptr(),
+                grad.data_ptr(),
+                exp_avg.data_ptr(),
+                exp_avg_sq.data_ptr(),
+                0 if item.sums is None else item.sums.data_ptr(),
+                0 if item.param_copy is None else item.param_copy.data_ptr(),
+                _CODES[param.dtype],
+                _CODES[grad.dtype],
+                _CODES[exp_avg.dtype],
+                0 if item.param_copy is None else _CODES[item.param_copy.dtype],
+            )
+        return array("q", rows)
+
+
+def _misfit(item: Item, wide: torch.dtype) -> str:
+    found = {key: (item.state[key].dtype, item.state[key].numel()) for key in ("exp_avg", "exp_avg_sq")}
+    return (
+        f"the state of a {item.param.dtype} parameter of shape {tuple(item.param.shape)} is {found}; exp_avg must be "
+        f"{wide} or torch.bfloat16 with one value per element, exp_avg_sq {wide}. Load it with load_state_dict."
+    )
+
+
+def _moved(param: torch.Tensor, exp_avg: torch.Tensor) -> str:
+    return (
+        f"a parameter of shape {tuple(param.shape)} is on {param.device} and its state on {exp_avg.device}, but it was "
+        f"on the CPU when the optimizer first saw it. Move the model before the first step, or make a new optimizer."
+    )
+
+
+def _address(values: array[int] | array[float]) -> ctypes.c_void_p:
+    return ctypes.c_void_p(values.buffer_info()[0])

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which kernels step which tensors: what a machine can run, what was asked for, and saying so once."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+
+import torch
+
+from ds_blockwise.kernels.base import Kernels, ReferenceKernels
+from ds_blockwise.kernels.cpp.build import BuildError, library_path, missing_tool
+from ds_blockwise.kernels.nvidia_fused import FUSED, FusedAdamKernels
+from ds_blockwise.kernels.nvidia_fused import unavailable as fused_unavailable
+from ds_blockwise.kernels.self_check import disagreement
+
+logger = logging.getLogger(__name__)
+
+#: why the C++ backend cannot be built, decided when the package is imported; None if it can
+CPP_MISSING: str | None = missing_tool()
+
+
+@functools.cache
+def _reference() -> Kernels:
+    return ReferenceKernels()
+
+
+@functools.cache
+def _cpp() -> Kernels:
+    if CPP_MISSING is not None and not library_path().exists():
+        raise BuildError(CPP_MISSING)
+    from ds_blockwise.kernels.cpp.backend import CppKernels
+
+    return CppKernels()
+
+
+@functools.cache
+def _triton() -> Kernels:
+    from ds_blockwise.kernels.triton.backend import TritonKernels
+
+    return TritonKernels()
+
+
+@functools.cache
+def _fused(name: str) -> Kernels:
+    return FusedAdamKernels(name)
+
+
+def _triton_unavailable(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    try:
+        from ds_blockwise.kernels.triton.backend import unavailable
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
+    return unavailable(device)
+
+
+def _say(message: str, *args: object, level: int) -> None:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        logger.log(level, message, *args)
+
+
+@functools.cache
+def _chosen(device_type: str, index: int | None) -> Kernels:
+    """What ``"auto"`` means for a device; cached, so that it is said once."""
+    device = torch.device(device_type) if index is None else torch.device(device_type, index)
+    try:
+        kernels, problem = _preferred(device), None
+    except (BuildError, ValueError) as error:
+        kernels, problem = _reference(), str(error)
+    if problem is None:
+        _say("ds_blockwise: %s tensors are stepped by the %s backend", device_type, kernels.name, level=logging.INFO)
+    else:
+        _say(
+            "ds_blockwise: %s tensors are stepped by the reference backend, which is several times slower: %s",
+            device_type,
+            problem,
+            level=logging.WARNING,
+        )
+    return kernels
+
+
+def _preferred(device: torch.device) -> Kernels:
+    if device.type == "cpu":
+        return _cpp()
+    problem = _triton_unavailable(device) or _triton_fails(device)
+    if problem is not None:
+        raise ValueError(problem)
+    return _triton()
+
+
+def _triton_fails(device: torch.device) -> str | None:
+    try:
+        return disagreement(_triton(), device)
+    except Exception as error:  # compilers and drivers raise whatever they like; all of it is shown
+        return f"its Triton kernels cannot be compiled or run: {type(error).__name__}: {str(error)[:300]}"
+
+
+def kernels_for(backend: str, device: torch.device) -> Kernels:
+    """The kernels that step tensors of a device; the same object at every call.
+
+    Args:
+        backend: ``"auto"`` (C++ on the CPU, Triton elsewhere, the reference with a warning where they cannot be had),
+            ``"cpp"``, ``"triton"``, ``"apex"``, ``"te"`` (BlockwiseAdamW only) or ``"reference"``.
+        device: where the stepped tensor lies.
+
+    Raises:
+        ValueError: the backend that was asked for by name cannot be had here.
+    """
+    if backend == "auto":
+        return _chosen(device.type, device.index)
+    if backend == "cpp":
+        try:
+            return _cpp()
+        except BuildError as error:
+            raise ValueError(f'backend "cpp" cannot be had: {error}. Or use "auto" or "reference".') from error
+    if backend == "triton" or backend in FUSED:
+        problem = _triton_unavailable(device) if backend == "triton" else fused_unavailable(backend, device)
+        if problem is not None:
+            raise ValueError(f'backend "{backend}" cannot be had: {problem}. Or use "auto" or "reference".')
+        return _triton() if backend == "triton" else _fused(backend)
+    return _reference()
+
+
+def available(device: torch.device) -> dict[str, str | None]:
+    """Every backend with the reason why it cannot step tensors of a device, or None if it can."""
+    problems: dict[str, str | None] = {"reference": None}
+    for name in ("cpp", "triton", *FUSED):
+        try:
+            kernels = kernels_for(name, device)
+        except ValueError as error:
+            problems[name] = str(error)
+        else:
+            problems[name] = None if name != "cpp" or device.type == "cpu" else f"{kernels.name} steps CPU tensors"
+    return problems

@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one launch for many tensors reads beside them: joined plans, addresses and settings on the device.
+
+Tables of jobs are joined once per set of tensors, addresses and settings are sent only when they changed. Knows torch,
+not Triton.
+"""
+
+from __future__ import annotations
+
+import itertools
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from ds_blockwise.kernels.base import Item
+from ds_blockwise.kernels.triton.plan import JOB_FIELDS, ROWS, SUM_ROWS, Sums, TritonPlan
+
+ADDRESSES = 8  # of one tensor: param, grad, exp_avg, exp_avg_sq, param_copy, sums, step, lr
+HYPERS = 7
+SCALARS = 7
+
+
+@dataclass(frozen=True)
+class Program:
+    """Jobs of several tensors as one launch reads them.
+
+    Attributes:
+        jobs: int64, shape ``(jobs, JOB_WORDS)``, on the device.
+        tiles: int64, shape ``(programs,)``, on the device: job in the upper half, index in it in the lower half.
+        has: kinds of job in it; the others are not compiled.
+        shifts: base-2 logarithms of the row lengths of its `ROWS` or `SUM_ROWS` tiles.
+    """
+
+    jobs: torch.Tensor
+    tiles: torch.Tensor
+    has: frozenset[int]
+    shifts: frozenset[int]
+
+
+def _number(tensors: Sequence[torch.Tensor], column: int, steps: Sequence[int] | None = None) -> list[torch.Tensor]:
+    """Copies with ``column`` increased by the tensor's position, or by the sum of ``steps`` before it."""
+    offsets = range(len(tensors)) if steps is None else list(itertools.accumulate(steps, initial=0))
+    moved = []
+    for tensor, offset in zip(tensors, offsets, strict=False):
+        copy = tensor.clone()
+        copy[:, column] += offset
+        moved.append(copy)
+    return moved
+
+
+def join_jobs(
+    jobs: Sequence[torch.Tensor],
+    tiles: Sequence[torch.Tensor],
+    rows: Sequence[int],
+    entries: Sequence[int] | None,
+    device: torch.device,
+) -> Program:
+    """One program of the jobs of several tensors; ``rows`` and ``entries`` are how many each of them has."""
+    found = _number(jobs, JOB_FIELDS.index("item"))
+    found = _number(found, JOB_FIELDS.index("row"), rows)
+    if entries is not None:
+        found = _number(found, JOB_FIELDS.index("entry"), entries)
+    table, counts = torch.cat(found), torch.cat(list(tiles))
+    number = torch.repeat_interleave(torch.arange(len(table)), counts)
+    index = torch.arange(len(number)) - (counts.cumsum(0) - counts)[number]
+    kinds = table[:, 0]
+    shifts = table[:, JOB_FIELDS.index("shift")][kinds == (SUM_ROWS if entries is not None else ROWS)]
+    return Program(
+        table.to(device),
+        ((number << 32) | index).to(device),
+        frozenset(kinds.tolist()),
+        frozenset(shifts.tolist()),
+    )
+
+
+@dataclass(frozen=True)
+class SumProgram:
+    """Sums of several tensors: their jobs, their entries and the totals made of these."""
+
+    program: Program
+    entries: torch.Tensor
+    order: torch.Tensor
+    finish: torch.Tensor
+
+
+def join_sums(sums: Sequence[Sums], rows: Sequence[int], device: torch.device) -> SumProgram:
+    """One program of the sums of several tensors."""
+    counts = [s.num_entries for s in sums]
+    program = join_jobs([s.jobs for s in sums], [s.tiles for s in sums], rows, counts, device)
+    offsets = itertools.accumulate(counts, initial=0)
+    order = torch.cat([s.order + offset for s, offset in zip(sums, offsets, strict=False)])
+    finish = torch.cat(_number(_number([s.finish for s in sums], 0), 2, counts))
+    entries = torch.empty(len(order), dtype=torch.float64, device=device)
+    return SumProgram(program, entries, order.to(device), finish.to(device))
+
+
+@dataclass
+class Group:
+    """Tensors of one call that one launch can serve: same device and dtypes."""
+
+    items: list[Item]
+    device: torch.device
+    dtypes: tuple[torch.dtype | None, ...]
+    aligned: bool
+    shares: bool
+    addresses: list[int]
+    hyper: list[float]
+
+
+def group(items: Sequence[Item]) -> list[Group]:
+    """Sort the tensors of a call into groups and collect their addresses; turns step counts into device tensors."""
+    groups: dict[tuple[object, ...], Group] = {}
+    for item in items:
+        param, grad, state, copy = item.param, item.grad, item.state, item.param_copy
+        device = param.device
+        moments = (state.get("exp_avg"), state.get("exp_avg_sq"))
+        if grad is None or moments[0] is None or moments[1] is None:
+            moments = (None, None)
+        tensors = (param, grad, *moments, copy)
+        dtypes = tuple([None if t is None else t.dtype for t in tensors])
+        where = [0 if t is None else t.data_ptr() for t in tensors]
+        aligned = not (where[0] | where[1] | where[2] | where[3] | where[4]) & 15
+        where += [0 if item.sums is None else item.sums.data_ptr(), 0, 0]
+        hyper = _hyper(item, where, device) if moments[0] is not None else [0.0] * HYPERS
+        key = (device, dtypes, aligned, item.plan.shares)
+        found = groups.get(key)
+        if found is None:
+            found = groups[key] = Group([], device, dtypes, aligned, item.plan.shares, [], [])
+        found.items.append(item)
+        found.addresses += where
+        found.hyper += hyper
+    return list(groups.values())
+
+
+def _hyper(item: Item, where: list[int], device: torch.device) -> list[float]:
+    step, h = item.state["step"], item.hyper
+    if not isinstance(step, torch.Tensor) or step.device != device or step.dtype != torch.int64:
+        step = item.state["step"] = torch.full((), int(step), dtype=torch.int64, device=device)
+    where[6] = step.data_ptr()
+    lr, bits = h.lr, 0
+    if isinstance(lr, torch.Tensor) and lr.device == device:
+        if lr.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"lr is a tensor of dtype {lr.dtype}; use float32 or float64")
+        where[7], bits, lr = lr.data_ptr(), 8 * lr.element_size(), 0.0
+    return [float(lr), h.lr_floor, h.beta1, h.beta2, h.eps, h.weight_decay, float(bits)]
+
+
+class Batch:
+    """Everything on the device that one launch for a sequence of plans reads beside the tensors themselves.
+
+    Attributes:
+        uploads: how often addresses or settings were sent.
+    """
+
+    def __init__(self, plans: Sequence[TritonPlan], device: torch.device, *, sums: bool) -> None:
+        self.plans, self.device, self.uploads = plans, device, 0
+        self.rows = [len(plan.rows) for plan in plans]
+        self.row_ends = torch.tensor([0, *itertools.accumulate(self.rows)], device=device)
+        self.multipliers = torch.cat([plan.rows for plan in plans]).to(device)
+        self.scalars = torch.zeros(max(1, sum(self.rows)), SCALARS, dtype=torch.float64, device=device)
+        self._on_device = torch.zeros(len(plans) * (ADDRESSES + HYPERS), dtype=torch.int64, device=device)
+        self.addresses = self._on_device[: len(plans) * ADDRESSES]
+        self.hyper = self._on_device[len(plans) * ADDRESSES :].view(torch.float64)
+        self._sent: tuple[list[int], list[float]] | None = None
+        # A capture may not allocate pinned memory, and its replays send again what it sent: from buffers made before it
+        # and kept for good.
+        self._spare: torch.Tensor | None = self._buffer()
+        self._captured: list[tuple[torch.Tensor, tuple[list[int], list[float]]]] = []
+        if sums:
+            slots = [plan.num_slots for plan in plans]
+            self.sums = torch.zeros(sum(slots), dtype=torch.float64, device=device).split(slots)  # type: ignore[no-untyped-call]
+
+    def _buffer(self) -> torch.Tensor:
+        return torch.empty(self._on_device.shape, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+
+    def _program_of(self, sums: list[Sums]) -> SumProgram | None:
+        return join_sums(sums, self.rows, self.device) if any(len(s.finish) or len(s.jobs) for s in sums) else None
+
+    @cached_property
+    def update(self) -> Program:
+        """The update's jobs."""
+        return join_jobs([p.jobs for p in self.plans], [p.tiles for p in self.plans], self.rows, None, self.device)
+
+    @cached_property
+    def own(self) -> SumProgram | None:
+        """Sums that a step needs before the update; None if there are none."""
+        return self._program_of([plan.own for plan in self.plans])
+
+    @cached_property
+    def split(self) -> SumProgram | None:
+        """Sums of blocks that travel; None if there are none."""
+        return self._program_of([plan.split for plan in self.plans])
+
+    @property
+    def captured(self) -> bool:
+        """Whether a CUDA graph reads this batch's memory."""
+        return bool(self._captured)
+
+    def upload(self, group: Group) -> None:
+        """Send addresses and settings if they may not be on the device.
+
+        A captured step sends its own at every replay, because steps outside the graph use the same tables; after a
+        capture those send theirs every time for the same reason.
+
+        Raises:
+            RuntimeError: they changed between two captures without a step outside CUDA graphs.
+        """
+        values = (group.addresses, group.hyper)
+        capturing = _capturing(self.device)
+        if not capturing and not self._captured and self._sent == values:
+            return
+        self._on_device.copy_(self._to_capture(values) if capturing else self._to_send(values), non_blocking=True)
+        self._sent = values
+        self.uploads += 1
+
+    def _to_send(self, values: tuple[list[int], list[float]]) -> torch.Tensor:
+        if self._spare is None:
+            self._spare = self._buffer()
+        # a new one each time: the allocator gives pinned memory out again only after the copy is done
+        return _fill(self._buffer(), values)
+
+    def _to_capture(self, values: tuple[list[int], list[float]]) -> torch.Tensor:
+        for host, sent in self._captured:
+            if sent == values:
+                return host
+        if self._spare is None:
+            raise RuntimeError(
+                "gradients or optimizer settings moved between two captures of a CUDA graph. Run one step outside of "
+                "graphs before the second capture."
+            )
+        host, self._spare = _fill(self._spare, values), None
+        self._captured.append((host, values))
+        return host
+
+
+def _fill(host: torch.Tensor, values: tuple[list[int], list[float]]) -> torch.Tensor:
+    data = array("q", values[0]).tobytes() + array("d", values[1]).tobytes()
+    return host.copy_(torch.frombuffer(bytearray(data), dtype=torch.int64))
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+class Batches:
+    """Batches by the plans of a call; the least recently used ones are dropped, but never what a CUDA graph reads."""
+
+    LIMIT = 32
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[object, ...], Batch] = {}
+
+    def of(self, group: Group, *, sums: bool) -> Batch:
+        """The batch of a group; with ``sums``, whose memory becomes ``item.sums``."""
+        key = (group.device, sums, group.dtypes, group.aligned, *[id(item.plan) for item in group.items])
+        batch = self._found.pop(key, None)
+        if batch is None:
+            batch = Batch([item.plan for item in group.items], group.device, sums=sums)
+            old = [k for k, b in self._found.items() if not b.captured]
+            if len(old) >= self.LIMIT:
+                del self._found[old[0]]
+        self._found[key] = batch
+        if sums:
+            for index, (item, values) in enumerate(zip(group.items, batch.sums, strict=True)):
+                item.sums = values
+                group.addresses[index * ADDRESSES + 5] = values.data_ptr()
+        return batch

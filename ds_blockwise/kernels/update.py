@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mathematics of both optimizers on flat tensors and a segment table: the readable definition.
+
+Tensors are positional and 1-D contiguous; scalars are keyword-only. Nothing here knows optimizers, groups or ranks.
+AdamW: arXiv 1711.05101, algorithm 2. One second moment per block: arXiv 2406.16793, algorithm 1.
+Learning rate per block type: arXiv 2502.19002, section 5.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ds_blockwise.blocks.segment_table import SegmentTable
+
+
+def block_lr(multiplier: float, *, lr: float, lr_floor: float) -> float:
+    """Learning rate of a block: ``multiplier * (lr - lr_floor) + lr_floor``.
+
+    ``lr_floor`` is 0 unless a schedule decays every block to one absolute minimum (paper, section 6): with
+    ``lr = f * peak + (1 - f) * min_lr`` and ``lr_floor = (1 - f) * min_lr`` this is
+    ``f * multiplier * peak + (1 - f) * min_lr``.
+    """
+    return multiplier * (lr - lr_floor) + lr_floor
+
+
+def block_sums(values: torch.Tensor, table: SegmentTable, *, square: bool) -> torch.Tensor:
+    """Sum the local elements of every block.
+
+    Args:
+        values: 1-D, ``table.numel`` elements, any floating dtype (a gradient).
+        table: the tensor's segments.
+        square: sum squares instead of values.
+
+    Returns:
+        fp64, shape ``(num_slots,)``, on the device of ``values``. fp64 so that cutting a block elsewhere changes
+        nothing that fp32 can hold.
+    """
+    sums = torch.zeros(table.num_slots, dtype=torch.float64, device=values.device)
+    for run in table.runs:
+        part = run.of(values).to(torch.float64)
+        part = part.square() if square else part
+        target = run.blocks_of(sums)[..., 0]
+        target += part.sum(2) if run.block_stride else part.sum((0, 2)).unsqueeze(0)
+    return sums
+
+
+def update_second_moment_(exp_avg_sq: torch.Tensor, sums: torch.Tensor, table: SegmentTable, *, beta2: float) -> None:
+    """``v = beta2 * v + (1 - beta2) * mean of g^2 over the unsharded block``, in place.
+
+    Args:
+        exp_avg_sq: shape ``(num_blocks,)``, changed in place.
+        sums: fp64, shape ``(num_slots,)``: sums of squares over the whole, unsharded blocks.
+        table: gives the blocks' sizes.
+        beta2: decay rate of the second moment.
+    """
+    numel = table.on(sums.device).slot_numel[: table.num_blocks]
+    mean = (sums[: table.num_blocks] / numel).to(exp_avg_sq.dtype)
+    exp_avg_sq.mul_(beta2).add_(mean, alpha=1 - beta2)
+
+
+def update_exp_avg_sq_(exp_avg_sq: torch.Tensor, grad: torch.Tensor, *, beta2: float) -> None:
+    """``v = beta2 * v + (1 - beta2) * g^2`` element by element, in place; both 1-D, ``exp_avg_sq`` fp32 or fp64."""
+    grad = grad.to(exp_avg_sq.dtype)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+
+
+def update_exp_avg_(exp_avg: torch.Tensor, grad: torch.Tensor, *, beta1: float) -> torch.Tensor:
+    """``m = beta1 * m + (1 - beta1) * g``, stored in place.
+
+    Args:
+        exp_avg: 1-D, fp32, fp64 or bf16; changed in place.
+        grad: 1-D, any floating dtype.
+        beta1: decay rate of the first moment.
+
+    Returns:
+        The new first moment before it was rounded to the dtype of ``exp_avg`` (``exp_avg`` itself if that is wide).
+    """
+    wide = exp_avg.to(torch.promote_types(exp_avg.dtype, torch.float32))
+    wide.lerp_(grad.to(wide.dtype), 1 - beta1)
+    if wide is not exp_avg:
+        exp_avg.copy_(wide)
+    return wide
+
+
+def denominator(exp_avg_sq: torch.Tensor, *, step: int, beta2: float, eps: float) -> torch.Tensor:
+    """``sqrt(v) / sqrt(1 - beta2^step) + eps``, in the shape of ``exp_avg_sq``."""
+    return (exp_avg_sq.sqrt() / math.sqrt(1 - beta2**step)).add_(eps)
+
+
+def decay_(
+    param: torch.Tensor,
+    table: SegmentTable,
+    *,
+    lr: float,
+    lr_floor: float,
+    weight_decay: float,
+) -> None:
+    """Decoupled weight decay with each block's own learning rate, ``p *= 1 - lr_block * weight_decay``, in place.
+
+    Args:
+        param: 1-D fp32 or fp64, changed in place.
+        table: the tensor's segments.
+        lr: base learning rate.
+        lr_floor: see `block_lr`.
+        weight_decay: before the weight decay multiplier.
+    """
+    for run in table.multiplier_runs:
+        decay = weight_decay * run.weight_decay_multiplier
+        if decay:
+            run.of(param).mul_(1 - block_lr(run.lr_multiplier, lr=lr, lr_floor=lr_floor) * decay)
+
+
+def step_(
+    param: torch.Tensor,
+    exp_avg: torch.Tensor,
+    denom: torch.Tensor,
+    table: SegmentTable,
+    *,
+    lr: float,
+    lr_floor: float,
+    bias_correction1: float,
+) -> None:
+    """``p -= lr_block / bias_correction1 * m / denom``, in place.
+
+    Args:
+        param: 1-D fp32 or fp64, changed in place.
+        exp_avg: like ``param``.
+        denom: in the form of the table's second moment: like ``param``, or of shape ``(num_blocks,)``.
+        table: the tensor's segments.
+        lr: base learning rate.
+        lr_floor: see `block_lr`.
+        bias_correction1: ``1 - beta1^step``.
+    """
+    for run, run_denom in table.runs_with(denom):
+        size = block_lr(run.lr_multiplier, lr=lr, lr_floor=lr_floor) / bias_correction1
+        run.of(param).addcdiv_(run.of(exp_avg), run_denom, value=-size)

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two figures of a run's sharpness: over time by block type, and how it is distributed over blocks."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display on a training machine
+
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ds_blockwise.measure.sharpness_report import SharpnessReport
+from ds_blockwise.tagging.names import BLOCK_TYPES, BlockType
+
+_COLOURS = ("#0b5394", "#741b47", "#b45f06", "#38761d", "#a64d79", "#cc0000", "#666666")
+_COLOUR_OF: dict[BlockType, str] = dict(zip(BLOCK_TYPES, _COLOURS, strict=True))
+
+
+def plot_over_time(reports: Sequence[SharpnessReport], title: str, path: Path) -> None:
+    """Draw the average sharpness of every block type over optimizer steps, with standard errors, on a log axis.
+
+    Args:
+        reports: of one run, with their steps, by one estimator. Values that are not positive (negative curvature) have
+            no place on a log axis and leave a gap.
+        title: of the figure.
+        path: PNG file to write.
+
+    Raises:
+        ValueError: no report has a step, or the estimators differ.
+    """
+    timed = sorted((r.step, i, r) for i, r in enumerate(reports) if r.step is not None)
+    if not timed:
+        raise ValueError("no measurement with a step: nothing can be drawn over time")
+    estimator = _one_estimator(reports)
+    figure, axes = pyplot.subplots(figsize=(8.0, 5.0), layout="constrained")
+    for block_type in _types(reports):
+        points = [
+            (step, entry.sharpness, entry.standard_error)
+            for step, _, report in timed
+            for entry in report.at("type")
+            if entry.block_type == block_type and entry.sharpness > 0.0
+        ]
+        if points:
+            steps, values, errors = zip(*points, strict=True)
+            axes.errorbar(
+                *(steps, values, errors), color=_COLOUR_OF[block_type], marker="o", markersize=3, label=block_type
+            )
+    axes.set_xlabel("optimizer step")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _finish(figure, axes, estimator, title, path)
+
+
+def plot_blocks(report: SharpnessReport, title: str, path: Path) -> None:
+    """Draw how sharpness is distributed over the blocks of each type, a box for each type, on a log axis.
+
+    A block is what one role holds of one parameter, such as the query rows of one layer. The box holds the middle half,
+    the line is the median, the dots are all blocks, the cross is the type's average.
+
+    Args:
+        report: one measurement.
+        title: of the figure.
+        path: PNG file to write.
+
+    Raises:
+        ValueError: no block has a positive sharpness.
+    """
+    values = {
+        block_type: [e.sharpness for e in report.at("parameter") if e.block_type == block_type and e.sharpness > 0.0]
+        for block_type in _types([report])
+    }
+    values = {block_type: found for block_type, found in values.items() if found}
+    if not values:
+        raise ValueError("no block has a positive sharpness: nothing can be drawn on a log axis")
+    figure, axes = pyplot.subplots(figsize=(8.0, 5.0), layout="constrained")
+    axes.boxplot(list(values.values()), tick_labels=list(values), showfliers=False, whis=(0, 100))
+    averages = report.by_type()
+    for place, (block_type, found) in enumerate(values.items(), start=1):
+        axes.plot([place] * len(found), found, ".", color=_COLOUR_OF[block_type], alpha=0.5)
+        axes.plot([place], [averages[block_type]], "x", color="black")
+    axes.grid(alpha=0.3, axis="y")
+    when = "" if report.step is None else f", step {report.step}"
+    _finish(figure, axes, report.estimator, title + when, path)
+
+
+def _types(reports: Sequence[SharpnessReport]) -> list[BlockType]:
+    found = {entry.block_type for report in reports for entry in report.at("type")}
+    return [block_type for block_type in BLOCK_TYPES if block_type in found]
+
+
+def _one_estimator(reports: Sequence[SharpnessReport]) -> str:
+    names = sorted({report.estimator for report in reports})
+    if len(names) > 1:
+        raise ValueError(f"measured by {', '.join(names)}: a curve needs one estimator. Draw them one by one.")
+    return names[0]
+
+
+def _finish(figure: Figure, axes: Axes, estimator: str, title: str, path: Path) -> None:
+    axes.set_yscale("log")
+    axes.set_ylabel(f"average sharpness, trace / parameters ({estimator})")
+    axes.set_title(title)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def draw(reports: Sequence[SharpnessReport], report: SharpnessReport, title: str, folder: Path) -> list[Path]:
+    """Write ``sharpness.png`` (if measurements have steps) and ``sharpness_blocks.png``.
+
+    Args:
+        reports: of one run.
+        report: the one whose blocks are shown.
+        title: of both figures.
+        folder: made if it is not there.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: there is nothing that can be drawn.
+    """
+    try:
+        plots = importlib.import_module("ds_blockwise.measure.sharpness_plot")
+    except ModuleNotFoundError as error:
+        raise ImportError(f"the figures need {error.name}: pip install 'ds_blockwise[launch]'") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    if any(r.step is not None for r in reports):
+        paths.append(folder / "sharpness.png")
+        plots.plot_over_time(reports, title, paths[-1])
+    paths.append(folder / "sharpness_blocks.png")
+    plots.plot_blocks(report, title, paths[-1])
+    return paths

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sums per block type over the whole model: what telemetry and measured multipliers read of a step.
+
+Everything is read after the update, from gradients and states that are still there, one role of one parameter at a
+time: temporary memory is a few values per element of the largest of these, never a copy of the model. What travels is
+a handful of numbers per block type.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ds_blockwise.kernels.base import wide_dtype
+from ds_blockwise.kernels.binding import Binding, hyper_of
+from ds_blockwise.kernels.update import block_lr, denominator
+from ds_blockwise.measure.role_sums import RolePart, RoleSums
+from ds_blockwise.parallel.agree import gather
+from ds_blockwise.tagging.names import BlockType
+
+SECOND_MOMENT = ("second_moment",)
+ALL = ("grad", "param", "update", "momentum", "second_moment", "lr", "lr_multiplier")
+
+
+class TypeSums:
+    """Sums per block type, collected tensor by tensor and then completed over all ranks.
+
+    Args:
+        bindings: all that the optimizer steps, on every rank.
+    """
+
+    def __init__(self, bindings: Iterable[Binding]) -> None:
+        self._roles = RoleSums(bindings)
+        self._parts = {id(binding.tensor): parts for binding, parts in self._roles.parts}
+        self._share: list[float] | None = None
+        self._local: dict[str, list[float]] = {}
+
+    def add(
+        self, binding: Binding, group: dict[str, Any], state: Mapping[str, Any], names: Sequence[str], updated: bool
+    ) -> None:
+        """Collect from one tensor after its update.
+
+        Args:
+            binding: of the tensor.
+            group: its param group.
+            state: its state; empty if it has never been stepped.
+            names: `ALL`, or some of them.
+            updated: whether this step has updated it; else its update, and its gradient, are zero.
+        """
+        read = _Reader(binding, group, state, updated)
+        where: list[tuple[str, int]] = []
+        values: list[torch.Tensor] = []
+        for part in self._parts[id(binding.tensor)]:
+            for name in names:
+                value: torch.Tensor | float | None = getattr(read, name)(part)
+                if isinstance(value, torch.Tensor):
+                    where.append((name, part.piece))
+                    values.append(value)
+                elif value is not None:
+                    self._sum_of(name)[part.piece] += value
+        if values:  # one copy to the host for all that is read of a tensor
+            for (name, piece), number in zip(where, torch.stack(values).tolist(), strict=True):
+                self._sum_of(name)[piece] += number
+
+    def _sum_of(self, name: str) -> list[float]:
+        return self._local.setdefault(name, [0.0] * len(self._roles.block_types))
+
+    def completed(self, names: Sequence[str]) -> dict[BlockType, dict[str, float]]:
+        """Collective over all ranks: the sums of the whole model since the last call, the same numbers on every rank.
+
+        Args:
+            names: as given to `add`.
+
+        Returns:
+            Per block type of the model the sums by name, and ``numel``. Copies count once (`RoleSums.merged`).
+        """
+        if self._share is None:
+            self._share = (1.0 / self._roles.copies()).tolist()
+        self._local["numel"] = self._roles.numels().tolist()
+        columns = [self._sum_of(name) for name in ("numel", *names)]
+        self._local = {}
+        mine: dict[str, list[float]] = {}
+        for index, (kind, share) in enumerate(zip(self._roles.block_types, self._share, strict=True)):
+            held = mine.setdefault(kind, [0.0] * len(columns))
+            for at, column in enumerate(columns):
+                held[at] += column[index] * share
+        everyone = gather(mine)
+        kinds = dict.fromkeys(kind for of_rank in everyone for kind in of_rank)
+        return {
+            kind: {
+                name: math.fsum(of_rank[kind][at] for of_rank in everyone if kind in of_rank)
+                for at, name in enumerate(("numel", *names))
+            }
+            for kind in sorted(kinds)
+        }
+
+
+class _Reader:
+    """One stepped tensor after its update; each method sums over one part of it, fp64, None where there is nothing."""
+
+    def __init__(self, binding: Binding, group: dict[str, Any], state: Mapping[str, Any], updated: bool) -> None:
+        self._hyper = hyper_of(group)
+        self._param = binding.tensor.detach().reshape(-1)
+        grad = binding.tensor.grad
+        self._grad = grad.detach().reshape(-1) if updated and grad is not None else None
+        self._step = int(state.get("step", 0))
+        self._exp_avg = state["exp_avg"].reshape(-1) if self._step else None
+        self._exp_avg_sq = state["exp_avg_sq"].reshape(-1) if self._step else None
+        self._updated = updated
+        # a loaded checkpoint's second moments are one per element until the next step
+        self._in_blocks = binding.table.shares_second_moment
+        self._wide = wide_dtype(binding.tensor.dtype)
+
+    def _block_lr(self, part: RolePart) -> float:
+        hyper = self._hyper
+        return block_lr(part.elements.lr_multiplier, lr=float(hyper.lr), lr_floor=hyper.lr_floor)
+
+    def lr(self, part: RolePart) -> float:
+        return self._block_lr(part) * part.elements.count * part.elements.repeat
+
+    def lr_multiplier(self, part: RolePart) -> float:
+        return part.elements.lr_multiplier * part.elements.count * part.elements.repeat
+
+    def param(self, part: RolePart) -> torch.Tensor:
+        return _squares(part.elements.of(self._param))
+
+    def grad(self, part: RolePart) -> torch.Tensor | None:
+        return None if self._grad is None else _squares(part.elements.of(self._grad))
+
+    def momentum(self, part: RolePart) -> torch.Tensor | None:
+        if self._exp_avg is None:
+            return None
+        return _squares(part.elements.of(self._exp_avg)) / (1 - self._hyper.beta1**self._step) ** 2
+
+    def second_moment(self, part: RolePart) -> torch.Tensor | None:
+        if self._exp_avg_sq is None:
+            return None
+        correction = 1 - self._hyper.beta2**self._step
+        if part.blocks is None or not self._in_blocks:
+            return part.elements.of(self._exp_avg_sq).sum(dtype=torch.float64) / correction
+        values = part.blocks.blocks_of(self._exp_avg_sq)
+        each = part.elements.count * part.elements.repeat / values.numel()
+        return values.sum(dtype=torch.float64) * each / correction
+
+    def update(self, part: RolePart) -> torch.Tensor | None:
+        if self._exp_avg is None or self._exp_avg_sq is None or not self._updated:
+            return None
+        if part.blocks is None:
+            second, first = part.elements.of(self._exp_avg_sq), part.elements.of(self._exp_avg)
+        else:
+            second, first = part.blocks.blocks_of(self._exp_avg_sq), part.blocks.of(self._exp_avg)
+        hyper = self._hyper
+        denom = denominator(second, step=self._step, beta2=hyper.beta2, eps=hyper.eps)
+        factor = self._block_lr(part) / (1 - hyper.beta1**self._step)
+        return _squares(first.to(self._wide) / denom) * factor**2
+
+
+def _squares(values: torch.Tensor) -> torch.Tensor:
+    norm: torch.Tensor = torch.linalg.vector_norm(values, dtype=torch.float64)
+    return norm.square()
+
+
+NormSource = Callable[[], tuple[float | None, float]]
+"""The norm of all gradients before clipping (None if unknown) and what it is clipped to (0: not)."""

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blockwise AdamW: element-wise second moments, one learning rate per block type (arXiv 2502.19002, section 5)."""
+
+from __future__ import annotations
+
+import torch
+
+from ds_blockwise.kernels.base import wide_dtype
+from ds_blockwise.optimizers.base import BlockwiseOptimizer
+
+
+class BlockwiseAdamW(BlockwiseOptimizer):
+    """AdamW whose learning rate is multiplied per transformer block type, also inside a fused QKV weight.
+
+    For an element of a block with multiplier r, with ``lr_b = r * lr``::
+
+        p -= lr_b * weight_decay * p
+        m  = beta1 * m + (1 - beta1) * g
+        v  = beta2 * v + (1 - beta2) * g^2
+        p -= lr_b * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
+
+    Args:
+        params: parameters or param groups (each may have its own ``lr``, ``betas``, ``eps``, ``weight_decay``).
+        lr: base learning rate: the one of norms, several times below AdamW's usual best.
+        betas: decay rates of the two moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled, multiplied by the block's learning rate.
+        lr_multipliers: per block type (``emb head qk ffn vo norm other``) or role; defaults 10, 10, 8, 6, 4, 1, 1.
+            ``"auto"``, or a key ``"auto"``, measures them: see `ds_blockwise.blocks.auto_settings.AutoMultipliers`.
+        weight_decay_multipliers: likewise; default 1.
+        granularity: accepted so that one JSON serves both optimizers; second moments are element-wise.
+        rules: list of ``{"match": regex, "role" | "lr_multiplier" | ...}`` for single parameters.
+        momentum_dtype: ``"fp32"`` or ``"bf16"``: storage of ``exp_avg``. Arithmetic is fp32 (fp64 for fp64 parameters).
+        backend: ``"auto"`` (C++ for CPU tensors, Triton for CUDA), ``"cpp"``, ``"triton"``, ``"apex"``, ``"te"``
+            (NVIDIA's fused Adam, where it is installed) or ``"reference"``.
+        checkpoint_format: accepted so that one JSON serves both optimizers; second moments are element-wise.
+        telemetry: ``{"interval": 100, ...}``; see `ds_blockwise.measure.readings.TelemetrySettings`. Default: off.
+
+    State on each rank: per stepped tensor ``step`` (int), ``exp_avg`` and ``exp_avg_sq`` in the tensor's shape.
+    Nothing is communicated, but in the steps that telemetry or measured multipliers read.
+
+    Raises:
+        ValueError, TypeError: a setting outside its range, an unknown key, a group that does not fit.
+
+    Source: arXiv 2502.19002, section 5; arXiv 1711.05101, algorithm 2.
+    """
+
+    shares_second_moment = False
+
+    def _new_second_moment(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(tensor, dtype=wide_dtype(tensor.dtype), memory_format=torch.contiguous_format)

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of the optimizers' own hyper-parameters; each error names the key, the value and what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from ds_blockwise.values import number, one_of, suggest
+
+MomentumDtype = Literal["fp32", "bf16"]
+MOMENTUM_DTYPES: tuple[MomentumDtype, ...] = ("fp32", "bf16")
+CheckpointFormat = Literal["expanded", "compact"]
+CHECKPOINT_FORMATS: tuple[CheckpointFormat, ...] = ("expanded", "compact")
+BACKENDS = ("auto", "cpp", "triton", "apex", "te", "reference")
+
+OPTIMIZER_KEYS = (
+    "lr",
+    "betas",
+    "eps",
+    "weight_decay",
+    "lr_multipliers",
+    "weight_decay_multipliers",
+    "granularity",
+    "rules",
+    "momentum_dtype",
+    "backend",
+    "checkpoint_format",
+    "telemetry",
+)
+
+# Keys that DeepSpeed's own AdamW takes in the JSON; accepted at the one value that says what we do anyway, so that only
+# "type" has to change in an existing file.
+_ADAMW_KEYS: dict[str, tuple[Any, ...]] = {
+    "adam_w_mode": (True,),
+    "bias_correction": (True,),
+    "amsgrad": (False,),
+    "torch_adam": (True, False),
+}
+
+
+def check_group(group: Mapping[str, Any], where: str) -> None:
+    """Check the hyper-parameters of one param group.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: a value outside its range.
+    """
+    number(f"{where}lr", group["lr"], low=0.0)
+    number(f"{where}eps", group["eps"], low=0.0)
+    number(f"{where}weight_decay", group["weight_decay"], low=0.0)
+    betas = group["betas"]
+    if isinstance(betas, str) or not isinstance(betas, Sequence) or len(betas) != 2:
+        raise TypeError(f"{where}betas must be two numbers, got {betas!r}")
+    for index, beta in enumerate(betas):
+        number(f"{where}betas[{index}]", beta, low=0.0, below=1.0)
+
+
+def check_momentum_dtype(value: object) -> MomentumDtype:
+    """Return ``value`` if it is a known dtype of ``exp_avg``.
+
+    Raises:
+        ValueError: unknown dtype.
+    """
+    return one_of("momentum_dtype", value, MOMENTUM_DTYPES)
+
+
+def check_checkpoint_format(value: object) -> CheckpointFormat:
+    """Return ``value`` if it is a known form of second moments in checkpoints.
+
+    Raises:
+        ValueError: unknown form.
+    """
+    return one_of("checkpoint_format", value, CHECKPOINT_FORMATS)
+
+
+def check_backend(value: object) -> str:
+    """Return ``value`` if it names a kernel backend; whether it can be had is another question.
+
+    Raises:
+        ValueError: unknown backend.
+    """
+    if isinstance(value, str) and value in BACKENDS:
+        return value
+    raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {value!r}{suggest(str(value), BACKENDS)}")
+
+
+def check_extra_keys(optimizer: str, extra: Mapping[str, object]) -> None:
+    """Refuse constructor arguments that we do not know, with the nearest one that we do.
+
+    Raises:
+        ValueError: an unknown key, or a key of DeepSpeed's AdamW with a value that asks for something else.
+    """
+    for key, value in extra.items():
+        if key in _ADAMW_KEYS:
+            if value not in _ADAMW_KEYS[key]:
+                raise ValueError(
+                    f"{optimizer} got {key}={value!r}; it only supports {_ADAMW_KEYS[key][0]!r} (AdamW with decoupled "
+                    f"weight decay and bias correction, without amsgrad). Remove the key."
+                )
+            continue
+        raise ValueError(
+            f"{optimizer} got an unknown key {key!r}{suggest(key, OPTIMIZER_KEYS)} Allowed: {', '.join(OPTIMIZER_KEYS)}"
+        )

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``ds-blockwise check RUN``: everything that is wrong with a run, before the first GPU-hour.
+
+Reads the run file with its bases, its model file and its DeepSpeed JSON, and looks for contradictions between them:
+batch arithmetic, sizes that do not divide, settings that the optimizers refuse. Builds no model and starts no process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ds_blockwise.hosts.deepspeed.refusals import facts_of_json, refusals
+from ds_blockwise.optimizers.adam_mini import BlockwiseAdamMini
+from ds_blockwise.optimizers.adamw import BlockwiseAdamW
+from ds_blockwise.optimizers.base import BlockwiseOptimizer
+from ds_blockwise.optimizers.schedules import SCHEDULES
+from ds_blockwise.runs.engine_json import compose
+from ds_blockwise.runs.run_file import RunConfig, check_run, load_run
+from ds_blockwise.runs.strict_files import Problems
+
+OURS: dict[str, type[BlockwiseOptimizer]] = {cls.__name__: cls for cls in (BlockwiseAdamW, BlockwiseAdamMini)}
+_SCHEDULES = {cls.__name__: cls for cls in SCHEDULES}
+_STAGES = (0, 1, 2, 3)
+_PRECISIONS = ("bf16", "fp16", "torch_autocast")
+
+
+def check_run_file(
+    file: str | Path, overrides: Sequence[str] = (), deepspeed_file: str | Path | None = None
+) -> tuple[RunConfig | None, Problems]:
+    """Check a run for the cluster that it names.
+
+    Args:
+        file: The run file.
+        overrides: ``section.key=value``, applied before anything is checked.
+        deepspeed_file: Used instead of the run file's `deepspeed`.
+
+    Returns:
+        The run, or None if the files do not describe one, and every problem found.
+    """
+    run, problems = load_run(file, overrides=overrides, deepspeed_file=deepspeed_file)
+    if run is None:
+        return None, problems
+    check_run(run, run.cluster.processes, problems)
+    known = len(problems.lines)
+    config = compose(run, problems)
+    if len(problems.lines) == known:
+        _check_engine(run, config, problems)
+        _check_optimizer(run, config, problems)
+    return run, problems
+
+
+def describe_run(run: RunConfig) -> list[tuple[str, str]]:
+    """What a run is, as names and values for people: sizes, arrangement, batch, length."""
+    training, parallel, cluster = run.training, run.parallel, run.cluster
+    copies = cluster.processes // (parallel.tensor * parallel.pipeline)
+    accumulation = training.global_batch_size // (training.micro_batch_size * copies)
+    tokens = training.steps * run.tokens_per_step
+    stage = run.deepspeed.get("zero_optimization", {}).get("stage", 0)
+    return [
+        ("run", f"{run.name} ({run.file})"),
+        ("model", f"{run.model_file}, {run.shape.count_parameters():,} parameters"),
+        ("engine", f"{run.deepspeed_file}: {run.deepspeed['optimizer']['type']}, ZeRO-{stage}"),
+        (
+            "processes",
+            f"{cluster.processes} = {cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu}".rstrip()
+            + f" = tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {copies}",
+        ),
+        (
+            "batch",
+            f"{training.global_batch_size} sequences of {run.shape.sequence_length} tokens = micro batch "
+            f"{training.micro_batch_size} x {copies} x {accumulation} accumulated",
+        ),
+        ("activations", f"checkpointing: {training.activation_checkpointing}"),
+        ("length", f"{training.steps:,} steps, {tokens / 1e6:,.1f}M tokens"),
+    ]
+
+
+def _check_engine(run: RunConfig, config: dict[str, Any], problems: Problems) -> None:
+    file = run.deepspeed_file
+    zero = config.get("zero_optimization", {})
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else None
+    if stage not in _STAGES or isinstance(stage, bool):
+        problems.add(file, "zero_optimization.stage", stage, "0, 1, 2 or 3", "correct it")
+        return
+    if stage > 1 and run.parallel.pipeline > 1:
+        remedy = "lower the stage or set parallel.pipeline to 1"
+        problems.add(file, "zero_optimization.stage", stage, "0 or 1 with parallel.pipeline > 1", remedy)
+    on = [name for name in _PRECISIONS if isinstance(config.get(name), dict) and config[name].get("enabled")]
+    if len(on) > 1:
+        problems.add(file, ", ".join(on), "enabled", "one precision at a time", "disable all but one")
+    clip = config.get("gradient_clipping", 1.0)
+    if stage == 0 and {"bf16", "fp16"} & set(on) and run.parallel.tensor > 1 and clip:
+        allowed = "0 at ZeRO stage 0 in 16 bit with parallel.tensor > 1: DeepSpeed's norm counts the first rank only"
+        problems.add(file, "gradient_clipping", clip, allowed, "use ZeRO stage 1")
+
+
+def _check_optimizer(run: RunConfig, config: dict[str, Any], problems: Problems) -> None:
+    """The optimizer's and the schedule's own checks, on one weight."""
+    section = config["optimizer"]
+    cls = OURS.get(section["type"])
+    if cls is None:
+        return  # AdamW and others are DeepSpeed's business
+    for refusal in refusals(facts_of_json(config)):
+        problems.add(run.deepspeed_file, "(engine)", section["type"], "see the reason", refusal)
+    try:
+        optimizer = cls([torch.nn.Parameter(torch.zeros(1))], **section.get("params", {}))
+    except (ValueError, TypeError) as error:
+        problems.add(run.deepspeed_file, "optimizer.params", section.get("params"), "see the reason", str(error))
+        return
+    schedule = config.get("scheduler")
+    if schedule is not None and schedule["type"] in _SCHEDULES:
+        try:
+            _SCHEDULES[schedule["type"]](optimizer, **schedule["params"])
+        except (ValueError, TypeError) as error:
+            problems.add(run.deepspeed_file, "scheduler.params", schedule["params"], "see the reason", str(error))

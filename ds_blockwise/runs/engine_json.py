@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The dict that `deepspeed.initialize` gets: the JSON, plus what follows from the run file."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+
+from ds_blockwise.blocks.auto_settings import AUTO
+from ds_blockwise.runs.run_file import RunConfig
+from ds_blockwise.runs.strict_files import Problems, nearest
+
+# Keys that the launcher writes; in the JSON they would be a second place for the same number.
+_FROM_RUN_FILE = {
+    "train_batch_size": "training.global_batch_size",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.global_batch_size and training.micro_batch_size",
+    "steps_per_print": "training.log_interval",
+}
+_MONITORS = ("csv_monitor", "tensorboard")
+_MONITOR_KEYS = ("output_path", "job_name")
+# DeepSpeed ignores a top-level key that it doesn't know: "zero_optimisation" would train at stage 0.
+_KNOWN_KEYS = [
+    *_FROM_RUN_FILE,
+    *_MONITORS,
+    "activation_checkpointing",
+    "bf16",
+    "comms_logger",
+    "communication_data_type",
+    "data_types",
+    "dump_state",
+    "flops_profiler",
+    "fp16",
+    "gradient_clipping",
+    "gradient_predivide_factor",
+    "optimizer",
+    "prescale_gradients",
+    "scheduler",
+    "torch_autocast",
+    "wall_clock_breakdown",
+    "wandb",
+    "zero_allow_untested_optimizer",
+    "zero_optimization",
+]
+# What each schedule calls the number of warm-up steps and of all steps.
+_WARMUP, _TOTAL = "warmup_num_steps", "total_num_steps"
+_SCHEDULE_KEYS = {
+    "BlockwiseCosineLR": (_WARMUP, _TOTAL),
+    "BlockwiseLinearLR": (_WARMUP, _TOTAL),
+    "BlockwiseWSDLR": (_WARMUP, _TOTAL),
+    "WarmupCosineLR": (_WARMUP, _TOTAL),
+    "WarmupDecayLR": (_WARMUP, _TOTAL),
+    "WarmupLR": (_WARMUP,),
+}
+
+
+def compose(run: RunConfig, problems: Problems) -> dict[str, Any]:
+    """DeepSpeed's configuration for this run.
+
+    Args:
+        run: The run, with the JSON as it stands in its file.
+        problems: Notes each key of the JSON that belongs into the run file, each misspelt one and
+            a missing optimizer.
+
+    Returns:
+        A new dict; complete unless a problem was noted.
+    """
+    file = run.deepspeed_file
+    config = copy.deepcopy(run.deepspeed)
+    for key, value in config.items():
+        if key in _FROM_RUN_FILE:
+            remedy = f"remove it here and set {_FROM_RUN_FILE[key]} in {run.file}"
+            problems.add(file, key, value, "nothing, the launcher writes it", remedy)
+        elif key not in _KNOWN_KEYS:
+            remedy = nearest(key, _KNOWN_KEYS)
+            if remedy != "remove it":  # an exotic key is DeepSpeed's own business
+                problems.add(file, key, value, "DeepSpeed's configuration keys", remedy)
+    training = run.training
+    config["train_batch_size"] = training.global_batch_size
+    config["train_micro_batch_size_per_gpu"] = training.micro_batch_size
+    config["steps_per_print"] = training.steps + 1  # the progress bar says it already
+    _check_optimizer(run, config, problems)
+    _fill_auto_multipliers(run, config, problems)
+    _fill_schedule(run, config, problems)
+    for monitor in _MONITORS:
+        section = config.get(monitor)
+        if not isinstance(section, dict):
+            continue
+        for key in _MONITOR_KEYS:
+            if key in section:
+                remedy = f"remove it here and set output in {run.file}"
+                allowed = "nothing, the launcher writes it"
+                problems.add(file, f"{monitor}.{key}", section[key], allowed, remedy)
+        section["output_path"] = str(run.output)
+        section["job_name"] = "csv" if monitor == "csv_monitor" else monitor
+    return config
+
+
+def optimizer_type(config: dict[str, Any]) -> str:
+    """Name of the optimizer that the JSON chooses."""
+    return str(config["optimizer"]["type"])
+
+
+def parameter_dtype(config: dict[str, Any]) -> torch.dtype:
+    """Type of the model's weights under this configuration."""
+    for key, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        section = config.get(key)
+        if isinstance(section, dict) and section.get("enabled"):
+            return dtype
+    return torch.float32
+
+
+def zero_stage(config: dict[str, Any]) -> int:
+    """ZeRO stage of this configuration; DeepSpeed's default is 0."""
+    return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def _check_optimizer(run: RunConfig, config: dict[str, Any], problems: Problems) -> None:
+    section = config.get("optimizer")
+    if not isinstance(section, dict) or not isinstance(section.get("type"), str):
+        allowed = 'an object such as {"type": "BlockwiseAdamMini", "params": {"lr": 5e-4}}'
+        problems.add(run.deepspeed_file, "optimizer", section, allowed, "add it")
+    if zero_stage(config) == 3 and run.parallel.tensor > 1:
+        allowed = "0, 1 or 2 with parallel.tensor > 1"
+        remedy = "lower the stage or set parallel.tensor to 1"
+        problems.add(run.deepspeed_file, "zero_optimization.stage", 3, allowed, remedy)
+
+
+def _fill_auto_multipliers(run: RunConfig, config: dict[str, Any], problems: Problems) -> None:
+    """Say how long the run is to an optimizer that measures its multipliers, whatever the schedule."""
+    section = config.get("optimizer")
+    params = section.get("params") if isinstance(section, dict) else None
+    multipliers = params.get("lr_multipliers") if isinstance(params, dict) else None
+    if multipliers == AUTO:
+        multipliers = {AUTO: {}}
+    if not isinstance(params, dict) or not isinstance(multipliers, dict) or not isinstance(multipliers.get(AUTO), dict):
+        return
+    if _TOTAL in multipliers[AUTO]:
+        problems.add(
+            run.deepspeed_file,
+            f"optimizer.params.lr_multipliers.{AUTO}.{_TOTAL}",
+            multipliers[AUTO][_TOTAL],
+            "nothing, the launcher writes it",
+            f"remove it here and set training.steps in {run.file}",
+        )
+    params["lr_multipliers"] = {**multipliers, AUTO: {**multipliers[AUTO], _TOTAL: run.training.steps}}
+
+
+def _fill_schedule(run: RunConfig, config: dict[str, Any], problems: Problems) -> None:
+    section = config.get("scheduler")
+    if section is None:
+        return
+    if not isinstance(section, dict) or not isinstance(section.get("type"), str):
+        allowed = 'an object such as {"type": "BlockwiseCosineLR", "params": {"min_lr": 2.5e-5}}'
+        problems.add(run.deepspeed_file, "scheduler", section, allowed, "correct it")
+        return
+    params = section.setdefault("params", {})
+    values = {_WARMUP: run.training.warmup_steps, _TOTAL: run.training.steps}
+    sources = {_WARMUP: "training.warmup_steps", _TOTAL: "training.steps"}
+    for key in _SCHEDULE_KEYS.get(section["type"], ()):
+        if key in params:
+            remedy = f"remove it here and set {sources[key]} in {run.file}"
+            problems.add(
+                run.deepspeed_file,
+                f"scheduler.params.{key}",
+                params[key],
+                "nothing, the launcher writes it",
+                remedy,
+            )
+        params[key] = values[key]

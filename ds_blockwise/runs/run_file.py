@@ -1,0 +1,376 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training run as a file: model, data, parallelism, training, and which DeepSpeed JSON.
+
+Every number stands in one file only. What follows from several of them (batch sizes, the length of
+the schedule, where monitors write) is composed in `engine_config`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ds_blockwise.runs.model_shape import LLAMA, GPTShape
+from ds_blockwise.runs.strict_files import HIGH, LOW, Problems, nearest, read_json, read_section, read_yaml
+
+_POSITIVE = {LOW: 1}
+_NOT_NEGATIVE = {LOW: 0}
+_DEEPEST = 8  # bases of bases
+ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
+
+
+@dataclass(frozen=True, slots=True)
+class DataConfig:
+    """Where the text comes from and where its tokens are kept.
+
+    Attributes:
+        directory: Holds the tokens, the tokenizer and `metadata.json`; relative to the working
+            directory. With `blend` only Megatron's sample indices go there.
+        source: ``stdlib`` (the source files of Python's standard library), or folders, glob
+            patterns and files: text, JSON lines (one object in each line), parquet, the first two
+            also compressed.
+        text_key: Entry of a JSON object, or column of a parquet file, that holds the text.
+        tokenizer: ``train`` (byte-level BPE with the model's vocabulary size), the path of a
+            `tokenizer.json`, or a folder with one, as Hugging Face saves it.
+        validation_fraction: Chance of a document to be kept for validation only; its text alone decides.
+        blend: Prepared folders to train on instead of `directory`, each with its share of the
+            samples before it: ``0.7 data/web``. The shares are relative to their sum.
+    """
+
+    directory: str
+    source: tuple[str, ...] = ("stdlib",)
+    text_key: str = "text"
+    tokenizer: str = "train"
+    validation_fraction: float = field(default=0.05, metadata={LOW: 0.001, HIGH: 0.5})
+    blend: tuple[str, ...] = ()
+
+    def read_blend(self, file: str | Path, problems: Problems) -> tuple[tuple[str, float], ...]:
+        """Folders and their shares of the samples, which sum to 1; `directory` alone without a blend.
+
+        Args:
+            file: The run file, for messages.
+            problems: Notes entries that are no share and folder, and folders that come twice.
+        """
+        if not self.blend:
+            return ((self.directory, 1.0),)
+        shares: dict[str, float] = {}
+        for entry in self.blend:
+            number, _, folder = entry.strip().partition(" ")
+            folder = folder.strip()
+            try:
+                share = float(number)
+            except ValueError:
+                share = 0.0
+            if not (0.0 < share < float("inf")) or not folder:
+                allowed = "a share above 0 and a prepared folder, such as '0.7 data/web'"
+                problems.add(file, "data.blend", entry, allowed, "write both, with a space between")
+            elif Path(folder) in map(Path, shares):
+                problems.add(file, "data.blend", entry, "each folder once", "add its shares up in one entry")
+            else:
+                shares[folder] = share
+        total = sum(shares.values())
+        return tuple((folder, share / total) for folder, share in shares.items())
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelConfig:
+    """How the processes are arranged; what is left over is data parallelism."""
+
+    tensor: int = field(default=1, metadata=_POSITIVE)
+    pipeline: int = field(default=1, metadata=_POSITIVE)
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterConfig:
+    """The machines that a run is meant for; the launcher's own count of processes wins at the start.
+
+    Attributes:
+        nodes: Machines.
+        gpus_per_node: Processes on each of them.
+        gpu: Kind of GPU, a name that ``ds-blockwise plan`` knows; empty for CPUs.
+    """
+
+    nodes: int = field(default=1, metadata=_POSITIVE)
+    gpus_per_node: int = field(default=1, metadata=_POSITIVE)
+    gpu: str = ""
+
+    @property
+    def processes(self) -> int:
+        """Processes on all machines together."""
+        return self.nodes * self.gpus_per_node
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingConfig:
+    """Length, batch and intervals of the training; all intervals are in optimizer steps.
+
+    Attributes:
+        steps: Optimizer steps; also the length of the learning-rate schedule.
+        warmup_steps: Steps of linear warm-up.
+        global_batch_size: Sequences in one optimizer step, on all ranks together.
+        micro_batch_size: Sequences in one forward pass of one rank.
+        validation_sequences: Size of the fixed validation set.
+        validation_interval: Steps between validations; also before the first and after the last.
+        log_interval: Steps that one point of the training curve averages over.
+        checkpoint_interval: Steps between checkpoints; 0 writes only the last.
+        keep_checkpoints: How many of them stay, the newest ones; 0 keeps all.
+        seed: Of the initial weights and of the data order.
+        sequence_length: Tokens in one training sequence, if not the model file's.
+        sharpness_interval: Steps between measurements of the blocks' sharpness; also after the last. 0 measures none.
+        sharpness_batches: Micro batches of each rank, of the validation set, that each of them takes.
+        activation_checkpointing: ``none``; ``selective``: attention is computed again in the backward pass; ``full``:
+            whole layers are.
+    """
+
+    steps: int = field(metadata=_POSITIVE)
+    warmup_steps: int = field(metadata=_NOT_NEGATIVE)
+    global_batch_size: int = field(metadata=_POSITIVE)
+    micro_batch_size: int = field(metadata=_POSITIVE)
+    validation_sequences: int = field(metadata=_POSITIVE)
+    validation_interval: int = field(metadata=_POSITIVE)
+    log_interval: int = field(default=10, metadata=_POSITIVE)
+    checkpoint_interval: int = field(default=0, metadata=_NOT_NEGATIVE)
+    keep_checkpoints: int = field(default=0, metadata=_NOT_NEGATIVE)
+    seed: int = field(default=1234, metadata=_NOT_NEGATIVE)
+    sequence_length: int | None = field(default=None, metadata=_POSITIVE)
+    activation_checkpointing: str = "none"
+    sharpness_interval: int = field(default=0, metadata=_NOT_NEGATIVE)
+    sharpness_batches: int = field(default=4, metadata=_POSITIVE)
+
+
+@dataclass(frozen=True, slots=True)
+class _RunFile:
+    name: str
+    model: str
+    deepspeed: str
+    output: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunConfig:
+    """A whole run, read and checked.
+
+    Attributes:
+        file: The run file.
+        name: Short name, for titles.
+        model_file: Where `shape` comes from.
+        shape: The model.
+        deepspeed_file: The DeepSpeed JSON; it decides optimizer, ZeRO stage and precision.
+        deepspeed: What stands in it.
+        output: Folder of everything this run writes.
+        data: See `DataConfig`.
+        parallel: See `ParallelConfig`.
+        training: See `TrainingConfig`.
+        cluster: See `ClusterConfig`.
+    """
+
+    file: Path
+    name: str
+    model_file: Path
+    shape: GPTShape
+    deepspeed_file: Path
+    deepspeed: dict[str, Any]
+    output: Path
+    data: DataConfig
+    parallel: ParallelConfig
+    training: TrainingConfig
+    cluster: ClusterConfig
+
+    @property
+    def data_directory(self) -> Path:
+        """Folder of the prepared data."""
+        return Path(self.data.directory)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one optimizer step sees, on all ranks together."""
+        return self.training.global_batch_size * self.shape.sequence_length
+
+
+_SECTIONS: dict[str, type] = {
+    "data": DataConfig,
+    "parallel": ParallelConfig,
+    "training": TrainingConfig,
+    "cluster": ClusterConfig,
+}
+_RELATIVE = ("model", "deepspeed")  # entries that are paths relative to the file they stand in
+
+
+def load_run(
+    file: str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    deepspeed_file: str | Path | None = None,
+) -> tuple[RunConfig | None, Problems]:
+    """Read a run file, its model file and its DeepSpeed JSON.
+
+    A run file may name another as its `base` and then states only what differs. `model`, `deepspeed`
+    and `base` are relative to the file that they stand in, so that a run can be started from anywhere;
+    `output` and `data.directory` are relative to the working directory. The output folder gets the name
+    of the JSON appended: swapping the optimizer never mixes two runs.
+
+    Args:
+        file: The run file.
+        overrides: ``section.key=value`` (the value in YAML), applied before anything is checked.
+        deepspeed_file: Used instead of the run file's `deepspeed`, relative to the working
+            directory.
+
+    Returns:
+        The run, or None if the files don't describe one, and the problems found.
+    """
+    file = Path(file)
+    problems = Problems()
+    values = _read_with_bases(file, problems)
+    if not values:
+        return None, problems
+    for override in overrides:
+        _apply_override(values, override, problems)
+    sections: dict[str, Any] = {}
+    for name, cls in _SECTIONS.items():
+        section = values.pop(name, {})
+        if not isinstance(section, dict):
+            problems.add(file, name, section, "a section of keys", "indent its keys below it")
+            continue
+        sections[name] = read_section(cls, section, file=file, problems=problems, prefix=f"{name}.")
+    top = read_section(_RunFile, values, file=file, problems=problems)
+    if top is None:
+        return None, problems
+    model_file = Path(top.model)
+    json_file = Path(deepspeed_file) if deepspeed_file else Path(top.deepspeed)
+    shape = GPTShape.read(model_file, problems)
+    deepspeed = read_json(json_file, problems)
+    data, parallel, training, cluster = (sections.get(name) for name in _SECTIONS)
+    if shape is None or data is None or parallel is None or training is None or cluster is None:
+        return None, problems
+    if training.sequence_length is not None:
+        shape = _with_sequence_length(shape, training.sequence_length, file, problems)
+    run = RunConfig(
+        file=file,
+        name=top.name,
+        model_file=model_file,
+        shape=shape,
+        deepspeed_file=json_file,
+        deepspeed=deepspeed,
+        output=Path(top.output) / json_file.stem,
+        data=data,
+        parallel=parallel,
+        training=training,
+        cluster=cluster,
+    )
+    return run, problems
+
+
+def _read_with_bases(file: Path, problems: Problems, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A run file's entries over those of its base, section by section; paths as seen from the working directory."""
+    values = read_yaml(file, problems)
+    for key in _RELATIVE:
+        if isinstance(values.get(key), str):
+            values[key] = os.path.normpath(file.parent / values[key])
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str) or file.parent / base in seen or len(seen) > _DEEPEST:
+        allowed = "the path of another run file, which does not lead back here"
+        problems.add(file, "base", base, allowed, "correct the path")
+        return {}
+    merged = _read_with_bases(file.parent / base, problems, (*seen, file))
+    for key, value in values.items():
+        section = merged.get(key)
+        merged[key] = section | value if isinstance(section, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _with_sequence_length(shape: GPTShape, length: int, file: Path, problems: Problems) -> GPTShape:
+    if shape.architecture != LLAMA and length != shape.sequence_length:
+        allowed = f"{shape.sequence_length}: the model has that many learned positions"
+        problems.add(file, "training.sequence_length", length, allowed, "leave it out or choose another model")
+        return shape
+    return replace(shape, sequence_length=length)
+
+
+def _apply_override(values: dict[str, Any], override: str, problems: Problems) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        problems.add("--set", override, None, "section.key=value", "write both key and value")
+        return
+    target = values
+    *parents, last = key.split(".")
+    for parent in parents:
+        target = target.setdefault(parent, {})
+        if not isinstance(target, dict):
+            problems.add("--set", key, text, "a key of a section", "correct the dotted name")
+            return
+    target[last] = yaml.safe_load(text)
+
+
+def check_run(run: RunConfig, world_size: int, problems: Problems) -> None:
+    """Note every contradiction between the run and the number of processes.
+
+    Args:
+        run: The run.
+        world_size: Processes that the launcher starts.
+        problems: Every mistake is noted here.
+    """
+    file, training, parallel = run.file, run.training, run.parallel
+    if parallel.pipeline > 1:
+        allowed = "1 (pipeline parallelism is not supported by this launcher yet)"
+        remedy = "set it to 1 and raise parallel.tensor instead"
+        problems.add(file, "parallel.pipeline", parallel.pipeline, allowed, remedy)
+        return
+    if world_size % parallel.tensor:
+        allowed = f"a divisor of the number of processes, {world_size}"
+        remedy = "change it or deepspeed's --num_gpus"
+        problems.add(file, "parallel.tensor", parallel.tensor, allowed, remedy)
+    else:
+        copies = world_size // parallel.tensor
+        multiple = copies * training.micro_batch_size
+        if training.global_batch_size % multiple:
+            allowed = (
+                f"a multiple of {multiple} = micro_batch_size {training.micro_batch_size} x "
+                f"{copies} data-parallel ranks"
+            )
+            remedy = "change one of the batch sizes or the number of processes"
+            problems.add(file, "training.global_batch_size", training.global_batch_size, allowed, remedy)
+        if training.sharpness_interval:
+            check_sharpness(run, copies, training.sharpness_batches, "training.sharpness_batches", problems)
+    if training.activation_checkpointing not in ACTIVATION_CHECKPOINTING:
+        value = training.activation_checkpointing
+        allowed = ", ".join(ACTIVATION_CHECKPOINTING)
+        problems.add(
+            file, "training.activation_checkpointing", value, allowed, nearest(value, list(ACTIVATION_CHECKPOINTING))
+        )
+    run.data.read_blend(file, problems)
+    run.shape.check_tensor_parallel(parallel.tensor, run.model_file, problems)
+    if training.warmup_steps >= training.steps:
+        allowed = f"fewer than training.steps = {training.steps}"
+        problems.add(file, "training.warmup_steps", training.warmup_steps, allowed, "lower it")
+
+
+def check_sharpness(run: RunConfig, copies: int, batches: int, key: str, problems: Problems) -> None:
+    """Note what keeps this run's model from being measured by `ds_blockwise.hosts.deepspeed.sharpness`.
+
+    Args:
+        run: The run.
+        copies: Data-parallel ranks.
+        batches: Micro batches of each of them in one measurement.
+        key: Where the number stands.
+        problems: Every mistake is noted here.
+    """
+    training = run.training
+    most = training.validation_sequences // (training.micro_batch_size * copies)
+    if not 1 <= batches <= most:
+        allowed = (
+            f"1 to {most}: the validation set has {training.validation_sequences} sequences, and {copies} "
+            f"data-parallel ranks take {training.micro_batch_size} each"
+        )
+        problems.add(run.file, key, batches, allowed, "change it or training.validation_sequences")
+    name = str(run.deepspeed.get("optimizer", {}).get("type"))
+    if not name.startswith("Blockwise"):
+        allowed = "BlockwiseAdamW or BlockwiseAdamMini where sharpness is measured: others do not know the blocks"
+        remedy = "BlockwiseAdamW with all lr_multipliers 1 is AdamW; or set training.sharpness_interval to 0"
+        problems.add(run.deepspeed_file, "optimizer.type", name, allowed, remedy)

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be read off modules that need no host: head counts, layouts of fused weights, storage of matrices.
+
+The owning module comes before the name, because the same name has several layouts: ``query_key_value`` is grouped in
+BLOOM and concatenated in a multi-query Falcon. Classes are recognised by name, so that no model library is imported.
+Sources: the attention classes' ``forward`` in transformers 5; ``megatron/model/transformer.py`` of GPT-NeoX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from ds_blockwise.blocks.spec import HeadGeometry
+from ds_blockwise.tagging.names import QKVLayout, Storage
+
+NUM_HEADS = ("num_attention_heads", "num_heads", "n_head", "n_heads")
+_NUM_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_heads", "n_kv_head", "n_kv_heads")
+_HEAD_DIM = ("head_dim", "head_size")
+_KEY_DIM = ("qk_nope_head_dim",)
+_VALUE_DIM = ("v_head_dim",)
+_ROPE_DIM = ("qk_rope_head_dim",)
+
+
+def class_names(module: nn.Module) -> tuple[str, ...]:
+    """Names of a module's class and its bases, nearest first."""
+    return tuple(cls.__name__ for cls in type(module).__mro__)
+
+
+# ---------------------------------------------------------------------------- layouts of fused weights
+
+
+def _falcon(attention: nn.Module) -> QKVLayout:
+    if attention.new_decoder_architecture:
+        return "grouped"
+    return "concat" if attention.multi_query else "grouped"
+
+
+def _gpt_bigcode(attention: nn.Module) -> QKVLayout:
+    return "concat" if attention.multi_query else "grouped"
+
+
+def _gpt_neox(attention: nn.Module) -> QKVLayout | None:
+    # GPT-NeoX says whether its queries are grouped; older Megatron-LM classes of this name do not
+    gqa = getattr(attention, "gqa", None)
+    return None if gqa is None else "concat" if gqa else "grouped"
+
+
+def _parallel_attention(attention: nn.Module) -> QKVLayout | None:
+    # Megatron-LM's legacy class counts query groups; Megatron-DeepSpeed's class of the same name does not, and its
+    # layout changed in 2024-12 without a trace in names or attributes
+    return "grouped" if hasattr(attention, "num_query_groups_per_partition") else None
+
+
+def _always(layout: QKVLayout) -> Callable[[nn.Module], QKVLayout]:
+    return lambda attention: layout
+
+
+_FUSED: dict[tuple[str, str], Callable[[nn.Module], QKVLayout | None]] = {
+    ("FalconAttention", "query_key_value"): _falcon,
+    ("BloomAttention", "query_key_value"): _always("grouped"),
+    ("GPTNeoXAttention", "query_key_value"): _always("grouped"),
+    ("PersimmonAttention", "query_key_value"): _always("grouped"),
+    ("ParallelSelfAttention", "query_key_value"): _gpt_neox,
+    ("ParallelAttention", "query_key_value"): _parallel_attention,
+    ("GPTBigCodeAttention", "c_attn"): _gpt_bigcode,
+    ("Qwen3NextAttention", "q_proj"): _always("query_gate"),
+    ("Qwen3_5Attention", "q_proj"): _always("query_gate"),
+    ("Qwen3_5MoeAttention", "q_proj"): _always("query_gate"),
+}
+# Their fused weight has as many key heads as query heads, whatever a config says about key heads.
+_MULTI_HEAD = ("BloomAttention", "GPTNeoXAttention", "PersimmonAttention")
+
+
+def fused_layout(attention: nn.Module, linear: str) -> QKVLayout | None:
+    """The layout of ``attention.<linear>`` if its class is known to fix it.
+
+    Args:
+        attention: the module that holds the linear.
+        linear: the linear's name in it.
+    """
+    for name in class_names(attention):
+        read = _FUSED.get((name, linear))
+        if read is not None:
+            return read(attention)
+    return None
+
+
+# ----------------------------------------------------------------------------------------- head counts
+
+
+def generic_heads(attention: nn.Module, *, config_first: bool = False) -> HeadGeometry | None:
+    """Head counts from the attributes of an attention module or its config; None if they do not say.
+
+    Attributes of the module come first: tensor-parallel wrappers change them and leave the config alone.
+
+    Args:
+        attention: the module.
+        config_first: for a module whose attributes such a wrapper has changed.
+    """
+    config = getattr(attention, "config", None)
+    sources = (config, attention) if config_first else (attention, config)
+    num_heads, said_by = _count(sources, NUM_HEADS)
+    if num_heads is None:
+        return None
+    num_kv_heads, _ = _count(sources, _NUM_KV_HEADS)
+    if num_kv_heads is None or _is_multi_head(attention):
+        num_kv_heads = num_heads
+    head_dim, _ = _count(sources, _HEAD_DIM)
+    rope_dim, _ = _count(sources, _ROPE_DIM)
+    if rope_dim is None:
+        return HeadGeometry(num_heads, num_kv_heads, head_dim, said_by)
+    # Multi-head latent attention: ``head_dim`` of such configs is the rotary part, and every head has its own keys
+    key_dim, _ = _count(sources, _KEY_DIM)
+    value_dim, _ = _count(sources, _VALUE_DIM)
+    query_dim = None if key_dim is None else key_dim + rope_dim
+    return HeadGeometry(num_heads, num_heads, query_dim, said_by, key_dim, value_dim, rope_dim)
+
+
+def _is_multi_head(attention: nn.Module) -> bool:
+    names = class_names(attention)
+    if "FalconAttention" in names:
+        return not attention.new_decoder_architecture and not attention.multi_query
+    return any(name in _MULTI_HEAD for name in names)
+
+
+def _count(sources: tuple[object, ...], names: tuple[str, ...]) -> tuple[int | None, str]:
+    for source in sources:
+        for name in names:
+            value = getattr(source, name, None)
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value, f"{type(source).__name__}.{name}={value}"
+    return None, ""
+
+
+# --------------------------------------------------------------------------------------------- storage
+
+
+def storage_of(owner: nn.Module) -> Storage | None:
+    """How the matrices of a module lie in memory; None where the class does not say."""
+    names = class_names(owner)
+    if "Conv1D" in names and hasattr(owner, "nf"):  # Hugging Face's, of GPT-2
+        return "in_out"
+    transposed = getattr(owner, "is_transposed", None)  # experts of transformers 5
+    if isinstance(transposed, bool):
+        return "in_out" if transposed else "out_in"
+    if "Llama4TextExperts" in names:  # multiplies from the left: tokens @ weight
+        return "in_out"
+    return None
+
+
+def num_experts_in(owner: nn.Module) -> int | None:
+    """How many experts a module with one parameter for all of them holds on this rank."""
+    count, _ = _count((owner,), ("num_local_experts", "num_gemms"))
+    return count

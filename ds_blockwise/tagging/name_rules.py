@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The naming rules of each family of model code, as data.
+
+A rule's ``module`` is matched against the END of the path of the module that owns the parameter, its ``leaf`` against
+the whole last component. Names of one dialect only carry what its model code registers; a name that two rules read
+differently is refused, never resolved by order. Sources: the model classes of transformers 5, Megatron-core 0.16,
+Megatron-LM (legacy models), Megatron-DeepSpeed and GPT-NeoX.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ds_blockwise.blocks.roles import QKVLayout, Role, Storage
+
+LINEAR = "weight|bias"
+
+
+@dataclass(frozen=True, slots=True)
+class NameRule:
+    """One line of a table; see `NameMatch` for the meaning of the last four fields."""
+
+    dialect: str
+    module: str
+    role: Role | None = None
+    qkv_layout: QKVLayout | None = None
+    leaf: str = LINEAR
+    headless: bool = False
+    storage: Storage | None = None
+
+
+_ATTENTION = r"(?:self_attn|attn|attention|cross_attn|encoder_attn)"
+_LAYER = r"(?:layers|h)\.\d+"
+
+NAME_RULES: tuple[NameRule, ...] = (
+    # Norms, by the names that every family uses
+    NameRule(
+        "common",
+        r"(?:input|post_attention|pre_feedforward|post_feedforward|post_self_attn|pre_mlp|post_mlp|pre_cross_attn"
+        r"|post_inter_attention|pre_ff|final|word_embeddings|dt|b|c|kv|q_a|kv_a)_layernorm",
+        Role.NORM,
+        leaf="weight|bias|scale|offset|g",
+    ),
+    NameRule(
+        "common",
+        r"norm|norm_f|norm_[12]|ln_[12f]|ln_attn|ln_mlp|ln_cross_attn"
+        r"|[qk]_norm|[qk]_layernorm(?:\.norms\.\d+)?|query_layernorm|key_layernorm",
+        Role.NORM,
+        leaf="weight|bias|scale|offset|g",
+    ),
+    NameRule("common", r"(?:self_attn|encoder_attn|final)_layer_norm", Role.NORM),
+    # Hugging Face: attention with separate projections
+    NameRule("hf", r"embed_tokens|embed_in|embed_positions|backbone\.embeddings", Role.EMBEDDING),
+    NameRule("hf", r"lm_head|embed_out", Role.OUTPUT),
+    NameRule("hf", rf"{_ATTENTION}\.q_proj", Role.QUERY),
+    NameRule("hf", rf"{_ATTENTION}\.k_proj", Role.KEY),
+    NameRule("hf", rf"{_ATTENTION}\.v_proj", Role.VALUE),
+    NameRule("hf", rf"{_ATTENTION}\.(?:o_proj|out_proj|dense)", Role.ATTN_OUT),
+    NameRule("hf", r"self_attn", Role.NORM, leaf="sinks"),
+    NameRule("hf", r"decoder\.project_(?:in|out)", Role.OTHER),
+    # Hugging Face: fused projections whose name has one layout
+    NameRule("hf", r"self_attn\.qkv_proj", qkv_layout="concat"),
+    NameRule("hf", r"attn\.Wqkv", qkv_layout="concat"),
+    # Hugging Face: multi-head latent attention (DeepSeek-V2, V3)
+    NameRule("hf", r"self_attn\.q_a_proj", Role.QUERY, headless=True),
+    NameRule("hf", r"self_attn\.q_b_proj", Role.QUERY),
+    NameRule("hf", r"self_attn\.kv_a_proj_with_mqa", qkv_layout="latent_rope"),
+    NameRule("hf", r"self_attn\.kv_b_proj", qkv_layout="key_value"),
+    # Hugging Face: FFN, experts, routers
+    NameRule("hf", r"(?:mlp|feed_forward|ffn|shared_experts?)\.(?:gate|up|down|gate_up)_proj", Role.FFN),
+    NameRule("hf", r"experts\.\d+\.(?:gate_proj|up_proj|down_proj|w[123])", Role.FFN),
+    NameRule("hf", r"experts", Role.FFN, leaf="gate_up_proj|down_proj|gate_up_proj_bias|down_proj_bias"),
+    NameRule("hf", r"mlp\.(?:fc1|fc2|fc_in|fc_out)|feed_forward\.w[123]", Role.FFN),
+    NameRule("hf", rf"{_LAYER}\.fc[12]", Role.FFN),
+    NameRule("hf", r"(?:mlp|block_sparse_moe|feed_forward)\.(?:gate|router)|mlp\.shared_expert_gate", Role.ROUTER),
+    # Hugging Face: state-space mixers
+    NameRule(
+        "hf",
+        r"(?:mixer|mamba|linear_attn)\.(?:in_proj|x_proj|dt_proj|out_proj|conv1d|in_proj_(?:qkvz|ba|qkv|z|b|a))",
+        Role.OTHER,
+    ),
+    NameRule("hf", r"mixer|mamba|linear_attn", Role.OTHER, leaf="dt_bias|A_log|D"),
+    # GPT-2 (Hugging Face, transposed Conv1D) and nanoGPT (nn.Linear) share their names
+    NameRule("gpt2", r"wte|wpe", Role.EMBEDDING),
+    NameRule("gpt2", r"attn\.c_attn", qkv_layout="concat"),
+    NameRule("gpt2", r"crossattention\.c_attn", qkv_layout="key_value_concat"),
+    NameRule("gpt2", r"crossattention\.q_attn", Role.QUERY),
+    NameRule("gpt2", r"(?:attn|crossattention)\.c_proj", Role.ATTN_OUT),
+    NameRule("gpt2", r"mlp\.(?:c_fc|c_proj)", Role.FFN),
+    # Megatron-core: embeddings, attention
+    NameRule("megatron", r"embedding\.(?:word|position|tokentype)_embeddings", Role.EMBEDDING),
+    NameRule("megatron", r"output_layer", Role.OUTPUT),
+    NameRule("megatron", r"self_attention\.linear_qkv", qkv_layout="grouped"),
+    NameRule("megatron", r"(?:self_attention|cross_attention)\.linear_proj", Role.ATTN_OUT),
+    NameRule("megatron", r"cross_attention\.linear_q", Role.QUERY),
+    NameRule("megatron", r"cross_attention\.linear_kv", qkv_layout="key_value"),
+    NameRule("megatron", r"self_attention\.(?:linear_q_proj|linear_q_up_proj)", Role.QUERY),
+    NameRule("megatron", r"self_attention\.linear_q_down_proj", Role.QUERY, headless=True),
+    NameRule("megatron", r"self_attention\.linear_kv_down_proj", qkv_layout="latent_rope"),
+    NameRule("megatron", r"self_attention\.linear_kv_up_proj", qkv_layout="key_value"),
+    NameRule("megatron", r"core_attention", Role.NORM, leaf="softmax_offset"),
+    # Transformer Engine fuses a norm into the linear that follows it
+    NameRule("megatron", r".+", Role.NORM, leaf="layer_norm_weight|layer_norm_bias"),
+    # Megatron-core: FFN, experts, router
+    NameRule("megatron", r"(?:mlp|shared_experts|local_experts\.\d+)\.linear_fc[12]", Role.FFN),
+    NameRule("megatron", r"experts\.linear_fc[12]", Role.FFN, leaf=r"weight\d*|bias\d*"),
+    NameRule("megatron", r"experts", Role.FFN, leaf=r"weight[12]", storage="grouped_in_out"),
+    NameRule("megatron", r"mlp\.fc[12]_latent_proj", Role.FFN),
+    NameRule("megatron", r"shared_experts", Role.ROUTER, leaf="gate_weight"),
+    # Megatron-core: multi-token prediction and BERT's heads
+    NameRule("megatron", r"eh_proj", Role.FFN),
+    NameRule("megatron", r"enorm|hnorm|lm_head\.layer_norm", Role.NORM),
+    NameRule("megatron", r"lm_head\.dense|pooler\.dense|binary_head", Role.OTHER),
+    # Megatron-LM's legacy models and Megatron-DeepSpeed, its pipeline names included; GPT-NeoX
+    NameRule("megatron-legacy", r"word_embeddings|embed\.(?:position|tokentype)_embeddings", Role.EMBEDDING),
+    NameRule("megatron-legacy", r"(?:self_attention|self_attn|attention)\.query_key_value", qkv_layout="unknown"),
+    NameRule("megatron-legacy", r"inter_attention\.query", Role.QUERY),
+    NameRule("megatron-legacy", r"inter_attention\.key_value", qkv_layout="key_value"),
+    NameRule("megatron-legacy", r"(?:self_attention|inter_attention)\.dense", Role.ATTN_OUT),
+    NameRule("megatron-legacy", r"(?:mlp|deepspeed_experts\.\d+)\.(?:dense_h_to_4h|dense_4h_to_h)", Role.FFN),
+    NameRule("megatron-legacy", r"mlp\.(?:linear1|linear2)", Role.FFN),
+    NameRule("megatron-legacy", r"deepspeed_moe\.gate\.wg|(?:mlp|moe)\.coefficient", Role.ROUTER),
+    # DeepSpeed's MoE: an expert is whatever module its user has written, and norms are called norms
+    NameRule("deepspeed", r"deepspeed_experts\.\d+(?:\.(?!ln|\w*norm)\w+)*", Role.FFN),
+    NameRule("megatron-legacy", r"input_norm|post_attention_norm|post_inter_attention_norm|final_norm", Role.NORM),
+    NameRule("megatron-legacy", r"final_linear", Role.OUTPUT),
+)

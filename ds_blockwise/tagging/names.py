@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a parameter's name to its role.
+
+Decides what a weight does (query, FFN, norm, ...) from its fully qualified name, with the rules of `name_rules`. Knows
+nothing of shapes, head counts or ranks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from ds_blockwise.blocks.roles import (
+    BLOCK_TYPE_OF,
+    BLOCK_TYPES,
+    LAYOUT_MEANING,
+    QKV_LAYOUTS,
+    SELF_ATTENTION_LAYOUTS,
+    STORAGES,
+    BlockType,
+    NameMatch,
+    QKVLayout,
+    Role,
+    Storage,
+)
+from ds_blockwise.tagging.name_rules import NAME_RULES, NameRule
+
+__all__ = [
+    "BLOCK_TYPES",
+    "BLOCK_TYPE_OF",
+    "LAYOUT_MEANING",
+    "QKV_LAYOUTS",
+    "SELF_ATTENTION_LAYOUTS",
+    "STORAGES",
+    "BlockType",
+    "NameMatch",
+    "QKVLayout",
+    "Role",
+    "Storage",
+    "adapted_path",
+    "canonical_fqn",
+    "is_bias_name",
+    "is_low_rank_input",
+    "match_name",
+    "merge_tied",
+]
+
+_COMPILED = tuple((rule, re.compile(rf"(?:^|\.)(?:{rule.module})$"), re.compile(rule.leaf)) for rule in NAME_RULES)
+
+_WRAPPER_PREFIX = re.compile(r"^(?:module\.)+")
+# PEFT puts the wrapped linear, and the two factors beside it, one or two modules below the linear's own name
+_ADAPTER = re.compile(r"\.(?:base_layer|original_module|modules_to_save\.[^.]+|(?P<factor>lora_[AB])\.[^.]+)$")
+_BIAS = re.compile(r"bias\d*|.*_proj_bias")
+_PEFT_PREFIX = re.compile(r"^base_model\.model\.")
+
+
+def canonical_fqn(name: str) -> str:
+    """Return ``name`` without what wrappers add: leading ``module.`` and every ``_orig_mod.`` of torch.compile."""
+    return _WRAPPER_PREFIX.sub("", name.replace("_orig_mod.", ""))
+
+
+def adapted_path(path: str) -> str:
+    """The path of the linear that a PEFT adapter wraps, from the path of the wrapped module or of a factor."""
+    return _ADAPTER.sub("", path)
+
+
+def is_low_rank_input(path: str) -> bool:
+    """Whether a module path is that of LoRA's A, whose rows are the low rank and not the layer's outputs."""
+    adapter = _ADAPTER.search(path)
+    return adapter is not None and adapter["factor"] == "lora_A"
+
+
+def match_name(fqn: str) -> NameMatch | None:
+    """Read a parameter's role off its fully qualified name.
+
+    Args:
+        fqn: fully qualified name as ``named_parameters()`` gives it; prefixes and modules that wrappers (DDP,
+            torch.compile, PEFT) insert are ignored.
+
+    Returns:
+        What the name says, or None if no rule knows it.
+
+    Raises:
+        ValueError: two rules read the name differently.
+    """
+    path, _, leaf = canonical_fqn(fqn).rpartition(".")
+    module = adapted_path(_PEFT_PREFIX.sub("", path))
+    found: dict[tuple[object, ...], NameRule] = {}
+    for rule, pattern, leaves in _COMPILED:
+        if leaves.fullmatch(leaf) and pattern.search(module):
+            found.setdefault((rule.role, rule.qkv_layout, rule.headless, rule.storage), rule)
+    if not found:
+        return None
+    rule = next(iter(found.values()))
+    if len(found) > 1:
+        readings = ", ".join(f"{_reading(r)} ({r.dialect})" for r in found.values())
+        raise ValueError(
+            f"parameter {fqn!r} matches several naming rules: {readings}. Declare it in the optimizer's JSON: "
+            f'"rules": [{{"match": "{re.escape(canonical_fqn(fqn))}", "role": "..."}}]'
+        )
+    is_bias = rule.role is not Role.NORM and is_bias_name(leaf)
+    return NameMatch(rule.role, rule.qkv_layout, is_bias, rule.dialect, rule.headless, rule.storage)
+
+
+def is_bias_name(leaf: str) -> bool:
+    """Whether a parameter's own name is that of a linear's bias; experts have ``bias0`` or ``gate_up_proj_bias``."""
+    return _BIAS.fullmatch(leaf) is not None
+
+
+def _reading(rule: NameRule) -> str:
+    return rule.role.value if rule.role else f"qkv/{rule.qkv_layout}"
+
+
+def merge_tied(fqns: Iterable[str], roles: set[Role]) -> Role:
+    """Role of one parameter that is registered under several names.
+
+    An output layer tied to the embedding is an embedding (DESIGN: a tied output layer has block type ``emb``).
+
+    Raises:
+        ValueError: the names disagree in any other way.
+    """
+    if roles == {Role.EMBEDDING, Role.OUTPUT}:
+        return Role.EMBEDDING
+    if len(roles) == 1:
+        return next(iter(roles))
+    raise ValueError(
+        f"one parameter is shared under the names {sorted(fqns)}, which have different roles "
+        f"{sorted(r.value for r in roles)}. Declare its role with a rule that matches one of the names."
+    )

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The partition report: what each parameter was taken for, and what its optimizer state costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from ds_blockwise.blocks.spec import STATE_BYTES_PER_VALUE, BlockSpec
+
+ADAMW_STATE_VALUES = 2  # exp_avg and exp_avg_sq
+
+
+@dataclass(frozen=True, slots=True)
+class ReportRow:
+    """One role inside one parameter.
+
+    Attributes:
+        fqn: fully qualified name.
+        shape: unsharded shape of the parameter.
+        role: see `Role`; ``bias`` is appended for biases of linears.
+        block_type: ``emb head qk ffn vo norm other``.
+        lr_multiplier: factor on the base learning rate; where it is to be measured (``is_measured``), the 1 until then.
+        weight_decay_multiplier: factor on the weight decay.
+        granularity: ``head row tensor element``.
+        num_blocks: second moments that Adam-mini keeps for these elements.
+        numel: elements of the role in the unsharded parameter.
+        state_bytes: fp32 ``exp_avg`` plus one fp32 value per block, over all ranks, replicas not counted.
+        is_measured: whether the multiplier is ``"auto"``.
+    """
+
+    fqn: str
+    shape: tuple[int, ...]
+    role: str
+    block_type: str
+    lr_multiplier: float
+    weight_decay_multiplier: float
+    granularity: str
+    num_blocks: int
+    numel: int
+    state_bytes: int
+    is_measured: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BlockReport:
+    """The rows of a model and their totals; ``str()`` is a table, ``to_dict()`` is for JSON."""
+
+    rows: tuple[ReportRow, ...]
+
+    @property
+    def totals(self) -> dict[str, float]:
+        """Elements, blocks and state bytes of the model, beside AdamW's."""
+        numel = sum(row.numel for row in self.rows)
+        state_bytes = sum(row.state_bytes for row in self.rows)
+        adamw = numel * ADAMW_STATE_VALUES * STATE_BYTES_PER_VALUE
+        return {
+            "parameters": numel,
+            "num_blocks": sum(row.num_blocks for row in self.rows),
+            "adam_mini_state_bytes": state_bytes,
+            "adam_mini_state_bytes_per_parameter": state_bytes / numel if numel else 0.0,
+            "adamw_state_bytes": adamw,
+            "adamw_state_bytes_per_parameter": adamw / numel if numel else 0.0,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Rows and totals as plain values."""
+        return {"parameters": [asdict(row) for row in self.rows], "totals": self.totals}
+
+    def __str__(self) -> str:
+        head = (
+            "parameter",
+            "shape",
+            "role",
+            "type",
+            "lr x",
+            "wd x",
+            "granularity",
+            "blocks",
+            "state bytes",
+        )
+        body = [
+            (
+                row.fqn,
+                "x".join(map(str, row.shape)) or "scalar",
+                row.role,
+                row.block_type,
+                "auto" if row.is_measured else f"{row.lr_multiplier:g}",
+                f"{row.weight_decay_multiplier:g}",
+                row.granularity,
+                f"{row.num_blocks:,}",
+                f"{row.state_bytes:,}",
+            )
+            for row in self.rows
+        ]
+        widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
+        lines = [_line(head, widths), "  ".join("-" * width for width in widths)]
+        lines += [_line(line, widths) for line in body]
+        totals = self.totals
+        lines.append(
+            f"total: {int(totals['parameters']):,} parameters, {int(totals['num_blocks']):,} blocks; state "
+            f"of Adam-mini {int(totals['adam_mini_state_bytes']):,} bytes "
+            f"({totals['adam_mini_state_bytes_per_parameter']:.3f} per parameter), of AdamW "
+            f"{int(totals['adamw_state_bytes']):,} ({totals['adamw_state_bytes_per_parameter']:.3f})"
+        )
+        return "\n".join(lines)
+
+
+def _line(cells: tuple[str, ...], widths: list[int]) -> str:
+    # words to the left, numbers to the right
+    left = (0, 1, 2, 3, 6)
+    return "  ".join(
+        cell.ljust(width) if i in left else cell.rjust(width)
+        for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    ).rstrip()
+
+
+def block_report(model: nn.Module) -> BlockReport:
+    """Report the blocks of a tagged model.
+
+    Args:
+        model: a module whose parameters carry ``block_spec`` (after `tag_parameters` or ``deepspeed.initialize``).
+
+    Returns:
+        One row per trainable parameter and role, in the model's order, in unsharded sizes.
+
+    Raises:
+        ValueError: a trainable parameter is not tagged.
+    """
+    rows: list[ReportRow] = []
+    for fqn, param in model.named_parameters():
+        if not param.requires_grad:
+            continue
+        spec = getattr(param, "block_spec", None)
+        if not isinstance(spec, BlockSpec):
+            raise ValueError(
+                f"parameter {fqn!r} is not tagged. Call ds_blockwise.tag_parameters(model) first, or ask after "
+                f"deepspeed.initialize."
+            )
+        rows.extend(_rows_of(spec))
+    return BlockReport(tuple(rows))
+
+
+def _rows_of(spec: BlockSpec) -> Iterator[ReportRow]:
+    per_row = spec.structure.numel_per_row * spec.structure.num_matrices
+    for role in dict.fromkeys(part.role for part in spec.parts):
+        parts = [part for part in spec.parts if part.role is role]
+        numel = sum(part.end - part.start for part in parts) * per_row
+        if parts[0].rows_per_block == 0:
+            num_blocks = numel
+        else:
+            blocks = {
+                part.first_block + i for part in parts for i in range((part.end - part.start) // part.rows_per_block)
+            }
+            num_blocks = len(blocks) * spec.structure.num_matrices
+        yield ReportRow(
+            spec.fqn,
+            spec.shape,
+            role.value + (" bias" if spec.structure.is_bias else ""),
+            parts[0].block_type,
+            parts[0].lr_multiplier,
+            parts[0].weight_decay_multiplier,
+            parts[0].granularity,
+            num_blocks,
+            numel,
+            (numel + num_blocks) * STATE_BYTES_PER_VALUE,
+            spec.policy.is_measured(role, spec.fqn),
+        )

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of single values that a user gives: each error names the key, the value and what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar, cast
+
+import torch
+
+
+def suggest(key: str, allowed: Iterable[str]) -> str:
+    """Return ``; did you mean 'x'?`` for the nearest allowed key, or an empty string."""
+    near = difflib.get_close_matches(key, list(allowed), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def as_mapping(name: str, value: object) -> Mapping[str, object]:
+    """The mapping that was given; an empty one for None.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a mapping, got {value!r}")
+    return cast("Mapping[str, object]", value)
+
+
+def check_keys(name: str, keys: Iterable[str], allowed: Sequence[str]) -> None:
+    """Refuse a key that is not allowed, with the nearest one that is.
+
+    Raises:
+        ValueError: a key is not allowed.
+    """
+    for key in keys:
+        if key not in allowed:
+            raise ValueError(
+                f"{name} has an unknown key {key!r}{suggest(str(key), allowed)} Allowed: {', '.join(allowed)}"
+            )
+
+
+def as_multiplier(name: str, value: object) -> float:
+    """A finite number of at least 0.
+
+    Raises:
+        TypeError: it is not a number.
+        ValueError: it is negative or not finite.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number >= 0, got {value!r}")
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
+    return float(value)
+
+
+def as_count(name: str, value: object) -> int:
+    """An integer of at least 1.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+    return value
+
+
+def if_given(check: Callable[[str, object], Checked], name: str, value: object) -> Checked | None:
+    """``check(name, value)``, or None where nothing was given."""
+    return None if value is None else check(name, value)
+
+
+Checked = TypeVar("Checked")
+Choice = TypeVar("Choice")
+
+
+def number(name: str, value: object, *, low: float, below: float = math.inf) -> float:
+    """Return ``value`` as a float in ``[low, below)``.
+
+    Raises:
+        TypeError: not a number. The string "auto" is filled in by HF Trainer and Accelerate only.
+        ValueError: outside the range or not finite.
+    """
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, str) and value == "auto":
+        raise TypeError(f'{name} is "auto", which only HF Trainer and Accelerate fill in. Give a number.')
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not (math.isfinite(value) and low <= value < below):
+        upper = f" and < {below:g}" if below < math.inf else " and finite"
+        raise ValueError(f"{name} must be >= {low:g}{upper}, got {value!r}")
+    return float(value)
+
+
+def one_of(name: str, value: object, allowed: tuple[Choice, ...]) -> Choice:
+    """The allowed value that ``value`` equals.
+
+    Raises:
+        ValueError: it equals none of them.
+    """
+    for known in allowed:
+        if value == known:
+            return known
+    raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Start-up of the processes: threads, process groups, agreement on problems, random states."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import numpy
+import torch
+from deepspeed.accelerator import get_accelerator
+from megatron.core import parallel_state, tensor_parallel
+
+import megatron_patch
+from ds_blockwise.runs.run_file import ParallelConfig
+from ds_blockwise.runs.strict_files import Problems
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Where this process stands.
+
+    Attributes:
+        rank: Global rank.
+        world_size: All processes.
+        dp_rank: Place in the data-parallel group.
+        dp_size: Number of copies of the model.
+        dp_group: The data-parallel group.
+        device: Where this process computes.
+    """
+
+    rank: int
+    world_size: int
+    dp_rank: int
+    dp_size: int
+    dp_group: torch.distributed.ProcessGroup
+    device: torch.device
+
+    def mean(self, total: torch.Tensor, count: torch.Tensor) -> float:
+        """Sum of the totals over the data-parallel ranks, divided by that of the counts."""
+        summed, counted = self.sums(total, count)
+        return summed / counted
+
+    def sums(self, *values: torch.Tensor) -> list[float]:
+        """Each value summed over the data-parallel ranks."""
+        stacked = torch.stack([value.double() for value in values])
+        torch.distributed.all_reduce(stacked, group=self.dp_group)
+        return [float(value) for value in stacked]
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any process; all must call."""
+        return self.sum_over_world(int(flag)) > 0
+
+    def sum_over_world(self, value: int) -> int:
+        """Sum of a whole number over all processes."""
+        total = torch.tensor(value, dtype=torch.int64, device=self.device)
+        torch.distributed.all_reduce(total)
+        return int(total)
+
+
+def start(parallel: ParallelConfig, seed: int, store: torch.distributed.Store) -> Processes:
+    """Join the other processes and seed the initial weights.
+
+    Args:
+        parallel: Sizes of the groups.
+        seed: Of the weights; equal on all ranks of a data-parallel group by construction.
+        store: Where the processes met.
+    """
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    timeout = deepspeed.constants.default_pg_timeout  # DEEPSPEED_TIMEOUT
+    if not torch.distributed.is_initialized():
+        backend = get_accelerator().communication_backend_name()
+        rank, size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+        torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    deepspeed.init_distributed()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        distributed_timeout_minutes=timeout.total_seconds() / 60,
+    )
+    megatron_patch.cpu_shims()
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+    if torch.cuda.is_available():
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return Processes(
+        rank=torch.distributed.get_rank(),
+        world_size=torch.distributed.get_world_size(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        dp_group=parallel_state.get_data_parallel_group(),
+        device=torch.device(get_accelerator().current_device_name()),
+    )
+
+
+def prepare_process() -> None:
+    """What comes before the first collective: quiet logs, a share of the cores."""
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    if not torch.cuda.is_available():
+        _share_cores()
+        # DeepSpeed would compile a shared-memory all-reduce at every first start; only its
+        # inference path uses it, and a compilation that was killed leaves a lock that hangs.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def agree(problems: Problems) -> None:
+    """Raise on every rank if any rank has found a problem, with everybody's findings.
+
+    Raises:
+        ValueError: Lists each different problem once.
+    """
+    gathered: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(gathered, problems.lines)
+    problems.lines = list(dict.fromkeys(line for lines in gathered for line in lines))
+    problems.raise_if_any()
+
+
+def random_states() -> dict[str, Any]:
+    """This process's random states, in plain containers and tensors: they load with `weights_only`."""
+    name, keys, *rest = numpy.random.get_state()
+    states: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys.astype(numpy.int64)), *rest),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+        states["megatron"] = tensor_parallel.get_cuda_rng_tracker().get_states()
+    return states
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    """Go on with the random numbers that would have come after `random_states`."""
+    random.setstate(states["python"])
+    name, keys, *rest = states["numpy"]
+    numpy.random.set_state((name, keys.numpy().astype(numpy.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+        tensor_parallel.get_cuda_rng_tracker().set_states(states["megatron"])
+
+
+def _share_cores() -> None:
+    """Give each process its share of the cores; torch would give all of them to each."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+        # A container may own fewer cores than the machine has; only Linux tells.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, (cores or 1) // local))

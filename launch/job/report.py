@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run leaves behind for people: `loss.png`, `summary.json` and a table in the terminal."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display on a training machine
+
+import torch
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ds_blockwise.runs.run_file import RunConfig
+from job.process_groups import Processes
+from job.trainer import Progress
+
+ADAMW_STATE_BYTES = 8.0  # two fp32 moments for each parameter
+_VALIDATION_COLOUR = "#0b5394"
+_TRAIN_COLOUR = "#9fc5e8"
+_TYPE_COLOURS = {
+    "emb": "#1f77b4",
+    "head": "#17becf",
+    "qk": "#9467bd",
+    "ffn": "#2ca02c",
+    "vo": "#ff7f0e",
+    "norm": "#d62728",
+    "other": "#7f7f7f",
+}
+_TELEMETRY_TITLES = {
+    "lr": "effective learning rate",
+    "lr_multiplier": "multiplier",
+    "update_ratio": "RMS of update / RMS of parameters",
+    "grad_rms": "RMS of gradient (after clipping)",
+    "second_moment": "mean second moment",
+    "momentum_rms": "RMS of momentum",
+    "grad_norm": "gradient norm before clipping, whole model",
+    "clip_factor": "clipping factor, whole model",
+}
+_LINEAR = ("lr_multiplier", "clip_factor")
+_OF_THE_WHOLE_MODEL = ("grad_norm", "clip_factor")
+_PACKAGES = ("torch", "deepspeed", "megatron-core", "ds_blockwise", "tokenizers")
+
+
+def state_bytes_per_parameter(
+    optimizer: torch.optim.Optimizer,
+    model: torch.nn.Module,
+    processes: Processes,
+    *,
+    zero_stage: int,
+) -> float:
+    """Bytes of optimizer state for each parameter of one copy of the model, measured.
+
+    Args:
+        optimizer: The optimizer that holds the state (`engine.basic_optimizer`).
+        model: This rank's part of the model.
+        processes: Where this process stands; all must call.
+        zero_stage: At 0 every data-parallel rank holds a whole copy of the state.
+    """
+    held = sum(
+        _stored_bytes(value)
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    )
+    copies = processes.dp_size if zero_stage == 0 else 1
+    # Under ZeRO-3 a parameter's own storage is empty; its true size is `ds_numel`.
+    local = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    parameters = processes.sum_over_world(local) / processes.dp_size
+    return processes.sum_over_world(held) / copies / parameters
+
+
+def _stored_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor's storage; of a quantized one those of its parts, not of the type that it stands for."""
+    if is_traceable_wrapper_subclass(tensor):
+        return sum(_stored_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.numel() * tensor.element_size()
+
+
+def summarize(
+    run: RunConfig,
+    progress: Progress,
+    processes: Processes,
+    *,
+    optimizer: str,
+    zero_stage: int,
+    state_bytes: float,
+    config_sha256: str,
+) -> dict[str, Any]:
+    """The figures of a run, as they stand in `summary.json`."""
+    tokens = progress.step * run.tokens_per_step
+    initial, final = progress.validation_curve[0][1], progress.validation_curve[-1][1]
+    return {
+        "run": run.name,
+        "completed": progress.step == run.training.steps,
+        "optimizer": optimizer,
+        "zero_stage": zero_stage,
+        "processes": processes.world_size,
+        "data_parallel": processes.dp_size,
+        "tensor_parallel": run.parallel.tensor,
+        "parameters": run.shape.count_parameters(),
+        "steps": progress.step,
+        "tokens": tokens,
+        "initial_validation_loss": initial,
+        "final_validation_loss": final,
+        "validation_loss_fell_by": initial - final,
+        "final_train_loss": progress.train_curve[-1][1] if progress.train_curve else None,
+        "tokens_per_second": tokens / progress.train_seconds if progress.train_seconds else None,
+        "train_seconds": progress.train_seconds,
+        "wall_seconds": progress.wall_seconds,
+        "optimizer_state_bytes_per_parameter": state_bytes,
+        "adamw_state_bytes_per_parameter": ADAMW_STATE_BYTES,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        },
+        "config_sha256": config_sha256,
+    }
+
+
+def write_summary(summary: dict[str, Any], path: Path) -> None:
+    """Write the figures as JSON."""
+    path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+
+def table(summary: dict[str, Any], output: Path) -> str:
+    """The short table that ends a run."""
+    rate = summary["tokens_per_second"]
+    rows = [
+        ("optimizer", f"{summary['optimizer']}, ZeRO-{summary['zero_stage']}"),
+        (
+            "processes",
+            f"{summary['processes']} ({summary['data_parallel']} data-parallel x "
+            f"{summary['tensor_parallel']} tensor-parallel)",
+        ),
+        ("parameters", f"{summary['parameters']:,}"),
+        ("steps", f"{summary['steps']:,} ({summary['tokens']:,} tokens)"),
+        (
+            "validation loss",
+            f"{summary['initial_validation_loss']:.4f} -> {summary['final_validation_loss']:.4f} "
+            f"(fell by {summary['validation_loss_fell_by']:.4f} nats)",
+        ),
+        ("speed", f"{rate:,.0f} tokens/s" if rate else "no step in this run"),
+        ("wall time", f"{summary['wall_seconds']:.0f} s"),
+        (
+            "optimizer state",
+            f"{summary['optimizer_state_bytes_per_parameter']:.3f} bytes per parameter "
+            f"(AdamW: {ADAMW_STATE_BYTES:.1f})",
+        ),
+        ("written to", str(output)),
+    ]
+    return boxed(rows)
+
+
+def boxed(rows: list[tuple[str, str]]) -> str:
+    """Names and values in two columns between two rules."""
+    width = max(len(name) for name, _ in rows)
+    rule = "-" * (width + 2 + max(len(value) for _, value in rows))
+    lines = [f"{name:<{width}}  {value}" for name, value in rows]
+    return "\n".join([rule, *lines, rule])
+
+
+def plot_loss(run: RunConfig, progress: Progress, optimizer: str, path: Path) -> None:
+    """Draw both curves over optimizer steps, with tokens on a second axis.
+
+    Args:
+        run: For the title and the number of tokens in a step.
+        progress: The curves.
+        optimizer: Name for the title.
+        path: PNG file to write.
+    """
+    with loss_axes(path, progress.train_curve, progress.validation_curve) as axes:
+        _token_axis(axes, run.tokens_per_step)
+        millions = run.shape.count_parameters() / 1e6
+        axes.set_title(f"LLaMA {run.name}, {millions:,.2f}M parameters, {optimizer}")
+
+
+@contextmanager
+def loss_axes(path: Path, train: list[tuple[int, float]], validation: list[tuple[int, float]]) -> Iterator[Axes]:
+    """Axes with both curves over optimizer steps; the figure is written when the block ends.
+
+    Args:
+        path: PNG file to write.
+        train: (step, loss in nats per token); may be empty.
+        validation: Likewise, at least one point; the last is annotated.
+    """
+    figure, axes = pyplot.subplots(figsize=(8.0, 5.0), layout="constrained")
+    if train:
+        axes.plot(*zip(*train, strict=True), color=_TRAIN_COLOUR, label="training")
+    axes.plot(
+        *zip(*validation, strict=True),
+        color=_VALIDATION_COLOUR,
+        marker="o",
+        markersize=4,
+        label="validation",
+    )
+    step, loss = validation[-1]
+    axes.annotate(
+        f"{loss:.3f}",
+        (step, loss),
+        xytext=(0, 8),  # above: the training curve ends below
+        textcoords="offset points",
+        ha="right",
+        color=_VALIDATION_COLOUR,
+    )
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    yield axes
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def plot_telemetry(run: RunConfig, progress: Progress, path: Path) -> None:
+    """Draw every quantity that telemetry read over optimizer steps, a line per block type.
+
+    Args:
+        run: For the title.
+        progress: With at least one reading.
+        path: PNG file to write.
+    """
+    kinds = [kind for kind in _TYPE_COLOURS if kind in progress.telemetry[0][1]]
+    names = [name for name in _TELEMETRY_TITLES if any(name in values[kinds[0]] for _, values in progress.telemetry)]
+    rows = -(-len(names) // 2)
+    figure, grid = pyplot.subplots(
+        rows, 2, figsize=(10.0, 2.6 * rows), sharex=True, squeeze=False, layout="constrained"
+    )
+    for axes, name in zip(grid.flat, names, strict=False):
+        for kind in kinds:
+            points = [(step, values[kind][name]) for step, values in progress.telemetry if name in values[kind]]
+            axes.plot(*zip(*points, strict=True), color=_TYPE_COLOURS[kind], label=kind)
+            if name in _OF_THE_WHOLE_MODEL:
+                break
+        if name not in _LINEAR and any(value > 0 for line in axes.lines for value in line.get_ydata()):
+            axes.set_yscale("log")
+        axes.set_title(_TELEMETRY_TITLES[name], fontsize="medium")
+        axes.grid(alpha=0.3)
+    for axes in grid.flat[len(names) :]:
+        axes.set_visible(False)
+    for axes in grid[-1]:
+        axes.set_xlabel("optimizer step")
+    grid[0, 0].legend(ncols=2, fontsize="small")
+    figure.suptitle(f"LLaMA {run.name}, per block type")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _token_axis(axes: Axes, tokens_per_step: int) -> None:
+    scale = tokens_per_step / 1e6
+    second = axes.secondary_xaxis("top", functions=(lambda s: s * scale, lambda t: t / scale))
+    second.set_xlabel("tokens (millions)")

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder of a run: which checkpoint it would go on from, and whether it is still the same run.
+
+Everything here happens before the model is built; only rank 0 changes anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ds_blockwise.atomic_files import replace_text
+from ds_blockwise.checkpoint.folder import (
+    LATEST,
+    Checkpoint,
+    CheckpointError,
+    newest_complete,
+    partial_folders,
+    remove_checkpoint,
+    remove_unfinished,
+    resolve_tag,
+)
+from ds_blockwise.parallel.agree import is_first_rank
+from ds_blockwise.runs.run_file import RunConfig
+from ds_blockwise.runs.strict_files import Problems
+from job.process_groups import Processes
+
+logger = logging.getLogger(__name__)
+
+SHARPNESS_CSV = "sharpness.csv"
+FIGURES = ("sharpness.png", "sharpness_blocks.png")
+CHECKPOINTS = "checkpoints"  # below the run's output folder
+RUN_RECORD = "run.json"  # what a run was started with
+INIT_FROM = "init_from"  # key of the record: sums of the files that a run began with
+# A resumed run with another value of these would not be the same run: other data, other weights.
+_FIXED = ("model", "parallel", "processes", "data", "steps", "global_batch_size", "seed")
+_OF_TOPOLOGY = ("parallel", "processes")  # a portable checkpoint goes on under any
+# Nothing that a result depends on: changing these needs no mention.
+_UNIMPORTANT = ("keep_checkpoints", "checkpoint_interval", "sharpness_interval", "sharpness_batches")
+
+
+def checkpoints_of(run: RunConfig) -> Path:
+    """Folder of a run's checkpoints."""
+    return run.output / CHECKPOINTS
+
+
+def place_of(source: Path) -> tuple[Path, str | None]:
+    """Folder of checkpoints and tag for a path that is either such a folder or one checkpoint in it."""
+    is_folder = (source / LATEST).is_file() or newest_complete(source) is not None
+    return (source, None) if is_folder else (source.parent, source.name)
+
+
+def find_checkpoint(run: RunConfig, problems: Problems) -> Checkpoint | None:
+    """The checkpoint that a resumed run goes on from.
+
+    Args:
+        run: The run.
+        problems: Notes damage that leaves it open which checkpoint is meant.
+    """
+    folder = checkpoints_of(run)
+    try:
+        checkpoint = resolve_tag(folder)
+    except CheckpointError as error:
+        problems.add(run.file, "output", str(run.output), "a folder with a complete checkpoint", str(error))
+        return None
+    if checkpoint is None and (broken := _broken(folder)):
+        allowed = "a folder with a complete checkpoint, or with none at all"
+        remedy = f"{', '.join(broken)} in {folder}: restore the files, or delete the folder to start again"
+        problems.add(run.file, "output", str(run.output), allowed, remedy)
+    return checkpoint
+
+
+def _broken(folder: Path) -> list[str]:
+    unfinished = partial_folders(folder)
+    return [p.name for p in folder.iterdir() if p.is_dir() and p not in unfinished] if folder.is_dir() else []
+
+
+def check_output(
+    run: RunConfig,
+    record: dict[str, Any],
+    checkpoint: Checkpoint | None,
+    options: argparse.Namespace,
+    problems: Problems,
+) -> None:
+    """Check that a run may start in its folder, or go on there.
+
+    Args:
+        run: The run.
+        record: What decides its result; gets the earlier record's entry about where it began.
+        checkpoint: From `find_checkpoint`; None if none was asked for or there is none.
+        options: The command line.
+        problems: Notes checkpoints that would be lost, and entries that may not change.
+    """
+    if checkpoint is None:
+        if options.resume:
+            allowed = f"a folder with a checkpoint in {CHECKPOINTS}/"
+            remedy = "leave out --resume to start from the beginning"
+            problems.add(run.file, "output", str(run.output), allowed, remedy)
+        elif not (options.overwrite or options.auto_resume) and newest_complete(checkpoints_of(run)) is not None:
+            allowed = "a folder without checkpoints"
+            remedy = "pass --resume to go on from them, or --overwrite to delete them"
+            problems.add(run.file, "output", str(run.output), allowed, remedy)
+        return
+    before = _read_record(run, checkpoint, problems)
+    if before is None:
+        return
+    if INIT_FROM in before:
+        record[INIT_FROM] = before[INIT_FROM]
+    after = json.loads(json.dumps(record))
+    for key in sorted(before.keys() | after.keys()):
+        old, new = before.get(key), after.get(key)
+        if old == new or key in _UNIMPORTANT:
+            continue
+        if key in _FIXED and not (checkpoint.kind == "portable" and key in _OF_TOPOLOGY):
+            allowed = f"{old!r}, with which {checkpoint.folder} was written"
+            remedy = "set it back, or start a new run in another output folder"
+            if key in _OF_TOPOLOGY:
+                remedy += " from a portable checkpoint (ds-blockwise convert, then --resume there)"
+            problems.add(run.file, key, new, allowed, remedy)
+        elif is_first_rank():
+            logger.info("resuming with another %s: %s was %s", key, new, old)
+
+
+def _read_record(run: RunConfig, checkpoint: Checkpoint, problems: Problems) -> dict[str, Any] | None:
+    path = run.output / RUN_RECORD
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        if checkpoint.kind == "portable":
+            if is_first_rank():
+                logger.info("%s is missing: nobody checks that model, data, steps and seed are those of before", path)
+            return None
+        remedy = "restore it, or copy it from a run with the same files"
+    except ValueError as error:
+        remedy = f"{error}; restore it"
+    problems.add(path, "(the file)", None, f"the record of the run that wrote {checkpoint.folder}", remedy)
+    return None
+
+
+def check_source(init_from: str | None, record: dict[str, Any], problems: Problems) -> Path | None:
+    """Check the checkpoint that a new run begins with.
+
+    Args:
+        init_from: The option's value.
+        record: Gets the sums of its files.
+        problems: Notes a folder without a complete checkpoint.
+    """
+    if init_from is None:
+        return None
+    source = Path(init_from)
+    folder, tag = place_of(source)
+    try:
+        checkpoint = resolve_tag(folder, tag)
+        remedy = "give a folder of checkpoints, or one of them"
+    except CheckpointError as error:
+        checkpoint, remedy = None, str(error)
+    if checkpoint is None:
+        problems.add("--init-from", "FOLDER", init_from, "a folder with a complete checkpoint", remedy)
+        return None
+    listed = (checkpoint.manifest or {}).get("files", checkpoint.tag)
+    record[INIT_FROM] = hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
+    return source
+
+
+def prepare_output(run: RunConfig, record: dict[str, Any], processes: Processes, checkpoint: Checkpoint | None) -> None:
+    """Tidy the folder up, and say what was found in it; the first to change anything.
+
+    A new run starts with empty curves: monitors append to what they find.
+
+    Args:
+        run: The run.
+        record: What decides its result; written to the folder.
+        processes: Where this process stands; all must call.
+        checkpoint: Where the run goes on; None if it is a new one.
+
+    Raises:
+        CheckpointError: The processes found different checkpoints.
+    """
+    found: list[str | None] = [None] * processes.world_size
+    torch.distributed.all_gather_object(found, None if checkpoint is None else checkpoint.tag)
+    if len(set(found)) > 1:
+        raise CheckpointError(f"the processes found different checkpoints in {checkpoints_of(run)}: {found}")
+    if processes.rank == 0:
+        folder = checkpoints_of(run)
+        for note in remove_unfinished(folder):
+            logger.info("%s", note)
+        if checkpoint is None:
+            for name in (CHECKPOINTS, "csv", "tensorboard"):
+                shutil.rmtree(run.output / name, ignore_errors=True)
+            for name in ("loss.png", "telemetry.png", "summary.json", SHARPNESS_CSV, *FIGURES):
+                (run.output / name).unlink(missing_ok=True)
+            logger.info("starting from the beginning in %s", run.output)
+        else:
+            for note in checkpoint.notes:
+                logger.info("%s", note)
+            steps = (
+                "" if checkpoint.global_steps is None else f", {checkpoint.global_steps} of {run.training.steps} steps"
+            )
+            logger.info("resuming from %s%s", checkpoint.folder, steps)
+        run.output.mkdir(parents=True, exist_ok=True)
+        replace_text(run.output / RUN_RECORD, json.dumps(record, indent=2) + "\n")
+    torch.distributed.barrier()
+
+
+def remove_old(folder: Path, keep: int) -> None:
+    """Delete all but the newest ``keep`` checkpoints of a run; 0 keeps all. ``latest`` is never deleted."""
+    if keep == 0:
+        return
+    named = (folder / LATEST).read_text(encoding="utf-8").strip()
+    tags = sorted(p for p in folder.glob("step_*") if p.is_dir() and p not in partial_folders(folder))
+    for path in tags[:-keep]:
+        if path.name != named:
+            remove_checkpoint(path)

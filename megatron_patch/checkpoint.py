@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Megatron-core's optimizer wrappers with the state of our optimizers in their checkpoints.
+
+Every format looks as if AdamW had written it: ``exp_avg`` and ``exp_avg_sq`` with one value per element, ``step`` once.
+So AdamW's checkpoints load (Adam-mini takes the mean over each block), and ours load into AdamW. A load is a collective
+over the data-parallel and tensor-parallel ranks, as it is upstream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+from megatron.core.package_info import __version__ as MEGATRON_VERSION
+from torch import nn
+
+from ds_blockwise.checkpoint.record import FORMAT, KEY, VERSION, record_in, settings_of
+from ds_blockwise.optimizers.base import BlockwiseOptimizer
+from ds_blockwise.optimizers.foreign_state import FOR_ADAMW, group_to_load
+from ds_blockwise.parallel.agree import first_error
+
+_KIND = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")  # how Megatron-core tells groups apart
+
+
+def allocate_state(optimizer: BlockwiseOptimizer, config: object = None) -> None:
+    """Zeros for tensors without state; takes the place of a wrapper's ``init_state_fn``.
+
+    Args:
+        optimizer: with all its tensors bound.
+        config: the wrapper's; not used.
+    """
+    optimizer.allocate_state()
+
+
+def settings_record(optimizer: BlockwiseOptimizer) -> dict[str, Any]:
+    """What of `checkpoint.record` is the same on all ranks, so that a distributed checkpoint can hold it."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "optimizer": type(optimizer).__name__,
+        "shares_second_moment": bool(optimizer.shares_second_moment),
+        "settings": {**settings_of(optimizer), "layout": ""},  # each stage of a pipeline has its own layout
+    }
+
+
+def same_kinds(own: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether saved param groups are ours one by one, as far as Megatron-core can tell.
+
+    Its own search looks at four keys only, which groups that differ in their learning rates (``decoupled_lr``,
+    overrides of ``max_lr``) share: after a load, all would have the rates of the last of them.
+    """
+    return len(own) == len(saved) and all(_kind(a) == _kind(b) for a, b in zip(own, saved, strict=True))
+
+
+def _kind(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    # NeMo renames two of the keys
+    return tuple(group.get(key, group.get(f"pre_{key}")) for key in _KIND)
+
+
+def settle(leaf: Any) -> None:
+    """Bring loaded moments into the form that steps use; all ranks that share tensors with this one take part.
+
+    Args:
+        leaf: one of the wrappers below; `convert_` gave it ``reduction_groups``, those of all its bound tensors.
+    """
+    leaf.optimizer.settle(leaf.reduction_groups)
+
+
+def matching_groups(
+    current_groups: list[dict[str, Any]], state_dict_groups: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Saved param groups in the order of the current ones; see `same_kinds`."""
+    if same_kinds(current_groups, state_dict_groups):
+        return state_dict_groups
+    found = FP32Optimizer._filter_and_reorder_param_groups(current_groups, state_dict_groups)
+    return cast("list[dict[str, Any]]", found)
+
+
+# One base each: with a second one Python would not let a wrapper change its class in place.
+
+
+class BlockwiseFP32Optimizer(FP32Optimizer):  # type: ignore[misc]  # megatron has no types
+    """``FP32Optimizer`` that steps with one of our optimizers."""
+
+    _filter_and_reorder_param_groups = staticmethod(matching_groups)
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """See ``FP32Optimizer.sharded_state_dict``."""
+        sharded = cast("dict[str, Any]", super().sharded_state_dict(*args, **kwargs))
+        return {**sharded, KEY: settings_record(self.optimizer)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See ``FP32Optimizer.load_state_dict``.
+
+        Raises:
+            ValueError: see `ds_blockwise.optimizers.state_dict.StoredState.load_state_dict`.
+        """
+        super().load_state_dict(state_dict)
+        settle(self)
+
+    def restore_from_cpu(self) -> None:
+        """See ``MegatronOptimizer.restore_from_cpu``; it replaces the state tensors."""
+        super().restore_from_cpu()
+        settle(self)
+
+
+class BlockwiseFloat16Optimizer(Float16OptimizerWithFloat16Params):  # type: ignore[misc]  # megatron has no types
+    """``Float16OptimizerWithFloat16Params`` that steps with one of our optimizers."""
+
+    _filter_and_reorder_param_groups = staticmethod(matching_groups)
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """See ``Float16OptimizerWithFloat16Params.sharded_state_dict``."""
+        sharded = cast("dict[str, Any]", super().sharded_state_dict(*args, **kwargs))
+        sharded["optimizer"][KEY] = settings_record(self.optimizer)
+        return sharded
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See ``Float16OptimizerWithFloat16Params.load_state_dict``.
+
+        Raises:
+            ValueError: see `ds_blockwise.optimizers.state_dict.StoredState.load_state_dict`.
+        """
+        super().load_state_dict(state_dict)
+        settle(self)
+
+    def restore_from_cpu(self) -> None:
+        """See ``MegatronOptimizer.restore_from_cpu``; it replaces the state tensors."""
+        super().restore_from_cpu()
+        settle(self)
+
+
+class BlockwiseDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]  # megatron has no types
+    """``DistributedOptimizer`` that steps with one of our optimizers."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is not per element: param groups with ``step``, our settings, the gradient scaler.
+
+        The same keys as upstream, which reads ``step`` off tensors and only after a first step.
+
+        Raises:
+            ValueError: tensors have seen different numbers of steps, which the format cannot say.
+        """
+        optimizer = self.optimizer
+        steps = {int(state["step"]) for state in optimizer.state.values() if "step" in state}
+        if len(steps) > 1:
+            raise ValueError(
+                f"tensors of one optimizer have seen {sorted(steps)} steps; Megatron-core's checkpoints hold one "
+                f"number for all. Give every parameter a gradient in every step."
+            )
+        step = steps.pop() if steps else 0
+        groups = [
+            {**{key: value for key, value in group.items() if key != "params"}, **FOR_ADAMW, "step": step}
+            for group in optimizer.param_groups
+        ]
+        packed: dict[str, Any] = {"optimizer": {"param_groups": groups, KEY: settings_record(optimizer)}}
+        if self.grad_scaler:
+            packed["grad_scaler"] = self.grad_scaler.state_dict()
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See ``DistributedOptimizer.load_state_dict``; takes AdamW's checkpoints too.
+
+        Raises:
+            ValueError: the moments do not fit, or a later version of ds_blockwise wrote them.
+        """
+        optimizer, saved = self.optimizer, state_dict["optimizer"]
+        record = record_in(saved)
+        optimizer.allocate_state()  # upstream would make its own, uninitialised
+        in_order = same_kinds(optimizer.param_groups, saved["param_groups"])
+        super().load_state_dict(state_dict)
+        if in_order:
+            for index, (own, group) in enumerate(zip(optimizer.param_groups, saved["param_groups"], strict=True)):
+                own.update(group_to_load(group, own, index))
+        step = next((int(group["step"]) for group in saved["param_groups"] if "step" in group), 0)
+        for state in optimizer.state.values():
+            state["step"] = step
+        # upstream hands on neither the record nor, before its files are read, any moments
+        optimizer.load_run_state(None if record is None else record["settings"].get("run"), step)
+        settle(self)
+        optimizer.report_changes(record)
+
+    def load_parameter_state_from_dp_zero(
+        self, state_dict: dict[str, Any] | None, *, update_legacy_format: bool = False
+    ) -> None:
+        """See ``DistributedOptimizer.load_parameter_state_from_dp_zero``.
+
+        Raises:
+            ValueError: the checkpoint is of before February 2024, whose loader writes into state by itself.
+        """
+        if update_legacy_format:
+            raise ValueError(
+                "--ckpt-convert-update-legacy-dist-opt-format is not supported with ds_blockwise: convert the "
+                "checkpoint with the stock optimizer and load the result."
+            )
+        super().load_parameter_state_from_dp_zero(state_dict)
+        settle(self)
+
+    def restore_from_cpu(self) -> None:
+        """See ``MegatronOptimizer.restore_from_cpu``; it replaces the state tensors."""
+        super().restore_from_cpu()
+        settle(self)
+
+    def sharded_param_state_fully_reshardable(
+        self, model_sharded_state_dict: Any, is_loading: bool = False, metadata: Any = None
+    ) -> Any:
+        """See ``DistributedOptimizer.sharded_param_state_fully_reshardable``.
+
+        Raises:
+            ValueError: on every rank, if upstream mixed up parameters. It does where several buckets end in padding
+                (0.16 to 0.19), without a word.
+        """
+        state = super().sharded_param_state_fully_reshardable(model_sharded_state_dict, is_loading, metadata)
+        if is_loading:
+            return state
+        wrong = [] if state is None else list(self._misplaced(state))
+        message = None
+        if wrong:
+            message = (
+                f"megatron-core {MEGATRON_VERSION} would write other parameters' state as that of {wrong[0]!r} and "
+                f"{len(wrong) - 1} more: with several padded buckets its fully_reshardable format is wrong. Save with "
+                f"distrib_optim_sharding_type='dp_reshardable', or use one bucket "
+                f"(DistributedDataParallelConfig.bucket_size larger than the model)."
+            )
+        message = first_error(message)
+        if message is not None:
+            raise ValueError(message)
+        return state
+
+    def _misplaced(self, state: Mapping[int, Mapping[str, Any]]) -> Any:
+        index = 0
+        for buffer in self.buffers:
+            for param in buffer.param_index_map:
+                saved = state[index]["param"].data.flatten()
+                index += 1
+                if param in self.model_param_gbuf_map and (shard := self._shard_of(param)) is not None:
+                    start = self._get_model_param_range_map(param)["param"].start
+                    if not torch.equal(saved[start : start + shard.numel()].cpu(), shard.detach().float().cpu()):
+                        yield param.block_spec.fqn
+
+    def _shard_of(self, param: nn.Parameter) -> torch.Tensor | None:
+        position = self.model_param_group_index_map.get(param)
+        if position is None:
+            return None
+        group, place = position
+        return cast("torch.Tensor", self.optimizer.param_groups[group]["params"][place])
+
+    def _get_main_param_and_optimizer_states(self, model_param: nn.Parameter) -> dict[str, torch.Tensor]:
+        shard = self._shard_of(model_param)
+        assert shard is not None
+        return {"param": shard, **self.optimizer.per_element_state(shard)}
+
+    def _set_main_param_and_optimizer_states(
+        self, model_param: nn.Parameter, tensors: Mapping[str, torch.Tensor]
+    ) -> None:
+        shard = self._shard_of(model_param)
+        assert shard is not None
+        shard.detach().copy_(tensors["param"])
+        self.optimizer.set_per_element_state(shard, tensors["exp_avg"], tensors["exp_avg_sq"])
+
+
+#: the class that a wrapper gets
+CONVERTED: dict[type, type] = {
+    FP32Optimizer: BlockwiseFP32Optimizer,
+    Float16OptimizerWithFloat16Params: BlockwiseFloat16Optimizer,
+    DistributedOptimizer: BlockwiseDistributedOptimizer,
+}

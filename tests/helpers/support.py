@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`docs/support.md`: optimizer x host x parallelism, each cell with the tests that show it.
+
+What is claimed stands in `support_rows`; whether it holds comes from the outcomes of a test run: ``make support`` runs
+the suite and writes the page, and fails if a claimed test failed, was skipped or does not exist.
+"""
+
+from __future__ import annotations
+
+import datetime
+import fnmatch
+import importlib.metadata
+import os
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import pytest
+
+from tests.helpers import ROOT
+
+PAGE = ROOT / "docs" / "support.md"
+OPTIMIZERS = {"BlockwiseAdamW": "adamw", "BlockwiseAdamMini": "mini"}
+_PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers", "accelerate", "peft")
+
+
+@dataclass(frozen=True)
+class Works:
+    """Shown by tests: ``file.py::pattern``; ``{o}`` is adamw or mini, ``{O}`` the class. All that match must pass."""
+
+    tests: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """An error before the first step that contains ``says``; shown by tests."""
+
+    says: str
+    tests: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Untested:
+    """Nothing is claimed, for a reason."""
+
+    reason: str
+
+
+Cell = Works | Refused | Untested
+
+
+@dataclass(frozen=True)
+class Row:
+    """One combination; a cell for each optimizer, in the order of `OPTIMIZERS`."""
+
+    host: str
+    layout: str
+    cells: tuple[Cell, Cell]
+
+
+def works(host: str, layout: str, *tests: str) -> Row:
+    """Both optimizers work."""
+    return Row(host, layout, (Works(tests), Works(tests)))
+
+
+def refused(host: str, layout: str, says: str, *tests: str) -> Row:
+    """Both optimizers are refused."""
+    return Row(host, layout, (Refused(says, tests), Refused(says, tests)))
+
+
+def untested(host: str, layout: str, reason: str) -> Row:
+    """Neither was run."""
+    return Row(host, layout, (Untested(reason), Untested(reason)))
+
+
+def patterns_of(cell: Cell, optimizer: str) -> list[str]:
+    """The cell's test patterns for one optimizer."""
+    tests = () if isinstance(cell, Untested) else cell.tests
+    return [test.replace("{o}", OPTIMIZERS[optimizer]).replace("{O}", optimizer) for test in tests]
+
+
+class Outcomes:
+    """How each test of this session ended, by node id below ``tests/``."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, str] = {}
+
+    def note(self, report: pytest.TestReport) -> None:
+        """Keep the worst outcome of a test's phases; a skip counts as one that did not pass."""
+        name = report.nodeid.rpartition("tests/")[2]
+        if report.outcome != "passed" or report.when == "call":
+            self._of[name] = report.outcome if self._of.get(name, "passed") == "passed" else self._of[name]
+
+    def of(self, pattern: str) -> dict[str, str]:
+        """Outcomes of the tests that match; square brackets in a pattern are meant literally."""
+        literal = pattern.replace("[", "\0").replace("]", "[]]").replace("\0", "[[]")
+        return {name: outcome for name, outcome in self._of.items() if fnmatch.fnmatchcase(name, literal)}
+
+
+OUTCOMES = Outcomes()
+
+
+def write(rows: Iterable[Row]) -> list[str]:
+    """Write the page from this session's outcomes; returns what contradicts the claims (then nothing is written)."""
+    rows = list(rows)
+    problems, counts = [], {}
+    for row in rows:
+        for optimizer, cell in zip(OPTIMIZERS, row.cells, strict=True):
+            for pattern in patterns_of(cell, optimizer):
+                found = OUTCOMES.of(pattern)
+                counts[pattern] = len(found)
+                if not found:
+                    problems.append(f"{row.host}, {row.layout}: no test of this run matches {pattern}")
+                problems += [f"{row.host}, {row.layout}: {n} {o}" for n, o in found.items() if o != "passed"]
+    if not problems:
+        PAGE.write_text(page(rows, counts), encoding="utf-8")
+    return problems
+
+
+def page(rows: Iterable[Row], counts: Mapping[str, int]) -> str:
+    """The page's text.
+
+    Args:
+        rows: What is claimed.
+        counts: Number of passed tests by pattern.
+    """
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES)
+    today = datetime.date.today().isoformat()
+    lines = [
+        "# What works, what is refused, what is untested",
+        "",
+        "Written by `make support` from a run of the test suite, in which every test named here passed. *Works* means"
+        " values: updates divided by lr against an independent implementation on unsharded tensors, or bits where the"
+        " design says so. *Refused* is an error on every rank before the first step. `n` is the number of tests that"
+        " match the pattern behind it.",
+        "",
+        f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores, no GPU, Python"
+        f" {platform.python_version()}, {versions}, {today}. GPU, NCCL and fp16 on a GPU were not run.",
+    ]
+    host = None
+    for row in rows:
+        if row.host != host:
+            host = row.host
+            lines += ["", f"## {host}", "", "| | BlockwiseAdamW | BlockwiseAdamMini |", "|---|---|---|"]
+        texts = [_text(cell, o, counts) for o, cell in zip(OPTIMIZERS, row.cells, strict=True)]
+        lines.append(f"| {row.layout} | {texts[0]} | {texts[1]} |")
+    return "\n".join(lines) + "\n"
+
+
+def _text(cell: Cell, optimizer: str, counts: Mapping[str, int]) -> str:
+    shown = "<br>".join(f"`{p}` ({counts.get(p, 0)})" for p in patterns_of(cell, optimizer))
+    if isinstance(cell, Works):
+        return f"works<br>{shown}"
+    if isinstance(cell, Refused):
+        return f"refused: “{cell.says}”<br>{shown}"
+    return f"untested: {cell.reason}"

@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `docs/support.md` claims, row by row; see `support`."""
+
+from tests.helpers.support import Refused, Row, Untested, Works, refused, untested, works
+
+_NO_GPU = "needs a GPU; the tests are there (`make test-gpu`)"
+_AUTOTP = "hosts/deepspeed/test_autotp.py::test_autotp_trains_like_whole_tensors"
+_REFUSED = "hosts/deepspeed/test_bad_input.py::test_every_rank_gets_the_error_within_seconds"
+PLAIN = "PyTorch alone"
+DEEPSPEED = "DeepSpeed"
+MEGATRON_DEEPSPEED = "DeepSpeed with a Megatron-core model"
+AUTOTP = "DeepSpeed's AutoTP (Hugging Face models)"
+MOE = "DeepSpeed's MoE layers"
+ULYSSES = "Ulysses sequence parallelism (DeepSpeed)"
+PIPELINE = "DeepSpeed's PipelineModule"
+MEGATRON = "Megatron-core's own optimizers (`megatron_patch.convert_`)"
+TRAINER = "Hugging Face Trainer and Accelerate (with DeepSpeed)"
+KERNELS = "Kernels"
+
+ROWS: tuple[Row, ...] = (
+    works(PLAIN, "one process", "unit/optimizers/test_oracle.py::*", "unit/optimizers/test_base.py::*"),
+    works(PLAIN, "resume, AdamW's and Adam-mini's checkpoints", "unit/optimizers/test_state_dict.py::*"),
+    refused(
+        PLAIN,
+        "a model that was not tagged",
+        "call ds_blockwise.tag_parameters(model) before the first step",
+        "hosts/deepspeed/test_bad_input.py::test_an_untagged_model_is_refused_at_the_first_step",
+    ),
+    *(
+        works(
+            DEEPSPEED,
+            f"ZeRO-{stage}, fp32 and bf16, dp 1, 2 and 3",
+            f"hosts/deepspeed/test_parity.py::test_zero_stages[grid-z{stage}-*-{{o}}-*]",
+        )
+        for stage in range(4)
+    ),
+    works(
+        DEEPSPEED,
+        "ZeRO-1 with fp32 accumulation (`BF16_Optimizer`)",
+        "hosts/deepspeed/test_parity.py::test_partition_options[bf16_optimizer-*-{o}-*]",
+    ),
+    works(
+        DEEPSPEED,
+        "ZeRO-3 with sub-groups",
+        "hosts/deepspeed/test_parity.py::test_partition_options[sub_groups-*-{o}-*]",
+    ),
+    works(DEEPSPEED, "CPU offload, ZeRO-1, 2 and 3", "hosts/deepspeed/test_parity.py::*[*offload*-{o}-*]"),
+    Row(
+        DEEPSPEED,
+        "NVMe offload",
+        (
+            Untested("state has the parameters' shape, as the swapper needs, but nobody has run it"),
+            Refused("the swapper needs state in the shape of the parameters", (f"{_REFUSED}[nvme offload]",)),
+        ),
+    ),
+    *(
+        refused(DEEPSPEED, layout, says, f"{_REFUSED}[{case}]")
+        for layout, says, case in (
+            ("offload ratio below 1", "partial offload works with DeepSpeedCPUAdam only", "offload ratio"),
+            ("SuperOffload", "it steps the offloaded parameters with DeepSpeedCPUAdam", "super offload"),
+            ("ZenFlow", "it updates selected columns with an AdamW of its own", "zenflow"),
+            ("16-bit master weights", "the master weights are updated in fp32", "bf16 master weights"),
+            ("elastic checkpoints", "it cuts state tensors by the padding", "elastic checkpoint"),
+        )
+    ),
+    untested(DEEPSPEED, "fp16", _NO_GPU),
+    works(DEEPSPEED, "resume at the same topology, bitwise", "hosts/deepspeed/test_resume.py::*"),
+    works(DEEPSPEED, "checkpoints at another topology", "hosts/deepspeed/test_reshard.py::*"),
+    works(
+        MEGATRON_DEEPSPEED,
+        "tensor parallelism 2, ZeRO-0 to 3",
+        "hosts/deepspeed/test_tensor_parallel.py::*[fed-gqa-*-{o}-tp2-*]",
+    ),
+    works(
+        MEGATRON_DEEPSPEED,
+        "experts, each rank holding all",
+        "hosts/deepspeed/test_pipeline.py::test_experts_of_megatron[experts-z1-{o}-dp2]",
+    ),
+    refused(
+        MEGATRON_DEEPSPEED,
+        "expert parallelism",
+        "expert parallelism of Megatron-core",
+        "hosts/deepspeed/test_pipeline.py::test_experts_of_megatron[experts-z1-{o}-dp2]",
+    ),
+    works(
+        TRAINER,
+        "Trainer, `auto` values, against a plain loop",
+        "hosts/huggingface/test_trainer.py::*plain_loop-{O}-whole*",
+    ),
+    works(TRAINER, "Trainer, resume, bitwise", "hosts/huggingface/test_trainer.py::*resumes_bitwise-{O}-whole*"),
+    Row(
+        TRAINER,
+        "Trainer with AutoTP, resume",
+        (
+            Untested("BlockwiseAdamMini's case stands for both"),
+            Works(("hosts/huggingface/test_trainer.py::*resumes_bitwise-{O}-autotp*",)),
+        ),
+    ),
+    works(TRAINER, "PEFT (LoRA), frozen base", "hosts/huggingface/test_trainer.py::*plain_loop-{O}-lora*"),
+    works(
+        TRAINER,
+        "`torch.compile`, before and after `initialize`",
+        "hosts/huggingface/test_trainer.py::*compiled_engines-{O}*",
+    ),
+    Row(
+        TRAINER,
+        "a client optimizer under offload",
+        (Refused("was replaced by", ("hosts/huggingface/test_trainer.py::*accelerate_replaces*",)),) * 2,
+    ),
+    Row(
+        TRAINER,
+        'the same with `"zero_force_ds_cpu_optimizer": false`, or named in the JSON',
+        (Works(("hosts/huggingface/test_trainer.py::*accelerate_keeps*",)),) * 2,
+    ),
+    *(
+        works(
+            AUTOTP,
+            f"ZeRO-{stage}, tensor parallelism 2, fp32 and bf16",
+            f"hosts/deepspeed/test_autotp.py::test_autotp_trains_like_whole_tensors[values-qwen3-z{stage}-*-{{o}}-*]",
+        )
+        for stage in range(4)
+    ),
+    works(
+        AUTOTP,
+        "real batches, against one rank",
+        "hosts/deepspeed/test_autotp_use.py::test_autotp_trains_like_one_rank[end_to_end-*-{o}]",
+    ),
+    works(AUTOTP, "resume, bitwise", "hosts/deepspeed/test_autotp_use.py::test_resume_is_bitwise[resume-*-{o}]"),
+    works(
+        AUTOTP,
+        "checkpoints at another tensor-parallel size",
+        "hosts/deepspeed/test_autotp_use.py::test_checkpoints_move_between_sizes[move-*-{o}-*]",
+    ),
+    Row(
+        AUTOTP,
+        "fused weights, uneven heads, biases, fewer KV heads than ranks",
+        (
+            Works(tuple(f"{_AUTOTP}[values-{m}-*-adamw-*]" for m in ("neox", "glm", "mqa"))),
+            Works(tuple(f"{_AUTOTP}[values-{m}-*-mini-*]" for m in ("neox", "glm", "mqa", "thirds", "qwen2"))),
+        ),
+    ),
+    refused(
+        AUTOTP,
+        "norms of heads whose gradients AutoTP would not sum",
+        "norms of attention heads, which every tensor-parallel rank holds whole",
+        "hosts/deepspeed/test_autotp_use.py::test_what_autotp_gets_wrong_is_refused[refused-head_norms]",
+    ),
+    *(
+        works(
+            MOE,
+            f"ZeRO-{stage}, expert parallelism 2",
+            f"hosts/deepspeed/test_experts.py::test_experts_train_like_whole_tensors[values-split-z{stage}-*-{{o}}-ep2-*]",
+        )
+        for stage in range(3)
+    ),
+    works(
+        MOE,
+        "resume, bitwise",
+        "hosts/deepspeed/test_experts.py::test_resume_is_bitwise_and_convert_is_refused[resume-*-{o}-*]",
+    ),
+    refused(
+        MOE,
+        "ZeRO-3",
+        "DeepSpeed's MoE layers cannot be trained at ZeRO stage 3",
+        "hosts/deepspeed/test_experts.py::test_what_cannot_train_is_refused[refused-split-z3-*]",
+    ),
+    refused(
+        MOE,
+        "`ds-blockwise convert`",
+        "run with experts (DeepSpeed's MoE)",
+        "hosts/deepspeed/test_experts.py::test_resume_is_bitwise_and_convert_is_refused*",
+    ),
+    *(
+        works(
+            ULYSSES,
+            f"ZeRO-{stage}, sequence parallelism 2",
+            f"hosts/deepspeed/test_ulysses.py::test_sequence_parallel_values[fed-z{stage}-*-{{o}}-sp2-*]",
+        )
+        for stage in range(4)
+    ),
+    works(
+        ULYSSES,
+        "half a sequence per rank, against whole ones",
+        "hosts/deepspeed/test_ulysses.py::test_half_a_sequence_per_rank_trains_like_whole_ones[end_to_end-*-{o}-*]",
+    ),
+    refused(
+        ULYSSES,
+        "sequence ranks that do not share gradients",
+        "DeepSpeed then averages gradients over ranks",
+        "hosts/deepspeed/test_ulysses.py::test_what_does_not_share_gradients_is_refused*",
+    ),
+    works(
+        PIPELINE,
+        "2 stages: ZeRO-0 fp32 and bf16, ZeRO-1, `BF16_Optimizer`",
+        "hosts/deepspeed/test_pipeline.py::test_values_of_a_pipeline[values-*-{o}-pp2-dp1]",
+    ),
+    works(
+        PIPELINE, "2 stages x dp 2", "hosts/deepspeed/test_pipeline.py::test_values_of_a_pipeline[values-*-{o}-pp2-dp2]"
+    ),
+    works(
+        PIPELINE,
+        "tied embeddings, copies bit-identical after 24 steps",
+        "hosts/deepspeed/test_pipeline.py::test_training_keeps_tied_copies_alike[training-*-{o}-*]",
+    ),
+    works(
+        PIPELINE,
+        "2 stages x tensor parallelism 2",
+        "hosts/deepspeed/test_pipeline.py::test_tensor_parallel_layers_in_a_pipeline[grid-{o}-tp2-pp2]",
+    ),
+    works(
+        PIPELINE,
+        "save, resume bitwise",
+        "hosts/deepspeed/test_pipeline.py::test_checkpoints_of_a_pipeline[checkpoint-*-{o}-*]",
+    ),
+    refused(
+        PIPELINE,
+        "ZeRO-2, ZeRO-3",
+        "DeepSpeed's pipeline engine works with ZeRO stage 0 and 1 only",
+        "hosts/deepspeed/test_pipeline.py::test_what_stages_must_agree_on[stages-pp2-dp1]",
+    ),
+    refused(
+        PIPELINE,
+        "tied weights that stages would step differently",
+        "would be stepped differently and drift apart",
+        "hosts/deepspeed/test_pipeline.py::test_what_stages_must_agree_on[tied-pp2-dp1]",
+    ),
+    refused(
+        PIPELINE,
+        "`ds-blockwise convert`",
+        "pipeline-parallel run (PipelineModule)",
+        "hosts/deepspeed/test_pipeline.py::test_checkpoints_of_a_pipeline*",
+    ),
+    untested(PIPELINE, "CPU offload, fp16, more than 2 stages", "no case"),
+    works(
+        MEGATRON,
+        "`FP32Optimizer`, `Float16Optimizer`, dp 2",
+        "hosts/megatron/test_optimizer.py::test_values[values-plain-*-{o}-tp1-pp1-dp2]",
+    ),
+    works(
+        MEGATRON,
+        "`DistributedOptimizer`, dp 2",
+        "hosts/megatron/test_optimizer.py::test_values[values-distributed-*-{o}-*]",
+    ),
+    Row(
+        MEGATRON,
+        "one query group, tensor parallelism 1, 2 and 4",
+        (
+            Untested("no case of its own; its update is element-wise"),
+            Works(("hosts/megatron/test_experts.py::test_one_query_group*",)),
+        ),
+    ),
+    works(
+        MEGATRON,
+        "pipeline parallelism 2, tied embeddings",
+        "hosts/megatron/test_optimizer.py::test_tied_embeddings_on_two_stages[pipeline-*-{o}-*]",
+    ),
+    works(
+        MEGATRON,
+        "pipeline parallelism 2, multi-token prediction",
+        "hosts/megatron/test_experts.py::test_copies_of_the_embedding[mtp-*-{o}-*]",
+    ),
+    works(
+        MEGATRON,
+        "virtual pipeline stages",
+        "hosts/megatron/test_experts.py::test_copies_of_the_embedding[virtual-*-{o}-*]",
+    ),
+    works(MEGATRON, "expert parallelism 2", "hosts/megatron/test_experts.py::test_experts[experts-*-{o}-ep2-*]"),
+    Row(
+        MEGATRON,
+        "expert tensor parallelism 2",
+        (
+            Untested("no case of its own; its update is element-wise"),
+            Works(("hosts/megatron/test_experts.py::*etp2*",)),
+        ),
+    ),
+    works(
+        MEGATRON,
+        "context parallelism 2 (gradients fed: Megatron-core's CPU attention has none)",
+        "hosts/megatron/test_experts.py::test_context_parallel_ranks_share_shards[context-*-{o}-*]",
+    ),
+    works(
+        MEGATRON,
+        "checkpoints: dp_reshardable, fully_reshardable, torch",
+        "hosts/megatron/test_checkpoint.py::test_a_resumed_run_goes_on_exactly[resume-*-{o}-*]",
+    ),
+    untested(MEGATRON, "alltoall dispatcher, grouped experts", "need CUDA streams, Transformer Engine or grouped_gemm"),
+    untested(MEGATRON, "Transformer Engine layers", "need a GPU; tags and shards are tested on stand-ins"),
+    refused(
+        MEGATRON,
+        "precision-aware optimizer",
+        "use_precision_aware_optimizer",
+        "hosts/megatron/test_refusals.py::test_refused_on_every_rank[precision_aware]",
+    ),
+    refused(
+        MEGATRON,
+        "CPU offload",
+        "optimizer_cpu_offload",
+        "hosts/megatron/test_refusals.py::test_refused_on_every_rank[cpu_offload]",
+    ),
+    refused(MEGATRON, "Megatron-FSDP", "FSDP", "hosts/megatron/test_refusals.py::test_refused_on_every_rank[fsdp]"),
+    works(KERNELS, "C++ (CPU)", "unit/kernels/test_base.py::*[cpp-*", "unit/kernels/test_cpp.py::*"),
+    works(
+        KERNELS, "Triton, in its interpreter", "unit/kernels/test_base.py::*[triton-*", "unit/kernels/test_triton.py::*"
+    ),
+    untested(KERNELS, "Triton, on a GPU", _NO_GPU),
+    Row(
+        KERNELS,
+        "NVIDIA apex, Transformer Engine",
+        (
+            Works(("unit/kernels/test_nvidia_fused.py::test_slices_make_the_steps_of_the_reference*",)),
+            Refused(
+                "keeps one second moment per element",
+                ("unit/kernels/test_nvidia_fused.py::test_adam_mini_is_refused*",),
+            ),
+        ),
+    ),
+)

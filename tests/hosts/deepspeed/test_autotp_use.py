@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user does with an AutoTP model besides a step: check it, save it, move it, get it wrong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.helpers.deepspeed.autotp_engines import Case, engine_of, feed
+from tests.helpers.deepspeed.autotp_models import cut
+from tests.helpers.deepspeed.engine_cases import LR
+from tests.helpers.deepspeed.engine_checks import check_counters
+from tests.helpers.deepspeed.engines import DTYPES, masters, model_weights, prepare_deepspeed
+from tests.helpers.deepspeed.reshard import largest_difference, whole_state
+from tests.helpers.distributed import Outcome, RankContext, fleet_outcome, passes
+from tests.helpers.models import GradientPlan
+from tests.helpers.oracle import assert_same_update
+
+_MISSING = [name for name in ("deepspeed", "transformers") if find_spec(name) is None]
+pytestmark = pytest.mark.skipif(bool(_MISSING), reason="needs deepspeed and transformers")
+
+
+@dataclass(frozen=True)
+class Use:
+    """A case and what is done with it.
+
+    Attributes:
+        what: name of the function of this file that does it.
+        case: the engine.
+        target: a second engine, for moved checkpoints.
+        expected: what must be in the error.
+    """
+
+    what: str
+    case: Case
+    target: Case | None = None
+    expected: tuple[str, ...] = field(default=())
+
+
+def run_use(context: RankContext, use: Use) -> None:
+    """Entry of every rank."""
+    prepare_deepspeed()
+    import ds_blockwise  # noqa: F401 - registers the optimizers
+
+    globals()[use.what](context, use)
+
+
+# ----------------------------------------------------------------------------------- end to end
+
+
+def trains_like_one_rank(context: RankContext, use: Use) -> None:
+    """The same batches through one rank and through AutoTP, forward and backward by the model itself."""
+    whole = _train(context, replace(use.case, tp=1))
+    parts = _train(context, use.case)
+    for step, ((was, now), (part_was, part_now)) in enumerate(zip(whole, parts, strict=True)):
+
+        def held(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+            found = {n: cut(use.case.model, n, w, context.rank % 2) for n, w in weights.items()}
+            return {n: w for n, w in found.items() if w.numel()}
+
+        # 1e-4: matrix products add up in another order; an element far below eps keeps that noise below eps
+        assert_same_update((part_was, part_now), (held(was), held(now)), LR, tolerance=1e-4, what=f"step {step}")
+
+
+def _train(context: RankContext, case: Case) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    history = []
+    with engine_of(context, case, feed=False) as run:
+        now = _held(run)
+        for step in range(case.steps):
+            tokens = torch.randint(1, 37, (2, 9), generator=torch.Generator().manual_seed(step))
+            run.engine.backward(run.engine(input_ids=tokens, labels=tokens).loss)
+            run.engine.step()
+            before, now = now, _held(run)
+            history.append((before, now))
+            check_counters(run, step + 1)
+    return history
+
+
+def _held(run: SimpleNamespace) -> dict[str, Tensor]:
+    return {name: weight for name, weight in masters(run).items() if weight.numel()}
+
+
+def layout_is_verified(context: RankContext, use: Use) -> None:
+    """verify_layout runs the split model, and still notices a wrong layout."""
+    from ds_blockwise import verify_layout
+
+    with engine_of(context, use.case, feed=False) as run:
+        found = verify_layout(run.engine.module)
+        assert found.num_checks > 0 and any("query_key_value" in name for name in found.parameters)
+        wrong = [{"match": "query_key_value", "role": "qkv", "layout": "concat", "num_heads": 4, "num_kv_heads": 4}]
+        with pytest.raises(ValueError, match="Say how it is split"):
+            verify_layout(run.engine.module, rules=wrong)
+
+
+# ---------------------------------------------------------------------------------- checkpoints
+
+
+def _shared_folder(context: RankContext, name: str) -> Path:
+    folder = context.tmp_path / name
+    if context.rank == 0:
+        folder.mkdir()
+    dist.barrier()
+    return folder
+
+
+def resumes_bitwise(context: RankContext, use: Use) -> None:
+    plan = GradientPlan(context.world_size // use.case.tp, 1, DTYPES[use.case.dtype])
+    folder = _shared_folder(context, f"resume-{use.case.model}-{use.case.stage}-{use.case.optimizer}")
+    with engine_of(context, use.case) as run:
+        for step in range(2):
+            feed(run, plan, step)
+        run.engine.save_checkpoint(str(folder), tag="saved")
+        feed(run, plan, 2)
+        wanted = masters(run)
+    with engine_of(context, use.case) as run:
+        path, _ = run.engine.load_checkpoint(str(folder))
+        assert path is not None
+        feed(run, plan, 2)
+        found = masters(run)
+        different = [name for name in wanted if not torch.equal(found[name], wanted[name])]
+        assert found.keys() == wanted.keys() and not different, different
+
+
+def moves_to_another_size(context: RankContext, use: Use) -> None:
+    """`ds-blockwise convert`, then an engine of another tensor-parallel size with the very same state."""
+    from ds_blockwise.checkpoint.inspect import convert_checkpoint, describe_checkpoint
+
+    assert use.target is not None
+    plan = GradientPlan(context.world_size // use.case.tp, 1, DTYPES[use.case.dtype])
+    folder = _shared_folder(
+        context, f"move-{use.case.model}-{use.case.stage}-{use.target.tp}-{use.case.dtype}-{use.case.zero_init}"
+    )
+    with engine_of(context, use.case) as run:
+        for step in range(2):
+            feed(run, plan, step)
+        run.engine.save_checkpoint(str(folder / "own"), tag="saved")
+        saved = whole_state(run)
+    if context.rank == 0:
+        assert describe_checkpoint(folder / "own")["problems"] == []
+        _, notes = convert_checkpoint(folder / "own", folder / "portable")
+        assert not notes, notes
+    dist.barrier()
+    with engine_of(context, use.target) as run:
+        path, _ = run.engine.load_checkpoint(str(folder / "portable"))
+        assert path is not None
+        loaded = whole_state(run)
+        assert largest_difference(loaded, saved, "weights", "exp_avg", "exp_avg_sq") == 0.0
+        for name, weight in model_weights(run).items():
+            expected = run.cut(name, loaded["weights"][name], run.tp_rank)
+            assert torch.equal(weight, expected.to(weight.dtype)), name
+
+
+def universal_keeps_its_information(context: RankContext, use: Use) -> None:
+    """DeepSpeed's converter needs AutoTP's own description of the shards; ours must not take its place."""
+    plan = GradientPlan(1, 1)
+    with engine_of(context, use.case) as run, TemporaryDirectory() as folder:
+        feed(run, plan, 0)
+        own = run.engine.module.universal_checkpoint_info
+        shared: list[Any] = [folder]
+        dist.broadcast_object_list(shared, 0)
+        run.engine.save_checkpoint(shared[0], tag="saved")
+        dist.barrier()
+        saved = torch.load(Path(shared[0]) / "saved" / "mp_rank_00_model_states.pt", weights_only=False)
+        said = saved["universal_checkpoint_info"]
+        reasons = said["autotp_unsupported_parameter_patterns"]
+        assert {**said, "autotp_unsupported_parameter_patterns": {}} == {
+            **own,
+            "autotp_unsupported_parameter_patterns": {},
+        }
+        assert use.expected == tuple(reason.partition(":")[0] for reason in reasons.values())
+        dist.barrier()
+
+
+# -------------------------------------------------------------------------------------- refusals
+
+
+def is_refused(context: RankContext, use: Use) -> None:
+    """On every rank, before the first step."""
+    with pytest.raises(ValueError) as caught, engine_of(context, use.case):
+        pass
+    for text in use.expected:
+        assert text in str(caught.value), f"{text!r} is not in {caught.value}"
+
+
+def _uses() -> dict[str, tuple[int, Use]]:
+    table = {
+        f"end_to_end-{model}-z{stage}-{optimizer}": Use(
+            "trains_like_one_rank",
+            Case(optimizer, stage, model=model, params={"eps": 1e-3} if optimizer == "adamw" else {}),
+        )
+        for model, stage, optimizer in (
+            ("even", 0, "mini"),
+            ("qwen3", 1, "mini"),
+            ("qwen2", 2, "adamw"),
+            ("mqa", 1, "mini"),
+            ("glm", 3, "mini"),
+        )
+    }
+    table["verify-neox"] = Use("layout_is_verified", Case(model="neox"))
+    table["verify-counting"] = Use("layout_is_verified", Case(model="counting"))
+    for stage, model, optimizer in (
+        (0, "qwen3", "mini"),
+        (1, "mqa", "mini"),
+        (2, "even", "adamw"),
+        (3, "qwen2", "mini"),
+    ):
+        table[f"resume-{model}-z{stage}-{optimizer}"] = Use("resumes_bitwise", Case(optimizer, stage, model=model))
+        for tp in (1, 2):
+            target = Case(optimizer, 3 if stage == 2 else 2, model=model, tp=tp)
+            use = Use("moves_to_another_size", Case(optimizer, stage, model=model), target)
+            if tp == 1 or stage in (0, 2):
+                table[f"move-{model}-z{stage}-{optimizer}-tp{tp}"] = use
+    table["move-mqa-z0-bf16"] = Use(
+        "moves_to_another_size", Case("mini", 0, "bf16", "mqa"), Case("mini", 1, "bf16", "mqa", tp=1)
+    )
+    table["move-even-z3-zero_init"] = Use(
+        "moves_to_another_size",
+        Case("mini", 3, model="even", zero_init=True),
+        Case("mini", 2, model="even", tp=1),
+    )
+    glm = Case("mini", 1, model="glm")
+    table["move-glm-z1-mini-tp1"] = Use("moves_to_another_size", glm, replace(glm, stage=2, tp=1))
+    table["universal-plain"] = Use("universal_keeps_its_information", Case(model="even"))
+    table["universal-compact"] = Use(
+        "universal_keeps_its_information",
+        Case(model="even", params={"checkpoint_format": "compact"}),
+        expected=("compact",),
+    )
+    refused = {
+        "head_norms": (Case(model="unsummed"), ("q_norm.weight", "drift apart", '"grad_allreduce": true')),
+        "persimmon": (Case(model="persimmon"), ("query_key_value.weight", "does not compute attention")),
+        "nothing_split": (Case(model="nothing"), ("no parameter is known to be split", "partition_config")),
+        "empty_z3": (Case(stage=3, model="mqa"), ("self_attn.q_proj.weight", "ZeRO stage 2")),
+        "clip_z0": (Case(stage=0, dtype="bf16", clip=1.0), ("gradient_clipping", "ZeRO stage 1")),
+    }
+    table |= {f"refused-{name}": Use("is_refused", case, expected=texts) for name, (case, texts) in refused.items()}
+    return {name: (2, use) for name, use in table.items()}
+
+
+USES = _uses()
+
+
+@pytest.fixture(scope="module")
+def outcome(request: pytest.FixtureRequest) -> Outcome:
+    return fleet_outcome(request, run_use, USES, per_spawn=40)
+
+
+def _names(kind: str) -> list[str]:
+    return [name for name in USES if name.startswith(kind)]
+
+
+@pytest.mark.parametrize("name", _names("end_to_end"))
+def test_autotp_trains_like_one_rank(outcome: Outcome, name: str) -> None:
+    """Setting autotp_size would change the trained model."""
+    passes(outcome, name)
+
+
+@pytest.mark.parametrize("name", _names("verify"))
+def test_verify_layout_runs_a_split_model(outcome: Outcome, name: str) -> None:
+    """A fused weight of a custom model could not be checked where it is trained."""
+    passes(outcome, name)
+
+
+@pytest.mark.parametrize("name", _names("resume"))
+def test_resume_is_bitwise(outcome: Outcome, name: str) -> None:
+    """A run that was interrupted would end elsewhere."""
+    passes(outcome, name)
+
+
+@pytest.mark.parametrize("name", _names("move"))
+def test_checkpoints_move_between_sizes(outcome: Outcome, name: str) -> None:
+    """Shards of uneven, fused or empty weights would be put together in the wrong order."""
+    passes(outcome, name)
+
+
+@pytest.mark.parametrize("name", _names("universal"))
+def test_universal_checkpoints_keep_autotp_s_information(outcome: Outcome, name: str) -> None:
+    """DeepSpeed's converter would join shards by other patterns than AutoTP cut them by."""
+    passes(outcome, name)
+
+
+@pytest.mark.parametrize("name", _names("refused"))
+def test_what_autotp_gets_wrong_is_refused(outcome: Outcome, name: str) -> None:
+    """Copies that drift apart and heads that are cut in two train without an error and without a sign."""
+    passes(outcome, name)

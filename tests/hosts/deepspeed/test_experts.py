@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DeepSpeed's MoE layers: experts that other ranks do not have, against all experts on whole tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from itertools import product
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from tests.helpers import models
+from tests.helpers.deepspeed.engine_cases import BETAS, EPS, FULL_NAME, LR, LR_FACTORS, WEIGHT_DECAY
+from tests.helpers.deepspeed.engine_checks import check_counters
+from tests.helpers.deepspeed.engines import DTYPES, engine_config, masters, open_engine, prepare_deepspeed
+from tests.helpers.deepspeed.expert_models import EXPERTS, build, classes_of, set_small_weights, whole_name
+from tests.helpers.distributed import Outcome, RankContext, fleet_outcome, passes
+from tests.helpers.models import Feed, GradientPlan
+from tests.helpers.oracle import Hyper, Oracle, assert_same_update
+
+pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
+
+Groups = Callable[[nn.Module], list[dict[str, Any]]]
+
+
+def _split(model: nn.Module) -> list[dict[str, Any]]:
+    """As DeepSpeed's tutorial does it."""
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+
+    group = {"params": list(model.parameters()), "name": "parameters"}
+    return split_params_into_different_moe_groups_for_optimizer(group)
+
+
+def _small_groups(model: nn.Module) -> list[dict[str, Any]]:
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+
+    group = {"params": list(model.parameters()), "name": "parameters"}
+    return split_params_into_different_moe_groups_for_optimizer(group, max_group_size=3000)
+
+
+def _unsplit(model: nn.Module) -> list[dict[str, Any]]:
+    return [{"params": list(model.parameters())}]
+
+
+def _marked_dense(model: nn.Module) -> list[dict[str, Any]]:
+    return [{"params": list(model.parameters()), "name": "parameters", "moe": False}]
+
+
+GROUPS: dict[str, Groups | None] = {
+    "list": None,
+    "split": _split,
+    "small": _small_groups,
+    "unsplit": _unsplit,
+    "dense": _marked_dense,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model with experts on ``ep`` of the ranks."""
+
+    optimizer: str = "mini"
+    stage: int = 1
+    dtype: str = "fp32"
+    ep: int = 2
+    groups: str = "split"
+    steps: int = 3
+    residual: bool = False
+    what: str = "trains"
+    config: dict[str, Any] = field(default_factory=dict)
+    oracle_multipliers: dict[str, float] = field(default_factory=dict)
+    expected: tuple[str, ...] = ()
+
+
+@contextmanager
+def engine_of(context: RankContext, case: Case) -> Iterator[SimpleNamespace]:
+    from deepspeed.utils import groups
+
+    params = {"lr": LR, "betas": list(BETAS), "eps": EPS, "weight_decay": WEIGHT_DECAY, "backend": "cpp"}
+    config = engine_config(FULL_NAME[case.optimizer], stage=case.stage, dtype=case.dtype, params=params, **case.config)
+    ep_rank = context.rank % case.ep
+
+    def make() -> nn.Module:
+        model = build(case.ep, residual=case.residual)
+        set_small_weights(model, case.ep, ep_rank)
+        return model
+
+    try:
+        with open_engine(config, make, groups=GROUPS[case.groups], feed=False) as run:
+            run.names = {id(p): n for n, p in run.model.named_parameters()}
+            run.feed = Feed(run.model)
+            run.ep_rank, run.expert_dp_rank = ep_rank, context.rank // case.ep
+            run.whole = {n: whole_name(n, case.ep, ep_rank) for n in run.names.values()}
+            yield run
+    finally:
+        for name in ("_EXPERT_PARALLEL_GROUP", "_EXPERT_DATA_PARALLEL_GROUP"):
+            getattr(groups, name).clear()
+
+
+def plans(context: RankContext, case: Case) -> tuple[GradientPlan, GradientPlan]:
+    """Of the parameters that every rank has, and of experts."""
+    dtype = DTYPES[case.dtype]
+    return GradientPlan(context.world_size, 1, dtype), GradientPlan(context.world_size // case.ep, 1, dtype)
+
+
+def is_expert(name: str) -> bool:
+    return "deepspeed_experts" in name
+
+
+def feed(run: SimpleNamespace, context: RankContext, case: Case, step: int) -> None:
+    dense, expert = plans(context, case)
+    shapes = {n: tuple(p.shape) for n, p in run.model.named_parameters()}
+    run.feed.gradients = {
+        n: expert.share(run.whole[n], s, step, run.expert_dp_rank)
+        if is_expert(n)
+        else dense.share(n, s, step, context.rank)
+        for n, s in shapes.items()
+    }
+    run.engine.backward(run.engine())
+    run.engine.step()
+
+
+def run_case(context: RankContext, case: Case) -> None:
+    """Entry of every rank."""
+    prepare_deepspeed()
+    import ds_blockwise  # noqa: F401 - registers the optimizers
+
+    globals()[f"check_{case.what}"](context, case)
+
+
+# ------------------------------------------------------------------------------------- the checks
+
+
+def check_trains(context: RankContext, case: Case) -> None:
+    dense, expert = plans(context, case)
+    with engine_of(context, case) as run:
+        marks = [(g.get("name"), g.get("moe", False)) for g in run.engine.basic_optimizer.param_groups]
+        assert any(moe for _, moe in marks) and not all(moe for _, moe in marks), marks
+        everyone: list[Any] = [None] * context.world_size
+        dist.all_gather_object(everyone, {run.whole[n]: tuple(w.shape) for n, w in masters(run).items()})
+        shapes = {name: shape for one in everyone for name, shape in one.items()}
+        start = {n: models.small_weight(n, s).to(DTYPES[case.dtype]).float() for n, s in shapes.items()}
+        hyper = Hyper(LR, BETAS, EPS, WEIGHT_DECAY)
+        classes = classes_of(residual=case.residual)
+        assert set(shapes) == set(classes), set(shapes) ^ set(classes)
+        multipliers = case.oracle_multipliers
+        oracle = Oracle(start, classes, case.optimizer == "mini", hyper, lr_multipliers=multipliers)
+        now = {run.whole[n]: w for n, w in masters(run).items()}
+        for name, value in now.items():
+            assert torch.equal(value, start[name]), f"start of {name}"
+        for step in range(case.steps):
+            hyper.lr = LR * LR_FACTORS[step]
+            for group in run.engine.basic_optimizer.param_groups:
+                group["lr"] = hyper.lr
+            feed(run, context, case, step)
+            was = oracle.weights()
+            # an expert sees the tokens of all ranks: DeepSpeed divides their sum by all ranks, not by its copies
+            oracle.step(
+                {
+                    n: expert.mean(n, s, step) / case.ep if is_expert(n) else dense.mean(n, s, step)
+                    for n, s in shapes.items()
+                }
+            )
+            before, now = now, {run.whole[n]: w for n, w in masters(run).items()}
+            expected = {n: was[n] for n in now}, {n: oracle.weights()[n] for n in now}
+            assert_same_update((before, now), expected, hyper.lr, what=f"step {step}")
+            check_counters(run, step + 1)
+        assert marks == [(g.get("name"), g.get("moe", False)) for g in run.engine.basic_optimizer.param_groups]
+
+
+def check_resumes(context: RankContext, case: Case) -> None:
+    from ds_blockwise.checkpoint.inspect import convert_checkpoint, describe_checkpoint
+
+    folder = context.tmp_path / f"moe-{case.stage}-{case.ep}-{case.optimizer}"
+    with engine_of(context, case) as run:
+        for step in range(2):
+            feed(run, context, case, step)
+        run.engine.save_checkpoint(str(folder), tag="saved")
+        feed(run, context, case, 2)
+        wanted = masters(run)
+    if context.rank == 0:
+        assert describe_checkpoint(folder)["problems"] == []
+        with pytest.raises(ValueError, match=r"run with experts \(DeepSpeed's MoE\)"):
+            convert_checkpoint(folder, folder / "portable")
+    dist.barrier()
+    with engine_of(context, case) as run:
+        path, _ = run.engine.load_checkpoint(str(folder))
+        assert path is not None
+        feed(run, context, case, 2)
+        found = masters(run)
+        different = [name for name in wanted if not torch.equal(found[name], wanted[name])]
+        assert found.keys() == wanted.keys() and not different, different
+    other = Case(case.optimizer, case.stage, case.dtype, ep=3 - case.ep)
+    with engine_of(context, other) as run, pytest.raises(ValueError, match=f"ep was {case.ep}, is {other.ep}"):
+        run.engine.load_checkpoint(str(folder))
+
+
+def check_refused(context: RankContext, case: Case) -> None:
+    with pytest.raises(ValueError) as caught, engine_of(context, case):
+        pass
+    for text in case.expected:
+        assert text in str(caught.value), f"{text!r} is not in {caught.value}"
+
+
+# -------------------------------------------------------------------------------------- the table
+
+
+def _cases() -> dict[str, tuple[int, Case]]:
+    table: dict[str, tuple[int, Case]] = {}
+
+    def add(kind: str, world: int, case: Case) -> None:
+        name = f"{kind}-{case.groups}-z{case.stage}-{case.dtype}-{case.optimizer}-ep{case.ep}-world{world}"
+        table[name] = (world, case)
+
+    for optimizer, (stage, dtype) in product(("adamw", "mini"), ((0, "fp32"), (1, "bf16"), (2, "fp32"))):
+        add("values", 2, Case(optimizer, stage, dtype))
+        add("values", 4, Case(optimizer, stage, dtype))
+    for stage, dtype in ((0, "bf16"), (1, "fp32"), (2, "bf16")):
+        add("values", 2, Case("mini", stage, dtype, groups="list"))
+        add("values", 2, Case("mini", stage, dtype, ep=1))
+        add("values", 4, Case("mini", stage, dtype, groups="small"))
+    add("residual", 2, Case("mini", 2, residual=True))
+    add("bf16_optimizer", 4, Case("mini", 1, "bf16", config={"data_types": {"grad_accum_dtype": "fp32"}}))
+    add("resume", 2, Case("mini", 1, what="resumes"))
+    add("resume", 2, Case("adamw", 2, ep=1, what="resumes"))
+    add("resume", 2, Case("mini", 0, what="resumes"))
+    unsplit = ('"name"', "split_params_into_different_moe_groups_for_optimizer")
+    add("refused", 2, Case("mini", 1, groups="unsplit", what="refused", expected=unsplit))
+    add("refused", 2, Case("mini", 2, groups="dense", what="refused", expected=unsplit[1:]))
+    add("refused", 2, Case("mini", 3, what="refused", expected=("experts", "ZeRO stage 1 or 2")))
+    clip = {"gradient_clipping": 1.0}
+    add("refused", 2, Case("mini", 0, "bf16", what="refused", config=clip, expected=("gradient_clipping", "experts")))
+    add("mutant", 2, Case("mini", 2, oracle_multipliers={"ffn": 6.01}, steps=2))
+    return table
+
+
+CASES = _cases()
+
+
+def _names(*kinds: str) -> list[str]:
+    return [name for name in CASES if name.startswith(kinds)]
+
+
+@pytest.fixture(scope="module")
+def outcome(request: pytest.FixtureRequest) -> Outcome:
+    return fleet_outcome(request, run_case, CASES, per_spawn=40)
+
+
+@pytest.mark.parametrize("name", _names("values", "residual", "bf16_optimizer"))
+def test_experts_train_like_whole_tensors(outcome: Outcome, name: str) -> None:
+    """An expert's blocks would be summed with those of the experts of other ranks."""
+    passes(outcome, name)
+
+
+@pytest.mark.parametrize("name", _names("resume"))
+def test_resume_is_bitwise_and_convert_is_refused(outcome: Outcome, name: str) -> None:
+    """One rank's experts would go on with another's moments."""
+    passes(outcome, name)
+
+
+@pytest.mark.parametrize("name", _names("refused"))
+def test_what_cannot_train_is_refused(outcome: Outcome, name: str) -> None:
+    """Forgotten groups end in an assertion, a KeyError, or experts that are averaged over all ranks."""
+    passes(outcome, name)
+
+
+@pytest.mark.parametrize("name", _names("mutant"))
+def test_the_comparison_notices_a_wrong_multiplier(outcome: Outcome, name: str) -> None:
+    """The tests above would prove nothing."""
+    failure = outcome(name)
+    assert failure is not None, f"{name}: a wrong multiplier went unnoticed"
+    assert "parameters off by more than" in failure, failure
+
+
+def test_the_table_has_several_experts_per_rank() -> None:
+    """With one expert on each rank, local and whole numbers could not be confused."""
+    assert {EXPERTS // case.ep for _, case in CASES.values()} == {2, 4}

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Save, build a new engine, load, go on: the same bits as without a break; and to and from DeepSpeed's AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.helpers.deepspeed.engine_cases import LR, Case, build, config_of, groups_of, hyper_of, oracle_of
+from tests.helpers.deepspeed.engines import DTYPES, feed_step, masters, model_weights, open_engine, prepare_deepspeed
+from tests.helpers.distributed import Outcome, RankContext, fleet_outcome, passes
+from tests.helpers.models import GradientPlan
+from tests.helpers.oracle import Oracle, _State, assert_same_update
+
+pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
+
+SAVED, LAST = 3, 5  # steps before the checkpoint, and in all
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+BF16_OPTIMIZER = {"data_types": {"grad_accum_dtype": "fp32"}}
+ONES = dict.fromkeys(("emb", "head", "qk", "ffn", "vo", "norm", "other"), 1.0)
+SCHEDULE = {"scheduler": "BlockwiseCosineLR", "scheduler_params": {"total_num_steps": 7, "warmup_num_steps": 2}}
+
+
+def run_case(context: RankContext, what: tuple[str, Case]) -> None:
+    """Entry of every rank."""
+    prepare_deepspeed()
+    import ds_blockwise  # noqa: F401 - registers the optimizers
+
+    kind, case = what
+    checks = {
+        "resume": check_resume,
+        "universal": check_universal,
+        "from_adamw": check_from_adamw,
+        "to_adamw": check_to_adamw,
+    }
+    checks[kind](context, case)
+
+
+def train(run: SimpleNamespace, context: RankContext, case: Case, steps: range) -> None:
+    plan = GradientPlan(context.world_size, case.gas, DTYPES[case.dtype])
+    for step in steps:
+        feed_step(run, plan, step, context.rank)
+
+
+def check_resume(context: RankContext, case: Case) -> None:
+    config = config_of(case)
+    folder = str(context.tmp_path / "resume")
+    with open_engine(config, lambda: build(case, config), groups=groups_of(case)) as run:
+        train(run, context, case, range(SAVED))
+        then = masters(run)
+        run.engine.save_checkpoint(folder, tag="saved", client_state={"note": [1, 2]})
+        train(run, context, case, range(SAVED, LAST))
+        wanted, wanted_model, wanted_state = masters(run), model_weights(run), moments(run)
+        wanted_lr = run.engine.get_lr()
+    assert any(not torch.equal(wanted[name], then[name]) for name in then)
+    with open_engine(config, lambda: build(case, config), groups=groups_of(case)) as run:
+        path, client_state = run.engine.load_checkpoint(folder)
+        assert path is not None
+        assert client_state["note"] == [1, 2]
+        assert run.engine.global_steps == SAVED
+        same(masters(run), then, "loaded masters")
+        held = {b.tensor: run.engine.basic_optimizer.state[b.tensor] for b in run.engine.basic_optimizer.bindings()}
+        if case.optimizer == "mini":  # already in blocks, before the first step
+            assert all(s["exp_avg_sq"].numel() == blocks(run, t) for t, s in held.items())
+        train(run, context, case, range(SAVED, LAST))
+        same(masters(run), wanted, "masters")
+        same(model_weights(run), wanted_model, "model weights")
+        same(moments(run), wanted_state, "optimizer state")
+        assert run.engine.get_lr() == wanted_lr
+
+
+def check_universal(context: RankContext, case: Case) -> None:
+    """DeepSpeed's converter and its restore at the same topology: nothing may differ, in no group."""
+    config = config_of(case)
+    folder = context.tmp_path / f"universal-{case.optimizer}-{case.stage}-{case.scheduler}"
+    with open_engine(config, lambda: build(case, config), groups=groups_of(case)) as run:
+        train(run, context, case, range(SAVED))
+        run.engine.save_checkpoint(str(folder), tag="saved", client_state={"note": "kept"})
+        settings = group_settings(run)
+        train(run, context, case, range(SAVED, LAST))
+        wanted = masters(run)
+    if context.rank == 0:
+        to_universal(folder / "saved", folder / "universal")
+    context.barrier()
+    config["checkpoint"] = {"load_universal": True}
+    with open_engine(config, lambda: build(case, config), groups=groups_of(case)) as run:
+        _, client_state = run.engine.load_checkpoint(str(folder), tag="universal")
+        assert client_state["note"] == "kept"
+        assert group_settings(run) == settings
+        train(run, context, case, range(SAVED, LAST))
+        same(masters(run), wanted, "masters")
+
+
+def to_universal(source: Path, target: Path) -> None:
+    """DeepSpeed's own converter, in this process."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    arguments = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
+    target.mkdir()
+    ds_to_universal.main(
+        SimpleNamespace(input_folder=str(source), output_folder=str(target), inject_missing_state=False, **arguments)
+    )
+
+
+def group_settings(run: SimpleNamespace) -> list[dict[str, Any]]:
+    groups = run.engine.basic_optimizer.param_groups
+    return [{key: value for key, value in group.items() if key != "params"} for group in groups]
+
+
+def moments(run: SimpleNamespace) -> dict[str, Tensor]:
+    optimizer = run.engine.basic_optimizer
+    found = {}
+    for index, binding in enumerate(optimizer.bindings()):
+        for key in ("exp_avg", "exp_avg_sq", "step"):
+            found[f"{index}.{key}"] = torch.as_tensor(optimizer.state[binding.tensor][key]).clone()
+    return found
+
+
+def blocks(run: SimpleNamespace, tensor: Tensor) -> int:
+    return run.engine.basic_optimizer.binding_of(tensor).table.num_blocks
+
+
+def same(found: dict[str, Tensor], wanted: dict[str, Tensor], what: str) -> None:
+    assert found.keys() == wanted.keys(), what
+    different = [name for name in wanted if not torch.equal(found[name], wanted[name])]
+    assert not different, f"{what} differ: {different}"
+
+
+# ------------------------------------------------------------------------------------------ AdamW
+
+
+def adamw_config(case: Case) -> dict[str, Any]:
+    ours = config_of(case)
+    params = {key: ours["optimizer"]["params"][key] for key in ("lr", "betas", "eps", "weight_decay")}
+    return ours | {"optimizer": {"type": "AdamW", "params": params | {"torch_adam": True}}}
+
+
+def check_from_adamw(context: RankContext, case: Case) -> None:
+    """A uniform AdamW run goes on with ours; the oracle does the same on whole tensors."""
+    uniform = replace(case, optimizer="adamw", params=case.params | {"lr_multipliers": ONES})
+    switch(context, (adamw_config(case), uniform), (config_of(case), case))
+
+
+def check_to_adamw(context: RankContext, case: Case) -> None:
+    uniform = replace(case, optimizer="adamw", params=case.params | {"lr_multipliers": ONES})
+    switch(context, (config_of(case), case), (adamw_config(case), uniform))
+
+
+def switch(context: RankContext, first: tuple[dict[str, Any], Case], second: tuple[dict[str, Any], Case]) -> None:
+    folder = str(context.tmp_path / "switch")
+    plan = GradientPlan(context.world_size, 1, DTYPES[first[1].dtype])
+    (config, case), (next_config, next_case) = first, second
+    with open_engine(config, lambda: build(case, config)) as run:
+        start = masters(run)
+        oracle = oracle_of(case, start, hyper_of(case, list(start)))
+        for step in range(SAVED):
+            feed_step(run, plan, step, context.rank)
+            oracle.step({n: plan.mean(n, tuple(p.shape), step) for n, p in start.items()})
+        run.engine.save_checkpoint(folder, tag="saved")
+    with open_engine(next_config, lambda: build(next_case, next_config)) as run:
+        run.engine.load_checkpoint(folder)
+        now = masters(run)
+        follower = oracle_of(next_case, oracle.weights(), hyper_of(next_case, list(now)))
+        take_over(follower, oracle)
+        for step in range(SAVED, LAST):
+            feed_step(run, plan, step, context.rank)
+            before, now, was = now, masters(run), follower.weights()
+            follower.step({n: plan.mean(n, tuple(p.shape), step) for n, p in start.items()})
+            # the weights have moved by several lr: each update rounds twice at their new size
+            assert_same_update((before, now), (was, follower.weights()), LR, weight_roundings=4, what=f"step {step}")
+
+
+def take_over(follower: Oracle, oracle: Oracle) -> None:
+    """Moments of one oracle become another's; second moments as means over the follower's own blocks."""
+    for name, state in oracle._state.items():
+        v = state.v
+        if follower.mini:
+            labels = follower._labels[name].flatten()
+            sums = torch.zeros(int(labels.max()) + 1, dtype=torch.float64).index_add_(0, labels, v.flatten())
+            counts = torch.zeros_like(sums).index_add_(0, labels, torch.ones(labels.numel(), dtype=torch.float64))
+            v = (sums[labels] / counts[labels]).view(v.shape)
+        follower._state[name] = _State(state.m.clone(), v.clone(), state.step)
+
+
+# ------------------------------------------------------------------------------------------ cases
+
+
+def _cases() -> Iterator[tuple[str, tuple[int, tuple[str, Case]]]]:
+    def resume(name: str, dp: int, case: Case) -> tuple[str, tuple[int, tuple[str, Case]]]:
+        return f"{name}-{case.optimizer}-z{case.stage}-{case.dtype}-dp{dp}", (dp, ("resume", case))
+
+    for optimizer, stage, dtype in product(("mini", "adamw"), (0, 1, 2, 3), ("fp32", "bf16")):
+        yield resume("resume", 2, Case(optimizer, stage, dtype, **SCHEDULE))
+    for stage in (0, 2, 3):
+        yield resume("resume", 3, Case("mini", stage, "bf16", **SCHEDULE))
+        compact = {"checkpoint_format": "compact"}
+        yield resume("resume_compact", 2 + stage // 3, Case("mini", stage, "bf16", params=compact))
+        yield (
+            resume("resume_offload", 2, Case("mini", stage, "bf16", zero=OFFLOAD))
+            if stage
+            else resume("resume_groups", 2, Case("mini", stage, groups="mixed"))
+        )
+    yield resume("resume_groups", 2, Case("mini", 2, "bf16", groups="mixed", **SCHEDULE))
+    yield resume("resume_groups", 2, Case("mini", 3, "fp32", groups="mixed", zero={"sub_group_size": 300}))
+    yield resume("resume_offload", 2, Case("adamw", 2, "bf16", zero=OFFLOAD))
+    yield resume("resume_bf16_optimizer", 2, Case("mini", 1, "bf16", config=BF16_OPTIMIZER))
+    yield resume("resume_momentum", 2, Case("mini", 2, "bf16", params={"momentum_dtype": "bf16"}))
+    yield resume("resume_round_robin", 2, Case("mini", 2, "bf16", zero={"round_robin_gradients": True}))
+    yield resume("resume_slim", 3, Case("mini", 2, "fp32", model="slim", groups="vector"))
+    yield resume("resume_deepspeed_schedule", 2, Case("mini", 2, scheduler="WarmupLR", scheduler_params=WARMUP))
+    for optimizer, stage in product(("mini", "adamw"), (1, 2, 3)):
+        case = Case(optimizer, stage, "bf16" if stage > 1 else "fp32", groups="mixed", **SCHEDULE)
+        yield f"universal-{optimizer}-z{stage}", (2, ("universal", case))
+    warmup = Case("mini", 3, scheduler="WarmupLR", scheduler_params=WARMUP, groups="mixed")
+    yield "universal_deepspeed_schedule-z3", (2, ("universal", warmup))
+    for kind, (optimizer, stage) in product(("from_adamw", "to_adamw"), product(("mini", "adamw"), (0, 1, 2, 3))):
+        # the same decay everywhere, because AdamW has one
+        case = Case(optimizer, stage, "fp32", decay_multipliers=False)
+        yield f"{kind}-{optimizer}-z{stage}", (2, (kind, case))
+
+
+WARMUP = {"warmup_max_lr": 0.04, "warmup_num_steps": 6}
+CASES = dict(_cases())
+
+
+def _names(kind: str) -> list[str]:
+    return [name for name in CASES if name.startswith(kind)]
+
+
+@pytest.fixture(scope="module")
+def outcome(request: pytest.FixtureRequest) -> Outcome:
+    return fleet_outcome(request, run_case, CASES)
+
+
+@pytest.mark.parametrize("name", _names("resume"))
+def test_resume_is_bitwise(outcome: Outcome, name: str) -> None:
+    """A restart would change the run: a rounded second moment, a stale lr, a lost group setting."""
+    passes(outcome, name)
+
+
+@pytest.mark.parametrize("name", _names("universal"))
+def test_universal_checkpoint_at_the_same_topology(outcome: Outcome, name: str) -> None:
+    """DeepSpeed's ZeRO-3 restore would give every param group the settings of the first."""
+    passes(outcome, name)
+
+
+@pytest.mark.parametrize("name", _names("from_adamw"))
+def test_deepspeeds_adamw_goes_on_with_ours(outcome: Outcome, name: str) -> None:
+    """Moments would be dropped, or second moments averaged over a rank's part of a block only."""
+    passes(outcome, name)
+
+
+@pytest.mark.parametrize("name", _names("to_adamw"))
+def test_ours_goes_on_with_deepspeeds_adamw(outcome: Outcome, name: str) -> None:
+    """A user who leaves would lose the optimizer's state."""
+    passes(outcome, name)

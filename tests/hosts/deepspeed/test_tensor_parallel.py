@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensor parallelism on the real Megatron-core GPTModel under DeepSpeed, against whole tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib.util import find_spec
+from itertools import product
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.helpers import models
+from tests.helpers.deepspeed.engine_cases import BACKENDS, BETAS, EPS, FULL_NAME, LR, LR_FACTORS, WEIGHT_DECAY, named
+from tests.helpers.deepspeed.engine_checks import check_counters
+from tests.helpers.deepspeed.engines import DTYPES, engine_config, feed_step, masters, open_engine, prepare_deepspeed
+from tests.helpers.distributed import Outcome, RankContext, fleet_outcome, passes
+from tests.helpers.megatron.gpt_shards import LAYERS, SHAPES, cut, cut_all, full_shapes, gpt, parallel, small_gpt
+from tests.helpers.models import GradientPlan
+from tests.helpers.oracle import Hyper, Oracle, assert_same_update, clipped
+from tests.helpers.tables.oracle_names import ROLE, Classes, megatron_classes, regroup
+
+# Not imported here: a worker has to choose the accelerator before DeepSpeed looks for one.
+_HOSTS_MISSING = find_spec("deepspeed") is None or find_spec("megatron") is None
+pytestmark = pytest.mark.skipif(_HOSTS_MISSING, reason="needs deepspeed and megatron")
+
+TP = 2
+DECAY_MULTIPLIERS = {"norm": 0.0, "value": 0.5}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A GPTModel on tensor-parallel size 2; the rest of the world is data-parallel."""
+
+    optimizer: str = "mini"
+    stage: int = 1
+    dtype: str = "fp32"
+    shape: str = "gqa"
+    clip: float = 0.0
+    steps: int = 4
+    tied: bool = False
+    config: dict[str, Any] = field(default_factory=dict)
+    oracle_multipliers: dict[str, float] = field(default_factory=dict)
+    value_tensor: bool = False
+    poison: tuple[int, ...] = ()  # steps at which tensor-parallel rank 1 feeds a NaN
+    end_to_end: bool = False
+    backend: str = "auto"
+
+
+def _config(case: Case) -> dict[str, Any]:
+    eps = 1e-3 if case.end_to_end and case.optimizer == "adamw" else EPS
+    return engine_config(
+        FULL_NAME[case.optimizer],
+        stage=case.stage,
+        dtype=case.dtype,
+        params={
+            "lr": LR,
+            "betas": list(BETAS),
+            "eps": eps,
+            "weight_decay": WEIGHT_DECAY,
+            "weight_decay_multipliers": DECAY_MULTIPLIERS,
+            "granularity": {"value": "tensor", "norm": "tensor"} if case.value_tensor else {},
+            "backend": case.backend,
+        },
+        **({"gradient_clipping": case.clip} if case.clip else {}),
+        **case.config,
+    )
+
+
+def _classes(case: Case) -> Classes:
+    classes = megatron_classes(layers=LAYERS, **SHAPES[case.shape])
+    return regroup(regroup(classes, "value", ROLE), "norm", ROLE) if case.value_tensor else classes
+
+
+def _set_lr(run: SimpleNamespace, step: int) -> float:
+    lr = LR * LR_FACTORS[step]
+    for group in run.engine.basic_optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+# ------------------------------------------------------------------------------------- the checks
+
+
+def run_case(context: RankContext, case: Case) -> None:
+    """Entry of every rank."""
+    prepare_deepspeed()
+    import ds_blockwise  # noqa: F401 - registers the optimizers
+    import megatron_patch
+
+    megatron_patch.cpu_shims()
+    (check_end_to_end if case.end_to_end else check_fed)(context, case)
+
+
+def check_fed(context: RankContext, case: Case) -> None:
+    from megatron.core import parallel_state
+
+    from megatron_patch import mpu_adapter
+
+    shapes = full_shapes(case.shape, tied=case.tied)
+    reference = _reference(case) if case.optimizer == "adamw" and not case.clip else None
+    with parallel(TP):
+        tp_rank = parallel_state.get_tensor_model_parallel_rank()
+        tp_group = parallel_state.get_tensor_model_parallel_group()
+        dp_rank = parallel_state.get_data_parallel_rank()
+        plan = GradientPlan(context.world_size // TP, 1, DTYPES[case.dtype])
+        with open_engine(
+            _config(case), lambda: small_gpt(case.shape, DTYPES[case.dtype], tp_rank, tied=case.tied), mpu=mpu_adapter()
+        ) as run:
+            now = masters(run)
+            dtype = DTYPES[case.dtype]
+            start = {n: models.small_weight(n, s).to(dtype).float() for n, s in shapes.items()}
+            for name, value in now.items():
+                assert torch.equal(value, cut(name, start[name], tp_rank)), f"start of {name}"
+            hyper = Hyper(LR, BETAS, EPS, WEIGHT_DECAY)
+            oracle = Oracle(
+                start,
+                _classes(case),
+                case.optimizer == "mini",
+                hyper,
+                lr_multipliers=case.oracle_multipliers,
+                weight_decay_multipliers=DECAY_MULTIPLIERS,
+            )
+            applied = 0
+            for step in range(case.steps):
+                hyper.lr = _set_lr(run, step)
+                poisoned = step in case.poison
+                poison = float("nan") if poisoned and tp_rank == 1 else None
+                feed_step(run, plan, step, dp_rank, shapes=shapes, cut=partial(cut, rank=tp_rank), poison=poison)
+                before, now, was = now, masters(run), oracle.weights()
+                if poisoned:
+                    assert all(torch.equal(now[n], before[n]) for n in now), "moved on an overflow"
+                    check_counters(run, applied)
+                    continue
+                applied += 1
+                gradients = {n: plan.mean(n, s, step) for n, s in shapes.items()}
+                if case.clip:
+                    gradients = clipped(gradients, case.clip)
+                oracle.step(gradients)
+                expected = cut_all(was, tp_rank), cut_all(oracle.weights(), tp_rank)
+                what = f"step {step}, tensor-parallel rank {tp_rank}"
+                assert_same_update((before, now), expected, hyper.lr, what=what)
+                check_counters(run, applied)
+                _check_replicas(now, tp_group)
+                if reference is not None:
+                    whole = cut_all(reference(gradients, hyper.lr), tp_rank)
+                    different = [name for name in now if not torch.equal(now[name], whole[name])]
+                    assert not different, f"{what}: not bitwise the unsharded run: {different}"
+
+
+def _reference(case: Case) -> Callable[[dict[str, Tensor], float], dict[str, Tensor]]:
+    """Our AdamW on whole fp32 tensors in this process; only the cut differs from the engine."""
+    from ds_blockwise import BlockwiseAdamW, tag_parameters
+
+    with parallel(1):
+        model = small_gpt(case.shape, DTYPES[case.dtype], None, tied=case.tied)
+        model = model.to(DTYPES[case.dtype]).float()  # Megatron-core keeps norms in fp32; DeepSpeed rounds them too
+        tag_parameters(model)
+    named = dict(model.named_parameters())
+    settings = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY, "backend": case.backend}
+    optimizer = BlockwiseAdamW(model.parameters(), weight_decay_multipliers=DECAY_MULTIPLIERS, **settings)
+
+    def step(gradients: dict[str, Tensor], lr: float) -> dict[str, Tensor]:
+        optimizer.param_groups[0]["lr"] = lr
+        for name, parameter in named.items():
+            parameter.grad = gradients[name].clone()
+        optimizer.step()
+        return {name: p.detach() for name, p in named.items()}
+
+    return step
+
+
+def _check_replicas(weights: dict[str, Tensor], tp_group: Any) -> None:
+    for name, weight in weights.items():
+        if "layernorm" in name:
+            copies = [torch.empty_like(weight) for _ in range(TP)]
+            dist.all_gather(copies, weight.contiguous(), group=tp_group)
+            assert torch.equal(copies[0], copies[1]), f"{name} differs between tensor ranks"
+
+
+def check_end_to_end(context: RankContext, case: Case) -> None:
+    """The same batches through TP 1 and TP 2: whole tensors of one against shards of the other."""
+    whole_runs = _train(context, case, 1)
+    parts_runs = _train(context, case, TP)
+    tp_rank = context.rank % TP
+    for step, ((whole_was, whole_now), (was, now)) in enumerate(zip(whole_runs, parts_runs, strict=True)):
+        expected = cut_all(whole_was, tp_rank), cut_all(whole_now, tp_rank)
+        # 1e-4: the matrix products of the two runs add up in another order, and an element far
+        # below eps keeps that noise below eps (see _config).
+        lr = LR * LR_FACTORS[step]
+        assert_same_update((was, now), expected, lr, tolerance=1e-4, what=f"step {step}")
+
+
+def _train(context: RankContext, case: Case, tp: int) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Weights before and after each step; every rank sees the same tokens."""
+    from megatron_patch import mpu_adapter
+
+    history = []
+    with (
+        parallel(tp),
+        open_engine(
+            _config(case), lambda: gpt(case.shape, DTYPES[case.dtype], tied=case.tied), mpu=mpu_adapter(), feed=False
+        ) as run,
+    ):
+        now = masters(run)
+        positions = torch.arange(10).expand(2, -1)
+        for step in range(case.steps):
+            _set_lr(run, step)
+            generator = torch.Generator().manual_seed(step)
+            tokens = torch.randint(SHAPES[case.shape]["vocab"], (2, 11), generator=generator)
+            loss = run.engine(tokens[:, :-1], positions, None, labels=tokens[:, 1:]).mean()
+            run.engine.backward(loss)
+            run.engine.step()
+            before, now = now, masters(run)
+            history.append((before, now))
+            check_counters(run, step + 1)
+    return history
+
+
+# -------------------------------------------------------------------------------------- the table
+
+
+def _cases() -> dict[str, tuple[int, Case]]:
+    table: dict[str, tuple[int, Case]] = {}
+
+    def add(kind: str, dp: int, case: Case) -> None:
+        for backend in BACKENDS:
+            name = f"{kind}-{case.shape}-z{case.stage}-{case.dtype}-{case.optimizer}-tp2-dp{dp}-{backend}"
+            table[name] = (TP * dp, replace(case, backend=backend))
+
+    wrappers = ((0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16"))
+    for dp, optimizer, (stage, dtype) in product((1, 2), ("adamw", "mini"), wrappers):
+        add("fed", dp, Case(optimizer, stage, dtype))
+    for dp, stage in product((1, 2), (0, 2)):
+        add("fed", dp, Case("mini", stage, shape="mqa"))
+    accumulate = {"data_types": {"grad_accum_dtype": "fp32"}}
+    add("bf16_optimizer", 2, Case("mini", 1, "bf16", config=accumulate))
+    add("value_tensor", 2, Case("mini", 1, value_tensor=True))
+    add("value_tensor", 1, Case("mini", 0, shape="mqa", value_tensor=True))
+    add("tied", 2, Case("mini", 1, tied=True))
+    for stage in (1, 2):
+        add("overflow", 2, Case("mini", stage, "bf16", poison=(0, 2), steps=5))
+    add("overflow", 1, Case("mini", 0, "fp32", poison=(0, 2), steps=4))
+    add("clip", 2, Case("mini", 1, clip=0.05))
+    add("clip", 1, Case("mini", 0, clip=0.05))
+    for optimizer, stage in product(("adamw", "mini"), (0, 2)):
+        add("e2e", 1, Case(optimizer, stage, steps=3, end_to_end=True))
+    add("e2e", 2, Case("mini", 1, steps=3, shape="mqa", end_to_end=True))
+    add("mutant", 1, Case("mini", 2, oracle_multipliers={"value": 4.01}, steps=2))
+    return table
+
+
+CASES = _cases()
+
+
+def _names(*kinds: str) -> list[Any]:
+    return named(name for name in CASES if name.startswith(kinds))
+
+
+@pytest.fixture(scope="module")
+def outcome(request: pytest.FixtureRequest) -> Outcome:
+    return fleet_outcome(request, run_case, CASES, per_spawn=12)
+
+
+@pytest.mark.parametrize("name", _names("fed", "bf16_optimizer", "tied", "value_tensor"))
+def test_tensor_parallel_values(outcome: Outcome, name: str) -> None:
+    """Row-parallel weights would get each rank's own second moment, and replicas drift apart."""
+    passes(outcome, name)
+
+
+@pytest.mark.parametrize("name", _names("overflow"))
+def test_overflow_on_one_tensor_rank(outcome: Outcome, name: str) -> None:
+    """A NaN on one tensor-parallel rank would let the others step alone, or hang them."""
+    passes(outcome, name)
+
+
+@pytest.mark.parametrize("name", _names("clip"))
+def test_clipping_uses_the_whole_norm(outcome: Outcome, name: str) -> None:
+    """The norm would miss a rank or count replicas twice, so TP would change the step size."""
+    passes(outcome, name)
+
+
+@pytest.mark.parametrize("name", _names("e2e"))
+def test_tp2_trains_like_tp1(outcome: Outcome, name: str) -> None:
+    """Going to two tensor-parallel ranks would change the trained model."""
+    passes(outcome, name)
+
+
+@pytest.mark.parametrize("name", _names("mutant"))
+def test_the_comparison_notices_a_wrong_multiplier(outcome: Outcome, name: str) -> None:
+    """The tests above would prove nothing: a wrong multiplier inside linear_qkv must be seen."""
+    failure = outcome(name)
+    assert failure is not None, f"{name}: a wrong multiplier went unnoticed"
+    assert "parameters off by more than" in failure, failure

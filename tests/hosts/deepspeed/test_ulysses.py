@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DeepSpeed's sequence parallelism (Ulysses): ranks that share one sequence, its gradients and ZeRO's partitions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from itertools import product
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tests.helpers import models
+from tests.helpers.deepspeed.engine_cases import BETAS, EPS, FULL_NAME, LR, LR_FACTORS, MODELS, WEIGHT_DECAY
+from tests.helpers.deepspeed.engine_checks import check_counters
+from tests.helpers.deepspeed.engines import DTYPES, engine_config, masters, open_engine, prepare_deepspeed
+from tests.helpers.distributed import Outcome, RankContext, fleet_outcome, passes
+from tests.helpers.models import Feed, GradientPlan
+from tests.helpers.oracle import Hyper, Oracle, assert_same_update
+
+_MISSING = [name for name in ("deepspeed", "transformers") if find_spec(name) is None]
+pytestmark = pytest.mark.skipif(bool(_MISSING), reason="needs deepspeed and transformers")
+SP = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model on two ranks per sequence; the rest of the world is data-parallel."""
+
+    optimizer: str = "mini"
+    stage: int = 1
+    dtype: str = "fp32"
+    steps: int = 3
+    what: str = "fed"
+    expected: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    oracle_multipliers: dict[str, float] = field(default_factory=dict)
+
+
+def _config(case: Case) -> dict[str, Any]:
+    eps = 1e-3 if case.what == "end_to_end" and case.optimizer == "adamw" else EPS
+    params = {"lr": LR, "betas": list(BETAS), "eps": eps, "weight_decay": WEIGHT_DECAY, "backend": "cpp"}
+    return engine_config(FULL_NAME[case.optimizer], stage=case.stage, dtype=case.dtype, params=params, **case.config)
+
+
+@contextmanager
+def sequence_parallel() -> Iterator[Any]:
+    """DeepSpeed's groups, as an mpu."""
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp as mpu
+
+    mpu.initialize_sequence_parallel(SP)
+    try:
+        yield mpu
+    finally:
+        mpu._release_sequence_parallel_groups()
+
+
+def run_case(context: RankContext, case: Case) -> None:
+    """Entry of every rank."""
+    prepare_deepspeed()
+    import deepspeed
+
+    import ds_blockwise  # noqa: F401 - registers the optimizers
+
+    deepspeed.init_distributed()
+    globals()[f"check_{case.what}"](context, case)
+
+
+# ------------------------------------------------------------------------------------- the checks
+
+
+def check_fed(context: RankContext, case: Case) -> None:
+    make, classes = MODELS["qwen3"]
+    plan = GradientPlan(context.world_size, 1, DTYPES[case.dtype])
+    with (
+        sequence_parallel() as mpu,
+        open_engine(_config(case), lambda: models.set_small_weights(make()), mpu=mpu, feed=False) as run,
+    ):
+        run.feed = Feed(run.model)
+        now = masters(run)
+        shapes = {n: tuple(w.shape) for n, w in now.items()}
+        hyper = Hyper(LR, BETAS, EPS, WEIGHT_DECAY)
+        oracle = Oracle(now, classes, case.optimizer == "mini", hyper, lr_multipliers=case.oracle_multipliers)
+        for step in range(case.steps):
+            hyper.lr = LR * LR_FACTORS[step]
+            for group in run.engine.basic_optimizer.param_groups:
+                group["lr"] = hyper.lr
+            run.feed.gradients = {n: plan.share(n, s, step, context.rank) for n, s in shapes.items()}
+            run.engine.backward(run.engine())
+            run.engine.step()
+            before, now, was = now, masters(run), oracle.weights()
+            oracle.step({n: _factor(run) * plan.mean(n, s, step) for n, s in shapes.items()})
+            assert_same_update((before, now), (was, oracle.weights()), hyper.lr, what=f"step {step}")
+            check_counters(run, step + 1)
+
+
+def _factor(run: SimpleNamespace) -> int:
+    """A rank's gradient is that of its part of the sequence. DeepSpeed adds the parts; at ZeRO-3 it averages them."""
+    return 1 if type(run.engine.optimizer).__name__ == "DeepSpeedZeroOptimizer_Stage3" else SP
+
+
+def check_end_to_end(context: RankContext, case: Case) -> None:
+    """Ulysses' attention in a Hugging Face model against the same sequences on whole ranks."""
+    batches = [
+        torch.randint(1, 37, (1, 9), generator=torch.Generator().manual_seed(step)) for step in range(case.steps)
+    ]
+    with open_engine(_config(case), _llama, feed=False) as run:
+        whole = _train(run, [(tokens[:, :-1], tokens[:, 1:]) for tokens in batches], None)
+    model = _llama()
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    usual = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    mpu = UlyssesSPAttentionHF.register_with_transformers(model, "sdpa", SP, 1, seq_length_is_variable=True)
+    try:
+        with open_engine(_config(case), lambda: model, mpu=mpu, feed=False) as run:
+            part = slice(4 * (context.rank % SP), 4 * (context.rank % SP) + 4)
+            pieces = [(tokens[:, :-1][:, part], tokens[:, 1:][:, part]) for tokens in batches]
+            parts = _train(run, pieces, (mpu.get_sequence_parallel_group(), torch.arange(8)[None, part]))
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = usual
+        mpu._release_sequence_parallel_groups()
+    for step, (expected, actual) in enumerate(zip(whole, parts, strict=True)):
+        # 1e-4: sums run in another order; an element far below eps keeps that noise below eps
+        assert_same_update(actual, expected, LR, tolerance=1e-4, what=f"step {step}")
+
+
+def _llama() -> nn.Module:
+    return models.set_small_weights(models.llama(attn_implementation="sdpa", num_key_value_heads=2))
+
+
+def _train(
+    run: SimpleNamespace, batches: list[tuple[Tensor, Tensor]], parts: tuple[Any, Tensor] | None
+) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    history = []
+    now = masters(run)
+    # parts that are averaged have to be as large as the whole
+    scale = 1 if parts is None else SP // _factor(run)
+    for step, (tokens, targets) in enumerate(batches):
+        more = {} if parts is None else {"position_ids": parts[1]}
+        logits = run.engine(input_ids=tokens, **more).logits
+        # the mean over the whole sequence, of which this rank adds its tokens' share
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum") / 8
+        run.engine.backward(scale * loss)
+        run.engine.step()
+        before, now = now, masters(run)
+        history.append((before, now))
+        check_counters(run, step + 1)
+    return history
+
+
+def check_resumes(context: RankContext, case: Case) -> None:
+    """The mpu calls sequence-parallel ranks model-parallel; files must not be looked for as if they were."""
+    make, _ = MODELS["qwen3"]
+    plan = GradientPlan(context.world_size, 1)
+    folder = context.tmp_path / f"sp-{case.stage}"
+
+    def feed(run: SimpleNamespace, step: int) -> None:
+        shapes = {n: tuple(w.shape) for n, w in masters(run).items()}
+        run.feed.gradients = {n: plan.share(n, s, step, context.rank) for n, s in shapes.items()}
+        run.engine.backward(run.engine())
+        run.engine.step()
+
+    ends = []
+    for resume in (False, True):
+        with (
+            sequence_parallel() as mpu,
+            open_engine(_config(case), lambda: models.set_small_weights(make()), mpu=mpu, feed=False) as run,
+        ):
+            run.feed = Feed(run.model)
+            if resume:
+                path, _ = run.engine.load_checkpoint(str(folder))
+                assert path is not None
+            else:
+                feed(run, 0)
+                run.engine.save_checkpoint(str(folder), tag="saved")
+            feed(run, 1)
+            ends.append(masters(run))
+    different = [name for name in ends[0] if not torch.equal(ends[0][name], ends[1][name])]
+    assert not different, different
+    if context.rank == 0:
+        from ds_blockwise.checkpoint.inspect import describe_checkpoint
+
+        found = describe_checkpoint(folder)
+        assert found["problems"] == [], found["problems"]
+    dist.barrier()
+
+
+def check_refused(context: RankContext, case: Case) -> None:
+    """With DeepSpeed's mpu, or with the JSON's own groups."""
+    from deepspeed.utils import groups
+
+    make, _ = MODELS["qwen3"]
+    own_groups = sequence_parallel() if "sequence_parallel_size" not in case.config else nullcontext()
+    try:
+        with (
+            own_groups as mpu,
+            pytest.raises(ValueError, match=case.expected),
+            open_engine(_config(case), make, mpu=mpu, feed=False),
+        ):
+            pass
+    finally:
+        groups.mesh_device = None
+
+
+# -------------------------------------------------------------------------------------- the table
+
+
+def _cases() -> dict[str, tuple[int, Case]]:
+    table: dict[str, tuple[int, Case]] = {}
+
+    def add(kind: str, dp: int, case: Case) -> None:
+        table[f"{kind}-z{case.stage}-{case.dtype}-{case.optimizer}-sp2-dp{dp}"] = (SP * dp, case)
+
+    for optimizer, stage, dp in product(("adamw", "mini"), (0, 1, 2, 3), (1, 2)):
+        add("fed", dp, Case(optimizer, stage, "bf16" if (stage + dp) % 2 else "fp32"))
+    for optimizer, stage in (("mini", 1), ("adamw", 2), ("mini", 3)):
+        add("end_to_end", 1, Case(optimizer, stage, what="end_to_end"))
+    add("resume", 1, Case("mini", 2, what="resumes"))
+    for dp in (1, 2):
+        json = {"sequence_parallel_size": SP, "data_parallel_size": dp}
+        add("refused", dp, Case("mini", 1, what="refused", config=json, expected="drift apart.*register_with"))
+    accumulate = {"data_types": {"grad_accum_dtype": "fp32"}}
+    add("refused", 2, Case("mini", 1, "bf16", what="refused", config=accumulate, expected="BF16_Optimizer"))
+    add("mutant", 1, Case("mini", 2, oracle_multipliers={"value": 4.01}, steps=2))
+    return table
+
+
+CASES = _cases()
+
+
+def _names(*kinds: str) -> list[str]:
+    return [name for name in CASES if name.startswith(kinds)]
+
+
+@pytest.fixture(scope="module")
+def outcome(request: pytest.FixtureRequest) -> Outcome:
+    return fleet_outcome(request, run_case, CASES, per_spawn=40)
+
+
+@pytest.mark.parametrize("name", _names("fed"))
+def test_sequence_parallel_values(outcome: Outcome, name: str) -> None:
+    """Blocks would be summed over the ranks of one sequence as if each held other columns, or over too few ranks."""
+    passes(outcome, name)
+
+
+@pytest.mark.parametrize("name", _names("end_to_end"))
+def test_half_a_sequence_per_rank_trains_like_whole_ones(outcome: Outcome, name: str) -> None:
+    """Turning sequence parallelism on would change the trained model."""
+    passes(outcome, name)
+
+
+@pytest.mark.parametrize("name", _names("resume"))
+def test_resume_is_bitwise(outcome: Outcome, name: str) -> None:
+    """A long-context run could not be resumed."""
+    passes(outcome, name)
+
+
+@pytest.mark.parametrize("name", _names("refused"))
+def test_what_does_not_share_gradients_is_refused(outcome: Outcome, name: str) -> None:
+    """Every rank of a sequence would train a model of its own without any sign, or wait for one that has failed."""
+    passes(outcome, name)
+
+
+@pytest.mark.parametrize("name", _names("mutant"))
+def test_the_comparison_notices_a_wrong_multiplier(outcome: Outcome, name: str) -> None:
+    """The tests above would prove nothing."""
+    failure = outcome(name)
+    assert failure is not None, f"{name}: a wrong multiplier went unnoticed"
+    assert "parameters off by more than" in failure, failure

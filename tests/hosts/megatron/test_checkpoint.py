@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of converted Megatron-core optimizers: every format, other topologies, to and from stock AdamW."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import queue
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.helpers.deepspeed.engine_cases import named
+from tests.helpers.distributed import Outcome, RankContext, fleet_outcome, passes
+from tests.helpers.megatron.gpt_shards import LAYERS, SHAPES, join
+from tests.helpers.megatron.stack import Run, Stack, open_stack, stack_shims
+from tests.helpers.models import GradientPlan
+from tests.helpers.oracle import Oracle
+from tests.helpers.tables.oracle_names import megatron_classes
+
+pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="needs megatron")
+
+SAVED_AFTER, STEPS = 3, 5
+RESHARDABLE = ("dp_reshardable", "fully_reshardable")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What writes a checkpoint, in which format, and what reads it."""
+
+    writer: Stack
+    reader: Stack
+    form: str  # one of RESHARDABLE, "torch" (state_dict in a file) or "dp_zero" (Megatron's legacy files)
+    check: str = "resume"
+
+
+def run_case(context: RankContext, case: Case) -> None:
+    """Entry of every rank."""
+    _allow_dist_checkpoints()
+    stack_shims()
+    directory = context.tmp_path / f"checkpoint{zlib.crc32(repr(case).encode())}"
+    if context.rank == 0:
+        directory.mkdir(exist_ok=True)
+    context.barrier()
+    CHECKS[case.check](case, directory)
+
+
+def _allow_dist_checkpoints() -> None:
+    """Writers fork processes, which the daemons of a test may not, and keep a manager that would outlive them."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.Queue()  # a synchronous save fills and empties it in one process
+
+
+def _train(run: Run, first: int, last: int) -> None:
+    plan = GradientPlan(dist.get_world_size(), 1)  # one plan for all topologies of this world
+    for step in range(first, last):
+        run.scheduler.num_steps = step
+        run.scheduler.step(increment=0)
+        run.chunk.zero_grad_buffer()
+        for name, param in run.params.items():
+            # the same gradient on every rank, so that no average depends on the topology
+            param.main_grad.copy_(run.cut(name, plan.mean(name, run.shapes[name], step)))
+        run.chunk.finish_grad_sync()
+        assert run.optimizer.step()[0]
+
+
+# --------------------------------------------------------------------------------------- the files
+
+
+def save(run: Run, case: Case, directory: Path) -> None:
+    from megatron.core import dist_checkpointing
+
+    if case.form in RESHARDABLE:
+        dist_checkpointing.save(_sharded(run, case.form, is_loading=False), str(directory))
+        return
+    files = directory / f"rank{dist.get_rank()}"
+    torch.save({"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()}, files)
+    if case.form == "dp_zero":
+        run.optimizer.save_parameter_state(str(directory / "distrib_optim.pt"))
+    dist.barrier()
+
+
+def load(run: Run, case: Case, directory: Path) -> None:
+    from megatron.core import dist_checkpointing
+
+    if case.form in RESHARDABLE:
+        loaded = dist_checkpointing.load(_sharded(run, case.form, is_loading=True), str(directory))
+    else:
+        loaded = torch.load(directory / f"rank{dist.get_rank()}", weights_only=False)
+    run.model.load_state_dict(loaded["model"])
+    run.optimizer.load_state_dict(loaded["optimizer"])
+    if case.form == "dp_zero":
+        run.optimizer.load_parameter_state(str(directory / "distrib_optim.pt"))
+
+
+def _sharded(run: Run, form: str, *, is_loading: bool) -> dict[str, Any]:
+    metadata = {"distrib_optim_sharding_type": form, "chained_optim_avoid_prefix": True}
+    model = run.model.sharded_state_dict()
+    return {"model": model, "optimizer": run.optimizer.sharded_state_dict(model, is_loading, metadata=metadata)}
+
+
+def _contents(run: Run) -> dict[str, dict[str, Tensor]]:
+    """Unsharded tensors of all that a checkpoint must bring back."""
+    from megatron.core import parallel_state
+
+    found = {"masters": run.masters(), **{key: run.state(key) for key in ("exp_avg", "exp_avg_sq")}}
+    group = parallel_state.get_tensor_model_parallel_group()
+    everyone: list[Any] = [None] * run.stack.tp
+    dist.all_gather_object(everyone, found, group=group)
+    return {
+        what: {name: join(name, [other[what][name] for other in everyone]) for name in tensors}
+        for what, tensors in found.items()
+    }
+
+
+def _assert_same(run: Run, expected: dict[str, dict[str, Tensor]]) -> None:
+    found = _contents(run)
+    for what, tensors in expected.items():
+        for name, value in tensors.items():
+            assert torch.equal(found[what][name], value), f"{what} of {name}"
+
+
+def _groups(run: Run) -> list[dict[str, Any]]:
+    kept = ("lr", "weight_decay", "betas", "eps", "max_lr", "min_lr", "wd_mult")
+    return [{key: group[key] for key in kept} for group in run.optimizer.param_groups]
+
+
+# -------------------------------------------------------------------------------------- the checks
+
+
+def check_resume(case: Case, directory: Path) -> None:
+    """A fresh run that loads goes on exactly as the one that saved."""
+    with open_stack(case.writer) as run:
+        _train(run, 0, SAVED_AFTER)
+        save(run, case, directory)
+        saved, groups = _contents(run), _groups(run)
+        _assert_same(run, saved)  # saving changes nothing
+        _train(run, SAVED_AFTER, STEPS)
+        ended = _contents(run)
+    with open_stack(case.reader) as run:
+        load(run, case, directory)
+        assert _groups(run) == groups
+        inner = run.leaf.optimizer
+        assert all(state["step"] == SAVED_AFTER for state in inner.state.values())
+        blocks = {b.tensor: b.table.num_blocks for b in inner.bindings()}
+        if inner.shares_second_moment:
+            assert all(s["exp_avg_sq"].numel() == blocks[t] for t, s in inner.state.items()), "not back in blocks"
+        _assert_same(run, saved)
+        _train(run, SAVED_AFTER, STEPS)
+        _assert_same(run, ended)
+
+
+def check_warm_start(case: Case, directory: Path) -> None:
+    """AdamW's second moments become the means over blocks; the rest is taken over as it is."""
+    with open_stack(case.writer) as run:
+        _train(run, 0, SAVED_AFTER)
+        save(run, case, directory)
+        saved = _contents(run)
+        shapes = run.shapes
+    oracle = Oracle(
+        {n: torch.zeros(s) for n, s in shapes.items()},
+        megatron_classes(layers=LAYERS, **SHAPES[case.reader.shape]),
+        mini=True,
+    )
+    with open_stack(case.reader) as run:
+        load(run, case, directory)
+        found = _contents(run)
+        for name, second in saved["exp_avg_sq"].items():
+            # the oracle's mean of squares over a block, of the roots
+            mean = oracle._mean_square(name, second.double().sqrt()).float()
+            torch.testing.assert_close(found["exp_avg_sq"][name], mean, rtol=1e-6, atol=0.0)
+        _assert_same(run, {key: saved[key] for key in ("masters", "exp_avg")})
+        _train(run, SAVED_AFTER, STEPS)
+        assert all(state["step"] == STEPS for state in run.leaf.optimizer.state.values())
+
+
+def check_stock_reads(case: Case, directory: Path) -> None:
+    """A stock AdamW goes on from our checkpoint."""
+    with open_stack(case.writer) as run:
+        _train(run, 0, SAVED_AFTER)
+        save(run, case, directory)
+        saved = _contents(run)
+    with open_stack(case.reader) as run:
+        _train(run, 0, 1)  # without Transformer Engine upstream loads only into state that exists
+        load(run, case, directory)
+        _assert_same(run, saved)
+
+
+def check_mixed_up(case: Case, directory: Path) -> None:
+    """Upstream writes other parameters' state when buckets are padded; that must not reach a disk."""
+    with open_stack(case.writer) as run:
+        _train(run, 0, 1)
+        with pytest.raises(ValueError, match="dp_reshardable"):
+            save(run, case, directory)
+
+
+def check_report(case: Case, directory: Path) -> None:
+    """Resuming under other multipliers is said once, on the first rank."""
+    with open_stack(case.writer) as run:
+        _train(run, 0, 1)
+        save(run, case, directory)
+    with open_stack(case.reader) as run, _warnings() as lines:
+        load(run, case, directory)
+    if dist.get_rank() == 0:
+        (line,) = [line for line in lines if "other settings" in line]
+        assert "lr_multipliers.ffn was 6, is 5" in line
+    else:
+        assert not lines
+
+
+@contextlib.contextmanager
+def _warnings() -> Iterator[list[str]]:
+    lines: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("ds_blockwise")
+    logger.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)
+
+
+CHECKS = {
+    "resume": check_resume,
+    "warm_start": check_warm_start,
+    "stock_reads": check_stock_reads,
+    "mixed_up": check_mixed_up,
+    "report": check_report,
+}
+
+
+# --------------------------------------------------------------------------------------- the table
+
+
+def _cases() -> dict[str, tuple[int, Case]]:
+    table: dict[str, tuple[int, Case]] = {}
+
+    def add(check: str, form: str, writer: Stack, reader: Stack | None = None) -> None:
+        reader = reader or writer
+        mixed = "-mixed" if writer.mixed else ""
+        name = f"{check}-{form}-{writer.wrapper}-{writer.dtype}{mixed}-{reader.optimizer}-tp{writer.tp}to{reader.tp}"
+        assert name not in table
+        table[name] = (2, Case(writer, reader, form, check))
+
+    mini, adamw = Stack(decoupled=True), Stack("adamw", decoupled=True)
+    stock = replace(adamw, stock=True)
+    for form in RESHARDABLE:
+        add("resume", form, mini)
+        add("resume", form, replace(mini, dtype="bf16"))
+        add("resume", form, replace(adamw, dtype="bf16"))
+        add("resume", form, replace(mini, tp=2))
+        add("warm_start", form, stock, mini)
+        add("resume", form, replace(mini, dtype="bf16", mixed=True))
+        for dtype in ("fp32", "bf16"):
+            add("resume", form, replace(mini, wrapper="plain", dtype=dtype))
+    # upstream loads fully_reshardable only with Transformer Engine, and fp32 shards not at all
+    add("stock_reads", "dp_reshardable", replace(mini, dtype="bf16"), replace(stock, dtype="bf16"))
+    add("resume", "fully_reshardable", mini, replace(mini, tp=2))
+    add("resume", "fully_reshardable", replace(mini, tp=2, dtype="bf16"), replace(mini, dtype="bf16"))
+    for dtype in ("fp32", "bf16"):
+        add("resume", "torch", replace(mini, wrapper="plain", dtype=dtype))
+        add("resume", "torch", replace(mini, wrapper="plain", dtype=dtype, tp=2))
+    add("resume", "torch", replace(adamw, wrapper="plain"))
+    add("resume", "dp_zero", replace(mini, dtype="bf16"))
+    add("warm_start", "dp_zero", stock, mini)
+    plain = {"wrapper": "plain", "decoupled": False}  # upstream cannot load groups that differ in max_lr only
+    add("warm_start", "torch", replace(stock, **plain), replace(mini, **plain))
+    add("warm_start", "fully_reshardable", replace(stock, **plain), replace(mini, **plain))
+    add("stock_reads", "torch", replace(mini, **plain), replace(stock, **plain))
+    for form in ("fully_reshardable", "torch"):
+        add("resume", form, replace(mini, wrapper="layerwise", dtype="bf16"))
+    add("mixed_up", "fully_reshardable", replace(mini, bucket_size=900))
+    for wrapper, form in (("distributed", "dp_reshardable"), ("plain", "fully_reshardable")):
+        add(
+            "report",
+            form,
+            replace(mini, wrapper=wrapper),
+            replace(mini, wrapper=wrapper, settings={"lr_multipliers": {"ffn": 5}}),
+        )
+    return table
+
+
+CASES = _cases()
+
+
+def _names(*kinds: str) -> list[Any]:
+    return named(name for name in CASES if name.startswith(kinds))
+
+
+@pytest.fixture(scope="module")
+def outcome(request: pytest.FixtureRequest) -> Outcome:
+    return fleet_outcome(request, run_case, CASES, per_spawn=12)
+
+
+@pytest.mark.parametrize("name", _names("resume"))
+def test_a_resumed_run_goes_on_exactly(outcome: Outcome, name: str) -> None:
+    """State would be lost, mixed up between shards, or rounded on its way through a checkpoint."""
+    passes(outcome, name)
+
+
+@pytest.mark.parametrize("name", _names("warm_start", "stock_reads"))
+def test_checkpoints_go_to_and_from_stock_adamw(outcome: Outcome, name: str) -> None:
+    """A run could not change its optimizer without losing its moments."""
+    passes(outcome, name)
+
+
+@pytest.mark.parametrize("name", _names("mixed_up"))
+def test_a_checkpoint_that_upstream_mixes_up_is_refused(outcome: Outcome, name: str) -> None:
+    """Moments of other parameters would be saved without a word."""
+    passes(outcome, name)
+
+
+@pytest.mark.parametrize("name", _names("report"))
+def test_other_settings_are_reported(outcome: Outcome, name: str) -> None:
+    """A run could go on with other multipliers than it was begun with, unnoticed."""
+    passes(outcome, name)

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`megatron_patch.convert_` on the real Megatron-core optimizers, against whole tensors and hand-written blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.helpers.deepspeed.engine_cases import BETAS, EPS, WEIGHT_DECAY, named
+from tests.helpers.distributed import Outcome, RankContext, fleet_outcome, passes
+from tests.helpers.megatron.gpt_shards import LAYERS, SHAPES
+from tests.helpers.megatron.stack import (
+    DECOUPLED_LR,
+    DTYPES,
+    EMBEDDING,
+    LR,
+    Run,
+    Stack,
+    lr_after,
+    open_stack,
+    stack_shims,
+)
+from tests.helpers.models import GradientPlan
+from tests.helpers.oracle import Hyper, Oracle, assert_same_update, clipped
+from tests.helpers.tables.oracle_names import megatron_classes
+
+pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="needs megatron")
+
+STEPS = 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """A stack and what happens to it."""
+
+    stack: Stack = field(default_factory=Stack)
+    steps: int = STEPS
+    poison: tuple[int, ...] = ()  # steps at which one rank finds a NaN
+    oracle_multipliers: dict[str, float] = field(default_factory=dict)
+
+
+def run_case(context: RankContext, case: Case) -> None:
+    """Entry of every rank."""
+    stack_shims()
+    with open_stack(case.stack) as run:
+        check_values(context, case, run)
+
+
+def check_values(context: RankContext, case: Case, run: Run) -> None:
+    stack = case.stack
+    plan = GradientPlan(dist.get_world_size(run.dp_group), 1, torch.float32 if stack.loss_scale else plan_dtype(stack))
+    start = {name: run.start(name) for name in run.shapes}
+    now = run.masters()
+    for name, value in now.items():
+        assert torch.equal(value, run.cut(name, run.start(name))), f"start of {name}"
+    hyper = {name: Hyper(LR, BETAS, EPS, 0.0 if "layernorm" in name else WEIGHT_DECAY) for name in start}
+    classes = megatron_classes(layers=LAYERS, **SHAPES[stack.shape])
+    oracle = Oracle(start, classes, stack.optimizer == "mini", hyper, lr_multipliers=case.oracle_multipliers)
+    applied = 0
+    for step in range(case.steps):
+        poisoned = step in case.poison
+        run.feed(plan, step, poison=float("nan") if poisoned and context.rank == context.world_size - 1 else None)
+        before, was = run.masters(), oracle.weights()
+        done, norm = run.step()
+        now = run.masters()
+        if poisoned:
+            assert not done
+            assert all(torch.equal(now[n], before[n]) for n in now), "moved on an overflow"
+        else:
+            assert done
+            gradients: dict[str, Tensor] = {name: run.mean(plan, name, step) for name in start}
+            _check_norm(norm, gradients)
+            for name, h in hyper.items():
+                decoupled = stack.decoupled and name in (EMBEDDING, "output_layer.weight")
+                h.lr = lr_after(applied, DECOUPLED_LR if decoupled else LR)
+            oracle.step(clipped(gradients, stack.clip) if stack.clip else gradients)
+            applied += 1
+            expected = tuple({n: _of(run, n, weights) for n in now} for weights in (was, oracle.weights()))
+            what = f"step {step}, rank {context.rank}"
+            lr = lr_after(applied - 1)
+            assert_same_update((before, now), expected, lr, what=what)
+        _check_steps(run, applied)
+        for name, param in run.params.items():
+            assert torch.equal(param.detach(), now[name].to(param.dtype)), f"the model has another {name}"
+    _check_tied_copies(run)
+
+
+def plan_dtype(stack: Stack) -> torch.dtype:
+    """What gradients are averaged in."""
+    return DTYPES[stack.dtype]
+
+
+def _of(run: Run, name: str, weights: dict[str, Tensor]) -> Tensor:
+    return run.cut(name, weights[EMBEDDING if run.is_copy(name) else name])
+
+
+def _check_norm(norm: float | None, gradients: dict[str, Tensor]) -> None:
+    expected = sum(float(g.double().square().sum()) for g in gradients.values()) ** 0.5
+    assert norm is not None
+    assert abs(norm - expected) < 1e-5 * expected, (norm, expected)
+
+
+def _check_steps(run: Run, applied: int) -> None:
+    inner = run.leaf.optimizer
+    assert type(inner).__name__.startswith("Blockwise")
+    assert inner.step_calls == applied
+    assert all(state["step"] == applied for state in inner.state.values())
+
+
+def _check_tied_copies(run: Run) -> None:
+    if not (run.stack.tied and run.stack.pp > 1):
+        return
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_embedding_group()
+    own = next(p.detach().float() for n, p in run.params.items() if n == EMBEDDING or run.is_copy(n))
+    copies = [torch.empty_like(own) for _ in range(2)]
+    dist.all_gather(copies, own.contiguous(), group=group)
+    assert torch.equal(*copies), "the copies of the tied embedding drifted apart"
+
+
+# -------------------------------------------------------------------------------------- the table
+
+
+def _cases() -> dict[str, tuple[int, Case]]:
+    table: dict[str, tuple[int, Case]] = {}
+
+    def add(kind: str, dp: int, stack: Stack, **rest: Any) -> None:
+        s = stack
+        name = f"{kind}-{s.wrapper}-{s.dtype}-{s.shape}-{s.optimizer}-tp{s.tp}-pp{s.pp}-dp{dp}"
+        assert name not in table
+        table[name] = (dp * s.tp * s.pp, Case(s, **rest))
+
+    for optimizer in ("adamw", "mini"):
+        for wrapper in ("plain", "distributed"):
+            for dtype in ("fp32", "bf16"):
+                add("values", 2, Stack(optimizer, wrapper, dtype))
+                add("values", 1, Stack(optimizer, wrapper, dtype, tp=2))
+    mini = Stack()
+    for dtype in ("fp32", "bf16"):
+        add("values", 2, Stack("mini", "layerwise", dtype))
+    add("values", 2, Stack("mini", "layerwise", "bf16", tp=2))
+    add("mqa", 1, replace(mini, shape="mqa", tp=2))
+    add("mqa", 1, replace(mini, shape="mqa", tp=2, wrapper="plain"))
+    add("mqa", 2, replace(mini, shape="mqa", tp=2, dtype="bf16"))
+    add("values", 2, replace(mini, tp=2))
+    add("buckets", 2, replace(mini, bucket_size=900))
+    add("mixed", 2, replace(mini, dtype="bf16", mixed=True))
+    add("clip", 2, replace(mini, clip=0.05))
+    add("clip", 1, replace(mini, clip=0.05, tp=2, wrapper="plain"))
+    add("decoupled", 2, replace(mini, decoupled=True))
+    add("tied", 2, replace(mini, tied=True))
+    for stack in (replace(mini, pp=2, tied=True), replace(mini, pp=2, tied=True, dtype="bf16", optimizer="adamw")):
+        add("pipeline", 1, stack)
+    add("pipeline", 2, replace(mini, pp=2, tied=True))
+    add("overflow", 2, replace(mini, dtype="bf16", loss_scale=True), poison=(0, 2))
+    add("overflow", 2, replace(mini, dtype="fp16", loss_scale=True), poison=(1,))
+    add("overflow", 1, replace(mini, dtype="fp16", loss_scale=True, wrapper="plain", tp=2), poison=(1,))
+    add("mutant", 2, mini, oracle_multipliers={"value": 4.01}, steps=2)
+    return table
+
+
+CASES = _cases()
+
+
+def _names(*kinds: str) -> list[Any]:
+    return named(name for name in CASES if name.startswith(kinds))
+
+
+@pytest.fixture(scope="module")
+def outcome(request: pytest.FixtureRequest) -> Outcome:
+    return fleet_outcome(request, run_case, CASES, per_spawn=20)
+
+
+@pytest.mark.parametrize("name", _names("values", "mqa", "buckets", "mixed", "tied"))
+def test_values(outcome: Outcome, name: str) -> None:
+    """A shard would get the second moment of its own part of a block, or another block's multiplier."""
+    passes(outcome, name)
+
+
+@pytest.mark.parametrize("name", _names("clip"))
+def test_clipping_uses_the_whole_norm(outcome: Outcome, name: str) -> None:
+    """The new optimizer would step on gradients that Megatron-core did not clip."""
+    passes(outcome, name)
+
+
+@pytest.mark.parametrize("name", _names("decoupled"))
+def test_groups_keep_their_own_learning_rates(outcome: Outcome, name: str) -> None:
+    """A group's own maximum (decoupled_lr) would be lost, or replace the multiplier instead of composing with it."""
+    passes(outcome, name)
+
+
+@pytest.mark.parametrize("name", _names("pipeline"))
+def test_tied_embeddings_on_two_stages(outcome: Outcome, name: str) -> None:
+    """The last stage's copy is called output_layer: with another block type the copies would drift apart."""
+    passes(outcome, name)
+
+
+@pytest.mark.parametrize("name", _names("overflow"))
+def test_overflow_on_one_rank(outcome: Outcome, name: str) -> None:
+    """A NaN on one rank would let the others step alone, or count a step that was not made."""
+    passes(outcome, name)
+
+
+@pytest.mark.parametrize("name", _names("mutant"))
+def test_the_comparison_notices_a_wrong_multiplier(outcome: Outcome, name: str) -> None:
+    """The tests above would prove nothing: a wrong multiplier inside linear_qkv must be seen."""
+    failure = outcome(name)
+    assert failure is not None, f"{name}: a wrong multiplier went unnoticed"
+    assert "parameters off by more than" in failure, failure

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `megatron_patch.convert_` refuses: on every rank, with the name of the setting, and changing nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.helpers.deepspeed.engine_cases import named
+from tests.helpers.distributed import Outcome, RankContext, fleet_outcome, passes
+from tests.helpers.megatron.stack import Run, Stack, open_stack, stack_shims
+
+pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="needs megatron")
+
+Spoil = Callable[[Run, dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to spoil a conversion, on the last rank only unless ``everywhere``."""
+
+    spoil: str
+    error: str  # name of the class on the spoilt rank; elsewhere it is ValueError
+    words: tuple[str, ...]
+    everywhere: bool = False
+    stack: Stack = field(default_factory=lambda: Stack(stock=True))
+
+
+def run_case(context: RankContext, case: Case) -> None:
+    """Entry of every rank."""
+    stack_shims()
+    with open_stack(case.stack) as run:
+        arguments: dict[str, Any] = {"optimizer": run.optimizer, "model_chunks": [run.chunk]}
+        spoilt = case.everywhere or context.rank == context.world_size - 1
+        if spoilt:
+            SPOILS[case.spoil](run, arguments)
+        leaf, inner, kind = run.leaf, run.leaf.optimizer, type(run.leaf)
+        error = _error_of(arguments)
+        assert error is not None, "it was converted"
+        assert type(error).__name__ == (case.error if spoilt else "ValueError"), repr(error)
+        for word in case.words:
+            assert word in str(error), f"{word!r} is not in: {error}"
+        assert leaf.optimizer is inner, "half converted"
+        assert type(leaf) is kind
+
+
+def _error_of(arguments: dict[str, Any]) -> Exception | None:
+    from megatron_patch import convert_
+
+    try:
+        convert_(**arguments)
+    except Exception as error:  # the test looks at every error
+        return error
+    return None
+
+
+# ---------------------------------------------------------------------------------- the ways
+
+
+def _setting(name: str, value: Any) -> Spoil:
+    return lambda run, arguments: setattr(run.leaf.config, name, value)
+
+
+def _argument(name: str, value: Any) -> Spoil:
+    return lambda run, arguments: arguments.update({name: value})
+
+
+def _fsdp(run: Run, arguments: dict[str, Any]) -> None:
+    run.leaf.ddp_config = replace(run.leaf.ddp_config, use_megatron_fsdp=True)
+
+
+def _unknown_class(run: Run, arguments: dict[str, Any]) -> None:
+    arguments["optimizer"] = SimpleNamespace(optimizer=run.leaf.optimizer)
+
+
+def _twice(run: Run, arguments: dict[str, Any]) -> None:
+    run.convert()
+
+
+def _stepped(run: Run, arguments: dict[str, Any]) -> None:
+    (param,) = [t for g in run.leaf.optimizer.param_groups for t in g["params"]][:1]
+    run.leaf.optimizer.state[param]["exp_avg"] = torch.zeros_like(param)
+
+
+def _other_inner(run: Run, arguments: dict[str, Any]) -> None:
+    run.leaf.optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+
+
+def _other_version(run: Run, arguments: dict[str, Any]) -> None:
+    del run.leaf.model_float16_groups
+
+
+def _wrapped(run: Run, arguments: dict[str, Any]) -> None:
+    class Stranger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = run.chunk
+
+    arguments["model_chunks"] = [Stranger()]
+
+
+def _unknown_parameter(run: Run, arguments: dict[str, Any]) -> None:
+    run.model.strange = nn.Linear(2, 2)
+
+
+def _other_shards(run: Run, arguments: dict[str, Any]) -> None:
+    buffer = run.leaf.buffers[0]
+    for param, (start, end, bucket) in buffer.param_index_map.items():
+        buffer.param_index_map[param] = (start + 64, end + 64, bucket)
+
+
+def _other_copy(run: Run, arguments: dict[str, Any]) -> None:
+    from ds_blockwise import tag_parameters
+
+    tag_parameters(run.model, lr_multipliers={"emb": 4})
+
+
+SPOILS: dict[str, Spoil] = {
+    "precision_aware": _setting("use_precision_aware_optimizer", True),
+    "cpu_offload": _setting("optimizer_cpu_offload", True),
+    "l2": _setting("decoupled_weight_decay", False),
+    "sgd": _setting("optimizer", "sgd"),
+    "fsdp": _fsdp,
+    "other_copy": _other_copy,
+    "unknown_class": _unknown_class,
+    "twice": _twice,
+    "stepped": _stepped,
+    "other_inner": _other_inner,
+    "other_version": _other_version,
+    "wrapped": _wrapped,
+    "unknown_parameter": _unknown_parameter,
+    "other_shards": _other_shards,
+    "kind": _argument("kind", "BlockwiseAdamMinni"),
+    "multiplier": _argument("lr_multipliers", {"emd": 3}),
+    "unused_rule": _argument("rules", [{"match": "no such layer", "role": "ffn"}]),
+    "disagree": _argument("lr_multipliers", {"ffn": 5}),
+}
+
+CASES: dict[str, tuple[int, Case]] = {
+    "precision_aware": (2, Case("precision_aware", "ValueError", ("use_precision_aware_optimizer=True", "False"))),
+    "cpu_offload": (2, Case("cpu_offload", "ValueError", ("optimizer_cpu_offload=True", "Set it to False"))),
+    "l2": (2, Case("l2", "ValueError", ("decoupled_weight_decay=False", "Set it to True"))),
+    "sgd": (2, Case("sgd", "ValueError", ("optimizer='sgd'", "--optimizer adam"))),
+    "fsdp": (2, Case("fsdp", "ValueError", ("use_megatron_fsdp", "use_distributed_optimizer"))),
+    "unknown_class": (2, Case("unknown_class", "TypeError", ("SimpleNamespace", "DistributedOptimizer"))),
+    "twice": (2, Case("twice", "TypeError", ("cannot convert a BlockwiseDistributedOptimizer", "once"), True)),
+    "stepped": (2, Case("stepped", "ValueError", ("already holds optimizer state", "right after"))),
+    "other_inner": (2, Case("other_inner", "ValueError", ("SGD", "AdamW"))),
+    "other_version": (2, Case("other_version", "ImportError", ("model_float16_groups", "0.16.1"))),
+    "wrapped": (2, Case("wrapped", "ValueError", ("Stranger", "DistributedDataParallel"))),
+    "unknown_parameter": (2, Case("unknown_parameter", "ValueError", ("strange.weight", "rules"))),
+    "other_shards": (2, Case("other_shards", "ValueError", ("where its buffers say", "0.16.1"))),
+    "kind": (2, Case("kind", "ValueError", ("BlockwiseAdamMinni", "did you mean 'BlockwiseAdamMini'"))),
+    "multiplier": (2, Case("multiplier", "ValueError", ("emd", "emb"))),
+    "unused_rule": (2, Case("unused_rule", "ValueError", ("no such layer", "any pipeline stage"), True)),
+    "other_copy": (
+        2,
+        Case(
+            "other_copy",
+            "ValueError",
+            ("tied weight 'embedding.word_embeddings.weight'", "lr x10", "'output_layer.weight' as embedding (lr x4"),
+            stack=Stack(stock=True, pp=2, tied=True),
+        ),
+    ),
+    "disagree-data": (2, Case("disagree", "ValueError", ("data-parallel ranks [1]", "settings"))),
+    "disagree-tensor": (
+        2,
+        Case("disagree", "ValueError", ("tensor-parallel ranks [1]", "settings"), stack=Stack(stock=True, tp=2)),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def outcome(request: pytest.FixtureRequest) -> Outcome:
+    return fleet_outcome(request, run_case, CASES)
+
+
+@pytest.mark.parametrize("name", named(CASES))
+def test_refused_on_every_rank(outcome: Outcome, name: str) -> None:
+    """A run would train with another optimizer than it says, or hang because one rank stopped."""
+    passes(outcome, name)

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`docs/support.md` claims what the tests show, and nothing else."""
+
+import ast
+import re
+
+import pytest
+
+from tests.helpers import ROOT, support
+from tests.helpers.support import OPTIMIZERS, PAGE, Outcomes, Refused, Row, Untested, Works, page, patterns_of
+from tests.helpers.support_rows import ROWS
+
+SOURCES = [p for folder in ("ds_blockwise", "megatron_patch") for p in (ROOT / folder).glob("*.py")]
+CELLS = [
+    pytest.param(cell, name, id=f"{row.host}, {row.layout}, {name}")
+    for row in ROWS
+    for name, cell in zip(OPTIMIZERS, row.cells, strict=True)
+]
+
+
+def functions_in(file: str) -> set[str]:
+    tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def literals_of(path) -> list[str]:
+    """Every text in a file's code, joined over line ends, with {} for what is filled in."""
+    texts = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.JoinedStr):
+            texts.append("".join(str(v.value) if isinstance(v, ast.Constant) else "{}" for v in node.values))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            texts.append(node.value)
+    return texts
+
+
+LITERALS = [text for path in SOURCES for text in literals_of(path)]
+
+
+@pytest.mark.parametrize(("cell", "name"), CELLS)
+def test_a_claim_names_tests_that_exist(cell, name):
+    """A test that is renamed would leave its claim standing for ever."""
+    for pattern in patterns_of(cell, name):
+        file, _, function = pattern.partition("::")
+        start = re.split(r"[\[*]", function)[0]
+        assert any(f.startswith(start) for f in functions_in(file)), pattern
+
+
+@pytest.mark.parametrize(("cell", "name"), CELLS)
+def test_a_refusal_is_in_the_code(cell, name):
+    """The page quotes the error."""
+    if isinstance(cell, Refused):
+        assert any(cell.says in text for text in LITERALS), cell.says
+
+
+def test_the_page_has_the_rows():
+    """A row that was added without `make support` is a claim that nobody has checked."""
+    text = PAGE.read_text(encoding="utf-8")
+    counts = {p: int(n) for p, n in re.findall(r"`([^`]+)` \((\d+)\)", text)}
+    assert all(counts.values())
+    expected = page(ROWS, counts).splitlines()
+    rows = [line for line in text.splitlines() if line.startswith(("|", "#"))]
+    assert rows == [line for line in expected if line.startswith(("|", "#"))]
+
+
+@pytest.mark.parametrize("outcome", ["failed", "skipped", None])
+def test_a_claim_without_a_passed_test_is_not_written(outcome, monkeypatch, tmp_path):
+    """Neither a failure, nor a skip, nor a test that is gone may become "works"."""
+    outcomes = Outcomes()
+    outcomes._of = {"test_a.py::test_b[z1-mini]": "passed", "test_a.py::test_b[z1-adamw]": "passed"}
+    monkeypatch.setattr(support, "OUTCOMES", outcomes)
+    monkeypatch.setattr(support, "PAGE", tmp_path / "support.md")
+    row = Row("host", "layout", (Works(("test_a.py::test_b[z1-{o}]",)), Untested("no reason")))
+    assert support.write([row]) == []
+    assert "`test_a.py::test_b[z1-adamw]` (1)" in support.PAGE.read_text(encoding="utf-8")
+    support.PAGE.unlink()
+    if outcome is None:
+        outcomes._of = {}
+    else:
+        outcomes._of["test_a.py::test_b[z1-adamw]"] = outcome
+    (problem,) = support.write([row])
+    assert "test_a.py::test_b[z1-adamw]" in problem
+    assert not support.PAGE.exists()

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The C++ backend on random segment tables, beyond what today's models contain, against the reference."""
+
+import random
+
+import pytest
+import torch
+
+from ds_blockwise.blocks.segment_table import SegmentTable, TableRun, _merge_multipliers
+from ds_blockwise.kernels.base import Hyper, Item, ReferenceKernels
+from ds_blockwise.kernels.cpp.backend import CppKernels
+
+CPU = torch.device("cpu")
+LR = 1e-2
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+
+
+class Runs:
+    """Random runs one after the other, some of them sharing their blocks."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+        self.runs: list[TableRun] = []
+        self.numels: list[int] = []
+        self.at = rng.randrange(9)
+
+    def add(self, count, numel, slot=None, repeat=1, stride=0, factor=1):
+        new = slot is None
+        slot = len(self.numels) if new else slot
+        multipliers = self.rng.choice([1.0, 4.0, 8.0]), self.rng.choice([0.0, 1.0])
+        self.runs.append(TableRun(self.at, count, numel, slot, repeat, stride, 0, *multipliers))
+        if new:
+            self.numels += [numel * repeat * factor] * count
+        return slot
+
+    def rows(self):
+        """Rows, perhaps with a part on another rank."""
+        count, numel = self.rng.randrange(1, 50), self.rng.choice([1, 3, 31, 32, 33, 64, 500, 1027, 5000])
+        self.add(count, numel, factor=self.rng.choice([1, 2]))
+        self.at += count * numel
+
+    def elements(self):
+        count = self.rng.choice([1, 17, 1000, 140_000])
+        self.add(count, 1)
+        self.at += count
+
+    def large(self):
+        """Around the limits of one piece, one task and one thread's cache."""
+        count, numel = self.rng.randrange(1, 3), self.rng.choice([32_769, 131_072, 262_144, 262_145, 400_001])
+        self.add(count, numel)
+        self.at += count * numel
+
+    def columns(self):
+        """A transposed weight with two roles; half the time a partial stripe of the first follows."""
+        repeat = self.rng.randrange(2, 40)
+        first = self.rng.randrange(1, 40), self.rng.choice([1, 2, 7, 64, 100])
+        second = self.rng.randrange(1, 9), self.rng.choice([1, 5, 70])
+        width = first[0] * first[1]
+        stride = width + second[0] * second[1]
+        slot = self.add(*first, repeat=repeat, stride=stride)
+        self.at += width
+        self.add(*second, repeat=repeat, stride=stride)
+        self.at += repeat * stride - width
+        if self.rng.random() < 0.5:
+            self.add(*first, slot=slot)
+            self.at += width
+
+    def shared(self):
+        """One block in two places, with different multipliers."""
+        numel = self.rng.randrange(1, 5000)
+        slot = self.add(1, numel, factor=2)
+        self.at += numel
+        self.add(1, numel, slot=slot)
+        self.at += numel
+
+
+def random_table(rng, shares):
+    made = Runs(rng)
+    for _ in range(rng.randrange(1, 6)):
+        getattr(made, rng.choice(["rows", "elements", "large", "columns", "shared"]))()
+        made.at += rng.choice([0, 0, 3])
+    slots = len(made.numels)
+    split = sorted(rng.sample(range(slots), min(slots, rng.choice([0, 0, 1, 5, 50, slots])))) if shares else []
+    numels = torch.tensor(made.numels if shares else [], dtype=F64)
+    return SegmentTable(
+        made.at + rng.randrange(20),
+        shares,
+        (),
+        tuple(made.runs) if shares else (),
+        tuple(_merge_multipliers(made.runs)),
+        slots if shares else 0,
+        numels,
+        torch.tensor(split, dtype=torch.int64),
+        torch.empty(0, dtype=torch.int64),
+    )
+
+
+def stepped(kernels, table, tensors, hyper, offset, steps):
+    """Clones of the tensors after some steps, at an address that nothing is aligned to."""
+    param, grad, exp_avg, exp_avg_sq = tensors
+    moved = torch.zeros(table.numel + offset, dtype=param.dtype)[offset:]
+    moved.copy_(param)
+    copy = torch.zeros(table.numel, dtype=BF16)
+    state = {"step": 3, "exp_avg": exp_avg.clone(), "exp_avg_sq": exp_avg_sq.clone()}
+    item = Item(table, kernels.plan(table, CPU), moved, state, hyper, grad.clone(), None, copy)
+    for _ in range(steps):
+        if table.has_split_blocks:
+            kernels.sum_split_blocks([item])
+            item.sums[table.dp_slots] *= 1.5  # the other ranks' share
+        kernels.step_([item])
+    return moved, state, copy
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_random_tables_are_stepped_as_by_the_reference(seed):
+    """Kernels cut blocks into tasks by size, place, repetition and ranks: any wrong edge shows as a wrong element."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    table = random_table(rng, shares=rng.random() < 0.75)
+    param_type = rng.choice([F32, F32, F32, BF16, F16, F64])
+    grad_type = rng.choice([param_type, param_type, BF16, F32])
+    wide = torch.promote_types(param_type, F32)
+    momentum = rng.choice([wide, BF16])
+    inside = torch.zeros(table.numel, dtype=torch.bool)
+    for run in table.multiplier_runs:
+        run.of(inside).fill_(True)
+    second = torch.rand(table.num_blocks if table.shares_second_moment else table.numel) * 1e-6 + 1e-9
+    tensors = (
+        torch.randn(table.numel).mul(0.02).to(param_type),
+        (torch.randn(table.numel) * 1e-3 * inside).to(grad_type),
+        (torch.randn(table.numel) * 1e-3 * inside).to(momentum),
+        (second if table.shares_second_moment else second * inside).to(wide),
+    )
+    hyper = Hyper(LR, rng.choice([0.0, 1e-4]), 0.9, 0.95, 1e-8, rng.choice([0.0, 0.1]))
+    exact = param_type in (F32, F64) and momentum is not BF16
+    steps = 2 if exact else 1  # a rounding to 16 bits that falls to the other side would be carried on
+    (a, state_a, copy_a), (b, state_b, copy_b) = (
+        stepped(kernels, table, tensors, hyper, rng.randrange(5), steps)
+        for kernels in (ReferenceKernels(), CppKernels())
+    )
+    assert state_a["step"] == state_b["step"] == 3 + steps
+    assert torch.equal(b[~inside], tensors[0][~inside]), "padding was touched"
+    update = (a.double() - tensors[0].double()).abs()
+    error = (a.double() - b.double()).abs()
+    # two updates of the largest multiplier may cancel, and what they were subtracted from was rounded as well
+    magnitude = torch.maximum(a.double().abs(), tensors[0].double().abs())
+    ulp = {F32: 2.0**-23, F64: 0.0, BF16: 2.0**-7, F16: 2.0**-10}[param_type] * magnitude
+    assert bool((error <= 1e-6 * update.clamp(min=8 * LR) + ulp).all())
+    largest = state_a["exp_avg"].double().abs().max()
+    moved = (state_a["exp_avg"].double() - state_b["exp_avg"].double()).abs().max()
+    assert moved <= largest * (2.0**-8 if momentum is BF16 else 3e-7)
+    torch.testing.assert_close(state_a["exp_avg_sq"].double(), state_b["exp_avg_sq"].double(), rtol=1e-6, atol=0)
+    if param_type not in (F32, F64):
+        return  # a copy of what is 16 bits already
+    difference = (copy_a.double() - copy_b.double()).abs()[inside]
+    assert bool((difference <= (error + 2.0**-7 * a.double().abs())[inside]).all())

@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is particular to the Triton backend: launches, uploads, host time, counts on the device, compiled code."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import re
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+
+from tests.helpers.kernel_cases import CASES, HYPER, LR, clone, compare, flat, item_of, spec, step, whole
+
+triton_kernels = pytest.importorskip("ds_blockwise.kernels.triton.backend", reason="Triton is not installed")
+
+from ds_blockwise.blocks.segment_table import Placement, build_table  # noqa: E402
+from ds_blockwise.kernels.triton import batch as triton_batch  # noqa: E402
+from ds_blockwise.kernels.triton.batch import join_jobs  # noqa: E402
+from ds_blockwise.kernels.triton.plan import make_plan  # noqa: E402
+from ds_blockwise.tagging.names import Role  # noqa: E402
+
+CPU = torch.device("cpu")
+INTERPRETED = triton_kernels.unavailable(CPU) is None
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter is off (TRITON_INTERPRET=1)")
+
+
+@pytest.fixture
+def kernels():
+    return triton_kernels.TritonKernels()
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Names of the kernels launched; nothing runs."""
+    names = []
+    monkeypatch.setattr(
+        triton_kernels, "_launch", lambda kernel, programs, *a, **m: names.append(kernel.__name__) if programs else None
+    )
+    return names
+
+
+def items_of(cases, kernels, shared):
+    return [clone(item_of(case, i, shared)[0], kernels) for i, case in enumerate(cases)]
+
+
+def layer(dim=64):
+    heads = {"num_heads": 4}
+    roles = [(Role.QUERY, heads), (Role.KEY, heads), (Role.VALUE, {}), (Role.ATTN_OUT, {}), (Role.FFN, {})]
+    return [whole(spec((dim, dim), role, **settings)) for role, settings in roles] + [whole(spec((dim,), Role.NORM))]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_two_launches_whatever_the_number_of_tensors(kernels, launches, shared):
+    for count in (1, 5):
+        launches.clear()
+        kernels.step_(items_of(layer() * count, kernels, shared))
+        assert launches == ["_prepare", "_update"]
+
+
+def test_large_and_split_blocks_add_two_launches(kernels, launches):
+    kernels.step_(items_of(CASES["several pieces"](), kernels, True))
+    assert launches == ["_prepare", "_sum", "_finish", "_update"]
+    launches.clear()
+    split = items_of([flat([spec((6, 50), Role.FFN)], 25, 260)], kernels, True)
+    kernels.sum_split_blocks(split)
+    kernels.step_(split)
+    assert launches == ["_sum", "_finish", "_prepare", "_finish", "_update"]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_nothing_is_sent_when_nothing_changed(kernels, launches, shared):
+    items = items_of(layer(), kernels, shared)
+    for _ in range(3):
+        kernels.step_(items)
+    (batch,) = kernels.batches._found.values()
+    assert batch.uploads == 1
+    items[0].hyper = replace(HYPER, lr=2 * LR)
+    kernels.step_(items)
+    assert batch.uploads == 2
+    items[0].grad = items[0].grad.clone()
+    kernels.step_(items)
+    assert batch.uploads == 3
+
+
+def test_a_learning_rate_on_the_device_is_read_there(kernels):
+    rate = torch.tensor(LR, dtype=torch.float64)
+    case = whole(spec((3, 9), Role.FFN))
+    by_tensor, by_number = (items_of([case], kernels, True)[0] for _ in range(2))
+    by_tensor.hyper = replace(HYPER, lr=rate)
+    for lr in (LR, LR / 3):
+        rate.fill_(lr)
+        by_number.hyper = replace(HYPER, lr=lr)
+        kernels.step_([by_tensor])
+        kernels.step_([by_number])
+        assert torch.equal(by_tensor.param, by_number.param)
+    uploads = [b.uploads for b in kernels.batches._found.values() if b.plans[0] is by_tensor.plan]
+    assert uploads == [1]
+
+
+def test_a_learning_rate_of_another_dtype_is_refused(kernels):
+    (item,) = items_of([whole(spec((3, 9), Role.FFN))], kernels, True)
+    item.hyper = replace(HYPER, lr=torch.tensor(1, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"torch\.int64.*float32"):
+        kernels.step_([item])
+
+
+def test_the_step_is_counted_on_the_device_and_a_loaded_count_is_taken_over(kernels):
+    (item,) = items_of([whole(spec((3, 9), Role.FFN))], kernels, True)
+    for loaded in (0, 41, torch.tensor(6.0)):
+        item.state["step"] = loaded
+        kernels.step_([item])
+        counted = item.state["step"]
+        assert counted.dtype == torch.int64 and counted.numel() == 1 and int(counted) == int(loaded) + 1
+        address = counted.data_ptr()
+        kernels.step_([item])
+        assert item.state["step"].data_ptr() == address and int(item.state["step"]) == int(loaded) + 2
+
+
+def test_autograd_notices_the_change(kernels):
+    (item,) = items_of([whole(spec((3, 9), Role.FFN))], kernels, True)
+    before = item.param._version
+    kernels.step_([item])
+    assert item.param._version > before
+
+
+def test_graphs_and_steps_outside_them_do_not_read_each_others_addresses(kernels, launches, monkeypatch):
+    """Both use one table on the device: a replay must not step with an eager step's addresses, nor the reverse."""
+    items = items_of(layer(), kernels, True)
+    kernels.step_(items)
+    (batch,) = kernels.batches._found.values()
+    captured = batch.addresses.clone()
+    capturing = [True]
+    monkeypatch.setattr(triton_batch, "_capturing", lambda device: capturing[0])
+    kernels.step_(items)
+    assert batch.uploads == 2, "a capture records an upload of its own"
+    kernels.step_(items)
+    assert batch.uploads == 3, "of the same buffer where nothing moved"
+    ((sent, _),) = batch._captured
+    items[0].grad = items[0].grad.clone()
+    with pytest.raises(RuntimeError, match="Run one step outside of "):
+        kernels.step_(items)
+    capturing[0] = False
+    kernels.step_(items)
+    assert not torch.equal(batch.addresses, captured)
+    assert torch.equal(sent[: len(captured)], captured), "what replays send must stay as it was"
+    before = batch.uploads
+    kernels.step_(items)
+    assert batch.uploads == before + 1, "a replay may have been in between"
+    monkeypatch.setattr(kernels.batches, "LIMIT", 2)
+    for _ in range(4):
+        kernels.step_(items_of(layer(), kernels, True))
+    assert batch in kernels.batches._found.values(), "a graph still reads it"
+
+
+def _shortest_time(call, repeat=30):
+    times = []
+    for _ in range(repeat):
+        start = time.process_time()
+        call()
+        times.append(time.process_time() - start)
+    return min(times)
+
+
+def test_python_needs_less_than_a_millisecond_for_220_tensors(kernels, launches):
+    """CPU time of this process, so that a busy machine does not decide."""
+    items = items_of([whole(spec((4, 8), Role.FFN)) for _ in range(220)], kernels, True)
+    kernels.step_(items)
+    assert _shortest_time(lambda: kernels.step_(items)) < 1e-3
+    one = items[:1]
+    kernels.step_(one)
+    assert _shortest_time(lambda: kernels.step_(one)) < 2e-4
+
+
+def test_tables_of_two_billion_parameters_are_built_in_two_seconds():
+    """32 layers of 2304 x 2304 and 2304 x 6144, 32000 tokens: 2.2e9 elements as one flat tensor."""
+    dim, ffn, specs = 2304, 6144, [spec((32000, 2304), Role.EMBEDDING)]
+    for _ in range(32):
+        specs += [spec((dim, dim), role, num_heads=18) for role in (Role.QUERY, Role.KEY)]
+        specs += [spec((dim, dim), role) for role in (Role.VALUE, Role.ATTN_OUT)]
+        specs += [spec((ffn, dim), Role.FFN), spec((ffn, dim), Role.FFN), spec((dim, ffn), Role.FFN)]
+        specs += [spec((dim,), Role.NORM)] * 2
+    at, placements = 0, []
+    for s in specs:
+        placements.append(Placement(s, None, at, 0, s.numel))
+        at += s.numel
+    table = build_table(at, placements, shares_second_moment=True)
+    start = time.process_time()
+    plan = make_plan(table)
+    program = join_jobs([plan.jobs], [plan.tiles], [len(plan.rows)], None, CPU)
+    assert time.process_time() - start < 2
+    assert 2e9 < at and 300_000 < program.tiles.numel() < 1_000_000
+
+
+def test_both_alignments_are_stepped_in_one_call(kernels):
+    compare(kernels, [*CASES["odd rows"]()[:3], *CASES["storage offsets"]()[:2]], True)
+
+
+def compile_for_a_gpu():
+    """Print per kernel: 16-byte loads, 16-byte stores, bytes of spilled registers, hardware bf16 roundings."""
+    import tempfile
+    from pathlib import Path
+
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    def show(name, kernel, signature, constants, num_warps):
+        names = kernel.arg_names
+        aligned = {(names.index(n),): [["tt.divisibility", 16]] for n, t in signature.items() if t.startswith("*")}
+        signature = signature | dict.fromkeys(constants, "constexpr")
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            usage = subprocess.check_output([tool, "--dump-resource-usage", file.name], text=True)
+        spilled = sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage.split("Function")[-1]))
+        loads, stores, rounding = (
+            len(re.findall(p, compiled.asm["ptx"]))
+            for p in (r"ld\.global\S*\.v4", r"st\.global\S*\.v4", r"cvt\.rn\.bf16")
+        )
+        print(f"{name}:", loads, stores, spilled, rounding)
+
+    tool = str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
+    tables = {"tiles": "*i64", "jobs": "*i64", "addresses": "*i64", "scalars": "*fp64"}
+    f32, bf16 = tl.float32, tl.bfloat16
+    for name, has, shifts, types in (
+        ("AdamW", 1 << 3, 0, (f32, f32, f32, f32, None)),
+        ("AdamMini", 1 | 1 << 2, 1 << 12, (f32, f32, f32, f32, None)),
+        ("AdamMini bf16", 63, 1 << 11, (f32, bf16, bf16, f32, bf16)),
+    ):
+        constants = {"HAS": has, "SHIFTS": shifts, "SAME": name == "AdamW", "A": True, "W": f32, "TYPES": types}
+        constants["BY_HAND"] = False
+        show(name, triton_kernels._update, tables, constants, triton_kernels.NUM_WARPS)
+    constants = {"HAS": 15, "SHIFTS": 1 << 7, "A": True, "G": f32, "V": f32}
+    show("sum", triton_kernels._sum, {**tables, "entries": "*fp64"}, constants, triton_kernels.NUM_WARPS)
+    for to_sums in (True, False):
+        signature = {"finish": "*i64", "order": "*i64", "entries": "*fp64", "addresses": "*i64", "scalars": "*fp64"}
+        signature |= {"row_starts": "*i64", "blocks": "i32"}
+        show("finish", triton_kernels._finish, signature, {"TO_SUMS": to_sums, "V": f32}, triton_kernels.FINISH_WARPS)
+    signature = {"addresses": "*i64", "hyper": "*fp64", "row_ends": "*i64", "multipliers": "*fp64", "scalars": "*fp64"}
+    show("prepare", triton_kernels._prepare, signature, {}, 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's wheel holds the GPU assembler on Linux only")
+def test_kernels_compile_for_a_gpu_with_wide_accesses_and_without_spills():
+    """In a process without the interpreter; needs the assembler in Triton's wheel, no device."""
+    paths = os.pathsep.join(p for p in sys.path if p)
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": paths}
+    command = [sys.executable, "-c", "import test_triton_kernels; test_triton_kernels.compile_for_a_gpu()"]
+    out = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert out.returncode == 0, out.stderr[-3000:]
+    found = dict(re.findall(r"^(.+): (.+)$", out.stdout, re.M))
+    assert set(found) == {"AdamW", "AdamMini", "AdamMini bf16", "sum", "finish", "prepare"}
+    for name in ("AdamW", "AdamMini", "AdamMini bf16"):
+        loads, stores, spilled, rounding = map(int, found[name].split())
+        assert loads and stores and not spilled, found
+        assert bool(rounding) == name.endswith("bf16"), "bf16 must be rounded by the hardware"
+
+
+def test_a_step_of_split_blocks_takes_the_completed_sums(kernels):
+    case = flat([spec((6, 50), Role.FFN)], 25, 260)
+    mine, peers = item_of(case, 0, True)
+    item = clone(mine, kernels)
+    step(kernels, [item], [peers])
+    first, numel = item.table.dp_slots[0], item.table.slot_numel
+    expected = 0.95 * mine.state["exp_avg_sq"][first] + 0.05 * item.sums[first] / numel[first]
+    torch.testing.assert_close(item.state["exp_avg_sq"][first].double(), expected.double(), rtol=1e-6, atol=0)

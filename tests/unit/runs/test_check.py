@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``ds-blockwise check RUN``: passes on every run file that is shipped, and names the cause on broken ones."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ds_blockwise.cli.main import main
+from ds_blockwise.runs.check import check_run_file
+from tests.helpers import ROOT
+
+RUNS = sorted((ROOT / "configs" / "run").rglob("*.yaml"))
+LLAMA_2B = {n: ROOT / "configs" / "run" / "llama_2b" / f"nodes_{n}.yaml" for n in (1, 2, 4, 8, 16, 32, 64)}
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda p: str(p.relative_to(ROOT / "configs" / "run")))
+def test_every_shipped_run_is_in_order(path: Path) -> None:
+    """A team starts from these files."""
+    run, problems = check_run_file(path)
+    assert problems.lines == []
+    assert run is not None
+    assert run.model_file.is_file() and run.deepspeed_file.is_file()
+
+
+def test_the_recipes_are_the_papers() -> None:
+    """OpenWebText 50k x 300 x 1024, MiniPile 30k x 300 x 512, C4 30k x 512 x 256, and their warm-ups and floors."""
+    found = {}
+    for path in RUNS:
+        run, _ = check_run_file(path)
+        if run is not None and path.parent.name == "run" and not path.stem.startswith(("tiny", "compare")):
+            t = run.training
+            facts = (t.steps, t.global_batch_size, run.shape.sequence_length, t.warmup_steps)
+            found.setdefault(path.stem.rsplit("_", 1)[1], set()).add(facts)
+            params = run.deepspeed["optimizer"]["params"]
+            fraction = 10 if path.stem.endswith("c4") else 20
+            assert run.deepspeed["scheduler"]["params"]["min_lr"] == pytest.approx(params["lr"] / fraction)
+            assert (params["betas"], params["weight_decay"], params["eps"]) == ([0.9, 0.95], 0.1, 1e-8)
+            assert run.deepspeed["gradient_clipping"] == 1.0
+    assert found == {
+        "openwebtext": {(50_000, 300, 1024, 1000)},
+        "minipile": {(30_000, 300, 512, 600)},
+        "c4": {(30_000, 512, 256, 1000)},
+    }
+
+
+def test_2b_is_the_same_training_at_every_number_of_nodes() -> None:
+    """Only the arrangement differs: model, data, batch, length, rate and seed are those of one node."""
+    trainings = {}
+    for nodes, path in LLAMA_2B.items():
+        run, problems = check_run_file(path)
+        assert run is not None and not problems
+        assert (run.cluster.nodes, run.cluster.gpus_per_node) == (nodes, 8)
+        t = run.training
+        same = (run.shape, run.data, run.deepspeed_file, t.steps, t.global_batch_size, t.warmup_steps, t.seed)
+        trainings[nodes] = same
+        assert path.read_text(encoding="utf-8").count("#") >= 2, "the reason stands in the file"
+    assert all(value == trainings[1] for value in trainings.values())
+
+
+# ------------------------------------------------------------------------------------- broken ones
+
+
+def project(folder: Path, run: dict[str, Any], model: dict[str, Any], engine: dict[str, Any]) -> Path:
+    """A run file with its model file and JSON."""
+    (folder / "model.yaml").write_text(yaml.safe_dump(model), encoding="utf-8")
+    (folder / "ds.json").write_text(json.dumps(engine), encoding="utf-8")
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(run), encoding="utf-8")
+    return path
+
+
+def sound() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Run, model and JSON without a mistake: 2 nodes of 4, tensor parallelism 2."""
+    run = {
+        "name": "r",
+        "model": "model.yaml",
+        "deepspeed": "ds.json",
+        "output": "runs/r",
+        "data": {"directory": "data/r"},
+        "parallel": {"tensor": 2},
+        "cluster": {"nodes": 2, "gpus_per_node": 4},
+        "training": {
+            "steps": 100,
+            "warmup_steps": 10,
+            "global_batch_size": 32,
+            "micro_batch_size": 4,
+            "validation_sequences": 8,
+            "validation_interval": 50,
+        },
+    }
+    model = {
+        "num_layers": 2,
+        "hidden_size": 64,
+        "ffn_hidden_size": 128,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 256,
+        "sequence_length": 32,
+    }
+    engine = {
+        "bf16": {"enabled": True},
+        "optimizer": {"type": "BlockwiseAdamMini", "params": {"lr": 1e-3}},
+        "scheduler": {"type": "BlockwiseCosineLR", "params": {"min_lr": 1e-4}},
+        "zero_optimization": {"stage": 1},
+    }
+    return run, model, engine
+
+
+def test_the_sound_one_passes(tmp_path: Path) -> None:
+    _, problems = check_run_file(project(tmp_path, *sound()))
+    assert problems.lines == []
+
+
+# which file, dotted key, wrong value -> words of the message; MISSING removes the key
+MISSING = object()
+BROKEN: dict[str, tuple[str, str, Any, tuple[str, ...]]] = {
+    "batch arithmetic": (
+        "run",
+        "training.global_batch_size",
+        30,
+        ("global_batch_size = 30", "multiple of 16"),
+    ),
+    "tensor size and processes": ("run", "parallel.tensor", 3, ("parallel.tensor = 3", "divisor", "8")),
+    "heads by tensor size": ("model", "num_heads", 5, ("num_heads = 5", "multiple of the tensor")),
+    "FFN by tensor size": ("model", "ffn_hidden_size", 129, ("ffn_hidden_size = 129", "multiple of the tensor")),
+    "vocabulary by tensor size": ("model", "vocab_size", 257, ("vocab_size = 257", "multiple of the tensor")),
+    "query groups": ("model", "num_kv_heads", 3, ("num_kv_heads = 3", "divisor of num_heads")),
+    "stated size": ("model", "num_parameters", 5, ("num_parameters = 5", "what the sizes amount to")),
+    "unknown architecture": ("model", "architecture", "llama3", ("architecture = 'llama3'", "llama or gpt2")),
+    "pipeline": ("run", "parallel.pipeline", 2, ("parallel.pipeline = 2", "not supported by this launcher")),
+    "warm-up longer than the run": ("run", "training.warmup_steps", 100, ("warmup_steps = 100", "fewer than")),
+    "misspelt key": ("run", "training.warmup_step", 10, ("training.warmup_step", "did you mean 'warmup_steps'")),
+    "missing key": ("run", "training.steps", MISSING, ("training.steps", "add this required key")),
+    "wrong type": ("run", "training.micro_batch_size", "4 or 5", ("micro_batch_size = '4 or 5'", "a whole number")),
+    "share of a blend": ("run", "data.blend", ["data/a 0.7", "data/b none"], ("data.blend = 'data/b none'",)),
+    "no nodes": ("run", "cluster.nodes", 0, ("cluster.nodes = 0", "at least 1")),
+    "checkpointing": ("run", "training.activation_checkpointing", "ful", ("activation_checkpointing = 'ful'", "full")),
+    "model file": ("run", "model", "modell.yaml", ("modell.yaml", "readable YAML file")),
+    "JSON file": ("run", "deepspeed", "dss.json", ("dss.json", "readable JSON file")),
+    "batch in the JSON": ("engine", "train_batch_size", 32, ("train_batch_size = 32", "training.global_batch_size")),
+    "misspelt key of the JSON": ("engine", "zero_optimisation", {}, ("zero_optimisation", "'zero_optimization'")),
+    "ZeRO-3 with tensor parallelism": ("engine", "zero_optimization.stage", 3, ("zero_optimization.stage = 3",)),
+    "ZeRO stage": ("engine", "zero_optimization.stage", 4, ("zero_optimization.stage = 4", "0, 1, 2 or 3")),
+    "two precisions": ("engine", "fp16", {"enabled": True}, ("bf16, fp16", "one precision")),
+    "no optimizer": ("engine", "optimizer", MISSING, ("optimizer", "BlockwiseAdamMini")),
+    "unknown setting": ("engine", "optimizer.params.lr_mult", {}, ("lr_mult", "did you mean")),
+    "unknown block type": ("engine", "optimizer.params.lr_multipliers", {"embd": 1}, ("embd", "emb")),
+    "betas": ("engine", "optimizer.params.betas", [0.9, 1.0], ("betas[1]", "< 1")),
+    "floor above the peak": ("engine", "scheduler.params.min_lr", 1e-2, ("min_lr (0.01) is above the peak",)),
+    "schedule's length": ("engine", "scheduler.params.total_num_steps", 5, ("total_num_steps", "training.steps")),
+    "NVMe offload": (
+        "engine",
+        "zero_optimization.offload_optimizer",
+        {"device": "nvme", "nvme_path": "."},
+        ('"device": "nvme"', '"device": "cpu"'),
+    ),
+    "offload ratio": (
+        "engine",
+        "zero_optimization.offload_optimizer",
+        {"device": "cpu", "ratio": 0.5},
+        ('"ratio": 0.5', "partial offload"),
+    ),
+    "16-bit masters": ("engine", "bf16.bf16_master_weights_and_grads", True, ("bf16_master_weights_and_grads",)),
+    "elastic checkpoints": ("engine", "zero_optimization.elastic_checkpoint", True, ("elastic_checkpoint",)),
+}
+
+
+def put(values: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = values[parent]
+    if value is MISSING:
+        del values[last]
+    else:
+        values[last] = value
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_run_is_named(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """File, key, value, what is allowed, what to do; exit status 1."""
+    which, key, value, words = BROKEN[name]
+    parts = dict(zip(("run", "model", "engine"), sound(), strict=True))
+    put(parts[which], key, value)
+    path = project(tmp_path, **parts)
+    assert main(["check", str(path)]) == 1
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in words), printed
+    assert "Traceback" not in printed
+
+
+def test_every_problem_is_listed_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One correction per start of a job on 64 nodes would take a day."""
+    run, model, engine = sound()
+    put(run, "training.global_batch_size", 30)
+    put(model, "vocab_size", 257)
+    put(engine, "train_batch_size", 32)
+    put(run, "training.activation_checkpointing", "all")
+    assert main(["check", str(project(tmp_path, run, model, engine))]) == 1
+    printed = capsys.readouterr().out
+    assert "4 problem(s)" in printed
+    assert all(word in printed for word in ("global_batch_size", "vocab_size", "train_batch_size", "activation_"))
+
+
+# ------------------------------------------------------------------------------------------- bases
+
+
+def test_a_base_is_read_from_where_it_stands(tmp_path: Path) -> None:
+    """Sections are merged key by key; paths mean the folder of the file that states them."""
+    (tmp_path / "shared").mkdir()
+    base = project(tmp_path / "shared", *sound())
+    (tmp_path / "mine.yaml").write_text(f"base: shared/{base.name}\ncluster: {{nodes: 4}}\n", encoding="utf-8")
+    run, problems = check_run_file(tmp_path / "mine.yaml")
+    assert not problems and run is not None
+    assert (run.cluster.nodes, run.cluster.gpus_per_node) == (4, 4)
+    assert run.model_file == tmp_path / "shared" / "model.yaml"
+
+
+def test_a_base_that_leads_back_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("base: b.yaml\n", encoding="utf-8")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\n", encoding="utf-8")
+    _, problems = check_run_file(tmp_path / "a.yaml")
+    assert any("base" in line and "does not lead back" in line for line in problems.lines)
+
+
+def test_the_command_says_what_a_run_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """Sizes and arithmetic that a person can check; also as JSON."""
+    assert main(["check", str(LLAMA_2B[8])]) == 0
+    printed = capsys.readouterr().out
+    assert "1,935,362,560 parameters" in printed
+    assert "64 = 8 x 8 h100-80g = tensor 1 x pipeline 1 x data 64" in printed
+    assert "512 sequences of 1024 tokens = micro batch 8 x 64 x 1 accumulated" in printed
+    assert main(["check", str(LLAMA_2B[8]), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["problems"] == []
+
+
+def test_no_megatron_and_no_deepspeed_is_needed() -> None:
+    """A laptop can check a run for a cluster."""
+    code = (
+        "import sys\n"
+        "from ds_blockwise.runs.check import check_run_file\n"
+        f"print(check_run_file({str(LLAMA_2B[64])!r})[1].lines, {{'deepspeed', 'megatron'}} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.strip() == "[] set()", done.stderr
