@@ -225,8 +225,8 @@ def markdown(rows: list[dict[str, str]]) -> str:
         f"`benchmarks/costs/end_to_end.py`: medians of {first['timed_steps']} steps in {first['rounds']} rounds, the "
         f"slowest rank's time, {backend} backend. ZeRO-2 and ZeRO-Offload both compute on the CPU here, so nothing "
         f"moves between devices; they differ in DeepSpeed's buffers. The batch is small so that the optimizer shows; "
-        f"with more tokens its part of a step is smaller. Over AdamW: over DeepSpeed's own kernel under the same ZeRO. Peak "
-        f"memory is that of the timed steps, the Python process and its libraries included. torch {first['torch']}, "
+        f"with more tokens its part of a step is smaller. Over AdamW: over DeepSpeed's own kernel under the same ZeRO. "
+        f"Peak memory is that of the timed steps, the Python process and its libraries included. torch {first['torch']}, "
         f"DeepSpeed {first['deepspeed']}, {first['date']}, commit {first['commit']}.",
     ]
     return "\n".join(lines)

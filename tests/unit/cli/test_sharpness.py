@@ -88,9 +88,11 @@ def test_random_weights_are_refused_or_said(folder, tmp_path, capsys):
 
 
 def test_other_sources_and_texts(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(ROOT / "tests")
+    monkeypatch.chdir(ROOT)
     text = ("--text", str(folder / "text.txt"), "--length", "7")
-    assert main(["sharpness", "measure", "test_cli_sharpness:make_gpt", *text, "--tokenizer", str(folder)]) == 2
+    assert (
+        main(["sharpness", "measure", "tests.unit.cli.test_sharpness:make_gpt", *text, "--tokenizer", str(folder)]) == 2
+    )
     assert "the model's vocabulary is 23" in capsys.readouterr().err
     assert main(["sharpness", "measure", "configs/model/tiny.yaml", *text]) == 2
     assert "launch/probe_sharpness.py --run RUN" in capsys.readouterr().err

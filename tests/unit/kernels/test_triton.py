@@ -255,7 +255,11 @@ def test_kernels_compile_for_a_gpu_with_wide_accesses_and_without_spills():
     """In a process without the interpreter; needs the assembler in Triton's wheel, no device."""
     paths = os.pathsep.join(p for p in sys.path if p)
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": paths}
-    command = [sys.executable, "-c", "import test_triton_kernels; test_triton_kernels.compile_for_a_gpu()"]
+    command = [
+        sys.executable,
+        "-c",
+        "from tests.unit.kernels.test_triton import compile_for_a_gpu; compile_for_a_gpu()",
+    ]
     out = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert out.returncode == 0, out.stderr[-3000:]
     found = dict(re.findall(r"^(.+): (.+)$", out.stdout, re.M))

@@ -16,7 +16,7 @@ import torch
 
 from ds_blockwise import BlockwiseAdamMini, BlockwiseAdamW, BlockwiseCosineLR, tag_parameters
 from ds_blockwise.measure.readings import TelemetryAlarm
-from ds_blockwise.parallel import reduce as reduce_module
+from ds_blockwise.parallel import agree
 from tests.helpers.deepspeed.engine_cases import Case, build, config_of, groups_of, hyper_of, oracle_of, settings_of
 from tests.helpers.models import GradientPlan
 from tests.helpers.oracle import scheduled_lr
@@ -112,8 +112,8 @@ def test_nothing_is_read_between_readings(optimizer: str, monkeypatch: pytest.Mo
     for name in ("cpu", "item", "tolist", "__float__", "__bool__", "__int__"):
         counted(torch.Tensor, name)
     counted(torch.linalg, "vector_norm")
-    counted(reduce_module, "gather")
-    monkeypatch.setattr("ds_blockwise.measure.type_sums.gather", reduce_module.gather)
+    counted(agree, "gather")
+    monkeypatch.setattr("ds_blockwise.measure.type_sums.gather", agree.gather)
     per_step = []
     for step in range(1, 9):
         calls.clear()
