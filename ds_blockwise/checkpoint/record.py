@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -33,10 +33,26 @@ class Recorded(Protocol):
     """What of an optimizer goes into a record."""
 
     policy: BlockPolicy
-    momentum_dtype: Any
-    checkpoint_format: Any
-    shares_second_moment: ClassVar[bool]
-    param_groups: list[dict[str, Any]]
+
+    @property
+    def momentum_dtype(self) -> str:
+        """The setting ``momentum_dtype``."""
+        ...
+
+    @property
+    def checkpoint_format(self) -> str:
+        """The setting ``checkpoint_format``."""
+        ...
+
+    @property
+    def shares_second_moment(self) -> bool:
+        """Whether the second moment is one value per block."""
+        ...
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """As ``torch.optim.Optimizer`` has them."""
+        ...
 
     def placements_in(self, tensor: torch.Tensor) -> tuple[Placement, ...] | None:
         """The parameters in a stepped tensor; None if they are not known."""
@@ -70,7 +86,7 @@ def record_of(optimizer: Recorded, version: str) -> dict[str, Any]:
         "format": FORMAT,
         "version": version,
         "optimizer": type(optimizer).__name__,
-        "shares_second_moment": bool(optimizer.shares_second_moment),
+        "shares_second_moment": optimizer.shares_second_moment,
         "settings": settings_of(optimizer),
         "parameters": {fqn: _packed_spec(spec) for fqn, spec in specs.items()},
         "tensors": [

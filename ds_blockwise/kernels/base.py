@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 import torch
 
@@ -26,6 +26,21 @@ from ds_blockwise.kernels.update import (
 )
 
 WIDE = (torch.float32, torch.float64)
+
+
+class StepState(TypedDict, total=False):
+    """The state of one stepped tensor; empty before its first step.
+
+    Keys:
+        step: updates made so far; an int, or an int64 tensor on the device, as the backend keeps it.
+        exp_avg: first moment, contiguous, like the parameter but fp32, fp64 or bf16.
+        exp_avg_sq: second moment, contiguous, fp32 or fp64: ``table.num_blocks`` values if blocks share second moments,
+            else like the parameter.
+    """
+
+    step: int | torch.Tensor
+    exp_avg: torch.Tensor
+    exp_avg_sq: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +73,7 @@ class Item:
         table: its segments.
         plan: what `Kernels.plan` made of the table.
         param: contiguous, any shape, of ``table.numel`` elements; fp32, fp64, bf16 or fp16; changed in place.
-        state: ``step`` (int, or an int64 tensor on the device, as the backend keeps it; steps before this one),
-            ``exp_avg`` (contiguous, like ``param`` but fp32, fp64 or bf16), ``exp_avg_sq`` (contiguous, fp32 or fp64,
-            ``table.num_blocks`` values if second moments are shared, else like ``param``). All changed in place.
+        state: see `StepState`; all changed in place.
         hyper: settings.
         grad: contiguous, like ``param``, any floating dtype; None if only reductions are due.
         sums: fp64, shape ``(table.num_slots,)``, on the device of ``param``: sums of squares of the split blocks. Set
@@ -71,7 +84,7 @@ class Item:
     table: SegmentTable
     plan: Any
     param: torch.Tensor
-    state: dict[str, Any]
+    state: StepState
     hyper: Hyper
     grad: torch.Tensor | None = None
     sums: torch.Tensor | None = None

@@ -11,7 +11,7 @@ import torch
 from ds_blockwise.blocks.block_settings import BlockPolicy
 from ds_blockwise.blocks.segment_table import Placement, SegmentTable, build_table
 from ds_blockwise.blocks.spec import RoleSpan, TensorStructure, apply_policy
-from ds_blockwise.kernels.base import Hyper, Item, Kernels, ReferenceKernels
+from ds_blockwise.kernels.base import Hyper, Item, Kernels, ReferenceKernels, StepState
 from ds_blockwise.tagging.names import Role
 
 _LR = 1e-3
@@ -66,7 +66,7 @@ def _stepped(kernels: Kernels, table: SegmentTable, device: torch.device) -> tup
     param *= 0.02
     size = table.num_blocks if table.shares_second_moment else table.numel
     exp_avg, exp_avg_sq = torch.zeros_like(param), torch.zeros(size, device=device)
-    state = {"step": 0, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    state: StepState = {"step": 0, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     item = Item(table, kernels.plan(table, device), param, state, _HYPER, grad)
     for _ in range(2):
         kernels.step_([item])

@@ -5,18 +5,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-from ds_blockwise.kernels.binding import Binding, Work
+import torch
+
+from ds_blockwise.kernels.base import StepState
+from ds_blockwise.kernels.bindings import Bindings, Work
 from ds_blockwise.measure.auto_multipliers import MeasuredMultipliers
 from ds_blockwise.measure.readings import Alarm, Readings, TelemetrySettings, type_telemetry
 from ds_blockwise.measure.type_sums import ALL, SECOND_MOMENT, NormSource, TypeSums
 from ds_blockwise.tagging.names import BlockType
 
-if TYPE_CHECKING:
-    from ds_blockwise.optimizers.measuring import Measuring
-
 Listener = Callable[[Readings], None]
+
+
+class Measured(Protocol):
+    """What a meter looks at of an optimizer."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """As ``torch.optim.Optimizer`` has them."""
+        ...
+
+    @property
+    def state(self) -> Mapping[torch.Tensor, StepState]:
+        """Of the stepped tensors."""
+        ...
+
+    def bindings(self) -> Bindings:
+        """What lies in the stepped tensors."""
+        ...
 
 
 class Meter:
@@ -32,7 +50,7 @@ class Meter:
     """
 
     def __init__(
-        self, optimizer: Measuring, settings: TelemetrySettings | None, auto: MeasuredMultipliers | None
+        self, optimizer: Measured, settings: TelemetrySettings | None, auto: MeasuredMultipliers | None
     ) -> None:
         self._optimizer = optimizer
         self.settings = settings
@@ -47,7 +65,7 @@ class Meter:
         self._seen: set[int] = set()
         self._gone: set[int] = set()
         self._sums: TypeSums | None = None
-        self._summed: list[Binding] = []
+        self._summed_version = -1
         self._types_known = False
 
     def facts(self) -> tuple[Any, ...]:
@@ -95,14 +113,14 @@ class Meter:
             return  # a host's constructor steps before anything is bound
         now = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
         if now & self._seen:  # a second turn: what had none by now was taken out of the groups
-            self._gone |= self._stepped(bindings) - self._seen
+            self._gone |= _stepped(bindings) - self._seen
             self._seen.clear()
             self._sums = None
         names = self._names_due(self.steps + 1)
         if names:
             self._read(work, names)
         self._seen |= now
-        if not self._seen.issuperset(self._stepped(bindings) - self._gone):
+        if not self._seen.issuperset(_stepped(bindings) - self._gone):
             return
         self._seen.clear()
         self.steps += 1
@@ -115,32 +133,25 @@ class Meter:
             if names:
                 self._act(sums)
         if self.auto is not None:
-            optimizer._apply_lr_multipliers(self.auto.multipliers_after(self.steps))
-
-    def _stepped(self, bindings: Sequence[Binding]) -> set[int]:
-        absent = {id(binding.tensor) for binding in self._optimizer._absent}
-        return {id(binding.tensor) for binding in bindings} - absent
+            bindings.change_lr_multipliers(self.auto.multipliers_after(self.steps))
 
     def _names_due(self, step: int) -> tuple[str, ...]:
         if self.settings is not None and step % self.settings.interval == 0:
             return ALL
         return SECOND_MOMENT if self.auto is not None and self.auto.is_due(step) else ()
 
-    def _sums_of(self, bindings: Sequence[Binding]) -> TypeSums:
-        if (
-            self._sums is None
-            or len(self._summed) != len(bindings)
-            or any(a is not b for a, b in zip(self._summed, bindings, strict=True))
-        ):
-            self._sums, self._summed = TypeSums(bindings), list(bindings)
+    def _sums_of(self, bindings: Bindings) -> TypeSums:
+        if self._sums is None or self._summed_version != bindings.version:
+            self._sums, self._summed_version = TypeSums(bindings), bindings.version
         return self._sums
 
     def _read(self, work: Sequence[Work], names: Sequence[str]) -> None:
-        sums = self._sums_of(self._optimizer.bindings())
+        bindings = self._optimizer.bindings()
+        sums = self._sums_of(bindings)
         updated = {id(w.binding.tensor) for w in work if w.item.grad is not None}
         for group in self._optimizer.param_groups:
             for tensor in group["params"]:
-                binding = self._optimizer._bindings.get(id(tensor))
+                binding = bindings.of(tensor)
                 if binding is not None:
                     state = self._optimizer.state.get(tensor, {})
                     sums.add(binding, group, state, names, id(tensor) in updated)
@@ -158,14 +169,18 @@ class Meter:
             self._alarm.look(self.last)
 
     def state(self) -> dict[str, Any]:
-        """See `Measuring.run_state`."""
+        """See `BlockwiseOptimizer.run_state`."""
         return {"steps": self.steps, "auto": None if self.auto is None else self.auto.state()}
 
     def load(self, state: Mapping[str, Any] | None, steps: int) -> None:
-        """See `Measuring.load_run_state`."""
+        """See `BlockwiseOptimizer.load_run_state`."""
         self.steps = steps if state is None else int(state["steps"])
         self._seen.clear()
         if self.auto is not None:
             self.auto.load(None if state is None else state.get("auto"))
             ready = self.auto.target is not None and self.auto.total_num_steps is not None
-            self._optimizer._apply_lr_multipliers(self.auto.multipliers_after(self.steps) if ready else {})
+            self._optimizer.bindings().change_lr_multipliers(self.auto.multipliers_after(self.steps) if ready else {})
+
+
+def _stepped(bindings: Bindings) -> set[int]:
+    return {id(binding.tensor) for binding in bindings if not binding.is_absent}

@@ -29,7 +29,7 @@ from torch import nn
 from ds_blockwise.blocks.ranges import TensorShard
 from ds_blockwise.blocks.segment_table import build_table, whole_placement
 from ds_blockwise.blocks.spec import BlockSpec
-from ds_blockwise.kernels.binding import Binding
+from ds_blockwise.kernels.bindings import Binding
 from ds_blockwise.kernels.select import kernels_for
 from ds_blockwise.measure.predictions import (
     Forward,

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from ds_blockwise.kernels.base import wide_dtype
-from ds_blockwise.kernels.binding import Binding, hyper_of
+from ds_blockwise.kernels.base import StepState, wide_dtype
+from ds_blockwise.kernels.bindings import Binding
+from ds_blockwise.kernels.param_groups import hyper_of
 from ds_blockwise.kernels.update import block_lr, denominator
 from ds_blockwise.measure.role_sums import RolePart, RoleSums
 from ds_blockwise.parallel.agree import gather
@@ -39,7 +40,7 @@ class TypeSums:
         self._local: dict[str, list[float]] = {}
 
     def add(
-        self, binding: Binding, group: dict[str, Any], state: Mapping[str, Any], names: Sequence[str], updated: bool
+        self, binding: Binding, group: Mapping[str, Any], state: StepState, names: Sequence[str], updated: bool
     ) -> None:
         """Collect from one tensor after its update.
 
@@ -101,7 +102,7 @@ class TypeSums:
 class _Reader:
     """One stepped tensor after its update; each method sums over one part of it, fp64, None where there is nothing."""
 
-    def __init__(self, binding: Binding, group: dict[str, Any], state: Mapping[str, Any], updated: bool) -> None:
+    def __init__(self, binding: Binding, group: Mapping[str, Any], state: StepState, updated: bool) -> None:
         self._hyper = hyper_of(group)
         self._param = binding.tensor.detach().reshape(-1)
         grad = binding.tensor.grad

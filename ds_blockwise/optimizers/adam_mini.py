@@ -5,18 +5,11 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
-import torch
-
-from ds_blockwise.checkpoint.record import PER_BLOCK_KEY
-from ds_blockwise.kernels.base import wide_dtype
-from ds_blockwise.kernels.binding import Binding, Work
-from ds_blockwise.kernels.update import block_sums
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
-from ds_blockwise.parallel.agree import any_rank, any_rank_of_all, is_first_rank
-from ds_blockwise.parallel.reduce import ReductionGroups, reduce_block_sums_
+from ds_blockwise.optimizers.exchange import settle_loaded_second_moments, sum_split_blocks
+from ds_blockwise.parallel.agree import is_first_rank
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +68,8 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
     Source: arXiv 2406.16793, algorithms 1 and 2; arXiv 2502.19002, section 5.
     """
 
-    shares_second_moment = True
+    second_moment = "block"
+    exchanges = (settle_loaded_second_moments, sum_split_blocks)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As `BlockwiseOptimizer.add_param_group`; warns, once, of a beta2 that does not suit Adam-mini."""
@@ -83,91 +77,3 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
         beta2 = self.param_groups[-1]["betas"][1]
         if beta2 >= _RUINOUS_BETA2 and is_first_rank():
             _warn_of_beta2(beta2)
-
-    def _new_second_moment(self, tensor: torch.Tensor) -> torch.Tensor:
-        table = self._bindings[id(tensor)].table
-        value = torch.zeros(table.num_blocks, dtype=wide_dtype(tensor.dtype), device=tensor.device)
-        self._own_second_moment[id(tensor)] = value
-        return value
-
-    # ------------------------------------------------- one value per element <-> one value per block
-
-    def _before_update(self, work: Sequence[Work]) -> None:
-        """Turn second moments that somebody else wrote (a loaded checkpoint) into one value per block.
-
-        Universal checkpoints write per-element values straight into ``state``, so a load is noticed here and not
-        only in ``load_state_dict``. Hosts call `settle` after a load; then nothing is left to do.
-        """
-        foreign = [w for w in work if self._is_foreign(w.item.param)]
-        if not foreign:
-            return
-        groups = [w.binding.groups for w in foreign]
-        device = groups[0].device or foreign[0].item.param.device
-        per_element = any(w.item.state["exp_avg_sq"].numel() != w.binding.table.num_blocks for w in foreign)
-        # one element per block on this rank means that both forms are the same vector, so it can join the rest
-        self._adopt([w.binding for w in foreign], compact=any_rank(per_element, groups, device))
-
-    def settle(self, over: Sequence[ReductionGroups] | None = None) -> None:
-        """Bring loaded second moments into one value per block; a collective over all ranks after a load (hosts only).
-
-        A tensor without state on some rank takes part with zeros, so that no rank is left waiting.
-
-        Args:
-            over: the groups of all bound tensors, if only their ranks take part (a pipeline stage may have none).
-        """
-        bindings = self.bindings()
-        if not bindings:
-            return
-        device = bindings[0].groups.device or bindings[0].tensor.device
-        foreign = any(self._is_foreign(b.tensor) for b in bindings)
-        compact = any_rank_of_all(foreign, device) if over is None else any_rank(foreign, over, device)
-        self._adopt(bindings, compact=compact)
-
-    def _is_foreign(self, tensor: torch.Tensor) -> bool:
-        value = self.state.get(tensor, {}).get("exp_avg_sq")
-        return value is not None and self._own_second_moment.get(id(tensor)) is not value
-
-    def _adopt(self, bindings: Sequence[Binding], *, compact: bool) -> None:
-        if compact:
-            self._compact(bindings)
-        for binding in bindings:
-            state = self.state.get(binding.tensor, {})
-            if "exp_avg_sq" in state:
-                self._own_second_moment[id(binding.tensor)] = state["exp_avg_sq"]
-
-    def _compact(self, bindings: Sequence[Binding]) -> None:
-        sums = [block_sums(self._per_element(binding), binding.table, square=False) for binding in bindings]
-        reduce_block_sums_([(total, b.table, b.groups) for total, b in zip(sums, bindings, strict=True)])
-        for total, binding in zip(sums, bindings, strict=True):
-            table, state = binding.table, self.state.get(binding.tensor, {})
-            if "exp_avg_sq" in state:
-                numel = table.on(total.device).slot_numel[: table.num_blocks]
-                # the fp64 mean of equal fp32 values is that value exactly, so a resumed run is bitwise the same
-                state["exp_avg_sq"] = (total[: table.num_blocks] / numel).to(state["exp_avg_sq"].dtype)
-
-    def _per_element(self, binding: Binding) -> torch.Tensor:
-        table, tensor = binding.table, binding.tensor
-        value = self.state.get(tensor, {}).get("exp_avg_sq")
-        if value is None:
-            return torch.zeros(table.numel, dtype=wide_dtype(tensor.dtype), device=tensor.device)
-        if self._is_in_blocks(binding, value):
-            return table.expand(value).to(tensor.device)
-        if value.numel() != table.numel:
-            raise ValueError(
-                f"exp_avg_sq has {value.numel()} values for a tensor of {table.numel} elements and "
-                f"{table.num_blocks} blocks: the checkpoint is of another model or another granularity."
-            )
-        return cast("torch.Tensor", value).reshape(-1)
-
-    def _is_in_blocks(self, binding: Binding, value: torch.Tensor) -> bool:
-        # where both forms have the same length, only a tensor of our own making is known to be in block order
-        ours = not self._is_foreign(binding.tensor) or value.numel() != binding.table.numel
-        return ours and value.numel() == binding.table.num_blocks
-
-    def _saved_second_moment(self, tensor: torch.Tensor, value: torch.Tensor) -> dict[str, torch.Tensor]:
-        binding = self.binding_of(tensor)
-        if binding is None or not self._is_in_blocks(binding, value):
-            return {"exp_avg_sq": value}  # loaded and not stepped yet: still one value per element
-        if self.checkpoint_format == "compact":
-            return {PER_BLOCK_KEY: value}
-        return {"exp_avg_sq": binding.table.expand(value).reshape(tensor.shape)}

@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-import torch
-
-from ds_blockwise.kernels.base import wide_dtype
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 
 
@@ -45,7 +42,4 @@ class BlockwiseAdamW(BlockwiseOptimizer):
     Source: arXiv 2502.19002, section 5; arXiv 1711.05101, algorithm 2.
     """
 
-    shares_second_moment = False
-
-    def _new_second_moment(self, tensor: torch.Tensor) -> torch.Tensor:
-        return torch.zeros_like(tensor, dtype=wide_dtype(tensor.dtype), memory_format=torch.contiguous_format)
+    second_moment = "element"

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shared base of both optimizers: settings, binding of tensors to segment tables, the step loop.
+"""The base of every optimizer: its settings, the tensors bound to it, and the step, from top to bottom.
 
-A stepped tensor is a whole parameter tagged with ``block_spec``, or whatever a host bound with
-`BlockwiseOptimizer.bind` (a flat ZeRO partition). Subclasses say what the second moment is and how it is applied.
+A subclass states its mathematics: what second moment it keeps, what ranks exchange in a step, and the update. A stepped
+tensor is a whole parameter tagged with ``block_spec``, or whatever a host bound with `BlockwiseOptimizer.bind` (a flat
+ZeRO partition).
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from abc import ABC
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, ClassVar
 from weakref import WeakSet
 
 import torch
@@ -18,13 +20,17 @@ from torch.optim.optimizer import ParamsT
 
 from ds_blockwise.blocks.block_settings import BlockPolicy
 from ds_blockwise.blocks.ranges import TensorShard
-from ds_blockwise.blocks.segment_table import Placement, SegmentTable, build_table, whole_placement
+from ds_blockwise.blocks.segment_table import Placement, SegmentTable, whole_placement
 from ds_blockwise.blocks.spec import BlockSpec, apply_policy
-from ds_blockwise.kernels.base import Item
-from ds_blockwise.kernels.binding import NO_HYPER, Binding, StepObserver, Work, by_kernels, hyper_of, non_finite
-from ds_blockwise.kernels.select import kernels_for
-from ds_blockwise.measure.readings import TelemetrySettings
-from ds_blockwise.optimizers.measuring import Measuring
+from ds_blockwise.checkpoint.record import differences, settings_of
+from ds_blockwise.kernels.base import Item, Kernels, StepState, wide_dtype
+from ds_blockwise.kernels.bindings import Binding, Bindings, StepObserver, Work, by_kernels, non_finite
+from ds_blockwise.kernels.param_groups import NO_HYPER, hyper_of
+from ds_blockwise.measure.auto_multipliers import MeasuredMultipliers
+from ds_blockwise.measure.meter import Listener, Meter
+from ds_blockwise.measure.readings import Readings, TelemetrySettings
+from ds_blockwise.optimizers.exchange import Exchange
+from ds_blockwise.optimizers.second_moment import SecondMoment, mark_settled, to_blocks, unsettled, zeros_for
 from ds_blockwise.optimizers.settings import (
     CheckpointFormat,
     MomentumDtype,
@@ -34,17 +40,27 @@ from ds_blockwise.optimizers.settings import (
     check_group,
     check_momentum_dtype,
 )
-from ds_blockwise.parallel.agree import any_rank
-from ds_blockwise.parallel.reduce import LOCAL, ReductionGroups, reduce_block_sums_
+from ds_blockwise.optimizers.state_dict import like, second_moment_to_save, to_load, to_save
+from ds_blockwise.parallel.agree import any_rank, any_rank_of_all, is_first_rank
+from ds_blockwise.parallel.reduce import LOCAL, ReductionGroups
+
+logger = logging.getLogger(__name__)
 
 _LIVE: WeakSet[BlockwiseOptimizer] = WeakSet()
 
 
-class BlockwiseOptimizer(Measuring):
+class BlockwiseOptimizer(torch.optim.AdamW, ABC):
     """Base of `BlockwiseAdamW` and `BlockwiseAdamMini`; not to be used by itself.
 
     It is a ``torch.optim.AdamW`` by type only, because hosts (Megatron-core, DeepSpeed) accept nothing else.
     """
+
+    #: the form in which ``exp_avg_sq`` is kept in memory
+    second_moment: ClassVar[SecondMoment]
+    #: what ranks send each other in a step before weights change, in this order
+    exchanges: ClassVar[tuple[Exchange, ...]] = ()
+
+    # --------------------------------------------------------------- settings
 
     def __init__(
         self,
@@ -70,19 +86,37 @@ class BlockwiseOptimizer(Measuring):
         self.checkpoint_format = check_checkpoint_format(checkpoint_format)
         self.policy = BlockPolicy.parse(lr_multipliers, weight_decay_multipliers, granularity, rules)
         self.step_calls = 0
-        self._bindings: dict[int, Binding] = {}
-        self._absent: list[Binding] = []
-        self._own_second_moment: dict[int, torch.Tensor] = {}
+        telemetry_settings = TelemetrySettings.parse(telemetry)
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        check_group(defaults, "")
+        self._forget_tensors()
+        # AdamW's own constructor would add switches (fused, foreach, ...) that mean nothing here
+        torch.optim.Optimizer.__init__(self, params, defaults)
+        if self.policy.is_default:
+            self.policy = self._policy_of_tags()
+        self._measure_with(telemetry_settings)
+        _LIVE.add(self)
+
+    def _forget_tensors(self) -> None:
+        """Start without bound tensors and without whoever looks at steps."""
+        self._bindings = Bindings(self.backend, shares_second_moment=self.shares_second_moment)
         self._copies: dict[int, torch.Tensor] = {}
         self._finite_over: ReductionGroups | None = None
         self._observers: list[StepObserver] = []
+        self._meter: Meter | None = None
         self.overflow = False  # DeepSpeed reads it after each step, counts the skipped one and holds the schedule
-        self._measure_from_now(TelemetrySettings.parse(telemetry))
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        check_group(defaults, "")
-        # AdamW's own constructor would add switches (fused, foreach, ...) that mean nothing here
-        torch.optim.Optimizer.__init__(self, params, defaults)
-        _LIVE.add(self)
+
+    def _policy_of_tags(self) -> BlockPolicy:
+        """The settings that were given to ``tag_parameters``; they are passed on to an optimizer without its own."""
+        tensors = (tensor for group in self.param_groups for tensor in group["params"])
+        specs = [spec for tensor in tensors if (spec := getattr(tensor, "block_spec", None)) is not None]
+        given = [spec.policy for spec in specs if not spec.policy.is_default]
+        return given[0] if given and all(policy == given[0] for policy in given) else self.policy
+
+    @property
+    def shares_second_moment(self) -> bool:
+        """Whether the second moment is one value per block, and sums of split blocks travel."""
+        return self.second_moment == "block"
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; see ``torch.optim.Optimizer.add_param_group``.
@@ -102,21 +136,47 @@ class BlockwiseOptimizer(Measuring):
                     f"only real floating-point parameters can be optimized"
                 )
 
+    def spec_of(self, spec: BlockSpec) -> BlockSpec:
+        """Return a tag's blocks with this optimizer's settings.
+
+        Raises:
+            ValueError: the parameter was tagged under settings that this optimizer does not have.
+        """
+        if spec.policy == self.policy or (self.policy.is_default and spec.policy.auto is None):
+            return spec
+        if not spec.policy.is_default:
+            raise ValueError(
+                f"parameter {spec.fqn!r} was tagged with other multipliers, rules or granularity than "
+                f"{type(self).__name__} has. Give them in one place: the optimizer (tag_parameters(model) then needs "
+                f"none), or tag_parameters before the optimizer is built (the optimizer then takes them over)."
+            )
+        if any(rule.role or rule.qkv_layout or rule.num_heads or rule.storage for rule in self.policy.rules):
+            raise ValueError(
+                f"{type(self).__name__} was given rules that set roles, head counts or storage, but parameter "
+                f"{spec.fqn!r} is already tagged. Give these rules to tag_parameters(model, rules=[...])."
+            )
+        return apply_policy(spec.structure, self.policy)
+
     def __getstate__(self) -> dict[str, Any]:
         # bindings are made anew: they are found by the ids of tensors, which a copy does not share
         kept = ("policy", "momentum_dtype", "backend", "checkpoint_format", "step_calls")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}, **self._measuring_state()}
+        settings = None if self._meter is None else self._meter.settings
+        return {
+            **super().__getstate__(),
+            **{name: getattr(self, name) for name in kept},
+            "_measured": (settings, self.run_state(), self.lr_multipliers),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # AdamW's version adds its switches to every group and turns step into a tensor
         torch.optim.Optimizer.__setstate__(self, state)
-        for by_id in ("_bindings", "_own_second_moment", "_copies"):
-            self.__dict__.setdefault(by_id, {})
-        for plain_list in ("_absent", "_observers"):
-            self.__dict__.setdefault(plain_list, [])
-        self.__dict__.setdefault("_finite_over", None)
-        self.__dict__.setdefault("overflow", False)
-        self._measure_again()
+        if "_measured" not in state:
+            return  # torch's load_state_dict comes here too, with groups and states alone
+        settings, run, multipliers = self.__dict__.pop("_measured")
+        self._forget_tensors()
+        self._measure_with(settings)
+        self._bindings.change_lr_multipliers(multipliers)
+        self.load_run_state(run, 0)
 
     # ---------------------------------------------------------------- binding
 
@@ -131,38 +191,42 @@ class BlockwiseOptimizer(Measuring):
         Returns:
             The segment table, built once.
         """
-        placements = self._with_present_multipliers(placements)
-        table = build_table(tensor.numel(), placements, shares_second_moment=self.shares_second_moment)
-        kernels = kernels_for(self.backend, tensor.device)
-        plan = kernels.plan(table, tensor.device)
-        self._bindings[id(tensor)] = Binding(tensor, table, groups, kernels, plan)
-        return table
+        return self._bindings.bind(tensor, placements, groups).table
 
     def bind_absent(self, placements: Sequence[Placement], groups: ReductionGroups, device: torch.device) -> None:
         """Take part in the reductions of parameters of which this rank holds nothing (hosts only).
 
         For hosts whose ranks step a tensor per parameter: a rank without one would leave the others waiting. All
-        ranks of a group must call `bind` and this in the same order of parameters.
-
-        Args:
-            placements: the parameters, each with ``numel`` 0.
-            groups: process groups over which their split blocks are summed.
-            device: of the tensors that this rank does step.
+        ranks of a group must call `bind` and this in the same order of parameters. Arguments: `Bindings.bind_absent`.
         """
-        nothing = torch.empty(0, device=device)
-        self.bind(nothing, placements, groups)
-        self._absent.append(self._bindings[id(nothing)])
+        self._bindings.bind_absent(placements, groups, device)
 
-    def bindings(self) -> list[Binding]:
-        """The tensors bound so far with their segment tables and process groups, in the order of binding."""
-        return list(self._bindings.values())
+    def bindings(self) -> Bindings:
+        """What lies in the tensors bound so far."""
+        return self._bindings
+
+    def binding_of(self, tensor: torch.Tensor) -> Binding | None:
+        """The binding of a stepped tensor; whole tagged parameters are bound on first sight."""
+        found = self._bindings.of(tensor)
+        if found is not None:
+            return found
+        spec: BlockSpec | None = getattr(tensor, "block_spec", None)
+        if spec is None:
+            return None
+        shard: TensorShard | None = getattr(tensor, "block_shard", None)
+        if shard is not None and len(shard.chunks) > 1:
+            raise ValueError(
+                f"parameter {spec.fqn!r} is split over {len(shard.chunks)} tensor-parallel ranks, but no host has "
+                f"told {type(self).__name__} their process group. Train it through deepspeed.initialize(mpu=...)."
+            )
+        return self._bindings.bind(tensor, [whole_placement(self.spec_of(spec), shard)], LOCAL)
 
     def placements_in(self, tensor: torch.Tensor) -> tuple[Placement, ...] | None:
         """The parameters in a tensor that this optimizer steps; None if it is neither bound nor tagged."""
-        found = self._bindings.get(id(tensor))
+        found = self._bindings.of(tensor)
         if found is not None:
             return found.table.placements
-        spec = cast("BlockSpec | None", getattr(tensor, "block_spec", None))
+        spec: BlockSpec | None = getattr(tensor, "block_spec", None)
         return None if spec is None else (whole_placement(self.spec_of(spec), getattr(tensor, "block_shard", None)),)
 
     def backend_of(self, tensor: torch.Tensor) -> str | None:
@@ -192,6 +256,104 @@ class BlockwiseOptimizer(Measuring):
             )
         self._copies[id(param)] = copy.detach()
 
+    # ------------------------------------------------------------------- step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Apply one update to every tensor that has a gradient.
+
+        Args:
+            closure: re-evaluates the model and returns the loss, as in ``torch.optim``.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            ValueError: a tensor with a non-zero gradient is unknown (not tagged, not attached to a host).
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        work = self._collect()
+        if not self._may_update(work):
+            return loss
+        if work:
+            for exchange in self.exchanges:
+                exchange(work, self._bindings, self.state)
+            self._update([w for w in work if w.item.grad is not None])
+            self.step_calls += 1
+        for observer in self._observers:
+            observer.after_update(work)
+        return loss
+
+    def _collect(self) -> list[Work]:
+        """The tensors of a step, with those that only other ranks may have gradients of."""
+        work: list[Work] = []
+        for group in self.param_groups:
+            hyper = hyper_of(group)
+            for tensor in group["params"]:
+                binding = self._bindings.of(tensor) or self.binding_of(tensor)
+                grad = tensor.grad
+                if grad is None:
+                    if binding is not None and binding.table.has_split_blocks:
+                        state = self.state.get(tensor, {})
+                        work.append(Work(binding, Item(binding.table, binding.plan, tensor, state, hyper)))
+                    continue
+                if binding is None:
+                    # DeepSpeed's 16-bit wrappers step once with zero gradients inside their constructor
+                    if bool(grad.any()):
+                        raise ValueError(self._unknown(tensor))
+                    continue
+                if grad.is_sparse:
+                    raise ValueError(
+                        f"{type(self).__name__} does not support sparse gradients (shape {tuple(grad.shape)}). "
+                        f"Build the embedding with sparse=False."
+                    )
+                state = self._state_of(tensor, binding)
+                copy = self._copies.get(id(tensor))
+                item = Item(binding.table, binding.plan, tensor, state, hyper, grad.contiguous(), None, copy)
+                work.append(Work(binding, item))
+        for binding in self._bindings.absent:
+            if binding.table.has_split_blocks:
+                work.append(Work(binding, Item(binding.table, binding.plan, binding.tensor, {}, NO_HYPER)))
+        return work
+
+    def _may_update(self, work: Sequence[Work]) -> bool:
+        """Whether this step changes anything, decided alike on every rank."""
+        self.overflow = self._finite_over is not None and any_rank(
+            non_finite(work), [self._finite_over], self._finite_over.device or torch.device("cpu")
+        )
+        # a list: every observer is asked, whatever the one before it said
+        return not self.overflow and all([observer.before_update(work) for observer in self._observers])
+
+    def _update(self, work: Sequence[Work]) -> None:
+        scattered: list[tuple[Item, torch.Tensor]] = []
+        for w in work:
+            if not w.item.param.is_contiguous():
+                scattered.append((w.item, w.item.param))
+                w.item.param = w.item.param.contiguous()
+        for kernels, items in by_kernels(work):
+            self.update_(kernels, items)
+        for item, original in scattered:
+            original.copy_(item.param)
+
+    def update_(self, kernels: Kernels, items: Sequence[Item]) -> None:
+        """Update parameters and states in place: Adam's update, with the second moment that tables say.
+
+        Args:
+            kernels: steps these items.
+            items: tensors with a gradient, their parameters contiguous. The exchanges are complete.
+        """
+        kernels.step_(items)
+
+    def _unknown(self, tensor: torch.Tensor) -> str:
+        return (
+            f"{type(self).__name__} does not know the parameters in a tensor of shape {tuple(tensor.shape)}. "
+            f"With plain PyTorch call ds_blockwise.tag_parameters(model) before the first step; with DeepSpeed import "
+            f"ds_blockwise before deepspeed.initialize, or call ds_blockwise.attach(engine)."
+        )
+
     def skip_non_finite(self, groups: ReductionGroups) -> None:
         """Let `step` change nothing on any rank when a gradient of any rank is NaN or infinite (hosts only).
 
@@ -219,166 +381,193 @@ class BlockwiseOptimizer(Measuring):
         finally:
             self._observers = others
 
-    def spec_of(self, spec: BlockSpec) -> BlockSpec:
-        """Return ``spec`` with this optimizer's settings.
+    # ------------------------------------------------------------------ state
 
-        Raises:
-            ValueError: settings were given both to the optimizer and to ``tag_parameters``, and differ.
-        """
-        if self.policy.is_default or spec.policy == self.policy:
-            if self.policy.auto is None and spec.policy.auto is not None:
-                raise ValueError(
-                    f'parameter {spec.fqn!r} was tagged with lr_multipliers "auto", but it is the optimizer that '
-                    f'measures: give {type(self).__name__} lr_multipliers="auto".'
-                )
-            return spec
-        if not spec.policy.is_default:
-            raise ValueError(
-                f"parameter {spec.fqn!r} was tagged with one set of multipliers, rules or granularity and "
-                f"{type(self).__name__} was given another. Give them in one place: tag_parameters or the optimizer."
+    def _state_of(self, tensor: torch.Tensor, binding: Binding) -> StepState:
+        state: StepState = self.state[tensor]
+        if "exp_avg" not in state:
+            state["step"] = 0
+            state["exp_avg"] = torch.zeros_like(
+                tensor, dtype=self.momentum_dtype_of(tensor), memory_format=torch.contiguous_format
             )
-        if any(rule.role or rule.qkv_layout or rule.num_heads or rule.storage for rule in self.policy.rules):
-            raise ValueError(
-                f"{type(self).__name__} was given rules that set roles, head counts or storage, but parameter "
-                f"{spec.fqn!r} is already tagged. Give these rules to tag_parameters(model, rules=[...])."
-            )
-        return apply_policy(spec.structure, self.policy)
+            state["exp_avg_sq"] = zeros_for(tensor, binding, self.second_moment)
+        return state
 
-    def binding_of(self, tensor: torch.Tensor) -> Binding | None:
-        """The binding of a stepped tensor; whole tagged parameters are bound on first sight."""
-        found = self._bindings.get(id(tensor))
-        if found is None:
-            spec = cast("BlockSpec | None", getattr(tensor, "block_spec", None))
-            if spec is None:
-                return None
-            shard = cast("TensorShard | None", getattr(tensor, "block_shard", None))
-            if shard is not None and len(shard.chunks) > 1:
-                raise ValueError(
-                    f"parameter {spec.fqn!r} is split over {len(shard.chunks)} tensor-parallel ranks, but no host has "
-                    f"told {type(self).__name__} their process group. Train it through deepspeed.initialize(mpu=...)."
-                )
-            self.bind(tensor, [whole_placement(self.spec_of(spec), shard)], LOCAL)
-            found = self._bindings[id(tensor)]
-        return found
+    def _state_of_bound(self, tensor: torch.Tensor) -> StepState:
+        binding = self.binding_of(tensor)
+        if binding is None:
+            raise ValueError(self._unknown(tensor))
+        return self._state_of(tensor, binding)
 
-    # ------------------------------------------------------------------- step
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Apply one update to every tensor that has a gradient.
-
-        Args:
-            closure: re-evaluates the model and returns the loss, as in ``torch.optim``.
-
-        Returns:
-            What the closure returned, or None.
-
-        Raises:
-            ValueError: a tensor with a non-zero gradient is unknown (not tagged, not attached to a host).
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        work = self._collect()
-        self.overflow = self._finite_over is not None and any_rank(
-            non_finite(work), [self._finite_over], self._finite_over.device or torch.device("cpu")
-        )
-        # a list: every observer is asked, whatever the one before it said
-        if not self.overflow and all([observer.before_update(work) for observer in self._observers]):
-            if work:
-                self._before_update(work)
-                self._sum_split_blocks(work)
-                self._update([w for w in work if w.item.grad is not None])
-                self.step_calls += 1
-            for observer in self._observers:
-                observer.after_update(work)
-        return loss
-
-    def _collect(self) -> list[Work]:
-        work: list[Work] = []
-        for group in self.param_groups:
-            hyper = hyper_of(group)
-            for tensor in group["params"]:
-                binding = self._bindings.get(id(tensor)) or self.binding_of(tensor)
-                grad = tensor.grad
-                if grad is None:
-                    if binding is not None and binding.table.has_split_blocks:
-                        state = self.state.get(tensor, {})
-                        work.append(Work(binding, Item(binding.table, binding.plan, tensor, state, hyper)))
-                    continue
-                if binding is None:
-                    # DeepSpeed's 16-bit wrappers step once with zero gradients inside their constructor
-                    if bool(grad.any()):
-                        raise ValueError(self._unknown(tensor))
-                    continue
-                if grad.is_sparse:
-                    raise ValueError(
-                        f"{type(self).__name__} does not support sparse gradients (shape {tuple(grad.shape)}). "
-                        f"Build the embedding with sparse=False."
-                    )
-                state = self._state_of(tensor)
-                copy = self._copies.get(id(tensor))
-                item = Item(binding.table, binding.plan, tensor, state, hyper, grad.contiguous(), None, copy)
-                work.append(Work(binding, item))
-        for binding in self._absent:
-            if binding.table.has_split_blocks:
-                work.append(Work(binding, Item(binding.table, binding.plan, binding.tensor, {}, NO_HYPER)))
-        return work
-
-    def _sum_split_blocks(self, work: Sequence[Work]) -> None:
-        split = [w for w in work if w.binding.table.has_split_blocks]
-        if not split:
-            return
-        if self._absent:  # ranks then hold different tensors, and only the order of binding is common to all
-            order = {key: index for index, key in enumerate(self._bindings)}
-            split.sort(key=lambda w: order[id(w.binding.tensor)])
-        for kernels, items in by_kernels(split):
-            kernels.sum_split_blocks(items)
-        # one call for all, so that every rank's collectives come in the same order
-        reduce_block_sums_([(cast("torch.Tensor", w.item.sums), w.binding.table, w.binding.groups) for w in split])
-
-    def _update(self, work: Sequence[Work]) -> None:
-        scattered: list[tuple[Item, torch.Tensor]] = []
-        for w in work:
-            if not w.item.param.is_contiguous():
-                scattered.append((w.item, w.item.param))
-                w.item.param = w.item.param.contiguous()
-        for kernels, items in by_kernels(work):
-            kernels.step_(items)
-        for item, original in scattered:
-            original.copy_(item.param)
-
-    def _unknown(self, tensor: torch.Tensor) -> str:
-        return (
-            f"{type(self).__name__} does not know the parameters in a tensor of shape {tuple(tensor.shape)}. "
-            f"With plain PyTorch call ds_blockwise.tag_parameters(model) before the first step; with DeepSpeed import "
-            f"ds_blockwise before deepspeed.initialize, or call ds_blockwise.attach(engine)."
-        )
+    def momentum_dtype_of(self, tensor: torch.Tensor) -> torch.dtype:
+        """The dtype of a tensor's ``exp_avg``."""
+        return torch.bfloat16 if self.momentum_dtype == "bf16" else wide_dtype(tensor.dtype)
 
     def allocate_state(self) -> None:
         """Give every tensor that has no state zeros, as a first step would; hosts do it before they load."""
         for group in self.param_groups:
             for tensor in group["params"]:
-                if self.binding_of(tensor) is not None:
-                    self._state_of(tensor)
+                binding = self.binding_of(tensor)
+                if binding is not None:
+                    self._state_of(tensor, binding)
 
-    def _state_of(self, tensor: torch.Tensor) -> dict[str, Any]:
-        state = cast("dict[str, Any]", self.state[tensor])
-        if "exp_avg" not in state:
-            state["step"] = 0
-            state["exp_avg"] = torch.zeros_like(
-                tensor, dtype=self._momentum_dtype_of(tensor), memory_format=torch.contiguous_format
+    def state_bytes(self) -> int:
+        """Bytes of the state tensors that this rank holds."""
+        return sum(
+            value.numel() * value.element_size()
+            for state in self.state.values()
+            for value in state.values()
+            if isinstance(value, torch.Tensor)
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """State in AdamW's form: per tensor ``step`` (int), ``exp_avg`` and ``exp_avg_sq`` in the tensor's shape.
+
+        With ``checkpoint_format="compact"`` Adam-mini's second moments are ``exp_avg_sq_blocks``, one per local block.
+        The key ``ds_blockwise`` holds the settings and what lies where (`checkpoint.record`); other optimizers ignore
+        it.
+        """
+        return to_save(self, super().state_dict())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of one of ours, of AdamW (torch's or DeepSpeed's) or of the published Adam-mini.
+
+        Multipliers, rules and granularity are this object's own and are not loaded; if the state was saved under others
+        a warning says which. A second moment per element becomes one per block (its mean) at the next step.
+        Nothing is changed if an error is raised.
+
+        Raises:
+            ValueError: the groups, the shapes or (compact state) the topology do not fit.
+        """
+        loaded = to_load(self, state_dict)
+        super().load_state_dict({"state": {}, "param_groups": loaded.groups})
+        self.state.update(loaded.states)
+        run = None if loaded.record is None else loaded.record["settings"].get("run")
+        self.load_run_state(run, max((int(state["step"]) for state in loaded.states.values()), default=0))
+        self.report_changes(loaded.record)
+
+    def report_changes(self, record: Mapping[str, Any] | None) -> None:
+        """Warn, on the first rank, of settings in a loaded record that differ from this object's."""
+        changed = [] if record is None else differences(record["settings"], settings_of(self))
+        if changed and is_first_rank():
+            logger.warning(
+                "the loaded optimizer state was saved under other settings; the present ones are used:\n  %s",
+                "\n  ".join(changed),
             )
-            state["exp_avg_sq"] = self._new_second_moment(tensor)
-        return state
 
-    @abstractmethod
-    def _new_second_moment(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Zeros in the form that this optimizer keeps in memory."""
+    def per_element_state(self, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """``exp_avg`` and ``exp_avg_sq`` of a bound tensor in its shape, zeros before its first step (hosts only).
 
-    def _before_update(self, work: Sequence[Work]) -> None:
-        """Called once a step before anything changes; may communicate."""
+        The first is the state itself, the second may be a copy on the CPU. With ``checkpoint_format="compact"`` the
+        second moment has the key and the form of compact files.
+        """
+        state = self._state_of_bound(tensor)
+        return {"exp_avg": state["exp_avg"], **second_moment_to_save(self, tensor, state["exp_avg_sq"])}
+
+    def set_per_element_state(self, tensor: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor) -> None:
+        """Load moments with one value per element into a bound tensor's state; call `settle` after all (hosts only).
+
+        Raises:
+            ValueError: they have another number of elements.
+        """
+        state = self._state_of_bound(tensor)
+        state["exp_avg"] = like("exp_avg", exp_avg, tensor, self.momentum_dtype_of(tensor))
+        state["exp_avg_sq"] = like("exp_avg_sq", exp_avg_sq, tensor, wide_dtype(tensor.dtype))
+
+    def settle(self, over: Sequence[ReductionGroups] | None = None) -> None:
+        """Bring loaded second moments into the form that steps use; a collective over all ranks after a load.
+
+        For hosts only. A tensor without state on some rank takes part with zeros, so that no rank is left waiting.
+
+        Args:
+            over: the groups of all bound tensors, if only their ranks take part (a pipeline stage may have none).
+        """
+        bindings = list(self._bindings)
+        if not self.shares_second_moment or not bindings:
+            return
+        device = bindings[0].groups.device or bindings[0].tensor.device
+        foreign = bool(unsettled(self.state, bindings))
+        if any_rank_of_all(foreign, device) if over is None else any_rank(foreign, over, device):
+            to_blocks(self.state, bindings)
+        mark_settled(self.state, bindings)
+
+    # ---------------------------------------------------------- what it measures
+
+    def _measure_with(self, settings: TelemetrySettings | None) -> None:
+        auto = MeasuredMultipliers.of(self.policy)
+        if settings is not None or auto is not None:
+            self._meter = Meter(self, settings, auto)
+            self.observe(self._meter)
+
+    @property
+    def meter(self) -> Meter | None:
+        """What measures during steps; None without telemetry and measured multipliers (hosts only)."""
+        return self._meter
+
+    @property
+    def has_telemetry(self) -> bool:
+        """Whether the setting ``telemetry`` was given."""
+        return self._meter is not None and self._meter.settings is not None
+
+    def telemetry(self) -> Readings:
+        """The last reading per block type, the same on every rank; empty before the first, or without the setting."""
+        return {} if self._meter is None else dict(self._meter.last)
+
+    def on_telemetry(self, listener: Listener) -> None:
+        """Call ``listener`` with every new reading, on every rank, at the end of the step.
+
+        Args:
+            listener: gets `TypeTelemetry` by block type. What it raises ends the step; all ranks must decide alike.
+
+        Raises:
+            ValueError: telemetry is off.
+        """
+        if self._meter is None or not self.has_telemetry:
+            raise ValueError(
+                f'telemetry is off. Give {type(self).__name__} telemetry={{"interval": 100}} (in a DeepSpeed JSON '
+                f'under "optimizer": {{"params": ...}}).'
+            )
+        self._meter.listeners.append(listener)
+
+    @property
+    def lr_multipliers(self) -> dict[str, float]:
+        """The multipliers that were measured, or given to `set_lr_multipliers`, in effect now; empty: the settings'."""
+        return self._bindings.lr_multipliers
+
+    def set_lr_multipliers(self, multipliers: Mapping[str, float]) -> None:
+        """Change multipliers from the next step on; all state is kept.
+
+        Every rank must make the same call between the same steps; nothing is communicated. Checkpoints hold moments
+        and not multipliers: after a resume call it again (a load under other multipliers is reported). Costs building
+        the segment tables anew, so not for every step; a captured CUDA graph must be captured again.
+
+        Args:
+            multipliers: by block type or role, as the setting ``lr_multipliers``. What is not named stays; a role's
+                multiplier wins over its type's, and a rule's over both.
+
+        Raises:
+            ValueError, TypeError: an unknown key, a value outside its range; ``lr_multipliers`` is ``"auto"``.
+        """
+        if self._meter is not None and self._meter.auto is not None:
+            raise ValueError(
+                'lr_multipliers is "auto", which sets them itself. Pin types in the settings ({"auto": {...}, "head": '
+                "10}), or give fixed multipliers and change these."
+            )
+        self._bindings.change_lr_multipliers({**self.lr_multipliers, **multipliers})
+
+    def run_state(self) -> dict[str, Any] | None:
+        """Position and measurements of the run, plain containers for a checkpoint; None if nothing is measured."""
+        return None if self._meter is None else self._meter.state()
+
+    def load_run_state(self, state: Mapping[str, Any] | None, steps: int) -> None:
+        """Go on from `run_state`.
+
+        Args:
+            state: what was saved; None if that run measured nothing.
+            steps: updates that the loaded state has seen, for that case.
+        """
+        if self._meter is not None:
+            self._meter.load(state, steps)
 
 
 def built_from_ours(optimizer: torch.optim.Optimizer) -> str | None:

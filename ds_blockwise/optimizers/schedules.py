@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ds_blockwise.kernels.binding import set_lr
+from ds_blockwise.kernels.param_groups import set_lr
 from ds_blockwise.values import number
 
 

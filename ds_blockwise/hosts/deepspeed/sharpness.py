@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ds_blockwise.kernels.binding import Binding, Work
+from ds_blockwise.kernels.bindings import Binding, Work
 from ds_blockwise.measure.predictions import Forward, Predictions, causal_lm, summed_loss
 from ds_blockwise.measure.role_sums import RoleSums
 from ds_blockwise.measure.sharpness import check_arguments, finish, labels_for

@@ -132,7 +132,7 @@ def spring(context, trap):
 
 
 def tables(run):
-    return [binding.table for binding in run.engine.basic_optimizer._bindings.values()]
+    return [binding.table for binding in run.engine.basic_optimizer.bindings()]
 
 
 def some_rank_owns_nothing(context, run):

@@ -243,13 +243,25 @@ def test_a_model_without_norms_is_refused_at_once() -> None:
         optimizer.step()
 
 
-def test_auto_belongs_to_the_optimizer() -> None:
+def test_auto_in_tags_is_passed_on_to_the_optimizer() -> None:
     model = NanoGPT()
-    tag_parameters(model, lr_multipliers="auto")
+    tag_parameters(model, lr_multipliers={"auto": {"not_before": 1} | TOTAL})
     optimizer = BlockwiseAdamMini(model.parameters())
+    assert optimizer.meter is not None
+    assert optimizer.meter.auto is not None and optimizer.meter.auto.total_num_steps == TOTAL["total_num_steps"]
+
+
+def test_auto_in_tags_after_the_optimizer_was_built_is_refused() -> None:
+    """Nobody would measure: the optimizer looked for settings when it was built."""
+    model = NanoGPT()
+    optimizer = BlockwiseAdamMini(model.parameters())
+    tag_parameters(model, lr_multipliers="auto")
     model(torch.zeros(1, 5, dtype=torch.long)).backward()
-    with pytest.raises(ValueError, match='tagged with lr_multipliers "auto", but it is the optimizer that measures'):
+    with pytest.raises(ValueError, match="tag_parameters before the optimizer is built"):
         optimizer.step()
+
+
+def test_multipliers_that_are_measured_are_not_set_by_hand() -> None:
     measuring = BlockwiseAdamMini(llama().parameters(), lr_multipliers={"auto": {"not_before": 1} | TOTAL})
     with pytest.raises(ValueError, match='lr_multipliers is "auto", which sets them itself'):
         measuring.set_lr_multipliers({"ffn": 2})

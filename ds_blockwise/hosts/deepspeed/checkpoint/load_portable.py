@@ -24,7 +24,7 @@ from ds_blockwise.checkpoint.folder import CheckpointError
 from ds_blockwise.checkpoint.portable import Portable
 from ds_blockwise.checkpoint.record import KEY
 from ds_blockwise.kernels.base import wide_dtype
-from ds_blockwise.kernels.binding import Binding
+from ds_blockwise.kernels.bindings import Binding
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.parallel.agree import first_error, is_first_rank
 

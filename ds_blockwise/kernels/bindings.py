@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What lies in the tensors that an optimizer steps: the one object that hosts, meters and checkpoints share with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+
+from ds_blockwise.blocks.block_settings import BlockPolicy
+from ds_blockwise.blocks.segment_table import Placement, SegmentTable, build_table
+from ds_blockwise.kernels.base import Item, Kernels
+from ds_blockwise.kernels.select import kernels_for
+from ds_blockwise.parallel.reduce import ReductionGroups
+
+
+@dataclass(frozen=True)
+class Binding:
+    """A stepped tensor with its segments, the ranks that share its blocks and the kernels that step it.
+
+    It holds the tensor, so that no other tensor gets its id, by which bindings are found.
+
+    Attributes:
+        tensor: a whole parameter, or a host's flat 1-D partition.
+        table: the segments in it.
+        groups: process groups over which its split blocks are summed.
+        kernels: the backend that steps it.
+        plan: what the backend made of the table.
+        is_absent: this rank holds none of these parameters and only takes part in their reductions.
+    """
+
+    tensor: torch.Tensor
+    table: SegmentTable
+    groups: ReductionGroups
+    kernels: Kernels
+    plan: Any
+    is_absent: bool = False
+
+
+class Bindings:
+    """The bound tensors of one optimizer, in the order of binding, which all ranks of a group share.
+
+    Args:
+        backend: the setting ``backend``.
+        shares_second_moment: whether blocks share one second moment; else tables hold no blocks to reduce.
+    """
+
+    def __init__(self, backend: str, *, shares_second_moment: bool) -> None:
+        self._backend = backend
+        self._shares_second_moment = shares_second_moment
+        self._by_id: dict[int, Binding] = {}
+        self._absent: tuple[Binding, ...] = ()
+        self._lr_multipliers: dict[str, float] | None = None
+        #: changes whenever a table is built
+        self.version = 0
+
+    def __iter__(self) -> Iterator[Binding]:
+        return iter(self._by_id.values())
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def of(self, tensor: torch.Tensor) -> Binding | None:
+        """The binding of a tensor; None if it is not bound."""
+        return self._by_id.get(id(tensor))
+
+    @property
+    def absent(self) -> tuple[Binding, ...]:
+        """The bindings of which this rank holds nothing."""
+        return self._absent
+
+    def bind(self, tensor: torch.Tensor, placements: Sequence[Placement], groups: ReductionGroups) -> Binding:
+        """Bind a tensor, or bind it anew.
+
+        Args:
+            tensor: 1-D flat partition, or a whole parameter.
+            placements: the parameters in it, in storage order.
+            groups: process groups over which its split blocks are summed.
+        """
+        return self._bind(tensor, placements, groups, is_absent=False)
+
+    def bind_absent(self, placements: Sequence[Placement], groups: ReductionGroups, device: torch.device) -> None:
+        """Take part in the reductions of parameters of which this rank holds nothing.
+
+        Args:
+            placements: the parameters, each with ``numel`` 0.
+            groups: process groups over which their split blocks are summed.
+            device: of the tensors that this rank does step.
+        """
+        self._bind(torch.empty(0, device=device), placements, groups, is_absent=True)
+
+    def _bind(
+        self, tensor: torch.Tensor, placements: Sequence[Placement], groups: ReductionGroups, *, is_absent: bool
+    ) -> Binding:
+        placements = self._with_present_multipliers(placements)
+        table = build_table(tensor.numel(), placements, shares_second_moment=self._shares_second_moment)
+        kernels = kernels_for(self._backend, tensor.device)
+        binding = Binding(tensor, table, groups, kernels, kernels.plan(table, tensor.device), is_absent)
+        self._by_id[id(tensor)] = binding
+        self.version += 1
+        if is_absent:
+            self._absent = tuple(b for b in self if b.is_absent)
+        return binding
+
+    def in_order_of_binding(self, work: Sequence[Work]) -> list[Work]:
+        """The tensors of a step in the order of binding: the one order that is common to all ranks."""
+        order = {key: index for index, key in enumerate(self._by_id)}
+        return sorted(work, key=lambda w: order[id(w.binding.tensor)])
+
+    @property
+    def lr_multipliers(self) -> dict[str, float]:
+        """The multipliers that replace those of the settings, by block type or role; empty if none do."""
+        return dict(self._lr_multipliers or {})
+
+    def change_lr_multipliers(self, multipliers: Mapping[str, float]) -> None:
+        """Replace multipliers of the settings from the next step on; builds every segment table anew.
+
+        Args:
+            multipliers: by block type or role; those of an earlier call are forgotten.
+
+        Raises:
+            ValueError, TypeError: an unknown key, a value outside its range; nothing is changed then.
+        """
+        BlockPolicy().with_lr_multipliers(multipliers)  # checks them
+        if dict(multipliers) == self.lr_multipliers:
+            return
+        self._lr_multipliers = dict(multipliers)
+        for b in list(self):
+            self._bind(b.tensor, b.table.placements, b.groups, is_absent=b.is_absent)
+
+    def _with_present_multipliers(self, placements: Sequence[Placement]) -> Sequence[Placement]:
+        if self._lr_multipliers is None:
+            return placements
+        present = {id(p.spec.policy): p.spec.policy.with_lr_multipliers(self._lr_multipliers) for p in placements}
+        return [_with_multipliers(p, present[id(p.spec.policy)]) for p in placements]
+
+
+def _with_multipliers(placement: Placement, policy: BlockPolicy) -> Placement:
+    spec = placement.spec
+    rates = [policy.resolve(spec.fqn, part.role, spec.structure.is_bias).lr_multiplier for part in spec.parts]
+    if rates == [part.lr_multiplier for part in spec.parts]:
+        return placement
+    parts = tuple(replace(part, lr_multiplier=rate) for part, rate in zip(spec.parts, rates, strict=True))
+    return replace(placement, spec=replace(spec, parts=parts))
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One tensor in one step: what its kernels get, and whose memory it is."""
+
+    binding: Binding
+    item: Item
+
+
+class StepObserver(Protocol):
+    """Sees every step of an optimizer, on every rank alike; both methods may communicate."""
+
+    def before_update(self, work: Sequence[Work]) -> bool:
+        """Called with the gradients, before anything changes; False leaves everything as it is, on every rank."""
+        ...
+
+    def after_update(self, work: Sequence[Work]) -> None:
+        """Called with the new weights and states, the gradients still there."""
+        ...
+
+
+def by_kernels(work: Sequence[Work]) -> list[tuple[Kernels, list[Item]]]:
+    """The tensors of a step, sorted by what steps them, in order."""
+    sorted_out: dict[Kernels, list[Item]] = {}
+    for w in work:
+        sorted_out.setdefault(w.binding.kernels, []).append(w.item)
+    return list(sorted_out.items())
+
+
+def non_finite(work: Sequence[Work]) -> bool:
+    """Whether any gradient holds a NaN or an infinity; waits for the device."""
+    grads = [w.item.grad for w in work if w.item.grad is not None and w.item.grad.numel()]
+    if not grads:
+        return False
+    largest = torch._foreach_norm(grads, ord=float("inf"))
+    return not all(bool(value) for value in torch.isfinite(torch.stack([v.double().cpu() for v in largest])))
