@@ -16,6 +16,7 @@ EXTRAS = {
         "adam-mini==1.1.1",
         "cloudpickle",
         "hypothesis",
+        "import-linter",
         "mypy",
         "peft",
         "pytest",
