@@ -9,9 +9,9 @@ it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import torch
 
@@ -21,12 +21,97 @@ from ds_blockwise.blocks.defaults import DEFAULT_GRANULARITY, DEFAULT_LR_MULTIPL
 from ds_blockwise.blocks.ranges import TensorShard
 from ds_blockwise.blocks.segment_table import Placement, SegmentTable, build_table
 from ds_blockwise.blocks.spec import BlockPart, BlockSpec, RoleSpan, TensorStructure
+from ds_blockwise.kernels.param_groups import ParamGroup
+from ds_blockwise.measure.auto_multipliers import RunState
 from ds_blockwise.tagging.names import BLOCK_TYPE_OF, Role
 
 KEY = "ds_blockwise"  # of the record in a state dict
 FORMAT = 1
 VERSION = "0.1.0"  # of this package
 PER_BLOCK_KEY = "exp_avg_sq_blocks"  # instead of exp_avg_sq in compact checkpoints: no other optimizer mistakes it
+
+
+class PackedSpec(TypedDict):
+    """The blocks of one parameter. A row of ``parts`` holds start, end, role, rows of a head (None: no heads),
+    granularity, both multipliers, rows of a block, number of the first block.
+    """
+
+    shape: list[int]
+    axis: int
+    is_bias: bool
+    num_blocks: int
+    parts: list[list[Any]]
+
+
+class PackedMatrices(PackedSpec, total=False):
+    """`PackedSpec` with the matrices in a parameter that holds several experts."""
+
+    matrices: list[int]
+
+
+class PackedShard(TypedDict):
+    """The tensor-parallel split of a parameter: ``chunks`` are the ranges of ``dim`` that each rank holds."""
+
+    dim: int
+    rank: int
+    chunks: list[list[list[int]]]
+
+
+class PackedPlacement(TypedDict):
+    """`Placement`, its parameter by name."""
+
+    fqn: str
+    flat_start: int
+    param_start: int
+    numel: int
+    shard: PackedShard | None
+    cuts: list[int]
+
+
+class PackedTensor(TypedDict):
+    """What lies in one stepped tensor."""
+
+    numel: int
+    placements: list[PackedPlacement]
+
+
+class PackedGroup(TypedDict):
+    """The hyper-parameters of a param group."""
+
+    lr: float
+    betas: list[float]
+    eps: float
+    weight_decay: float
+
+
+class _Settings(TypedDict):
+    optimizer: str
+    lr_multipliers: dict[str, object]
+    weight_decay_multipliers: dict[str, float]
+    granularity: dict[str, str]
+    rules: list[dict[str, object]]
+    momentum_dtype: str
+    checkpoint_format: str
+    layout: str
+    groups: list[PackedGroup]
+
+
+class Settings(_Settings, total=False):
+    """An optimizer's settings with the defaults spelt out; ``layout`` is a digest of its blocks."""
+
+    run: RunState
+
+
+class Record(TypedDict):
+    """What a state dict holds under `KEY`. ``tensors`` is in the order of the ids in ``state_dict()["state"]``."""
+
+    format: int
+    version: str
+    optimizer: str
+    shares_second_moment: bool
+    settings: Settings
+    parameters: dict[str, PackedMatrices]
+    tensors: list[PackedTensor | None]
 
 
 class Recorded(Protocol):
@@ -50,7 +135,7 @@ class Recorded(Protocol):
         ...
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:
+    def param_groups(self) -> list[ParamGroup]:
         """As ``torch.optim.Optimizer`` has them."""
         ...
 
@@ -61,14 +146,14 @@ class Recorded(Protocol):
     def lr_multipliers(self) -> dict[str, float]:
         """The multipliers in effect where they are not those of the settings."""
 
-    def run_state(self) -> dict[str, Any] | None:
+    def run_state(self) -> RunState | None:
         """Position and measurements of the run; None if there are none."""
 
 
 # ------------------------------------------------------------------------------- writing
 
 
-def record_of(optimizer: Recorded, version: str) -> dict[str, Any]:
+def record_of(optimizer: Recorded, version: str) -> Record:
     """Describe an optimizer's settings and the contents of its stepped tensors.
 
     Args:
@@ -76,8 +161,7 @@ def record_of(optimizer: Recorded, version: str) -> dict[str, Any]:
         version: of this package.
 
     Returns:
-        Plain containers: ``format version optimizer shares_second_moment settings parameters tensors``. ``tensors`` is
-        in the order of the ids in ``state_dict()["state"]``, None where the contents are unknown.
+        Plain containers; a tensor whose contents are unknown is None.
     """
     tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
     placements = [optimizer.placements_in(tensor) for tensor in tensors]
@@ -96,7 +180,7 @@ def record_of(optimizer: Recorded, version: str) -> dict[str, Any]:
     }
 
 
-def settings_of(optimizer: Recorded) -> dict[str, Any]:
+def settings_of(optimizer: Recorded) -> Settings:
     """An optimizer's settings, with the defaults spelt out, and a digest of its blocks (``layout``).
 
     The digest does not depend on the number of ranks or the ZeRO stage. It is empty while no tensor is known.
@@ -106,7 +190,7 @@ def settings_of(optimizer: Recorded) -> dict[str, Any]:
     policy = optimizer.policy
     if policy.is_default and specs:
         policy = next(iter(specs.values())).policy  # settings may have been given to tag_parameters instead
-    return {
+    settings: Settings = {
         "optimizer": type(optimizer).__name__,
         "lr_multipliers": _packed_multipliers(policy, optimizer.lr_multipliers),
         "weight_decay_multipliers": dict(policy.weight_decay_multipliers),
@@ -116,17 +200,19 @@ def settings_of(optimizer: Recorded) -> dict[str, Any]:
         "checkpoint_format": str(optimizer.checkpoint_format),
         "layout": _digest(specs) if specs else "",
         "groups": [_packed_group(group) for group in optimizer.param_groups],
-        **({} if (run := optimizer.run_state()) is None else {"run": run}),
     }
+    if (run := optimizer.run_state()) is not None:
+        settings["run"] = run
+    return settings
 
 
-def _packed_multipliers(policy: BlockPolicy, present: Mapping[str, float]) -> dict[str, Any]:
+def _packed_multipliers(policy: BlockPolicy, present: Mapping[str, float]) -> dict[str, object]:
     if policy.auto is not None:  # what was measured is no setting; it is part of "run"
         return {AUTO: asdict(policy.auto), **policy.lr_multipliers}
     return {**DEFAULT_LR_MULTIPLIERS, **policy.lr_multipliers, **present}
 
 
-def _packed_group(group: Mapping[str, Any]) -> dict[str, Any]:
+def _packed_group(group: ParamGroup) -> PackedGroup:
     beta1, beta2 = group["betas"]
     return {
         "lr": float(group["lr"]),
@@ -136,7 +222,7 @@ def _packed_group(group: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _packed_rule(rule: Rule) -> dict[str, Any]:
+def _packed_rule(rule: Rule) -> dict[str, object]:
     values = {f.name: getattr(rule, f.name) for f in fields(rule)}
     return {k: v.value if isinstance(v, Role) else v for k, v in values.items() if v is not None}
 
@@ -152,9 +238,8 @@ def _digest(specs: Mapping[str, BlockSpec]) -> str:
     return digest.hexdigest()
 
 
-def _packed_spec(spec: BlockSpec) -> dict[str, Any]:
-    matrices = spec.structure.matrices
-    return {
+def _packed_spec(spec: BlockSpec) -> PackedMatrices:
+    packed: PackedMatrices = {
         "shape": list(spec.shape),
         "axis": spec.axis,
         "is_bias": spec.structure.is_bias,
@@ -173,13 +258,14 @@ def _packed_spec(spec: BlockSpec) -> dict[str, Any]:
             ]
             for part, span in zip(spec.parts, spec.structure.spans, strict=True)
         ],
-        # only where there is something to say: most parameters are one matrix
-        **({} if matrices is None else {"matrices": list(matrices)}),
     }
+    if spec.structure.matrices is not None:
+        packed["matrices"] = list(spec.structure.matrices)
+    return packed
 
 
-def _packed_placement(p: Placement) -> dict[str, Any]:
-    shard = None
+def _packed_placement(p: Placement) -> PackedPlacement:
+    shard: PackedShard | None = None
     if p.shard is not None:
         chunks = [[list(span) for span in rank] for rank in p.shard.chunks]
         shard = {"dim": p.shard.dim, "rank": p.shard.rank, "chunks": chunks}
@@ -196,13 +282,13 @@ def _packed_placement(p: Placement) -> dict[str, Any]:
 # ------------------------------------------------------------------------------- reading
 
 
-def record_in(state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
+def record_in(state_dict: Mapping[str, Any]) -> Record | None:
     """The record in an optimizer's state dict; None if another optimizer wrote it.
 
     Raises:
         ValueError: the record is of a later format than this version reads.
     """
-    record = state_dict.get(KEY)
+    record: Record | None = state_dict.get(KEY)
     if record is None:
         return None
     if record.get("format") != FORMAT:
@@ -210,7 +296,7 @@ def record_in(state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
             f"the checkpoint was written in format {record.get('format')!r} by ds_blockwise {record.get('version')!r}; "
             f"this version reads format {FORMAT}. Install that version or a later one."
         )
-    return dict(record)
+    return record
 
 
 def spec_of(record: Mapping[str, Any], fqn: str) -> BlockSpec:
@@ -227,12 +313,15 @@ def spec_of(record: Mapping[str, Any], fqn: str) -> BlockSpec:
         role = Role(role_name)
         spans.append(RoleSpan(start, end, role, head_rows))
         parts.append(BlockPart(start, end, role, BLOCK_TYPE_OF[role], granularity, lr, weight_decay, rows, first))
-    matrices = tuple(packed["matrices"]) if "matrices" in packed else None
+    matrices = None
+    if "matrices" in packed:
+        count, rows, columns = packed["matrices"]
+        matrices = (count, rows, columns)
     structure = TensorStructure(fqn, tuple(packed["shape"]), packed["axis"], tuple(spans), packed["is_bias"], matrices)
     return BlockSpec(structure, tuple(parts), packed["num_blocks"], BlockPolicy())
 
 
-def placements_of(record: Mapping[str, Any], index: int) -> tuple[Placement, ...]:
+def placements_of(record: Record, index: int) -> tuple[Placement, ...]:
     """What lay in the stepped tensor with number ``index`` of the state dict.
 
     Raises:
@@ -247,7 +336,7 @@ def placements_of(record: Mapping[str, Any], index: int) -> tuple[Placement, ...
     return tuple(_unpacked_placement(record, p) for p in packed["placements"])
 
 
-def _unpacked_placement(record: Mapping[str, Any], packed: Mapping[str, Any]) -> Placement:
+def _unpacked_placement(record: Record, packed: PackedPlacement) -> Placement:
     spec = spec_of(record, packed["fqn"])
     shard = None
     if packed["shard"] is not None:
@@ -257,16 +346,22 @@ def _unpacked_placement(record: Mapping[str, Any], packed: Mapping[str, Any]) ->
     return Placement(spec, shard, packed["flat_start"], packed["param_start"], packed["numel"], tuple(packed["cuts"]))
 
 
-def table_of(record: Mapping[str, Any], index: int) -> SegmentTable:
+def numel_of(record: Record, index: int) -> int:
+    """Elements of the stepped tensor with number ``index`` of the state dict; 0 if the record does not know it."""
+    packed = record["tensors"][index] if index < len(record["tensors"]) else None
+    return 0 if packed is None else packed["numel"]
+
+
+def table_of(record: Record, index: int) -> SegmentTable:
     """The segment table of the stepped tensor with number ``index`` of the state dict."""
-    numel = record["tensors"][index]["numel"] if index < len(record["tensors"]) and record["tensors"][index] else 0
-    return build_table(numel, placements_of(record, index), shares_second_moment=bool(record["shares_second_moment"]))
+    placements = placements_of(record, index)
+    return build_table(numel_of(record, index), placements, shares_second_moment=record["shares_second_moment"])
 
 
 def same_ranges(one: Sequence[Placement], two: Sequence[Placement]) -> bool:
     """Whether two lists place the same elements of the same parameters at the same offsets."""
 
-    def facts(placements: Sequence[Placement]) -> list[tuple[Any, ...]]:
+    def facts(placements: Sequence[Placement]) -> list[tuple[object, ...]]:
         return [
             (p.spec.fqn, tuple(p.spec.shape), p.shard, p.flat_start, p.param_start, p.numel)
             for p in placements
@@ -279,7 +374,7 @@ def same_ranges(one: Sequence[Placement], two: Sequence[Placement]) -> bool:
 def same_blocks(one: Sequence[Placement], two: Sequence[Placement]) -> bool:
     """Whether two lists with the same ranges also cut their parameters into the same blocks."""
 
-    def facts(placements: Sequence[Placement]) -> list[tuple[Any, ...]]:
+    def facts(placements: Sequence[Placement]) -> list[tuple[object, ...]]:
         return [
             (p.spec.axis, [(q.start, q.end, q.rows_per_block, q.first_block) for q in p.spec.parts])
             for p in placements
@@ -292,7 +387,7 @@ def same_blocks(one: Sequence[Placement], two: Sequence[Placement]) -> bool:
 # ------------------------------------------------------------------------------- comparing
 
 
-def differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+def differences(saved: Mapping[str, Any], own: Settings) -> list[str]:
     """What of ``settings_of`` changed between a checkpoint and the present run, a line each.
 
     Learning rates are left out (schedules move them), and so is the form of the files.
@@ -300,8 +395,9 @@ def differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
     lines: list[str] = []
     for key in ("optimizer", "momentum_dtype"):
         lines += _changed(key, saved.get(key), own.get(key))
+    present: Mapping[str, Any] = own
     for key in ("lr_multipliers", "weight_decay_multipliers", "granularity"):
-        was, now = saved.get(key, {}), own.get(key, {})
+        was, now = saved.get(key, {}), present[key]
         for name in sorted({*was, *now}):
             lines += _changed(f"{key}.{name}", was.get(name), now.get(name))
     lines += _changed("rules", saved.get("rules"), own.get("rules"))
@@ -311,7 +407,7 @@ def differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _changed_groups(was: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> list[str]:
+def _changed_groups(was: Sequence[Mapping[str, object]], now: Sequence[Mapping[str, object]]) -> list[str]:
     if len(was) != len(now):
         return [f"the number of param groups was {len(was)}, is {len(now)}"]
     return [
@@ -322,14 +418,14 @@ def _changed_groups(was: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str,
     ]
 
 
-def _changed(name: str, was: Any, now: Any) -> list[str]:
+def _changed(name: str, was: object, now: object) -> list[str]:
     return [] if was == now else [f"{name} was {_shown(was)}, is {_shown(now)}"]
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return "not set" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _few(names: Mapping[str, Any]) -> str:
+def _few(names: Iterable[str]) -> str:
     listed = list(names)
     return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")

@@ -15,6 +15,12 @@ from ds_blockwise.kernels.base import Hyper
 
 LR_FLOOR = "lr_floor"
 
+ParamGroup = dict[str, Any]
+"""A group of ``torch.optim.Optimizer.param_groups``; hosts put keys of their own into it."""
+
+StateDict = dict[str, Any]
+"""What ``torch.optim.Optimizer.state_dict`` returns."""
+
 NO_HYPER = Hyper(0.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 """Of tensors that only take part in reductions."""
 
@@ -25,7 +31,7 @@ def hyper_of(group: Mapping[str, Any]) -> Hyper:
     return Hyper(lr, lr_floor_of(group), beta1, beta2, group["eps"], group["weight_decay"])
 
 
-def set_lr(group: dict[str, Any], lr: float, lr_floor: float) -> None:
+def set_lr(group: ParamGroup, lr: float, lr_floor: float) -> None:
     """Set a group's base learning rate together with the floor that its blocks decay to (schedules only)."""
     group["lr"] = lr
     group[LR_FLOOR] = (lr, lr_floor)

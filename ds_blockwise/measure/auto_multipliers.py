@@ -12,7 +12,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypedDict
 
 from ds_blockwise.blocks.auto_settings import AutoMultipliers
 from ds_blockwise.blocks.block_settings import BlockPolicy
@@ -26,6 +26,22 @@ REFERENCE = "norm"  # to whose sharpness all others are relative
 READINGS = 10  # averaged, against the noise of single batches
 LONGEST_SPACING = 20  # steps between readings; at beta2 = 0.95 second moments have forgotten the one before
 STAGES = 10  # of the ramp; each rebuilds the segment tables
+
+
+class AutoState(TypedDict):
+    """What a run with measured multipliers has read so far; see `MeasuredMultipliers`."""
+
+    sums: dict[str, float]
+    readings: int
+    target: dict[str, float] | None
+    measured_at: int
+
+
+class RunState(TypedDict):
+    """Position and measurements of a run, for a checkpoint."""
+
+    steps: int
+    auto: AutoState | None
 
 
 @dataclass(slots=True)
@@ -169,7 +185,7 @@ class MeasuredMultipliers:
             return dict(self.target)
         return {kind: 1.0 + (value - 1.0) * stage / stages for kind, value in self.target.items()}
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> AutoState:
         """What a resumed run needs, as plain containers."""
         return {
             "sums": dict(self.sums),
@@ -178,11 +194,12 @@ class MeasuredMultipliers:
             "measured_at": self.measured_at,
         }
 
-    def load(self, state: Mapping[str, Any] | None) -> None:
+    def load(self, state: AutoState | None) -> None:
         """Go on from `state`; None starts afresh. Settings and pinned types are this object's own."""
-        state = state or {}
-        target = state.get("target")
-        self.sums = dict(state.get("sums", {}))
-        self.readings = int(state.get("readings", 0))
+        if state is None:
+            state = {"sums": {}, "readings": 0, "target": None, "measured_at": 0}
+        target = state["target"]
+        self.sums = dict(state["sums"])
+        self.readings = int(state["readings"])
         self.target = None if target is None else {k: v for k, v in target.items() if k not in self.pinned}
-        self.measured_at = int(state.get("measured_at", 0))
+        self.measured_at = int(state["measured_at"])

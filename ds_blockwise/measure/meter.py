@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from ds_blockwise.kernels.base import StepState
 from ds_blockwise.kernels.bindings import Bindings, Work
-from ds_blockwise.measure.auto_multipliers import MeasuredMultipliers
+from ds_blockwise.kernels.param_groups import ParamGroup
+from ds_blockwise.measure.auto_multipliers import MeasuredMultipliers, RunState
 from ds_blockwise.measure.readings import Alarm, Readings, TelemetrySettings, type_telemetry
 from ds_blockwise.measure.type_sums import ALL, SECOND_MOMENT, NormSource, TypeSums
 from ds_blockwise.tagging.names import BlockType
@@ -23,7 +24,7 @@ class Measured(Protocol):
     """What a meter looks at of an optimizer."""
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:
+    def param_groups(self) -> list[ParamGroup]:
         """As ``torch.optim.Optimizer`` has them."""
         ...
 
@@ -68,7 +69,7 @@ class Meter:
         self._summed_version = -1
         self._types_known = False
 
-    def facts(self) -> tuple[Any, ...]:
+    def facts(self) -> tuple[object, ...]:
         """What all ranks must agree on, or one would wait for the others."""
         auto = self.auto
         return (self.settings, None if auto is None else (auto.settings, sorted(auto.pinned), auto.total_num_steps))
@@ -168,16 +169,16 @@ class Meter:
         if self._alarm is not None:
             self._alarm.look(self.last)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> RunState:
         """See `BlockwiseOptimizer.run_state`."""
         return {"steps": self.steps, "auto": None if self.auto is None else self.auto.state()}
 
-    def load(self, state: Mapping[str, Any] | None, steps: int) -> None:
+    def load(self, state: RunState | None, steps: int) -> None:
         """See `BlockwiseOptimizer.load_run_state`."""
         self.steps = steps if state is None else int(state["steps"])
         self._seen.clear()
         if self.auto is not None:
-            self.auto.load(None if state is None else state.get("auto"))
+            self.auto.load(None if state is None else state["auto"])
             ready = self.auto.target is not None and self.auto.total_num_steps is not None
             self._optimizer.bindings().change_lr_multipliers(self.auto.multipliers_after(self.steps) if ready else {})
 

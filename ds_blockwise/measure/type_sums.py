@@ -9,14 +9,13 @@ a handful of numbers per block type.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from ds_blockwise.kernels.base import StepState, wide_dtype
 from ds_blockwise.kernels.bindings import Binding
-from ds_blockwise.kernels.param_groups import hyper_of
+from ds_blockwise.kernels.param_groups import ParamGroup, hyper_of
 from ds_blockwise.kernels.update import block_lr, denominator
 from ds_blockwise.measure.role_sums import RolePart, RoleSums
 from ds_blockwise.parallel.agree import gather
@@ -39,9 +38,7 @@ class TypeSums:
         self._share: list[float] | None = None
         self._local: dict[str, list[float]] = {}
 
-    def add(
-        self, binding: Binding, group: Mapping[str, Any], state: StepState, names: Sequence[str], updated: bool
-    ) -> None:
+    def add(self, binding: Binding, group: ParamGroup, state: StepState, names: Sequence[str], updated: bool) -> None:
         """Collect from one tensor after its update.
 
         Args:
@@ -83,7 +80,7 @@ class TypeSums:
         self._local["numel"] = self._roles.numels().tolist()
         columns = [self._sum_of(name) for name in ("numel", *names)]
         self._local = {}
-        mine: dict[str, list[float]] = {}
+        mine: dict[BlockType, list[float]] = {}
         for index, (kind, share) in enumerate(zip(self._roles.block_types, self._share, strict=True)):
             held = mine.setdefault(kind, [0.0] * len(columns))
             for at, column in enumerate(columns):
@@ -102,7 +99,7 @@ class TypeSums:
 class _Reader:
     """One stepped tensor after its update; each method sums over one part of it, fp64, None where there is nothing."""
 
-    def __init__(self, binding: Binding, group: Mapping[str, Any], state: StepState, updated: bool) -> None:
+    def __init__(self, binding: Binding, group: ParamGroup, state: StepState, updated: bool) -> None:
         self._hyper = hyper_of(group)
         self._param = binding.tensor.detach().reshape(-1)
         grad = binding.tensor.grad

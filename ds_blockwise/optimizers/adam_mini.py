@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Any
 
+from ds_blockwise.kernels.param_groups import ParamGroup
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.optimizers.exchange import settle_loaded_second_moments, sum_split_blocks
 from ds_blockwise.parallel.agree import is_first_rank
@@ -71,7 +71,7 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
     second_moment = "block"
     exchanges = (settle_loaded_second_moments, sum_split_blocks)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: ParamGroup) -> None:
         """As `BlockwiseOptimizer.add_param_group`; warns, once, of a beta2 that does not suit Adam-mini."""
         super().add_param_group(param_group)
         beta2 = self.param_groups[-1]["betas"][1]

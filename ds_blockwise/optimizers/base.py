@@ -22,11 +22,11 @@ from ds_blockwise.blocks.block_settings import BlockPolicy
 from ds_blockwise.blocks.ranges import TensorShard
 from ds_blockwise.blocks.segment_table import Placement, SegmentTable, whole_placement
 from ds_blockwise.blocks.spec import BlockSpec, apply_policy
-from ds_blockwise.checkpoint.record import differences, settings_of
+from ds_blockwise.checkpoint.record import Record, differences, settings_of
 from ds_blockwise.kernels.base import Item, Kernels, StepState, wide_dtype
 from ds_blockwise.kernels.bindings import Binding, Bindings, StepObserver, Work, by_kernels, non_finite
-from ds_blockwise.kernels.param_groups import NO_HYPER, hyper_of
-from ds_blockwise.measure.auto_multipliers import MeasuredMultipliers
+from ds_blockwise.kernels.param_groups import NO_HYPER, ParamGroup, StateDict, hyper_of
+from ds_blockwise.measure.auto_multipliers import MeasuredMultipliers, RunState
 from ds_blockwise.measure.meter import Listener, Meter
 from ds_blockwise.measure.readings import Readings, TelemetrySettings
 from ds_blockwise.optimizers.exchange import Exchange
@@ -118,7 +118,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         """Whether the second moment is one value per block, and sums of split blocks travel."""
         return self.second_moment == "block"
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: ParamGroup) -> None:
         """Add a group; see ``torch.optim.Optimizer.add_param_group``.
 
         Raises:
@@ -420,7 +420,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
             if isinstance(value, torch.Tensor)
         )
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """State in AdamW's form: per tensor ``step`` (int), ``exp_avg`` and ``exp_avg_sq`` in the tensor's shape.
 
         With ``checkpoint_format="compact"`` Adam-mini's second moments are ``exp_avg_sq_blocks``, one per local block.
@@ -429,7 +429,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         """
         return to_save(self, super().state_dict())
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         """Load a state of one of ours, of AdamW (torch's or DeepSpeed's) or of the published Adam-mini.
 
         Multipliers, rules and granularity are this object's own and are not loaded; if the state was saved under others
@@ -446,7 +446,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         self.load_run_state(run, max((int(state["step"]) for state in loaded.states.values()), default=0))
         self.report_changes(loaded.record)
 
-    def report_changes(self, record: Mapping[str, Any] | None) -> None:
+    def report_changes(self, record: Record | None) -> None:
         """Warn, on the first rank, of settings in a loaded record that differ from this object's."""
         changed = [] if record is None else differences(record["settings"], settings_of(self))
         if changed and is_first_rank():
@@ -555,11 +555,11 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
             )
         self._bindings.change_lr_multipliers({**self.lr_multipliers, **multipliers})
 
-    def run_state(self) -> dict[str, Any] | None:
+    def run_state(self) -> RunState | None:
         """Position and measurements of the run, plain containers for a checkpoint; None if nothing is measured."""
         return None if self._meter is None else self._meter.state()
 
-    def load_run_state(self, state: Mapping[str, Any] | None, steps: int) -> None:
+    def load_run_state(self, state: RunState | None, steps: int) -> None:
         """Go on from `run_state`.
 
         Args:

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from ds_blockwise.kernels.param_groups import ParamGroup, StateDict
+
 logger = logging.getLogger(__name__)
 
 # Keys of AdamW's groups that say how it computes, not what; they mean nothing here.
@@ -32,7 +34,7 @@ _ADAMW_SWITCHES = (
 FOR_ADAMW = {"bias_correction": True}
 
 
-def group_to_load(saved: Mapping[str, Any], own: Mapping[str, Any], index: int) -> dict[str, Any]:
+def group_to_load(saved: ParamGroup, own: ParamGroup, index: int) -> ParamGroup:
     """A saved param group without what only AdamW's kernels understand.
 
     Args:
@@ -54,7 +56,7 @@ def group_to_load(saved: Mapping[str, Any], own: Mapping[str, Any], index: int) 
     return {**{key: value for key, value in own.items() if key != "params"}, **kept}
 
 
-def step_of(saved: Mapping[str, Any], group: Mapping[str, Any]) -> int:
+def step_of(saved: Mapping[str, Any], group: ParamGroup) -> int:
     """Number of updates that a tensor's saved state has seen.
 
     Raises:
@@ -69,16 +71,16 @@ def step_of(saved: Mapping[str, Any], group: Mapping[str, Any]) -> int:
     return int(step)
 
 
-def is_published_adam_mini(state_dict: Mapping[str, Any]) -> bool:
+def is_published_adam_mini(state_dict: StateDict) -> bool:
     """Whether the published Adam-mini package wrote a state dict."""
     return any("m" in state and ("vmean" in state or "v" in state) for state in state_dict["state"].values())
 
 
 def from_published_adam_mini(
-    state_dict: Mapping[str, Any],
-    own_groups: Sequence[Mapping[str, Any]],
+    state_dict: StateDict,
+    own_groups: Sequence[ParamGroup],
     names: Sequence[str | None],
-) -> dict[str, Any]:
+) -> StateDict:
     """A published Adam-mini state dict in AdamW's form, in the groups of ours.
 
     Its one-parameter groups are found by their lower-cased names. Betas, eps and weight decay stay our groups' own.

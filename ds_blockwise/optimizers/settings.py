@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from ds_blockwise.values import number, one_of, suggest
 
@@ -31,7 +31,7 @@ OPTIMIZER_KEYS = (
 
 # Keys that DeepSpeed's own AdamW takes in the JSON; accepted at the one value that says what we do anyway, so that only
 # "type" has to change in an existing file.
-_ADAMW_KEYS: dict[str, tuple[Any, ...]] = {
+_ADAMW_KEYS: dict[str, tuple[bool, ...]] = {
     "adam_w_mode": (True,),
     "bias_correction": (True,),
     "amsgrad": (False,),
@@ -39,7 +39,7 @@ _ADAMW_KEYS: dict[str, tuple[Any, ...]] = {
 }
 
 
-def check_group(group: Mapping[str, Any], where: str) -> None:
+def check_group(group: Mapping[str, object], where: str) -> None:
     """Check the hyper-parameters of one param group.
 
     Raises:

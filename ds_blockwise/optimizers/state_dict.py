@@ -13,6 +13,7 @@ from ds_blockwise.checkpoint.record import (
     KEY,
     PER_BLOCK_KEY,
     VERSION,
+    Record,
     Recorded,
     placements_of,
     record_in,
@@ -23,6 +24,7 @@ from ds_blockwise.checkpoint.record import (
 )
 from ds_blockwise.kernels.base import StepState, wide_dtype
 from ds_blockwise.kernels.bindings import Binding
+from ds_blockwise.kernels.param_groups import ParamGroup, StateDict
 from ds_blockwise.optimizers.foreign_state import (
     FOR_ADAMW,
     from_published_adam_mini,
@@ -31,9 +33,6 @@ from ds_blockwise.optimizers.foreign_state import (
     step_of,
 )
 from ds_blockwise.optimizers.second_moment import is_per_block, per_block, per_element
-
-StateDict = dict[str, Any]
-"""What ``torch.optim.Optimizer.state_dict`` returns."""
 
 
 class Stored(Recorded, Protocol):
@@ -58,9 +57,9 @@ class Loaded:
         record: what wrote it says about itself; None if another optimizer wrote it.
     """
 
-    groups: list[dict[str, Any]]
+    groups: list[ParamGroup]
     states: dict[torch.Tensor, StepState]
-    record: dict[str, Any] | None
+    record: Record | None
 
 
 def to_save(optimizer: Stored, packed: StateDict) -> StateDict:
@@ -132,8 +131,8 @@ def _state_to_load(
     optimizer: Stored,
     tensor: torch.Tensor,
     saved: Mapping[str, Any],
-    group: Mapping[str, Any],
-    record: Mapping[str, Any] | None,
+    group: ParamGroup,
+    record: Record | None,
     position: int,
 ) -> StepState:
     # torch casts floating state to the parameter's dtype, which would round fp32 moments of bf16 parameters
@@ -149,7 +148,7 @@ def _state_to_load(
 
 
 def _from_blocks(
-    optimizer: Stored, tensor: torch.Tensor, values: torch.Tensor, record: Mapping[str, Any], position: int
+    optimizer: Stored, tensor: torch.Tensor, values: torch.Tensor, record: Record, position: int
 ) -> torch.Tensor:
     """Second moments of a compact state: as they are if the blocks are the same, else one per element."""
     saved, own = placements_of(record, position), optimizer.placements_in(tensor)

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from ds_blockwise.parallel.reduce import ReductionGroups
+
+Gathered = TypeVar("Gathered")
 
 
 def if_many(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
@@ -71,11 +73,11 @@ def first_error(error: str | None) -> str | None:
     return None
 
 
-def gather(value: Any) -> list[Any]:
+def gather(value: Gathered) -> list[Gathered]:
     """Collective over all ranks: what every rank gave, in the order of ranks; a process alone is the only rank."""
     if not (dist.is_available() and dist.is_initialized()):
         return [value]
-    gathered: list[Any] = [None] * dist.get_world_size()
+    gathered = [value] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
 

@@ -135,7 +135,7 @@ def _find(engine: Any, folder: Path, tag: str | None) -> Checkpoint | None:
         for note in checkpoint.notes:
             logger.warning("%s", note)
     _verify(engine, checkpoint, names)
-    return cast("Checkpoint", checkpoint)
+    return checkpoint
 
 
 def _verify(engine: Any, checkpoint: Checkpoint, names: list[str]) -> None:

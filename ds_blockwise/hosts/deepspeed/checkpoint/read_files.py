@@ -21,7 +21,7 @@ from ds_blockwise.blocks.segment_table import Placement, build_table
 from ds_blockwise.blocks.spec import BlockSpec
 from ds_blockwise.checkpoint.folder import CheckpointError, read_manifest
 from ds_blockwise.checkpoint.portable import TRAINED, per_block, whole_of
-from ds_blockwise.checkpoint.record import PER_BLOCK_KEY, placements_of, record_in, spec_of
+from ds_blockwise.checkpoint.record import PER_BLOCK_KEY, numel_of, placements_of, record_in, spec_of
 from ds_blockwise.hosts.deepspeed.checkpoint.tag_folder import TagFolder, foreign_globals, load_file
 
 # keys of a model file that are DeepSpeed's; everything else is the user's client_state
@@ -172,7 +172,7 @@ class DeepSpeedFiles:
         for position, ((number, group), master) in enumerate(zip(ids, masters, strict=True)):
             placements = placements_of(record, position)
             state = base["state"].get(number, {})
-            _check_sizes(path, position, record["tensors"][position]["numel"], placements, master, state)
+            _check_sizes(path, position, numel_of(record, position), placements, master, state)
             at = 0
             for placement in placements:
                 piece = _Piece(path, mp_rank, placement, master, state, at)
