@@ -23,7 +23,7 @@ from ds_blockwise.blocks.defaults import (
     PUBLISHED_GRANULARITY,
     Granularity,
 )
-from ds_blockwise.tagging.names import BLOCK_TYPE_OF, BLOCK_TYPES, QKV_LAYOUTS, STORAGES, QKVLayout, Role, Storage
+from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, BLOCK_TYPES, QKV_LAYOUTS, STORAGES, QKVLayout, Role, Storage
 from ds_blockwise.values import as_count, as_mapping, as_multiplier, check_keys, if_given, suggest
 
 _ROLE_NAMES = tuple(role.value for role in Role)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ds_blockwise.blocks.block_settings import BlockPolicy
 from ds_blockwise.blocks.defaults import Granularity
 from ds_blockwise.blocks.ranges import AxisSpan, Batch
-from ds_blockwise.tagging.names import BLOCK_TYPE_OF, LAYOUT_MEANING, BlockType, QKVLayout, Role
+from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, LAYOUT_MEANING, BlockType, QKVLayout, Role
 
 STATE_BYTES_PER_VALUE = 4  # exp_avg and exp_avg_sq are fp32 unless momentum_dtype says otherwise
 

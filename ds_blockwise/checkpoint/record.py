@@ -19,9 +19,9 @@ from ds_blockwise.blocks.auto_settings import AUTO
 from ds_blockwise.blocks.block_settings import BlockPolicy, Rule
 from ds_blockwise.blocks.defaults import DEFAULT_GRANULARITY, DEFAULT_LR_MULTIPLIERS
 from ds_blockwise.blocks.ranges import TensorShard
+from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, Role
 from ds_blockwise.blocks.segment_table import Placement, SegmentTable, build_table
 from ds_blockwise.blocks.spec import BlockPart, BlockSpec, RoleSpan, TensorStructure
-from ds_blockwise.tagging.names import BLOCK_TYPE_OF, Role
 
 KEY = "ds_blockwise"  # of the record in a state dict
 FORMAT = 1

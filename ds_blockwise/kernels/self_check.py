@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 
 from ds_blockwise.blocks.block_settings import BlockPolicy
+from ds_blockwise.blocks.roles import Role
 from ds_blockwise.blocks.segment_table import Placement, SegmentTable, build_table
 from ds_blockwise.blocks.spec import RoleSpan, TensorStructure, apply_policy
 from ds_blockwise.kernels.base import Hyper, Item, Kernels, ReferenceKernels
-from ds_blockwise.tagging.names import Role
 
 _LR = 1e-3
 _HYPER = Hyper(_LR, 0.0, 0.9, 0.95, 1e-8, 0.1)

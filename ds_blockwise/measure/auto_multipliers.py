@@ -16,9 +16,9 @@ from typing import Any
 
 from ds_blockwise.blocks.auto_settings import AutoMultipliers
 from ds_blockwise.blocks.block_settings import BlockPolicy
+from ds_blockwise.blocks.roles import BLOCK_TYPES
 from ds_blockwise.measure.ratios import multipliers_from_sharpness
 from ds_blockwise.parallel.agree import is_first_rank
-from ds_blockwise.tagging.names import BLOCK_TYPES
 
 logger = logging.getLogger(__name__)
 

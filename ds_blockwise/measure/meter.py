@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from ds_blockwise.blocks.roles import BlockType
 from ds_blockwise.kernels.binding import Binding, Work
 from ds_blockwise.measure.auto_multipliers import MeasuredMultipliers
 from ds_blockwise.measure.readings import Alarm, Readings, TelemetrySettings, type_telemetry
 from ds_blockwise.measure.type_sums import ALL, SECOND_MOMENT, NormSource, TypeSums
-from ds_blockwise.tagging.names import BlockType
 
 if TYPE_CHECKING:
     from ds_blockwise.optimizers.measuring import Measuring

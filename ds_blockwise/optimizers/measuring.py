@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ds_blockwise.blocks.block_settings import BlockPolicy
+from ds_blockwise.blocks.roles import BlockType
 from ds_blockwise.blocks.segment_table import Placement, SegmentTable
 from ds_blockwise.blocks.spec import BlockSpec
 from ds_blockwise.kernels.binding import Binding, StepObserver
@@ -22,7 +23,6 @@ from ds_blockwise.measure.meter import Listener, Meter
 from ds_blockwise.measure.readings import TelemetrySettings, TypeTelemetry
 from ds_blockwise.optimizers.state_dict import StoredState
 from ds_blockwise.parallel.reduce import ReductionGroups
-from ds_blockwise.tagging.names import BlockType
 
 
 class Measuring(StoredState):

@@ -9,41 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 
-from ds_blockwise.blocks.roles import (
-    BLOCK_TYPE_OF,
-    BLOCK_TYPES,
-    LAYOUT_MEANING,
-    QKV_LAYOUTS,
-    SELF_ATTENTION_LAYOUTS,
-    STORAGES,
-    BlockType,
-    NameMatch,
-    QKVLayout,
-    Role,
-    Storage,
-)
+from ds_blockwise.blocks.roles import QKVLayout, Role, Storage
 from ds_blockwise.tagging.name_rules import NAME_RULES, NameRule
-
-__all__ = [
-    "BLOCK_TYPES",
-    "BLOCK_TYPE_OF",
-    "LAYOUT_MEANING",
-    "QKV_LAYOUTS",
-    "SELF_ATTENTION_LAYOUTS",
-    "STORAGES",
-    "BlockType",
-    "NameMatch",
-    "QKVLayout",
-    "Role",
-    "Storage",
-    "adapted_path",
-    "canonical_fqn",
-    "is_bias_name",
-    "is_low_rank_input",
-    "match_name",
-    "merge_tied",
-]
 
 _COMPILED = tuple((rule, re.compile(rf"(?:^|\.)(?:{rule.module})$"), re.compile(rule.leaf)) for rule in NAME_RULES)
 
@@ -52,6 +21,27 @@ _WRAPPER_PREFIX = re.compile(r"^(?:module\.)+")
 _ADAPTER = re.compile(r"\.(?:base_layer|original_module|modules_to_save\.[^.]+|(?P<factor>lora_[AB])\.[^.]+)$")
 _BIAS = re.compile(r"bias\d*|.*_proj_bias")
 _PEFT_PREFIX = re.compile(r"^base_model\.model\.")
+
+
+@dataclass(frozen=True, slots=True)
+class NameMatch:
+    """What a name or a module says: one role, or a weight of several attention roles in a layout.
+
+    Attributes:
+        role: the role of the whole parameter; None if it serves several.
+        qkv_layout: the row layout of a parameter with several roles; None otherwise.
+        is_bias: the parameter is the bias of a linear (biases of norms are not: they are norm vectors).
+        dialect: the rule table or reader that matched, for error messages and reports.
+        headless: rows of a role that usually has heads, but not here (MLA's latent projections): a block per row.
+        storage: how the matrix lies in memory, where the source knows.
+    """
+
+    role: Role | None
+    qkv_layout: QKVLayout | None
+    is_bias: bool
+    dialect: str
+    headless: bool = False
+    storage: Storage | None = None
 
 
 def canonical_fqn(name: str) -> str:

@@ -18,15 +18,12 @@ from torch import nn
 
 from ds_blockwise.blocks.block_settings import BlockPolicy, Rule
 from ds_blockwise.blocks.ranges import TensorShard
+from ds_blockwise.blocks.roles import LAYOUT_MEANING, SELF_ATTENTION_LAYOUTS, Role, Storage
 from ds_blockwise.blocks.spec import BlockSpec, HeadGeometry, TensorStructure, apply_policy, fused_qkv, whole_tensor
 from ds_blockwise.tagging.module_facts import NUM_HEADS, fused_layout, generic_heads, num_experts_in, storage_of
 from ds_blockwise.tagging.module_reader import READERS, ModuleReader, TensorSplit, register_reader, tensor_splits
 from ds_blockwise.tagging.names import (
-    LAYOUT_MEANING,
-    SELF_ATTENTION_LAYOUTS,
     NameMatch,
-    Role,
-    Storage,
     adapted_path,
     canonical_fqn,
     is_bias_name,

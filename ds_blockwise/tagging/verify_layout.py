@@ -23,10 +23,11 @@ from torch import nn
 
 from ds_blockwise.blocks.block_settings import BlockPolicy
 from ds_blockwise.blocks.ranges import TensorShard
+from ds_blockwise.blocks.roles import Role
 from ds_blockwise.blocks.segment_table import whole_placement
 from ds_blockwise.blocks.spec import BlockSpec
 from ds_blockwise.tagging.module_reader import READERS
-from ds_blockwise.tagging.names import Role, match_name
+from ds_blockwise.tagging.names import match_name
 from ds_blockwise.tagging.tag import tag_with_policy
 
 VANISHED = 1e-5  # of the usual gradient; the products are with exact zeros, so nothing but exact zeros is expected

@@ -11,10 +11,10 @@ import torch
 
 from ds_blockwise.blocks.block_settings import BlockPolicy
 from ds_blockwise.blocks.ranges import TensorShard
+from ds_blockwise.blocks.roles import Role
 from ds_blockwise.blocks.segment_table import Placement, build_table, whole_placement
 from ds_blockwise.blocks.spec import BlockSpec, HeadGeometry, apply_policy, fused_qkv, whole_tensor
 from ds_blockwise.kernels.base import Hyper, Item, Kernels, ReferenceKernels
-from ds_blockwise.tagging.names import Role
 
 LR = 1e-3
 HYPER = Hyper(LR, 0.0, 0.9, 0.95, 1e-8, 0.1)

@@ -14,8 +14,8 @@ import pytest
 
 from ds_blockwise import BlockwiseAdamMini, BlockwiseAdamW
 from ds_blockwise.blocks.defaults import DEFAULT_LR_MULTIPLIERS
+from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, Role
 from ds_blockwise.optimizers.settings import OPTIMIZER_KEYS
-from ds_blockwise.tagging.names import BLOCK_TYPE_OF, Role
 from tests.helpers import ROOT
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

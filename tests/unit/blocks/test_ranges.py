@@ -18,9 +18,9 @@ from ds_blockwise.blocks.ranges import (
     runs_of_range,
     tensor_split_blocks,
 )
+from ds_blockwise.blocks.roles import Role
 from ds_blockwise.blocks.segment_table import Placement, build_table
 from ds_blockwise.blocks.spec import RoleSpan, TensorStructure, apply_policy
-from ds_blockwise.tagging.names import Role
 
 
 def spans_of(cuts, granularities):
