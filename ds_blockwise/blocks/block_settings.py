@@ -27,7 +27,7 @@ from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, BLOCK_TYPES, QKV_LAYOUTS, S
 from ds_blockwise.values import as_count, as_mapping, as_multiplier, check_keys, if_given, suggest
 
 _ROLE_NAMES = tuple(role.value for role in Role)
-_POLICY_KEYS = tuple(dict.fromkeys((*BLOCK_TYPES, *_ROLE_NAMES)))
+_SETTING_KEYS = tuple(dict.fromkeys((*BLOCK_TYPES, *_ROLE_NAMES)))
 _RULE_KEYS = (
     "match",
     "role",
@@ -43,7 +43,7 @@ _RULE_KEYS = (
 
 def _checked(name: str, value: object, *extra: str) -> Mapping[str, object]:
     raw = as_mapping(name, value)
-    check_keys(name, raw, (*_POLICY_KEYS, *extra))
+    check_keys(name, raw, (*_SETTING_KEYS, *extra))
     return raw
 
 
@@ -138,7 +138,7 @@ class Resolved:
 
 
 @dataclass(frozen=True, slots=True)
-class BlockPolicy:
+class BlockSettings:
     """The settings that turn roles into multipliers and block sizes; compare equal if they say the same.
 
     Keys of the three maps are block types or roles; a role wins over the block type it belongs to.
@@ -157,7 +157,7 @@ class BlockPolicy:
         weight_decay_multipliers: object = None,
         granularity: object = None,
         rules: object = None,
-    ) -> BlockPolicy:
+    ) -> BlockSettings:
         """Check raw settings (a JSON's dicts and lists) and freeze them; None means the defaults.
 
         ``lr_multipliers`` may be ``"auto"`` or have a key ``"auto"``: see `AutoMultipliers`. ``granularity`` may be
@@ -186,9 +186,9 @@ class BlockPolicy:
     @property
     def is_default(self) -> bool:
         """True if the user set nothing."""
-        return self == BlockPolicy()
+        return self == BlockSettings()
 
-    def with_lr_multipliers(self, multipliers: Mapping[str, object]) -> BlockPolicy:
+    def with_lr_multipliers(self, multipliers: Mapping[str, object]) -> BlockSettings:
         """These settings with some multipliers replaced; rules keep theirs.
 
         Raises:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from ds_blockwise.blocks.auto_settings import AUTO
-from ds_blockwise.blocks.block_settings import BlockPolicy, Rule
+from ds_blockwise.blocks.block_settings import BlockSettings, Rule
 from ds_blockwise.blocks.defaults import DEFAULT_GRANULARITY, DEFAULT_LR_MULTIPLIERS
 from ds_blockwise.blocks.ranges import TensorShard
 from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, Role
@@ -32,7 +32,7 @@ PER_BLOCK_KEY = "exp_avg_sq_blocks"  # instead of exp_avg_sq in compact checkpoi
 class Recorded(Protocol):
     """What of an optimizer goes into a record."""
 
-    policy: BlockPolicy
+    block_settings: BlockSettings
     momentum_dtype: Any
     checkpoint_format: Any
     shares_second_moment: ClassVar[bool]
@@ -87,15 +87,18 @@ def settings_of(optimizer: Recorded) -> dict[str, Any]:
     """
     tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
     specs = {p.spec.fqn: p.spec for tensor in tensors for p in optimizer.placements_in(tensor) or ()}
-    policy = optimizer.policy
-    if policy.is_default and specs:
-        policy = next(iter(specs.values())).policy  # settings may have been given to tag_parameters instead
+    block_settings = optimizer.block_settings
+    if block_settings.is_default and specs:  # settings may have been given to tag_parameters instead
+        block_settings = next(iter(specs.values())).block_settings
     return {
         "optimizer": type(optimizer).__name__,
-        "lr_multipliers": _packed_multipliers(policy, optimizer.lr_multipliers),
-        "weight_decay_multipliers": dict(policy.weight_decay_multipliers),
-        "granularity": {**{role.value: size for role, size in DEFAULT_GRANULARITY.items()}, **policy.granularity},
-        "rules": [_packed_rule(rule) for rule in policy.rules],
+        "lr_multipliers": _packed_multipliers(block_settings, optimizer.lr_multipliers),
+        "weight_decay_multipliers": dict(block_settings.weight_decay_multipliers),
+        "granularity": {
+            **{role.value: size for role, size in DEFAULT_GRANULARITY.items()},
+            **block_settings.granularity,
+        },
+        "rules": [_packed_rule(rule) for rule in block_settings.rules],
         "momentum_dtype": str(optimizer.momentum_dtype),
         "checkpoint_format": str(optimizer.checkpoint_format),
         "layout": _digest(specs) if specs else "",
@@ -104,10 +107,10 @@ def settings_of(optimizer: Recorded) -> dict[str, Any]:
     }
 
 
-def _packed_multipliers(policy: BlockPolicy, present: Mapping[str, float]) -> dict[str, Any]:
-    if policy.auto is not None:  # what was measured is no setting; it is part of "run"
-        return {AUTO: asdict(policy.auto), **policy.lr_multipliers}
-    return {**DEFAULT_LR_MULTIPLIERS, **policy.lr_multipliers, **present}
+def _packed_multipliers(block_settings: BlockSettings, present: Mapping[str, float]) -> dict[str, Any]:
+    if block_settings.auto is not None:  # what was measured is no setting; it is part of "run"
+        return {AUTO: asdict(block_settings.auto), **block_settings.lr_multipliers}
+    return {**DEFAULT_LR_MULTIPLIERS, **block_settings.lr_multipliers, **present}
 
 
 def _packed_group(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -213,7 +216,7 @@ def spec_of(record: Mapping[str, Any], fqn: str) -> BlockSpec:
         parts.append(BlockPart(start, end, role, BLOCK_TYPE_OF[role], granularity, lr, weight_decay, rows, first))
     matrices = tuple(packed["matrices"]) if "matrices" in packed else None
     structure = TensorStructure(fqn, tuple(packed["shape"]), packed["axis"], tuple(spans), packed["is_bias"], matrices)
-    return BlockSpec(structure, tuple(parts), packed["num_blocks"], BlockPolicy())
+    return BlockSpec(structure, tuple(parts), packed["num_blocks"], BlockSettings())
 
 
 def placements_of(record: Mapping[str, Any], index: int) -> tuple[Placement, ...]:

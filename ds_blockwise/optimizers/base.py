@@ -16,10 +16,10 @@ from weakref import WeakSet
 import torch
 from torch.optim.optimizer import ParamsT
 
-from ds_blockwise.blocks.block_settings import BlockPolicy
+from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.ranges import TensorShard
 from ds_blockwise.blocks.segment_table import Placement, SegmentTable, build_table, whole_placement
-from ds_blockwise.blocks.spec import BlockSpec, apply_policy
+from ds_blockwise.blocks.spec import BlockSpec, apply_settings
 from ds_blockwise.kernels.base import Item
 from ds_blockwise.kernels.binding import NO_HYPER, Binding, StepObserver, Work, by_kernels, hyper_of, non_finite
 from ds_blockwise.kernels.select import kernels_for
@@ -68,7 +68,7 @@ class BlockwiseOptimizer(Measuring):
         self.momentum_dtype = check_momentum_dtype(momentum_dtype)
         self.backend = check_backend(backend)
         self.checkpoint_format = check_checkpoint_format(checkpoint_format)
-        self.policy = BlockPolicy.parse(lr_multipliers, weight_decay_multipliers, granularity, rules)
+        self.block_settings = BlockSettings.parse(lr_multipliers, weight_decay_multipliers, granularity, rules)
         self.step_calls = 0
         self._bindings: dict[int, Binding] = {}
         self._absent: list[Binding] = []
@@ -104,7 +104,7 @@ class BlockwiseOptimizer(Measuring):
 
     def __getstate__(self) -> dict[str, Any]:
         # bindings are made anew: they are found by the ids of tensors, which a copy does not share
-        kept = ("policy", "momentum_dtype", "backend", "checkpoint_format", "step_calls")
+        kept = ("block_settings", "momentum_dtype", "backend", "checkpoint_format", "step_calls")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}, **self._measuring_state()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -225,24 +225,24 @@ class BlockwiseOptimizer(Measuring):
         Raises:
             ValueError: settings were given both to the optimizer and to ``tag_parameters``, and differ.
         """
-        if self.policy.is_default or spec.policy == self.policy:
-            if self.policy.auto is None and spec.policy.auto is not None:
+        if self.block_settings.is_default or spec.block_settings == self.block_settings:
+            if self.block_settings.auto is None and spec.block_settings.auto is not None:
                 raise ValueError(
                     f'parameter {spec.fqn!r} was tagged with lr_multipliers "auto", but it is the optimizer that '
                     f'measures: give {type(self).__name__} lr_multipliers="auto".'
                 )
             return spec
-        if not spec.policy.is_default:
+        if not spec.block_settings.is_default:
             raise ValueError(
                 f"parameter {spec.fqn!r} was tagged with one set of multipliers, rules or granularity and "
                 f"{type(self).__name__} was given another. Give them in one place: tag_parameters or the optimizer."
             )
-        if any(rule.role or rule.qkv_layout or rule.num_heads or rule.storage for rule in self.policy.rules):
+        if any(rule.role or rule.qkv_layout or rule.num_heads or rule.storage for rule in self.block_settings.rules):
             raise ValueError(
                 f"{type(self).__name__} was given rules that set roles, head counts or storage, but parameter "
                 f"{spec.fqn!r} is already tagged. Give these rules to tag_parameters(model, rules=[...])."
             )
-        return apply_policy(spec.structure, self.policy)
+        return apply_settings(spec.structure, self.block_settings)
 
     def binding_of(self, tensor: torch.Tensor) -> Binding | None:
         """The binding of a stepped tensor; whole tagged parameters are bound on first sight."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ds_blockwise.blocks.block_settings import BlockPolicy
+from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.roles import BlockType
 from ds_blockwise.blocks.segment_table import Placement, SegmentTable
 from ds_blockwise.blocks.spec import BlockSpec
@@ -48,7 +48,7 @@ class Measuring(StoredState):
 
     def _measure_from_now(self, settings: TelemetrySettings | None) -> None:
         """Set up what the settings ask for; nothing if they ask for nothing."""
-        auto = MeasuredMultipliers.of(self.policy)
+        auto = MeasuredMultipliers.of(self.block_settings)
         self._meter, self._lr_multipliers, self._has_changed_multipliers = None, {}, False
         if settings is not None or auto is not None:
             self._meter = Meter(self, settings, auto)
@@ -124,7 +124,7 @@ class Measuring(StoredState):
         self._apply_lr_multipliers({**self._lr_multipliers, **multipliers})
 
     def _apply_lr_multipliers(self, multipliers: Mapping[str, float]) -> None:
-        BlockPolicy().with_lr_multipliers(multipliers)  # checks them before anything changes
+        BlockSettings().with_lr_multipliers(multipliers)  # checks them before anything changes
         if multipliers == self._lr_multipliers:
             return
         self._lr_multipliers, self._has_changed_multipliers = dict(multipliers), True
@@ -136,8 +136,11 @@ class Measuring(StoredState):
         """Placements with the multipliers in effect instead of those of the settings."""
         if not self._has_changed_multipliers:
             return placements
-        present = {id(p.spec.policy): p.spec.policy.with_lr_multipliers(self._lr_multipliers) for p in placements}
-        return [_with_multipliers(p, present[id(p.spec.policy)]) for p in placements]
+        present = {
+            id(p.spec.block_settings): p.spec.block_settings.with_lr_multipliers(self._lr_multipliers)
+            for p in placements
+        }
+        return [_with_multipliers(p, present[id(p.spec.block_settings)]) for p in placements]
 
     def run_state(self) -> dict[str, Any] | None:
         """Position and measurements of the run, plain containers for a checkpoint; None if nothing is measured."""
@@ -154,10 +157,10 @@ class Measuring(StoredState):
             self._meter.load(state, steps)
 
 
-def _with_multipliers(placement: Placement, policy: BlockPolicy) -> Placement:
+def _with_multipliers(placement: Placement, block_settings: BlockSettings) -> Placement:
     spec: BlockSpec = placement.spec
     bias = spec.structure.is_bias
-    rates = [policy.resolve(spec.fqn, part.role, bias).lr_multiplier for part in spec.parts]
+    rates = [block_settings.resolve(spec.fqn, part.role, bias).lr_multiplier for part in spec.parts]
     if rates == [part.lr_multiplier for part in spec.parts]:
         return placement
     parts = tuple(replace(part, lr_multiplier=rate) for part, rate in zip(spec.parts, rates, strict=True))

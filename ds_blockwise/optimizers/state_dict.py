@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ds_blockwise.blocks.block_settings import BlockPolicy
+from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.segment_table import Placement
 from ds_blockwise.checkpoint.record import (
     KEY,
@@ -46,7 +46,7 @@ class StoredState(torch.optim.AdamW, ABC):
     #: whether the second moment is one value per block (and split blocks must be reduced)
     shares_second_moment: ClassVar[bool]
 
-    policy: BlockPolicy
+    block_settings: BlockSettings
     momentum_dtype: MomentumDtype
     checkpoint_format: CheckpointFormat
     _own_second_moment: dict[int, torch.Tensor]

@@ -167,5 +167,5 @@ def _rows_of(spec: BlockSpec) -> Iterator[ReportRow]:
             num_blocks,
             numel,
             (numel + num_blocks) * STATE_BYTES_PER_VALUE,
-            spec.policy.is_measured(role, spec.fqn),
+            spec.block_settings.is_measured(role, spec.fqn),
         )

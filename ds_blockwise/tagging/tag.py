@@ -16,10 +16,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ds_blockwise.blocks.block_settings import BlockPolicy, Rule
+from ds_blockwise.blocks.block_settings import BlockSettings, Rule
 from ds_blockwise.blocks.ranges import TensorShard
 from ds_blockwise.blocks.roles import LAYOUT_MEANING, SELF_ATTENTION_LAYOUTS, Role, Storage
-from ds_blockwise.blocks.spec import BlockSpec, HeadGeometry, TensorStructure, apply_policy, fused_qkv, whole_tensor
+from ds_blockwise.blocks.spec import BlockSpec, HeadGeometry, TensorStructure, apply_settings, fused_qkv, whole_tensor
 from ds_blockwise.tagging.module_facts import NUM_HEADS, fused_layout, generic_heads, num_experts_in, storage_of
 from ds_blockwise.tagging.module_reader import READERS, ModuleReader, TensorSplit, register_reader, tensor_splits
 from ds_blockwise.tagging.names import (
@@ -34,7 +34,7 @@ from ds_blockwise.tagging.names import (
 from ds_blockwise.tagging.report import BlockReport, block_report
 from ds_blockwise.tagging.tensor_parallel_cuts import check_cut, cut_by_role
 
-__all__ = ["ModuleReader", "TensorSplit", "register_reader", "tag_parameters", "tag_with_policy", "tensor_splits"]
+__all__ = ["ModuleReader", "TensorSplit", "register_reader", "tag_parameters", "tag_with_settings", "tensor_splits"]
 
 
 @dataclass(frozen=True)
@@ -95,13 +95,13 @@ def tag_parameters(
         ValueError: a parameter that no rule or several rules match, rows that do not divide into heads, a rule that
             matches nothing, a setting outside its range.
     """
-    tag_with_policy(model, BlockPolicy.parse(lr_multipliers, weight_decay_multipliers, granularity, rules))
+    tag_with_settings(model, BlockSettings.parse(lr_multipliers, weight_decay_multipliers, granularity, rules))
     return block_report(model)
 
 
-def tag_with_policy(
+def tag_with_settings(
     model: nn.Module,
-    policy: BlockPolicy,
+    block_settings: BlockSettings,
     names: Mapping[torch.Tensor, str] | None = None,
     *,
     is_stage: bool = False,
@@ -110,7 +110,7 @@ def tag_with_policy(
 
     Args:
         model: the module.
-        policy: settings.
+        block_settings: settings.
         names: a host's own names; parameters without one keep the module tree's.
         is_stage: the module is a part of the model: a rule may match nothing in it (`stages.check_rules`).
 
@@ -120,15 +120,15 @@ def tag_with_policy(
     problems: list[str] = []
     tagged: list[tuple[nn.Parameter, BlockSpec, TensorShard | None]] = []
     every = _named_parameters(model, names)
-    for rule in () if is_stage else policy.rules:
+    for rule in () if is_stage else block_settings.rules:
         if not any(rule.matches(fqn) for named in every for fqn in named.fqns):
             problems.append(f"rule {rule.match!r} matches no parameter of the model")
     for named in every:
         if not named.param.requires_grad:
             continue  # a frozen parameter is never stepped, so its role does not matter
         try:
-            structure, shard = _structure_of(named, policy)
-            tagged.append((named.param, apply_policy(structure, policy), shard))
+            structure, shard = _structure_of(named, block_settings)
+            tagged.append((named.param, apply_settings(structure, block_settings), shard))
         except ValueError as error:
             problems.append(str(error))
     if problems:
@@ -162,9 +162,9 @@ def _named_parameters(model: nn.Module, names: Mapping[torch.Tensor, str] | None
     return found
 
 
-def _structure_of(named: _Named, policy: BlockPolicy) -> tuple[TensorStructure, TensorShard | None]:
+def _structure_of(named: _Named, block_settings: BlockSettings) -> tuple[TensorStructure, TensorShard | None]:
     fqn, owner = named.fqn, named.places[0].owner
-    rule = next((r for f in named.fqns if (r := policy.rule_for(f)) is not None), None)
+    rule = next((r for f in named.fqns if (r := block_settings.rule_for(f)) is not None), None)
     match = _match(named, rule)
     shard, exact = _shard(named)
     local = named.shape

@@ -21,14 +21,14 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ds_blockwise.blocks.block_settings import BlockPolicy
+from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.ranges import TensorShard
 from ds_blockwise.blocks.roles import Role
 from ds_blockwise.blocks.segment_table import whole_placement
 from ds_blockwise.blocks.spec import BlockSpec
 from ds_blockwise.tagging.module_reader import READERS
 from ds_blockwise.tagging.names import match_name
-from ds_blockwise.tagging.tag import tag_with_policy
+from ds_blockwise.tagging.tag import tag_with_settings
 
 VANISHED = 1e-5  # of the usual gradient; the products are with exact zeros, so nothing but exact zeros is expected
 _SEED = 20250219
@@ -275,7 +275,7 @@ def _tagged(model: nn.Module, rules: Iterable[Mapping[str, Any]] | None) -> Iter
     names = ("block_spec", "block_shard")
     before = [tuple(getattr(p, name, absent) for name in names) for p in params]
     try:
-        tag_with_policy(model, BlockPolicy.parse(rules=rules))
+        tag_with_settings(model, BlockSettings.parse(rules=rules))
         yield
     finally:
         for param, values in zip(params, before, strict=True):

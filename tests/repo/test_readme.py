@@ -74,7 +74,7 @@ def test_the_settings_shown_are_all_there_are():
     import torch
 
     for cls in (BlockwiseAdamMini, BlockwiseAdamW):
-        assert cls([torch.nn.Parameter(torch.ones(1))], **settings["params"]).policy.lr_multipliers
+        assert cls([torch.nn.Parameter(torch.ones(1))], **settings["params"]).block_settings.lr_multipliers
     assert settings["params"]["lr_multipliers"] == DEFAULT_LR_MULTIPLIERS
 
 
