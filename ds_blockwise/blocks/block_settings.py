@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TypeVar
 
 from ds_blockwise.blocks.auto_settings import AutoMultipliers, parse_auto
 from ds_blockwise.blocks.defaults import (
@@ -26,6 +26,7 @@ from ds_blockwise.blocks.defaults import (
 from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, BLOCK_TYPES, QKV_LAYOUTS, STORAGES, QKVLayout, Role, Storage
 from ds_blockwise.values import as_count, as_mapping, as_multiplier, check_keys, if_given, suggest
 
+_Setting = TypeVar("_Setting")
 _ROLE_NAMES = tuple(role.value for role in Role)
 _SETTING_KEYS = tuple(dict.fromkeys((*BLOCK_TYPES, *_ROLE_NAMES)))
 _RULE_KEYS = (
@@ -230,7 +231,7 @@ class BlockSettings:
         rule = self.rule_for(fqn) or Rule(match="")
         block_type = BLOCK_TYPE_OF[role]
 
-        def pick(own: Any, chosen: Mapping[str, Any], default: Any) -> Any:
+        def pick(own: _Setting | None, chosen: Mapping[str, _Setting], default: _Setting) -> _Setting:
             if own is not None:
                 return own
             return chosen.get(role.value, chosen.get(block_type, default))
