@@ -7,6 +7,7 @@ DeepSpeed itself is not imported.
 
 from typing import Any
 
+from ds_blockwise.blocks.roles import Role
 from ds_blockwise.blocks.spec import BlockSpec
 from ds_blockwise.checkpoint.record import VERSION
 from ds_blockwise.hosts.deepspeed.import_hook import after_import as _after_import
@@ -16,7 +17,6 @@ from ds_blockwise.measure.sharpness_report import SharpnessReport
 from ds_blockwise.optimizers.adam_mini import BlockwiseAdamMini
 from ds_blockwise.optimizers.adamw import BlockwiseAdamW
 from ds_blockwise.optimizers.schedules import BlockwiseCosineLR, BlockwiseLinearLR, BlockwiseWSDLR
-from ds_blockwise.tagging.names import Role
 from ds_blockwise.tagging.report import BlockReport, block_report
 from ds_blockwise.tagging.tag import tag_parameters
 from ds_blockwise.tagging.verify_layout import LayoutReport, verify_layout

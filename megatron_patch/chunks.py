@@ -18,12 +18,12 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.module import Float16Module
 from torch import nn
 
-from ds_blockwise.blocks.block_settings import BlockPolicy
-from ds_blockwise.blocks.spec import apply_policy
+from ds_blockwise.blocks.block_settings import BlockSettings
+from ds_blockwise.blocks.spec import apply_settings
 from ds_blockwise.hosts.pipeline_stages import TiedCopy, rules_matched, tied_copy
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.tagging.names import canonical_fqn
-from ds_blockwise.tagging.tag import tag_with_policy
+from ds_blockwise.tagging.tag import tag_with_settings
 
 _WRAPPERS = (DistributedDataParallel, Float16Module)
 _TAGGED_HERE: WeakSet[nn.Module] = WeakSet()
@@ -78,13 +78,13 @@ def tag(models: Sequence[nn.Module], optimizer: BlockwiseOptimizer) -> None:
         )
     if not tagged:
         for model in models:
-            _tag_model(model, optimizer.policy)
+            _tag_model(model, optimizer.block_settings)
             _TAGGED_HERE.add(model)
     for param in params:
         spec = cast("Any", param).block_spec
         if not tagged:
             # a rule of another stage would be called unused in this one, so it was left out; it is part of the settings
-            spec = apply_policy(spec.structure, optimizer.policy)
+            spec = apply_settings(spec.structure, optimizer.block_settings)
         cast("Any", param).block_spec = optimizer.spec_of(spec)
 
 
@@ -106,13 +106,13 @@ def tied_copies(
     ]
 
 
-def _tag_model(model: nn.Module, policy: BlockPolicy) -> None:
-    here = rules_matched(names_in([model]), policy)
-    used = tuple(rule for rule, matches in zip(policy.rules, here, strict=True) if matches)
+def _tag_model(model: nn.Module, block_settings: BlockSettings) -> None:
+    here = rules_matched(names_in([model]), block_settings)
+    used = tuple(rule for rule, matches in zip(block_settings.rules, here, strict=True) if matches)
     tied: dict[torch.Tensor, str] = {
         param: _EMBEDDING for name, param in model.named_parameters() if _is_tied_copy(name, param)
     }
-    tag_with_policy(model, replace(policy, rules=used), tied)
+    tag_with_settings(model, replace(block_settings, rules=used), tied)
 
 
 def _is_tied_copy(name: str, param: nn.Parameter) -> bool:

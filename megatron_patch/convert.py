@@ -18,7 +18,7 @@ import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import nn
 
-from ds_blockwise.blocks.block_settings import BlockPolicy
+from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.hosts.pipeline_stages import check_rules, check_tied, rules_matched
 from ds_blockwise.hosts.stepped_tensors import Stepped, check_agreement, group_of
 from ds_blockwise.optimizers.adam_mini import BlockwiseAdamMini
@@ -114,7 +114,7 @@ def convert_(
     leaves: list[Any] = []
     models: list[nn.Module] = []
     matched: list[bool] = []
-    policy = BlockPolicy()
+    block_settings = BlockSettings()
     conversions: list[_Conversion] = []
     failure: Exception | None = None
     try:
@@ -124,15 +124,15 @@ def convert_(
             partitions.check_version(leaf)
             partitions.check_settings(leaf)
         models = [chunks.unwrapped(chunk) for chunk in wrapped]
-        policy = BlockPolicy.parse(lr_multipliers, weight_decay_multipliers, granularity, rules)
-        matched = rules_matched(chunks.names_in(models), policy)
+        block_settings = BlockSettings.parse(lr_multipliers, weight_decay_multipliers, granularity, rules)
+        matched = rules_matched(chunks.names_in(models), block_settings)
     except Exception as error:  # a rank that fails alone would leave the others waiting: all hear of it, all raise
         failure = error
     raise_together(failure)
-    check_rules(matched, policy, "Layers are numbered from 0 in every stage.")
+    check_rules(matched, block_settings, "Layers are numbered from 0 in every stage.")
     try:
         conversions = _prepare(leaves, models, KINDS[kind], settings)
-        _connect(conversions, len(leaves), asked=telemetry is not None or policy.auto is not None)
+        _connect(conversions, len(leaves), asked=telemetry is not None or block_settings.auto is not None)
     except Exception as error:  # as above
         failure = error
     raise_together(failure)

@@ -13,9 +13,10 @@ import re
 from megatron.core import parallel_state
 from torch import nn
 
+from ds_blockwise.blocks.roles import QKVLayout, Role, Storage
 from ds_blockwise.blocks.spec import HeadGeometry
 from ds_blockwise.tagging.module_facts import class_names
-from ds_blockwise.tagging.names import NameMatch, QKVLayout, Role, Storage
+from ds_blockwise.tagging.names import NameMatch
 
 DIALECT = "megatron"
 _NORM_LEAVES = ("layer_norm_weight", "layer_norm_bias")  # of a norm that is fused into a linear

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TypeVar
 
 from ds_blockwise.blocks.auto_settings import AutoMultipliers, parse_auto
 from ds_blockwise.blocks.defaults import (
@@ -23,11 +23,12 @@ from ds_blockwise.blocks.defaults import (
     PUBLISHED_GRANULARITY,
     Granularity,
 )
-from ds_blockwise.tagging.names import BLOCK_TYPE_OF, BLOCK_TYPES, QKV_LAYOUTS, STORAGES, QKVLayout, Role, Storage
+from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, BLOCK_TYPES, QKV_LAYOUTS, STORAGES, QKVLayout, Role, Storage
 from ds_blockwise.values import as_count, as_mapping, as_multiplier, check_keys, if_given, suggest
 
+_Setting = TypeVar("_Setting")
 _ROLE_NAMES = tuple(role.value for role in Role)
-_POLICY_KEYS = tuple(dict.fromkeys((*BLOCK_TYPES, *_ROLE_NAMES)))
+_SETTING_KEYS = tuple(dict.fromkeys((*BLOCK_TYPES, *_ROLE_NAMES)))
 _RULE_KEYS = (
     "match",
     "role",
@@ -43,7 +44,7 @@ _RULE_KEYS = (
 
 def _checked(name: str, value: object, *extra: str) -> Mapping[str, object]:
     raw = as_mapping(name, value)
-    check_keys(name, raw, (*_POLICY_KEYS, *extra))
+    check_keys(name, raw, (*_SETTING_KEYS, *extra))
     return raw
 
 
@@ -138,7 +139,7 @@ class Resolved:
 
 
 @dataclass(frozen=True, slots=True)
-class BlockPolicy:
+class BlockSettings:
     """The settings that turn roles into multipliers and block sizes; compare equal if they say the same.
 
     Keys of the three maps are block types or roles; a role wins over the block type it belongs to.
@@ -157,7 +158,7 @@ class BlockPolicy:
         weight_decay_multipliers: object = None,
         granularity: object = None,
         rules: object = None,
-    ) -> BlockPolicy:
+    ) -> BlockSettings:
         """Check raw settings (a JSON's dicts and lists) and freeze them; None means the defaults.
 
         ``lr_multipliers`` may be ``"auto"`` or have a key ``"auto"``: see `AutoMultipliers`. ``granularity`` may be
@@ -186,9 +187,9 @@ class BlockPolicy:
     @property
     def is_default(self) -> bool:
         """True if the user set nothing."""
-        return self == BlockPolicy()
+        return self == BlockSettings()
 
-    def with_lr_multipliers(self, multipliers: Mapping[str, object]) -> BlockPolicy:
+    def with_lr_multipliers(self, multipliers: Mapping[str, object]) -> BlockSettings:
         """These settings with some multipliers replaced; rules keep theirs.
 
         Raises:
@@ -230,7 +231,7 @@ class BlockPolicy:
         rule = self.rule_for(fqn) or Rule(match="")
         block_type = BLOCK_TYPE_OF[role]
 
-        def pick(own: Any, chosen: Mapping[str, Any], default: Any) -> Any:
+        def pick(own: _Setting | None, chosen: Mapping[str, _Setting], default: _Setting) -> _Setting:
             if own is not None:
                 return own
             return chosen.get(role.value, chosen.get(block_type, default))

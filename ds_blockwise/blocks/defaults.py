@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from ds_blockwise.tagging.names import Role
+from ds_blockwise.blocks.roles import Role
 
 Granularity = Literal["head", "row", "tensor", "element"]
 

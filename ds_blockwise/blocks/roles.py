@@ -7,7 +7,6 @@ and block types follow arXiv 2502.19002, section 3.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
 
@@ -75,24 +74,3 @@ A 3-D tensor is one such matrix per expert. ``grouped_in_out``: experts' [inputs
 in a parameter that is registered with two dimensions (Megatron-core's legacy GroupedMLP).
 """
 STORAGES: tuple[Storage, ...] = ("out_in", "in_out")  # those that a rule may give
-
-
-@dataclass(frozen=True, slots=True)
-class NameMatch:
-    """What a name or a module says: one role, or a weight of several attention roles in a layout.
-
-    Attributes:
-        role: the role of the whole parameter; None if it serves several.
-        qkv_layout: the row layout of a parameter with several roles; None otherwise.
-        is_bias: the parameter is the bias of a linear (biases of norms are not: they are norm vectors).
-        dialect: the rule table or reader that matched, for error messages and reports.
-        headless: rows of a role that usually has heads, but not here (MLA's latent projections): a block per row.
-        storage: how the matrix lies in memory, where the source knows.
-    """
-
-    role: Role | None
-    qkv_layout: QKVLayout | None
-    is_bias: bool
-    dialect: str
-    headless: bool = False
-    storage: Storage | None = None

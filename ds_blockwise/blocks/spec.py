@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ds_blockwise.blocks.block_settings import BlockPolicy
+from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.defaults import Granularity
 from ds_blockwise.blocks.ranges import AxisSpan, Batch
-from ds_blockwise.tagging.names import BLOCK_TYPE_OF, LAYOUT_MEANING, BlockType, QKVLayout, Role
+from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, LAYOUT_MEANING, BlockType, QKVLayout, Role
 
 STATE_BYTES_PER_VALUE = 4  # exp_avg and exp_avg_sq are fp32 unless momentum_dtype says otherwise
 
@@ -125,12 +125,12 @@ class TensorStructure:
 
 @dataclass(frozen=True, slots=True)
 class BlockSpec:
-    """The blocks of one parameter: its structure with a policy applied."""
+    """The blocks of one parameter: its structure with settings applied."""
 
     structure: TensorStructure
     parts: tuple[BlockPart, ...]
     num_blocks: int
-    policy: BlockPolicy
+    block_settings: BlockSettings
 
     @property
     def fqn(self) -> str:
@@ -174,12 +174,12 @@ class BlockSpec:
         return rows * self.structure.num_matrices
 
 
-def apply_policy(structure: TensorStructure, policy: BlockPolicy) -> BlockSpec:
+def apply_settings(structure: TensorStructure, block_settings: BlockSettings) -> BlockSpec:
     """Cut a parameter into blocks.
 
     Args:
         structure: roles along the block axis.
-        policy: multipliers, granularity and rules.
+        block_settings: multipliers, granularity and rules.
 
     Returns:
         The blocks; ids count up along the block axis, then from matrix to matrix. Spans of one role with granularity
@@ -192,7 +192,7 @@ def apply_policy(structure: TensorStructure, policy: BlockPolicy) -> BlockSpec:
     whole_of_role: dict[Role, int] = {}
     num_blocks = 0
     for span in structure.spans:
-        settings = policy.resolve(structure.fqn, span.role, structure.is_bias)
+        settings = block_settings.resolve(structure.fqn, span.role, structure.is_bias)
         size = span.end - span.start
         # a row that belongs to no head is the largest block that its role can have here
         granularity = "row" if settings.granularity == "head" and span.head_rows == 1 else settings.granularity
@@ -216,7 +216,7 @@ def apply_policy(structure: TensorStructure, policy: BlockPolicy) -> BlockSpec:
                 first,
             )
         )
-    return BlockSpec(structure, tuple(parts), num_blocks * structure.num_matrices, policy)
+    return BlockSpec(structure, tuple(parts), num_blocks * structure.num_matrices, block_settings)
 
 
 def _rows_per_block(structure: TensorStructure, span: RoleSpan, granularity: Granularity) -> int:

@@ -11,19 +11,27 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
-from typing import Any, Protocol, TypedDict
+from typing import Any, Protocol
 
 import torch
 
 from ds_blockwise.blocks.auto_settings import AUTO
-from ds_blockwise.blocks.block_settings import BlockPolicy, Rule
+from ds_blockwise.blocks.block_settings import BlockSettings, Rule
 from ds_blockwise.blocks.defaults import DEFAULT_GRANULARITY, DEFAULT_LR_MULTIPLIERS
 from ds_blockwise.blocks.ranges import TensorShard
+from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, Role
 from ds_blockwise.blocks.segment_table import Placement, SegmentTable, build_table
 from ds_blockwise.blocks.spec import BlockPart, BlockSpec, RoleSpan, TensorStructure
+from ds_blockwise.checkpoint.record_types import (
+    PackedGroup,
+    PackedMatrices,
+    PackedPlacement,
+    PackedShard,
+    Record,
+    Settings,
+)
 from ds_blockwise.kernels.param_groups import ParamGroup
 from ds_blockwise.measure.auto_multipliers import RunState
-from ds_blockwise.tagging.names import BLOCK_TYPE_OF, Role
 
 KEY = "ds_blockwise"  # of the record in a state dict
 FORMAT = 1
@@ -31,93 +39,10 @@ VERSION = "0.1.0"  # of this package
 PER_BLOCK_KEY = "exp_avg_sq_blocks"  # instead of exp_avg_sq in compact checkpoints: no other optimizer mistakes it
 
 
-class PackedSpec(TypedDict):
-    """The blocks of one parameter. A row of ``parts`` holds start, end, role, rows of a head (None: no heads),
-    granularity, both multipliers, rows of a block, number of the first block.
-    """
-
-    shape: list[int]
-    axis: int
-    is_bias: bool
-    num_blocks: int
-    parts: list[list[Any]]
-
-
-class PackedMatrices(PackedSpec, total=False):
-    """`PackedSpec` with the matrices in a parameter that holds several experts."""
-
-    matrices: list[int]
-
-
-class PackedShard(TypedDict):
-    """The tensor-parallel split of a parameter: ``chunks`` are the ranges of ``dim`` that each rank holds."""
-
-    dim: int
-    rank: int
-    chunks: list[list[list[int]]]
-
-
-class PackedPlacement(TypedDict):
-    """`Placement`, its parameter by name."""
-
-    fqn: str
-    flat_start: int
-    param_start: int
-    numel: int
-    shard: PackedShard | None
-    cuts: list[int]
-
-
-class PackedTensor(TypedDict):
-    """What lies in one stepped tensor."""
-
-    numel: int
-    placements: list[PackedPlacement]
-
-
-class PackedGroup(TypedDict):
-    """The hyper-parameters of a param group."""
-
-    lr: float
-    betas: list[float]
-    eps: float
-    weight_decay: float
-
-
-class _Settings(TypedDict):
-    optimizer: str
-    lr_multipliers: dict[str, object]
-    weight_decay_multipliers: dict[str, float]
-    granularity: dict[str, str]
-    rules: list[dict[str, object]]
-    momentum_dtype: str
-    checkpoint_format: str
-    layout: str
-    groups: list[PackedGroup]
-
-
-class Settings(_Settings, total=False):
-    """An optimizer's settings with the defaults spelt out; ``layout`` is a digest of its blocks."""
-
-    run: RunState
-
-
-class Record(TypedDict):
-    """What a state dict holds under `KEY`. ``tensors`` is in the order of the ids in ``state_dict()["state"]``."""
-
-    format: int
-    version: str
-    optimizer: str
-    shares_second_moment: bool
-    settings: Settings
-    parameters: dict[str, PackedMatrices]
-    tensors: list[PackedTensor | None]
-
-
 class Recorded(Protocol):
     """What of an optimizer goes into a record."""
 
-    policy: BlockPolicy
+    block_settings: BlockSettings
 
     @property
     def momentum_dtype(self) -> str:
@@ -187,15 +112,18 @@ def settings_of(optimizer: Recorded) -> Settings:
     """
     tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
     specs = {p.spec.fqn: p.spec for tensor in tensors for p in optimizer.placements_in(tensor) or ()}
-    policy = optimizer.policy
-    if policy.is_default and specs:
-        policy = next(iter(specs.values())).policy  # settings may have been given to tag_parameters instead
+    given = optimizer.block_settings
+    if given.is_default and specs:
+        given = next(iter(specs.values())).block_settings  # settings may have been given to tag_parameters instead
     settings: Settings = {
         "optimizer": type(optimizer).__name__,
-        "lr_multipliers": _packed_multipliers(policy, optimizer.lr_multipliers),
-        "weight_decay_multipliers": dict(policy.weight_decay_multipliers),
-        "granularity": {**{role.value: size for role, size in DEFAULT_GRANULARITY.items()}, **policy.granularity},
-        "rules": [_packed_rule(rule) for rule in policy.rules],
+        "lr_multipliers": _packed_multipliers(given, optimizer.lr_multipliers),
+        "weight_decay_multipliers": dict(given.weight_decay_multipliers),
+        "granularity": {
+            **{role.value: size for role, size in DEFAULT_GRANULARITY.items()},
+            **given.granularity,
+        },
+        "rules": [_packed_rule(rule) for rule in given.rules],
         "momentum_dtype": str(optimizer.momentum_dtype),
         "checkpoint_format": str(optimizer.checkpoint_format),
         "layout": _digest(specs) if specs else "",
@@ -206,10 +134,10 @@ def settings_of(optimizer: Recorded) -> Settings:
     return settings
 
 
-def _packed_multipliers(policy: BlockPolicy, present: Mapping[str, float]) -> dict[str, object]:
-    if policy.auto is not None:  # what was measured is no setting; it is part of "run"
-        return {AUTO: asdict(policy.auto), **policy.lr_multipliers}
-    return {**DEFAULT_LR_MULTIPLIERS, **policy.lr_multipliers, **present}
+def _packed_multipliers(given: BlockSettings, present: Mapping[str, float]) -> dict[str, object]:
+    if given.auto is not None:  # what was measured is no setting; it is part of "run"
+        return {AUTO: asdict(given.auto), **given.lr_multipliers}
+    return {**DEFAULT_LR_MULTIPLIERS, **given.lr_multipliers, **present}
 
 
 def _packed_group(group: ParamGroup) -> PackedGroup:
@@ -318,7 +246,7 @@ def spec_of(record: Mapping[str, Any], fqn: str) -> BlockSpec:
         count, rows, columns = packed["matrices"]
         matrices = (count, rows, columns)
     structure = TensorStructure(fqn, tuple(packed["shape"]), packed["axis"], tuple(spans), packed["is_bias"], matrices)
-    return BlockSpec(structure, tuple(parts), packed["num_blocks"], BlockPolicy())
+    return BlockSpec(structure, tuple(parts), packed["num_blocks"], BlockSettings())
 
 
 def placements_of(record: Record, index: int) -> tuple[Placement, ...]:

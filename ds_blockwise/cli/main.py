@@ -22,7 +22,7 @@ from ds_blockwise.tagging.names import canonical_fqn
 from ds_blockwise.tagging.tag import tag_parameters
 from ds_blockwise.tagging.verify_layout import LayoutReport, verify_layout
 
-_POLICY_KEYS = ("lr_multipliers", "weight_decay_multipliers", "granularity", "rules")
+_SETTING_KEYS = ("lr_multipliers", "weight_decay_multipliers", "granularity", "rules")
 _OURS = ("BlockwiseAdamW", "BlockwiseAdamMini")
 
 
@@ -108,4 +108,4 @@ def read_optimizer_settings(path: Path) -> dict[str, Any]:
         raise ValueError(f'{path}: "optimizer": {{"type": {name!r}}} is not one of {", ".join(_OURS)}')
     params = optimizer.get("params", {})
     check_extra_keys(name, {k: v for k, v in params.items() if k not in OPTIMIZER_KEYS})
-    return {key: params[key] for key in _POLICY_KEYS if key in params}
+    return {key: params[key] for key in _SETTING_KEYS if key in params}

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from ds_blockwise.blocks.block_settings import BlockPolicy
+from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.spec import BlockSpec
 from ds_blockwise.parallel.agree import gather
 
@@ -93,24 +93,24 @@ def check_tied(copies: Sequence[TiedCopy]) -> None:
             )
 
 
-def rules_matched(names: Iterable[str], policy: BlockPolicy) -> list[bool]:
-    """Per rule of a policy, whether it matches one of the names."""
+def rules_matched(names: Iterable[str], block_settings: BlockSettings) -> list[bool]:
+    """Per rule of the settings, whether it matches one of the names."""
     known = list(names)
-    return [any(rule.matches(name) for name in known) for rule in policy.rules]
+    return [any(rule.matches(name) for name in known) for rule in block_settings.rules]
 
 
-def check_rules(matched: Sequence[bool], policy: BlockPolicy, hint: str = "") -> None:
+def check_rules(matched: Sequence[bool], block_settings: BlockSettings, hint: str = "") -> None:
     """Collective over all ranks: every rule must match a parameter of some stage.
 
     Args:
         matched: `rules_matched` of this rank's stage.
-        policy: the same on every rank.
+        block_settings: the same on every rank.
         hint: a sentence about how the host names parameters.
 
     Raises:
         ValueError: on every rank, naming the first rule that matches nothing anywhere.
     """
-    for rule, found in zip(policy.rules, zip(*gather(list(matched)), strict=False), strict=False):
+    for rule, found in zip(block_settings.rules, zip(*gather(list(matched)), strict=False), strict=False):
         if not any(found):
             raise ValueError(
                 f"rule {rule.match!r} matches no parameter of any pipeline stage. Correct its pattern. {hint}".strip()

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ds_blockwise.blocks.block_settings import BlockPolicy
+from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.segment_table import Placement, SegmentTable, build_table
 from ds_blockwise.kernels.base import Item, Kernels
 from ds_blockwise.kernels.select import kernels_for
@@ -123,7 +123,7 @@ class Bindings:
         Raises:
             ValueError, TypeError: an unknown key, a value outside its range; nothing is changed then.
         """
-        BlockPolicy().with_lr_multipliers(multipliers)  # checks them
+        BlockSettings().with_lr_multipliers(multipliers)  # checks them
         if dict(multipliers) == self.lr_multipliers:
             return
         self._lr_multipliers = dict(multipliers)
@@ -133,13 +133,14 @@ class Bindings:
     def _with_present_multipliers(self, placements: Sequence[Placement]) -> Sequence[Placement]:
         if self._lr_multipliers is None:
             return placements
-        present = {id(p.spec.policy): p.spec.policy.with_lr_multipliers(self._lr_multipliers) for p in placements}
-        return [_with_multipliers(p, present[id(p.spec.policy)]) for p in placements]
+        settings = {id(p.spec.block_settings): p.spec.block_settings for p in placements}
+        present = {key: given.with_lr_multipliers(self._lr_multipliers) for key, given in settings.items()}
+        return [_with_multipliers(p, present[id(p.spec.block_settings)]) for p in placements]
 
 
-def _with_multipliers(placement: Placement, policy: BlockPolicy) -> Placement:
+def _with_multipliers(placement: Placement, settings: BlockSettings) -> Placement:
     spec = placement.spec
-    rates = [policy.resolve(spec.fqn, part.role, spec.structure.is_bias).lr_multiplier for part in spec.parts]
+    rates = [settings.resolve(spec.fqn, part.role, spec.structure.is_bias).lr_multiplier for part in spec.parts]
     if rates == [part.lr_multiplier for part in spec.parts]:
         return placement
     parts = tuple(replace(part, lr_multiplier=rate) for part, rate in zip(spec.parts, rates, strict=True))

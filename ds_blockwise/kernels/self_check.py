@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import torch
 
-from ds_blockwise.blocks.block_settings import BlockPolicy
+from ds_blockwise.blocks.block_settings import BlockSettings
+from ds_blockwise.blocks.roles import Role
 from ds_blockwise.blocks.segment_table import Placement, SegmentTable, build_table
-from ds_blockwise.blocks.spec import RoleSpan, TensorStructure, apply_policy
+from ds_blockwise.blocks.spec import RoleSpan, TensorStructure, apply_settings
 from ds_blockwise.kernels.base import Hyper, Item, Kernels, ReferenceKernels, StepState
-from ds_blockwise.tagging.names import Role
 
 _LR = 1e-3
 _HYPER = Hyper(_LR, 0.0, 0.9, 0.95, 1e-8, 0.1)
@@ -49,11 +49,11 @@ def disagreement(kernels: Kernels, device: torch.device) -> str | None:
 
 
 def _table(shared: bool) -> SegmentTable:
-    policy = BlockPolicy.parse(None, None, None, None)
+    settings = BlockSettings.parse(None, None, None, None)
     placements: list[Placement] = []
     at = 0
     for structure in _STRUCTURES:
-        spec = apply_policy(structure, policy)
+        spec = apply_settings(structure, settings)
         skipped = 0 if placements else _SKIPPED
         placements.append(Placement(spec, None, at, skipped, spec.numel - skipped))
         at += spec.numel - skipped

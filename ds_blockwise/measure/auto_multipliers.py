@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from typing import TypedDict
 
 from ds_blockwise.blocks.auto_settings import AutoMultipliers
-from ds_blockwise.blocks.block_settings import BlockPolicy
+from ds_blockwise.blocks.block_settings import BlockSettings
+from ds_blockwise.blocks.roles import BLOCK_TYPES
 from ds_blockwise.measure.ratios import multipliers_from_sharpness
 from ds_blockwise.parallel.agree import is_first_rank
-from ds_blockwise.tagging.names import BLOCK_TYPES
 
 logger = logging.getLogger(__name__)
 
@@ -67,15 +67,15 @@ class MeasuredMultipliers:
     measured_at: int = 0
 
     @classmethod
-    def of(cls, policy: BlockPolicy) -> MeasuredMultipliers | None:
-        """The state of a new run; None if the policy has fixed multipliers."""
-        if policy.auto is None:
+    def of(cls, block_settings: BlockSettings) -> MeasuredMultipliers | None:
+        """The state of a new run; None if the settings have fixed multipliers."""
+        if block_settings.auto is None:
             return None
         # "other" is whatever fits no block type, so no order of sharpness is known of it
-        pinned = frozenset(kind for kind in BLOCK_TYPES if kind in policy.lr_multipliers) | {"other"}
-        made = cls(policy.auto, pinned, None)
-        if policy.auto.total_num_steps is not None:
-            made.set_total(policy.auto.total_num_steps)
+        pinned = frozenset(kind for kind in BLOCK_TYPES if kind in block_settings.lr_multipliers) | {"other"}
+        made = cls(block_settings.auto, pinned, None)
+        if block_settings.auto.total_num_steps is not None:
+            made.set_total(block_settings.auto.total_num_steps)
         return made
 
     def set_total(self, total_num_steps: int) -> None:

@@ -9,13 +9,13 @@ from typing import Protocol
 
 import torch
 
+from ds_blockwise.blocks.roles import BlockType
 from ds_blockwise.kernels.base import StepState
 from ds_blockwise.kernels.bindings import Bindings, Work
 from ds_blockwise.kernels.param_groups import ParamGroup
 from ds_blockwise.measure.auto_multipliers import MeasuredMultipliers, RunState
 from ds_blockwise.measure.readings import Alarm, Readings, TelemetrySettings, type_telemetry
 from ds_blockwise.measure.type_sums import ALL, SECOND_MOMENT, NormSource, TypeSums
-from ds_blockwise.tagging.names import BlockType
 
 Listener = Callable[[Readings], None]
 

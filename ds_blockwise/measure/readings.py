@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Literal
 
+from ds_blockwise.blocks.roles import BLOCK_TYPES, BlockType
 from ds_blockwise.parallel.agree import is_first_rank
-from ds_blockwise.tagging.names import BLOCK_TYPES, BlockType
 from ds_blockwise.values import number, suggest
 
 logger = logging.getLogger(__name__)

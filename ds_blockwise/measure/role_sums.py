@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 
 from ds_blockwise.blocks.ranges import runs_of_range
+from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, BlockType, Role
 from ds_blockwise.blocks.segment_table import MultiplierRun, Placement, TableRun
 from ds_blockwise.kernels.bindings import Binding
 from ds_blockwise.parallel.agree import gather
-from ds_blockwise.tagging.names import BLOCK_TYPE_OF, BlockType, Role
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ds_blockwise.blocks.roles import BLOCK_TYPES, BlockType
 from ds_blockwise.measure.sharpness_report import SharpnessReport
-from ds_blockwise.tagging.names import BLOCK_TYPES, BlockType
 
 _COLOURS = ("#0b5394", "#741b47", "#b45f06", "#38761d", "#a64d79", "#cc0000", "#666666")
 _COLOUR_OF: dict[BlockType, str] = dict(zip(BLOCK_TYPES, _COLOURS, strict=True))

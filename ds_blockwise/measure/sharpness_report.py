@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from ds_blockwise.atomic_files import replace_text
+from ds_blockwise.blocks.roles import BLOCK_TYPES, BlockType, Role
 from ds_blockwise.measure.role_sums import RoleOf
-from ds_blockwise.tagging.names import BLOCK_TYPES, BlockType, Role
 
 LEVELS = ("type", "role", "layer", "parameter")
 ESTIMATORS = ("gauss_newton", "fisher", "hutchinson")

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
+from ds_blockwise.blocks.roles import BlockType
 from ds_blockwise.kernels.base import StepState, wide_dtype
 from ds_blockwise.kernels.bindings import Binding
 from ds_blockwise.kernels.param_groups import ParamGroup, hyper_of
 from ds_blockwise.kernels.update import block_lr, denominator
 from ds_blockwise.measure.role_sums import RolePart, RoleSums
 from ds_blockwise.parallel.agree import gather
-from ds_blockwise.tagging.names import BlockType
 
 SECOND_MOMENT = ("second_moment",)
 ALL = ("grad", "param", "update", "momentum", "second_moment", "lr", "lr_multiplier")

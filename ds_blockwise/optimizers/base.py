@@ -18,11 +18,12 @@ from weakref import WeakSet
 import torch
 from torch.optim.optimizer import ParamsT
 
-from ds_blockwise.blocks.block_settings import BlockPolicy
-from ds_blockwise.blocks.ranges import TensorShard
+from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.segment_table import Placement, SegmentTable, whole_placement
-from ds_blockwise.blocks.spec import BlockSpec, apply_policy
-from ds_blockwise.checkpoint.record import Record, differences, settings_of
+from ds_blockwise.blocks.spec import BlockSpec, apply_settings
+from ds_blockwise.blocks.tagged_parameter import tags_of
+from ds_blockwise.checkpoint.record import differences, settings_of
+from ds_blockwise.checkpoint.record_types import Record
 from ds_blockwise.kernels.base import Item, Kernels, StepState, wide_dtype
 from ds_blockwise.kernels.bindings import Binding, Bindings, StepObserver, Work, by_kernels, non_finite
 from ds_blockwise.kernels.param_groups import NO_HYPER, ParamGroup, StateDict, hyper_of
@@ -84,7 +85,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         self.momentum_dtype = check_momentum_dtype(momentum_dtype)
         self.backend = check_backend(backend)
         self.checkpoint_format = check_checkpoint_format(checkpoint_format)
-        self.policy = BlockPolicy.parse(lr_multipliers, weight_decay_multipliers, granularity, rules)
+        self.block_settings = BlockSettings.parse(lr_multipliers, weight_decay_multipliers, granularity, rules)
         self.step_calls = 0
         telemetry_settings = TelemetrySettings.parse(telemetry)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
@@ -92,8 +93,8 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         self._forget_tensors()
         # AdamW's own constructor would add switches (fused, foreach, ...) that mean nothing here
         torch.optim.Optimizer.__init__(self, params, defaults)
-        if self.policy.is_default:
-            self.policy = self._policy_of_tags()
+        if self.block_settings.is_default:
+            self.block_settings = self._settings_of_tags()
         self._measure_with(telemetry_settings)
         _LIVE.add(self)
 
@@ -106,12 +107,12 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         self._meter: Meter | None = None
         self.overflow = False  # DeepSpeed reads it after each step, counts the skipped one and holds the schedule
 
-    def _policy_of_tags(self) -> BlockPolicy:
+    def _settings_of_tags(self) -> BlockSettings:
         """The settings that were given to ``tag_parameters``; they are passed on to an optimizer without its own."""
         tensors = (tensor for group in self.param_groups for tensor in group["params"])
-        specs = [spec for tensor in tensors if (spec := getattr(tensor, "block_spec", None)) is not None]
-        given = [spec.policy for spec in specs if not spec.policy.is_default]
-        return given[0] if given and all(policy == given[0] for policy in given) else self.policy
+        tagged = [tags for tensor in tensors if (tags := tags_of(tensor)) is not None]
+        given = [tags.block_spec.block_settings for tags in tagged if not tags.block_spec.block_settings.is_default]
+        return given[0] if given and all(settings == given[0] for settings in given) else self.block_settings
 
     @property
     def shares_second_moment(self) -> bool:
@@ -142,24 +143,25 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         Raises:
             ValueError: the parameter was tagged under settings that this optimizer does not have.
         """
-        if spec.policy == self.policy or (self.policy.is_default and spec.policy.auto is None):
+        own, tagged = self.block_settings, spec.block_settings
+        if tagged == own or (own.is_default and tagged.auto is None):
             return spec
-        if not spec.policy.is_default:
+        if not tagged.is_default:
             raise ValueError(
                 f"parameter {spec.fqn!r} was tagged with other multipliers, rules or granularity than "
                 f"{type(self).__name__} has. Give them in one place: the optimizer (tag_parameters(model) then needs "
                 f"none), or tag_parameters before the optimizer is built (the optimizer then takes them over)."
             )
-        if any(rule.role or rule.qkv_layout or rule.num_heads or rule.storage for rule in self.policy.rules):
+        if any(rule.role or rule.qkv_layout or rule.num_heads or rule.storage for rule in own.rules):
             raise ValueError(
                 f"{type(self).__name__} was given rules that set roles, head counts or storage, but parameter "
                 f"{spec.fqn!r} is already tagged. Give these rules to tag_parameters(model, rules=[...])."
             )
-        return apply_policy(spec.structure, self.policy)
+        return apply_settings(spec.structure, own)
 
     def __getstate__(self) -> dict[str, Any]:
         # bindings are made anew: they are found by the ids of tensors, which a copy does not share
-        kept = ("policy", "momentum_dtype", "backend", "checkpoint_format", "step_calls")
+        kept = ("block_settings", "momentum_dtype", "backend", "checkpoint_format", "step_calls")
         settings = None if self._meter is None else self._meter.settings
         return {
             **super().__getstate__(),
@@ -210,24 +212,24 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         found = self._bindings.of(tensor)
         if found is not None:
             return found
-        spec: BlockSpec | None = getattr(tensor, "block_spec", None)
-        if spec is None:
+        tags = tags_of(tensor)
+        if tags is None:
             return None
-        shard: TensorShard | None = getattr(tensor, "block_shard", None)
+        spec, shard = self.spec_of(tags.block_spec), tags.block_shard
         if shard is not None and len(shard.chunks) > 1:
             raise ValueError(
                 f"parameter {spec.fqn!r} is split over {len(shard.chunks)} tensor-parallel ranks, but no host has "
                 f"told {type(self).__name__} their process group. Train it through deepspeed.initialize(mpu=...)."
             )
-        return self._bindings.bind(tensor, [whole_placement(self.spec_of(spec), shard)], LOCAL)
+        return self._bindings.bind(tensor, [whole_placement(spec, shard)], LOCAL)
 
     def placements_in(self, tensor: torch.Tensor) -> tuple[Placement, ...] | None:
         """The parameters in a tensor that this optimizer steps; None if it is neither bound nor tagged."""
         found = self._bindings.of(tensor)
         if found is not None:
             return found.table.placements
-        spec: BlockSpec | None = getattr(tensor, "block_spec", None)
-        return None if spec is None else (whole_placement(self.spec_of(spec), getattr(tensor, "block_shard", None)),)
+        tags = tags_of(tensor)
+        return None if tags is None else (whole_placement(self.spec_of(tags.block_spec), tags.block_shard),)
 
     def backend_of(self, tensor: torch.Tensor) -> str | None:
         """Name of the backend that steps a tensor; None if the tensor is unknown."""
@@ -494,7 +496,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
     # ---------------------------------------------------------- what it measures
 
     def _measure_with(self, settings: TelemetrySettings | None) -> None:
-        auto = MeasuredMultipliers.of(self.policy)
+        auto = MeasuredMultipliers.of(self.block_settings)
         if settings is not None or auto is not None:
             self._meter = Meter(self, settings, auto)
             self.observe(self._meter)

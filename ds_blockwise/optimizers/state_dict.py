@@ -13,7 +13,6 @@ from ds_blockwise.checkpoint.record import (
     KEY,
     PER_BLOCK_KEY,
     VERSION,
-    Record,
     Recorded,
     placements_of,
     record_in,
@@ -22,6 +21,7 @@ from ds_blockwise.checkpoint.record import (
     same_ranges,
     table_of,
 )
+from ds_blockwise.checkpoint.record_types import Record
 from ds_blockwise.kernels.base import StepState, wide_dtype
 from ds_blockwise.kernels.bindings import Binding
 from ds_blockwise.kernels.param_groups import ParamGroup, StateDict

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Readers: what hosts know about the modules of their framework, and the register of them.
+"""The interface through which a host describes the modules of its framework, and the list of registered readers.
 
-Nothing here decides a role; `tagging` asks the registered readers before it looks at names.
+`tag.read_tags` asks the registered readers first; what no reader knows is read from the parameter's name.
 """
 
 from __future__ import annotations
@@ -19,7 +19,12 @@ from ds_blockwise.tagging.names import NameMatch
 
 @dataclass(frozen=True, slots=True)
 class TensorSplit:
-    """How tensor parallelism of any size cuts a parameter: ``parts`` equal parts of ``dim``, each split by itself."""
+    """How tensor parallelism over any number of ranks cuts a parameter.
+
+    Attributes:
+        dim: the dimension that is cut.
+        parts: equal parts of ``dim``, each cut by itself (2 for a fused gate and up projection).
+    """
 
     dim: int
     parts: int = 1
@@ -30,10 +35,13 @@ class ModuleReader(Protocol):
 
     @property
     def exact_shards(self) -> bool:
-        """Whether `shard` tells the very rows of a fused weight; else they are read as shares of each of its roles."""
+        """Whether `shard` gives the exact rows of a fused weight that each rank holds.
+
+        If False, `shard` knows only the number of ranks. A rank then holds an equal share of the rows of each role.
+        """
 
     def match(self, owner: nn.Module, parent: nn.Module | None, param: nn.Parameter, name: str) -> NameMatch | None:
-        """What a parameter is, from its owner and the module above.
+        """What a parameter is, read from its owner and the module above it.
 
         Args:
             owner: the module that registers the parameter.
@@ -49,13 +57,13 @@ class ModuleReader(Protocol):
         """Unsharded head counts of an attention module; None if this reader does not know the module."""
 
     def shard(self, owner: nn.Module, param: nn.Parameter, leaf: str) -> TensorShard | None:
-        """The tensor-parallel split of ``owner.<leaf>``; None if it is whole or the module is unknown."""
+        """What this tensor-parallel rank holds of ``owner.<leaf>``; None if it is whole or the module is unknown."""
 
     def split(self, owner: nn.Module, param: nn.Parameter, leaf: str) -> TensorSplit | None:
         """How ``owner.<leaf>`` would be cut over any number of ranks; None if never or the module is unknown."""
 
     def outputs(self, model: nn.Module) -> torch.Tensor | None:
-        """Outputs of a whole model of this framework for a few random tokens; None if the model is another's."""
+        """Outputs of a whole model for a few random tokens; None if the model is not of this framework."""
 
 
 READERS: list[ModuleReader] = []
@@ -63,13 +71,13 @@ READERS: list[ModuleReader] = []
 
 
 def register_reader(reader: ModuleReader) -> None:
-    """Add a reader; it is asked before the built-in one. A second one of the same class is ignored."""
+    """Add a reader. Readers are asked in the order of registration; a second one of the same class is ignored."""
     if not any(type(known) is type(reader) for known in READERS):
         READERS.append(reader)
 
 
 def tensor_splits(model: nn.Module) -> dict[nn.Parameter, TensorSplit]:
-    """How the registered readers would cut each parameter over tensor-parallel ranks; whole ones are left out."""
+    """How each parameter would be cut over tensor-parallel ranks; parameters that stay whole are left out."""
     return {
         param: split
         for owner in model.modules()

@@ -8,42 +8,11 @@ nothing of shapes, head counts or ranks.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
+from dataclasses import dataclass
 
-from ds_blockwise.blocks.roles import (
-    BLOCK_TYPE_OF,
-    BLOCK_TYPES,
-    LAYOUT_MEANING,
-    QKV_LAYOUTS,
-    SELF_ATTENTION_LAYOUTS,
-    STORAGES,
-    BlockType,
-    NameMatch,
-    QKVLayout,
-    Role,
-    Storage,
-)
+from ds_blockwise.blocks.roles import QKVLayout, Role, Storage
 from ds_blockwise.tagging.name_rules import NAME_RULES, NameRule
-
-__all__ = [
-    "BLOCK_TYPES",
-    "BLOCK_TYPE_OF",
-    "LAYOUT_MEANING",
-    "QKV_LAYOUTS",
-    "SELF_ATTENTION_LAYOUTS",
-    "STORAGES",
-    "BlockType",
-    "NameMatch",
-    "QKVLayout",
-    "Role",
-    "Storage",
-    "adapted_path",
-    "canonical_fqn",
-    "is_bias_name",
-    "is_low_rank_input",
-    "match_name",
-    "merge_tied",
-]
 
 _COMPILED = tuple((rule, re.compile(rf"(?:^|\.)(?:{rule.module})$"), re.compile(rule.leaf)) for rule in NAME_RULES)
 
@@ -52,6 +21,28 @@ _WRAPPER_PREFIX = re.compile(r"^(?:module\.)+")
 _ADAPTER = re.compile(r"\.(?:base_layer|original_module|modules_to_save\.[^.]+|(?P<factor>lora_[AB])\.[^.]+)$")
 _BIAS = re.compile(r"bias\d*|.*_proj_bias")
 _PEFT_PREFIX = re.compile(r"^base_model\.model\.")
+
+
+@dataclass(frozen=True, slots=True)
+class NameMatch:
+    """What a name or a module says about a parameter: one role, or several attention roles in a QKV layout.
+
+    Attributes:
+        role: the role of the whole parameter; None if it serves several.
+        qkv_layout: the row layout of a parameter with several roles; None otherwise.
+        is_bias: the parameter is the bias of a linear (biases of norms are not: they are norm vectors).
+        dialect: the rule table or reader that matched, for error messages and reports.
+        headless: the role usually has heads, but these rows belong to none (MLA's latent projections): one block per
+            row.
+        storage: how the matrix is stored; None if neither the name nor the module says.
+    """
+
+    role: Role | None
+    qkv_layout: QKVLayout | None
+    is_bias: bool
+    dialect: str
+    headless: bool = False
+    storage: Storage | None = None
 
 
 def canonical_fqn(name: str) -> str:
@@ -78,10 +69,10 @@ def match_name(fqn: str) -> NameMatch | None:
             torch.compile, PEFT) insert are ignored.
 
     Returns:
-        What the name says, or None if no rule knows it.
+        What the name says; None if no naming rule matches it.
 
     Raises:
-        ValueError: two rules read the name differently.
+        ValueError: several naming rules match and disagree.
     """
     path, _, leaf = canonical_fqn(fqn).rpartition(".")
     module = adapted_path(_PEFT_PREFIX.sub("", path))
@@ -95,7 +86,7 @@ def match_name(fqn: str) -> NameMatch | None:
     if len(found) > 1:
         readings = ", ".join(f"{_reading(r)} ({r.dialect})" for r in found.values())
         raise ValueError(
-            f"parameter {fqn!r} matches several naming rules: {readings}. Declare it in the optimizer's JSON: "
+            f"parameter {fqn!r} matches naming rules that disagree: {readings}. Give its role in the optimizer's JSON: "
             f'"rules": [{{"match": "{re.escape(canonical_fqn(fqn))}", "role": "..."}}]'
         )
     is_bias = rule.role is not Role.NORM and is_bias_name(leaf)
@@ -111,10 +102,10 @@ def _reading(rule: NameRule) -> str:
     return rule.role.value if rule.role else f"qkv/{rule.qkv_layout}"
 
 
-def merge_tied(fqns: Iterable[str], roles: set[Role]) -> Role:
+def merge_tied(fqns: Collection[str], roles: set[Role]) -> Role:
     """Role of one parameter that is registered under several names.
 
-    An output layer tied to the embedding is an embedding (DESIGN: a tied output layer has block type ``emb``).
+    An output layer that shares its weight with the embedding counts as an embedding: block type ``emb``.
 
     Raises:
         ValueError: the names disagree in any other way.
@@ -124,6 +115,7 @@ def merge_tied(fqns: Iterable[str], roles: set[Role]) -> Role:
     if len(roles) == 1:
         return next(iter(roles))
     raise ValueError(
-        f"one parameter is shared under the names {sorted(fqns)}, which have different roles "
-        f"{sorted(r.value for r in roles)}. Declare its role with a rule that matches one of the names."
+        f"one parameter has the names {sorted(fqns)}, and by these names several roles: "
+        f"{', '.join(sorted(r.value for r in roles))}. Give its role by a rule that matches one of the names: "
+        f'"rules": [{{"match": "{min(fqns)}", "role": "..."}}]'
     )

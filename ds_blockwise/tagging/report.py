@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The partition report: what each parameter was taken for, and what its optimizer state costs."""
+"""The block report: the role, multipliers and blocks of each parameter, and the bytes of its optimizer state."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from torch import nn
 
 from ds_blockwise.blocks.spec import STATE_BYTES_PER_VALUE, BlockSpec
+from ds_blockwise.blocks.tagged_parameter import tags_of
 
 ADAMW_STATE_VALUES = 2  # exp_avg and exp_avg_sq
 
@@ -66,7 +66,7 @@ class BlockReport:
             "adamw_state_bytes_per_parameter": adamw / numel if numel else 0.0,
         }
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Rows and totals as plain values."""
         return {"parameters": [asdict(row) for row in self.rows], "totals": self.totals}
 
@@ -134,13 +134,14 @@ def block_report(model: nn.Module) -> BlockReport:
     for fqn, param in model.named_parameters():
         if not param.requires_grad:
             continue
-        spec = getattr(param, "block_spec", None)
-        if not isinstance(spec, BlockSpec):
+        tags = tags_of(param)
+        if tags is None:
             raise ValueError(
-                f"parameter {fqn!r} is not tagged. Call ds_blockwise.tag_parameters(model) first, or ask after "
+                f"parameter {fqn!r} of shape {tuple(param.shape)} is not tagged. Call "
+                f"ds_blockwise.tag_parameters(model) before block_report(model), or call block_report after "
                 f"deepspeed.initialize."
             )
-        rows.extend(_rows_of(spec))
+        rows.extend(_rows_of(tags.block_spec))
     return BlockReport(tuple(rows))
 
 
@@ -167,5 +168,5 @@ def _rows_of(spec: BlockSpec) -> Iterator[ReportRow]:
             num_blocks,
             numel,
             (numel + num_blocks) * STATE_BYTES_PER_VALUE,
-            spec.policy.is_measured(role, spec.fqn),
+            spec.block_settings.is_measured(role, spec.fqn),
         )

@@ -1,84 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a model to a `BlockSpec` on each of its parameters.
 
-The user's rule decides first, then the owning module, then the name. Head counts come from the module or its config,
-never from ``dim / num_heads``. Hosts add a `ModuleReader` for modules whose attributes mean something else, such as
-tensor-parallel layers.
+The user's rule decides first, then the owning module, then the name. Head counts come from a rule, the module or its
+config; ``head_dim`` is never computed from the hidden size. Hosts register a `ModuleReader` for modules whose
+attributes have another meaning, such as tensor-parallel layers.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from ds_blockwise.blocks.block_settings import BlockPolicy, Rule
+from ds_blockwise.blocks.block_settings import BlockSettings, Rule
 from ds_blockwise.blocks.ranges import TensorShard
-from ds_blockwise.blocks.spec import BlockSpec, HeadGeometry, TensorStructure, apply_policy, fused_qkv, whole_tensor
+from ds_blockwise.blocks.roles import LAYOUT_MEANING, SELF_ATTENTION_LAYOUTS, Role, Storage
+from ds_blockwise.blocks.spec import BlockSpec, HeadGeometry, TensorStructure, apply_settings, fused_qkv, whole_tensor
+from ds_blockwise.blocks.tagged_parameter import set_tags
 from ds_blockwise.tagging.module_facts import NUM_HEADS, fused_layout, generic_heads, num_experts_in, storage_of
-from ds_blockwise.tagging.module_reader import READERS, ModuleReader, TensorSplit, register_reader, tensor_splits
-from ds_blockwise.tagging.names import (
-    LAYOUT_MEANING,
-    SELF_ATTENTION_LAYOUTS,
-    NameMatch,
-    Role,
-    Storage,
-    adapted_path,
-    canonical_fqn,
-    is_bias_name,
-    is_low_rank_input,
-    match_name,
-    merge_tied,
-)
+from ds_blockwise.tagging.module_reader import READERS
+from ds_blockwise.tagging.names import NameMatch, is_bias_name, match_name, merge_tied
+from ds_blockwise.tagging.registered import RegisteredParameter, Registration, registered_parameters
 from ds_blockwise.tagging.report import BlockReport, block_report
 from ds_blockwise.tagging.tensor_parallel_cuts import check_cut, cut_by_role
 
-__all__ = ["ModuleReader", "TensorSplit", "register_reader", "tag_parameters", "tag_with_policy", "tensor_splits"]
-
-
-@dataclass(frozen=True)
-class _Place:
-    """One registration of a parameter."""
-
-    fqn: str
-    owner: nn.Module
-    parent: nn.Module | None  # of the owner; of the linear that an adapter wraps
-    linear: str  # the owner's name in the parent
-    is_low_rank_input: bool = False
-
-
-@dataclass(frozen=True)
-class _Named:
-    """One parameter with every place that registers it."""
-
-    param: nn.Parameter
-    places: tuple[_Place, ...]
-
-    @property
-    def fqns(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(place.fqn for place in self.places))
-
-    @property
-    def fqn(self) -> str:
-        return self.places[0].fqn
-
-    @property
-    def leaf(self) -> str:
-        return self.fqn.rpartition(".")[2]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(getattr(self.param, "ds_shape", self.param.shape))
+ParameterTags = tuple[nn.Parameter, BlockSpec, TensorShard | None]
+"""A parameter, its blocks, and what this tensor-parallel rank holds of it."""
 
 
 def tag_parameters(
     model: nn.Module,
-    lr_multipliers: Mapping[str, Any] | str | None = None,
-    rules: Iterable[Mapping[str, Any]] | None = None,
+    lr_multipliers: Mapping[str, object] | str | None = None,
+    rules: Iterable[Mapping[str, object]] | None = None,
     granularity: Mapping[str, str] | str | None = None,
     weight_decay_multipliers: Mapping[str, float] | None = None,
 ) -> BlockReport:
@@ -98,83 +54,73 @@ def tag_parameters(
         ValueError: a parameter that no rule or several rules match, rows that do not divide into heads, a rule that
             matches nothing, a setting outside its range.
     """
-    tag_with_policy(model, BlockPolicy.parse(lr_multipliers, weight_decay_multipliers, granularity, rules))
+    tag_with_settings(model, BlockSettings.parse(lr_multipliers, weight_decay_multipliers, granularity, rules))
     return block_report(model)
 
 
-def tag_with_policy(
+def tag_with_settings(
     model: nn.Module,
-    policy: BlockPolicy,
+    block_settings: BlockSettings,
     names: Mapping[torch.Tensor, str] | None = None,
     *,
     is_stage: bool = False,
 ) -> None:
-    """`tag_parameters` with parsed settings.
+    """Set the tags that `read_tags` finds, which has the same arguments and errors."""
+    for param, spec, shard in read_tags(model, block_settings, names, is_stage=is_stage):
+        set_tags(param, spec, shard)
+
+
+def read_tags(
+    model: nn.Module,
+    block_settings: BlockSettings,
+    names: Mapping[torch.Tensor, str] | None = None,
+    *,
+    is_stage: bool = False,
+) -> list[ParameterTags]:
+    """Find out what each trainable parameter is; the model is not changed.
 
     Args:
         model: the module.
-        policy: settings.
+        block_settings: multipliers, granularity and rules.
         names: a host's own names; parameters without one keep the module tree's.
-        is_stage: the module is a part of the model: a rule may match nothing in it (`stages.check_rules`).
+        is_stage: the module is one pipeline stage: a rule may match nothing in it (`pipeline_stages.check_rules`
+            checks the rules over all stages).
 
     Raises:
         ValueError: as `tag_parameters`; every problem of the model in one message.
     """
     problems: list[str] = []
-    tagged: list[tuple[nn.Parameter, BlockSpec, TensorShard | None]] = []
-    every = _named_parameters(model, names)
-    for rule in () if is_stage else policy.rules:
+    found: list[ParameterTags] = []
+    every = registered_parameters(model, names)
+    for rule in () if is_stage else block_settings.rules:
         if not any(rule.matches(fqn) for named in every for fqn in named.fqns):
             problems.append(f"rule {rule.match!r} matches no parameter of the model")
     for named in every:
         if not named.param.requires_grad:
             continue  # a frozen parameter is never stepped, so its role does not matter
         try:
-            structure, shard = _structure_of(named, policy)
-            tagged.append((named.param, apply_policy(structure, policy), shard))
+            structure, shard = _structure_of(named, block_settings)
+            found.append((named.param, apply_settings(structure, block_settings), shard))
         except ValueError as error:
             problems.append(str(error))
     if problems:
         listed = "\n".join(f"  - {p}" for p in problems[:20])
         more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise ValueError(f"cannot cut the model into blocks:\n{listed}{more}")
-    for param, spec, shard in tagged:
-        cast("Any", param).block_spec = spec
-        cast("Any", param).block_shard = shard
-
-
-def _named_parameters(model: nn.Module, names: Mapping[torch.Tensor, str] | None) -> list[_Named]:
-    modules = dict(model.named_modules(remove_duplicate=False))
-    places: dict[int, list[_Place]] = {}
-    params: dict[int, nn.Parameter] = {}
-    for path, module in modules.items():
-        above, _, linear = adapted_path(path).rpartition(".")
-        parent = modules.get(above) if path else None
-        for leaf, param in module.named_parameters(recurse=False):
-            params[id(param)] = param
-            fqn = canonical_fqn(f"{path}.{leaf}" if path else leaf)
-            place = _Place(fqn, module, parent, linear, is_low_rank_input(path))
-            places.setdefault(id(param), []).append(place)
-    found: list[_Named] = []
-    for key, param in params.items():
-        known = places[key]
-        own = names.get(param) if names is not None else None
-        if own is not None and canonical_fqn(own) not in {place.fqn for place in known}:
-            known.insert(0, replace(known[0], fqn=canonical_fqn(own)))
-        found.append(_Named(param, tuple(known)))
     return found
 
 
-def _structure_of(named: _Named, policy: BlockPolicy) -> tuple[TensorStructure, TensorShard | None]:
-    fqn, owner = named.fqn, named.places[0].owner
-    rule = next((r for f in named.fqns if (r := policy.rule_for(f)) is not None), None)
+def _structure_of(named: RegisteredParameter, settings: BlockSettings) -> tuple[TensorStructure, TensorShard | None]:
+    fqn, owner = named.fqn, named.first.owner
+    rule = next((r for f in named.fqns if (r := settings.rule_for(f)) is not None), None)
     match = _match(named, rule)
     shard, exact = _shard(named)
     local = named.shape
     if shard is not None and shard.local_shape != local:
         raise ValueError(
-            f"parameter {fqn!r} has shape {local} on this rank, but its module says that it holds "
-            f"{shard.local_shape} of {shard.global_shape}"
+            f"parameter {fqn!r} has shape {local} on this rank, but its {type(owner).__name__} says that this rank "
+            f"holds {shard.local_shape} of {shard.global_shape}. Build the layer anew for its tensor-parallel group "
+            f"instead of replacing or resizing its parameter."
         )
     shape = local if shard is None else shard.global_shape
     if rule is not None and rule.storage is not None:
@@ -190,7 +136,7 @@ def _structure_of(named: _Named, policy: BlockPolicy) -> tuple[TensorStructure, 
             return structure, shard
         return structure, cut_by_role(structure, shard, match.qkv_layout)
     assert match.role is not None
-    _check_dims(fqn, shape, match)
+    _check_dims(fqn, shape, match, match.role)
     matrices = _matrices(named, shape, match)
     num_heads, head_dim, source = _own_heads(named, match, rule)
     structure = whole_tensor(
@@ -210,68 +156,70 @@ def _structure_of(named: _Named, policy: BlockPolicy) -> tuple[TensorStructure, 
     return structure, shard
 
 
-def _shard(named: _Named) -> tuple[TensorShard | None, bool]:
-    """This rank's part of a parameter, and whether its reader knows the very rows."""
-    owner = named.places[0].owner
+def _shard(named: RegisteredParameter) -> tuple[TensorShard | None, bool]:
+    """What this tensor-parallel rank holds of a parameter, and whether these are exact rows; see `ModuleReader`."""
+    owner = named.first.owner
     try:
         found = ((r.shard(owner, named.param, named.leaf), r.exact_shards) for r in READERS)
         return next((said for said in found if said[0] is not None), (None, False))
-    except ValueError as error:  # a reader knows the module, not its name in the model
+    except ValueError as error:  # a reader knows the module but not the parameter's name in the model
         raise ValueError(f"parameter {named.fqn!r}: {error}") from error
 
 
-def _check_dims(fqn: str, shape: tuple[int, ...], match: NameMatch) -> None:
-    if match.role in (Role.NORM, Role.OTHER, Role.ROUTER) or match.dialect == "rule":
+def _check_dims(fqn: str, shape: tuple[int, ...], match: NameMatch, role: Role) -> None:
+    if role in (Role.NORM, Role.OTHER, Role.ROUTER) or match.dialect == "rule":
         return
     expected = 1 if match.is_bias else 2
-    of_experts = match.role is Role.FFN and len(shape) == expected + 1
+    of_experts = role is Role.FFN and len(shape) == expected + 1
     if len(shape) != expected and not of_experts:
         raise ValueError(
-            f"parameter {fqn!r} matches role {cast('Role', match.role).value!r} by name but has shape {shape}; a "
-            f"{'bias' if match.is_bias else 'weight'} of that role has {expected} dimension(s). Declare it: "
-            f'"rules": [{{"match": "{fqn}", "role": "..."}}]'
+            f"parameter {fqn!r} has role {role.value!r} by its name but shape {shape}. A "
+            f"{'bias' if match.is_bias else 'weight'} of that role has {expected} dimension(s). Give its role by "
+            f'a rule: "rules": [{{"match": "{fqn}", "role": "..."}}]'
         )
 
 
-def _matrices(named: _Named, shape: tuple[int, ...], match: NameMatch) -> tuple[int, int, int] | None:
+def _matrices(named: RegisteredParameter, shape: tuple[int, ...], match: NameMatch) -> tuple[int, int, int] | None:
     """Number, rows and columns of the matrices in a weight of several experts; None for a single matrix."""
     if match.is_bias or match.role is Role.NORM:
         return None
     if match.storage == "grouped_in_out":
-        count = num_experts_in(named.places[0].owner)
+        count = num_experts_in(named.first.owner)
         if count is None or len(shape) != 2 or shape[1 if named.leaf == "weight1" else 0] % count:
             raise ValueError(
                 f"parameter {named.fqn!r} of shape {shape} holds [inputs, outputs] matrices of several experts, but "
-                f"its {type(named.places[0].owner).__name__} does not say how many (num_local_experts: {count}). "
+                f"its {type(named.first.owner).__name__} does not say how many (num_local_experts: {count}). "
                 f"Use Megatron-core's SequentialMLP or TEGroupedMLP."
             )
         outputs = shape[1] // count if named.leaf == "weight1" else shape[1]
         return count, shape[0] * shape[1] // (count * outputs), outputs
     if len(shape) != 3 or (match.storage is None and match.role is not Role.FFN):
-        return None  # one matrix, or the kernel of a convolution, whose rows are channels
+        return None  # one matrix, or the kernel of a convolution: one row per output channel
     if match.storage is None:
         lines = " or ".join(
             f'"rules": [{{"match": "{named.fqn}", "role": "ffn", "storage": "{storage}"}}] if it is {what}'
             for storage, what in (("out_in", "[experts, outputs, inputs]"), ("in_out", "[experts, inputs, outputs]"))
         )
         raise ValueError(
-            f"parameter {named.fqn!r} of shape {shape} holds a matrix per expert, and nothing tells which of its "
-            f"dimensions are the outputs. Give one of {lines}"
+            f"parameter {named.fqn!r} of shape {shape} holds a matrix per expert, and its module does not say which "
+            f"dimension is the outputs. Give the rule {lines}"
         )
     return shape
 
 
-def _match(named: _Named, rule: Rule | None) -> NameMatch:
+def _match(named: RegisteredParameter, rule: Rule | None) -> NameMatch:
     if rule is not None and (rule.role is not None or rule.qkv_layout is not None):
         bias = is_bias_name(named.leaf) and rule.role is not Role.NORM
-        # rows of a low rank belong to no head, whatever role they are given
-        headless = named.places[0].is_low_rank_input and rule.num_heads is None
+        # rows of a low rank belong to no head, whatever role the rule gives them
+        headless = named.first.is_low_rank_input and rule.num_heads is None
         return NameMatch(rule.role, rule.qkv_layout, bias, "rule", headless, None if bias else _said_storage(named))
-    matches = [m for place in named.places if (m := _match_place(named, place)) is not None]
+    matches = [
+        m for registration in named.registrations if (m := _match_as_registered(named, registration)) is not None
+    ]
     if not matches:
         raise ValueError(
             f"no naming rule matches parameter {named.fqn!r} of shape {named.shape} in a "
-            f"{type(named.places[0].owner).__name__}. Declare its role in the optimizer's JSON: "
+            f"{type(named.first.owner).__name__}. Declare its role in the optimizer's JSON: "
             f'"rules": [{{"match": "{named.fqn}", "role": "ffn"}}] (roles: '
             f"{', '.join(r.value for r in Role)}, qkv)"
         )
@@ -281,34 +229,36 @@ def _match(named: _Named, rule: Rule | None) -> NameMatch:
     return replace(matches[0], role=role)
 
 
-def _said_storage(named: _Named) -> Storage | None:
-    # A rule that says what a weight does says nothing about how it lies; that is still the module's to tell.
+def _said_storage(named: RegisteredParameter) -> Storage | None:
+    # The rule gives the role only. How the matrix is stored is still read from the module or the name.
     try:
-        said = _read(named, named.places[0])
-    except ValueError:  # two naming rules: the user's rule is there to settle it
+        said = _read(named, named.first)
+    except ValueError:  # two naming rules match; the user's rule decides
         return None
     return None if said is None else said.storage
 
 
-def _read(named: _Named, place: _Place) -> NameMatch | None:
-    """What the modules say, or else the name."""
-    name = f"{place.linear}.{place.fqn.rpartition('.')[2]}"
-    said = (r.match(place.owner, place.parent, named.param, name) for r in READERS)
+def _read(named: RegisteredParameter, registration: Registration) -> NameMatch | None:
+    """What the owning module says; if no reader knows the module, what the name says."""
+    name = f"{registration.linear}.{registration.fqn.rpartition('.')[2]}"
+    said = (r.match(registration.owner, registration.parent, named.param, name) for r in READERS)
     match = next((m for m in said if m is not None), None)
-    return match or match_name(place.fqn) or _bare_norm(named, place)
+    return match or match_name(registration.fqn) or _bare_norm(named, registration)
 
 
-def _match_place(named: _Named, place: _Place) -> NameMatch | None:
-    match = _read(named, place)
-    if match is None or (match.dialect == "hf" and match.role is Role.ROUTER and not hasattr(place.parent, "experts")):
-        return None  # ``mlp.gate`` beside no experts is half of a gated FFN
-    if match.dialect != "megatron" and place.parent is not None:
-        layout = fused_layout(place.parent, place.linear)
+def _match_as_registered(named: RegisteredParameter, registration: Registration) -> NameMatch | None:
+    match = _read(named, registration)
+    if match is None:
+        return None
+    if match.dialect == "hf" and match.role is Role.ROUTER and not hasattr(registration.parent, "experts"):
+        return None  # without experts beside it, ``mlp.gate`` is half of a gated FFN, not a router
+    if match.dialect != "megatron" and registration.parent is not None:
+        layout = fused_layout(registration.parent, registration.linear)
         if layout is not None:
             match = replace(match, role=None, qkv_layout=layout)
     if match.qkv_layout == "unknown":
-        raise ValueError(_unknown_layout(named, place))
-    if place.is_low_rank_input:
+        raise ValueError(_unknown_layout(named, registration))
+    if registration.is_low_rank_input:
         if match.role is None:
             raise ValueError(
                 f"parameter {named.fqn!r} is the low-rank input of a fused weight: its rows serve query, key and value "
@@ -319,14 +269,14 @@ def _match_place(named: _Named, place: _Place) -> NameMatch | None:
     return match
 
 
-def _bare_norm(named: _Named, place: _Place) -> NameMatch | None:
-    # DeepSpeed's PipelineModule calls its layers by number; a layer that is nothing but a norm has no other name
-    is_norm = "Norm" in type(place.owner).__name__ and len(named.shape) == 1
-    bare = re.fullmatch(r"\d+\.(?:weight|bias|scale|offset|g)", place.fqn) is not None
+def _bare_norm(named: RegisteredParameter, registration: Registration) -> NameMatch | None:
+    # DeepSpeed's PipelineModule names its layers by number, so a norm that is a layer by itself has no telling name
+    is_norm = "Norm" in type(registration.owner).__name__ and len(named.shape) == 1
+    bare = re.fullmatch(r"\d+\.(?:weight|bias|scale|offset|g)", registration.fqn) is not None
     return NameMatch(Role.NORM, None, False, "pipeline") if is_norm and bare else None
 
 
-def _unknown_layout(named: _Named, place: _Place) -> str:
+def _unknown_layout(named: RegisteredParameter, registration: Registration) -> str:
     choices = "".join(
         f'\n      "rules": [{{"match": "{named.fqn}", "role": "qkv", "layout": "{layout}", "num_heads": N, '
         f'"num_kv_heads": N}}] for {LAYOUT_MEANING[layout]}'
@@ -334,12 +284,13 @@ def _unknown_layout(named: _Named, place: _Place) -> str:
     )
     return (
         f"parameter {named.fqn!r} of shape {named.shape} is a fused query, key and value weight, and neither its name "
-        f"nor {type(place.parent).__name__} tells how its rows are ordered. A wrong order trains values at the rate of "
-        f"queries without any other sign, so choose (ds_blockwise.verify_layout tries a choice on the model):{choices}"
+        f"nor {type(registration.parent).__name__} tells the order of its rows. A wrong order trains values at the "
+        f"learning rate of queries, and no error or loss curve shows it. Choose the order by a rule, and check the "
+        f"choice with ds_blockwise.verify_layout(model, rules=[...]):{choices}"
     )
 
 
-def _own_heads(named: _Named, match: NameMatch, rule: Rule | None) -> tuple[int | None, int | None, str]:
+def _own_heads(named: RegisteredParameter, match: NameMatch, rule: Rule | None) -> tuple[int | None, int | None, str]:
     if match.role not in (Role.QUERY, Role.KEY, Role.VALUE) or match.is_bias or match.headless:
         return None, None, ""
     if rule is not None and rule.num_heads is not None:
@@ -347,40 +298,40 @@ def _own_heads(named: _Named, match: NameMatch, rule: Rule | None) -> tuple[int 
     heads = _find_heads(named)
     if heads is None:
         if match.role is Role.VALUE:
-            return None, None, ""  # value rows need no head count
+            return None, None, ""  # by default a block of values is a row, which needs no head count
         raise ValueError(_no_heads(named, match))
     count = heads.num_heads if match.role is Role.QUERY else heads.num_kv_heads
     return count, heads.head_dim, heads.source
 
 
-def _heads(named: _Named, match: NameMatch, rule: Rule | None) -> HeadGeometry:
+def _heads(named: RegisteredParameter, match: NameMatch, rule: Rule | None) -> HeadGeometry:
     if rule is not None and rule.num_heads is not None:
         return HeadGeometry(rule.num_heads, rule.num_kv_heads or rule.num_heads, None, f"rule {rule.match!r}")
-    # Megatron's modules call key and value heads query groups and hold tensor-parallel shards: only its reader knows
+    # Megatron's modules count query groups, and count per tensor-parallel rank: only its reader can read them
     heads = _ask_readers(named) if match.dialect == "megatron" else _find_heads(named)
     if heads is None:
         raise ValueError(_no_heads(named, match))
     return heads
 
 
-def _no_heads(named: _Named, match: NameMatch) -> str:
+def _no_heads(named: RegisteredParameter, match: NameMatch) -> str:
     role = f'"qkv", "layout": "{match.qkv_layout}"' if match.role is None else f'"{match.role.value}"'
     return (
-        f"parameter {named.fqn!r} has heads, but neither {type(named.places[0].parent).__name__} nor its config says "
+        f"parameter {named.fqn!r} has heads, but neither {type(named.first.parent).__name__} nor its config says "
         f"how many (looked for {', '.join(NUM_HEADS)}). For a Megatron-core model import megatron_patch; otherwise "
         f'give it: "rules": [{{"match": "{named.fqn}", "role": {role}, "num_heads": N}}]'
     )
 
 
-def _find_heads(named: _Named) -> HeadGeometry | None:
-    attention = named.places[0].parent
+def _find_heads(named: RegisteredParameter) -> HeadGeometry | None:
+    attention = named.first.parent
     if attention is None:
         return None
     return _ask_readers(named) or generic_heads(attention)
 
 
-def _ask_readers(named: _Named) -> HeadGeometry | None:
-    attention = named.places[0].parent
+def _ask_readers(named: RegisteredParameter) -> HeadGeometry | None:
+    attention = named.first.parent
     if attention is None:
         return None
     return next((heads for reader in READERS if (heads := reader.heads(attention)) is not None), None)

@@ -16,18 +16,17 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from torch import nn
 
-from ds_blockwise.blocks.block_settings import BlockPolicy
-from ds_blockwise.blocks.ranges import TensorShard
+from ds_blockwise.blocks.block_settings import BlockSettings
+from ds_blockwise.blocks.roles import Role
 from ds_blockwise.blocks.segment_table import whole_placement
-from ds_blockwise.blocks.spec import BlockSpec
+from ds_blockwise.blocks.tagged_parameter import tags_of
 from ds_blockwise.tagging.module_reader import READERS
-from ds_blockwise.tagging.names import Role, match_name
-from ds_blockwise.tagging.tag import tag_with_policy
+from ds_blockwise.tagging.names import match_name
+from ds_blockwise.tagging.tag import ParameterTags, read_tags
 
 VANISHED = 1e-5  # of the usual gradient; the products are with exact zeros, so nothing but exact zeros is expected
 _SEED = 20250219
@@ -91,7 +90,7 @@ def verify_layout(
     model: nn.Module,
     outputs: Callable[[nn.Module], torch.Tensor] | None = None,
     *,
-    rules: Iterable[Mapping[str, Any]] | None = None,
+    rules: Iterable[Mapping[str, object]] | None = None,
 ) -> LayoutReport:
     """Check by function that rows are the queries, keys, values and gates that their tags say.
 
@@ -114,9 +113,9 @@ def verify_layout(
             cannot tell (no gradient to begin with, frozen or missing weights, no way to run the model).
     """
     _check_weights(model)
-    run = outputs if outputs is not None else default_outputs
-    with _tagged(model, rules), _as_in_training(model):
-        parts = list(_attention_parts(model))
+    run: Callable[[nn.Module], object] = default_outputs if outputs is None else outputs
+    with _without_dropout(model):
+        parts = list(_attention_parts(_tags(model, rules)))
         if not parts:
             return LayoutReport((), 0)
         _check_roles(parts)
@@ -142,7 +141,7 @@ def verify_layout(
     return LayoutReport(tuple(dict.fromkeys(part.fqn for part in parts)), num_checks)
 
 
-def default_outputs(model: nn.Module) -> torch.Tensor:
+def default_outputs(model: nn.Module) -> object:
     """Outputs of a model for a few random tokens.
 
     Args:
@@ -168,7 +167,7 @@ def default_outputs(model: nn.Module) -> torch.Tensor:
         result = getattr(result, name, result)
     if isinstance(result, (tuple, list)):
         result = result[0]
-    return cast("torch.Tensor", result)
+    return result
 
 
 def _check_weights(model: nn.Module) -> None:
@@ -191,12 +190,17 @@ def _may_be_attention(fqn: str) -> bool:
     return match is not None and (match.role is None or match.role in _MUST_VANISH)
 
 
-def _attention_parts(model: nn.Module) -> Iterator[_Part]:
-    for param in model.parameters():
-        if not param.requires_grad:
-            continue
-        spec = cast("BlockSpec", cast("Any", param).block_spec)
-        shard = cast("TensorShard | None", getattr(param, "block_shard", None))
+def _tags(model: nn.Module, rules: Iterable[Mapping[str, object]] | None) -> list[ParameterTags]:
+    """The tags of the trainable parameters: those that they carry, or those that ``rules`` would give them."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    carried = [(p, t.block_spec, t.block_shard) for p in trainable if (t := tags_of(p)) is not None]
+    if rules is None and len(carried) == len(trainable):
+        return carried
+    return read_tags(model, BlockSettings.parse(rules=rules))
+
+
+def _attention_parts(tags: Iterable[ParameterTags]) -> Iterator[_Part]:
+    for param, spec, shard in tags:
         if not any(part.role in _MUST_VANISH for part in spec.parts):
             continue  # an output projection by itself is no gate
         view = whole_placement(spec, shard).view()
@@ -217,7 +221,7 @@ def _check_roles(parts: list[_Part]) -> None:
         )
 
 
-def _gradients(model: nn.Module, run: Callable[[nn.Module], torch.Tensor], parts: list[_Part]) -> list[torch.Tensor]:
+def _gradients(model: nn.Module, run: Callable[[nn.Module], object], parts: list[_Part]) -> list[torch.Tensor]:
     params = list(dict.fromkeys(part.param for part in parts))
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(_SEED)  # every run, and every tensor-parallel rank, gets the same tokens
@@ -263,31 +267,8 @@ def _tag(part: _Part) -> str:
 
 
 @contextmanager
-def _tagged(model: nn.Module, rules: Iterable[Mapping[str, Any]] | None) -> Iterator[None]:
-    """The model with tags; those that it had before come back."""
-    params = list(model.parameters())
-    trained = [p for p in params if p.requires_grad]
-    if rules is None and all(isinstance(getattr(p, "block_spec", None), BlockSpec) for p in trained):
-        yield
-        return
-    absent = object()
-    names = ("block_spec", "block_shard")
-    before = [tuple(getattr(p, name, absent) for name in names) for p in params]
-    try:
-        tag_with_policy(model, BlockPolicy.parse(rules=rules))
-        yield
-    finally:
-        for param, values in zip(params, before, strict=True):
-            for name, value in zip(names, values, strict=True):
-                if value is not absent:
-                    setattr(param, name, value)
-                elif hasattr(param, name):
-                    delattr(param, name)
-
-
-@contextmanager
-def _as_in_training(model: nn.Module) -> Iterator[None]:
-    """Without dropout, which would draw other masks in each run."""
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode: dropout would draw other masks in each run."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

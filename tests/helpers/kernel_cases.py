@@ -9,16 +9,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ds_blockwise.blocks.block_settings import BlockPolicy
+from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.ranges import TensorShard
+from ds_blockwise.blocks.roles import Role
 from ds_blockwise.blocks.segment_table import Placement, build_table, whole_placement
-from ds_blockwise.blocks.spec import BlockSpec, HeadGeometry, apply_policy, fused_qkv, whole_tensor
+from ds_blockwise.blocks.spec import BlockSpec, HeadGeometry, apply_settings, fused_qkv, whole_tensor
 from ds_blockwise.kernels.base import Hyper, Item, Kernels, ReferenceKernels
-from ds_blockwise.tagging.names import Role
 
 LR = 1e-3
 HYPER = Hyper(LR, 0.0, 0.9, 0.95, 1e-8, 0.1)
-POLICY = BlockPolicy.parse(None, {"norm": 0.0}, None, None)
+BLOCK_SETTINGS = BlockSettings.parse(None, {"norm": 0.0}, None, None)
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
 
@@ -44,15 +44,17 @@ class Case:
 
 def spec(shape: tuple[int, ...], role: Role, **settings: object) -> BlockSpec:
     granularity = settings.pop("granularity", None)
-    policy = POLICY if granularity is None else BlockPolicy.parse(None, None, granularity, None)
-    return apply_policy(whole_tensor("w", shape, role, **{"is_bias": False, **settings}), policy)
+    block_settings = BLOCK_SETTINGS if granularity is None else BlockSettings.parse(None, None, granularity, None)
+    return apply_settings(whole_tensor("w", shape, role, **{"is_bias": False, **settings}), block_settings)
 
 
 def qkv(width: int, heads: int, groups: int, layout: str, axis: int = 0, granularity: object = None) -> BlockSpec:
     rows = (heads + 2 * groups) * 4
     shape = (rows, width) if axis == 0 else (width, rows)
     structure = fused_qkv("qkv", shape, layout, HeadGeometry(heads, groups, 4, "test"), is_bias=False, axis=axis)
-    return apply_policy(structure, POLICY if granularity is None else BlockPolicy.parse(None, None, granularity, None))
+    return apply_settings(
+        structure, BLOCK_SETTINGS if granularity is None else BlockSettings.parse(None, None, granularity, None)
+    )
 
 
 def whole(block_spec: BlockSpec, shard: TensorShard | None = None, **settings: object) -> Case:

@@ -14,8 +14,8 @@ import pytest
 
 from ds_blockwise import BlockwiseAdamMini, BlockwiseAdamW
 from ds_blockwise.blocks.defaults import DEFAULT_LR_MULTIPLIERS
+from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, Role
 from ds_blockwise.optimizers.settings import OPTIMIZER_KEYS
-from ds_blockwise.tagging.names import BLOCK_TYPE_OF, Role
 from tests.helpers import ROOT
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -74,7 +74,7 @@ def test_the_settings_shown_are_all_there_are():
     import torch
 
     for cls in (BlockwiseAdamMini, BlockwiseAdamW):
-        assert cls([torch.nn.Parameter(torch.ones(1))], **settings["params"]).policy.lr_multipliers
+        assert cls([torch.nn.Parameter(torch.ones(1))], **settings["params"]).block_settings.lr_multipliers
     assert settings["params"]["lr_multipliers"] == DEFAULT_LR_MULTIPLIERS
 
 

@@ -32,7 +32,7 @@ from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.optimizers.registry import OPTIMIZERS
 from ds_blockwise.parallel.agree import if_many, raise_together
 from ds_blockwise.parallel.reduce import ReductionGroups
-from ds_blockwise.tagging.tag import tag_with_policy
+from ds_blockwise.tagging.tag import tag_with_settings
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def attach(engine: Any) -> None:
     try:
         check_config(engine, type(optimizer).__name__)
         check_sequence_parallel(engine)
-        matched = rules_matched(names_in(engine), optimizer.policy)
+        matched = rules_matched(names_in(engine), optimizer.block_settings)
         specs = _specs(engine, optimizer)
         tp_group = _tp_group(engine, specs)
         stepped = list(stepped_tensors(engine, optimizer))
@@ -81,7 +81,7 @@ def attach(engine: Any) -> None:
     except Exception as error:  # all ranks hear of it and raise, as above
         failure = error
     raise_together(failure)
-    check_rules(matched, optimizer.policy)
+    check_rules(matched, optimizer.block_settings)
     check_tied(tied)
     peers = if_many(or_world(engine.seq_data_parallel_group))
     check_agreement(optimizer, stepped, peers, tp_group, "JSON")
@@ -120,7 +120,7 @@ def _specs(engine: Any, optimizer: BlockwiseOptimizer) -> dict[nn.Parameter, Blo
     params = [p for p in module.parameters() if p.requires_grad]
     tagged = [p for p in params if hasattr(p, "block_spec")]
     if not tagged or module in _TAGGED_HERE:
-        tag_with_policy(module, optimizer.policy, engine.param_names, is_stage=is_staged(engine))
+        tag_with_settings(module, optimizer.block_settings, engine.param_names, is_stage=is_staged(engine))
         _TAGGED_HERE.add(module)
     elif len(tagged) < len(params):
         missing = next(engine.param_names.get(p) for p in params if not hasattr(p, "block_spec"))

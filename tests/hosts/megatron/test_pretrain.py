@@ -90,8 +90,8 @@ def run_scripts(context: RankContext) -> None:
         assert type(stock.optimizer).__name__ == "AdamW"
         inner = converted.optimizer
         assert type(inner).__name__ == "BlockwiseAdamW"
-        assert inner.policy.lr_multipliers == {"emb": 2.0}
-        assert [(r.match, r.lr_multiplier) for r in inner.policy.rules] == [("linear_fc1", 3.0)]
+        assert inner.block_settings.lr_multipliers == {"emb": 2.0}
+        assert [(r.match, r.lr_multiplier) for r in inner.block_settings.rules] == [("linear_fc1", 3.0)]
         with pytest.raises(ValueError, match="--optimizer adam"):
             pretrain.main([str(script), *ours, "--optimizer", "muon"])
         pretrain.main([str(script), "--optimizer", "muon"])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_blockwise.blocks.block_settings import BlockPolicy
+from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.ranges import (
     AxisSpan,
     Batch,
@@ -18,9 +18,9 @@ from ds_blockwise.blocks.ranges import (
     runs_of_range,
     tensor_split_blocks,
 )
+from ds_blockwise.blocks.roles import Role
 from ds_blockwise.blocks.segment_table import Placement, build_table
-from ds_blockwise.blocks.spec import RoleSpan, TensorStructure, apply_policy
-from ds_blockwise.tagging.names import Role
+from ds_blockwise.blocks.spec import RoleSpan, TensorStructure, apply_settings
 
 
 def spans_of(cuts, granularities):
@@ -197,7 +197,7 @@ def test_random_fused_layouts(data):
 def row_parallel_tables(chunks, windows):
     """Tables of all (dp, tp) ranks of an 8 x 8 weight whose columns are split, cut into flat windows."""
     structure = TensorStructure("mlp.down_proj.weight", (8, 8), 0, (RoleSpan(0, 8, Role.FFN),), False)
-    spec = apply_policy(structure, BlockPolicy.parse(None, None, None, None))
+    spec = apply_settings(structure, BlockSettings.parse(None, None, None, None))
     tables = {}
     for tp, held in enumerate(chunks):
         shard = TensorShard((8, 8), 1, tp, chunks)

@@ -14,26 +14,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ds_blockwise.blocks.block_settings import BlockPolicy
+from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.ranges import TensorShard
-from ds_blockwise.blocks.spec import HeadGeometry, apply_policy, fused_qkv, whole_tensor
+from ds_blockwise.blocks.roles import Role
+from ds_blockwise.blocks.spec import HeadGeometry, apply_settings, fused_qkv, whole_tensor
 from ds_blockwise.checkpoint import portable
 from ds_blockwise.checkpoint.folder import CheckpointError, open_checkpoint, partial_folders, verify
 from ds_blockwise.checkpoint.portable import Portable, per_block, per_element, save_portable, whole_of, window_of
-from ds_blockwise.tagging.names import Role
 
 pytest.importorskip("safetensors", reason="portable checkpoints are safetensors files")
 
 
-def spec(name: str, shape: tuple[int, ...], role: Role = Role.FFN, *, bias: bool = False, axis: int = 0, **policy: Any):
+def spec(
+    name: str, shape: tuple[int, ...], role: Role = Role.FFN, *, bias: bool = False, axis: int = 0, **granularity: Any
+):
     structure = whole_tensor(name, shape, role, is_bias=bias, axis=axis)
-    return apply_policy(structure, BlockPolicy.parse(None, None, policy or None, None))
+    return apply_settings(structure, BlockSettings.parse(None, None, granularity or None, None))
 
 
 def qkv(name: str, **granularity: str):
     heads = HeadGeometry(num_heads=4, num_kv_heads=2, head_dim=3, source="test")
     structure = fused_qkv(name, (24, 5), "grouped", heads, is_bias=False)
-    return apply_policy(structure, BlockPolicy.parse(None, None, granularity or None, None))
+    return apply_settings(structure, BlockSettings.parse(None, None, granularity or None, None))
 
 
 # ---------------------------------------------------------------------------------- windows

@@ -10,9 +10,9 @@ if not torch.cuda.is_available():
 
 import pytest
 
+from ds_blockwise.blocks.roles import Role
 from ds_blockwise.kernels.base import ReferenceKernels
 from ds_blockwise.kernels.select import kernels_for
-from ds_blockwise.tagging.names import Role
 from tests.helpers.kernel_cases import CASES, F32, clone, compare, flat, item_of, spec, step, whole
 
 CPU = torch.device("cpu")

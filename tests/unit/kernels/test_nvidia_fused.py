@@ -17,11 +17,11 @@ import pytest
 import torch
 
 from ds_blockwise import BlockwiseAdamMini, BlockwiseAdamW, tag_parameters
+from ds_blockwise.blocks.roles import Role
 from ds_blockwise.kernels import nvidia_fused as fused_kernels
 from ds_blockwise.kernels import select as backends
 from ds_blockwise.kernels.nvidia_fused import FusedAdamKernels, foreign_apex, unavailable
 from ds_blockwise.kernels.select import kernels_for
-from ds_blockwise.tagging.names import Role
 from tests.helpers import ROOT
 from tests.helpers.kernel_cases import BF16, CASES, F16, F32, F64, compare, spec, whole
 from tests.unit.optimizers.test_base import feed, tiny

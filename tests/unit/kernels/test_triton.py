@@ -20,11 +20,11 @@ from tests.helpers.kernel_cases import CASES, HYPER, LR, clone, compare, flat, i
 
 triton_kernels = pytest.importorskip("ds_blockwise.kernels.triton.backend", reason="Triton is not installed")
 
+from ds_blockwise.blocks.roles import Role  # noqa: E402
 from ds_blockwise.blocks.segment_table import Placement, build_table  # noqa: E402
 from ds_blockwise.kernels.triton import batch as triton_batch  # noqa: E402
 from ds_blockwise.kernels.triton.batch import join_jobs  # noqa: E402
 from ds_blockwise.kernels.triton.plan import make_plan  # noqa: E402
-from ds_blockwise.tagging.names import Role  # noqa: E402
 
 CPU = torch.device("cpu")
 INTERPRETED = triton_kernels.unavailable(CPU) is None

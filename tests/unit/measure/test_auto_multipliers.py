@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ds_blockwise import BlockwiseAdamMini, BlockwiseAdamW, block_report, tag_parameters
-from ds_blockwise.blocks.block_settings import BlockPolicy
+from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.cli.main import main as command_line
 from ds_blockwise.measure.auto_multipliers import MeasuredMultipliers
 from tests.helpers.deepspeed.engine_cases import LR, Case, build, config_of
@@ -204,7 +204,7 @@ def test_settings_that_are_refused(setting: Any, message: str) -> None:
 @pytest.mark.parametrize(("total", "start"), [(2_000, 1_000), (50_000, 1_000), (100_000, 2_000)])
 def test_the_order_needs_a_number_of_steps_not_a_share_of_the_run(total: int, start: int) -> None:
     """2% of a short run lies in its warm-up, where values are sharpest: measured there, multipliers ruined the run."""
-    measured = MeasuredMultipliers.of(BlockPolicy.parse({"auto": {"total_num_steps": total}}))
+    measured = MeasuredMultipliers.of(BlockSettings.parse({"auto": {"total_num_steps": total}}))
     assert measured is not None
     assert next(step for step in range(1, total) if measured.is_due(step)) == start
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ds_blockwise import BlockwiseAdamMini, BlockwiseAdamW, tag_parameters
+from ds_blockwise.blocks.roles import Role
 from ds_blockwise.kernels.bindings import Binding, Work
 from ds_blockwise.measure.role_sums import RoleStatistics, RoleSums, by_block_type
-from ds_blockwise.tagging.names import Role
 from tests.helpers.models import gpt2_conv1d, llama
 
 OPTIMIZERS = [BlockwiseAdamW, BlockwiseAdamMini]

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ds_blockwise import tag_parameters
+from ds_blockwise.blocks.roles import Role
 from ds_blockwise.measure.predictions import Predictions, causal_lm, draw_labels, megatron_gpt, uniforms
 from ds_blockwise.measure.sharpness import measure_sharpness
 from ds_blockwise.measure.sharpness_report import SharpnessReport
-from ds_blockwise.tagging.names import Role
 from tests.helpers.models import gpt2_conv1d, llama
 
 TINY = {

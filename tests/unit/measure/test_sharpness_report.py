@@ -9,10 +9,10 @@ import math
 import pytest
 
 from ds_blockwise.blocks.defaults import DEFAULT_EXPONENT
+from ds_blockwise.blocks.roles import Role
 from ds_blockwise.measure.ratios import multipliers_from_sharpness
 from ds_blockwise.measure.role_sums import RoleOf
 from ds_blockwise.measure.sharpness_report import Sample, SharpnessReport, build_report, layer_of, read_csv, write_csv
-from ds_blockwise.tagging.names import Role
 
 QKV = "model.layers.3.attn.qkv.weight"
 NUMELS = {

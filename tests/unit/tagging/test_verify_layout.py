@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ds_blockwise import tag_parameters, verify_layout
-from ds_blockwise.tagging.names import QKV_LAYOUTS
+from ds_blockwise.blocks.roles import QKV_LAYOUTS
 from tests.helpers.models import NanoGPT
 from tests.helpers.tables.families import FAMILIES, build
 

@@ -23,7 +23,7 @@ from deepspeed.checkpoint.constants import (
 from torch import nn
 
 from ds_blockwise.blocks.ranges import TensorShard
-from ds_blockwise.tagging.tag import TensorSplit, tensor_splits
+from ds_blockwise.tagging.module_reader import TensorSplit, tensor_splits
 
 _COLUMN_PARALLEL = ""  # what the converter does with a parameter that no pattern names: join along dimension 0
 

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a record looks like: plain containers, which load with ``weights_only`` and can be written as JSON."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+from ds_blockwise.measure.auto_multipliers import RunState
+
+
+class PackedSpec(TypedDict):
+    """The blocks of one parameter. A row of ``parts`` holds start, end, role, rows of a head (None: no heads),
+    granularity, both multipliers, rows of a block, number of the first block.
+    """
+
+    shape: list[int]
+    axis: int
+    is_bias: bool
+    num_blocks: int
+    parts: list[list[Any]]
+
+
+class PackedMatrices(PackedSpec, total=False):
+    """`PackedSpec` with the matrices in a parameter that holds several experts."""
+
+    matrices: list[int]
+
+
+class PackedShard(TypedDict):
+    """The tensor-parallel split of a parameter: ``chunks`` are the ranges of ``dim`` that each rank holds."""
+
+    dim: int
+    rank: int
+    chunks: list[list[list[int]]]
+
+
+class PackedPlacement(TypedDict):
+    """`Placement`, its parameter by name."""
+
+    fqn: str
+    flat_start: int
+    param_start: int
+    numel: int
+    shard: PackedShard | None
+    cuts: list[int]
+
+
+class PackedTensor(TypedDict):
+    """What lies in one stepped tensor."""
+
+    numel: int
+    placements: list[PackedPlacement]
+
+
+class PackedGroup(TypedDict):
+    """The hyper-parameters of a param group."""
+
+    lr: float
+    betas: list[float]
+    eps: float
+    weight_decay: float
+
+
+class _Settings(TypedDict):
+    optimizer: str
+    lr_multipliers: dict[str, object]
+    weight_decay_multipliers: dict[str, float]
+    granularity: dict[str, str]
+    rules: list[dict[str, object]]
+    momentum_dtype: str
+    checkpoint_format: str
+    layout: str
+    groups: list[PackedGroup]
+
+
+class Settings(_Settings, total=False):
+    """An optimizer's settings with the defaults spelt out; ``layout`` is a digest of its blocks."""
+
+    run: RunState
+
+
+class Record(TypedDict):
+    """What a state dict holds under `KEY`. ``tensors`` is in the order of the ids in ``state_dict()["state"]``."""
+
+    format: int
+    version: str
+    optimizer: str
+    shares_second_moment: bool
+    settings: Settings
+    parameters: dict[str, PackedMatrices]
+    tensors: list[PackedTensor | None]

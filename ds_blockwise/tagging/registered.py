@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parameters of a model with every module that registers them: tied weights have several names and owners."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from ds_blockwise.tagging.names import adapted_path, canonical_fqn, is_low_rank_input
+
+
+@dataclass(frozen=True)
+class Registration:
+    """One name of a parameter, and the modules around it.
+
+    Attributes:
+        fqn: fully qualified name, without what wrappers add.
+        owner: the module that registers the parameter.
+        parent: the module that holds the owner; of a PEFT adapter, the one that holds the adapted linear. None at the
+            top.
+        linear: the owner's name in its parent.
+        is_low_rank_input: the parameter is LoRA's A, whose rows are the low rank.
+    """
+
+    fqn: str
+    owner: nn.Module
+    parent: nn.Module | None
+    linear: str
+    is_low_rank_input: bool = False
+
+
+@dataclass(frozen=True)
+class RegisteredParameter:
+    """One parameter with all its registrations, in the order of the module tree."""
+
+    param: nn.Parameter
+    registrations: tuple[Registration, ...]
+
+    @property
+    def first(self) -> Registration:
+        """The registration whose name is shown."""
+        return self.registrations[0]
+
+    @property
+    def fqns(self) -> tuple[str, ...]:
+        """All names, each once."""
+        return tuple(dict.fromkeys(found.fqn for found in self.registrations))
+
+    @property
+    def fqn(self) -> str:
+        """The name that is shown."""
+        return self.first.fqn
+
+    @property
+    def leaf(self) -> str:
+        """The parameter's own name in its module."""
+        return self.fqn.rpartition(".")[2]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """This rank's shape; ZeRO-3 keeps it in ``ds_shape`` while the parameter itself is empty."""
+        return tuple(getattr(self.param, "ds_shape", self.param.shape))
+
+
+def registered_parameters(
+    model: nn.Module, names: Mapping[torch.Tensor, str] | None = None
+) -> list[RegisteredParameter]:
+    """All parameters of a model, each once, in the order in which ``model.parameters()`` gives them.
+
+    Args:
+        model: any module.
+        names: a host's own names, which come first; parameters without one keep the module tree's.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    registrations: dict[nn.Parameter, list[Registration]] = {}
+    for path, module in modules.items():
+        above, _, linear = adapted_path(path).rpartition(".")
+        parent = modules.get(above) if path else None
+        for leaf, param in module.named_parameters(recurse=False):
+            fqn = canonical_fqn(f"{path}.{leaf}" if path else leaf)
+            found = Registration(fqn, module, parent, linear, is_low_rank_input(path))
+            registrations.setdefault(param, []).append(found)
+    for param, known in registrations.items():
+        own = names.get(param) if names is not None else None
+        if own is not None and canonical_fqn(own) not in {found.fqn for found in known}:
+            known.insert(0, replace(known[0], fqn=canonical_fqn(own)))
+    return [RegisteredParameter(param, tuple(known)) for param, known in registrations.items()]
