@@ -35,7 +35,7 @@ class StepState(TypedDict, total=False):
         step: updates made so far; an int, or an int64 tensor on the device, as the backend keeps it.
         exp_avg: first moment, contiguous, like the parameter but fp32, fp64 or bf16.
         exp_avg_sq: second moment, contiguous, fp32 or fp64: ``table.num_blocks`` values if blocks share second moments,
-            else like the parameter.
+            else like the parameter; missing if the optimizer keeps none.
     """
 
     step: int | torch.Tensor

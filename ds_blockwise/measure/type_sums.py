@@ -106,7 +106,7 @@ class _Reader:
         self._grad = grad.detach().reshape(-1) if updated and grad is not None else None
         self._step = int(state.get("step", 0))
         self._exp_avg = state["exp_avg"].reshape(-1) if self._step else None
-        self._exp_avg_sq = state["exp_avg_sq"].reshape(-1) if self._step else None
+        self._exp_avg_sq = state["exp_avg_sq"].reshape(-1) if "exp_avg_sq" in state and self._step else None
         self._updated = updated
         # a loaded checkpoint's second moments are one per element until the next step
         self._in_blocks = binding.table.shares_second_moment

@@ -392,7 +392,9 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
             state["exp_avg"] = torch.zeros_like(
                 tensor, dtype=self.momentum_dtype_of(tensor), memory_format=torch.contiguous_format
             )
-            state["exp_avg_sq"] = zeros_for(tensor, binding, self.second_moment)
+            second = zeros_for(tensor, binding, self.second_moment)
+            if second is not None:
+                state["exp_avg_sq"] = second
         return state
 
     def _state_of_bound(self, tensor: torch.Tensor) -> StepState:

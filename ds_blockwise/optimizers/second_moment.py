@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The second moment in its two forms: one value per element, and one value per block.
+"""The second moment in its forms: none, one value per element, or one value per block.
 
 An optimizer says which one it keeps. Files always hold one value per element, or compact ones that are marked by their
 key, so a second moment changes its form when it is loaded. Hosts also write per-element values straight into
@@ -19,8 +19,8 @@ from ds_blockwise.kernels.bindings import Binding
 from ds_blockwise.kernels.update import block_sums
 from ds_blockwise.parallel.reduce import reduce_block_sums_
 
-SecondMoment = Literal["element", "block"]
-"""What an optimizer keeps in memory: a value for each element, or one for all elements of a block."""
+SecondMoment = Literal["none", "element", "block"]
+"""What an optimizer keeps in memory: nothing, a value for each element, or one for all elements of a block."""
 
 _MARK = "_is_per_block"
 _NO_STATE: StepState = {}
@@ -45,9 +45,11 @@ def is_per_block(values: torch.Tensor, binding: Binding) -> bool:
     return is_told and values.numel() == binding.table.num_blocks
 
 
-def zeros_for(tensor: torch.Tensor, binding: Binding, kind: SecondMoment) -> torch.Tensor:
-    """The second moment of a tensor that was never stepped."""
+def zeros_for(tensor: torch.Tensor, binding: Binding, kind: SecondMoment) -> torch.Tensor | None:
+    """The second moment of a tensor that was never stepped; None if the optimizer keeps none."""
     dtype = wide_dtype(tensor.dtype)
+    if kind == "none":
+        return None
     if kind == "block":
         return per_block(torch.zeros(binding.table.num_blocks, dtype=dtype, device=tensor.device))
     return torch.zeros_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)

@@ -32,11 +32,16 @@ from ds_blockwise.optimizers.foreign_state import (
     is_published_adam_mini,
     step_of,
 )
-from ds_blockwise.optimizers.second_moment import is_per_block, per_block, per_element
+from ds_blockwise.optimizers.second_moment import SecondMoment, is_per_block, per_block, per_element
 
 
 class Stored(Recorded, Protocol):
     """What of an optimizer is written to files and read back."""
+
+    @property
+    def second_moment(self) -> SecondMoment:
+        """The form in which the second moment is kept."""
+        ...
 
     def binding_of(self, tensor: torch.Tensor) -> Binding | None:
         """The binding of a stepped tensor; None if its contents are unknown."""
@@ -73,12 +78,9 @@ def to_save(optimizer: Stored, packed: StateDict) -> StateDict:
     ids = [i for group in packed["param_groups"] for i in group["params"]]
     for index, tensor in zip(ids, tensors, strict=True):
         state = packed["state"].get(index)
-        if state and "exp_avg_sq" in state:
-            packed["state"][index] = {
-                "step": int(state["step"]),
-                "exp_avg": state["exp_avg"],
-                **second_moment_to_save(optimizer, tensor, state["exp_avg_sq"]),
-            }
+        if state and "exp_avg" in state:
+            second = second_moment_to_save(optimizer, tensor, state["exp_avg_sq"]) if "exp_avg_sq" in state else {}
+            packed["state"][index] = {"step": int(state["step"]), "exp_avg": state["exp_avg"], **second}
     packed["param_groups"] = [{**group, **FOR_ADAMW} for group in packed["param_groups"]]
     packed[KEY] = record_of(optimizer, VERSION)
     return packed
@@ -136,15 +138,22 @@ def _state_to_load(
     position: int,
 ) -> StepState:
     # torch casts floating state to the parameter's dtype, which would round fp32 moments of bf16 parameters
-    if record is not None and PER_BLOCK_KEY in saved:
-        second = _from_blocks(optimizer, tensor, saved[PER_BLOCK_KEY], record, position)
-    else:
-        second = like("exp_avg_sq", saved["exp_avg_sq"], tensor, wide_dtype(tensor.dtype))
-    return {
+    state: StepState = {
         "step": step_of(saved, group),
         "exp_avg": like("exp_avg", saved["exp_avg"], tensor, optimizer.momentum_dtype_of(tensor)),
-        "exp_avg_sq": second,
     }
+    if optimizer.second_moment == "none":
+        return state
+    if record is not None and PER_BLOCK_KEY in saved:
+        state["exp_avg_sq"] = _from_blocks(optimizer, tensor, saved[PER_BLOCK_KEY], record, position)
+    elif "exp_avg_sq" in saved:
+        state["exp_avg_sq"] = like("exp_avg_sq", saved["exp_avg_sq"], tensor, wide_dtype(tensor.dtype))
+    else:
+        raise ValueError(
+            f"the state of tensor {position} has no second moment (it has {', '.join(sorted(saved))}): the optimizer "
+            f"that wrote it keeps none. Load weights only, and start with fresh optimizer state."
+        )
+    return state
 
 
 def _from_blocks(
