@@ -72,9 +72,8 @@ def test_its_updates_are_its_own_with_the_multipliers_of_block_types() -> None:
             expected[name] *= 1 - LR * rates[name] * DECAY
             expected[name] -= LR * rates[name] * momentum[name].sign()
             update, right = (param.detach() - was[name]) / LR, (expected[name] - before[name]) / LR
-            torch.testing.assert_close(
-                update.double(), right, rtol=0, atol=2e-4, msg=lambda text, n=name: f"{n}: {text}"
-            )
+            # weights up to 4 in fp32, rounded twice (1 ULP: 4.8e-7), over a rate of 0.01
+            torch.testing.assert_close(update.double(), right, rtol=0, atol=1e-4, msg=lambda t, n=name: f"{n}: {t}")
             expected[name] = param.detach().double()
 
 
@@ -101,6 +100,7 @@ def test_it_goes_on_bit_for_bit(how: str) -> None:
         optimizer.step()
     if how == "copy":
         other_model, other = copy.deepcopy((model, optimizer))
+        tag_parameters(other_model)  # torch does not copy the attributes of parameters
     else:
         other_model, other = made()
         other_model.load_state_dict(model.state_dict())
