@@ -13,7 +13,7 @@ from collections.abc import Callable
 from torch import nn
 
 from ds_blockwise.blocks.roles import QKVLayout, Storage
-from ds_blockwise.blocks.spec import HeadGeometry
+from ds_blockwise.blocks.structure import HeadGeometry
 
 NUM_HEADS = ("num_attention_heads", "num_heads", "n_head", "n_heads")
 _NUM_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_heads", "n_kv_head", "n_kv_heads")

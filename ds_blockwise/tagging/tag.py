@@ -18,7 +18,8 @@ from torch import nn
 from ds_blockwise.blocks.block_settings import BlockSettings, Rule
 from ds_blockwise.blocks.ranges import TensorShard
 from ds_blockwise.blocks.roles import LAYOUT_MEANING, SELF_ATTENTION_LAYOUTS, Role, Storage
-from ds_blockwise.blocks.spec import BlockSpec, HeadGeometry, TensorStructure, apply_settings, fused_qkv, whole_tensor
+from ds_blockwise.blocks.spec import BlockSpec, apply_settings
+from ds_blockwise.blocks.structure import HeadGeometry, TensorStructure, fused_qkv, whole_tensor
 from ds_blockwise.blocks.tagged_parameter import set_tags
 from ds_blockwise.tagging.module_facts import NUM_HEADS, fused_layout, generic_heads, num_experts_in, storage_of
 from ds_blockwise.tagging.module_reader import READERS
@@ -173,7 +174,7 @@ def _check_dims(fqn: str, shape: tuple[int, ...], match: NameMatch, role: Role) 
     of_experts = role is Role.FFN and len(shape) == expected + 1
     if len(shape) != expected and not of_experts:
         raise ValueError(
-            f"parameter {fqn!r} has role {role.value!r} by its name but shape {shape}. A "
+            f"parameter {fqn!r} matches role {role.value!r} by name but has shape {shape}. A "
             f"{'bias' if match.is_bias else 'weight'} of that role has {expected} dimension(s). Give its role by "
             f'a rule: "rules": [{{"match": "{fqn}", "role": "..."}}]'
         )
@@ -213,9 +214,8 @@ def _match(named: RegisteredParameter, rule: Rule | None) -> NameMatch:
         # rows of a low rank belong to no head, whatever role the rule gives them
         headless = named.first.is_low_rank_input and rule.num_heads is None
         return NameMatch(rule.role, rule.qkv_layout, bias, "rule", headless, None if bias else _said_storage(named))
-    matches = [
-        m for registration in named.registrations if (m := _match_as_registered(named, registration)) is not None
-    ]
+    said = (_match_as_registered(named, registration) for registration in named.registrations)
+    matches = [match for match in said if match is not None]
     if not matches:
         raise ValueError(
             f"no naming rule matches parameter {named.fqn!r} of shape {named.shape} in a "

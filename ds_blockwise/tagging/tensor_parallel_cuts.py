@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from ds_blockwise.blocks.ranges import TensorShard
 from ds_blockwise.blocks.roles import LAYOUT_MEANING, QKVLayout
-from ds_blockwise.blocks.spec import RoleSpan, TensorStructure
+from ds_blockwise.blocks.structure import RoleSpan, TensorStructure
 
 _IN_A_ROW: tuple[QKVLayout, ...] = ("concat", "key_value_concat")
 _OF_ONE_UNIT: tuple[QKVLayout | None, ...] = (None, "latent_rope", *_IN_A_ROW)
