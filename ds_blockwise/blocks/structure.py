@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ds_blockwise.blocks.roles import LAYOUT_MEANING, QKVLayout, Role
+from ds_blockwise.blocks.roles import QKV_LAYOUT_MEANING, QKVLayout, Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,11 +19,11 @@ class HeadGeometry:
     Attributes:
         num_heads: query heads.
         num_kv_heads: key and value heads (query groups).
-        head_dim: rows per head; None if the module does not say (then it follows from the weight's rows).
+        head_dim: rows per head; None: computed from the weight's rows.
         source: where the numbers were read, for error messages.
-        key_dim: key rows per head of a weight that holds keys and values head by head; None: half of the head's rows.
-        value_dim: its value rows per head.
-        rope_dim: rows of the rotary key that follow the latent in MLA's down-projection.
+        key_dim: key rows per head in the QKV layout ``key_value``; None: half of the head's rows.
+        value_dim: value rows per head in that layout.
+        rope_dim: rows of the rotary key in the QKV layout ``latent_rope``.
     """
 
     num_heads: int
@@ -39,8 +39,8 @@ class HeadGeometry:
 class RoleSpan:
     """Consecutive indices ``[start, end)`` of the block axis that have one role.
 
-    ``head_rows`` is the number of indices per head, None for roles without heads; 1 where the rows of a role that
-    usually has heads belong to no head (MLA's latent projections).
+    ``head_rows`` is the number of indices per head; None for roles without heads. It is 1 where the role usually has
+    heads but these rows belong to none (MLA's latent projections).
     """
 
     start: int
@@ -59,8 +59,9 @@ class TensorStructure:
         axis: the dimension along which blocks follow each other (0, or 1 for transposed ``[in, out]`` weights).
         spans: role spans; they tile the block axis in order.
         is_bias: bias of a linear.
-        matrices: of a tensor that holds several matrices, each with blocks of its own (experts): their number, rows and
-            columns as the elements really lie, whatever shape is registered. ``axis`` then counts in these.
+        matrices: if the tensor holds several matrices, each with blocks of its own (experts): their number, rows and
+            columns in the order in which the elements are stored, which the registered shape may not show. ``axis``
+            then is a dimension of these three.
     """
 
     fqn: str
@@ -85,12 +86,12 @@ class TensorStructure:
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """The shape in which the elements lie: ``matrices`` where given."""
+        """The shape in which the elements are stored: ``matrices`` if given, else ``shape``."""
         return self.shape if self.matrices is None else self.matrices
 
     @property
     def num_matrices(self) -> int:
-        """Matrices with blocks of their own; 1 for all but experts in one tensor."""
+        """Number of matrices with blocks of their own; 1 unless several experts share the tensor."""
         return 1 if self.matrices is None else self.matrices[0]
 
     @property
@@ -120,10 +121,10 @@ def whole_tensor(
         role: the role of all rows.
         is_bias: bias of a linear.
         axis: block axis.
-        num_heads: heads in this very parameter, for query, key and value weights.
+        num_heads: heads in this parameter, for query, key and value weights.
         head_dim: rows per head, if the module says so; checked against the shape.
         source: where the head count was read.
-        headless: rows of a role that usually has heads, but not here: a block per row.
+        headless: the role usually has heads, but these rows belong to none: one block per row.
         matrices: see `TensorStructure`; ``axis`` counts in them.
 
     Raises:
@@ -132,7 +133,8 @@ def whole_tensor(
     size = (matrices or shape)[axis] if shape else 1
     if role is Role.NORM and len(shape) > 1:
         raise ValueError(
-            f"parameter {fqn!r} has role norm but shape {shape}; a norm weight is a vector. Give its role by a rule."
+            f"parameter {fqn!r} has role norm but shape {shape}; a norm weight is a vector. Give its role by a rule: "
+            f'"rules": [{{"match": "{fqn}", "role": "..."}}]'
         )
     head_rows = 1 if headless else None
     if num_heads is not None:
@@ -156,18 +158,18 @@ def fused_qkv(
     is_bias: bool,
     axis: int = 0,
 ) -> TensorStructure:
-    """Structure of a weight or bias that serves several attention roles.
+    """Structure of a weight or bias that holds rows of several attention roles.
 
     Args:
         fqn: name for messages.
-        shape: unsharded shape; the block axis holds the heads' rows in the layout's order.
-        layout: see `LAYOUT_MEANING`; not ``unknown``.
+        shape: unsharded shape; the block axis holds the rows in the order of the QKV layout.
+        layout: the QKV layout, see `QKV_LAYOUT_MEANING`; not ``unknown``.
         heads: head counts, unsharded.
         is_bias: bias of the fused linear.
         axis: block axis.
 
     Raises:
-        ValueError: the rows do not divide into the heads, or the heads into the groups.
+        ValueError: the rows do not divide into the heads, or the query heads into the query groups.
     """
     size = shape[axis]
     if layout == "latent_rope":
@@ -186,7 +188,14 @@ def fused_qkv(
 
 
 _Unit = tuple[tuple[Role, int, int | None], ...]
-"""Role, rows and rows per head of each run of a unit that a fused weight repeats."""
+"""The rows that a fused weight repeats, as runs: role, rows, rows per head."""
+
+
+def _give_heads(fqn: str, layout: QKVLayout) -> str:
+    return (
+        f'Correct the head counts, or give them: "rules": [{{"match": "{fqn}", "role": "qkv", "layout": "{layout}", '
+        f'"num_heads": N, "num_kv_heads": N}}]'
+    )
 
 
 def _query_key_value(
@@ -201,17 +210,16 @@ def _query_key_value(
         raise ValueError(
             f"parameter {fqn!r} of shape {shape} has {size} rows, but {num_heads} query heads{gated} and "
             f"{num_kv_heads} key and value heads of {head_dim} rows make {head_dim * units} ({heads.source}). "
-            f'Correct the head counts, or give them: "rules": [{{"match": "{fqn}", "role": "qkv", "layout": '
-            f'"{layout}", "num_heads": N, "num_kv_heads": N}}]'
+            f"{_give_heads(fqn, layout)}"
         )
     if num_heads % num_kv_heads:
         raise ValueError(
-            f"parameter {fqn!r}: {num_heads} query heads do not divide into {num_kv_heads} query groups "
-            f"({heads.source})."
+            f"parameter {fqn!r} of shape {shape}: {num_heads} query heads do not divide into {num_kv_heads} query "
+            f"groups ({heads.source}). {_give_heads(fqn, layout)}"
         )
     groups = 1 if layout == "concat" else num_kv_heads
     query = (Role.QUERY, num_heads // groups * head_dim, head_dim)
-    # a gate scales the attention's output, so it learns with the output projection, row by row
+    # a gate scales the attention's output, so it has the role of the output projection: one block per row
     gate = (Role.ATTN_OUT, gates // groups * head_dim, None)
     key = (Role.KEY, num_kv_heads // groups * head_dim, head_dim)
     value = (Role.VALUE, num_kv_heads // groups * head_dim, head_dim)
@@ -228,9 +236,8 @@ def _pairs(fqn: str, shape: tuple[int, ...], layout: QKVLayout, size: int, heads
     if (first + second) * count != size or first == 0:
         raise ValueError(
             f"parameter {fqn!r} of shape {shape} has {size} rows, but {count} heads of {first} + {second} rows "
-            f'(layout "{layout}": {LAYOUT_MEANING[layout]}) make {(first + second) * count} ({heads.source}). Correct '
-            f'the head counts, or give them: "rules": [{{"match": "{fqn}", "role": "qkv", "layout": "{layout}", '
-            f'"num_heads": N}}]'
+            f'(layout "{layout}": {QKV_LAYOUT_MEANING[layout]}) make {(first + second) * count} ({heads.source}). '
+            f"{_give_heads(fqn, layout)}"
         )
     if layout == "query_gate":
         return ((Role.QUERY, first, first), (Role.ATTN_OUT, second, None)), count
@@ -242,9 +249,10 @@ def _pairs(fqn: str, shape: tuple[int, ...], layout: QKVLayout, size: int, heads
 def _latent_rope(fqn: str, shape: tuple[int, ...], size: int, heads: HeadGeometry) -> _Unit:
     if heads.rope_dim is None or not 0 < heads.rope_dim < size:
         raise ValueError(
-            f"parameter {fqn!r} of shape {shape} ends with the rows of a rotary key, but {heads.source} does not say "
-            f"how many of its {size} rows (read: {heads.rope_dim}). Give the whole weight one role: "
+            f"parameter {fqn!r} of shape {shape} ends with the rows of a rotary key. Their number must be 1 to "
+            f"{size - 1}, but qk_rope_head_dim is {heads.rope_dim} ({heads.source}). Give the whole weight one role: "
             f'"rules": [{{"match": "{fqn}", "role": "value"}}]'
         )
-    # Of the latent come keys and values: it gets the smaller multiplier of the two. No row belongs to one head.
+    # Keys and values are both computed from the latent; it gets the smaller of their multipliers, that of values.
+    # Its rows and the rotary key's belong to no single head.
     return (Role.VALUE, size - heads.rope_dim, 1), (Role.KEY, heads.rope_dim, 1)
