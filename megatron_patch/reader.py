@@ -18,7 +18,7 @@ from megatron.core import parallel_state
 from torch import nn
 
 from ds_blockwise.blocks.ranges import TensorShard
-from ds_blockwise.blocks.spec import HeadGeometry
+from ds_blockwise.blocks.structure import HeadGeometry
 from ds_blockwise.tagging.module_facts import class_names
 from ds_blockwise.tagging.module_reader import TensorSplit, register_reader
 from ds_blockwise.tagging.names import NameMatch

@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from torch import nn
 
 from ds_blockwise.blocks.roles import QKVLayout, Role, Storage
-from ds_blockwise.blocks.spec import HeadGeometry
+from ds_blockwise.blocks.structure import HeadGeometry
 from ds_blockwise.tagging.module_facts import class_names
 from ds_blockwise.tagging.names import NameMatch
 

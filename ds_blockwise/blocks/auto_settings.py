@@ -10,11 +10,7 @@ from ds_blockwise.blocks.defaults import DEFAULT_EXPONENT, DEFAULT_LR_MULTIPLIER
 from ds_blockwise.values import as_count, as_mapping, as_multiplier, check_keys, if_given
 
 AUTO = "auto"
-
-
 EARLIEST_MEASUREMENT = 0.02  # share of a run; see `AutoMultipliers.after`
-
-
 EARLIEST_STEP = 1000  # see `AutoMultipliers.not_before`
 
 
@@ -23,16 +19,18 @@ class AutoMultipliers:
     """How multipliers are measured: ``"lr_multipliers": "auto"`` or ``{"auto": {...}}``.
 
     Attributes:
-        after: share of the run before the measurement; at least 0.02, because the order of sharpness among block types
-            does not hold earlier (at step 100 of 50,000 the queries and keys are flattest and values sharpest).
-        not_before: updates before the measurement, whatever ``after`` says: the order takes a number of steps to
-            settle, not a share (1,000 in arXiv 2502.19002; 300 in our small run of AdamW, docs/evidence.md).
+        after: share of the run before the measurement; at least 0.02, because earlier the order of sharpness among
+            block types is another one (at step 100 of 50,000 queries and keys are flattest and values sharpest).
+        not_before: least number of updates before the measurement, whatever ``after`` says. The order of sharpness
+            settles after a number of steps, not after a share of the run (1,000 in arXiv 2502.19002; 300 in our small
+            run of AdamW, docs/evidence.md).
         exponent: above 0 and at most 1: ``p`` in ``r = clamp((S_norm / S_type) ** p, 1, high)``.
         high: largest multiplier.
-        ramp: share of the run over which multipliers go from 1 to what was measured.
-        total_num_steps: updates of the whole run; None: what the JSON's schedule says.
-        head: whether an untied output layer is measured too. It is not flat, yet wants the highest rate: with the
-            multiplier that its sharpness gives it a small run ended 0.23 nats higher (docs/evidence.md).
+        ramp: share of the run over which multipliers go from 1 to the measured ones.
+        total_num_steps: updates of the whole run; None: taken from the JSON's schedule.
+        head: whether the multiplier of an untied output layer is measured too. Off by default: the layer is sharp but
+            trains best at the highest rate. With its measured multiplier the loss of a small run was 0.23 nats higher
+            (docs/evidence.md).
     """
 
     after: float = EARLIEST_MEASUREMENT
@@ -45,7 +43,12 @@ class AutoMultipliers:
 
 
 def parse_auto(value: object) -> tuple[AutoMultipliers | None, object]:
-    """The measurement that ``lr_multipliers`` asks for, and what remains: fixed multipliers."""
+    """The measurement that ``lr_multipliers`` asks for (None: none), and the fixed multipliers beside it.
+
+    Raises:
+        ValueError: an unknown key, or a value outside its range.
+        TypeError: a value of the wrong type.
+    """
     if value == AUTO:
         value = {AUTO: {}}
     if not isinstance(value, Mapping) or AUTO not in value:
@@ -61,8 +64,8 @@ def parse_auto(value: object) -> tuple[AutoMultipliers | None, object]:
     if not EARLIEST_MEASUREMENT <= after < 1:
         raise ValueError(
             f"{name}['after'] must be >= {EARLIEST_MEASUREMENT} and < 1 (a share of the run), got {after:g}: earlier "
-            f"the order of sharpness among block types does not hold yet, and what is measured would be wrong for the "
-            f"rest of the run."
+            f"the order of sharpness among block types is another, and multipliers measured then would be wrong for "
+            f"the rest of the run."
         )
     if not 0 < exponent <= 1 or high < 1 or ramp >= 1:
         raise ValueError(
@@ -76,8 +79,8 @@ def parse_auto(value: object) -> tuple[AutoMultipliers | None, object]:
         raise TypeError(f"{name}['head'] must be true (measure the output layer too) or false, got {head!r}")
     if head and "head" in pinned:
         raise ValueError(
-            f'lr_multipliers has "head": {pinned["head"]!r} and {name} has "head": true. Give one of them: a number, '
-            f"or that it is measured."
+            f'lr_multipliers has "head": {pinned["head"]!r} and {name} has "head": true. Give one of them: the '
+            f"number, or true to measure it."
         )
     if not head:
         pinned.setdefault("head", DEFAULT_LR_MULTIPLIERS["head"])

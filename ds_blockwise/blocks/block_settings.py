@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The user's settings: multipliers, granularity and rules, checked once and then immutable.
+"""The user's settings of blocks: multipliers, granularity and rules, checked once and then immutable.
 
 Defaults: multipliers of arXiv 2502.19002 (Emb 10, QK 8, FFN 6, VO 4, Norm 1), partition of Adam-mini
-(arXiv 2406.16793, algorithm 2: a head of Q and K, a row elsewhere, a whole norm vector), but every element of a norm
-for itself: that costs no memory worth naming (docs/evidence.md: what is known of its gain).
+(arXiv 2406.16793, algorithm 2): a block is a head of Q and K, a row of any other weight. Norms depart from it: their
+blocks are single elements, not the whole vector, which costs almost no memory (docs/evidence.md: what it gains).
 """
 
 from __future__ import annotations
@@ -56,7 +56,20 @@ def _granularity(name: str, value: object) -> Granularity:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One user rule: what it matches, and what it sets (None: leave as it is)."""
+    """One rule of the user.
+
+    Attributes:
+        match: regular expression, searched anywhere in a parameter's name. The other attributes say what the rule sets
+            for the parameters that it matches; None leaves it as it is.
+        role: role of the whole parameter.
+        qkv_layout: QKV layout of a fused weight; ``role`` is None then.
+        num_heads: query heads, or the heads of the one role.
+        num_kv_heads: key and value heads of a fused weight.
+        lr_multiplier: factor on the learning rate.
+        weight_decay_multiplier: factor on the weight decay.
+        granularity: size of a block.
+        storage: how the matrix is stored.
+    """
 
     match: str
     role: Role | None = None
@@ -94,16 +107,12 @@ def _parse_rule(index: int, value: object) -> Rule:
             raise ValueError(f'{name}: "layout" goes with "role": "qkv" only, got role {role!r}')
         if role is not None and role not in _ROLE_NAMES:
             allowed = (*_ROLE_NAMES, "qkv")
-            raise ValueError(
-                f"{name}: unknown role {role!r}{suggest(str(role), allowed)} Allowed: {', '.join(allowed)}"
-            )
+            near = suggest(str(role), allowed) or "."
+            raise ValueError(f"{name}: unknown role {role!r}{near} Allowed: {', '.join(allowed)}")
     storage = raw.get("storage")
     if storage is not None and storage not in STORAGES:
         raise ValueError(f"{name}.storage must be one of {', '.join(STORAGES)}, got {storage!r}")
-    optional = {k: raw[k] for k in _RULE_KEYS[3:] if raw.get(k) is not None}
-    if role is None and layout is None and not optional:
-        raise ValueError(f"{name} ({match!r}) sets nothing. Give at least one of {', '.join(_RULE_KEYS[1:])}")
-    return Rule(
+    rule = Rule(
         match=match,
         role=None if role is None else Role(role),
         qkv_layout=layout,
@@ -116,14 +125,21 @@ def _parse_rule(index: int, value: object) -> Rule:
         granularity=if_given(_granularity, f"{name}.granularity", raw.get("granularity")),
         storage=storage,
     )
+    if rule == Rule(match):
+        raise ValueError(f"{name} ({match!r}) sets nothing. Give at least one of {', '.join(_RULE_KEYS[1:])}")
+    return rule
+
+
+def _parse_multipliers(name: str, value: object) -> dict[str, float]:
+    return {k: as_multiplier(f"{name}[{k!r}]", v) for k, v in _checked(name, value).items()}
 
 
 def _parse_granularity(value: object) -> dict[str, Granularity]:
     if isinstance(value, str):
         if value != PUBLISHED:
             raise ValueError(
-                f'granularity must be a mapping of block types or roles, or "{PUBLISHED}" (the partition of '
-                f"Adam-mini's paper), got {value!r}{suggest(value, [PUBLISHED])}"
+                f"granularity must be a mapping from block types or roles to {', '.join(GRANULARITIES)}, or "
+                f'"{PUBLISHED}" (the partition of the Adam-mini paper), got {value!r}{suggest(value, [PUBLISHED])}'
             )
         return {role.value: cut for role, cut in PUBLISHED_GRANULARITY.items() if cut != DEFAULT_GRANULARITY[role]}
     return {k: _granularity(f"granularity[{k!r}]", v) for k, v in _checked("granularity", value, "bias").items()}
@@ -140,9 +156,14 @@ class Resolved:
 
 @dataclass(frozen=True, slots=True)
 class BlockSettings:
-    """The settings that turn roles into multipliers and block sizes; compare equal if they say the same.
+    """The user's settings: they give each role its multipliers and block size. Equal if they set the same.
 
-    Keys of the three maps are block types or roles; a role wins over the block type it belongs to.
+    Attributes:
+        lr_multipliers: factors on the learning rate by block type or role; a role wins over its block type.
+        weight_decay_multipliers: factors on the weight decay, by the same keys.
+        granularity: block sizes, by the same keys or ``bias``.
+        rules: rules for single parameters; they win over the three maps.
+        auto: how multipliers are measured; None if they are fixed.
     """
 
     lr_multipliers: dict[str, float] = field(default_factory=dict)
@@ -169,20 +190,15 @@ class BlockSettings:
             TypeError: a value of the wrong type.
         """
         auto, lr_multipliers = parse_auto(lr_multipliers)
-        rate_maps = [
-            {k: as_multiplier(f"{name}[{k!r}]", v) for k, v in _checked(name, value).items()}
-            for name, value in (
-                ("lr_multipliers", lr_multipliers),
-                ("weight_decay_multipliers", weight_decay_multipliers),
-            )
-        ]
+        of_lr = _parse_multipliers("lr_multipliers", lr_multipliers)
+        of_weight_decay = _parse_multipliers("weight_decay_multipliers", weight_decay_multipliers)
         sizes = _parse_granularity(granularity)
         if rules is None:
             rules = ()
         if isinstance(rules, (str, Mapping)) or not isinstance(rules, Iterable):
             raise TypeError(f'rules must be a list of {{"match": ..., ...}}, got {rules!r}')
         parsed = tuple(_parse_rule(index, rule) for index, rule in enumerate(rules))
-        return cls(rate_maps[0], rate_maps[1], sizes, parsed, auto)
+        return cls(of_lr, of_weight_decay, sizes, parsed, auto)
 
     @property
     def is_default(self) -> bool:
@@ -195,13 +211,11 @@ class BlockSettings:
         Raises:
             ValueError, TypeError: an unknown key, a value outside its range.
         """
-        checked = {
-            k: as_multiplier(f"lr_multipliers[{k!r}]", v) for k, v in _checked("lr_multipliers", multipliers).items()
-        }
+        checked = _parse_multipliers("lr_multipliers", multipliers)
         return replace(self, lr_multipliers={**self.lr_multipliers, **checked})
 
     def is_measured(self, role: Role, fqn: str = "") -> bool:
-        """Whether the multiplier of a role (in a parameter) is to be measured: ``"auto"``, and nothing pins it."""
+        """Whether the multiplier of a role is measured: ``"auto"`` is set, and no key and no rule fixes it."""
         if self.auto is None or BLOCK_TYPE_OF[role] == "other":
             return False
         rule = self.rule_for(fqn)
@@ -209,16 +223,17 @@ class BlockSettings:
         return not pinned and (rule is None or rule.lr_multiplier is None)
 
     def rule_for(self, fqn: str) -> Rule | None:
-        """Return the user's rule for a parameter.
+        """The user's rule for a parameter; None if no rule matches its name.
 
         Raises:
-            ValueError: two rules match it.
+            ValueError: several rules match it.
         """
         found = [rule for rule in self.rules if rule.matches(fqn)]
         if len(found) > 1:
             patterns = " and ".join(repr(rule.match) for rule in found)
             raise ValueError(
-                f"parameter {fqn!r} is matched by {len(found)} rules, {patterns}. Narrow them so that one matches."
+                f'parameter {fqn!r} is matched by {len(found)} rules: {patterns}. Change their "match" so that only '
+                f"one rule matches it."
             )
         return found[0] if found else None
 
@@ -226,7 +241,7 @@ class BlockSettings:
         """Settings of ``role`` in parameter ``fqn``: user rule, then role key, then block-type key, then default.
 
         Raises:
-            ValueError: two user rules match ``fqn``, or the granularity does not suit the role.
+            ValueError: several rules match ``fqn``, or the granularity is not allowed for the role.
         """
         rule = self.rule_for(fqn) or Rule(match="")
         block_type = BLOCK_TYPE_OF[role]

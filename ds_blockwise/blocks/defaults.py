@@ -8,8 +8,6 @@ from typing import Literal
 from ds_blockwise.blocks.roles import Role
 
 Granularity = Literal["head", "row", "tensor", "element"]
-
-
 GRANULARITIES: tuple[Granularity, ...] = ("head", "row", "tensor", "element")
 
 
@@ -23,10 +21,7 @@ DEFAULT_LR_MULTIPLIERS: dict[str, float] = {
     "other": 1.0,
 }
 
-
 PUBLISHED = "published"
-
-
 PUBLISHED_GRANULARITY: dict[Role, Granularity] = {
     Role.EMBEDDING: "row",
     Role.OUTPUT: "row",
@@ -39,16 +34,13 @@ PUBLISHED_GRANULARITY: dict[Role, Granularity] = {
     Role.NORM: "tensor",
     Role.OTHER: "row",
 }
-
-
 DEFAULT_GRANULARITY: dict[Role, Granularity] = {**PUBLISHED_GRANULARITY, Role.NORM: "element"}
-
 
 HEAD_ROLES = (Role.QUERY, Role.KEY, Role.VALUE)
 
-
 DEFAULT_EXPONENT = 0.7
-"""Of the ratios: read off the paper's figures, its 10/8/6/4 are its measured ratios to powers from 0.64 to 0.80.
+"""The power of a measured ratio of sharpness that gives a multiplier. Read off the figures of arXiv 2502.19002: its
+multipliers 10/8/6/4 are its measured ratios to powers from 0.64 to 0.80.
 
 At step 40000 of LLaMA 0.25B S(norm) / S(type) was 36 (emb), 21 (qk), 10.7 (ffn) and 5.7 (vo); to the power 0.7 these
 are 12.3, 8.4, 5.3 and 3.4. A square root, which a diagonal quadratic model would suggest, gives 6.0, 4.6, 3.3 and 2.4.

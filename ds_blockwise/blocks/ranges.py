@@ -46,7 +46,7 @@ class TensorShard:
 
     @classmethod
     def even(cls, global_shape: tuple[int, ...], dim: int, rank: int, world_size: int, stride: int = 1) -> TensorShard:
-        """An even split; with ``stride`` s, each of s equal parts of ``dim`` is split by itself (gated FFN: 2).
+        """An even split. With ``stride`` s, each of s equal parts of ``dim`` is split by itself (gated FFN: 2).
 
         Raises:
             ValueError: the dimension does not divide by ``world_size * stride``.
@@ -54,8 +54,8 @@ class TensorShard:
         size = global_shape[dim]
         if size % (world_size * stride):
             raise ValueError(
-                f"dimension {dim} of shape {global_shape} does not divide into {stride} parts on {world_size} "
-                f"tensor-parallel ranks"
+                f"dimension {dim} of shape {global_shape} has {size} indices, which does not divide by {world_size} "
+                f"tensor-parallel ranks x {stride} parts"
             )
         part, piece = size // stride, size // (stride * world_size)
         chunks = tuple(
@@ -92,7 +92,7 @@ class TensorShard:
         return (*self.global_shape[: self.dim], local, *self.global_shape[self.dim + 1 :])
 
     def of_one_matrix(self) -> TensorShard:
-        """The same split of each matrix of a batch, whose leading dimension is not split."""
+        """The same split for one matrix of a batch: the shape without its leading dimension, which is not split."""
         assert self.dim > 0, self
         return TensorShard(self.global_shape[1:], self.dim - 1, self.rank, self.chunks)
 

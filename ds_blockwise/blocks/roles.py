@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The vocabulary of tagging: roles, block types, and the ways in which weights are stored.
+"""Roles, block types, QKV layouts and the storage of matrices.
 
-Words only; which name or module means which is decided in `name_rules`, `module_facts` and the hosts' readers. Roles
-and block types follow arXiv 2502.19002, section 3.
+Definitions only: which parameter has which role is decided in `ds_blockwise.tagging`. Roles and block types follow
+arXiv 2502.19002, section 3.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ BLOCK_TYPE_OF: dict[Role, BlockType] = {
 QKVLayout = Literal[
     "concat", "grouped", "grouped_gate", "query_gate", "key_value", "key_value_concat", "latent_rope", "unknown"
 ]
-"""How a weight that serves several attention roles stores its rows; `LAYOUT_MEANING` explains each.
+"""The order of rows in a weight that holds several attention roles; `QKV_LAYOUT_MEANING` explains each.
 
-``unknown`` is what a name says that is used for several layouts: the module or a rule has to tell.
+``unknown``: the name is used for several layouts, so the module or a rule must give it.
 """
 
-LAYOUT_MEANING: dict[QKVLayout, str] = {
+QKV_LAYOUT_MEANING: dict[QKVLayout, str] = {
     "concat": "all query rows, then all key rows, then all value rows (GPT-2, nanoGPT, Phi-3, Falcon with multi_query, "
     "GPT-NeoX with grouped queries, Megatron-DeepSpeed since 2024-12)",
     "grouped": "per query group its query heads, its key head, its value head; with one query head per group also "
@@ -63,12 +63,12 @@ LAYOUT_MEANING: dict[QKVLayout, str] = {
     "key_value_concat": "all key rows, then all value rows (GPT-2's cross attention)",
     "latent_rope": "the latent of keys and values, then the rotary key shared by all heads (MLA's down-projection)",
 }
-QKV_LAYOUTS: tuple[QKVLayout, ...] = tuple(LAYOUT_MEANING)
+QKV_LAYOUTS: tuple[QKVLayout, ...] = tuple(QKV_LAYOUT_MEANING)
 SELF_ATTENTION_LAYOUTS: tuple[QKVLayout, ...] = ("grouped", "concat")
-"""The choices for a fused self-attention weight whose layout nothing tells."""
+"""The choices that an error offers for a fused self-attention weight of unknown layout."""
 
 Storage = Literal["out_in", "in_out", "grouped_in_out"]
-"""How a matrix lies in memory: ``out_in`` is ``nn.Linear``'s [outputs, inputs], ``in_out`` its transpose (Conv1D).
+"""How a matrix is stored: ``out_in`` is ``nn.Linear``'s [outputs, inputs], ``in_out`` its transpose (Conv1D).
 
 A 3-D tensor is one such matrix per expert. ``grouped_in_out``: experts' [inputs, outputs] matrices one after the other
 in a parameter that is registered with two dimensions (Megatron-core's legacy GroupedMLP).

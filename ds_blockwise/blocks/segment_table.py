@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The segment table: everything an update needs to know about one tensor that the optimizer steps.
 
-The tensor is a whole parameter or the flat ZeRO partition of many. The table is built once, holds no reference to the
-tensor, and is the single input of every kernel besides the tensors themselves.
+The tensor is a whole parameter or the flat ZeRO partition of many. The table is built once and holds no reference
+to the tensor. Kernels read it and the tensors, nothing else.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -48,14 +48,14 @@ class Placement:
     cuts: tuple[int, ...] = ()
 
     def view(self) -> LocalView:
-        """The parameter's local tensor as layout sees it."""
+        """This rank's shard of the parameter with its role spans, in the form of `ranges`."""
         shape = self.spec.structure.stored_shape
         return local_view(shape, self.spec.axis, self.spec.axis_spans(), self.shard, self.spec.batch)
 
 
 @dataclass(frozen=True, slots=True)
 class TableRun:
-    """A `layout.Run` whose ``block`` is a slot of the local block vector, with its multipliers."""
+    """A `ranges.Run` with its multipliers; its ``block`` is a slot of the local block vector."""
 
     start: int
     count: int
@@ -86,7 +86,7 @@ class TableRun:
 
 @dataclass(frozen=True, slots=True)
 class MultiplierRun:
-    """Elements that share their multipliers, whatever their blocks; input of the element-wise update."""
+    """Elements that share their multipliers, of one or several blocks; input of the element-wise update."""
 
     start: int
     count: int
@@ -127,8 +127,8 @@ class SegmentTable:
         num_blocks: length of this rank's block vector (``exp_avg_sq`` of Adam-mini): one slot per block with local
             elements, one per element of element-wise parts.
         slot_numel: fp64, shape ``(num_slots,)``: elements of each slot's block in the unsharded tensor. Slots from
-            ``num_blocks`` on are blocks that only pass through this rank's reductions.
-        dp_slots: int64: slots to sum over the data-parallel group, in the order all its ranks share.
+            ``num_blocks`` on belong to blocks without elements on this rank, which takes part in their sums.
+        dp_slots: int64: slots to sum over the data-parallel group, in the same order on all its ranks.
         tp_slots: int64: slots to sum over the tensor-parallel group afterwards.
     """
 
@@ -145,7 +145,7 @@ class SegmentTable:
 
     @functools.cached_property
     def has_split_blocks(self) -> bool:
-        """Whether any of its sums travels, those that only pass through included."""
+        """Whether a step sums any block over ranks, blocks without elements on this rank included."""
         return bool(self.dp_slots.numel() or self.tp_slots.numel())
 
     def on(self, device: torch.device) -> Slots:
@@ -156,7 +156,7 @@ class SegmentTable:
 
     @property
     def num_slots(self) -> int:
-        """Slots, those that only pass through included."""
+        """Number of slots, those of blocks without elements on this rank included."""
         return self.slot_numel.numel()
 
     def runs_with(self, values: torch.Tensor) -> Iterator[tuple[TableRun | MultiplierRun, torch.Tensor]]:
@@ -190,7 +190,7 @@ class SegmentTable:
 
 
 class _SlotBuilder:
-    """Collects runs, slots and reduction orders parameter by parameter."""
+    """Collects the runs, slots and sums over ranks, parameter by parameter."""
 
     def __init__(self, shares_second_moment: bool, same_windows: bool) -> None:
         self.shares = shares_second_moment
@@ -253,7 +253,7 @@ class _SlotBuilder:
         over_tp = tensor_split_blocks(stored_shape, spec.axis, spec.axis_spans(), placement.shard, spec.batch)
         over_dp = cut_blocks(view, placement.cuts)
         if self.same_windows and placement.shard is not None and placement.shard.dim != spec.axis:
-            # the tensor-parallel peers hold other columns of exactly these rows, so nobody else has to know the sums
+            # the tensor-parallel peers hold other columns of exactly these rows, so no other rank needs the sums
             over_tp &= slot_of.keys()
         elif placement.cuts:
             # The local parts of a block cut by tensor parallelism may lie on different data-parallel ranks of the
@@ -298,8 +298,9 @@ def build_table(numel: int, placements: Sequence[Placement], *, shares_second_mo
     for placement in placements:
         if placement.flat_start < at or placement.flat_start + placement.numel > numel:
             raise ValueError(
-                f"parameter {placement.spec.fqn!r} occupies [{placement.flat_start}, "
-                f"{placement.flat_start + placement.numel}) of a tensor of {numel} elements after offset {at}"
+                f"parameter {placement.spec.fqn!r} is placed at [{placement.flat_start}, "
+                f"{placement.flat_start + placement.numel}) of a tensor of {numel} elements, but must lie between "
+                f"{at}, where the parameter before it ends, and {numel}. Give the placements in storage order."
             )
         at = placement.flat_start + placement.numel if placement.numel else at
         builder.add(placement)
@@ -317,9 +318,10 @@ def build_table(numel: int, placements: Sequence[Placement], *, shares_second_mo
 
 
 def same_windows(placements: Sequence[Placement]) -> bool:
-    """Whether all tensor-parallel peers of this rank hold the same ranges of their shards of these parameters.
+    """Whether this rank and its tensor-parallel peers hold the same ranges of their shards of these parameters.
 
-    They do if every split is even: all their flat buffers then have the same offsets, whatever the host cuts them into.
+    They do if every split is even: the flat buffers of all peers then have the same offsets, so a host that cuts them
+    into equal partitions cuts all at the same elements.
     """
     return all(p.shard is None or p.shard.is_even for p in placements)
 
@@ -344,14 +346,7 @@ def _merge_multipliers(runs: Sequence[TableRun]) -> list[MultiplierRun]:
             and last.lr_multiplier == new.lr_multiplier
             and last.weight_decay_multiplier == new.weight_decay_multiplier
         ):
-            merged[-1] = MultiplierRun(
-                last.start,
-                last.count + new.count,
-                last.repeat,
-                last.repeat_stride,
-                last.lr_multiplier,
-                last.weight_decay_multiplier,
-            )
+            merged[-1] = replace(last, count=last.count + new.count)
         else:
             merged.append(new)
     return merged
@@ -367,7 +362,7 @@ def fingerprint(placements: Sequence[Placement], *, of_shards: bool) -> str:
             where the splits are even.
     """
     digest = hashlib.sha256()
-    # what every tensor-parallel rank holds whole may be cut over all of them (zero.Init before AutoTP)
+    # a parameter that is whole under tensor parallelism may be partitioned over all ranks (zero.Init before AutoTP)
     windows = not of_shards and same_windows(placements) and any(p.shard is not None for p in placements)
     for p in placements:
         facts: tuple[object, ...] = (p.spec.fqn, p.spec.structure.stored_shape, p.spec.axis, p.spec.parts)

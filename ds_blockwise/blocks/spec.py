@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blocks of one parameter, in coordinates of the unsharded tensor.
 
-Decides where each block starts and ends and which multiplier it has. Knows nothing of ranks, shards or flat buffers.
+Says where each block starts and ends and which multipliers it has. Knows nothing of ranks, shards or flat buffers.
 Partition: arXiv 2406.16793 (Adam-mini), algorithm 2; block types: arXiv 2502.19002, section 3.
 """
 
@@ -13,46 +13,10 @@ from dataclasses import dataclass
 from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.defaults import Granularity
 from ds_blockwise.blocks.ranges import AxisSpan, Batch
-from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, LAYOUT_MEANING, BlockType, QKVLayout, Role
+from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, BlockType, Role
+from ds_blockwise.blocks.structure import RoleSpan, TensorStructure
 
 STATE_BYTES_PER_VALUE = 4  # exp_avg and exp_avg_sq are fp32 unless momentum_dtype says otherwise
-
-
-@dataclass(frozen=True, slots=True)
-class HeadGeometry:
-    """Head counts of one attention module, unsharded.
-
-    Attributes:
-        num_heads: query heads.
-        num_kv_heads: key and value heads (query groups).
-        head_dim: rows per head; None if the module does not say (then it follows from the weight's rows).
-        source: where the numbers were read, for error messages.
-        key_dim: key rows per head of a weight that holds keys and values head by head; None: half of the head's rows.
-        value_dim: its value rows per head.
-        rope_dim: rows of the rotary key that follow the latent in MLA's down-projection.
-    """
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int | None
-    source: str
-    key_dim: int | None = None
-    value_dim: int | None = None
-    rope_dim: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class RoleSpan:
-    """Consecutive indices ``[start, end)`` of the block axis that have one role.
-
-    ``head_rows`` is the number of indices per head, None for roles without heads; 1 where the rows of a role that
-    usually has heads belong to no head (MLA's latent projections).
-    """
-
-    start: int
-    end: int
-    role: Role
-    head_rows: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,58 +38,15 @@ class BlockPart:
 
 
 @dataclass(frozen=True, slots=True)
-class TensorStructure:
-    """What a parameter is, before any setting is applied.
+class BlockSpec:
+    """The blocks of one parameter: its structure with settings applied.
 
     Attributes:
-        fqn: fully qualified name.
-        shape: unsharded shape.
-        axis: the dimension along which blocks follow each other (0, or 1 for transposed ``[in, out]`` weights).
-        spans: role spans; they tile the block axis in order.
-        is_bias: bias of a linear.
-        matrices: of a tensor that holds several matrices, each with blocks of its own (experts): their number, rows and
-            columns as the elements really lie, whatever shape is registered. ``axis`` then counts in these.
+        structure: roles along the block axis.
+        parts: role spans with their multipliers and blocks; they tile the block axis in order.
+        num_blocks: blocks of the whole tensor, those of all its matrices included; element-wise parts have none.
+        block_settings: the settings that were applied.
     """
-
-    fqn: str
-    shape: tuple[int, ...]
-    axis: int
-    spans: tuple[RoleSpan, ...]
-    is_bias: bool
-    matrices: tuple[int, int, int] | None = None
-
-    def __post_init__(self) -> None:
-        at = 0
-        assert self.matrices is None or math.prod(self.matrices) == math.prod(self.shape), (self.fqn, self.matrices)
-        for span in self.spans:
-            assert span.start == at and span.end > span.start, (self.fqn, self.spans)
-            at = span.end
-        assert at == self.axis_size, (self.fqn, self.shape, self.spans)
-
-    @property
-    def axis_size(self) -> int:
-        """Length of the block axis (1 for a scalar)."""
-        return self.stored_shape[self.axis] if self.shape else 1
-
-    @property
-    def stored_shape(self) -> tuple[int, ...]:
-        """The shape in which the elements lie: ``matrices`` where given."""
-        return self.shape if self.matrices is None else self.matrices
-
-    @property
-    def num_matrices(self) -> int:
-        """Matrices with blocks of their own; 1 for all but experts in one tensor."""
-        return 1 if self.matrices is None else self.matrices[0]
-
-    @property
-    def numel_per_row(self) -> int:
-        """Elements of one index of the block axis, in one matrix."""
-        return math.prod(self.shape) // (self.axis_size * self.num_matrices)
-
-
-@dataclass(frozen=True, slots=True)
-class BlockSpec:
-    """The blocks of one parameter: its structure with settings applied."""
 
     structure: TensorStructure
     parts: tuple[BlockPart, ...]
@@ -154,12 +75,12 @@ class BlockSpec:
 
     @property
     def batch(self) -> Batch | None:
-        """The matrices that have blocks of their own, as ``layout`` reads them; None for a single one."""
+        """The matrices that have blocks of their own, in the form of `ranges`; None for a single one."""
         matrices = self.structure.matrices
         return None if matrices is None else Batch(matrices[0], self.num_blocks // matrices[0])
 
     def axis_spans(self) -> tuple[AxisSpan, ...]:
-        """The parts as plain integers, the form that ``layout`` reads."""
+        """The parts as plain integers, in the form of `ranges`."""
         return tuple(
             AxisSpan(p.start, p.end, p.first_block, p.rows_per_block, index) for index, p in enumerate(self.parts)
         )
@@ -186,7 +107,7 @@ def apply_settings(structure: TensorStructure, block_settings: BlockSettings) ->
         ``tensor`` share one id in each matrix.
 
     Raises:
-        ValueError: the granularity does not suit the role, or heads are asked for where none are known.
+        ValueError: the granularity is not allowed for the role, or it is ``head`` and the number of heads is unknown.
     """
     parts: list[BlockPart] = []
     whole_of_role: dict[Role, int] = {}
@@ -194,7 +115,7 @@ def apply_settings(structure: TensorStructure, block_settings: BlockSettings) ->
     for span in structure.spans:
         settings = block_settings.resolve(structure.fqn, span.role, structure.is_bias)
         size = span.end - span.start
-        # a row that belongs to no head is the largest block that its role can have here
+        # where rows belong to no head (MLA's latent), granularity "head" means one block per row
         granularity = "row" if settings.granularity == "head" and span.head_rows == 1 else settings.granularity
         shared = granularity == "tensor" and span.role in whole_of_role
         rows = _rows_per_block(structure, span, granularity)
@@ -229,158 +150,8 @@ def _rows_per_block(structure: TensorStructure, span: RoleSpan, granularity: Gra
         return span.end - span.start
     if span.head_rows is None:
         raise ValueError(
-            f'parameter {structure.fqn!r} (role {span.role.value}) has granularity "head" but its head count is '
-            f'unknown. Give it: "rules": [{{"match": "...", "role": "{span.role.value}", "num_heads": N}}]'
+            f'parameter {structure.fqn!r} of shape {structure.shape} (role {span.role.value}) has granularity "head", '
+            f'but the number of its heads is not known. Give it: "rules": [{{"match": "{structure.fqn}", "role": '
+            f'"{span.role.value}", "num_heads": N}}]'
         )
     return span.head_rows
-
-
-def whole_tensor(
-    fqn: str,
-    shape: tuple[int, ...],
-    role: Role,
-    *,
-    is_bias: bool,
-    axis: int = 0,
-    num_heads: int | None = None,
-    head_dim: int | None = None,
-    source: str = "",
-    headless: bool = False,
-    matrices: tuple[int, int, int] | None = None,
-) -> TensorStructure:
-    """Structure of a parameter with a single role.
-
-    Args:
-        fqn: name for messages.
-        shape: unsharded shape.
-        role: the role of all rows.
-        is_bias: bias of a linear.
-        axis: block axis.
-        num_heads: heads in this very parameter, for query, key and value weights.
-        head_dim: rows per head, if the module says so; checked against the shape.
-        source: where the head count was read.
-        headless: rows of a role that usually has heads, but not here: a block per row.
-        matrices: see `TensorStructure`; ``axis`` counts in them.
-
-    Raises:
-        ValueError: the rows do not divide into the heads, or a norm has more than one dimension.
-    """
-    size = (matrices or shape)[axis] if shape else 1
-    if role is Role.NORM and len(shape) > 1:
-        raise ValueError(
-            f"parameter {fqn!r} has role norm but shape {shape}; a norm weight is a vector. Give its role by a rule."
-        )
-    head_rows = 1 if headless else None
-    if num_heads is not None:
-        if size % num_heads or (head_dim is not None and size != num_heads * head_dim):
-            said = f" of {head_dim} rows" if head_dim is not None else ""
-            raise ValueError(
-                f"parameter {fqn!r} of shape {shape} has {size} rows, which do not divide into {num_heads} "
-                f"{role.value} heads{said} ({source}). Correct the head counts, or give them: "
-                f'"rules": [{{"match": "{fqn}", "role": "{role.value}", "num_heads": N}}]'
-            )
-        head_rows = size // num_heads
-    return TensorStructure(fqn, shape, axis, (RoleSpan(0, size, role, head_rows),), is_bias, matrices)
-
-
-def fused_qkv(
-    fqn: str,
-    shape: tuple[int, ...],
-    layout: QKVLayout,
-    heads: HeadGeometry,
-    *,
-    is_bias: bool,
-    axis: int = 0,
-) -> TensorStructure:
-    """Structure of a weight or bias that serves several attention roles.
-
-    Args:
-        fqn: name for messages.
-        shape: unsharded shape; the block axis holds the heads' rows in the layout's order.
-        layout: see `LAYOUT_MEANING`; not ``unknown``.
-        heads: head counts, unsharded.
-        is_bias: bias of the fused linear.
-        axis: block axis.
-
-    Raises:
-        ValueError: the rows do not divide into the heads, or the heads into the groups.
-    """
-    size = shape[axis]
-    if layout == "latent_rope":
-        unit, repeats = _latent_rope(fqn, shape, size, heads), 1
-    elif layout in ("key_value", "key_value_concat", "query_gate"):
-        unit, repeats = _pairs(fqn, shape, layout, size, heads)
-    else:
-        unit, repeats = _query_key_value(fqn, shape, layout, size, heads)
-    spans: list[RoleSpan] = []
-    at = 0
-    for _ in range(repeats):
-        for role, rows, head_rows in unit:
-            spans.append(RoleSpan(at, at + rows, role, head_rows))
-            at += rows
-    return TensorStructure(fqn, shape, axis, tuple(spans), is_bias)
-
-
-_Unit = tuple[tuple[Role, int, int | None], ...]
-"""Role, rows and rows per head of each run of a unit that a fused weight repeats."""
-
-
-def _query_key_value(
-    fqn: str, shape: tuple[int, ...], layout: QKVLayout, size: int, heads: HeadGeometry
-) -> tuple[_Unit, int]:
-    num_heads, num_kv_heads = heads.num_heads, heads.num_kv_heads
-    gates = num_heads if layout == "grouped_gate" else 0
-    units = num_heads + gates + 2 * num_kv_heads
-    head_dim = heads.head_dim if heads.head_dim is not None else size // units
-    if head_dim * units != size or head_dim == 0:
-        gated = f", {gates} gates" if gates else ""
-        raise ValueError(
-            f"parameter {fqn!r} of shape {shape} has {size} rows, but {num_heads} query heads{gated} and "
-            f"{num_kv_heads} key and value heads of {head_dim} rows make {head_dim * units} ({heads.source}). "
-            f'Correct the head counts, or give them: "rules": [{{"match": "{fqn}", "role": "qkv", "layout": '
-            f'"{layout}", "num_heads": N, "num_kv_heads": N}}]'
-        )
-    if num_heads % num_kv_heads:
-        raise ValueError(
-            f"parameter {fqn!r}: {num_heads} query heads do not divide into {num_kv_heads} query groups "
-            f"({heads.source})."
-        )
-    groups = 1 if layout == "concat" else num_kv_heads
-    query = (Role.QUERY, num_heads // groups * head_dim, head_dim)
-    # a gate scales the attention's output, so it learns with the output projection, row by row
-    gate = (Role.ATTN_OUT, gates // groups * head_dim, None)
-    key = (Role.KEY, num_kv_heads // groups * head_dim, head_dim)
-    value = (Role.VALUE, num_kv_heads // groups * head_dim, head_dim)
-    return ((query, gate, key, value) if gates else (query, key, value)), groups
-
-
-def _pairs(fqn: str, shape: tuple[int, ...], layout: QKVLayout, size: int, heads: HeadGeometry) -> tuple[_Unit, int]:
-    count = heads.num_heads if layout == "query_gate" else heads.num_kv_heads
-    first, second = heads.head_dim, heads.head_dim
-    if layout == "key_value" and heads.key_dim is not None:
-        first, second = heads.key_dim, heads.value_dim
-    if first is None or second is None:
-        first = second = size // (2 * count)
-    if (first + second) * count != size or first == 0:
-        raise ValueError(
-            f"parameter {fqn!r} of shape {shape} has {size} rows, but {count} heads of {first} + {second} rows "
-            f'(layout "{layout}": {LAYOUT_MEANING[layout]}) make {(first + second) * count} ({heads.source}). Correct '
-            f'the head counts, or give them: "rules": [{{"match": "{fqn}", "role": "qkv", "layout": "{layout}", '
-            f'"num_heads": N}}]'
-        )
-    if layout == "query_gate":
-        return ((Role.QUERY, first, first), (Role.ATTN_OUT, second, None)), count
-    if layout == "key_value":
-        return ((Role.KEY, first, first), (Role.VALUE, second, second)), count
-    return ((Role.KEY, first * count, first), (Role.VALUE, second * count, second)), 1
-
-
-def _latent_rope(fqn: str, shape: tuple[int, ...], size: int, heads: HeadGeometry) -> _Unit:
-    if heads.rope_dim is None or not 0 < heads.rope_dim < size:
-        raise ValueError(
-            f"parameter {fqn!r} of shape {shape} ends with the rows of a rotary key, but {heads.source} does not say "
-            f"how many of its {size} rows (read: {heads.rope_dim}). Give the whole weight one role: "
-            f'"rules": [{{"match": "{fqn}", "role": "value"}}]'
-        )
-    # Of the latent come keys and values: it gets the smaller multiplier of the two. No row belongs to one head.
-    return (Role.VALUE, size - heads.rope_dim, 1), (Role.KEY, heads.rope_dim, 1)

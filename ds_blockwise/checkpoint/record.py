@@ -21,7 +21,8 @@ from ds_blockwise.blocks.defaults import DEFAULT_GRANULARITY, DEFAULT_LR_MULTIPL
 from ds_blockwise.blocks.ranges import TensorShard
 from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, Role
 from ds_blockwise.blocks.segment_table import Placement, SegmentTable, build_table
-from ds_blockwise.blocks.spec import BlockPart, BlockSpec, RoleSpan, TensorStructure
+from ds_blockwise.blocks.spec import BlockPart, BlockSpec
+from ds_blockwise.blocks.structure import RoleSpan, TensorStructure
 from ds_blockwise.checkpoint.record_types import (
     PackedGroup,
     PackedMatrices,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be read off modules that need no host: head counts, layouts of fused weights, storage of matrices.
+"""What a module's class and attributes say: head counts, QKV layouts of fused weights, storage of matrices.
 
-The owning module comes before the name, because the same name has several layouts: ``query_key_value`` is grouped in
-BLOOM and concatenated in a multi-query Falcon. Classes are recognised by name, so that no model library is imported.
+The module decides before the name, because one name has several QKV layouts: ``query_key_value`` is grouped in BLOOM
+and concatenated in a multi-query Falcon. Classes are recognised by name, so that no model library is imported.
 Sources: the attention classes' ``forward`` in transformers 5; ``megatron/model/transformer.py`` of GPT-NeoX.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from torch import nn
 
 from ds_blockwise.blocks.roles import QKVLayout, Storage
-from ds_blockwise.blocks.spec import HeadGeometry
+from ds_blockwise.blocks.structure import HeadGeometry
 
 NUM_HEADS = ("num_attention_heads", "num_heads", "n_head", "n_heads")
 _NUM_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_heads", "n_kv_head", "n_kv_heads")
@@ -28,7 +28,7 @@ def class_names(module: nn.Module) -> tuple[str, ...]:
     return tuple(cls.__name__ for cls in type(module).__mro__)
 
 
-# ---------------------------------------------------------------------------- layouts of fused weights
+# ------------------------------------------------------------------------------------------ QKV layouts
 
 
 def _falcon(attention: nn.Module) -> QKVLayout:
@@ -48,8 +48,8 @@ def _gpt_neox(attention: nn.Module) -> QKVLayout | None:
 
 
 def _parallel_attention(attention: nn.Module) -> QKVLayout | None:
-    # Megatron-LM's legacy class counts query groups; Megatron-DeepSpeed's class of the same name does not, and its
-    # layout changed in 2024-12 without a trace in names or attributes
+    # Megatron-LM's legacy class has this attribute. Megatron-DeepSpeed's class of the same name has not, and its layout
+    # changed in 2024-12 while names and attributes stayed the same
     return "grouped" if hasattr(attention, "num_query_groups_per_partition") else None
 
 
@@ -69,12 +69,12 @@ _FUSED: dict[tuple[str, str], Callable[[nn.Module], QKVLayout | None]] = {
     ("Qwen3_5Attention", "q_proj"): _always("query_gate"),
     ("Qwen3_5MoeAttention", "q_proj"): _always("query_gate"),
 }
-# Their fused weight has as many key heads as query heads, whatever a config says about key heads.
+# Their fused weight has as many key heads as query heads, even if the config gives another number of key heads.
 _MULTI_HEAD = ("BloomAttention", "GPTNeoXAttention", "PersimmonAttention")
 
 
-def fused_layout(attention: nn.Module, linear: str) -> QKVLayout | None:
-    """The layout of ``attention.<linear>`` if its class is known to fix it.
+def fused_qkv_layout(attention: nn.Module, linear: str) -> QKVLayout | None:
+    """The QKV layout of ``attention.<linear>``; None if the class of ``attention`` does not fix it.
 
     Args:
         attention: the module that holds the linear.
@@ -91,13 +91,12 @@ def fused_layout(attention: nn.Module, linear: str) -> QKVLayout | None:
 
 
 def generic_heads(attention: nn.Module, *, config_first: bool = False) -> HeadGeometry | None:
-    """Head counts from the attributes of an attention module or its config; None if they do not say.
-
-    Attributes of the module come first: tensor-parallel wrappers change them and leave the config alone.
+    """Head counts from the attributes of an attention module or its config; None if neither has a number of heads.
 
     Args:
         attention: the module.
-        config_first: for a module whose attributes such a wrapper has changed.
+        config_first: read the config before the module's own attributes, for a module whose attributes a
+            tensor-parallel wrapper has divided by the number of ranks. Such wrappers do not change the config.
     """
     config = getattr(attention, "config", None)
     sources = (config, attention) if config_first else (attention, config)
@@ -138,19 +137,19 @@ def _count(sources: tuple[object, ...], names: tuple[str, ...]) -> tuple[int | N
 
 
 def storage_of(owner: nn.Module) -> Storage | None:
-    """How the matrices of a module lie in memory; None where the class does not say."""
+    """How the matrices of a module are stored; None if its class does not say."""
     names = class_names(owner)
     if "Conv1D" in names and hasattr(owner, "nf"):  # Hugging Face's, of GPT-2
         return "in_out"
     transposed = getattr(owner, "is_transposed", None)  # experts of transformers 5
     if isinstance(transposed, bool):
         return "in_out" if transposed else "out_in"
-    if "Llama4TextExperts" in names:  # multiplies from the left: tokens @ weight
+    if "Llama4TextExperts" in names:  # computes tokens @ weight
         return "in_out"
     return None
 
 
 def num_experts_in(owner: nn.Module) -> int | None:
-    """How many experts a module with one parameter for all of them holds on this rank."""
+    """Number of experts on this rank, of a module that keeps them in one parameter; None if it does not say."""
     count, _ = _count((owner,), ("num_local_experts", "num_gemms"))
     return count

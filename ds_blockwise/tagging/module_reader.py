@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ds_blockwise.blocks.ranges import TensorShard
-from ds_blockwise.blocks.spec import HeadGeometry
+from ds_blockwise.blocks.structure import HeadGeometry
 from ds_blockwise.tagging.names import NameMatch
 
 

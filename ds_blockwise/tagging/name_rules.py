@@ -2,8 +2,8 @@
 """The naming rules of each family of model code, as data.
 
 A rule's ``module`` is matched against the END of the path of the module that owns the parameter, its ``leaf`` against
-the whole last component. Names of one dialect only carry what its model code registers; a name that two rules read
-differently is refused, never resolved by order. Sources: the model classes of transformers 5, Megatron-core 0.16,
+the whole last component. A dialect lists only names that its model code registers. A name on which two rules disagree
+is an error: the order of the rules has no meaning. Sources: the model classes of transformers 5, Megatron-core 0.16,
 Megatron-LM (legacy models), Megatron-DeepSpeed and GPT-NeoX.
 """
 
@@ -18,7 +18,15 @@ LINEAR = "weight|bias"
 
 @dataclass(frozen=True, slots=True)
 class NameRule:
-    """One line of a table; see `NameMatch` for the meaning of the last four fields."""
+    """One naming rule.
+
+    Attributes:
+        dialect: the family of model code that uses the name.
+        module: regular expression on the end of the owning module's path.
+        leaf: regular expression on the parameter's own name.
+
+    The other fields are those of `NameMatch`.
+    """
 
     dialect: str
     module: str

@@ -17,10 +17,11 @@ from torch import nn
 
 from ds_blockwise.blocks.block_settings import BlockSettings, Rule
 from ds_blockwise.blocks.ranges import TensorShard
-from ds_blockwise.blocks.roles import LAYOUT_MEANING, SELF_ATTENTION_LAYOUTS, Role, Storage
-from ds_blockwise.blocks.spec import BlockSpec, HeadGeometry, TensorStructure, apply_settings, fused_qkv, whole_tensor
+from ds_blockwise.blocks.roles import QKV_LAYOUT_MEANING, SELF_ATTENTION_LAYOUTS, Role, Storage
+from ds_blockwise.blocks.spec import BlockSpec, apply_settings
+from ds_blockwise.blocks.structure import HeadGeometry, TensorStructure, fused_qkv, whole_tensor
 from ds_blockwise.blocks.tagged_parameter import set_tags
-from ds_blockwise.tagging.module_facts import NUM_HEADS, fused_layout, generic_heads, num_experts_in, storage_of
+from ds_blockwise.tagging.module_facts import NUM_HEADS, fused_qkv_layout, generic_heads, num_experts_in, storage_of
 from ds_blockwise.tagging.module_reader import READERS
 from ds_blockwise.tagging.names import NameMatch, is_bias_name, match_name, merge_tied
 from ds_blockwise.tagging.registered import RegisteredParameter, Registration, registered_parameters
@@ -173,7 +174,7 @@ def _check_dims(fqn: str, shape: tuple[int, ...], match: NameMatch, role: Role) 
     of_experts = role is Role.FFN and len(shape) == expected + 1
     if len(shape) != expected and not of_experts:
         raise ValueError(
-            f"parameter {fqn!r} has role {role.value!r} by its name but shape {shape}. A "
+            f"parameter {fqn!r} matches role {role.value!r} by name but has shape {shape}. A "
             f"{'bias' if match.is_bias else 'weight'} of that role has {expected} dimension(s). Give its role by "
             f'a rule: "rules": [{{"match": "{fqn}", "role": "..."}}]'
         )
@@ -213,9 +214,8 @@ def _match(named: RegisteredParameter, rule: Rule | None) -> NameMatch:
         # rows of a low rank belong to no head, whatever role the rule gives them
         headless = named.first.is_low_rank_input and rule.num_heads is None
         return NameMatch(rule.role, rule.qkv_layout, bias, "rule", headless, None if bias else _said_storage(named))
-    matches = [
-        m for registration in named.registrations if (m := _match_as_registered(named, registration)) is not None
-    ]
+    said = (_match_as_registered(named, registration) for registration in named.registrations)
+    matches = [match for match in said if match is not None]
     if not matches:
         raise ValueError(
             f"no naming rule matches parameter {named.fqn!r} of shape {named.shape} in a "
@@ -253,7 +253,7 @@ def _match_as_registered(named: RegisteredParameter, registration: Registration)
     if match.dialect == "hf" and match.role is Role.ROUTER and not hasattr(registration.parent, "experts"):
         return None  # without experts beside it, ``mlp.gate`` is half of a gated FFN, not a router
     if match.dialect != "megatron" and registration.parent is not None:
-        layout = fused_layout(registration.parent, registration.linear)
+        layout = fused_qkv_layout(registration.parent, registration.linear)
         if layout is not None:
             match = replace(match, role=None, qkv_layout=layout)
     if match.qkv_layout == "unknown":
@@ -279,7 +279,7 @@ def _bare_norm(named: RegisteredParameter, registration: Registration) -> NameMa
 def _unknown_layout(named: RegisteredParameter, registration: Registration) -> str:
     choices = "".join(
         f'\n      "rules": [{{"match": "{named.fqn}", "role": "qkv", "layout": "{layout}", "num_heads": N, '
-        f'"num_kv_heads": N}}] for {LAYOUT_MEANING[layout]}'
+        f'"num_kv_heads": N}}] for {QKV_LAYOUT_MEANING[layout]}'
         for layout in SELF_ATTENTION_LAYOUTS
     )
     return (

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`verify_layout`: does a model treat the rows of its attention weights as their tags say?
+"""`verify_layout`: does a model use the rows of its attention weights as their tags say?
 
-Attention itself tells. Scores are products of queries and keys: with every key row at zero no query row can have a
-gradient, and the other way round. With every value row at zero the attention's output is zero whatever the scores are,
-so queries, keys and output gates have none. A layout read wrongly leaves true keys at work, or calls a value a query,
-and a gradient that must vanish does not.
+The check follows from how attention computes. Scores are products of queries and keys: if every key row is zero, no
+query row has a gradient, and vice versa. If every value row is zero, the output of attention is zero for any scores, so
+queries, keys and output gates have no gradient. If a QKV layout was read wrongly, some true key rows are not set to
+zero, or a value row is taken for a query, and a gradient that must be zero is not.
 
-What it cannot see: where one head ends inside a run of rows of one role, and queries and keys that are exchanged (the
-two have the same multiplier and blocks).
+Two errors are not found: a wrong border between two heads of one role, and queries exchanged with keys (both have the
+same multiplier and blocks).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ds_blockwise.tagging.module_reader import READERS
 from ds_blockwise.tagging.names import match_name
 from ds_blockwise.tagging.tag import ParameterTags, read_tags
 
-VANISHED = 1e-5  # of the usual gradient; the products are with exact zeros, so nothing but exact zeros is expected
+VANISHED = 1e-5  # share of the gradient with all weights in place; expected are exact zeros, as factors are exact zeros
 _SEED = 20250219
 _BATCH, _LENGTH = 2, 8
 _MUST_VANISH: dict[Role, tuple[Role, ...]] = {
@@ -36,7 +36,7 @@ _MUST_VANISH: dict[Role, tuple[Role, ...]] = {
     Role.QUERY: (Role.KEY,),
     Role.VALUE: (Role.QUERY, Role.KEY, Role.ATTN_OUT),
 }
-# A norm after the projection makes something out of zero if it has a bias
+# A norm after the projection has a bias that makes its output nonzero although the projection gives zero
 _NORM_BIAS: dict[Role, re.Pattern[str]] = {
     Role.QUERY: re.compile(r"(?:^|\.)q_(?:a_)?(?:layer)?norm\b.*\.bias$"),
     Role.KEY: re.compile(r"(?:^|\.)k_(?:layer)?norm\b.*\.bias$"),
@@ -50,7 +50,7 @@ class LayoutReport:
 
     Attributes:
         parameters: the attention weights and biases that were probed, in the model's order.
-        num_checks: gradients that had to vanish, and did.
+        num_checks: gradients that had to be zero, and were.
     """
 
     parameters: tuple[str, ...]
@@ -61,7 +61,7 @@ class LayoutReport:
             return "verified: the model has no tensors of queries, keys and values"
         return (
             f"verified: the model computes attention as its {len(self.parameters)} query, key and value tensors are "
-            f"tagged ({self.num_checks} gradients vanish that must)"
+            f"tagged ({self.num_checks} gradients are zero that must be)"
         )
 
 
@@ -92,25 +92,26 @@ def verify_layout(
     *,
     rules: Iterable[Mapping[str, object]] | None = None,
 ) -> LayoutReport:
-    """Check by function that rows are the queries, keys, values and gates that their tags say.
+    """Check by running the model that rows are the queries, keys, values and gates that their tags say.
 
-    Runs the model forward and backward four times on a few tokens, with the rows of one role set to zero in three of
-    them. Weights are put back, gradients and tags left alone. Under tensor parallelism call it on every rank.
+    Runs the model forward and backward four times on a few tokens: once as it is, and three times with all rows of one
+    role set to zero. Weights are restored; gradients and tags are not changed. Under tensor parallelism call it on
+    every rank.
 
     Args:
-        model: with real weights (not the meta device, not ZeRO-3 placeholders), those of attention not frozen. A random
-            initialisation serves; a small number of layers is enough.
+        model: a module with real weights (not on the meta device, not ZeRO-3 placeholders) whose attention weights are
+            not frozen. Random weights and a small number of layers are enough.
         outputs: runs the model and returns a tensor (logits or a loss) that depends on every attention weight.
-            Default: known for Megatron-core's ``GPTModel``, for Hugging Face models and for every other model whose
-            ``config`` has a ``vocab_size`` and that takes token ids ``(batch, sequence)``.
+            Default: works for Megatron-core's ``GPTModel``, for Hugging Face models and for any other model that has
+            ``config.vocab_size`` and takes token ids of shape ``(batch, sequence)``.
         rules: as for `tag_parameters`. Default: the tags that the model has, or the default rules if it has none.
 
     Returns:
         What was verified; ``print`` it.
 
     Raises:
-        ValueError: a gradient that must vanish does not, so the rows are not what they are tagged as; or the probe
-            cannot tell (no gradient to begin with, frozen or missing weights, no way to run the model).
+        ValueError: a gradient that must be zero is not, so rows are tagged with a wrong role; or the check is not
+            possible (no gradient with all weights in place, frozen or missing weights, no way to run the model).
     """
     _check_weights(model)
     run: Callable[[nn.Module], object] = default_outputs if outputs is None else outputs
@@ -142,13 +143,13 @@ def verify_layout(
 
 
 def default_outputs(model: nn.Module) -> object:
-    """Outputs of a model for a few random tokens.
+    """What a model returns for a few random tokens: its logits, if it names them, or its first output.
 
     Args:
-        model: of a framework with a reader, or one with ``config.vocab_size`` that takes token ids.
+        model: one that a reader can run, or one that has ``config.vocab_size`` and takes token ids.
 
     Raises:
-        ValueError: nothing is known about how to run the model.
+        ValueError: no reader knows the model, and it has no ``config.vocab_size``.
     """
     for reader in READERS:
         found = reader.outputs(model)

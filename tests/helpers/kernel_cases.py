@@ -13,7 +13,8 @@ from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.ranges import TensorShard
 from ds_blockwise.blocks.roles import Role
 from ds_blockwise.blocks.segment_table import Placement, build_table, whole_placement
-from ds_blockwise.blocks.spec import BlockSpec, HeadGeometry, apply_settings, fused_qkv, whole_tensor
+from ds_blockwise.blocks.spec import BlockSpec, apply_settings
+from ds_blockwise.blocks.structure import HeadGeometry, fused_qkv, whole_tensor
 from ds_blockwise.kernels.base import Hyper, Item, Kernels, ReferenceKernels
 
 LR = 1e-3

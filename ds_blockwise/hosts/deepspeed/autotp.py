@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ds_blockwise.blocks.ranges import TensorShard
-from ds_blockwise.blocks.spec import HeadGeometry
+from ds_blockwise.blocks.structure import HeadGeometry
 from ds_blockwise.hosts.stepped_tensors import Stepped, tagged_placement
 from ds_blockwise.tagging.module_facts import generic_heads
 from ds_blockwise.tagging.module_reader import TensorSplit, register_reader

@@ -20,7 +20,8 @@ from ds_blockwise.blocks.ranges import (
 )
 from ds_blockwise.blocks.roles import Role
 from ds_blockwise.blocks.segment_table import Placement, build_table
-from ds_blockwise.blocks.spec import RoleSpan, TensorStructure, apply_settings
+from ds_blockwise.blocks.spec import apply_settings
+from ds_blockwise.blocks.structure import RoleSpan, TensorStructure
 
 
 def spans_of(cuts, granularities):

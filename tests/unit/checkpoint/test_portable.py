@@ -17,7 +17,8 @@ from torch import Tensor
 from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.ranges import TensorShard
 from ds_blockwise.blocks.roles import Role
-from ds_blockwise.blocks.spec import HeadGeometry, apply_settings, fused_qkv, whole_tensor
+from ds_blockwise.blocks.spec import apply_settings
+from ds_blockwise.blocks.structure import HeadGeometry, fused_qkv, whole_tensor
 from ds_blockwise.checkpoint import portable
 from ds_blockwise.checkpoint.folder import CheckpointError, open_checkpoint, partial_folders, verify
 from ds_blockwise.checkpoint.portable import Portable, per_block, per_element, save_portable, whole_of, window_of

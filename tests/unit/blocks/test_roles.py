@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Roles, block types and QKV layouts: each list is complete, so that no role is without a multiplier."""
+
+from ds_blockwise.blocks.defaults import DEFAULT_GRANULARITY, DEFAULT_LR_MULTIPLIERS, PUBLISHED_GRANULARITY
+from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, BLOCK_TYPES, QKV_LAYOUTS, SELF_ATTENTION_LAYOUTS, Role
+
+# arXiv 2502.19002, section 3: what the paper calls Emb, QK, VO, FFN and Norm
+PAPER = {
+    "emb": {Role.EMBEDDING},
+    "head": {Role.OUTPUT},
+    "qk": {Role.QUERY, Role.KEY},
+    "vo": {Role.VALUE, Role.ATTN_OUT},
+    "ffn": {Role.FFN},
+    "norm": {Role.NORM},
+    "other": {Role.ROUTER, Role.OTHER},
+}
+
+
+def test_block_types_are_those_of_the_paper():
+    """A role under another type trains at the multiplier of that type."""
+    assert {kind: {r for r in Role if BLOCK_TYPE_OF[r] == kind} for kind in BLOCK_TYPES} == PAPER
+
+
+def test_every_role_has_defaults():
+    """A role without one would fail on the first model that has it."""
+    assert set(DEFAULT_LR_MULTIPLIERS) == set(BLOCK_TYPES)
+    assert set(DEFAULT_GRANULARITY) == set(PUBLISHED_GRANULARITY) == set(Role)
+
+
+def test_the_layouts_that_an_error_offers_can_be_given():
+    """`unknown` is an answer of a naming rule, not a setting."""
+    assert "unknown" not in QKV_LAYOUTS and set(SELF_ATTENTION_LAYOUTS) <= set(QKV_LAYOUTS)
