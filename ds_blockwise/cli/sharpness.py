@@ -16,7 +16,6 @@ from ds_blockwise.cli.measure_files import load_trained, read_batches
 from ds_blockwise.measure.auto_multipliers import first_reading
 from ds_blockwise.measure.ratios import multipliers_from_sharpness
 from ds_blockwise.measure.sharpness import PRODUCTS, measure_sharpness
-from ds_blockwise.measure.sharpness_plot import draw
 from ds_blockwise.measure.sharpness_report import ESTIMATORS, LEVELS, SharpnessReport, read_csv, write_csv
 from ds_blockwise.tagging.tag import tag_parameters
 from ds_blockwise.values import as_count
@@ -120,6 +119,10 @@ def _run_show(args: argparse.Namespace) -> tuple[str, int]:
 
 
 def _run_plot(args: argparse.Namespace) -> tuple[str, int]:
+    try:
+        from ds_blockwise.measure.sharpness_plot import draw
+    except ModuleNotFoundError as error:
+        raise ImportError(f"the figures need {error.name}: pip install 'ds_blockwise[launch]'") from error
     reports = read_csv(args.csv)
     report = _chosen(reports, args)
     folder = args.csv.parent if args.output is None else args.output

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -183,6 +185,16 @@ def test_ratios_and_auto_take_the_same_first_step(folder, capsys):
         ratios = ["sharpness", "ratios", str(path), "--steps", str(total)]
         assert main([*ratios, "--step", str(auto.start - 1)]) == 2
         assert main([*ratios, "--step", str(auto.start)]) == 0
+
+
+def test_only_the_figures_need_matplotlib(folder, tmp_path, capsys):
+    path = _curve(folder, capsys)
+    code = "import sys; sys.modules['matplotlib'] = None; from ds_blockwise.cli.main import main; sys.exit(main())"
+    for command, status, words in (("show", 0, "norm"), ("plot", 2, "pip install 'ds_blockwise[launch]'")):
+        done = subprocess.run(
+            [sys.executable, "-c", code, "sharpness", command, str(path)], capture_output=True, text=True
+        )
+        assert (done.returncode, words in done.stdout + done.stderr) == (status, True), done.stderr
 
 
 def test_both_figures_of_a_run(folder, tmp_path, capsys):
