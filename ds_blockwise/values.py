@@ -57,15 +57,16 @@ def as_multiplier(name: str, value: object) -> float:
     return float(value)
 
 
-def as_count(name: str, value: object) -> int:
-    """An integer of at least 1.
+def as_count(name: str, value: object, *, low: int = 1) -> int:
+    """An integer of at least ``low``. A whole float counts as one: JSON reads 5e4 as 50000.0.
 
     Raises:
         ValueError: it is something else.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
-    return value
+    count = int(value) if isinstance(value, float) and value.is_integer() else value
+    if isinstance(count, bool) or not isinstance(count, int) or count < low:
+        raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
+    return count
 
 
 def if_given(check: Callable[[str, object], Checked], name: str, value: object) -> Checked | None:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from ds_blockwise import block_report
+from ds_blockwise.optimizers.registry import OPTIMIZERS
 from ds_blockwise.runs.engine_json import optimizer_type, zero_stage
 from ds_blockwise.runs.run_file import RunConfig
 from ds_blockwise.runs.strict_files import Problems
@@ -62,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     engine, batches = build(job, metadata)
     name = optimizer_type(config)
-    if processes.rank == 0 and name.startswith("Blockwise"):
+    if processes.rank == 0 and name in OPTIMIZERS:
         print(block_report(engine.module), flush=True)
     trainer = Trainer(engine, run, batches, processes, started=started)
     if checkpoint is not None:

@@ -12,7 +12,7 @@ import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -21,9 +21,8 @@ from torch import nn
 from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.hosts.pipeline_stages import check_rules, check_tied, rules_matched
 from ds_blockwise.hosts.stepped_tensors import Stepped, check_agreement, group_of
-from ds_blockwise.optimizers.adam_mini import BlockwiseAdamMini
-from ds_blockwise.optimizers.adamw import BlockwiseAdamW
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
+from ds_blockwise.optimizers.registry import OPTIMIZERS
 from ds_blockwise.optimizers.settings import MomentumDtype, check_group
 from ds_blockwise.parallel.agree import is_first_rank, raise_together
 from ds_blockwise.parallel.reduce import ReductionGroups
@@ -32,11 +31,6 @@ from megatron_patch import checkpoint, chunks, partitions
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["BlockwiseAdamW", "BlockwiseAdamMini"]
-KINDS: dict[str, type[BlockwiseOptimizer]] = {
-    "BlockwiseAdamW": BlockwiseAdamW,
-    "BlockwiseAdamMini": BlockwiseAdamMini,
-}
 _RUINOUS_BETA2 = 0.999  # Megatron-LM's default for --adam-beta2; Adam-mini's authors warn of it
 
 
@@ -54,7 +48,7 @@ class _Conversion:
 def convert_(
     optimizer: Any,
     model_chunks: nn.Module | Sequence[nn.Module],
-    kind: Kind = "BlockwiseAdamMini",
+    kind: str = "BlockwiseAdamMini",
     *,
     lr_multipliers: object = None,
     weight_decay_multipliers: object = None,
@@ -78,7 +72,7 @@ def convert_(
             or ``DistributedOptimizer``.
         model_chunks: what was given to ``get_megatron_optimizer``. Their parameters are tagged, unless
             ``ds_blockwise.tag_parameters`` already did; layers count from 0 in every chunk.
-        kind: ``"BlockwiseAdamMini"`` or ``"BlockwiseAdamW"``.
+        kind: name of one of `OPTIMIZERS`.
         lr_multipliers: see `ds_blockwise.BlockwiseAdamW`; so are the four below. ``"auto"`` needs ``total_num_steps``
             and a model that one optimizer steps (experts have another).
         weight_decay_multipliers: per block type or role.
@@ -131,7 +125,7 @@ def convert_(
     raise_together(failure)
     check_rules(matched, block_settings, "Layers are numbered from 0 in every stage.")
     try:
-        conversions = _prepare(leaves, models, KINDS[kind], settings)
+        conversions = _prepare(leaves, models, OPTIMIZERS[kind], settings)
         _connect(conversions, len(leaves), asked=telemetry is not None or block_settings.auto is not None)
     except Exception as error:  # as above
         failure = error
@@ -146,8 +140,8 @@ def convert_(
 
 
 def _check_kind(kind: object) -> None:
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}{suggest(str(kind), KINDS)}")
+    if kind not in OPTIMIZERS:
+        raise ValueError(f"kind must be one of {', '.join(OPTIMIZERS)}, got {kind!r}{suggest(str(kind), OPTIMIZERS)}")
 
 
 def _prepare(

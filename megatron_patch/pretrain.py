@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from ds_blockwise.blocks.defaults import PUBLISHED
+from ds_blockwise.optimizers.registry import OPTIMIZERS
 from ds_blockwise.optimizers.settings import BACKENDS, MOMENTUM_DTYPES
-from megatron_patch.convert import KINDS, convert_
+from megatron_patch.convert import convert_
 
 ArgsProvider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
@@ -45,7 +46,7 @@ def add_blockwise_args(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     group = parser.add_argument_group(title="blockwise")
     group.add_argument(
         "--blockwise-optimizer",
-        choices=list(KINDS),
+        choices=list(OPTIMIZERS),
         default=None,
         help="Optimizer that takes Adam's place; needs --optimizer adam. Without it nothing is changed.",
     )
@@ -91,7 +92,7 @@ def settings_in(args: argparse.Namespace) -> dict[str, Any] | None:
         if given:
             raise ValueError(
                 f"--blockwise-{given[0].replace('_', '-')} was given without --blockwise-optimizer. Add "
-                f"--blockwise-optimizer {' or '.join(KINDS)}, or remove it."
+                f"--blockwise-optimizer {' or '.join(OPTIMIZERS)}, or remove it."
             )
         return None
     return {"kind": kind, **settings}

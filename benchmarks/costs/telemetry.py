@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 from benchmarks.provenance import PROVENANCE, ROOT, provenance, write_between, write_csv
-from ds_blockwise import BlockwiseAdamMini, BlockwiseAdamW, tag_parameters
+from ds_blockwise import tag_parameters
+from ds_blockwise.optimizers.registry import OPTIMIZERS
 
-OPTIMIZERS = {"BlockwiseAdamW": BlockwiseAdamW, "BlockwiseAdamMini": BlockwiseAdamMini}
 WARM_UP = 3
 COLUMNS = (
     "optimizer",

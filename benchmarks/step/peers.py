@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.step.shapes import Case
-from ds_blockwise import BlockwiseAdamMini, BlockwiseAdamW
 from ds_blockwise.kernels.nvidia_fused import FUSED, foreign_apex
 from ds_blockwise.kernels.select import kernels_for
+from ds_blockwise.optimizers.registry import OPTIMIZERS
 from ds_blockwise.optimizers.settings import BACKENDS
 from ds_blockwise.parallel.reduce import LOCAL
 
@@ -89,9 +89,10 @@ def build_ours(cls: type, case: Case, **settings: object) -> torch.optim.Optimiz
 
 
 def _ours(device: torch.device) -> Iterator[Contender | Missing]:
-    for cls, family in ((BlockwiseAdamW, ADAMW), (BlockwiseAdamMini, ADAM_MINI)):
+    for cls in OPTIMIZERS.values():
+        family = ADAM_MINI if cls.shares_second_moment else ADAMW
         for backend in (name for name in BACKENDS if name != "auto"):
-            if cls is BlockwiseAdamMini and backend in FUSED:
+            if family == ADAM_MINI and backend in FUSED:
                 continue  # they know one second moment per element only
             problem = _problem(backend, device)
             if problem is None:

@@ -10,6 +10,7 @@ from benchmarks.provenance import PROVENANCE
 from benchmarks.step.peers import ADAM_MINI, ADAMW, PEERS, Contender, Missing
 from benchmarks.step.probe import COPY, Timing
 from benchmarks.step.shapes import Case
+from ds_blockwise.optimizers.registry import OPTIMIZERS
 
 RATIOS = {name: f"over {name}" for name in PEERS}
 COLUMNS = (
@@ -43,7 +44,8 @@ COLUMNS = (
     *PROVENANCE,
 )
 FASTEST_FUSED = ("torch AdamW fused", "DeepSpeed FusedAdam", "apex FusedAdam", "TE FusedAdam")
-MINI, ADAMW_OURS = "BlockwiseAdamMini", "BlockwiseAdamW"
+MINI = "BlockwiseAdamMini"
+ADAMW_OURS = "BlockwiseAdamW"
 LAYOUT_NAMES = {"whole": "whole tensors", "flat": "ZeRO shard"}
 PROBE_NAMES = {"compiled": "one compiled loop without arithmetic", "sweeps": "a series of plain torch operations"}
 SLACK_AT_5M = 1.15
@@ -238,7 +240,7 @@ def _ratios(rows: Sequence[Row], columns: Sequence[tuple[str, str]]) -> list[str
     peers = [peer for peer in RATIOS if any(row[RATIOS[peer]] for row in rows)]
     lines = [f"| ours over peer (time) | {' | '.join(peers)} |", f"|---|{'---:|' * len(peers)}"]
     for size, layout in columns:
-        for optimizer in (MINI, ADAMW_OURS):
+        for optimizer in reversed(OPTIMIZERS):
             row = find(rows, size, layout, optimizer)
             if row:
                 ratios = [row[RATIOS[peer]] for peer in peers]

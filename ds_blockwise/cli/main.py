@@ -17,13 +17,13 @@ from ds_blockwise.cli.checkpoint import add_commands
 from ds_blockwise.cli.models import MODEL_HELP, load_model
 from ds_blockwise.cli.plan import add_plan_command
 from ds_blockwise.cli.sharpness import add_sharpness_command
+from ds_blockwise.optimizers.registry import OPTIMIZERS
 from ds_blockwise.optimizers.settings import OPTIMIZER_KEYS, check_extra_keys
 from ds_blockwise.tagging.names import canonical_fqn
 from ds_blockwise.tagging.tag import tag_parameters
 from ds_blockwise.tagging.verify_layout import LayoutReport, verify_layout
 
 _SETTING_KEYS = ("lr_multipliers", "weight_decay_multipliers", "granularity", "rules")
-_OURS = ("BlockwiseAdamW", "BlockwiseAdamMini")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -104,8 +104,8 @@ def read_optimizer_settings(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON: {error}") from error
     optimizer = config.get("optimizer", {}) if isinstance(config, dict) else {}
     name = optimizer.get("type")
-    if name not in _OURS:
-        raise ValueError(f'{path}: "optimizer": {{"type": {name!r}}} is not one of {", ".join(_OURS)}')
+    if name not in OPTIMIZERS:
+        raise ValueError(f'{path}: "optimizer": {{"type": {name!r}}} is not one of {", ".join(OPTIMIZERS)}')
     params = optimizer.get("params", {})
     check_extra_keys(name, {k: v for k, v in params.items() if k not in OPTIMIZER_KEYS})
     return {key: params[key] for key in _SETTING_KEYS if key in params}

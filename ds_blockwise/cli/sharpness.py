@@ -10,15 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ds_blockwise.blocks.auto_settings import EARLIEST_STEP, AutoMultipliers
 from ds_blockwise.blocks.defaults import DEFAULT_EXPONENT, DEFAULT_LR_MULTIPLIERS
 from ds_blockwise.cli.measure_files import load_trained, read_batches
+from ds_blockwise.measure.auto_multipliers import first_reading
 from ds_blockwise.measure.ratios import multipliers_from_sharpness
 from ds_blockwise.measure.sharpness import PRODUCTS, measure_sharpness
-from ds_blockwise.measure.sharpness_plot import draw
 from ds_blockwise.measure.sharpness_report import ESTIMATORS, LEVELS, SharpnessReport, read_csv, write_csv
 from ds_blockwise.tagging.tag import tag_parameters
+from ds_blockwise.values import as_count
 
-EARLIEST = 0.02  # of a run: before that the order of the block types does not hold
 _RUN_RECORD = "run.json"  # beside the CSV that the main job writes
 
 
@@ -62,6 +63,13 @@ def add_sharpness_command(commands: Any) -> None:
     head = DEFAULT_LR_MULTIPLIERS["head"]
     ratios.add_argument("--head", action="store_true", help=f"the output layer's too; default: its usual {head:g}")
     ratios.add_argument("--steps", type=int, help=f"of the whole run; default: from {_RUN_RECORD} beside the CSV")
+    ratios.add_argument(
+        "--not-before",
+        type=int,
+        default=EARLIEST_STEP,
+        metavar="N",
+        help=f'first step that is taken, as not_before of lr_multipliers "auto"; default {EARLIEST_STEP}',
+    )
     ratios.add_argument("--force", action="store_true", help="also from a measurement that may be too early")
     ratios.set_defaults(run=_run_ratios)
 
@@ -111,6 +119,10 @@ def _run_show(args: argparse.Namespace) -> tuple[str, int]:
 
 
 def _run_plot(args: argparse.Namespace) -> tuple[str, int]:
+    try:
+        from ds_blockwise.measure.sharpness_plot import draw
+    except ModuleNotFoundError as error:
+        raise ImportError(f"the figures need {error.name}: pip install 'ds_blockwise[launch]'") from error
     reports = read_csv(args.csv)
     report = _chosen(reports, args)
     folder = args.csv.parent if args.output is None else args.output
@@ -130,20 +142,24 @@ def _run_ratios(args: argparse.Namespace) -> tuple[str, int]:
 
 
 def _check_time(report: SharpnessReport, args: argparse.Namespace) -> None:
-    steps = args.steps
+    auto = AutoMultipliers(not_before=as_count("--not-before", args.not_before))
+    steps, said_by = args.steps, "--steps"
     record = args.csv.parent / _RUN_RECORD
     if steps is None and record.is_file():
-        steps = json.loads(record.read_text(encoding="utf-8")).get("steps")
+        steps, said_by = json.loads(record.read_text(encoding="utf-8")).get("steps"), f"{record}: steps"
     if steps is None or report.step is None:
         unknown = "its step" if report.step is None else f"the length of the run (no {_RUN_RECORD} beside it)"
         raise ValueError(
-            f"{args.csv} does not say {unknown}, and before {EARLIEST:.0%} of a run the order of the block types does "
-            f"not hold. Give --steps, or --force if you know that the model is trained."
+            f"{args.csv} does not say {unknown}. The order of the block types does not hold before step "
+            f"{auto.not_before} (not_before), nor before {auto.after:.0%} of the run. Give --steps, or --force if you "
+            f"know that the model is trained."
         )
-    if report.step < EARLIEST * steps:
+    first = first_reading(auto, as_count(said_by, steps))
+    if report.step < first:
         raise ValueError(
-            f"{args.csv} was measured at step {report.step} of {steps}; before step {EARLIEST * steps:.0f} "
-            f"({EARLIEST:.0%}) the order of the block types does not hold. Take a later one, or --force."
+            f"{args.csv} was measured at step {report.step} of {steps}, before step {first} (not_before "
+            f"{auto.not_before}, after {auto.after:g}): the order of the block types does not hold yet. Take a later "
+            f"measurement, lower the limit with --not-before N, or take this one with --force."
         )
 
 

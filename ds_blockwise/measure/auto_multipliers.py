@@ -44,6 +44,16 @@ class RunState(TypedDict):
     auto: AutoState | None
 
 
+def first_reading(settings: AutoMultipliers, total_num_steps: int) -> int:
+    """Updates before the first measurement that multipliers may follow from.
+
+    Args:
+        settings: ``not_before`` and ``after`` are used.
+        total_num_steps: updates of the whole run.
+    """
+    return max(settings.not_before, math.ceil(settings.after * total_num_steps))
+
+
 @dataclass(slots=True)
 class MeasuredMultipliers:
     """The measurement and the ramp of one run. Everything is a function of numbers that all ranks share.
@@ -114,7 +124,7 @@ class MeasuredMultipliers:
     @property
     def start(self) -> int:
         """Updates before the first reading."""
-        return max(self.settings.not_before, math.ceil(self.settings.after * self.total))
+        return first_reading(self.settings, self.total)
 
     @property
     def spacing(self) -> int:

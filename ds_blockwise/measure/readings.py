@@ -15,7 +15,7 @@ from typing import Literal
 
 from ds_blockwise.blocks.roles import BLOCK_TYPES, BlockType
 from ds_blockwise.parallel.agree import is_first_rank
-from ds_blockwise.values import number, suggest
+from ds_blockwise.values import as_count, number, suggest
 
 logger = logging.getLogger(__name__)
 
@@ -116,17 +116,11 @@ class TelemetrySettings:
             )
         warmup = value.get("warmup_num_steps")
         return cls(
-            _steps("telemetry.interval", value.get("interval", 100), low=1),
+            as_count("telemetry.interval", value.get("interval", 100)),
             _bands(value.get("band")),
             on_alarm,
-            None if warmup is None else _steps("telemetry.warmup_num_steps", warmup, low=0),
+            None if warmup is None else as_count("telemetry.warmup_num_steps", warmup, low=0),
         )
-
-
-def _steps(name: str, value: object, *, low: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
-    return value
 
 
 def _bands(value: object) -> dict[str, Band]:

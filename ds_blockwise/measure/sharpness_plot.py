@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two figures of a run's sharpness: over time by block type, and how it is distributed over blocks."""
+"""The two figures of a run's sharpness: over time by block type, and how it is distributed over blocks.
+
+Needs matplotlib, from the extra ``launch``.
+"""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,19 +17,39 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ds_blockwise.blocks.defaults import BLOCK_TYPE_COLOURS
 from ds_blockwise.blocks.roles import BLOCK_TYPES, BlockType
 from ds_blockwise.measure.sharpness_report import SharpnessReport
 
-_COLOURS = ("#0b5394", "#741b47", "#b45f06", "#38761d", "#a64d79", "#cc0000", "#666666")
-_COLOUR_OF: dict[BlockType, str] = dict(zip(BLOCK_TYPES, _COLOURS, strict=True))
+
+def draw(reports: Sequence[SharpnessReport], report: SharpnessReport, title: str, folder: Path) -> list[Path]:
+    """Write ``sharpness.png`` (if measurements have steps) and ``sharpness_blocks.png``.
+
+    Args:
+        reports: of one run.
+        report: the one whose blocks are shown.
+        title: of both figures.
+        folder: made if it is not there.
+
+    Raises:
+        ValueError: there is nothing that can be drawn.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    if any(r.step is not None for r in reports):
+        paths.append(folder / "sharpness.png")
+        plot_over_time(reports, title, paths[-1])
+    paths.append(folder / "sharpness_blocks.png")
+    plot_blocks(report, title, paths[-1])
+    return paths
 
 
 def plot_over_time(reports: Sequence[SharpnessReport], title: str, path: Path) -> None:
     """Draw the average sharpness of every block type over optimizer steps, with standard errors, on a log axis.
 
     Args:
-        reports: of one run, with their steps, by one estimator. Values that are not positive (negative curvature) have
-            no place on a log axis and leave a gap.
+        reports: of one run, with their steps, by one estimator. Values that are not positive (negative curvature) are
+            left out: they have no place on a log axis.
         title: of the figure.
         path: PNG file to write.
 
@@ -49,7 +71,11 @@ def plot_over_time(reports: Sequence[SharpnessReport], title: str, path: Path) -
         if points:
             steps, values, errors = zip(*points, strict=True)
             axes.errorbar(
-                *(steps, values, errors), color=_COLOUR_OF[block_type], marker="o", markersize=3, label=block_type
+                *(steps, values, errors),
+                color=BLOCK_TYPE_COLOURS[block_type],
+                marker="o",
+                markersize=3,
+                label=block_type,
             )
     axes.set_xlabel("optimizer step")
     axes.grid(alpha=0.3)
@@ -82,7 +108,7 @@ def plot_blocks(report: SharpnessReport, title: str, path: Path) -> None:
     axes.boxplot(list(values.values()), tick_labels=list(values), showfliers=False, whis=(0, 100))
     averages = report.by_type()
     for place, (block_type, found) in enumerate(values.items(), start=1):
-        axes.plot([place] * len(found), found, ".", color=_COLOUR_OF[block_type], alpha=0.5)
+        axes.plot([place] * len(found), found, ".", color=BLOCK_TYPE_COLOURS[block_type], alpha=0.5)
         axes.plot([place], [averages[block_type]], "x", color="black")
     axes.grid(alpha=0.3, axis="y")
     when = "" if report.step is None else f", step {report.step}"
@@ -107,30 +133,3 @@ def _finish(figure: Figure, axes: Axes, estimator: str, title: str, path: Path) 
     axes.set_title(title)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
-
-
-def draw(reports: Sequence[SharpnessReport], report: SharpnessReport, title: str, folder: Path) -> list[Path]:
-    """Write ``sharpness.png`` (if measurements have steps) and ``sharpness_blocks.png``.
-
-    Args:
-        reports: of one run.
-        report: the one whose blocks are shown.
-        title: of both figures.
-        folder: made if it is not there.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: there is nothing that can be drawn.
-    """
-    try:
-        plots = importlib.import_module("ds_blockwise.measure.sharpness_plot")
-    except ModuleNotFoundError as error:
-        raise ImportError(f"the figures need {error.name}: pip install 'ds_blockwise[launch]'") from error
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    if any(r.step is not None for r in reports):
-        paths.append(folder / "sharpness.png")
-        plots.plot_over_time(reports, title, paths[-1])
-    paths.append(folder / "sharpness_blocks.png")
-    plots.plot_blocks(report, title, paths[-1])
-    return paths

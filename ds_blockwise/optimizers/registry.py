@@ -1,10 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every optimizer of the package, by the name that a DeepSpeed JSON uses."""
+"""Every optimizer and every schedule of the package, by the name that a DeepSpeed JSON uses.
+
+The only place that lists them: hosts, commands, benchmarks and tests ask here.
+"""
 
 from __future__ import annotations
 
 from ds_blockwise.optimizers.adam_mini import BlockwiseAdamMini
 from ds_blockwise.optimizers.adamw import BlockwiseAdamW
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
+from ds_blockwise.optimizers.schedules import (
+    BlockwiseCosineLR,
+    BlockwiseLinearLR,
+    BlockwiseSchedule,
+    BlockwiseWSDLR,
+)
 
-OPTIMIZERS: tuple[type[BlockwiseOptimizer], ...] = (BlockwiseAdamW, BlockwiseAdamMini)
+OPTIMIZERS: dict[str, type[BlockwiseOptimizer]] = {cls.__name__: cls for cls in (BlockwiseAdamW, BlockwiseAdamMini)}
+
+SCHEDULES: dict[str, type[BlockwiseSchedule]] = {
+    cls.__name__: cls for cls in (BlockwiseCosineLR, BlockwiseWSDLR, BlockwiseLinearLR)
+}

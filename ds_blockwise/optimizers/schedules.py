@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from ds_blockwise.kernels.param_groups import set_lr
-from ds_blockwise.values import number
+from ds_blockwise.values import as_count, number
 
 
-class _BlockwiseSchedule(ABC):
+class BlockwiseSchedule(ABC):
     """Linear warm-up to the peak, then a shape; usable from DeepSpeed's JSON and with any torch optimizer.
 
     The peak of each param group is its ``lr`` at construction. Update number k = 0, 1, 2, ... has ``peak * k /
@@ -50,10 +50,10 @@ class _BlockwiseSchedule(ABC):
         last_batch_iteration: int = -1,
         rewarm_num_steps: int = 0,
     ) -> None:
-        self.rewarm_num_steps = _steps("rewarm_num_steps", rewarm_num_steps, low=0)
+        self.rewarm_num_steps = as_count("rewarm_num_steps", rewarm_num_steps, low=0)
         self._rewarm_start: int | None = None
-        self.total_num_steps = _steps("total_num_steps", total_num_steps, low=1)
-        self.warmup_num_steps = _steps("warmup_num_steps", warmup_num_steps, low=0)
+        self.total_num_steps = as_count("total_num_steps", total_num_steps)
+        self.warmup_num_steps = as_count("warmup_num_steps", warmup_num_steps, low=0)
         self.min_lr = number("min_lr", min_lr, low=0.0)
         if self.warmup_num_steps >= self.total_num_steps:
             raise ValueError(f"warmup_num_steps ({warmup_num_steps}) must be below total_num_steps ({total_num_steps})")
@@ -134,7 +134,7 @@ class _BlockwiseSchedule(ABC):
         self._set(self.last_batch_iteration + 1)
 
 
-class BlockwiseCosineLR(_BlockwiseSchedule):
+class BlockwiseCosineLR(BlockwiseSchedule):
     """Linear warm-up, then half a cosine to an absolute ``min_lr`` (arXiv 2502.19002, section 6).
 
     JSON: ``{"type": "BlockwiseCosineLR", "params": {"warmup_num_steps": 1000, "total_num_steps": 50000, "min_lr":
@@ -146,14 +146,14 @@ class BlockwiseCosineLR(_BlockwiseSchedule):
         return 0.5 * (1.0 + math.cos(math.pi * done))
 
 
-class BlockwiseLinearLR(_BlockwiseSchedule):
+class BlockwiseLinearLR(BlockwiseSchedule):
     """Linear warm-up, then a straight line to an absolute ``min_lr``."""
 
     def _shape(self, update: int) -> float:
         return (self.total_num_steps - update) / (self.total_num_steps - self.warmup_num_steps)
 
 
-class BlockwiseWSDLR(_BlockwiseSchedule):
+class BlockwiseWSDLR(BlockwiseSchedule):
     """Linear warm-up, a stable phase at the peak, then a straight line to an absolute ``min_lr`` (WSD).
 
     Args:
@@ -177,8 +177,8 @@ class BlockwiseWSDLR(_BlockwiseSchedule):
         rewarm_num_steps: int = 0,
     ) -> None:
         if decay_num_steps is None:
-            decay_num_steps = max(1, _steps("total_num_steps", total_num_steps, low=1) // 5)
-        self.decay_num_steps = _steps("decay_num_steps", decay_num_steps, low=1)
+            decay_num_steps = max(1, as_count("total_num_steps", total_num_steps) // 5)
+        self.decay_num_steps = as_count("decay_num_steps", decay_num_steps)
         if self.decay_num_steps + warmup_num_steps > total_num_steps:
             raise ValueError(
                 f"warmup_num_steps ({warmup_num_steps}) and decay_num_steps ({decay_num_steps}) do not fit into "
@@ -188,18 +188,3 @@ class BlockwiseWSDLR(_BlockwiseSchedule):
 
     def _shape(self, update: int) -> float:
         return min(1.0, (self.total_num_steps - update) / self.decay_num_steps)
-
-
-def _steps(name: str, value: object, *, low: int) -> int:
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
-    return value
-
-
-SCHEDULES: tuple[type[_BlockwiseSchedule], ...] = (
-    BlockwiseCosineLR,
-    BlockwiseWSDLR,
-    BlockwiseLinearLR,
-)

@@ -14,16 +14,11 @@ from typing import Any
 import torch
 
 from ds_blockwise.hosts.deepspeed.refusals import facts_of_json, refusals
-from ds_blockwise.optimizers.adam_mini import BlockwiseAdamMini
-from ds_blockwise.optimizers.adamw import BlockwiseAdamW
-from ds_blockwise.optimizers.base import BlockwiseOptimizer
-from ds_blockwise.optimizers.schedules import SCHEDULES
+from ds_blockwise.optimizers.registry import OPTIMIZERS, SCHEDULES
 from ds_blockwise.runs.engine_json import compose
 from ds_blockwise.runs.run_file import RunConfig, check_run, load_run
 from ds_blockwise.runs.strict_files import Problems
 
-OURS: dict[str, type[BlockwiseOptimizer]] = {cls.__name__: cls for cls in (BlockwiseAdamW, BlockwiseAdamMini)}
-_SCHEDULES = {cls.__name__: cls for cls in SCHEDULES}
 _STAGES = (0, 1, 2, 3)
 _PRECISIONS = ("bf16", "fp16", "torch_autocast")
 
@@ -101,7 +96,7 @@ def _check_engine(run: RunConfig, config: dict[str, Any], problems: Problems) ->
 def _check_optimizer(run: RunConfig, config: dict[str, Any], problems: Problems) -> None:
     """The optimizer's and the schedule's own checks, on one weight."""
     section = config["optimizer"]
-    cls = OURS.get(section["type"])
+    cls = OPTIMIZERS.get(section["type"])
     if cls is None:
         return  # AdamW and others are DeepSpeed's business
     for refusal in refusals(facts_of_json(config)):
@@ -112,8 +107,8 @@ def _check_optimizer(run: RunConfig, config: dict[str, Any], problems: Problems)
         problems.add(run.deepspeed_file, "optimizer.params", section.get("params"), "see the reason", str(error))
         return
     schedule = config.get("scheduler")
-    if schedule is not None and schedule["type"] in _SCHEDULES:
+    if schedule is not None and schedule["type"] in SCHEDULES:
         try:
-            _SCHEDULES[schedule["type"]](optimizer, **schedule["params"])
+            SCHEDULES[schedule["type"]](optimizer, **schedule["params"])
         except (ValueError, TypeError) as error:
             problems.add(run.deepspeed_file, "scheduler.params", schedule["params"], "see the reason", str(error))

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from ds_blockwise.optimizers.registry import OPTIMIZERS
 from ds_blockwise.runs.model_shape import LLAMA, GPTShape
 from ds_blockwise.runs.strict_files import HIGH, LOW, Problems, nearest, read_json, read_section, read_yaml
 
@@ -370,7 +371,7 @@ def check_sharpness(run: RunConfig, copies: int, batches: int, key: str, problem
         )
         problems.add(run.file, key, batches, allowed, "change it or training.validation_sequences")
     name = str(run.deepspeed.get("optimizer", {}).get("type"))
-    if not name.startswith("Blockwise"):
-        allowed = "BlockwiseAdamW or BlockwiseAdamMini where sharpness is measured: others do not know the blocks"
+    if name not in OPTIMIZERS:
+        allowed = f"{' or '.join(OPTIMIZERS)} where sharpness is measured: others do not know the blocks"
         remedy = "BlockwiseAdamW with all lr_multipliers 1 is AdamW; or set training.sharpness_interval to 0"
         problems.add(run.deepspeed_file, "optimizer.type", name, allowed, remedy)

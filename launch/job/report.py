@@ -20,6 +20,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ds_blockwise.blocks.defaults import BLOCK_TYPE_COLOURS
 from ds_blockwise.runs.run_file import RunConfig
 from job.process_groups import Processes
 from job.trainer import Progress
@@ -27,15 +28,6 @@ from job.trainer import Progress
 ADAMW_STATE_BYTES = 8.0  # two fp32 moments for each parameter
 _VALIDATION_COLOUR = "#0b5394"
 _TRAIN_COLOUR = "#9fc5e8"
-_TYPE_COLOURS = {
-    "emb": "#1f77b4",
-    "head": "#17becf",
-    "qk": "#9467bd",
-    "ffn": "#2ca02c",
-    "vo": "#ff7f0e",
-    "norm": "#d62728",
-    "other": "#7f7f7f",
-}
 _TELEMETRY_TITLES = {
     "lr": "effective learning rate",
     "lr_multiplier": "multiplier",
@@ -229,7 +221,7 @@ def plot_telemetry(run: RunConfig, progress: Progress, path: Path) -> None:
         progress: With at least one reading.
         path: PNG file to write.
     """
-    kinds = [kind for kind in _TYPE_COLOURS if kind in progress.telemetry[0][1]]
+    kinds = [kind for kind in BLOCK_TYPE_COLOURS if kind in progress.telemetry[0][1]]
     names = [name for name in _TELEMETRY_TITLES if any(name in values[kinds[0]] for _, values in progress.telemetry)]
     rows = -(-len(names) // 2)
     figure, grid = pyplot.subplots(
@@ -238,7 +230,7 @@ def plot_telemetry(run: RunConfig, progress: Progress, path: Path) -> None:
     for axes, name in zip(grid.flat, names, strict=False):
         for kind in kinds:
             points = [(step, values[kind][name]) for step, values in progress.telemetry if name in values[kind]]
-            axes.plot(*zip(*points, strict=True), color=_TYPE_COLOURS[kind], label=kind)
+            axes.plot(*zip(*points, strict=True), color=BLOCK_TYPE_COLOURS[kind], label=kind)
             if name in _OF_THE_WHOLE_MODEL:
                 break
         if name not in _LINEAR and any(value > 0 for line in axes.lines for value in line.get_ydata()):

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import pytest
 
 from tests.helpers import ROOT
+from tests.helpers.optimizers import SHORT_NAMES
 
 PAGE = ROOT / "docs" / "support.md"
-OPTIMIZERS = {"BlockwiseAdamW": "adamw", "BlockwiseAdamMini": "mini"}
 _PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers", "accelerate", "peft")
 
 
@@ -51,7 +51,7 @@ Cell = Works | Refused | Untested
 
 @dataclass(frozen=True)
 class Row:
-    """One combination; a cell for each optimizer, in the order of `OPTIMIZERS`."""
+    """One combination; a cell for each optimizer, in the order of `SHORT_NAMES`."""
 
     host: str
     layout: str
@@ -76,7 +76,7 @@ def untested(host: str, layout: str, reason: str) -> Row:
 def patterns_of(cell: Cell, optimizer: str) -> list[str]:
     """The cell's test patterns for one optimizer."""
     tests = () if isinstance(cell, Untested) else cell.tests
-    return [test.replace("{o}", OPTIMIZERS[optimizer]).replace("{O}", optimizer) for test in tests]
+    return [test.replace("{o}", SHORT_NAMES[optimizer]).replace("{O}", optimizer) for test in tests]
 
 
 class Outcomes:
@@ -105,7 +105,7 @@ def write(rows: Iterable[Row]) -> list[str]:
     rows = list(rows)
     problems, counts = [], {}
     for row in rows:
-        for optimizer, cell in zip(OPTIMIZERS, row.cells, strict=True):
+        for optimizer, cell in zip(SHORT_NAMES, row.cells, strict=True):
             for pattern in patterns_of(cell, optimizer):
                 found = OUTCOMES.of(pattern)
                 counts[pattern] = len(found)
@@ -141,8 +141,8 @@ def page(rows: Iterable[Row], counts: Mapping[str, int]) -> str:
     for row in rows:
         if row.host != host:
             host = row.host
-            lines += ["", f"## {host}", "", "| | BlockwiseAdamW | BlockwiseAdamMini |", "|---|---|---|"]
-        texts = [_text(cell, o, counts) for o, cell in zip(OPTIMIZERS, row.cells, strict=True)]
+            lines += ["", f"## {host}", "", f"| | {' | '.join(SHORT_NAMES)} |", "|---" * (1 + len(SHORT_NAMES)) + "|"]
+        texts = [_text(cell, o, counts) for o, cell in zip(SHORT_NAMES, row.cells, strict=True)]
         lines.append(f"| {row.layout} | {texts[0]} | {texts[1]} |")
     return "\n".join(lines) + "\n"
 

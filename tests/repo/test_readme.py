@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from ds_blockwise import BlockwiseAdamMini, BlockwiseAdamW
 from ds_blockwise.blocks.defaults import DEFAULT_LR_MULTIPLIERS
 from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, Role
+from ds_blockwise.optimizers.registry import OPTIMIZERS
 from ds_blockwise.optimizers.settings import OPTIMIZER_KEYS
 from tests.helpers import ROOT
 
@@ -50,7 +50,7 @@ def test_the_deepspeed_script_runs_with_the_launcher(tmp_path):
     # DeepSpeed compiles an operation here; a compilation that somebody killed leaves a lock that waits for ever
     compiled = str(tmp_path / "torch_extensions")
     finals = {}
-    for name in ("BlockwiseAdamMini", "BlockwiseAdamW", "AdamW"):
+    for name in (*OPTIMIZERS, "AdamW"):
         settings["optimizer"]["type"] = name
         settings["optimizer"]["params"]["torch_adam"] = True  # DeepSpeed's own kernel would be compiled here
         (tmp_path / "ds_config.json").write_text(json.dumps(settings))
@@ -73,7 +73,7 @@ def test_the_settings_shown_are_all_there_are():
     assert set(settings["params"]) == set(OPTIMIZER_KEYS)
     import torch
 
-    for cls in (BlockwiseAdamMini, BlockwiseAdamW):
+    for cls in OPTIMIZERS.values():
         assert cls([torch.nn.Parameter(torch.ones(1))], **settings["params"]).block_settings.lr_multipliers
     assert settings["params"]["lr_multipliers"] == DEFAULT_LR_MULTIPLIERS
 

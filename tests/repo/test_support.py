@@ -7,14 +7,15 @@ import re
 import pytest
 
 from tests.helpers import ROOT, support
-from tests.helpers.support import OPTIMIZERS, PAGE, Outcomes, Refused, Row, Untested, Works, page, patterns_of
+from tests.helpers.optimizers import SHORT_NAMES
+from tests.helpers.support import PAGE, Outcomes, Refused, Row, Untested, Works, page, patterns_of
 from tests.helpers.support_rows import ROWS
 
 SOURCES = [p for folder in ("ds_blockwise", "megatron_patch") for p in (ROOT / folder).glob("*.py")]
 CELLS = [
     pytest.param(cell, name, id=f"{row.host}, {row.layout}, {name}")
     for row in ROWS
-    for name, cell in zip(OPTIMIZERS, row.cells, strict=True)
+    for name, cell in zip(SHORT_NAMES, row.cells, strict=True)
 ]
 
 

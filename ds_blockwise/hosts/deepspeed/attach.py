@@ -55,7 +55,7 @@ def attach(engine: Any) -> None:
     if not isinstance(optimizer, BlockwiseOptimizer):
         raise ValueError(
             f"the engine's optimizer is {type(optimizer).__name__}, not one of "
-            f"{', '.join(o.__name__ for o in OPTIMIZERS)}. Under CPU offload Accelerate replaces a client optimizer by "
+            f"{', '.join(OPTIMIZERS)}. Under CPU offload Accelerate replaces a client optimizer by "
             f'DeepSpeedCPUAdam; name ours in the JSON\'s "optimizer" instead.'
         )
     stepped: list[Stepped] = []

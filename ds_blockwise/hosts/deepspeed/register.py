@@ -18,8 +18,7 @@ from deepspeed.runtime.zero import utils as zero_utils
 from torch import nn
 
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
-from ds_blockwise.optimizers.registry import OPTIMIZERS
-from ds_blockwise.optimizers.schedules import SCHEDULES
+from ds_blockwise.optimizers.registry import OPTIMIZERS, SCHEDULES
 
 _HOOK = "_configure_optimizer"
 _EARLY_HOOK = "_configure_distributed_model"  # where DeepSpeed first looks at the parameters
@@ -35,12 +34,12 @@ def register() -> None:
     Raises:
         ImportError: this DeepSpeed has no such method.
     """
-    for optimizer in OPTIMIZERS:
-        setattr(torch.optim, optimizer.__name__, optimizer)
+    for name, optimizer in OPTIMIZERS.items():
+        setattr(torch.optim, name, optimizer)
         if optimizer not in zero_utils.ZERO_SUPPORTED_OPTIMIZERS:
             zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(optimizer)
-    for schedule in SCHEDULES:
-        setattr(lr_schedules, schedule.__name__, schedule)
+    for name, schedule in SCHEDULES.items():
+        setattr(lr_schedules, name, schedule)
     original = getattr(DeepSpeedEngine, _HOOK, None)
     if original is None:
         raise ImportError(
@@ -57,8 +56,7 @@ def register() -> None:
         def check_and_configure(self: Any, model: nn.Module) -> None:
             from ds_blockwise.hosts.deepspeed.checks import check_model
 
-            named = self.optimizer_name() in [optimizer.__name__ for optimizer in OPTIMIZERS]
-            if named or isinstance(self.client_optimizer, BlockwiseOptimizer):
+            if self.optimizer_name() in OPTIMIZERS or isinstance(self.client_optimizer, BlockwiseOptimizer):
                 check_model(model)
             early(self, model)
 
@@ -70,11 +68,10 @@ def register() -> None:
         from ds_blockwise.hosts.deepspeed.checks import check_client, check_experts
         from ds_blockwise.hosts.deepspeed.refusals import check_config
 
-        names = [optimizer.__name__ for optimizer in OPTIMIZERS]
         if isinstance(client_optimizer, BlockwiseOptimizer):
             check_config(self, type(client_optimizer).__name__)
             check_experts(self, client_optimizer.param_groups if self.zero_optimization() else None)
-        elif client_optimizer is None and self.optimizer_name() in names:
+        elif client_optimizer is None and self.optimizer_name() in OPTIMIZERS:
             check_config(self, self.optimizer_name())
             check_experts(self, model_parameters)
         else:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tests.helpers import models
 from tests.helpers.deepspeed.engines import engine_config
+from tests.helpers.optimizers import FULL_NAME
 from tests.helpers.oracle import Hyper, Oracle
 from tests.helpers.tables.oracle_names import ROLE, Classes, gpt2_classes, hf_llama_classes, regroup
 
@@ -27,7 +28,6 @@ BACKENDS = ("cpp", "reference", "triton")
 QUICK = ("grid-z2", "grid-z3", "nano", "gpt2", "momentum", "fed-gqa-z1", "value_tensor", "tied")
 DECAY_MULTIPLIERS = {"norm": 0.0, "key": 0.5}
 BETAS, EPS, WEIGHT_DECAY = (0.9, 0.95), 1e-6, 0.1
-FULL_NAME = {"mini": "BlockwiseAdamMini", "adamw": "BlockwiseAdamW"}
 
 
 @dataclass(frozen=True)

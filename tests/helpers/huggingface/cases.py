@@ -33,6 +33,7 @@ from tests.helpers.huggingface.runs import (
     train_with_trainer,
     weights_of,
 )
+from tests.helpers.optimizers import SHORT_NAMES
 from tests.helpers.oracle import Hyper, Oracle, assert_same_update, clipped
 from tests.helpers.tables.oracle_names import Classes, hf_llama_classes
 
@@ -219,13 +220,12 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Classes]]] = {
     "lora": (lora_model, lora_classes),
 }
 AUTOTP = {"tensor_parallel": {"autotp_size": 2}}
-OPTIMIZERS = ("BlockwiseAdamW", "BlockwiseAdamMini")
 _FUNCTIONS: tuple[tuple[Callable[..., None], tuple[tuple[str, ...], ...]], ...] = (
-    (trainer_against_plain_loop, tuple(product(OPTIMIZERS, MODELS))),
-    (trainer_resumes_bitwise, (*product(OPTIMIZERS, ("whole",)), ("BlockwiseAdamMini", "lora"))),
+    (trainer_against_plain_loop, tuple(product(SHORT_NAMES, MODELS))),
+    (trainer_resumes_bitwise, (*product(SHORT_NAMES, ("whole",)), ("BlockwiseAdamMini", "lora"))),
     (accelerate_replaces_a_client_optimizer, ((),)),
     (accelerate_keeps_a_client_optimizer, ((),)),
-    (compiled_engines, tuple((name,) for name in OPTIMIZERS)),
+    (compiled_engines, tuple((name,) for name in SHORT_NAMES)),
     # last: DeepSpeed remembers tensor parallelism in its modules, and would check later engines' batches by it
     (trainer_resumes_bitwise, (("BlockwiseAdamMini", "autotp"),)),
 )

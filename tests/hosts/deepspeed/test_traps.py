@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ds_blockwise import BlockwiseAdamMini, BlockwiseAdamW, tag_parameters
+from ds_blockwise import BlockwiseAdamMini, tag_parameters
+from ds_blockwise.optimizers.registry import OPTIMIZERS
 from tests.helpers.deepspeed.engines import engine_config, feed_step, masters, open_engine, prepare_deepspeed
 from tests.helpers.distributed import Outcome, fleet_outcome, passes
 from tests.helpers.models import GradientPlan, small_weight
@@ -80,8 +81,7 @@ def whole_tensor_run(trap, start, plan):
         for name, p in names.items():
             p.copy_(start[name])
     tag_parameters(model)
-    cls = {"BlockwiseAdamMini": BlockwiseAdamMini, "BlockwiseAdamW": BlockwiseAdamW}[trap.optimizer]
-    optimizer = cls(model.parameters(), lr=LR, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.1)
+    optimizer = OPTIMIZERS[trap.optimizer](model.parameters(), lr=LR, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.1)
     for step in range(STEPS):
         for name, p in names.items():
             p.grad = mean_gradient(trap, plan, name, tuple(p.shape), step)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -124,7 +126,8 @@ def test_ratios_are_json_for_the_optimizer(head, folder, capsys):
 
     path = _curve(folder, capsys)
     sharpness = read_csv(path)[-1].by_type()
-    assert main(["sharpness", "ratios", str(path), "--steps", "1000", "--exponent", "0.5", "--max", "3", *head]) == 0
+    run = ("--steps", "1000", "--not-before", "300")
+    assert main(["sharpness", "ratios", str(path), *run, "--exponent", "0.5", "--max", "3", *head]) == 0
     found = json.loads(capsys.readouterr().out)["lr_multipliers"]
     assert found.keys() == sharpness.keys() >= {"head"}
     for name, value in found.items():
@@ -135,18 +138,30 @@ def test_ratios_are_json_for_the_optimizer(head, folder, capsys):
 
 
 def test_ratios_from_too_early_a_measurement_are_refused(folder, capsys):
-    """Before 2% of a run the order of the block types does not hold."""
-    path = _curve(folder, capsys)
+    """The limit is that of "auto": update 1,000, and 2% of a long run."""
+    path = _curve(folder, capsys, steps=(5, 20, 300, 999, 1000))
     ratios = ["sharpness", "ratios", str(path)]
-    assert main([*ratios, "--steps", "20000"]) == 2
-    assert "measured at step 300 of 20000; before step 400 (2%)" in capsys.readouterr().err
-    assert main([*ratios, "--steps", "15000"]) == 0
-    assert main([*ratios, "--steps", "1000", "--step", "5"]) == 2
+    assert main([*ratios, "--steps", "1000", "--step", "20"]) == 2
+    message = capsys.readouterr().err
+    assert "measured at step 20 of 1000, before step 1000" in message
+    assert "(not_before 1000, after 0.02)" in message and "--not-before N" in message
+    assert main([*ratios, "--steps", "1000", "--step", "999"]) == 2
+    assert main([*ratios, "--steps", "1000", "--step", "1000"]) == 0
+    assert main([*ratios, "--steps", "1000", "--step", "20", "--not-before", "20"]) == 0
     capsys.readouterr()
+    # a share of the run that is more than not_before
+    assert main([*ratios, "--steps", "60000"]) == 2
+    assert "measured at step 1000 of 60000, before step 1200" in capsys.readouterr().err
+    assert main([*ratios, "--steps", "60000", "--step", "300", "--not-before", "300"]) == 2
+    assert main([*ratios, "--steps", "50000"]) == 0
+    assert main([*ratios, "--steps", "50000", "--not-before", "0"]) == 2
+    assert "--not-before must be an integer >= 1, got 0" in capsys.readouterr().err
+    assert main([*ratios, "--steps", "0"]) == 2
+    assert "--steps must be an integer >= 1, got 0" in capsys.readouterr().err
     assert main(ratios) == 2
     assert "the length of the run (no run.json beside it)" in capsys.readouterr().err
     assert main([*ratios, "--force"]) == 0
-    (folder / "run.json").write_text('{"steps": 20000}', encoding="utf-8")
+    (folder / "run.json").write_text('{"steps": 60000}', encoding="utf-8")
     try:
         assert main(ratios) == 2
     finally:
@@ -155,7 +170,31 @@ def test_ratios_from_too_early_a_measurement_are_refused(folder, capsys):
     assert main(["sharpness", "ratios", str(folder / "one.csv"), "--steps", "10"]) == 2
     assert "does not say its step" in capsys.readouterr().err
     assert main([*ratios, "--step", "7", "--force"]) == 2
-    assert "only at 5, 100, 300" in capsys.readouterr().err
+    assert "only at 5, 20, 300, 999, 1000" in capsys.readouterr().err
+
+
+def test_ratios_and_auto_take_the_same_first_step(folder, capsys):
+    """A proposal from a step that "auto" would not measure at contradicts it."""
+    from ds_blockwise.blocks.block_settings import BlockSettings
+    from ds_blockwise.measure.auto_multipliers import MeasuredMultipliers
+
+    for total in (2_000, 49_999, 50_000, 50_001, 123_456):
+        auto = MeasuredMultipliers.of(BlockSettings.parse({"auto": {"total_num_steps": total}}))
+        assert auto is not None
+        path = _curve(folder, capsys, steps=(auto.start - 1, auto.start))
+        ratios = ["sharpness", "ratios", str(path), "--steps", str(total)]
+        assert main([*ratios, "--step", str(auto.start - 1)]) == 2
+        assert main([*ratios, "--step", str(auto.start)]) == 0
+
+
+def test_only_the_figures_need_matplotlib(folder, tmp_path, capsys):
+    path = _curve(folder, capsys)
+    code = "import sys; sys.modules['matplotlib'] = None; from ds_blockwise.cli.main import main; sys.exit(main())"
+    for command, status, words in (("show", 0, "norm"), ("plot", 2, "pip install 'ds_blockwise[launch]'")):
+        done = subprocess.run(
+            [sys.executable, "-c", code, "sharpness", command, str(path)], capture_output=True, text=True
+        )
+        assert (done.returncode, words in done.stdout + done.stderr) == (status, True), done.stderr
 
 
 def test_both_figures_of_a_run(folder, tmp_path, capsys):

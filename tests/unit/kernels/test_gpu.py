@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ds_blockwise import BlockwiseAdamMini, BlockwiseAdamW, tag_parameters
+from ds_blockwise import tag_parameters
 from ds_blockwise.kernels.select import kernels_for
+from ds_blockwise.optimizers.registry import OPTIMIZERS
 from tests.helpers.kernel_cases import BF16, CASES, HYPER, clone, compare, item_of
 from tests.unit.optimizers.test_base import feed, tiny
 
@@ -19,7 +20,7 @@ pytestmark = [
 LR = 1e-3
 
 
-@pytest.mark.parametrize("cls", [BlockwiseAdamW, BlockwiseAdamMini])
+@pytest.mark.parametrize("cls", OPTIMIZERS.values())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_gpu_makes_the_same_updates_as_the_cpu(cls, dtype):
     """Reductions run in another order on a GPU; fp64 sums keep that out of the result."""

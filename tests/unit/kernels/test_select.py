@@ -19,11 +19,12 @@ from ds_blockwise.kernels import select as backends
 from ds_blockwise.kernels.base import ReferenceKernels
 from ds_blockwise.kernels.select import kernels_for
 from ds_blockwise.kernels.self_check import disagreement
+from ds_blockwise.optimizers.registry import OPTIMIZERS
 from ds_blockwise.optimizers.second_moment import per_block
 from ds_blockwise.parallel.reduce import LOCAL
 from tests.unit.optimizers.test_base import feed, tiny
 
-BOTH = [BlockwiseAdamW, BlockwiseAdamMini]
+BOTH = list(OPTIMIZERS.values())
 CPU = torch.device("cpu")
 USER = """
     import torch

@@ -20,11 +20,11 @@ from ds_blockwise.measure.auto_multipliers import MeasuredMultipliers
 from tests.helpers.deepspeed.engine_cases import LR, Case, build, config_of
 from tests.helpers.deepspeed.telemetry_engines import AUTO, AUTO_STEPS, RAMP, READING_STEPS
 from tests.helpers.models import GradientPlan, NanoGPT, llama
+from tests.helpers.optimizers import FULL_NAME
 from tests.helpers.oracle import assert_same_update
 from tests.helpers.telemetry_truth import AutoTruth, set_gradients
 from tests.unit.measure.test_readings import made, stepped
 
-OPTIMIZERS = ["mini", "adamw"]
 TOTAL = {"total_num_steps": 60}
 SETTING = {**AUTO, "auto": AUTO["auto"] | TOTAL}
 PLAN = GradientPlan(1, 1, torch.float32)
@@ -46,7 +46,7 @@ def follow(run: SimpleNamespace, step: int) -> None:
 
 
 @pytest.mark.parametrize("backend", ["cpp", "reference", "triton"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", FULL_NAME)
 def test_changed_multipliers_reach_every_backend(optimizer: str, backend: str) -> None:
     run = made(Case(optimizer, model="gpt2", backend=backend))
     for step in range(4):
@@ -93,7 +93,7 @@ def test_a_load_under_changed_multipliers_is_reported(caplog: pytest.LogCaptureF
 # ------------------------------------------------------------------------------------------- measured
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", FULL_NAME)
 def test_measured_by_hand(optimizer: str, caplog: pytest.LogCaptureFixture) -> None:
     """1 until the measurement, a ramp of ten stairs, then what the oracle's own second moments say."""
     caplog.set_level(logging.WARNING, "ds_blockwise.measure.auto_multipliers")
@@ -114,7 +114,7 @@ def test_measured_by_hand(optimizer: str, caplog: pytest.LogCaptureFixture) -> N
     assert "ramped in over 12 steps" in record.getMessage()
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", FULL_NAME)
 def test_resume_from_a_state_dict_is_bitwise(optimizer: str) -> None:
     """Before the measurement (in the middle of its readings), in the middle of the ramp, and after it."""
     case = Case(optimizer, **LIVE)
@@ -183,6 +183,8 @@ def test_a_type_without_gradients_stays_at_one(caplog: pytest.LogCaptureFixture)
         ({"auto": {"exponent": 0}}, "needs 0 < exponent <= 1, high >= 1 and ramp < 1"),
         ({"auto": {"high": 0.5}}, "needs 0 < exponent <= 1, high >= 1 and ramp < 1"),
         ({"auto": {"total_num_steps": 0}}, r"'total_num_steps'\] must be an integer >= 1, got 0"),
+        ({"auto": {"total_num_steps": 100.5}}, r"'total_num_steps'\] must be an integer >= 1, got 100.5"),
+        ({"auto": {"total_num_steps": True}}, r"'total_num_steps'\] must be an integer >= 1, got True"),
         (
             {"auto": {"total_num_steps": 8, "not_before": 1}},
             "measures and ramps until step 10, but the run has 8 steps",
@@ -207,6 +209,14 @@ def test_the_order_needs_a_number_of_steps_not_a_share_of_the_run(total: int, st
     measured = MeasuredMultipliers.of(BlockSettings.parse({"auto": {"total_num_steps": total}}))
     assert measured is not None
     assert next(step for step in range(1, total) if measured.is_due(step)) == start
+
+
+def test_whole_floats_are_numbers_of_steps() -> None:
+    """JSON reads 5e4 as a float; the schedule beside it has always taken it."""
+    policy = BlockSettings.parse({"auto": {"total_num_steps": 5e4, "not_before": 2000.0}})
+    assert policy.auto is not None
+    assert (policy.auto.total_num_steps, policy.auto.not_before) == (50_000, 2000)
+    assert type(policy.auto.total_num_steps) is type(policy.auto.not_before) is int
 
 
 @pytest.mark.parametrize("asked", [None, False, True])

@@ -15,14 +15,16 @@ import pytest
 import torch
 
 from ds_blockwise import BlockwiseAdamMini, BlockwiseAdamW, BlockwiseCosineLR, tag_parameters
-from ds_blockwise.measure.readings import TelemetryAlarm
+from ds_blockwise.measure.readings import TelemetryAlarm, TelemetrySettings
+from ds_blockwise.optimizers.registry import OPTIMIZERS
 from ds_blockwise.parallel import agree
 from tests.helpers.deepspeed.engine_cases import Case, build, config_of, groups_of, hyper_of, oracle_of, settings_of
 from tests.helpers.models import GradientPlan
+from tests.helpers.optimizers import SHORT_NAMES
 from tests.helpers.oracle import scheduled_lr
 from tests.helpers.telemetry_truth import assert_reads, set_gradients, truth
 
-CLASSES = {"mini": BlockwiseAdamMini, "adamw": BlockwiseAdamW}
+CLASSES = {SHORT_NAMES[name]: cls for name, cls in OPTIMIZERS.items()}
 SCHEDULE = {"warmup_num_steps": 2, "total_num_steps": 9, "min_lr": 3e-3}
 PLAN = GradientPlan(1, 1, torch.float32)
 
@@ -190,6 +192,8 @@ def test_parameters_that_leave_do_not_silence_it() -> None:
     [
         ({"intervall": 5}, "unknown key 'intervall'; did you mean 'interval'"),
         ({"interval": 0}, "telemetry.interval must be an integer >= 1, got 0"),
+        ({"interval": 100.5}, "telemetry.interval must be an integer >= 1, got 100.5"),
+        ({"interval": True}, "telemetry.interval must be an integer >= 1, got True"),
         ({"band": {"fnn": [0, 1]}}, "unknown block type 'fnn'; did you mean 'ffn'"),
         ({"band": {"ffn": [2, 1]}}, r"telemetry.band\['ffn'\] must be \[low, high\] with low < high"),
         ({"band": [1e-4]}, r"telemetry.band must be \[low, high\]"),
@@ -201,6 +205,13 @@ def test_parameters_that_leave_do_not_silence_it() -> None:
 def test_settings_that_are_refused(setting: Any, message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         BlockwiseAdamMini([torch.nn.Parameter(torch.zeros(1))], telemetry=setting)
+
+
+def test_whole_floats_are_numbers_of_steps() -> None:
+    settings = TelemetrySettings.parse({"interval": 1e2, "warmup_num_steps": 0.0})
+    assert settings is not None
+    assert (settings.interval, settings.warmup_num_steps) == (100, 0)
+    assert type(settings.interval) is type(settings.warmup_num_steps) is int, "shown in errors and in checkpoints"
 
 
 def test_listening_without_telemetry_is_an_error() -> None:

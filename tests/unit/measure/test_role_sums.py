@@ -7,13 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ds_blockwise import BlockwiseAdamMini, BlockwiseAdamW, tag_parameters
+from ds_blockwise import BlockwiseAdamW, tag_parameters
 from ds_blockwise.blocks.roles import Role
 from ds_blockwise.kernels.bindings import Binding, Work
 from ds_blockwise.measure.role_sums import RoleStatistics, RoleSums, by_block_type
+from ds_blockwise.optimizers.registry import OPTIMIZERS
 from tests.helpers.models import gpt2_conv1d, llama
-
-OPTIMIZERS = [BlockwiseAdamW, BlockwiseAdamMini]
 
 
 def _with_gradients(model: nn.Module) -> nn.Module:
@@ -40,7 +39,7 @@ def _found(optimizer) -> dict[tuple[str, Role], RoleStatistics]:
     return {(one.of.fqn, one.of.role): one for one in merged}
 
 
-@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("cls", OPTIMIZERS.values())
 def test_a_fused_transposed_weight_is_taken_apart(cls):
     model = _with_gradients(gpt2_conv1d())
     found = _found(_bound(cls, model))
@@ -55,7 +54,7 @@ def test_a_fused_transposed_weight_is_taken_apart(cls):
             assert one.sums["totals"] == pytest.approx(float(expected.sum()), rel=1e-9, abs=1e-9)
 
 
-@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("cls", OPTIMIZERS.values())
 def test_block_types_add_up_to_the_model(cls):
     model = _with_gradients(llama())
     optimizer = _bound(cls, model)
@@ -88,7 +87,7 @@ class _Watcher:
         self.calls.append("after")
 
 
-@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("cls", OPTIMIZERS.values())
 def test_an_observer_can_hold_a_step_back(cls):
     model = _with_gradients(llama())
     optimizer = cls(model.parameters(), lr=1e-3)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ds_blockwise import tag_parameters
 from ds_blockwise.blocks.roles import Role
-from ds_blockwise.measure.predictions import Predictions, causal_lm, draw_labels, megatron_gpt, uniforms
+from ds_blockwise.measure.predictions import Predictions, causal_lm, megatron_gpt
 from ds_blockwise.measure.sharpness import measure_sharpness
 from ds_blockwise.measure.sharpness_report import SharpnessReport
 from tests.helpers.models import gpt2_conv1d, llama
@@ -277,27 +277,6 @@ def test_nothing_of_the_caller_moves():
         assert torch.equal(parameter, weight)
         assert parameter.grad is grad
         assert torch.equal(grad, value)
-
-
-def test_labels_are_drawn_from_the_models_distribution():
-    """Numbers spread evenly over [0, 1) must give each label its probability, up to one of them."""
-    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(1)) * 3
-    count = 20_000
-    numbers = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    for row in logits:
-        labels = draw_labels(row.expand(count, 50), numbers)
-        found = torch.bincount(labels, minlength=50).double() / count
-        assert float((found - row.double().softmax(-1)).abs().max()) < 2 / count
-    edges = draw_labels(torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]] * 2), torch.tensor([0.0, 1 - 1e-16]))
-    assert edges.tolist() == [1, 2]
-
-
-def test_draws_differ_between_predictions_sequences_and_draws():
-    """A number that came twice would make two scores dependent, and the estimate biased."""
-    shape = torch.Size([3, 5])
-    numbers = torch.stack([uniforms(shape, 0, 0, batch, draw) for batch in range(2) for draw in range(2)])
-    assert len(numbers.unique()) == numbers.numel()
-    assert torch.equal(uniforms(torch.Size([1, 5]), 2, 0, 0, 0), uniforms(shape, 0, 0, 0, 0)[2:])
 
 
 def test_a_sample_with_an_overflow_is_left_out_and_counted():

@@ -12,8 +12,9 @@ from torch import nn
 
 from ds_blockwise import BlockwiseAdamMini, BlockwiseAdamW, tag_parameters
 from ds_blockwise.optimizers import adam_mini
+from ds_blockwise.optimizers.registry import OPTIMIZERS
 
-BOTH = pytest.mark.parametrize("cls", [BlockwiseAdamW, BlockwiseAdamMini])
+BOTH = pytest.mark.parametrize("cls", OPTIMIZERS.values())
 
 
 class Attention(nn.Module):

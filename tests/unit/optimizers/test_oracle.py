@@ -14,16 +14,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ds_blockwise import BlockwiseAdamMini, BlockwiseAdamW, tag_parameters
+import ds_blockwise
+from ds_blockwise import tag_parameters
 from tests.helpers import models
 from tests.helpers.deepspeed.engine_cases import MODELS
 from tests.helpers.models import GradientPlan
+from tests.helpers.optimizers import SHORT_NAMES
 from tests.helpers.oracle import Hyper, Oracle, assert_same_update
 from tests.helpers.tables.oracle_names import BLOCK_TYPE, MULTIPLIERS, ROLE, Span, regroup
 
 LRS = (0.014, 0.022, 0.018, 0.028)  # must change, or an lr read at construction would pass
 PLAN = GradientPlan(1)
-OURS = {"adamw": BlockwiseAdamW, "mini": BlockwiseAdamMini}
+OURS = {short: getattr(ds_blockwise, name) for name, short in SHORT_NAMES.items()}
 HYPER = {"betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.1}
 FAMILIES = pytest.mark.parametrize("family", MODELS)
 OPTIMIZERS = pytest.mark.parametrize("kind", OURS)

@@ -114,7 +114,10 @@ def test_torch_schedulers_move_the_base_rate():
         ({"total_num_steps": 10, "warmup_num_steps": 10}, "below total_num_steps"),
         ({"total_num_steps": 10, "min_lr": 0.1}, "absolute"),
         ({"total_num_steps": 10, "min_lr": "auto"}, "auto"),
-        ({"total_num_steps": 10.5}, "integer"),
+        ({"total_num_steps": 10.5}, "integer >= 1, got 10.5"),
+        ({"total_num_steps": True}, "integer >= 1, got True"),
+        ({"total_num_steps": math.inf}, "integer >= 1, got inf"),
+        ({"total_num_steps": 10, "warmup_num_steps": -1.0}, "integer >= 0, got -1.0"),
     ],
 )
 def test_bad_schedules_are_refused(settings, words):
@@ -122,6 +125,14 @@ def test_bad_schedules_are_refused(settings, words):
     _, optimizer = make()
     with pytest.raises((ValueError, TypeError), match=words):
         BlockwiseCosineLR(optimizer, **settings)
+
+
+def test_whole_floats_are_numbers_of_steps():
+    """JSON reads 2e1 as a float, and Accelerate hands on what a user computed with a division."""
+    _, optimizer = make()
+    schedule = BlockwiseWSDLR(optimizer, total_num_steps=2e1, warmup_num_steps=4.0, decay_num_steps=5.0)
+    steps = (schedule.total_num_steps, schedule.warmup_num_steps, schedule.decay_num_steps)
+    assert steps == (20, 4, 5) and all(type(count) is int for count in steps)
 
 
 def test_a_decay_longer_than_the_run_is_refused():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ds_blockwise import BlockwiseAdamMini, BlockwiseAdamW, tag_parameters
 from ds_blockwise.checkpoint import record as state_record
+from ds_blockwise.optimizers.registry import OPTIMIZERS
 from tests.helpers import models
 from tests.helpers.oracle import Hyper, Oracle, _State, assert_same_update
 from tests.helpers.tables.oracle_names import Classes, gpt2_classes, hf_llama_classes
@@ -37,7 +38,7 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], Classes]] = {
     ),
 }
 BOTH_FAMILIES = pytest.mark.parametrize("family", FAMILIES)
-BOTH = pytest.mark.parametrize("cls", [BlockwiseAdamW, BlockwiseAdamMini])
+BOTH = pytest.mark.parametrize("cls", OPTIMIZERS.values())
 
 
 def build(family: str) -> nn.Module:

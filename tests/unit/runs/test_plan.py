@@ -22,6 +22,7 @@ from ds_blockwise.runs.plan_memory import Layout, activations, local_blocks, loc
 from tests.helpers import ROOT
 from tests.helpers.deepspeed.engines import DTYPES, engine_config, open_engine, prepare_deepspeed
 from tests.helpers.distributed import Outcome, RankContext, fleet_outcome, passes
+from tests.helpers.optimizers import FULL_NAME
 
 pytestmark = pytest.mark.usefixtures("ends_process_groups")
 
@@ -54,12 +55,11 @@ class Case:
     gas: int = 1
 
 
-OPTIMIZERS = {"adamw": "BlockwiseAdamW", "mini": "BlockwiseAdamMini"}
 CASES = {
     f"z{stage}-{dtype}-{short}": Case(stage, dtype, name)
     for stage in range(4)
     for dtype in ("fp32", "bf16")
-    for short, name in OPTIMIZERS.items()
+    for short, name in FULL_NAME.items()
 } | {
     "z1-bf16-mini-tp2": Case(1, "bf16", "BlockwiseAdamMini", tp=2),
     "z1-bf16-adamw-gas2": Case(1, "bf16", "BlockwiseAdamW", gas=2),

@@ -21,7 +21,7 @@ from ds_blockwise.checkpoint.record import KEY, differences, settings_of
 from ds_blockwise.hosts.deepspeed.checkpoint.save import leads, load_rank_state, node_of, save_checkpoint, topology_of
 from ds_blockwise.hosts.deepspeed.checkpoint.tag_folder import universal_misfit
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
-from ds_blockwise.optimizers.schedules import SCHEDULES
+from ds_blockwise.optimizers.schedules import BlockwiseSchedule
 from ds_blockwise.parallel.agree import first_error, gather, is_first_rank
 
 __all__ = ["guard", "load_checkpoint", "load_rank_state", "save_checkpoint"]
@@ -303,7 +303,7 @@ def _restore_groups(engine: Any, own: _Groups, saved: _Groups | None) -> None:
         for key in set(group) - set(settings) - {"params"}:
             del group[key]
         group.update(settings)
-        if scheduler is not None and not isinstance(scheduler, SCHEDULES):
+        if scheduler is not None and not isinstance(scheduler, BlockwiseSchedule):
             group["lr"] = saved[index]["lr"] if saved and index < len(saved) else lr
-    if isinstance(scheduler, SCHEDULES):
+    if isinstance(scheduler, BlockwiseSchedule):
         scheduler.load_state_dict(scheduler.state_dict())  # sets the rate of its update in the restored groups

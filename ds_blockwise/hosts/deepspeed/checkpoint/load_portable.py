@@ -26,6 +26,7 @@ from ds_blockwise.checkpoint.record import KEY
 from ds_blockwise.kernels.base import wide_dtype
 from ds_blockwise.kernels.bindings import Binding
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
+from ds_blockwise.optimizers.registry import OPTIMIZERS
 from ds_blockwise.parallel.agree import first_error, is_first_rank
 
 logger = logging.getLogger(__name__)
@@ -116,7 +117,7 @@ def _raise_everywhere(problem: str | None, kind: type[Exception]) -> None:
 def _unfit(engine: Any, custom_load_fn: Any) -> str | None:
     if not isinstance(engine.basic_optimizer, BlockwiseOptimizer):
         return (
-            f"a portable checkpoint loads into BlockwiseAdamW and BlockwiseAdamMini, but this engine's optimizer is "
+            f"a portable checkpoint loads into {', '.join(OPTIMIZERS)}, but this engine's optimizer is "
             f'{type(engine.basic_optimizer).__name__}. Name one of ours in the JSON\'s "optimizer".'
         )
     if custom_load_fn is not None:

@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the names of tests call each optimizer.
+
+Imports nothing of ds_blockwise: the settings in ``tests/conftest.py`` must be in place before torch is imported.
+"""
+
+from __future__ import annotations
+
+SHORT_NAMES = {"BlockwiseAdamW": "adamw", "BlockwiseAdamMini": "mini"}
+FULL_NAME = {short: name for name, short in SHORT_NAMES.items()}
