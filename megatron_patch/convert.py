@@ -147,7 +147,7 @@ def convert_(
 
 def _check_kind(kind: object) -> None:
     if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}{suggest(str(kind), KINDS)}")
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}{suggest(kind, KINDS)}")
 
 
 def _prepare(
