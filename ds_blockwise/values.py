@@ -13,7 +13,7 @@ import torch
 
 def nearest(word: object, known: Iterable[str]) -> str | None:
     """The known word that a misspelt one is most like; None if it is like none of them."""
-    return next(iter(difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)), None)
+    return next(iter(difflib.get_close_matches(str(word), list(known), n=1)), None)
 
 
 def suggest(word: object, known: Iterable[str]) -> str:
