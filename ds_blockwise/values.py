@@ -11,9 +11,15 @@ from typing import TypeVar
 import torch
 
 
-def nearest(word: object, known: Iterable[str]) -> str | None:
-    """The known word that a misspelt one is most like; None if it is like none of them."""
-    return next(iter(difflib.get_close_matches(str(word), list(known), n=1)), None)
+def nearest(word: object, known: Iterable[str], *, likeness: float = 0.5) -> str | None:
+    """The known word that a misspelt one is most like; None if it is like none of them.
+
+    Args:
+        word: what was given.
+        known: what is allowed.
+        likeness: least ratio of matching letters, from 0 to 1: `difflib.SequenceMatcher.ratio`.
+    """
+    return next(iter(difflib.get_close_matches(str(word), list(known), n=1, cutoff=likeness)), None)
 
 
 def suggest(word: object, known: Iterable[str]) -> str:

@@ -51,7 +51,7 @@ def run_plan(args: argparse.Namespace) -> tuple[str, int]:
     path = Path("plan.png") if args.plot is None else args.plot
     drawn = str(path) not in ("", ".")
     if drawn:
-        with needs("launch", "the figure (--plot '' draws none)"):
+        with needs("launch", "the figure"):
             from ds_blockwise.runs.plan_plot import plot_plans
         size = f"{run.shape.count_parameters() / 1e9:.2f}B parameters"
         plot_plans(over_nodes, f"{run.name}, {size}, batch {run.training.global_batch_size}, {gpu}", path)

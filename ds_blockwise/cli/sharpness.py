@@ -16,7 +16,6 @@ from ds_blockwise.cli.extras import needs
 from ds_blockwise.cli.models import load_trained
 from ds_blockwise.measure.ratios import multipliers_from_sharpness
 from ds_blockwise.measure.sharpness import PRODUCTS, measure_sharpness
-from ds_blockwise.measure.sharpness_plot import draw
 from ds_blockwise.measure.sharpness_report import ESTIMATORS, LEVELS, SharpnessReport, read_csv, write_csv
 from ds_blockwise.tagging.tag import tag_parameters
 
@@ -161,6 +160,8 @@ def _run_show(args: argparse.Namespace) -> tuple[str, int]:
 
 
 def _run_plot(args: argparse.Namespace) -> tuple[str, int]:
+    with needs("launch", "drawing"):
+        from ds_blockwise.measure.sharpness_plot import draw
     reports = read_csv(args.csv)
     report = _chosen(reports, args)
     folder = args.csv.parent if args.output is None else args.output

@@ -77,7 +77,7 @@ def compose(run: RunConfig, problems: Problems) -> JsonObject:
             remedy = f"remove it here and set {_FROM_RUN_FILE[key]} in {run.file}"
             problems.add(file, key, value, "nothing, the launcher writes it", remedy)
         elif key not in _KNOWN_KEYS:
-            near = nearest(key, _KNOWN_KEYS)
+            near = nearest(key, _KNOWN_KEYS, likeness=0.6)
             if near is not None:  # an exotic key is DeepSpeed's own business
                 problems.add(file, key, value, "DeepSpeed's configuration keys", f"did you mean {near!r}?")
     training = run.training

@@ -27,6 +27,8 @@ def test_an_unknown_key_is_a_sentence_with_and_without_a_near_one() -> None:
 def test_the_nearest_word() -> None:
     """Keys of a file may be numbers or truth values."""
     assert nearest("beta", ALLOWED) == "betas"
+    assert nearest("beta", ALLOWED, likeness=0.9) is None
+    assert nearest("tyni", ["tiny", "large"]) == "tiny"
     assert suggest("beta", ALLOWED) == "; did you mean 'betas'?"
     assert nearest(7, ALLOWED) is None and suggest(True, ALLOWED) == ""
 
