@@ -23,23 +23,37 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old text or the new one, never a part.
+def replace_file(partial: Path, final: Path) -> None:
+    """Give a finished file its name once its bytes are on the disk: a name means a whole file, after a power cut too.
+
+    Args:
+        partial: the file, closed, on the same file system as ``final``.
+        final: its name; a file of that name is replaced.
 
     Raises:
         OSError: the disk is full or the folder cannot be written.
     """
-    temporary = path.with_name(path.name + ".new")
+    sync(partial)
+    partial.replace(final)
+    sync(final.parent)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old text or the new one, never a part.
+
+    A process that is killed in between leaves ``<name>.<process id>.partial`` behind: two processes that write the same
+    file never write into each other's.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        partial.write_text(text, encoding="utf-8")
+        replace_file(partial, path)
     except OSError:
-        temporary.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise
-    sync(path.parent)
 
 
 def sync(path: Path) -> None:

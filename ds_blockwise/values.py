@@ -6,15 +6,32 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 
 
-def suggest(key: str, allowed: Iterable[str]) -> str:
-    """Return ``; did you mean 'x'?`` for the nearest allowed key, or an empty string."""
-    near = difflib.get_close_matches(key, list(allowed), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
+def nearest(word: object, known: Iterable[str], *, likeness: float = 0.5) -> str | None:
+    """The known word that a misspelt one is most like; None if it is like none of them.
+
+    Args:
+        word: what was given.
+        known: what is allowed.
+        likeness: least ratio of matching letters, from 0 to 1: `difflib.SequenceMatcher.ratio`.
+    """
+    return next(iter(difflib.get_close_matches(str(word), list(known), n=1, cutoff=likeness)), None)
+
+
+def suggest(word: object, known: Iterable[str]) -> str:
+    """The end of an error's sentence: ``; did you mean 'x'?``, or nothing if no known word is near."""
+    near = nearest(word, known)
+    return "" if near is None else f"; did you mean {near!r}?"
+
+
+def unknown(what: str, word: object, known: Iterable[str]) -> str:
+    """The words of an error: ``unknown key 'foo'; did you mean 'x'? Allowed: x, y``."""
+    known = tuple(known)
+    return f"unknown {what} {word!r}{suggest(word, known) or '.'} Allowed: {', '.join(known)}"
 
 
 def as_mapping(name: str, value: object) -> Mapping[str, object]:
@@ -27,7 +44,7 @@ def as_mapping(name: str, value: object) -> Mapping[str, object]:
         return {}
     if not isinstance(value, Mapping):
         raise TypeError(f"{name} must be a mapping, got {value!r}")
-    return cast("Mapping[str, object]", value)
+    return value
 
 
 def check_keys(name: str, keys: Iterable[str], allowed: Sequence[str]) -> None:
@@ -38,9 +55,7 @@ def check_keys(name: str, keys: Iterable[str], allowed: Sequence[str]) -> None:
     """
     for key in keys:
         if key not in allowed:
-            raise ValueError(
-                f"{name} has an unknown key {key!r}{suggest(str(key), allowed)} Allowed: {', '.join(allowed)}"
-            )
+            raise ValueError(f"{name} has an {unknown('key', key, allowed)}")
 
 
 def as_multiplier(name: str, value: object) -> float:

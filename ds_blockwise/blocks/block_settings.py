@@ -24,7 +24,7 @@ from ds_blockwise.blocks.defaults import (
     Granularity,
 )
 from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, BLOCK_TYPES, QKV_LAYOUTS, STORAGES, QKVLayout, Role, Storage
-from ds_blockwise.values import as_count, as_mapping, as_multiplier, check_keys, if_given, suggest
+from ds_blockwise.values import as_count, as_mapping, as_multiplier, check_keys, if_given, suggest, unknown
 
 _Setting = TypeVar("_Setting")
 _ROLE_NAMES = tuple(role.value for role in Role)
@@ -106,9 +106,7 @@ def _parse_rule(index: int, value: object) -> Rule:
         if layout is not None:
             raise ValueError(f'{name}: "layout" goes with "role": "qkv" only, got role {role!r}')
         if role is not None and role not in _ROLE_NAMES:
-            allowed = (*_ROLE_NAMES, "qkv")
-            near = suggest(str(role), allowed) or "."
-            raise ValueError(f"{name}: unknown role {role!r}{near} Allowed: {', '.join(allowed)}")
+            raise ValueError(f"{name}: {unknown('role', role, (*_ROLE_NAMES, 'qkv'))}")
     storage = raw.get("storage")
     if storage is not None and storage not in STORAGES:
         raise ValueError(f"{name}.storage must be one of {', '.join(STORAGES)}, got {storage!r}")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models from what a command line can name: a Hugging Face config, a Megatron-core model file, a function.
 
-On the meta device to be looked at, or small with real weights to be run.
+On the meta device to be looked at, small with real weights to be run, or with the weights of a training.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
+from ds_blockwise.cli.extras import needs
 from ds_blockwise.values import suggest
 
 # A small model keeps everything that attention depends on: the hidden size, heads, layouts, norms
@@ -52,16 +53,62 @@ def load_model(source: str, *, small: bool = False) -> nn.Module:
     raise ValueError(f"cannot build a model from {source!r}: give {MODEL_HELP}")
 
 
+def load_trained(source: str, *, random_init: bool = False) -> tuple[nn.Module, str]:
+    """A model with its weights, in fp32 on the CPU.
+
+    Args:
+        source: a Hugging Face folder with weights, or ``package.module:function``.
+        random_init: build the model even where there are no weights.
+
+    Returns:
+        The model, and a warning if its weights may be random (empty if they are not).
+
+    Raises:
+        ValueError: the source has no weights, or lacks some of them.
+        ImportError: transformers is not installed.
+    """
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml"):
+        raise ValueError(
+            f"{source} describes a model without weights: measure a checkpoint of a run with "
+            f"launch/probe_sharpness.py --run RUN"
+        )
+    if not path.exists() and ":" in source:
+        warning = f"{source} may return random weights, and their sharpness says nothing about training"
+        return load_model(source, small=True), warning
+    folder = path if path.is_dir() else path.parent
+    has_weights = any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
+    if not has_weights and not random_init:
+        raise ValueError(
+            f"{folder} holds no weights (*.safetensors, pytorch_model*.bin), and the sharpness of random weights "
+            f"says nothing about training. Give a folder as save_pretrained writes it, or --random-init."
+        )
+    with needs("hf", "this model"):
+        import transformers
+    if not has_weights:
+        torch.manual_seed(0)
+        drawn: nn.Module = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.from_pretrained(str(folder))
+        )
+        return drawn.float(), f"{folder} holds no weights: these are RANDOM ones"
+    model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+        str(folder), dtype=torch.float32, output_loading_info=True, local_files_only=True
+    )
+    if loading["missing_keys"] or loading["mismatched_keys"]:
+        lacking = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
+        raise ValueError(f"the weights in {folder} do not fill the model: {', '.join(lacking[:5])} would be random")
+    assert isinstance(model, nn.Module)
+    return model, ""
+
+
 def _hugging_face_model(path: Path, small: bool) -> nn.Module:
-    try:
-        transformers = importlib.import_module("transformers")
-    except ModuleNotFoundError as error:
-        raise _missing(error, "transformers", "hf") from error
+    with needs("hf", "this model"):
+        import transformers
     config = transformers.AutoConfig.from_pretrained(str(path.parent))
     if small:
         _shrink(config)
     with torch.device("cpu" if small else "meta"):
-        model = cast("nn.Module", transformers.AutoModelForCausalLM.from_config(config))
+        model: nn.Module = transformers.AutoModelForCausalLM.from_config(config)
     return model.float() if small else model
 
 
@@ -81,18 +128,10 @@ def _shrink(config: Any) -> None:
 
 
 def _megatron_model(path: Path, small: bool) -> nn.Module:
-    try:
-        megatron_patch = importlib.import_module("megatron_patch")
-    except ModuleNotFoundError as error:
-        raise _missing(error, "megatron", "megatron") from error
-    build = megatron_patch.build_small_gpt if small else megatron_patch.build_meta_gpt
-    return cast("nn.Module", build(path))
-
-
-def _missing(error: ModuleNotFoundError, package: str, extra: str) -> Exception:
-    if (error.name or "").partition(".")[0] != package:
-        return error
-    return ImportError(f"this model needs {package}: pip install 'ds_blockwise[{extra}]'")
+    with needs("megatron", "this model"):
+        megatron_patch = importlib.import_module("megatron_patch")  # a layer above this package
+    model: nn.Module = (megatron_patch.build_small_gpt if small else megatron_patch.build_meta_gpt)(path)
+    return model
 
 
 def _from_function(source: str, small: bool) -> nn.Module:

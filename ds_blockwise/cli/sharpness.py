@@ -8,11 +8,13 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+import torch
 
 from ds_blockwise.blocks.auto_settings import EARLIEST_STEP, AutoMultipliers
 from ds_blockwise.blocks.defaults import DEFAULT_EXPONENT, DEFAULT_LR_MULTIPLIERS
-from ds_blockwise.cli.measure_files import load_trained, read_batches
+from ds_blockwise.cli.extras import needs
+from ds_blockwise.cli.models import load_trained
 from ds_blockwise.measure.auto_multipliers import first_reading
 from ds_blockwise.measure.ratios import multipliers_from_sharpness
 from ds_blockwise.measure.sharpness import PRODUCTS, measure_sharpness
@@ -23,9 +25,11 @@ from ds_blockwise.values import as_count
 _RUN_RECORD = "run.json"  # beside the CSV that the main job writes
 
 
-def add_sharpness_command(commands: Any) -> None:
-    """Add it to the parser of ``ds-blockwise``; each of its commands sets ``run``, called with the arguments."""
-    parser = commands.add_parser("sharpness", help="average sharpness of a model's blocks: measure, show, plot, ratios")
+HELP = "average sharpness of a model's blocks: measure, show, plot, ratios"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Say what each command of ``sharpness`` is given."""
     own = parser.add_subparsers(required=True, metavar="COMMAND")
 
     measure = own.add_parser("measure", help="measure a trained model on a text, in this process")
@@ -95,7 +99,7 @@ def _run_measure(args: argparse.Namespace) -> tuple[str, int]:
         print(f"ds-blockwise: warning: {warning}", file=sys.stderr)
     model.eval()  # without dropout
     tag_parameters(model)
-    batches = read_batches(
+    batches = _read_batches(
         args.text,
         args.tokenizer or args.model,
         batches=args.batches,
@@ -113,16 +117,60 @@ def _run_measure(args: argparse.Namespace) -> tuple[str, int]:
     return report.table(args.level), 0
 
 
+def _read_batches(
+    text: Path, tokenizer: str, *, batches: int, sequences: int, length: int, vocabulary: int | None
+) -> list[torch.Tensor]:
+    """The beginning of a text as batches of token ids.
+
+    Args:
+        text: UTF-8.
+        tokenizer: a `tokenizer.json`, or a folder that holds one or that transformers can read.
+        batches: how many.
+        sequences: in each batch.
+        length: tokens in each sequence.
+        vocabulary: of the model; None if unknown.
+
+    Returns:
+        int64 tensors ``[sequences, length]``.
+
+    Raises:
+        ValueError: the text is too short, or has a token that the model does not know.
+        OSError: a file cannot be read.
+    """
+    ids = _encode(text.read_text(encoding="utf-8"), Path(tokenizer))
+    needed = batches * sequences * length
+    if len(ids) < needed:
+        raise ValueError(
+            f"{text} has {len(ids):,} tokens, but {batches} batches of {sequences} x {length} need {needed:,}. Give "
+            f"more text, or lower --batches, --batch-size or --length."
+        )
+    if vocabulary is not None and max(ids[:needed]) >= vocabulary:
+        raise ValueError(f"{tokenizer} makes token {max(ids[:needed])}, but the model's vocabulary is {vocabulary}")
+    return list(torch.tensor(ids[:needed]).view(batches, sequences, length).unbind())
+
+
+def _encode(text: str, tokenizer: Path) -> list[int]:
+    file = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
+    if file.is_file() and file.suffix == ".json":
+        with needs("hf", f"reading {file}"):
+            import tokenizers
+        return list(tokenizers.Tokenizer.from_file(str(file)).encode(text, add_special_tokens=False).ids)
+    if not tokenizer.is_dir():
+        raise ValueError(f"{tokenizer} is not a tokenizer: give a tokenizer.json or a folder with one (--tokenizer)")
+    with needs("hf", f"reading {tokenizer}"):
+        import transformers
+    found = transformers.AutoTokenizer.from_pretrained(str(tokenizer), local_files_only=True)
+    return list(found.encode(text, add_special_tokens=False))
+
+
 def _run_show(args: argparse.Namespace) -> tuple[str, int]:
     report = _chosen(read_csv(args.csv), args)
     return (report.to_json() if args.json else report.table(args.level)), 0
 
 
 def _run_plot(args: argparse.Namespace) -> tuple[str, int]:
-    try:
+    with needs("launch", "drawing"):
         from ds_blockwise.measure.sharpness_plot import draw
-    except ModuleNotFoundError as error:
-        raise ImportError(f"the figures need {error.name}: pip install 'ds_blockwise[launch]'") from error
     reports = read_csv(args.csv)
     report = _chosen(reports, args)
     folder = args.csv.parent if args.output is None else args.output

@@ -15,7 +15,7 @@ from typing import Literal
 
 from ds_blockwise.blocks.roles import BLOCK_TYPES, BlockType
 from ds_blockwise.parallel.agree import is_first_rank
-from ds_blockwise.values import as_count, number, suggest
+from ds_blockwise.values import as_count, check_keys, number, suggest, unknown
 
 logger = logging.getLogger(__name__)
 
@@ -103,16 +103,12 @@ class TelemetrySettings:
         known = [f.name for f in fields(cls)]
         if not isinstance(value, Mapping):
             raise TypeError(f'telemetry must be a mapping such as {{"interval": 100}}, or left out; got {value!r}')
-        for key in value:
-            if key not in known:
-                raise ValueError(
-                    f"telemetry has an unknown key {key!r}{suggest(str(key), known)} Allowed: {', '.join(known)}"
-                )
+        check_keys("telemetry", value, known)
         on_alarm = value.get("on_alarm", "log")
         if on_alarm not in _ON_ALARM:
             raise ValueError(
                 f"telemetry.on_alarm must be one of {', '.join(_ON_ALARM)}, got {on_alarm!r}"
-                f"{suggest(str(on_alarm), _ON_ALARM)}"
+                f"{suggest(on_alarm, _ON_ALARM)}"
             )
         warmup = value.get("warmup_num_steps")
         return cls(
@@ -129,10 +125,7 @@ def _bands(value: object) -> dict[str, Band]:
     if isinstance(value, Mapping):
         for key in value:
             if key not in BLOCK_TYPES:
-                raise ValueError(
-                    f"telemetry.band has an unknown block type {key!r}{suggest(str(key), BLOCK_TYPES)} Allowed: "
-                    f"{', '.join(BLOCK_TYPES)}"
-                )
+                raise ValueError(f"telemetry.band has an {unknown('block type', key, BLOCK_TYPES)}")
         return {key: _band(f"telemetry.band[{key!r}]", pair) for key, pair in value.items()}
     return dict.fromkeys(BLOCK_TYPES, _band("telemetry.band", value))
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from ds_blockwise.values import number, one_of, suggest
+from ds_blockwise.values import number, one_of, suggest, unknown
 
 MomentumDtype = Literal["fp32", "bf16"]
 MOMENTUM_DTYPES: tuple[MomentumDtype, ...] = ("fp32", "bf16")
@@ -82,7 +82,7 @@ def check_backend(value: object) -> str:
     """
     if isinstance(value, str) and value in BACKENDS:
         return value
-    raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {value!r}{suggest(str(value), BACKENDS)}")
+    raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {value!r}{suggest(value, BACKENDS)}")
 
 
 def check_extra_keys(optimizer: str, extra: Mapping[str, object]) -> None:
@@ -99,6 +99,4 @@ def check_extra_keys(optimizer: str, extra: Mapping[str, object]) -> None:
                     f"weight decay and bias correction, without amsgrad). Remove the key."
                 )
             continue
-        raise ValueError(
-            f"{optimizer} got an unknown key {key!r}{suggest(key, OPTIMIZER_KEYS)} Allowed: {', '.join(OPTIMIZER_KEYS)}"
-        )
+        raise ValueError(f"{optimizer} got an {unknown('key', key, OPTIMIZER_KEYS)}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,7 +16,7 @@ from ds_blockwise.hosts.deepspeed.refusals import facts_of_json, refusals
 from ds_blockwise.optimizers.registry import OPTIMIZERS, SCHEDULES
 from ds_blockwise.runs.engine_json import compose
 from ds_blockwise.runs.run_file import RunConfig, check_run, load_run
-from ds_blockwise.runs.strict_files import Problems
+from ds_blockwise.runs.strict_files import JsonObject, Problems
 
 _STAGES = (0, 1, 2, 3)
 _PRECISIONS = ("bf16", "fp16", "torch_autocast")
@@ -74,7 +73,7 @@ def describe_run(run: RunConfig) -> list[tuple[str, str]]:
     ]
 
 
-def _check_engine(run: RunConfig, config: dict[str, Any], problems: Problems) -> None:
+def _check_engine(run: RunConfig, config: JsonObject, problems: Problems) -> None:
     file = run.deepspeed_file
     zero = config.get("zero_optimization", {})
     stage = zero.get("stage", 0) if isinstance(zero, dict) else None
@@ -93,22 +92,22 @@ def _check_engine(run: RunConfig, config: dict[str, Any], problems: Problems) ->
         problems.add(file, "gradient_clipping", clip, allowed, "use ZeRO stage 1")
 
 
-def _check_optimizer(run: RunConfig, config: dict[str, Any], problems: Problems) -> None:
+def _check_optimizer(run: RunConfig, config: JsonObject, problems: Problems) -> None:
     """The optimizer's and the schedule's own checks, on one weight."""
     section = config["optimizer"]
     cls = OPTIMIZERS.get(section["type"])
     if cls is None:
         return  # AdamW and others are DeepSpeed's business
     for refusal in refusals(facts_of_json(config)):
-        problems.add(run.deepspeed_file, "(engine)", section["type"], "see the reason", refusal)
+        problems.refuse(run.deepspeed_file, "optimizer.type", section["type"], refusal)
     try:
         optimizer = cls([torch.nn.Parameter(torch.zeros(1))], **section.get("params", {}))
     except (ValueError, TypeError) as error:
-        problems.add(run.deepspeed_file, "optimizer.params", section.get("params"), "see the reason", str(error))
+        problems.refuse(run.deepspeed_file, "optimizer.params", section.get("params"), str(error))
         return
     schedule = config.get("scheduler")
     if schedule is not None and schedule["type"] in SCHEDULES:
         try:
             SCHEDULES[schedule["type"]](optimizer, **schedule["params"])
         except (ValueError, TypeError) as error:
-            problems.add(run.deepspeed_file, "scheduler.params", schedule["params"], "see the reason", str(error))
+            problems.refuse(run.deepspeed_file, "scheduler.params", schedule["params"], str(error))

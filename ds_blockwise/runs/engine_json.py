@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 
 from ds_blockwise.blocks.auto_settings import AUTO
 from ds_blockwise.runs.run_file import RunConfig
-from ds_blockwise.runs.strict_files import Problems, nearest
+from ds_blockwise.runs.strict_files import JsonObject, Problems
+from ds_blockwise.values import nearest
 
 # Keys that the launcher writes; in the JSON they would be a second place for the same number.
 _FROM_RUN_FILE = {
@@ -38,10 +38,13 @@ _KNOWN_KEYS = [
     "optimizer",
     "prescale_gradients",
     "scheduler",
+    "seq_parallel_communication_data_type",
+    "sparse_gradients",
     "torch_autocast",
     "wall_clock_breakdown",
     "wandb",
     "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
     "zero_optimization",
 ]
 # What each schedule calls the number of warm-up steps and of all steps.
@@ -56,7 +59,7 @@ _SCHEDULE_KEYS = {
 }
 
 
-def compose(run: RunConfig, problems: Problems) -> dict[str, Any]:
+def compose(run: RunConfig, problems: Problems) -> JsonObject:
     """DeepSpeed's configuration for this run.
 
     Args:
@@ -74,9 +77,9 @@ def compose(run: RunConfig, problems: Problems) -> dict[str, Any]:
             remedy = f"remove it here and set {_FROM_RUN_FILE[key]} in {run.file}"
             problems.add(file, key, value, "nothing, the launcher writes it", remedy)
         elif key not in _KNOWN_KEYS:
-            remedy = nearest(key, _KNOWN_KEYS)
-            if remedy != "remove it":  # an exotic key is DeepSpeed's own business
-                problems.add(file, key, value, "DeepSpeed's configuration keys", remedy)
+            near = nearest(key, _KNOWN_KEYS, likeness=0.6)
+            if near is not None:  # an exotic key is DeepSpeed's own business
+                problems.add(file, key, value, "DeepSpeed's configuration keys", f"did you mean {near!r}?")
     training = run.training
     config["train_batch_size"] = training.global_batch_size
     config["train_micro_batch_size_per_gpu"] = training.micro_batch_size
@@ -98,12 +101,12 @@ def compose(run: RunConfig, problems: Problems) -> dict[str, Any]:
     return config
 
 
-def optimizer_type(config: dict[str, Any]) -> str:
+def optimizer_type(config: JsonObject) -> str:
     """Name of the optimizer that the JSON chooses."""
     return str(config["optimizer"]["type"])
 
 
-def parameter_dtype(config: dict[str, Any]) -> torch.dtype:
+def parameter_dtype(config: JsonObject) -> torch.dtype:
     """Type of the model's weights under this configuration."""
     for key, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
         section = config.get(key)
@@ -112,12 +115,12 @@ def parameter_dtype(config: dict[str, Any]) -> torch.dtype:
     return torch.float32
 
 
-def zero_stage(config: dict[str, Any]) -> int:
+def zero_stage(config: JsonObject) -> int:
     """ZeRO stage of this configuration; DeepSpeed's default is 0."""
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
-def _check_optimizer(run: RunConfig, config: dict[str, Any], problems: Problems) -> None:
+def _check_optimizer(run: RunConfig, config: JsonObject, problems: Problems) -> None:
     section = config.get("optimizer")
     if not isinstance(section, dict) or not isinstance(section.get("type"), str):
         allowed = 'an object such as {"type": "BlockwiseAdamMini", "params": {"lr": 5e-4}}'
@@ -128,7 +131,7 @@ def _check_optimizer(run: RunConfig, config: dict[str, Any], problems: Problems)
         problems.add(run.deepspeed_file, "zero_optimization.stage", 3, allowed, remedy)
 
 
-def _fill_auto_multipliers(run: RunConfig, config: dict[str, Any], problems: Problems) -> None:
+def _fill_auto_multipliers(run: RunConfig, config: JsonObject, problems: Problems) -> None:
     """Say how long the run is to an optimizer that measures its multipliers, whatever the schedule."""
     section = config.get("optimizer")
     params = section.get("params") if isinstance(section, dict) else None
@@ -148,7 +151,7 @@ def _fill_auto_multipliers(run: RunConfig, config: dict[str, Any], problems: Pro
     params["lr_multipliers"] = {**multipliers, AUTO: {**multipliers[AUTO], _TOTAL: run.training.steps}}
 
 
-def _fill_schedule(run: RunConfig, config: dict[str, Any], problems: Problems) -> None:
+def _fill_schedule(run: RunConfig, config: JsonObject, problems: Problems) -> None:
     section = config.get("scheduler")
     if section is None:
         return

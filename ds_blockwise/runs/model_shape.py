@@ -6,18 +6,31 @@ Pure arithmetic, without a process group or a torch module: `megatron_patch.buil
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from ds_blockwise.runs.strict_files import LOW, Problems, nearest, read_section, read_yaml
+from pydantic import Field
 
-_POSITIVE = {LOW: 1}
+from ds_blockwise.runs.strict_files import (
+    NUMBER,
+    AtLeastTwo,
+    Flag,
+    Positive,
+    Problems,
+    StrictSection,
+    correction,
+    read_section,
+    read_yaml,
+)
+
+_NotNegativeNumber = Annotated[float, Field(strict=True, ge=0.0), NUMBER]
 LLAMA, GPT2 = "llama", "gpt2"
 ARCHITECTURES = (LLAMA, GPT2)
 
 
 @dataclass(frozen=True, slots=True)
-class GPTShape:
+class GPTShape(StrictSection):
     """Sizes of one model.
 
     Attributes:
@@ -38,20 +51,20 @@ class GPTShape:
             get `init_std / sqrt(2 * num_layers)`, Megatron's rule.
     """
 
-    num_layers: int = field(metadata=_POSITIVE)
-    hidden_size: int = field(metadata=_POSITIVE)
-    ffn_hidden_size: int = field(metadata=_POSITIVE)
-    num_heads: int = field(metadata=_POSITIVE)
-    num_kv_heads: int = field(metadata=_POSITIVE)
-    head_dim: int = field(metadata={LOW: 2})
-    vocab_size: int = field(metadata={LOW: 2})
-    sequence_length: int = field(metadata=_POSITIVE)
-    num_parameters: int | None = field(default=None, metadata=_POSITIVE)
+    num_layers: Positive
+    hidden_size: Positive
+    ffn_hidden_size: Positive
+    num_heads: Positive
+    num_kv_heads: Positive
+    head_dim: AtLeastTwo
+    vocab_size: AtLeastTwo
+    sequence_length: Positive
+    num_parameters: Positive | None = None
     architecture: str = LLAMA
-    tied_embeddings: bool = False
-    rope_theta: float = field(default=10000.0, metadata=_POSITIVE)
-    norm_eps: float = field(default=1e-5, metadata={LOW: 0.0})
-    init_std: float = field(default=0.02, metadata={LOW: 0.0})
+    tied_embeddings: Flag = False
+    rope_theta: Annotated[float, Field(strict=True, ge=1), NUMBER] = 10000.0
+    norm_eps: _NotNegativeNumber = 1e-5
+    init_std: _NotNegativeNumber = 0.02
 
     @classmethod
     def load(cls, path: str | Path) -> GPTShape:
@@ -89,7 +102,7 @@ class GPTShape:
             problems.add(file, "num_kv_heads", self.num_kv_heads, allowed, "change one of the two")
         if self.architecture not in ARCHITECTURES:
             allowed = " or ".join(ARCHITECTURES)
-            problems.add(file, "architecture", self.architecture, allowed, nearest(self.architecture, [*ARCHITECTURES]))
+            problems.add(file, "architecture", self.architecture, allowed, correction(self.architecture, ARCHITECTURES))
             return
         if self.architecture == LLAMA and self.head_dim % 2:
             problems.add(file, "head_dim", self.head_dim, "an even number", "RoPE rotates pairs")

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ds_blockwise.runs.model_shape import GPTShape
-from ds_blockwise.runs.plan_memory import MINI, Layout, Memory, local_parameters, memory_of
+from ds_blockwise.runs.plan_memory import MINI, Arrangement, Memory, RankCounts, memory_of
 from ds_blockwise.runs.run_file import RunConfig
 
 COMPUTE_EFFICIENCY = (0.55, 0.40)  # of the peak: best, worst
@@ -103,14 +103,14 @@ class Plan:
         return found
 
 
-def layout_of(run: RunConfig, processes: int) -> Layout:
-    """How a run lies on a number of processes, from its JSON."""
+def arrangement_of(run: RunConfig, processes: int) -> Arrangement:
+    """How a run is distributed over a number of processes, from its JSON."""
     config = run.deepspeed
     zero = config.get("zero_optimization", {})
     offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
     half = any(config.get(name, {}).get("enabled") for name in ("bf16", "fp16"))
     momentum = config.get("optimizer", {}).get("params", {}).get("momentum_dtype", "fp32")
-    return Layout(
+    return Arrangement(
         tp=run.parallel.tensor,
         dp=max(1, processes // run.parallel.tensor),
         zero_stage=int(zero.get("stage", 0)),
@@ -138,28 +138,31 @@ def computed_again(shape: GPTShape, activation_checkpointing: str) -> float:
     return attention / 3 if activation_checkpointing == "selective" else 0.0
 
 
-def traffic(shape: GPTShape, layout: Layout, micro_batch: int, accumulation: int) -> tuple[float, float]:
+def traffic(
+    shape: GPTShape, held: RankCounts, arrangement: Arrangement, micro_batch: int, accumulation: int
+) -> tuple[float, float]:
     """Bytes that one GPU sends in a step: over data-parallel ranks, and over tensor-parallel ranks.
 
     ZeRO-0 and 1 reduce once a step, ZeRO-2 and 3 once a micro batch; stages 1 to 3 gather the new weights, stage 3
     twice in every micro batch. Tensor parallelism sums activations four times per layer and micro batch.
     """
-    weights = local_parameters(shape, layout.tp) * layout.bytes_per_weight
-    share = (layout.dp - 1) / layout.dp
-    reductions = accumulation if layout.zero_stage >= 2 else 1
-    gathers = {0: 1, 3: 2 * accumulation}.get(layout.zero_stage, 1)  # at stage 0 the second half of an all-reduce
+    weights = held.parameters * arrangement.bytes_per_weight
+    share = (arrangement.dp - 1) / arrangement.dp
+    reductions = accumulation if arrangement.zero_stage >= 2 else 1
+    gathers = {0: 1, 3: 2 * accumulation}.get(arrangement.zero_stage, 1)  # at stage 0 the second half of an all-reduce
     over_data = weights * share * (reductions + gathers)
     tokens = micro_batch * shape.sequence_length
-    message = tokens * shape.hidden_size * layout.bytes_per_weight
+    message = tokens * shape.hidden_size * arrangement.bytes_per_weight
     rounds = 4 * shape.num_layers * accumulation
-    return over_data, rounds * message * 2 * (layout.tp - 1) / layout.tp
+    return over_data, rounds * message * 2 * (arrangement.tp - 1) / arrangement.tp
 
 
-def make_plan(run: RunConfig, nodes: int, gpus_per_node: int, gpu: str) -> Plan:
+def make_plan(run: RunConfig, held: RankCounts, nodes: int, gpus_per_node: int, gpu: str) -> Plan:
     """Plan a run for a cluster.
 
     Args:
-        run: a run that `run_check` has found in order for some cluster.
+        run: a run that `check_run_file` has found in order for some cluster.
+        held: what one of its tensor-parallel ranks holds of the model.
         nodes: machines.
         gpus_per_node: GPUs of each.
         gpu: a key of `GPUS`.
@@ -170,18 +173,18 @@ def make_plan(run: RunConfig, nodes: int, gpus_per_node: int, gpu: str) -> Plan:
     if gpu not in GPUS:
         raise ValueError(f"gpu {gpu!r} is not known; allowed: {', '.join(GPUS)}. Set cluster.gpu or pass --gpu.")
     machine, shape, training = GPUS[gpu], run.shape, run.training
-    layout = layout_of(run, nodes * gpus_per_node)
-    per_rank, rest = divmod(training.global_batch_size, layout.dp)
+    arrangement = arrangement_of(run, nodes * gpus_per_node)
+    per_rank, rest = divmod(training.global_batch_size, arrangement.dp)
     if rest:
         raise ValueError(
-            f"global_batch_size {training.global_batch_size} cannot be shared by {layout.dp} data-parallel ranks "
-            f"({nodes} x {gpus_per_node} GPUs, tensor parallelism {layout.tp}); change one of them"
+            f"global_batch_size {training.global_batch_size} cannot be shared by {arrangement.dp} data-parallel ranks "
+            f"({nodes} x {gpus_per_node} GPUs, tensor parallelism {arrangement.tp}); change one of them"
         )
     optimizer = str(run.deepspeed["optimizer"]["type"])
     names = list(dict.fromkeys((optimizer, MINI, "AdamW")))
 
     def needed(name: str, micro: int) -> Memory:
-        return memory_of(shape, layout, name, micro, training.activation_checkpointing, per_rank // micro)
+        return memory_of(shape, held, arrangement, name, micro, training.activation_checkpointing, per_rank // micro)
 
     def fits(micro: int) -> bool:
         return needed(optimizer, micro).on_gpu <= _USABLE * machine.memory
@@ -189,12 +192,12 @@ def make_plan(run: RunConfig, nodes: int, gpus_per_node: int, gpu: str) -> Plan:
     micro = max(m for m in range(1, min(training.micro_batch_size, per_rank) + 1) if per_rank % m == 0)
     possible = [m for m in range(1, per_rank + 1) if per_rank % m == 0 and fits(m)]
     accumulation = per_rank // micro
-    dp_bytes, tp_bytes = traffic(shape, layout, micro, accumulation)
-    part = local_parameters(shape, layout.tp) / (layout.dp if layout.zero_stage else 1)
+    dp_bytes, tp_bytes = traffic(shape, held, arrangement, micro, accumulation)
+    part = held.parameters / (arrangement.dp if arrangement.zero_stage else 1)
     update = {
         n: part * _BYTES_PER_STEP.get(n, _ADAMW_BYTES) / (BANDWIDTH_EFFICIENCY * machine.bandwidth) for n in names
     }
-    tokens = run.tokens_per_step / (layout.dp * layout.tp)  # a GPU's share
+    tokens = run.tokens_per_step / (arrangement.dp * arrangement.tp)  # a GPU's share
     useful = flops_per_token(shape) * tokens
     done = useful + computed_again(shape, training.activation_checkpointing) * tokens
     network = machine.between_nodes if nodes > 1 else machine.in_node
@@ -207,8 +210,8 @@ def make_plan(run: RunConfig, nodes: int, gpus_per_node: int, gpu: str) -> Plan:
         nodes=nodes,
         gpus_per_node=gpus_per_node,
         gpu=gpu,
-        tp=layout.tp,
-        dp=layout.dp,
+        tp=arrangement.tp,
+        dp=arrangement.dp,
         micro_batch=micro,
         accumulation=accumulation,
         memory={name: needed(name, micro) for name in names},

@@ -1,23 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes that one process of a run holds, from sizes alone: weights, gradients, optimizer state, activations, buffers.
+"""Bytes that one process of a run holds: weights, gradients, optimizer state, activations, buffers.
 
-A model of what DeepSpeed 0.19's wrappers and Megatron-core's local layers allocate; `tests/unit/runs/test_plan.py`
-compares it with engines that run. What an allocator rounds up, fragments or caches is not in it.
+Parameters and blocks are counted on the model itself, on the meta device; the rest follows from sizes. It is a model of
+what DeepSpeed 0.19's wrappers and Megatron-core's local layers allocate; `tests/unit/runs/test_plan_memory.py` compares
+it with engines that run. What an allocator rounds up, fragments or caches is not in it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from torch import nn
+
+from ds_blockwise.blocks.ranges import TensorShard
+from ds_blockwise.blocks.segment_table import SegmentTable, build_table, whole_placement
+from ds_blockwise.blocks.spec import BlockSpec
 from ds_blockwise.runs.model_shape import GPT2, GPTShape
+from ds_blockwise.tagging.module_reader import TensorSplit, tensor_splits
+from ds_blockwise.tagging.tag import tag_parameters
 
 MINI = "BlockwiseAdamMini"
 _FP32 = 4
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How a model is laid over processes.
+class Arrangement:
+    """How a model is distributed over processes.
 
     Attributes:
         tp: tensor-parallel size.
@@ -41,52 +51,49 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Matrix:
-    """One kind of parameter: rows and columns of the whole tensor, its Adam-mini blocks, and how often it occurs.
+class RankCounts:
+    """What one tensor-parallel rank holds of a model.
 
     Attributes:
-        numel: elements of the whole tensor.
-        blocks: second moments that Adam-mini keeps for it.
-        split: "rows" or "columns" if tensor-parallel ranks share it, None if each holds it whole.
-        count: such tensors in the model.
+        parameters: elements of its shards.
+        blocks: second moments that Adam-mini keeps for them; a block that ranks share counts on each of them.
     """
 
-    numel: int
+    parameters: int
     blocks: int
-    split: str | None
-    count: int
 
 
-def matrices(shape: GPTShape) -> list[Matrix]:
-    """Every parameter of a model, by kind; blocks as the default granularity cuts them."""
-    h, f, layers, vocab = shape.hidden_size, shape.ffn_hidden_size, shape.num_layers, shape.vocab_size
-    gpt2 = shape.architecture == GPT2
-    qkv_rows = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
-    heads, value_rows = shape.num_heads + shape.num_kv_heads, shape.num_kv_heads * shape.head_dim
-    up_rows = f if gpt2 else 2 * f
-    found = [
-        Matrix(vocab * h, vocab, "rows", 1 if shape.tied_embeddings else 2),
-        Matrix(qkv_rows * h, heads + value_rows, "rows", layers),
-        Matrix(shape.num_heads * shape.head_dim * h, h, "columns", layers),
-        Matrix(up_rows * h, up_rows, "rows", layers),
-        Matrix(f * h, h, "columns", layers),
-        Matrix(h, h, None, (2 * layers + 1) * (2 if gpt2 else 1)),
-    ]
-    if gpt2:
-        found.append(Matrix(shape.sequence_length * h, shape.sequence_length, None, 1))
-        found += [Matrix(rows, rows, "rows", layers) for rows in (qkv_rows, up_rows)]  # biases: one value per element
-        found.append(Matrix(h, h, None, 2 * layers))
-    return found
+def count_rank(model: nn.Module, tp: int, settings: Mapping[str, Any]) -> RankCounts:
+    """Count the parameters and blocks of the one of ``tp`` tensor-parallel ranks that holds the most.
+
+    Args:
+        model: the whole model, on any device, the meta device too; it is tagged.
+        tp: tensor-parallel size.
+        settings: arguments of `tag_parameters`.
+
+    Raises:
+        ValueError: as `tag_parameters`; or a split dimension does not divide by ``tp``.
+    """
+    tag_parameters(model, **settings)
+    splits = tensor_splits(model)
+    alike: dict[tuple[object, ...], list[tuple[BlockSpec, TensorSplit | None]]] = {}
+    for param in model.parameters():
+        spec = getattr(param, "block_spec", None)
+        assert isinstance(spec, BlockSpec), param
+        # layers repeat the same few tensors, and a table of a large one takes milliseconds
+        key = (spec.shape, spec.axis, spec.structure.matrices, spec.parts, splits.get(param))
+        alike.setdefault(key, []).append((spec, splits.get(param)))
+    ranks = [[(_table(*same[0], tp, rank), len(same)) for same in alike.values()] for rank in range(tp)]
+    return RankCounts(
+        max(sum(count * table.numel for table, count in tables) for tables in ranks),
+        max(sum(count * table.num_blocks for table, count in tables) for tables in ranks),
+    )
 
 
-def local_parameters(shape: GPTShape, tp: int) -> int:
-    """Parameters that one tensor-parallel rank holds."""
-    return sum(m.count * (m.numel // tp if m.split else m.numel) for m in matrices(shape))
-
-
-def local_blocks(shape: GPTShape, tp: int) -> int:
-    """Second moments of Adam-mini that one tensor-parallel rank holds; a row cut into columns is held by all."""
-    return sum(m.count * (-(-m.blocks // tp) if m.split == "rows" else m.blocks) for m in matrices(shape))
+def _table(spec: BlockSpec, split: TensorSplit | None, tp: int, rank: int) -> SegmentTable:
+    shard = None if split is None else TensorShard.even(spec.shape, split.dim, rank, tp, stride=split.parts)
+    placement = whole_placement(spec, shard)
+    return build_table(placement.numel, [placement], shares_second_moment=True)
 
 
 @dataclass(frozen=True)
@@ -131,7 +138,8 @@ class Memory:
 
 def memory_of(
     shape: GPTShape,
-    layout: Layout,
+    held: RankCounts,
+    arrangement: Arrangement,
     optimizer: str,
     micro_batch: int,
     activation_checkpointing: str,
@@ -141,19 +149,20 @@ def memory_of(
 
     Args:
         shape: the model; its ``sequence_length`` is that of training.
-        layout: see `Layout`.
+        held: what one tensor-parallel rank holds of it.
+        arrangement: see `Arrangement`.
         optimizer: ``BlockwiseAdamMini``; any other name counts as AdamW, one second moment per element.
         micro_batch: sequences of one forward pass.
         activation_checkpointing: ``none``, ``selective`` or ``full``.
         accumulation: micro batches of a step; ZeRO-1 keeps whole gradients between them.
     """
-    local, stage, width = local_parameters(shape, layout.tp), layout.zero_stage, layout.bytes_per_weight
-    part = -(-local // layout.dp) if stage else local
+    local, stage, width = held.parameters, arrangement.zero_stage, arrangement.bytes_per_weight
+    part = -(-local // arrangement.dp) if stage else local
     has_masters = width < _FP32 or stage > 0  # ZeRO copies fp32 weights too
-    seconds = -(-local_blocks(shape, layout.tp) * part // local) if optimizer == MINI else part
+    seconds = -(-held.blocks * part // local) if optimizer == MINI else part
     masters = part * _FP32 if has_masters else 0
-    exp_avg, exp_avg_sq = part * layout.momentum_bytes, seconds * _FP32
-    kept, again = activations(shape, layout, micro_batch, activation_checkpointing)
+    exp_avg, exp_avg_sq = part * arrangement.momentum_bytes, seconds * _FP32
+    kept, again = activations(shape, arrangement, micro_batch, activation_checkpointing)
     return Memory(
         weights=(part if stage == 3 else local) * width,
         gradients=(local if stage == 0 or (stage == 1 and accumulation > 1) else part) * width,
@@ -161,14 +170,14 @@ def memory_of(
         masters=masters,
         exp_avg=exp_avg,
         exp_avg_sq=exp_avg_sq,
-        buckets=min(layout.bucket_elements, local) * width * layout.buckets if stage else 0,
+        buckets=min(arrangement.bucket_elements, local) * width * arrangement.buckets if stage else 0,
         activations=kept,
-        workspace=again + _loss_workspace(shape, layout, micro_batch),
-        offloaded=masters + exp_avg + exp_avg_sq if layout.offload else 0,
+        workspace=again + _loss_workspace(shape, arrangement, micro_batch),
+        offloaded=masters + exp_avg + exp_avg_sq if arrangement.offload else 0,
     )
 
 
-def activations(shape: GPTShape, layout: Layout, micro_batch: int, checkpointing: str) -> tuple[int, int]:
+def activations(shape: GPTShape, arrangement: Arrangement, micro_batch: int, checkpointing: str) -> tuple[int, int]:
     """Bytes kept for the backward pass of one micro batch, and bytes of a layer that is computed again.
 
     Counted on Megatron-core's local layers without sequence parallelism: norms save their input and its normal form in
@@ -176,7 +185,7 @@ def activations(shape: GPTShape, layout: Layout, micro_batch: int, checkpointing
     products. On a GPU torch's fused RMSNorm keeps less.
     """
     tokens, h, f = micro_batch * shape.sequence_length, shape.hidden_size, shape.ffn_hidden_size
-    w, tp = layout.bytes_per_weight, layout.tp
+    w, tp = arrangement.bytes_per_weight, arrangement.tp
     attention = shape.num_heads * shape.head_dim
     norms = 2 * (2 * _FP32 + w) * h
     ffn_products = 2 if shape.architecture == GPT2 else 5
@@ -192,7 +201,7 @@ def activations(shape: GPTShape, layout: Layout, micro_batch: int, checkpointing
     return shape.num_layers * (layer + scores) + ends, 0
 
 
-def _loss_workspace(shape: GPTShape, layout: Layout, micro_batch: int) -> int:
+def _loss_workspace(shape: GPTShape, arrangement: Arrangement, micro_batch: int) -> int:
     """Logits in the weights' type and their gradient in fp32, alive together at the start of the backward pass."""
     tokens = micro_batch * shape.sequence_length
-    return tokens * shape.vocab_size // layout.tp * (layout.bytes_per_weight + _FP32)
+    return tokens * shape.vocab_size // arrangement.tp * (arrangement.bytes_per_weight + _FP32)

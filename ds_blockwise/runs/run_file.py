@@ -2,31 +2,42 @@
 """One training run as a file: model, data, parallelism, training, and which DeepSpeed JSON.
 
 Every number stands in one file only. What follows from several of them (batch sizes, the length of
-the schedule, where monitors write) is composed in `engine_config`.
+the schedule, where monitors write) is composed in `engine_json`.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import yaml
+from pydantic import Field
 
 from ds_blockwise.optimizers.registry import OPTIMIZERS
 from ds_blockwise.runs.model_shape import LLAMA, GPTShape
-from ds_blockwise.runs.strict_files import HIGH, LOW, Problems, nearest, read_json, read_section, read_yaml
+from ds_blockwise.runs.strict_files import (
+    NUMBER,
+    JsonObject,
+    NotNegative,
+    Positive,
+    Problems,
+    StrictSection,
+    Texts,
+    correction,
+    read_json,
+    read_section,
+    read_yaml,
+)
 
-_POSITIVE = {LOW: 1}
-_NOT_NEGATIVE = {LOW: 0}
 _DEEPEST = 8  # bases of bases
 ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
 
 
 @dataclass(frozen=True, slots=True)
-class DataConfig:
+class DataConfig(StrictSection):
     """Where the text comes from and where its tokens are kept.
 
     Attributes:
@@ -44,11 +55,11 @@ class DataConfig:
     """
 
     directory: str
-    source: tuple[str, ...] = ("stdlib",)
+    source: Annotated[Texts, Field(min_length=1)] = ("stdlib",)
     text_key: str = "text"
     tokenizer: str = "train"
-    validation_fraction: float = field(default=0.05, metadata={LOW: 0.001, HIGH: 0.5})
-    blend: tuple[str, ...] = ()
+    validation_fraction: Annotated[float, Field(strict=True, ge=0.001, le=0.5), NUMBER] = 0.05
+    blend: Texts = ()
 
     def read_blend(self, file: str | Path, problems: Problems) -> tuple[tuple[str, float], ...]:
         """Folders and their shares of the samples, which sum to 1; `directory` alone without a blend.
@@ -79,15 +90,15 @@ class DataConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class ParallelConfig:
+class ParallelConfig(StrictSection):
     """How the processes are arranged; what is left over is data parallelism."""
 
-    tensor: int = field(default=1, metadata=_POSITIVE)
-    pipeline: int = field(default=1, metadata=_POSITIVE)
+    tensor: Positive = 1
+    pipeline: Positive = 1
 
 
 @dataclass(frozen=True, slots=True)
-class ClusterConfig:
+class ClusterConfig(StrictSection):
     """The machines that a run is meant for; the launcher's own count of processes wins at the start.
 
     Attributes:
@@ -96,8 +107,8 @@ class ClusterConfig:
         gpu: Kind of GPU, a name that ``ds-blockwise plan`` knows; empty for CPUs.
     """
 
-    nodes: int = field(default=1, metadata=_POSITIVE)
-    gpus_per_node: int = field(default=1, metadata=_POSITIVE)
+    nodes: Positive = 1
+    gpus_per_node: Positive = 1
     gpu: str = ""
 
     @property
@@ -107,7 +118,7 @@ class ClusterConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class TrainingConfig:
+class TrainingConfig(StrictSection):
     """Length, batch and intervals of the training; all intervals are in optimizer steps.
 
     Attributes:
@@ -128,28 +139,32 @@ class TrainingConfig:
             whole layers are.
     """
 
-    steps: int = field(metadata=_POSITIVE)
-    warmup_steps: int = field(metadata=_NOT_NEGATIVE)
-    global_batch_size: int = field(metadata=_POSITIVE)
-    micro_batch_size: int = field(metadata=_POSITIVE)
-    validation_sequences: int = field(metadata=_POSITIVE)
-    validation_interval: int = field(metadata=_POSITIVE)
-    log_interval: int = field(default=10, metadata=_POSITIVE)
-    checkpoint_interval: int = field(default=0, metadata=_NOT_NEGATIVE)
-    keep_checkpoints: int = field(default=0, metadata=_NOT_NEGATIVE)
-    seed: int = field(default=1234, metadata=_NOT_NEGATIVE)
-    sequence_length: int | None = field(default=None, metadata=_POSITIVE)
+    steps: Positive
+    warmup_steps: NotNegative
+    global_batch_size: Positive
+    micro_batch_size: Positive
+    validation_sequences: Positive
+    validation_interval: Positive
+    log_interval: Positive = 10
+    checkpoint_interval: NotNegative = 0
+    keep_checkpoints: NotNegative = 0
+    seed: NotNegative = 1234
+    sequence_length: Positive | None = None
     activation_checkpointing: str = "none"
-    sharpness_interval: int = field(default=0, metadata=_NOT_NEGATIVE)
-    sharpness_batches: int = field(default=4, metadata=_POSITIVE)
+    sharpness_interval: NotNegative = 0
+    sharpness_batches: Positive = 4
 
 
 @dataclass(frozen=True, slots=True)
-class _RunFile:
+class _RunFile(StrictSection):
     name: str
     model: str
     deepspeed: str
     output: str
+    data: DataConfig
+    parallel: ParallelConfig
+    training: TrainingConfig
+    cluster: ClusterConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +190,7 @@ class RunConfig:
     model_file: Path
     shape: GPTShape
     deepspeed_file: Path
-    deepspeed: dict[str, Any]
+    deepspeed: JsonObject
     output: Path
     data: DataConfig
     parallel: ParallelConfig
@@ -193,12 +208,7 @@ class RunConfig:
         return self.training.global_batch_size * self.shape.sequence_length
 
 
-_SECTIONS: dict[str, type] = {
-    "data": DataConfig,
-    "parallel": ParallelConfig,
-    "training": TrainingConfig,
-    "cluster": ClusterConfig,
-}
+_SECTIONS = ("data", "parallel", "training", "cluster")
 _RELATIVE = ("model", "deepspeed")  # entries that are paths relative to the file they stand in
 
 
@@ -231,42 +241,36 @@ def load_run(
         return None, problems
     for override in overrides:
         _apply_override(values, override, problems)
-    sections: dict[str, Any] = {}
-    for name, cls in _SECTIONS.items():
-        section = values.pop(name, {})
-        if not isinstance(section, dict):
-            problems.add(file, name, section, "a section of keys", "indent its keys below it")
-            continue
-        sections[name] = read_section(cls, section, file=file, problems=problems, prefix=f"{name}.")
+    for name in _SECTIONS:
+        values.setdefault(name, {})  # so that each of its required keys is named
+    paths = {key: Path(values[key]) for key in _RELATIVE if isinstance(values.get(key), str)}
+    if deepspeed_file:
+        paths["deepspeed"] = Path(deepspeed_file)
     top = read_section(_RunFile, values, file=file, problems=problems)
-    if top is None:
+    shape = GPTShape.read(paths["model"], problems) if "model" in paths else None
+    deepspeed = read_json(paths["deepspeed"], problems) if "deepspeed" in paths else {}
+    if top is None or shape is None:
         return None, problems
-    model_file = Path(top.model)
-    json_file = Path(deepspeed_file) if deepspeed_file else Path(top.deepspeed)
-    shape = GPTShape.read(model_file, problems)
-    deepspeed = read_json(json_file, problems)
-    data, parallel, training, cluster = (sections.get(name) for name in _SECTIONS)
-    if shape is None or data is None or parallel is None or training is None or cluster is None:
-        return None, problems
+    training = top.training
     if training.sequence_length is not None:
         shape = _with_sequence_length(shape, training.sequence_length, file, problems)
     run = RunConfig(
         file=file,
         name=top.name,
-        model_file=model_file,
+        model_file=paths["model"],
         shape=shape,
-        deepspeed_file=json_file,
+        deepspeed_file=paths["deepspeed"],
         deepspeed=deepspeed,
-        output=Path(top.output) / json_file.stem,
-        data=data,
-        parallel=parallel,
+        output=Path(top.output) / paths["deepspeed"].stem,
+        data=top.data,
+        parallel=top.parallel,
         training=training,
-        cluster=cluster,
+        cluster=top.cluster,
     )
     return run, problems
 
 
-def _read_with_bases(file: Path, problems: Problems, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+def _read_with_bases(file: Path, problems: Problems, seen: tuple[Path, ...] = ()) -> JsonObject:
     """A run file's entries over those of its base, section by section; paths as seen from the working directory."""
     values = read_yaml(file, problems)
     for key in _RELATIVE:
@@ -294,7 +298,7 @@ def _with_sequence_length(shape: GPTShape, length: int, file: Path, problems: Pr
     return replace(shape, sequence_length=length)
 
 
-def _apply_override(values: dict[str, Any], override: str, problems: Problems) -> None:
+def _apply_override(values: JsonObject, override: str, problems: Problems) -> None:
     key, equals, text = override.partition("=")
     if not equals:
         problems.add("--set", override, None, "section.key=value", "write both key and value")
@@ -306,7 +310,10 @@ def _apply_override(values: dict[str, Any], override: str, problems: Problems) -
         if not isinstance(target, dict):
             problems.add("--set", key, text, "a key of a section", "correct the dotted name")
             return
-    target[last] = yaml.safe_load(text)
+    try:
+        target[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        problems.add("--set", key, text, "a value in YAML", "put it in quotes")
 
 
 def check_run(run: RunConfig, world_size: int, problems: Problems) -> None:
@@ -342,9 +349,8 @@ def check_run(run: RunConfig, world_size: int, problems: Problems) -> None:
     if training.activation_checkpointing not in ACTIVATION_CHECKPOINTING:
         value = training.activation_checkpointing
         allowed = ", ".join(ACTIVATION_CHECKPOINTING)
-        problems.add(
-            file, "training.activation_checkpointing", value, allowed, nearest(value, list(ACTIVATION_CHECKPOINTING))
-        )
+        remedy = correction(value, ACTIVATION_CHECKPOINTING)
+        problems.add(file, "training.activation_checkpointing", value, allowed, remedy)
     run.data.read_blend(file, problems)
     run.shape.check_tensor_parallel(parallel.tensor, run.model_file, problems)
     if training.warmup_steps >= training.steps:

@@ -1,29 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Strict reading of configuration files into frozen dataclasses.
+"""Strict reading of configuration files: every mistake is listed at once, and none is ignored.
 
-A misspelt key that is silently ignored costs a training run, so every unknown key, wrong type and
-value out of range is collected, and one `ValueError` lists them all: file, key, value, what is
-allowed and what to do. The limits of a field stand beside it, in the dataclass.
+A misspelt key that is silently ignored costs a training run. pydantic checks the entries against frozen dataclasses,
+whose fields carry their limits; each problem is then one line: file, key, value, what is allowed and what to do.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import json
-import math
-import types
-import typing
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeAlias, TypeVar
 
 import yaml
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-Section = TypeVar("Section")
+from ds_blockwise.values import nearest
 
-LOW = "low"  # metadata keys of a field: inclusive limits of a number
-HIGH = "high"
+Section = TypeVar("Section", bound="StrictSection")
+JsonObject: TypeAlias = dict[str, Any]
+
+
+def _number(value: object) -> object:
+    # YAML 1.1 reads 5e-4 (no dot) as text
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _texts(value: object) -> object:
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+# Types of fields. A truth value is no number here, and 1 is no truth value.
+NUMBER = BeforeValidator(_number)
+NotNegative = Annotated[int, Field(strict=True, ge=0)]
+Positive = Annotated[int, Field(strict=True, ge=1)]
+AtLeastTwo = Annotated[int, Field(strict=True, ge=2)]
+Flag = Annotated[bool, Field(strict=True)]
+Texts = Annotated[tuple[str, ...], BeforeValidator(_texts)]
+
+
+class StrictSection:
+    """Base of the dataclasses that `read_section` reads: their fields are the allowed keys."""
+
+    __slots__ = ()
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class Problems:
@@ -45,9 +70,13 @@ class Problems:
             allowed: What may stand there.
             remedy: What to do, as an order.
         """
+        self.refuse(file, key, value, f"allowed: {allowed}; {remedy}")
+
+    def refuse(self, file: str | Path, key: str, value: object, reason: str) -> None:
+        """Note one mistake with the words of the code that found it, which say what is allowed and what to do."""
         text = repr(value)
         shown = text if len(text) <= 120 else text[:117] + "..."
-        self.lines.append(f"{file}: {key} = {shown}: allowed: {allowed}; {remedy}")
+        self.lines.append(f"{file}: {key} = {shown}: {reason}")
 
     def raise_if_any(self) -> None:
         """Raise one `ValueError` that lists everything noted.
@@ -60,155 +89,107 @@ class Problems:
             raise ValueError(f"{count} in the configuration:\n- " + "\n- ".join(self.lines))
 
 
-def nearest(word: str, known: list[str]) -> str:
-    """A remedy for an unknown word: the closest known one, or all of them."""
-    matches = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {matches[0]!r}?" if matches else "remove it"
+def read_yaml(path: Path, problems: Problems) -> JsonObject:
+    """The mapping in a YAML file; an empty one if there is none, which is then noted in ``problems``."""
+    return _read(path, yaml.safe_load, "YAML file", "a mapping of keys to values", "see configs/", problems)
 
 
-def read_yaml(path: Path, problems: Problems) -> dict[str, Any]:
-    """The mapping in a YAML file; an empty one (with the problem noted) if there is none.
+def read_json(path: Path, problems: Problems) -> JsonObject:
+    """As `read_yaml`, of JSON. A key that stands twice is a problem, as in DeepSpeed."""
 
-    Args:
-        path: File to read.
-        problems: Where an unreadable file is noted.
-    """
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        problems.add(path, "(file)", str(error), "a readable YAML file", "correct the path or file")
-        return {}
-    if not isinstance(loaded, dict):
-        problems.add(path, "(file)", loaded, "a mapping of keys to values", "see configs/")
-        return {}
-    return loaded
-
-
-def read_json(path: Path, problems: Problems) -> dict[str, Any]:
-    """The object in a JSON file; a key that stands twice is a problem, as in DeepSpeed.
-
-    Args:
-        path: File to read.
-        problems: Where an unreadable file is noted.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        for key in {key for key, _ in pairs}:
-            if sum(other == key for other, _ in pairs) > 1:
+    def unique(pairs: list[tuple[str, Any]]) -> JsonObject:
+        for key, count in Counter(key for key, _ in pairs).items():
+            if count > 1:
                 problems.add(path, key, "(twice)", "each key once", "remove one of them")
         return dict(pairs)
 
+    parse = partial(json.loads, object_pairs_hook=unique)
+    return _read(path, parse, "JSON file", "a JSON object", "see configs/deepspeed/", problems)
+
+
+def _read(
+    path: Path, parse: Callable[[str], object], kind: str, content: str, example: str, problems: Problems
+) -> JsonObject:
     try:
-        loaded = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        problems.add(path, "(file)", str(error), "a readable JSON file", "correct the path or file")
+        loaded = parse(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, json.JSONDecodeError) as error:
+        problems.add(path, "(file)", str(error), f"a readable {kind}", "correct the path or file")
         return {}
     if not isinstance(loaded, dict):
-        problems.add(path, "(file)", loaded, "a JSON object", "see configs/deepspeed/")
+        problems.add(path, "(file)", loaded, content, example)
         return {}
     return loaded
 
 
+def correction(word: object, known: Iterable[str]) -> str:
+    """What to do about a word that is not known: take the nearest one, or remove it."""
+    near = nearest(word, known)
+    return "remove it" if near is None else f"did you mean {near!r}?"
+
+
 def read_section(
-    cls: type[Section],
-    values: Mapping[str, Any],
-    *,
-    file: str | Path,
-    problems: Problems,
-    prefix: str = "",
+    cls: type[Section], values: Mapping[Any, Any], *, file: str | Path, problems: Problems
 ) -> Section | None:
     """Build the frozen dataclass ``cls`` from ``values``.
 
-    Supported field types: int, float, bool, str, ``tuple[str, ...]`` and each of them with
-    ``| None``. A number's limits are the field's metadata ``low`` and ``high`` (inclusive).
-
     Args:
-        cls: Dataclass whose fields are the allowed keys.
+        cls: Dataclass whose fields are the allowed keys. A field that is a `StrictSection` is a section of its own.
         values: The mapping found in the file.
         file: Named in the messages.
         problems: Every mistake is noted here.
-        prefix: Dotted name of the section, ending with a dot, or empty.
 
     Returns:
         The dataclass, or None if a problem was noted.
     """
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    hints = typing.get_type_hints(cls)
-    found = len(problems.lines)
-    for key in values:
-        if key not in fields:
-            known = ", ".join(fields)
-            remedy = nearest(str(key), list(fields))
-            problems.add(file, f"{prefix}{key}", values[key], f"the keys {known}", remedy)
-    read: dict[str, Any] = {}
-    for name, field in fields.items():
-        if name in values:
-            limits = dict(field.metadata)
-            read[name] = _read_value(values[name], hints[name], limits, file, f"{prefix}{name}", problems)
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            allowed = _describe(hints[name], dict(field.metadata))
-            problems.add(file, f"{prefix}{name}", None, allowed, "add this required key")
-    return cls(**read) if len(problems.lines) == found else None
-
-
-def _read_value(
-    value: Any,
-    hint: Any,
-    limits: dict[str, Any],
-    file: str | Path,
-    key: str,
-    problems: Problems,
-) -> Any:
-    converted = _convert(value, hint)
-    if converted is _REFUSED or not _within(converted, limits):
-        allowed = _describe(hint, limits)
-        problems.add(file, key, value, allowed, "correct the value")
+    adapter = TypeAdapter(cls)
+    try:
+        return adapter.validate_python(_with_text_keys(values))
+    except ValidationError as error:
+        whole = adapter.json_schema()
+        for found in error.errors(include_url=False):
+            kind, path, value = found["type"], found["loc"], found["input"]
+            if kind == "unexpected_keyword_argument":
+                known = list(_schema_at(whole, path[:-1])["properties"])
+                allowed, remedy = f"the keys {', '.join(known)}", correction(path[-1], known)
+            else:
+                allowed, remedy = _describe(_schema_at(whole, path)), _REMEDIES.get(kind, "correct the value")
+            shown = None if kind == "missing" else value  # pydantic shows the whole section
+            key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)[1:]
+            problems.add(file, key, shown, allowed, remedy)
         return None
-    return converted
 
 
-_REFUSED = object()
+def _with_text_keys(values: Mapping[Any, Any]) -> JsonObject:
+    """The same entries with keys of text: YAML reads ``on:`` as True and ``1:`` as a number."""
+    return {str(key): _with_text_keys(value) if isinstance(value, Mapping) else value for key, value in values.items()}
 
 
-def _convert(value: Any, hint: Any) -> Any:
-    if isinstance(hint, types.UnionType):
-        members = typing.get_args(hint)
-        if value is None and type(None) in members:
-            return None
-        candidates = (_convert(value, m) for m in members if m is not type(None))
-        return next((c for c in candidates if c is not _REFUSED), _REFUSED)
-    if typing.get_origin(hint) is tuple:
-        items = [value] if isinstance(value, str) else value
-        if isinstance(items, list) and items and all(isinstance(item, str) for item in items):
-            return tuple(items)
-        return _REFUSED
-    if hint is float:
-        # YAML 1.1 reads 5e-4 (no dot) as text.
-        if isinstance(value, str):
-            try:
-                return float(value)
-            except ValueError:
-                return _REFUSED
-        return float(value) if type(value) in (int, float) else _REFUSED
-    return value if type(value) is hint else _REFUSED  # bool is not an int here
+def _schema_at(schema: JsonObject, path: Sequence[int | str]) -> JsonObject:
+    """The part of a JSON schema that describes an entry."""
+    at = schema
+    for part in path:
+        at = at["items"] if isinstance(part, int) else at["properties"][part]
+        if "$ref" in at:
+            at = schema["$defs"][at["$ref"].rpartition("/")[2]]
+    return at
 
 
-def _within(value: Any, limits: dict[str, Any]) -> bool:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return True
-    if not math.isfinite(value):
-        return False
-    return bool(limits.get(LOW, value) <= value <= limits.get(HIGH, value))
+_REMEDIES = {"missing": "add this required key", "dataclass_type": "indent its keys below it"}
+_WORDS = {
+    "array": "text or a list of texts",
+    "boolean": "true or false",
+    "integer": "a whole number",
+    "null": "null",
+    "number": "a number",
+    "object": "a section of keys",
+    "string": "text",
+}
 
 
-def _describe(hint: Any, limits: dict[str, Any]) -> str:
-    if isinstance(hint, types.UnionType):
-        names = [_describe(m, {}) for m in typing.get_args(hint) if m is not type(None)]
-        text = " or ".join(names) + " or null"
-    elif typing.get_origin(hint) is tuple:
-        text = "text or a list of texts"
-    else:
-        text = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[hint]
-    if LOW in limits and HIGH in limits:
-        return f"{text} from {limits[LOW]} to {limits[HIGH]}"
-    return f"{text}, at least {limits[LOW]}" if LOW in limits else text
+def _describe(schema: JsonObject) -> str:
+    if "anyOf" in schema:
+        return ", or ".join(_describe(choice) for choice in schema["anyOf"])
+    text = _WORDS[schema["type"]]
+    if "maximum" in schema:
+        return f"{text} from {schema['minimum']} to {schema['maximum']}"
+    return f"{text}, at least {schema['minimum']}" if "minimum" in schema else text

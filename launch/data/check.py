@@ -17,8 +17,9 @@ import numpy
 from megatron.core.datasets.indexed_dataset import DType
 
 from data.corpus import digest
-from data.parts import SPLITS, files_of, sha256_of
+from data.parts import SPLITS, files_of
 from data.tokenizer import load
+from ds_blockwise.atomic_files import sha256_of
 
 _MAGIC = b"MMIDIDX\0\0"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, code of the tokens' type, sequences, documents + 1

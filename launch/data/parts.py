@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 from data.corpus import digest, is_validation
 from data.documents import NotText, Span, documents
 from data.tokenizer import Vocabulary, load
+from ds_blockwise.atomic_files import sha256_of
 
 SPLITS = ("train", "validation")
 Count = Callable[[int, int, int], None]  # told documents, bytes of text and tokens as they are done
@@ -148,12 +149,6 @@ def _loaded(vocabulary: Vocabulary) -> Tokenizer:
     if vocabulary.sha256 not in _TOKENIZERS:
         _TOKENIZERS[vocabulary.sha256] = load(vocabulary.file)
     return _TOKENIZERS[vocabulary.sha256]
-
-
-def sha256_of(path: Path) -> str:
-    """Sum of a file, which need not fit into memory."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def replace(partial: Path, final: Path) -> None:

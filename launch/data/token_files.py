@@ -27,6 +27,7 @@ from data.documents import Span
 from data.parts import SPLITS, Job, files_of, finished, replace, write_json
 from data.pool import write_parts
 from data.tokenizer import TOKENIZER, TOKENIZER_CONFIG, TRAIN_TOKENIZER, Vocabulary, given_file, provide, provided
+from ds_blockwise.atomic_files import sha256_of
 from ds_blockwise.runs.run_file import DataConfig
 from ds_blockwise.runs.strict_files import Problems
 
@@ -331,8 +332,7 @@ def _merge_indices(path: Path, parts: Sequence[Path], job: Job, counts: dict[str
                     offset += files_of(index.path.with_name(index.path.stem))[0].stat().st_size
                 elif column == 2:
                     offset += index.sequences
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(path)
 
 
 def _samples(keys: Sequence[str], records: dict[str, dict[str, Any]], split: str) -> Iterator[dict[str, Any]]:

@@ -84,7 +84,7 @@ def test_a_csv_comes_back_as_it_was(tmp_path):
     assert found[:2] == reports[:2]
     # a NaN equals nothing
     assert repr(found[2]) == repr(reports[2])
-    assert not list(tmp_path.glob("*.new"))
+    assert [path.name for path in tmp_path.iterdir()] == ["s.csv"]
 
 
 def test_json_is_strict_and_complete():

@@ -313,7 +313,7 @@ def test_works_with_neither_deepspeed_nor_megatron_installed():
 import sys
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("deepspeed", "megatron", "transformers", "yaml"):
+        if name.split(".")[0] in ("deepspeed", "megatron", "pydantic", "transformers", "yaml"):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Absent())
 import torch, ds_blockwise

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from ds_blockwise.cli.main import main
 from ds_blockwise.runs.check import check_run_file
 from tests.helpers import ROOT
+from tests.helpers.run_files import MISSING, project, put, sound
 
 RUNS = sorted((ROOT / "configs" / "run").rglob("*.yaml"))
 LLAMA_2B = {n: ROOT / "configs" / "run" / "llama_2b" / f"nodes_{n}.yaml" for n in (1, 2, 4, 8, 16, 32, 64)}
@@ -67,75 +67,42 @@ def test_2b_is_the_same_training_at_every_number_of_nodes() -> None:
 # ------------------------------------------------------------------------------------- broken ones
 
 
-def project(folder: Path, run: dict[str, Any], model: dict[str, Any], engine: dict[str, Any]) -> Path:
-    """A run file with its model file and JSON."""
-    (folder / "model.yaml").write_text(yaml.safe_dump(model), encoding="utf-8")
-    (folder / "ds.json").write_text(json.dumps(engine), encoding="utf-8")
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(run), encoding="utf-8")
-    return path
-
-
-def sound() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Run, model and JSON without a mistake: 2 nodes of 4, tensor parallelism 2."""
-    run = {
-        "name": "r",
-        "model": "model.yaml",
-        "deepspeed": "ds.json",
-        "output": "runs/r",
-        "data": {"directory": "data/r"},
-        "parallel": {"tensor": 2},
-        "cluster": {"nodes": 2, "gpus_per_node": 4},
-        "training": {
-            "steps": 100,
-            "warmup_steps": 10,
-            "global_batch_size": 32,
-            "micro_batch_size": 4,
-            "validation_sequences": 8,
-            "validation_interval": 50,
-        },
-    }
-    model = {
-        "num_layers": 2,
-        "hidden_size": 64,
-        "ffn_hidden_size": 128,
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "head_dim": 16,
-        "vocab_size": 256,
-        "sequence_length": 32,
-    }
-    engine = {
-        "bf16": {"enabled": True},
-        "optimizer": {"type": "BlockwiseAdamMini", "params": {"lr": 1e-3}},
-        "scheduler": {"type": "BlockwiseCosineLR", "params": {"min_lr": 1e-4}},
-        "zero_optimization": {"stage": 1},
-    }
-    return run, model, engine
-
-
 def test_the_sound_one_passes(tmp_path: Path) -> None:
     _, problems = check_run_file(project(tmp_path, *sound()))
     assert problems.lines == []
 
 
 # which file, dotted key, wrong value -> words of the message; MISSING removes the key
-MISSING = object()
 BROKEN: dict[str, tuple[str, str, Any, tuple[str, ...]]] = {
     "batch arithmetic": (
         "run",
         "training.global_batch_size",
         30,
-        ("global_batch_size = 30", "multiple of 16"),
+        ("run.yaml", "global_batch_size = 30", "multiple of 16", "4 data-parallel ranks"),
     ),
-    "tensor size and processes": ("run", "parallel.tensor", 3, ("parallel.tensor = 3", "divisor", "8")),
+    "tensor size and processes": (
+        "run",
+        "parallel.tensor",
+        3,
+        ("parallel.tensor = 3", "divisor of the number of processes, 8"),
+    ),
     "heads by tensor size": ("model", "num_heads", 5, ("num_heads = 5", "multiple of the tensor")),
     "FFN by tensor size": ("model", "ffn_hidden_size", 129, ("ffn_hidden_size = 129", "multiple of the tensor")),
     "vocabulary by tensor size": ("model", "vocab_size", 257, ("vocab_size = 257", "multiple of the tensor")),
     "query groups": ("model", "num_kv_heads", 3, ("num_kv_heads = 3", "divisor of num_heads")),
-    "stated size": ("model", "num_parameters", 5, ("num_parameters = 5", "what the sizes amount to")),
+    "stated size": (
+        "model",
+        "num_parameters",
+        5,
+        ("num_parameters = 5", "what the sizes amount to", "state that number"),
+    ),
     "unknown architecture": ("model", "architecture", "llama3", ("architecture = 'llama3'", "llama or gpt2")),
-    "pipeline": ("run", "parallel.pipeline", 2, ("parallel.pipeline = 2", "not supported by this launcher")),
+    "pipeline": (
+        "run",
+        "parallel.pipeline",
+        2,
+        ("pipeline = 2", "not supported by this launcher", "parallel.tensor"),
+    ),
     "warm-up longer than the run": ("run", "training.warmup_steps", 100, ("warmup_steps = 100", "fewer than")),
     "misspelt key": ("run", "training.warmup_step", 10, ("training.warmup_step", "did you mean 'warmup_steps'")),
     "missing key": ("run", "training.steps", MISSING, ("training.steps", "add this required key")),
@@ -145,17 +112,32 @@ BROKEN: dict[str, tuple[str, str, Any, tuple[str, ...]]] = {
     "checkpointing": ("run", "training.activation_checkpointing", "ful", ("activation_checkpointing = 'ful'", "full")),
     "model file": ("run", "model", "modell.yaml", ("modell.yaml", "readable YAML file")),
     "JSON file": ("run", "deepspeed", "dss.json", ("dss.json", "readable JSON file")),
-    "batch in the JSON": ("engine", "train_batch_size", 32, ("train_batch_size = 32", "training.global_batch_size")),
+    "batch in the JSON": (
+        "engine",
+        "train_batch_size",
+        32,
+        ("train_batch_size = 32", "training.global_batch_size in", "run.yaml"),
+    ),
     "misspelt key of the JSON": ("engine", "zero_optimisation", {}, ("zero_optimisation", "'zero_optimization'")),
-    "ZeRO-3 with tensor parallelism": ("engine", "zero_optimization.stage", 3, ("zero_optimization.stage = 3",)),
+    "ZeRO-3 with tensor parallelism": (
+        "engine",
+        "zero_optimization.stage",
+        3,
+        ("stage = 3", "0, 1 or 2"),
+    ),
     "ZeRO stage": ("engine", "zero_optimization.stage", 4, ("zero_optimization.stage = 4", "0, 1, 2 or 3")),
     "two precisions": ("engine", "fp16", {"enabled": True}, ("bf16, fp16", "one precision")),
-    "no optimizer": ("engine", "optimizer", MISSING, ("optimizer", "BlockwiseAdamMini")),
+    "no optimizer": ("engine", "optimizer", MISSING, ("optimizer", "BlockwiseAdamMini", "add it")),
     "unknown setting": ("engine", "optimizer.params.lr_mult", {}, ("lr_mult", "did you mean")),
     "unknown block type": ("engine", "optimizer.params.lr_multipliers", {"embd": 1}, ("embd", "emb")),
     "betas": ("engine", "optimizer.params.betas", [0.9, 1.0], ("betas[1]", "< 1")),
     "floor above the peak": ("engine", "scheduler.params.min_lr", 1e-2, ("min_lr (0.01) is above the peak",)),
-    "schedule's length": ("engine", "scheduler.params.total_num_steps", 5, ("total_num_steps", "training.steps")),
+    "schedule's length": (
+        "engine",
+        "scheduler.params.total_num_steps",
+        5,
+        ("params.total_num_steps = 5", "training.steps"),
+    ),
     "NVMe offload": (
         "engine",
         "zero_optimization.offload_optimizer",
@@ -171,16 +153,6 @@ BROKEN: dict[str, tuple[str, str, Any, tuple[str, ...]]] = {
     "16-bit masters": ("engine", "bf16.bf16_master_weights_and_grads", True, ("bf16_master_weights_and_grads",)),
     "elastic checkpoints": ("engine", "zero_optimization.elastic_checkpoint", True, ("elastic_checkpoint",)),
 }
-
-
-def put(values: dict[str, Any], key: str, value: Any) -> None:
-    *parents, last = key.split(".")
-    for parent in parents:
-        values = values[parent]
-    if value is MISSING:
-        del values[last]
-    else:
-        values[last] = value
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -207,27 +179,6 @@ def test_every_problem_is_listed_at_once(tmp_path: Path, capsys: pytest.CaptureF
     printed = capsys.readouterr().out
     assert "4 problem(s)" in printed
     assert all(word in printed for word in ("global_batch_size", "vocab_size", "train_batch_size", "activation_"))
-
-
-# ------------------------------------------------------------------------------------------- bases
-
-
-def test_a_base_is_read_from_where_it_stands(tmp_path: Path) -> None:
-    """Sections are merged key by key; paths mean the folder of the file that states them."""
-    (tmp_path / "shared").mkdir()
-    base = project(tmp_path / "shared", *sound())
-    (tmp_path / "mine.yaml").write_text(f"base: shared/{base.name}\ncluster: {{nodes: 4}}\n", encoding="utf-8")
-    run, problems = check_run_file(tmp_path / "mine.yaml")
-    assert not problems and run is not None
-    assert (run.cluster.nodes, run.cluster.gpus_per_node) == (4, 4)
-    assert run.model_file == tmp_path / "shared" / "model.yaml"
-
-
-def test_a_base_that_leads_back_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text("base: b.yaml\n", encoding="utf-8")
-    (tmp_path / "b.yaml").write_text("base: a.yaml\n", encoding="utf-8")
-    _, problems = check_run_file(tmp_path / "a.yaml")
-    assert any("base" in line and "does not lead back" in line for line in problems.lines)
 
 
 def test_the_command_says_what_a_run_is(capsys: pytest.CaptureFixture[str]) -> None:

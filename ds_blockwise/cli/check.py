@@ -1,51 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``ds-blockwise convert`` and ``ds-blockwise check``: checkpoints on disk, without their ranks, and run files."""
+"""``ds-blockwise check``: what a checkpoint or a run file holds, and what is wrong with it."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ds_blockwise.checkpoint.inspect import CHECKPOINT_HELP, convert_checkpoint, describe_checkpoint
+from ds_blockwise.checkpoint.inspect import CHECKPOINT_HELP, describe_checkpoint
+from ds_blockwise.cli.convert import add_checkpoint_options
+from ds_blockwise.cli.extras import needs
+
+HELP = "verify a checkpoint or a run file, and print what it holds"
 
 
-def add_commands(commands: Any) -> None:
-    """Add both commands to the parser of ``ds-blockwise``; each sets ``run``, called with the arguments."""
-    convert = commands.add_parser(
-        "convert", help="bring a DeepSpeed checkpoint into a portable form that loads at any ZeRO stage, dp and tp"
-    )
-    convert.add_argument("source", type=Path, metavar="SOURCE", help=CHECKPOINT_HELP)
-    convert.add_argument("output", type=Path, metavar="OUTPUT", help="folder of checkpoints to write into")
-    convert.set_defaults(run=_run_convert)
-    check = commands.add_parser("check", help="verify a checkpoint or a run file, and print what it holds")
-    check.add_argument(
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Say what ``check`` is given."""
+    parser.add_argument(
         "source", type=Path, metavar="CHECKPOINT_OR_RUN", help=f"{CHECKPOINT_HELP}; or a run file (.yaml)"
     )
-    check.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="of a run file")
-    check.add_argument("--deepspeed-config", type=Path, metavar="JSON", help="another one than the run file's")
-    check.add_argument("--json", action="store_true", help="print JSON instead of text")
-    check.set_defaults(run=_run_check)
-    for parser in (convert, check):
-        parser.add_argument("--tag", help="the checkpoint to take from a folder of checkpoints")
-        parser.add_argument(
-            "--trust",
-            action="store_true",
-            help="also load files that hold Python objects, which can run code: only for files of people you trust",
-        )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change an entry of the run file"
+    )
+    parser.add_argument("--deepspeed-config", type=Path, metavar="JSON", help="use it instead of the run file's")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    add_checkpoint_options(parser)
+    parser.set_defaults(run=run_check)
 
 
-def _run_convert(args: argparse.Namespace) -> tuple[str, int]:
-    folder, notes = convert_checkpoint(args.source, args.output, tag=args.tag, trust=args.trust)
-    lines = [f"wrote {folder}", *(f"note: {note}" for note in notes)]
-    lines.append(f"It loads at any ZeRO stage, dp and tp: engine.load_checkpoint({str(args.output)!r})")
-    return "\n".join(lines), 0
-
-
-def _run_check(args: argparse.Namespace) -> tuple[str, int]:
+def run_check(args: argparse.Namespace) -> tuple[str, int]:
+    """Verify, and return the text to print with the exit status: 1 if there are problems."""
     if args.source.suffix in (".yaml", ".yml"):
         return _check_run(args)
     found = describe_checkpoint(args.source, tag=args.tag, trust=args.trust)
@@ -53,12 +39,10 @@ def _run_check(args: argparse.Namespace) -> tuple[str, int]:
 
 
 def _check_run(args: argparse.Namespace) -> tuple[str, int]:
-    try:
-        checks = importlib.import_module("ds_blockwise.runs.check")
-    except ModuleNotFoundError as error:
-        raise ImportError(f"run files need {error.name}: pip install 'ds_blockwise[launch]'") from error
-    run, problems = checks.check_run_file(args.source, args.set, args.deepspeed_config)
-    described = [] if run is None or problems else checks.describe_run(run)
+    with needs("launch", "checking a run file"):
+        from ds_blockwise.runs.check import check_run_file, describe_run
+    run, problems = check_run_file(args.source, args.set, args.deepspeed_config)
+    described = [] if run is None or problems else describe_run(run)
     if args.json:
         return json.dumps({"problems": problems.lines, "run": dict(described)}, indent=2), 1 if problems else 0
     if problems:
@@ -66,12 +50,6 @@ def _check_run(args: argparse.Namespace) -> tuple[str, int]:
         return f"{args.source}: {len(problems.lines)} problem(s)\n{listed}", 1
     width = max(len(name) for name, _ in described)
     return "\n".join([*(f"{name:<{width}}  {value}" for name, value in described), "no problems"]), 0
-
-
-# ------------------------------------------------------------------------------- kinds
-
-
-# ------------------------------------------------------------------------------- contents
 
 
 def _text(found: Mapping[str, Any]) -> str:

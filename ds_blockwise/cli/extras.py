@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands need packages that ``pip install ds_blockwise`` does not bring: each error names the extra that does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_OURS = ("", "ds_blockwise", "megatron_patch")
+
+
+@contextmanager
+def needs(extra: str, what: str) -> Iterator[None]:
+    """Import inside of this: a missing package becomes an error that says what to install.
+
+    Args:
+        extra: of `setup.py`.
+        what: needs the package, for the message.
+
+    Raises:
+        ImportError: a package of somebody else is missing.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in _OURS:
+            raise
+        raise ImportError(f"{what} needs {package}: pip install 'ds_blockwise[{extra}]'") from error

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``ds-blockwise plan``: what a user sees before the first GPU-hour."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("megatron.core", reason="blocks are counted on Megatron-core's model")
+
+from ds_blockwise.cli.main import main
+from tests.helpers import ROOT
+
+pytestmark = pytest.mark.usefixtures("ends_process_groups")
+
+FOLDER = ROOT / "configs" / "run" / "llama_2b"
+
+
+def test_the_command_prints_a_table_and_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both optimizers side by side, every number of nodes, the figure."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", str(FOLDER), "--nodes", "8"]) == 0
+    printed = capsys.readouterr().out
+    assert "8 nodes x 8 h100-80g = tensor 1 x data 64" in printed
+    assert re.search(r"peak on the GPU +\d+\.\d+ +\d+\.\d+", printed)
+    assert re.findall(r"^ +(\d+)   [\d,]+ to", printed, flags=re.MULTILINE) == ["1", "2", "4", "8", "16", "32", "64"]
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    """For scripts; without a figure."""
+    assert main(["plan", str(FOLDER / "nodes_4.yaml"), "--json", "--plot", ""]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["plan"]["dp"] == 32
+    memory = found["plan"]["memory"]
+    assert memory["BlockwiseAdamMini"]["on_gpu"] < memory["AdamW"]["on_gpu"]
+    assert [p["nodes"] for p in found["over_nodes"]] == [1, 2, 4, 8, 16, 32, 64]
+    assert found["plan"]["mfu"][0] > found["plan"]["mfu"][1] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--gpu", "b300"], "gpu 'b300' is not known; allowed: a100-40g"),
+        (["--nodes", "3"], "cannot be shared by 24 data-parallel ranks"),
+        (["--set", "training.global_batch_size=500"], "global_batch_size = 500"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_named(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(FOLDER / "nodes_1.yaml"), "--plot", "", *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_run_that_does_not_fit_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    """Before the first GPU-hour."""
+    settings = ["--set", "training.micro_batch_size=64", "--set", "training.activation_checkpointing=none"]
+    assert main(["plan", str(FOLDER / "nodes_1.yaml"), "--plot", "", "--gpu", "a100-40g", *settings]) == 0
+    assert "fits in 40 GB with BlockwiseAdamMini: NO" in capsys.readouterr().out
+
+
+def test_the_page_shows_what_the_command_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`docs/scaling.md` quotes the planner; a change of its model must change the page."""
+    monkeypatch.chdir(ROOT)
+    assert main(["plan", "configs/run/llama_2b", "--nodes", "8", "--plot", str(tmp_path / "plan.png")]) == 0
+    printed = capsys.readouterr().out.replace(str(tmp_path / "plan.png"), "docs/scaling/llama_2b.png")
+    assert printed.strip() in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files are written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from ds_blockwise import atomic_files
+from ds_blockwise.atomic_files import replace_file, replace_text, sha256_of
+
+
+def test_the_digest_is_that_of_the_whole_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the file is read in several chunks."""
+    monkeypatch.setattr(atomic_files, "_CHUNK", 7)
+    content = os.urandom(40)
+    (tmp_path / "a").write_bytes(content)
+    assert sha256_of(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+def test_a_name_is_given_after_the_bytes_are_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """File, then name, then the folder's list of names."""
+    partial, final = tmp_path / "a.partial", tmp_path / "a"
+    partial.write_text("new", encoding="utf-8")
+    final.write_text("old", encoding="utf-8")
+    seen: list[tuple[str, str]] = []
+    monkeypatch.setattr(atomic_files, "sync", lambda path: seen.append((path.name, final.read_text(encoding="utf-8"))))
+    replace_file(partial, final)
+    assert seen == [("a.partial", "old"), (tmp_path.name, "new")]
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_full_disk_leaves_the_old_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no file beside it."""
+    path = tmp_path / "latest"
+    replace_text(path, "old")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        replace_text(path, "new")
+    assert path.read_text(encoding="utf-8") == "old"
+    assert [found.name for found in tmp_path.iterdir()] == ["latest"]
