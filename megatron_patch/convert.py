@@ -2,8 +2,9 @@
 """Training with Megatron-core alone: its optimizer, converted in place into one of ours.
 
 The wrappers that ``get_megatron_optimizer`` built stay, and with them gradient norm, clipping, loss scaling and
-schedules: they read and write the same param groups. Only what steps inside them changes. Multipliers live in there
-and never in ``group["lr"]``, so schedules, ``decoupled_lr``, overrides and resumed runs keep their meaning.
+schedules: they read and write the same param groups. Only the inner optimizer, which steps, is replaced. It applies
+the multipliers and never writes them to ``group["lr"]``, so schedules, ``decoupled_lr``, overrides and resumed runs
+keep their meaning.
 """
 
 from __future__ import annotations
@@ -22,9 +23,8 @@ from torch import nn
 from ds_blockwise.blocks.block_settings import BlockPolicy
 from ds_blockwise.hosts.pipeline_stages import check_rules, check_tied, rules_matched
 from ds_blockwise.hosts.stepped_tensors import Stepped, check_agreement, group_of
-from ds_blockwise.optimizers.adam_mini import BlockwiseAdamMini
-from ds_blockwise.optimizers.adamw import BlockwiseAdamW
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
+from ds_blockwise.optimizers.registry import OPTIMIZERS
 from ds_blockwise.optimizers.settings import MomentumDtype, check_group
 from ds_blockwise.parallel.agree import is_first_rank, raise_together
 from ds_blockwise.values import suggest
@@ -34,10 +34,7 @@ from megatron_patch.wrappers import Wrapper, check_settings, check_version, wrap
 logger = logging.getLogger(__name__)
 
 Kind = Literal["BlockwiseAdamW", "BlockwiseAdamMini"]
-KINDS: dict[str, type[BlockwiseOptimizer]] = {
-    "BlockwiseAdamW": BlockwiseAdamW,
-    "BlockwiseAdamMini": BlockwiseAdamMini,
-}
+KINDS: dict[str, type[BlockwiseOptimizer]] = {cls.__name__: cls for cls in OPTIMIZERS}
 _RUINOUS_BETA2 = 0.999  # Megatron-LM's default for --adam-beta2; Adam-mini's authors warn of it
 
 
@@ -82,8 +79,8 @@ def convert_(
         model_chunks: what was given to ``get_megatron_optimizer``. Their parameters are tagged, unless
             ``ds_blockwise.tag_parameters`` already did; layers count from 0 in every chunk.
         kind: ``"BlockwiseAdamMini"`` or ``"BlockwiseAdamW"``.
-        lr_multipliers: see `ds_blockwise.BlockwiseAdamW`; so are the four below. ``"auto"`` needs ``total_num_steps``
-            and a model that one optimizer steps (experts have another).
+        lr_multipliers: this and the next four are those of `ds_blockwise.BlockwiseAdamW`. ``"auto"`` needs
+            ``total_num_steps`` and a model that one optimizer steps (experts have another).
         weight_decay_multipliers: per block type or role.
         granularity: per block type, role or ``"bias"``.
         rules: list of ``{"match": regex, ...}``; each must match a parameter of some pipeline stage.
@@ -102,7 +99,7 @@ def convert_(
         TypeError: a setting or an optimizer of the wrong type.
         ImportError: a version of Megatron-core that lacks names the conversion relies on.
 
-    Source: facts of Megatron-core 0.16.1, ``megatron/core/optimizer``.
+    Source: Megatron-core 0.16.1, ``megatron/core/optimizer``.
     """
     wrapped = [model_chunks] if isinstance(model_chunks, nn.Module) else list(model_chunks)
     with _together():

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads Megatron's modules for `ds_blockwise`: which tensor is split how, and what each of a module's tensors does.
+"""How tensor parallelism splits the tensors of Megatron's modules; roles and heads are in `megatron_patch.roles`.
 
-Classes, not attributes: Transformer Engine sets ``tensor_model_parallel`` and ``partition_dim`` on weights that
-are not split. Classes are recognised by their names, so Transformer Engine and the models of Megatron-LM, Megatron-
-DeepSpeed and GPT-NeoX need not be installed. Roles and heads are read in `megatron_patch.roles`.
-Layouts: Megatron-core 0.16, ``transformer/mlp.py`` (gated fc1), ``extensions/transformer_engine.py``.
+The class of a layer decides. Its attributes ``tensor_model_parallel`` and ``partition_dim`` cannot: Transformer Engine
+also sets them on weights that are not split. Classes are recognised by their names, so Transformer Engine, Megatron-LM,
+Megatron-DeepSpeed and GPT-NeoX need not be installed. Source: Megatron-core 0.16, ``transformer/mlp.py`` (gated fc1)
+and ``extensions/transformer_engine.py``.
 """
 
 from __future__ import annotations
@@ -45,7 +45,10 @@ class _WholeGPT(Protocol):
 
 
 class MegatronReader:
-    """Reads the layers of Megatron-core (local and Transformer Engine specs) and of Megatron-LM's older models."""
+    """Reads layers of Megatron-core (local and Transformer Engine specs) and older attention classes of Megatron-LM.
+
+    `megatron_patch` registers it; see `ds_blockwise.tagging.module_reader.ModuleReader` for what each method answers.
+    """
 
     exact_shards = False
 
@@ -144,8 +147,12 @@ def _check_group(owner: nn.Module, group: dist.ProcessGroup | None, leaf: str) -
 
 def _refuse_unknown_split(owner: nn.Module, param: nn.Parameter, leaf: str) -> None:
     """Refuse what is split although no rule says how: state-space mixers, the legacy grouped experts."""
-    lies = "TELinear" in class_names(owner)  # marked as split on dimension 0 even where every rank holds it whole
-    if lies or any(_ROW_PARALLEL.search(name) for name in class_names(owner)) or leaf.startswith("layer_norm_"):
+    always_marked = "TELinear" in class_names(owner)  # as split on dimension 0, even where every rank holds it whole
+    if (
+        always_marked
+        or any(_ROW_PARALLEL.search(name) for name in class_names(owner))
+        or leaf.startswith("layer_norm_")
+    ):
         return
     if not getattr(param, "tensor_model_parallel", False) and not (
         "GroupedMLP" in class_names(owner) and leaf in ("weight1", "weight2")
