@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from typing import Concatenate, ParamSpec, Protocol, TypedDict, TypeVar
+from typing import Concatenate, ParamSpec, Protocol, SupportsInt, TypedDict, TypeVar
 
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -37,16 +37,10 @@ class Converted(Protocol):
     optimizer: BlockwiseOptimizer
 
 
-class SavedGroup(TypedDict, total=False):
-    """A param group in the state dict of a ``DistributedOptimizer``, among other keys."""
-
-    step: int
-
-
 class InnerState(TypedDict):
-    """What that state dict holds of the inner optimizer: nothing that is per element."""
+    """What the state dict of a ``DistributedOptimizer`` holds of the inner optimizer: nothing that is per element."""
 
-    param_groups: list[SavedGroup]
+    param_groups: list[Group]
 
 
 class DistributedState(TypedDict):
@@ -94,6 +88,12 @@ def same_kinds(own: Sequence[Mapping[str, object]], saved: Sequence[Mapping[str,
 def _kind(group: Mapping[str, object]) -> tuple[object, ...]:
     # NeMo renames two of the keys
     return tuple(group.get(key, group.get(f"pre_{key}")) for key in _KIND)
+
+
+def _step_in(groups: Sequence[Group]) -> int:
+    """Steps that saved param groups have seen; where torch's AdamW wrote them, the number is a float."""
+    steps = (group["step"] for group in groups if "step" in group)
+    return next((int(step) for step in steps if isinstance(step, SupportsInt)), 0)
 
 
 def matching_groups(current_groups: list[Group], state_dict_groups: list[Group]) -> list[Group]:
@@ -202,7 +202,7 @@ class BlockwiseDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
         if in_order:
             for index, (own, group) in enumerate(zip(optimizer.param_groups, saved["param_groups"], strict=True)):
                 own.update(group_to_load(group, own, index))
-        step = next((group["step"] for group in saved["param_groups"] if "step" in group), 0)
+        step = _step_in(saved["param_groups"])
         for state in optimizer.state.values():
             state["step"] = step
         # upstream hands on neither the record nor, before its files are read, any moments
