@@ -79,7 +79,7 @@ def convert_(
         model_chunks: what was given to ``get_megatron_optimizer``. Their parameters are tagged, unless
             ``ds_blockwise.tag_parameters`` already did; layers count from 0 in every chunk.
         kind: ``"BlockwiseAdamMini"`` or ``"BlockwiseAdamW"``.
-        lr_multipliers: this and the next four are those of `ds_blockwise.BlockwiseAdamW`. ``"auto"`` needs
+        lr_multipliers: as in `ds_blockwise.BlockwiseAdamW`, like all below but ``telemetry``. ``"auto"`` needs
             ``total_num_steps`` and a model that one optimizer steps (experts have another).
         weight_decay_multipliers: per block type or role.
         granularity: per block type, role or ``"bias"``.
