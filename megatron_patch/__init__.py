@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that knows Megatron: process groups for DeepSpeed, CPU shims, models, tagging, Megatron's optimizers.
+"""Everything that knows Megatron: process groups for DeepSpeed, models, roles of weights, Megatron's optimizers.
 
 Import it before ``deepspeed.initialize``: the import registers the reader of Megatron-core's layers
 with `ds_blockwise`. Without DeepSpeed, give `convert_` what ``get_megatron_optimizer`` returned.
 """
 
 from ds_blockwise.runs.model_shape import GPTShape
-from megatron_patch import apex_guard  # apex_guard first: see there
-from megatron_patch import reader as tagging  # apex_guard first: see there
+from ds_blockwise.tagging.module_reader import register_reader
+from megatron_patch import apex_guard  # first of this package: see there
 from megatron_patch.convert import convert_
-from megatron_patch.cpu_shims import cpu_shims
-from megatron_patch.meta import build_meta_gpt, build_small_gpt
-from megatron_patch.model import build_gpt
+from megatron_patch.model import build_gpt, build_meta_gpt, build_small_gpt
 from megatron_patch.mpu import MpuAdapter, mpu_adapter
+from megatron_patch.reader import MegatronReader
+from megatron_patch.without_cuda import cpu_shims
 
 __all__ = [
     "GPTShape",
@@ -24,5 +24,6 @@ __all__ = [
     "convert_",
     "cpu_shims",
     "mpu_adapter",
-    "tagging",
 ]
+
+register_reader(MegatronReader())

@@ -8,21 +8,51 @@ over the data-parallel and tensor-parallel ranks, as it is upstream.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+import functools
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Concatenate, ParamSpec, Protocol, SupportsInt, TypedDict, TypeVar
 
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
-from megatron.core.package_info import __version__ as MEGATRON_VERSION
 from torch import nn
 
 from ds_blockwise.checkpoint.record import FORMAT, KEY, VERSION, record_in, settings_of
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.optimizers.foreign_state import FOR_ADAMW, group_to_load
 from ds_blockwise.parallel.agree import first_error
+from megatron_patch.chunks import tags_on
+from megatron_patch.wrappers import MEGATRON_VERSION, Buffer
 
 _KIND = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")  # how Megatron-core tells groups apart
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Group = dict[str, object]  # a param group without its tensors, as checkpoints hold it
+
+
+class Converted(Protocol):
+    """What all converted wrappers have."""
+
+    optimizer: BlockwiseOptimizer
+
+
+class InnerState(TypedDict):
+    """What the state dict of a ``DistributedOptimizer`` holds of the inner optimizer: nothing that is per element."""
+
+    param_groups: list[Group]
+
+
+class DistributedState(TypedDict):
+    """That state dict; it may also hold ``grad_scaler``."""
+
+    optimizer: InnerState
+
+
+class SavedTensor(Protocol):
+    """A ``ShardedTensor`` of a distributed checkpoint."""
+
+    data: torch.Tensor
 
 
 def allocate_state(optimizer: BlockwiseOptimizer, config: object = None) -> None:
@@ -35,7 +65,7 @@ def allocate_state(optimizer: BlockwiseOptimizer, config: object = None) -> None
     optimizer.allocate_state()
 
 
-def settings_record(optimizer: BlockwiseOptimizer) -> dict[str, Any]:
+def settings_record(optimizer: BlockwiseOptimizer) -> dict[str, object]:
     """What of `checkpoint.record` is the same on all ranks, so that a distributed checkpoint can hold it."""
     return {
         "format": FORMAT,
@@ -46,7 +76,7 @@ def settings_record(optimizer: BlockwiseOptimizer) -> dict[str, Any]:
     }
 
 
-def same_kinds(own: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> bool:
+def same_kinds(own: Sequence[Mapping[str, object]], saved: Sequence[Mapping[str, object]]) -> bool:
     """Whether saved param groups are ours one by one, as far as Megatron-core can tell.
 
     Its own search looks at four keys only, which groups that differ in their learning rates (``decoupled_lr``,
@@ -55,28 +85,40 @@ def same_kinds(own: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, An
     return len(own) == len(saved) and all(_kind(a) == _kind(b) for a, b in zip(own, saved, strict=True))
 
 
-def _kind(group: Mapping[str, Any]) -> tuple[Any, ...]:
+def _kind(group: Mapping[str, object]) -> tuple[object, ...]:
     # NeMo renames two of the keys
     return tuple(group.get(key, group.get(f"pre_{key}")) for key in _KIND)
 
 
-def settle(leaf: Any) -> None:
-    """Bring loaded moments into the form that steps use; all ranks that share tensors with this one take part.
-
-    Args:
-        leaf: one of the wrappers below; `convert_` gave it ``reduction_groups``, those of all its bound tensors.
-    """
-    leaf.optimizer.settle(leaf.reduction_groups)
+def _step_in(groups: Sequence[Group]) -> int:
+    """Steps that saved param groups have seen; where torch's AdamW wrote them, the number is a float."""
+    steps = (group["step"] for group in groups if "step" in group)
+    return next((int(step) for step in steps if isinstance(step, SupportsInt)), 0)
 
 
-def matching_groups(
-    current_groups: list[dict[str, Any]], state_dict_groups: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
+def matching_groups(current_groups: list[Group], state_dict_groups: list[Group]) -> list[Group]:
     """Saved param groups in the order of the current ones; see `same_kinds`."""
     if same_kinds(current_groups, state_dict_groups):
         return state_dict_groups
-    found = FP32Optimizer._filter_and_reorder_param_groups(current_groups, state_dict_groups)
-    return cast("list[dict[str, Any]]", found)
+    found: list[Group] = FP32Optimizer._filter_and_reorder_param_groups(current_groups, state_dict_groups)
+    return found
+
+
+def settle(wrapper: Converted) -> None:
+    """Bring loaded moments into the form that steps use; all ranks that share tensors with this one take part."""
+    wrapper.optimizer.settle([binding.groups for binding in wrapper.optimizer.bindings()])
+
+
+def then_settle(load: Callable[Concatenate[Converted, P], R]) -> Callable[Concatenate[Converted, P], R]:
+    """A wrapper's own method that replaces state tensors, followed by `settle`."""
+
+    @functools.wraps(load)
+    def load_and_settle(wrapper: Converted, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        result = load(wrapper, *args, **kwargs)
+        settle(wrapper)
+        return result
+
+    return load_and_settle
 
 
 # One base each: with a second one Python would not let a wrapper change its class in place.
@@ -85,58 +127,43 @@ def matching_groups(
 class BlockwiseFP32Optimizer(FP32Optimizer):  # type: ignore[misc]  # megatron has no types
     """``FP32Optimizer`` that steps with one of our optimizers."""
 
+    optimizer: BlockwiseOptimizer
+
     _filter_and_reorder_param_groups = staticmethod(matching_groups)
+    load_state_dict = then_settle(FP32Optimizer.load_state_dict)
+    restore_from_cpu = then_settle(FP32Optimizer.restore_from_cpu)
 
-    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def sharded_state_dict(self, *args: object, **kwargs: object) -> dict[str, object]:
         """See ``FP32Optimizer.sharded_state_dict``."""
-        sharded = cast("dict[str, Any]", super().sharded_state_dict(*args, **kwargs))
-        return {**sharded, KEY: settings_record(self.optimizer)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See ``FP32Optimizer.load_state_dict``.
-
-        Raises:
-            ValueError: see `ds_blockwise.optimizers.state_dict.StoredState.load_state_dict`.
-        """
-        super().load_state_dict(state_dict)
-        settle(self)
-
-    def restore_from_cpu(self) -> None:
-        """See ``MegatronOptimizer.restore_from_cpu``; it replaces the state tensors."""
-        super().restore_from_cpu()
-        settle(self)
+        return {**super().sharded_state_dict(*args, **kwargs), KEY: settings_record(self.optimizer)}
 
 
 class BlockwiseFloat16Optimizer(Float16OptimizerWithFloat16Params):  # type: ignore[misc]  # megatron has no types
     """``Float16OptimizerWithFloat16Params`` that steps with one of our optimizers."""
 
-    _filter_and_reorder_param_groups = staticmethod(matching_groups)
+    optimizer: BlockwiseOptimizer
 
-    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    _filter_and_reorder_param_groups = staticmethod(matching_groups)
+    load_state_dict = then_settle(Float16OptimizerWithFloat16Params.load_state_dict)
+    restore_from_cpu = then_settle(Float16OptimizerWithFloat16Params.restore_from_cpu)
+
+    def sharded_state_dict(self, *args: object, **kwargs: object) -> dict[str, dict[str, object]]:
         """See ``Float16OptimizerWithFloat16Params.sharded_state_dict``."""
-        sharded = cast("dict[str, Any]", super().sharded_state_dict(*args, **kwargs))
+        sharded: dict[str, dict[str, object]] = super().sharded_state_dict(*args, **kwargs)
         sharded["optimizer"][KEY] = settings_record(self.optimizer)
         return sharded
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See ``Float16OptimizerWithFloat16Params.load_state_dict``.
-
-        Raises:
-            ValueError: see `ds_blockwise.optimizers.state_dict.StoredState.load_state_dict`.
-        """
-        super().load_state_dict(state_dict)
-        settle(self)
-
-    def restore_from_cpu(self) -> None:
-        """See ``MegatronOptimizer.restore_from_cpu``; it replaces the state tensors."""
-        super().restore_from_cpu()
-        settle(self)
 
 
 class BlockwiseDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]  # megatron has no types
     """``DistributedOptimizer`` that steps with one of our optimizers."""
 
-    def state_dict(self) -> dict[str, Any]:
+    optimizer: BlockwiseOptimizer
+    buffers: Sequence[Buffer]
+    model_param_group_index_map: MutableMapping[nn.Parameter, tuple[int, int]]
+
+    restore_from_cpu = then_settle(DistributedOptimizer.restore_from_cpu)
+
+    def state_dict(self) -> dict[str, object]:
         """What is not per element: param groups with ``step``, our settings, the gradient scaler.
 
         The same keys as upstream, which reads ``step`` off tensors and only after a first step.
@@ -156,12 +183,12 @@ class BlockwiseDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
             {**{key: value for key, value in group.items() if key != "params"}, **FOR_ADAMW, "step": step}
             for group in optimizer.param_groups
         ]
-        packed: dict[str, Any] = {"optimizer": {"param_groups": groups, KEY: settings_record(optimizer)}}
+        packed: dict[str, object] = {"optimizer": {"param_groups": groups, KEY: settings_record(optimizer)}}
         if self.grad_scaler:
             packed["grad_scaler"] = self.grad_scaler.state_dict()
         return packed
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: DistributedState) -> None:
         """See ``DistributedOptimizer.load_state_dict``; takes AdamW's checkpoints too.
 
         Raises:
@@ -175,7 +202,7 @@ class BlockwiseDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
         if in_order:
             for index, (own, group) in enumerate(zip(optimizer.param_groups, saved["param_groups"], strict=True)):
                 own.update(group_to_load(group, own, index))
-        step = next((int(group["step"]) for group in saved["param_groups"] if "step" in group), 0)
+        step = _step_in(saved["param_groups"])
         for state in optimizer.state.values():
             state["step"] = step
         # upstream hands on neither the record nor, before its files are read, any moments
@@ -184,7 +211,7 @@ class BlockwiseDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
         optimizer.report_changes(record)
 
     def load_parameter_state_from_dp_zero(
-        self, state_dict: dict[str, Any] | None, *, update_legacy_format: bool = False
+        self, state_dict: Mapping[str, object] | None, *, update_legacy_format: bool = False
     ) -> None:
         """See ``DistributedOptimizer.load_parameter_state_from_dp_zero``.
 
@@ -199,20 +226,16 @@ class BlockwiseDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
         super().load_parameter_state_from_dp_zero(state_dict)
         settle(self)
 
-    def restore_from_cpu(self) -> None:
-        """See ``MegatronOptimizer.restore_from_cpu``; it replaces the state tensors."""
-        super().restore_from_cpu()
-        settle(self)
-
     def sharded_param_state_fully_reshardable(
-        self, model_sharded_state_dict: Any, is_loading: bool = False, metadata: Any = None
-    ) -> Any:
+        self, model_sharded_state_dict: object, is_loading: bool = False, metadata: object = None
+    ) -> Mapping[int, Mapping[str, SavedTensor]] | None:
         """See ``DistributedOptimizer.sharded_param_state_fully_reshardable``.
 
         Raises:
             ValueError: on every rank, if upstream mixed up parameters. It does where several buckets end in padding
                 (0.16 to 0.19), without a word.
         """
+        state: Mapping[int, Mapping[str, SavedTensor]] | None
         state = super().sharded_param_state_fully_reshardable(model_sharded_state_dict, is_loading, metadata)
         if is_loading:
             return state
@@ -230,23 +253,26 @@ class BlockwiseDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
             raise ValueError(message)
         return state
 
-    def _misplaced(self, state: Mapping[int, Mapping[str, Any]]) -> Any:
-        index = 0
-        for buffer in self.buffers:
-            for param in buffer.param_index_map:
-                saved = state[index]["param"].data.flatten()
-                index += 1
-                if param in self.model_param_gbuf_map and (shard := self._shard_of(param)) is not None:
-                    start = self._get_model_param_range_map(param)["param"].start
-                    if not torch.equal(saved[start : start + shard.numel()].cpu(), shard.detach().float().cpu()):
-                        yield param.block_spec.fqn
+    def _misplaced(self, state: Mapping[int, Mapping[str, SavedTensor]]) -> Iterator[str]:
+        """Names of parameters under which other values than their own would be saved."""
+        params = [param for buffer in self.buffers for param in buffer.param_index_map]
+        for index, param in enumerate(params):
+            shard = self._shard_of(param)
+            if shard is None:
+                continue
+            start = self._get_model_param_range_map(param)["param"].start
+            saved = state[index]["param"].data.flatten()[start : start + shard.numel()]
+            if not torch.equal(saved.cpu(), shard.detach().float().cpu()):
+                yield tags_on(param).block_spec.fqn
 
     def _shard_of(self, param: nn.Parameter) -> torch.Tensor | None:
-        position = self.model_param_group_index_map.get(param)
-        if position is None:
+        """What this rank steps of a model parameter; None if it steps nothing of it."""
+        found = self.model_param_group_index_map.get(param)
+        if found is None:
             return None
-        group, place = position
-        return cast("torch.Tensor", self.optimizer.param_groups[group]["params"][place])
+        group, place = found
+        shard: torch.Tensor = self.optimizer.param_groups[group]["params"][place]
+        return shard
 
     def _get_main_param_and_optimizer_states(self, model_param: nn.Parameter) -> dict[str, torch.Tensor]:
         shard = self._shard_of(model_param)

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From Megatron-core's model chunks to tags on their parameters.
+"""Tags the parameters of Megatron-core's model chunks.
 
-A chunk is one pipeline stage's (or virtual stage's) part of the model inside DDP and Float16Module. Names of layers
-count from 0 in every chunk, so they are not unique over stages; nothing here relies on that.
+A chunk is one pipeline stage's (or virtual stage's) part of the model inside DDP and Float16Module. Layers are numbered
+from 0 in every chunk, so the same name stands for another layer in each; nothing here needs unique names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Protocol, cast
 from weakref import WeakSet
 
 import torch
@@ -19,7 +19,8 @@ from megatron.core.transformer.module import Float16Module
 from torch import nn
 
 from ds_blockwise.blocks.block_settings import BlockSettings
-from ds_blockwise.blocks.spec import apply_settings
+from ds_blockwise.blocks.ranges import TensorShard
+from ds_blockwise.blocks.spec import BlockSpec, apply_settings
 from ds_blockwise.hosts.pipeline_stages import TiedCopy, rules_matched, tied_copy
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.tagging.names import canonical_fqn
@@ -28,6 +29,18 @@ from ds_blockwise.tagging.tag import tag_with_settings
 _WRAPPERS = (DistributedDataParallel, Float16Module)
 _TAGGED_HERE: WeakSet[nn.Module] = WeakSet()
 _EMBEDDING = "embedding.word_embeddings.weight"
+
+
+class Tagged(Protocol):
+    """What tagging leaves on a trainable parameter."""
+
+    block_spec: BlockSpec
+    block_shard: TensorShard | None
+
+
+def tags_on(param: nn.Parameter) -> Tagged:
+    """The tags of a tagged parameter; setting an attribute sets the parameter's."""
+    return cast("Tagged", param)
 
 
 def unwrapped(chunk: nn.Module) -> nn.Module:
@@ -81,15 +94,15 @@ def tag(models: Sequence[nn.Module], optimizer: BlockwiseOptimizer) -> None:
             _tag_model(model, optimizer.block_settings)
             _TAGGED_HERE.add(model)
     for param in params:
-        spec = cast("Any", param).block_spec
+        tags = tags_on(param)
         if not tagged:
             # a rule of another stage would be called unused in this one, so it was left out; it is part of the settings
-            spec = apply_settings(spec.structure, optimizer.block_settings)
-        cast("Any", param).block_spec = optimizer.spec_of(spec)
+            tags.block_spec = apply_settings(tags.block_spec.structure, optimizer.block_settings)
+        tags.block_spec = optimizer.spec_of(tags.block_spec)
 
 
 def tied_copies(
-    models: Sequence[nn.Module], group_of: Callable[[nn.Parameter], dict[str, Any] | None]
+    models: Sequence[nn.Module], group_of: Callable[[nn.Parameter], Mapping[str, object] | None]
 ) -> list[TiedCopy]:
     """This rank's copies of the embedding that other stages hold as well: tied, or for multi-token prediction.
 
@@ -98,9 +111,9 @@ def tied_copies(
         group_of: a parameter's param group.
     """
     return [
-        tied_copy(_EMBEDDING, dist.get_process_group_ranks(cast("Any", model).embd_group), name, param, group_of(param))
+        tied_copy(_EMBEDDING, dist.get_process_group_ranks(group), name, param, group_of(param))
         for model in models
-        if getattr(model, "embd_group", None) is not None
+        if (group := getattr(model, "embd_group", None)) is not None
         for name, param in model.named_parameters()
         if getattr(param, "shared_embedding", False)
     ]

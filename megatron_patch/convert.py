@@ -2,17 +2,19 @@
 """Training with Megatron-core alone: its optimizer, converted in place into one of ours.
 
 The wrappers that ``get_megatron_optimizer`` built stay, and with them gradient norm, clipping, loss scaling and
-schedules: they read and write the same param groups. Only what steps inside them changes. Multipliers live in there
-and never in ``group["lr"]``, so schedules, ``decoupled_lr``, overrides and resumed runs keep their meaning.
+schedules: they read and write the same param groups. Only the inner optimizer, which steps, is replaced. It applies
+the multipliers and never writes them to ``group["lr"]``, so schedules, ``decoupled_lr``, overrides and resumed runs
+keep their meaning.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TypeVar
 
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -25,28 +27,30 @@ from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.optimizers.registry import OPTIMIZERS
 from ds_blockwise.optimizers.settings import MomentumDtype, check_group
 from ds_blockwise.parallel.agree import is_first_rank, raise_together
-from ds_blockwise.parallel.reduce import ReductionGroups
 from ds_blockwise.values import suggest
 from megatron_patch import checkpoint, chunks, partitions
+from megatron_patch.wrappers import Wrapper, check_settings, check_version, wrappers_in
 
 logger = logging.getLogger(__name__)
 
 _RUINOUS_BETA2 = 0.999  # Megatron-LM's default for --adam-beta2; Adam-mini's authors warn of it
 
 
+OptimizerT = TypeVar("OptimizerT")
+
+
 @dataclass(frozen=True)
 class _Conversion:
     """One wrapper, what will step inside it, and what that steps."""
 
-    leaf: Any
+    wrapper: Wrapper
     inner: BlockwiseOptimizer
     stepped: tuple[Stepped, ...]
-    groups: tuple[ReductionGroups, ...]
     is_expert: bool
 
 
 def convert_(
-    optimizer: Any,
+    optimizer: OptimizerT,
     model_chunks: nn.Module | Sequence[nn.Module],
     kind: str = "BlockwiseAdamMini",
     *,
@@ -57,7 +61,7 @@ def convert_(
     momentum_dtype: MomentumDtype = "fp32",
     backend: str = "auto",
     telemetry: object = None,
-) -> Any:
+) -> OptimizerT:
     """Let the optimizer that ``get_megatron_optimizer`` returned step as one of ours, in place.
 
     A collective over all ranks. Call it once, before the first step and before a checkpoint is loaded (AdamW's
@@ -72,9 +76,9 @@ def convert_(
             or ``DistributedOptimizer``.
         model_chunks: what was given to ``get_megatron_optimizer``. Their parameters are tagged, unless
             ``ds_blockwise.tag_parameters`` already did; layers count from 0 in every chunk.
-        kind: name of one of `OPTIMIZERS`.
-        lr_multipliers: see `ds_blockwise.BlockwiseAdamW`; so are the four below. ``"auto"`` needs ``total_num_steps``
-            and a model that one optimizer steps (experts have another).
+        kind: ``"BlockwiseAdamMini"`` or ``"BlockwiseAdamW"``.
+        lr_multipliers: as in `ds_blockwise.BlockwiseAdamW`, like all below but ``telemetry``. ``"auto"`` needs
+            ``total_num_steps`` and a model that one optimizer steps (experts have another).
         weight_decay_multipliers: per block type or role.
         granularity: per block type, role or ``"bias"``.
         rules: list of ``{"match": regex, ...}``; each must match a parameter of some pipeline stage.
@@ -93,43 +97,32 @@ def convert_(
         TypeError: a setting or an optimizer of the wrong type.
         ImportError: a version of Megatron-core that lacks names the conversion relies on.
 
-    Source: facts of Megatron-core 0.16.1, ``megatron/core/optimizer``.
+    Source: Megatron-core 0.16.1, ``megatron/core/optimizer``.
     """
-    settings = {
-        "lr_multipliers": lr_multipliers,
-        "weight_decay_multipliers": weight_decay_multipliers,
-        "granularity": granularity,
-        "rules": rules,
-        "momentum_dtype": momentum_dtype,
-        "backend": backend,
-        "telemetry": telemetry,
-    }
     wrapped = [model_chunks] if isinstance(model_chunks, nn.Module) else list(model_chunks)
-    leaves: list[Any] = []
-    models: list[nn.Module] = []
-    matched: list[bool] = []
-    block_settings = BlockSettings()
-    conversions: list[_Conversion] = []
-    failure: Exception | None = None
-    try:
+    with _together():
         _check_kind(kind)
-        leaves = partitions.leaves_of(optimizer)
-        for leaf in leaves:
-            partitions.check_version(leaf)
-            partitions.check_settings(leaf)
+        build = functools.partial(
+            OPTIMIZERS[kind],
+            lr_multipliers=lr_multipliers,
+            weight_decay_multipliers=weight_decay_multipliers,
+            granularity=granularity,
+            rules=rules,
+            momentum_dtype=momentum_dtype,
+            backend=backend,
+            telemetry=telemetry,
+        )
+        wrappers = wrappers_in(optimizer)
+        for wrapper in wrappers:
+            check_settings(wrapper)
+            check_version(wrapper)
         models = [chunks.unwrapped(chunk) for chunk in wrapped]
         block_settings = BlockSettings.parse(lr_multipliers, weight_decay_multipliers, granularity, rules)
         matched = rules_matched(chunks.names_in(models), block_settings)
-    except Exception as error:  # a rank that fails alone would leave the others waiting: all hear of it, all raise
-        failure = error
-    raise_together(failure)
     check_rules(matched, block_settings, "Layers are numbered from 0 in every stage.")
-    try:
-        conversions = _prepare(leaves, models, OPTIMIZERS[kind], settings)
-        _connect(conversions, len(leaves), asked=telemetry is not None or block_settings.auto is not None)
-    except Exception as error:  # as above
-        failure = error
-    raise_together(failure)
+    with _together():
+        conversions = _prepare(wrappers, models, build)
+        _connect(conversions, len(wrappers), asked=telemetry is not None or block_settings.auto is not None)
     check_tied(chunks.tied_copies(models, functools.partial(_group_of, conversions)))
     for conversion in conversions:
         _compare(conversion, wrapped[0], whole_lists=_all_ranks_hold_all(optimizer))
@@ -139,58 +132,61 @@ def convert_(
     return optimizer
 
 
+@contextmanager
+def _together() -> Iterator[None]:
+    """Collective over all ranks: if one of them fails inside, all raise; else the others would wait for it."""
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:  # raised below, on every rank
+        failure = error
+    raise_together(failure)
+
+
 def _check_kind(kind: object) -> None:
     if kind not in OPTIMIZERS:
         raise ValueError(f"kind must be one of {', '.join(OPTIMIZERS)}, got {kind!r}{suggest(str(kind), OPTIMIZERS)}")
 
 
 def _prepare(
-    leaves: Sequence[Any],
-    models: Sequence[nn.Module],
-    kind: type[BlockwiseOptimizer],
-    settings: dict[str, Any],
+    wrappers: Sequence[Wrapper], models: Sequence[nn.Module], build: Callable[..., BlockwiseOptimizer]
 ) -> list[_Conversion]:
-    """Build and bind the new inner optimizers; nothing of the wrappers changes."""
-    inners = [None if leaf.is_stub_optimizer else _inner(leaf.optimizer, kind, settings) for leaf in leaves]
-    for inner in inners:
-        if inner is not None:
-            chunks.tag(models, inner)
-            break
-    conversions = []
-    for leaf, inner in zip(leaves, inners, strict=True):
-        if inner is None:
-            continue  # everything in it is frozen
-        stepped, groups = [], []
-        params = partitions.stepped_by(leaf)
-        for param, item in params:
-            reduced_over = partitions.groups_for(leaf, param, item)
-            if item.tensor is None:
-                inner.bind_absent(item.placements, reduced_over, param.device)
-            else:
-                inner.bind(item.tensor, item.placements, reduced_over)
-            stepped.append(item)
-            if reduced_over not in groups:
-                groups.append(reduced_over)
-        is_expert = any(group.get("is_expert_parallel", False) for group in inner.param_groups)
-        conversions.append(_Conversion(leaf, inner, tuple(stepped), tuple(groups), is_expert))
-    return conversions
+    """Build the new inner optimizers and bind what they step; nothing of the wrappers changes."""
+    inners = [(wrapper, _inner(wrapper.optimizer, build)) for wrapper in wrappers if not wrapper.is_stub_optimizer]
+    if inners:
+        chunks.tag(models, inners[0][1])
+    return [_bound(wrapper, inner) for wrapper, inner in inners]
 
 
-def _inner(old: Any, kind: type[BlockwiseOptimizer], settings: dict[str, Any]) -> BlockwiseOptimizer:
+def _inner(old: torch.optim.Optimizer, build: Callable[..., BlockwiseOptimizer]) -> BlockwiseOptimizer:
     """One of ours on the very param groups of another optimizer."""
     defaults = {key: old.defaults[key] for key in ("lr", "betas", "eps", "weight_decay")}
     # torch refuses to build an optimizer on fp32 shards, which are views of the model's parameters
-    new = kind([nn.Parameter(torch.empty(0))], **defaults, **settings)
+    new = build([nn.Parameter(torch.empty(0))], **defaults)
     for index, group in enumerate(old.param_groups):
         check_group(group, f"param_groups[{index}].")
     new.param_groups = old.param_groups
     return new
 
 
-def _connect(conversions: Sequence[_Conversion], num_leaves: int, *, asked: bool) -> None:
+def _bound(wrapper: Wrapper, inner: BlockwiseOptimizer) -> _Conversion:
+    """Bind what a wrapper steps to its new inner optimizer."""
+    stepped: list[Stepped] = []
+    for param, item in partitions.stepped_by(wrapper):
+        groups = partitions.groups_for(wrapper, param, item)
+        if item.tensor is None:
+            inner.bind_absent(item.placements, groups, param.device)
+        else:
+            inner.bind(item.tensor, item.placements, groups)
+        stepped.append(item)
+    is_expert = any(group.get("is_expert_parallel", False) for group in inner.param_groups)
+    return _Conversion(wrapper, inner, tuple(stepped), is_expert)
+
+
+def _connect(conversions: Sequence[_Conversion], num_wrappers: int, *, asked: bool) -> None:
     """Let the inner optimizers measure, where that was asked for."""
     meters = [conversion.inner.meter for conversion in conversions]
-    if asked and len(meters) < num_leaves:
+    if asked and len(meters) < num_wrappers:
         raise ValueError(
             "telemetry and measured multipliers need something to train in every optimizer of every rank: readings are "
             "collectives, and this rank would not take part. Leave telemetry out, and give fixed lr_multipliers."
@@ -198,43 +194,42 @@ def _connect(conversions: Sequence[_Conversion], num_leaves: int, *, asked: bool
     for meter in meters:
         if meter is None:
             continue
-        if meter.auto is not None and num_leaves > 1:
+        if meter.auto is not None and num_wrappers > 1:
             raise ValueError(
-                f'lr_multipliers "auto" compares block types with norms, but {num_leaves} optimizers step parts of '
+                f'lr_multipliers "auto" compares block types with norms, but {num_wrappers} optimizers step parts of '
                 f"this model (experts have their own), each of which sees its part alone. Give fixed multipliers."
             )
         meter.host(total_num_steps=None, warmup_num_steps=None, norm_source=lambda: (None, 0.0))
 
 
-def _group_of(conversions: Sequence[_Conversion], param: nn.Parameter) -> dict[str, Any] | None:
+def _group_of(conversions: Sequence[_Conversion], param: nn.Parameter) -> Mapping[str, object] | None:
     found = (group_of(param, conversion.inner, conversion.stepped) for conversion in conversions)
     return next((group for group in found if group is not None), None)
 
 
-def _all_ranks_hold_all(optimizer: Any) -> bool:
+def _all_ranks_hold_all(optimizer: object) -> bool:
     # the layer-wise optimizer gives whole parameters to single ranks: data-parallel peers differ by design
     return getattr(optimizer, "dp_cp_params_list", None) is None
 
 
 def _compare(conversion: _Conversion, chunk: nn.Module, *, whole_lists: bool) -> None:
-    leaf, is_expert = conversion.leaf, conversion.is_expert
-    data_peers = partitions.data_peers_of(leaf, chunk, is_expert=is_expert) if whole_lists else None
-    tensor_peers = partitions.tp_group_of(leaf, is_expert=is_expert)
+    wrapper, is_expert = conversion.wrapper, conversion.is_expert
+    data_peers = partitions.data_peers_of(wrapper, chunk, is_expert=is_expert) if whole_lists else None
+    tensor_peers = partitions.tp_group_of(wrapper, is_expert=is_expert)
     check_agreement(conversion.inner, conversion.stepped, data_peers, tensor_peers, "settings")
 
 
 def _install(conversion: _Conversion) -> None:
-    leaf = conversion.leaf
-    if isinstance(leaf, DistributedOptimizer):
-        partitions.point_to_shards(leaf)
-    leaf.optimizer = conversion.inner
-    leaf.init_state_fn = checkpoint.allocate_state
-    leaf.reduction_groups = conversion.groups
-    leaf.__class__ = checkpoint.CONVERTED[type(leaf)]
+    wrapper = conversion.wrapper
+    if isinstance(wrapper, DistributedOptimizer):
+        partitions.point_to_shards(wrapper)
+    wrapper.optimizer = conversion.inner
+    wrapper.init_state_fn = checkpoint.allocate_state
+    wrapper.__class__ = checkpoint.CONVERTED[type(wrapper)]
 
 
 def _warn_of_beta2(kind: str, conversions: Sequence[_Conversion]) -> None:
-    beta2 = max((cast("float", g["betas"][1]) for c in conversions for g in c.inner.param_groups), default=0.0)
+    beta2 = max((group["betas"][1] for c in conversions for group in c.inner.param_groups), default=0.0)
     if kind == "BlockwiseAdamMini" and beta2 >= _RUINOUS_BETA2 and is_first_rank():
         logger.warning(
             "adam_beta2=%g is known to ruin Adam-mini. Set it to 0.95 (adam_beta2, --adam-beta2) unless you tried it.",

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`GPTShape` as a Megatron-core `GPTModel` on the current process groups."""
+"""Megatron-core's `GPTModel` in a `GPTShape`: for training, and on one process for ``ds-blockwise blocks``."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -15,9 +17,10 @@ from torch.nn.functional import gelu, silu
 
 from ds_blockwise.runs.model_shape import GPT2, LLAMA, GPTShape
 from ds_blockwise.runs.strict_files import Problems
+from megatron_patch.without_cuda import cpu_shims
 
 # Megatron-core's names for what a run file's `activation_checkpointing` asks for
-RECOMPUTED: dict[str, dict[str, Any]] = {
+RECOMPUTED: dict[str, dict[str, object]] = {
     "none": {},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
@@ -75,12 +78,53 @@ def build_gpt(
     )
 
 
+def build_meta_gpt(path: str | Path) -> GPTModel:
+    """Build the model of a file such as ``configs/model/tiny.yaml`` on the meta device.
+
+    Initialises ``torch.distributed`` (gloo, one rank, in memory) and ``parallel_state`` if nobody has.
+
+    Args:
+        path: a model file; see `GPTShape`.
+
+    Raises:
+        ValueError: every mistake in the file.
+    """
+    shape = GPTShape.load(path)
+    _start_alone()
+    with torch.device("meta"):
+        return build_gpt(shape)
+
+
+def build_small_gpt(path: str | Path) -> GPTModel:
+    """Build a small model with the attention of a file's model and real fp32 weights on the CPU.
+
+    One layer, a small vocabulary and a narrow FFN; hidden size and heads as in the file. Initialises what
+    `build_meta_gpt` does.
+
+    Args:
+        path: a model file; see `GPTShape`.
+
+    Raises:
+        ValueError: every mistake in the file.
+    """
+    shape = GPTShape.load(path)
+    _start_alone()
+    small = replace(
+        shape,
+        num_layers=1,
+        ffn_hidden_size=min(shape.ffn_hidden_size, 64),
+        vocab_size=min(shape.vocab_size, 256),
+        num_parameters=None,
+    )
+    return build_gpt(small, cpu_initialization=True)
+
+
 def _normalization(shape: GPTShape) -> str:
     return "RMSNorm" if shape.architecture == LLAMA else "LayerNorm"
 
 
 def _transformer_config(
-    shape: GPTShape, dtype: torch.dtype, cpu_initialization: bool, recomputed: dict[str, Any]
+    shape: GPTShape, dtype: torch.dtype, cpu_initialization: bool, recomputed: dict[str, object]
 ) -> TransformerConfig:
     return TransformerConfig(
         num_layers=shape.num_layers,
@@ -115,3 +159,13 @@ def _transformer_config(
         bias_activation_fusion=False,
         apply_rope_fusion=False,
     )
+
+
+def _start_alone() -> None:
+    """Make the process groups that a model asks for, with this process as their only rank."""
+    cpu_shims()
+    if not dist.is_initialized():
+        store = dist.HashStore()  # type: ignore[attr-defined]  # public, but missing from its module's exports
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel()

@@ -4,8 +4,8 @@
 DeepSpeed was written against the first Megatron, where "model parallel" was all there was.
 Megatron-core's `parallel_state` has groups for each kind of parallelism, but lacks
 ``get_model_parallel_rank`` and ``get_model_parallel_world_size``, so it can't be passed as it is.
-DeepSpeed reads a missing data-parallel function as "one data-parallel rank" without a word
-(deepspeed/runtime/config.py), which is why the adapter is a class with every name spelt out.
+Where a data-parallel function is missing, DeepSpeed assumes one data-parallel rank and says nothing
+(deepspeed/runtime/config.py). So the adapter is a class with every name spelt out.
 """
 
 from __future__ import annotations
@@ -90,9 +90,8 @@ def mpu_adapter() -> MpuAdapter:
     """The ``mpu`` for ``deepspeed.initialize(model=gpt_model, mpu=mpu_adapter(), ...)``.
 
     Raises:
-        ValueError: `parallel_state` isn't initialised, or has context or expert parallelism:
-            DeepSpeed would average gradients over the wrong ranks without noticing. So it is with experts that
-            are split over another number of tensor-parallel ranks than the other layers.
+        ValueError: `parallel_state` isn't initialised. Or there is context parallelism, expert parallelism or an
+            expert tensor size other than the tensor size: DeepSpeed would average gradients over the wrong ranks.
     """
     if not parallel_state.model_parallel_is_initialized():
         raise ValueError(

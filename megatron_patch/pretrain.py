@@ -20,18 +20,33 @@ import runpy
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import ParamSpec, TypedDict, TypeVar
 
 from ds_blockwise.blocks.defaults import PUBLISHED
 from ds_blockwise.optimizers.registry import OPTIMIZERS
-from ds_blockwise.optimizers.settings import BACKENDS, MOMENTUM_DTYPES
+from ds_blockwise.optimizers.settings import BACKENDS, MOMENTUM_DTYPES, MomentumDtype
 from megatron_patch.convert import convert_
 
+P = ParamSpec("P")
+R = TypeVar("R")
 ArgsProvider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
+_BLOCK_SETTINGS = ("lr_multipliers", "weight_decay_multipliers", "granularity", "rules")
 _TRAINING = "megatron.training.training"
 _FACTORY = "get_megatron_optimizer"
 _MUON_FACTORY = "get_megatron_muon_optimizer"  # takes the factory's place for --optimizer muon and dist_muon
+
+
+class Settings(TypedDict):
+    """Keyword arguments of `convert_`."""
+
+    kind: str
+    lr_multipliers: object
+    weight_decay_multipliers: object
+    granularity: object
+    rules: object
+    momentum_dtype: MomentumDtype
+    backend: str
 
 
 def add_blockwise_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -78,24 +93,29 @@ def with_blockwise_args(provider: ArgsProvider | None = None) -> ArgsProvider:
     return provide
 
 
-def settings_in(args: argparse.Namespace) -> dict[str, Any] | None:
+def settings_in(args: argparse.Namespace) -> Settings | None:
     """Keyword arguments of `convert_` in parsed arguments; None if no optimizer was asked for.
 
     Raises:
         ValueError: other arguments of ours were given without ``--blockwise-optimizer``.
     """
-    keys = ("lr_multipliers", "weight_decay_multipliers", "granularity", "rules", "momentum_dtype", "backend")
-    settings = {key: getattr(args, f"blockwise_{key}", None) for key in keys}
-    kind = getattr(args, "blockwise_optimizer", None)
-    if kind is None:
-        given = [key for key in keys[:4] if settings[key] is not None]
+    if getattr(args, "blockwise_optimizer", None) is None:
+        given = [name for name in _BLOCK_SETTINGS if getattr(args, f"blockwise_{name}", None) is not None]
         if given:
             raise ValueError(
                 f"--blockwise-{given[0].replace('_', '-')} was given without --blockwise-optimizer. Add "
                 f"--blockwise-optimizer {' or '.join(OPTIMIZERS)}, or remove it."
             )
         return None
-    return {"kind": kind, **settings}
+    return {
+        "kind": args.blockwise_optimizer,
+        "lr_multipliers": args.blockwise_lr_multipliers,
+        "weight_decay_multipliers": args.blockwise_weight_decay_multipliers,
+        "granularity": args.blockwise_granularity,
+        "rules": args.blockwise_rules,
+        "momentum_dtype": args.blockwise_momentum_dtype,
+        "backend": args.blockwise_backend,
+    }
 
 
 def patch_training() -> None:
@@ -131,36 +151,39 @@ def patch_training() -> None:
     package.pretrain = pretrain  # type: ignore[attr-defined]
 
 
-def _converting(factory: Callable[..., Any], get_args: Callable[[], argparse.Namespace]) -> Callable[..., Any]:
+def _converting(factory: Callable[P, R], get_args: Callable[[], argparse.Namespace]) -> Callable[P, R]:
     signature = inspect.signature(factory)
 
     @functools.wraps(factory)
-    def build(*args: Any, **kwargs: Any) -> Any:
+    def build(*args: P.args, **kwargs: P.kwargs) -> R:
         settings = settings_in(get_args())
         optimizer = factory(*args, **kwargs)
         if settings is None:
             return optimizer
         return convert_(optimizer, signature.bind(*args, **kwargs).arguments["model_chunks"], **settings)
 
-    build.calls_ds_blockwise = True  # type: ignore[attr-defined]
+    build.calls_ds_blockwise = True  # type: ignore[attr-defined]  # how `patch_training` knows it again
     return build
 
 
-def _refusing(factory: Callable[..., Any], get_args: Callable[[], argparse.Namespace]) -> Callable[..., Any]:
+def _refusing(factory: Callable[P, R], get_args: Callable[[], argparse.Namespace]) -> Callable[P, R]:
     @functools.wraps(factory)
-    def build(*args: Any, **kwargs: Any) -> Any:
+    def build(*args: P.args, **kwargs: P.kwargs) -> R:
         if settings_in(get_args()) is not None:
-            raise ValueError("--blockwise-optimizer takes the place of Adam: give --optimizer adam, not Muon.")
+            raise ValueError(
+                "--blockwise-optimizer replaces Adam, and --optimizer asks for Muon. Set --optimizer adam, or remove "
+                "--blockwise-optimizer."
+            )
         return factory(*args, **kwargs)
 
     return build
 
 
-def _with_args(pretrain: Callable[..., Any]) -> Callable[..., Any]:
+def _with_args(pretrain: Callable[P, R]) -> Callable[P, R]:
     signature = inspect.signature(pretrain)
 
     @functools.wraps(pretrain)
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
         given = signature.bind(*args, **kwargs)
         given.arguments["extra_args_provider"] = with_blockwise_args(given.arguments.get("extra_args_provider"))
         return pretrain(*given.args, **given.kwargs)
@@ -168,7 +191,8 @@ def _with_args(pretrain: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _json_value(text: str, word: str | None) -> Any:
+def _json_value(text: str, word: str | None) -> object:
+    """An argument's JSON, or what the file of that name holds; ``word`` stands for itself."""
     if text == word:
         return word
     source = text
@@ -178,7 +202,7 @@ def _json_value(text: str, word: str | None) -> Any:
         except OSError as error:
             raise argparse.ArgumentTypeError(f"{text!r} is neither JSON nor a readable file: {error}") from error
     try:
-        value = json.loads(source)
+        value: object = json.loads(source)
     except json.JSONDecodeError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
     if not isinstance(value, (Mapping, Sequence)) or isinstance(value, str):

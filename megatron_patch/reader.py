@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads Megatron's modules for `ds_blockwise`: which tensor is split how, and what each of a module's tensors does.
+"""How tensor parallelism splits the tensors of Megatron's modules; roles and heads are in `megatron_patch.roles`.
 
-Classes, not attributes: Transformer Engine sets ``tensor_model_parallel`` and ``partition_dim`` on weights that
-are not split. Classes are recognised by their names, so Transformer Engine and the models of Megatron-LM, Megatron-
-DeepSpeed and GPT-NeoX need not be installed. Roles and heads are read in `megatron_patch.roles`.
-Layouts: Megatron-core 0.16, ``transformer/mlp.py`` (gated fc1), ``extensions/transformer_engine.py``.
+The class of a layer decides. Its attributes ``tensor_model_parallel`` and ``partition_dim`` cannot: Transformer Engine
+also sets them on weights that are not split. Classes are recognised by their names, so Transformer Engine, Megatron-LM,
+Megatron-DeepSpeed and GPT-NeoX need not be installed. Source: Megatron-core 0.16, ``transformer/mlp.py`` (gated fc1)
+and ``extensions/transformer_engine.py``.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Iterator
+from typing import Protocol, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ from torch import nn
 from ds_blockwise.blocks.ranges import TensorShard
 from ds_blockwise.blocks.structure import HeadGeometry
 from ds_blockwise.tagging.module_facts import class_names
-from ds_blockwise.tagging.module_reader import TensorSplit, register_reader
+from ds_blockwise.tagging.module_reader import TensorSplit
 from ds_blockwise.tagging.names import NameMatch
 from megatron_patch.roles import heads_of, match_of
 
@@ -30,8 +31,24 @@ _WEIGHT = re.compile(r"weight\d*")  # grouped linears of Transformer Engine numb
 _COLUMN_TENSOR = re.compile(r"(?:weight|bias)\d*")  # and not layer_norm_weight, which every rank holds whole
 
 
+class _WholeGPT(Protocol):
+    """A ``GPTModel`` with its embedding and its output layer."""
+
+    vocab_size: int
+    max_sequence_length: int
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def __call__(
+        self, tokens: torch.Tensor, positions: torch.Tensor, attention_mask: None, *, labels: torch.Tensor
+    ) -> torch.Tensor: ...
+
+
 class MegatronReader:
-    """Reads the layers of Megatron-core (local and Transformer Engine specs) and of Megatron-LM's older models."""
+    """Reads layers of Megatron-core (local and Transformer Engine specs) and older attention classes of Megatron-LM.
+
+    `megatron_patch` registers it; see `ds_blockwise.tagging.module_reader.ModuleReader` for what each method answers.
+    """
 
     exact_shards = False
 
@@ -79,15 +96,18 @@ class MegatronReader:
 
     def outputs(self, model: nn.Module) -> torch.Tensor | None:
         """Losses [batch, sequence] of a Megatron-core ``GPTModel`` that is a whole model, for 2 x 8 random tokens."""
-        if "GPTModel" not in class_names(model) or not (getattr(model, "pre_process", False) and model.post_process):
+        if not _is_whole_gpt(model):
             return None
-        weight: torch.Tensor = model.embedding.word_embeddings.weight  # type: ignore[union-attr, assignment]
-        length = min(8, int(model.max_sequence_length))  # type: ignore[arg-type]
-        tokens = torch.randint(int(model.vocab_size), (2, length), device="cpu").to(weight.device)  # type: ignore[arg-type]
-        positions = torch.arange(length, device=weight.device).expand(2, -1)
+        device = next(model.parameters()).device
+        tokens = torch.randint(model.vocab_size, (2, min(8, model.max_sequence_length)), device="cpu").to(device)
+        positions = torch.arange(tokens.shape[1], device=device).expand(2, -1)
         # with labels, because multi-token prediction takes part in the loss only
-        losses: torch.Tensor = model(tokens, positions, None, labels=tokens.roll(-1, dims=1))
-        return losses
+        return model(tokens, positions, None, labels=tokens.roll(-1, dims=1))
+
+
+def _is_whole_gpt(model: nn.Module) -> TypeGuard[_WholeGPT]:
+    ends = getattr(model, "pre_process", False) and getattr(model, "post_process", False)
+    return "GPTModel" in class_names(model) and bool(ends)
 
 
 def _parts(owner: nn.Module, param: nn.Parameter, class_name: str) -> int:
@@ -107,13 +127,13 @@ def _tensor_parallel() -> tuple[int, int]:
     )
 
 
-def _group_of(owner: nn.Module) -> Any:
+def _group_of(owner: nn.Module) -> dist.ProcessGroup | None:
     # Experts are split over the expert tensor-parallel group, which the layer itself knows
     group = getattr(owner, "tp_group", None)
     return getattr(owner, "_tp_group", None) if group is None else group
 
 
-def _check_group(owner: nn.Module, group: Any, leaf: str) -> None:
+def _check_group(owner: nn.Module, group: dist.ProcessGroup | None, leaf: str) -> None:
     if group is None or not parallel_state.model_parallel_is_initialized():
         return
     own = dist.get_process_group_ranks(group)
@@ -127,8 +147,12 @@ def _check_group(owner: nn.Module, group: Any, leaf: str) -> None:
 
 def _refuse_unknown_split(owner: nn.Module, param: nn.Parameter, leaf: str) -> None:
     """Refuse what is split although no rule says how: state-space mixers, the legacy grouped experts."""
-    lies = "TELinear" in class_names(owner)  # marked as split on dimension 0 even where every rank holds it whole
-    if lies or any(_ROW_PARALLEL.search(name) for name in class_names(owner)) or leaf.startswith("layer_norm_"):
+    always_marked = "TELinear" in class_names(owner)  # as split on dimension 0, even where every rank holds it whole
+    if (
+        always_marked
+        or any(_ROW_PARALLEL.search(name) for name in class_names(owner))
+        or leaf.startswith("layer_norm_")
+    ):
         return
     if not getattr(param, "tensor_model_parallel", False) and not (
         "GroupedMLP" in class_names(owner) and leaf in ("weight1", "weight2")
@@ -142,6 +166,3 @@ def _refuse_unknown_split(owner: nn.Module, param: nn.Parameter, leaf: str) -> N
             f"followed (state-space mixers and the legacy grouped experts pack several tensors into one). Train this "
             f"model with tensor_model_parallel_size 1, or experts with SequentialMLP or TEGroupedMLP."
         )
-
-
-register_reader(MegatronReader())

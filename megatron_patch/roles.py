@@ -9,6 +9,7 @@ and pipeline stages need no rules of their own. Source: Megatron-core 0.16, ``tr
 from __future__ import annotations
 
 import re
+from typing import Protocol, TypeGuard
 
 from megatron.core import parallel_state
 from torch import nn
@@ -110,6 +111,23 @@ def _output_role(model: nn.Module, param: nn.Parameter) -> Role:
     return Role.EMBEDDING if tied else Role.OUTPUT
 
 
+class _AttentionConfig(Protocol):
+    """A ``TransformerConfig`` or ``MLATransformerConfig``; only the second has the last three."""
+
+    num_attention_heads: int
+    num_query_groups: int | None
+    qk_head_dim: int
+    qk_pos_emb_head_dim: int
+    v_head_dim: int
+
+
+class _CoreAttention(Protocol):
+    """An ``Attention`` of Megatron-core, of whatever subclass."""
+
+    config: _AttentionConfig  # the module's own: in heterogeneous models each layer has another one
+    hidden_size_per_attention_head: int
+
+
 def heads_of(attention: nn.Module) -> HeadGeometry | None:
     """Unsharded head counts of an attention module; None if it is not one of Megatron's.
 
@@ -118,7 +136,7 @@ def heads_of(attention: nn.Module) -> HeadGeometry | None:
             GPT-NeoX, whose attributes count what one tensor-parallel rank holds.
     """
     names = class_names(attention)
-    if "MegatronModule" in names and "Attention" in names:
+    if _is_core_attention(attention, names):
         return _core_heads(attention, names)
     local = getattr(attention, "num_attention_heads_per_partition", None)
     if not isinstance(local, int):
@@ -143,16 +161,16 @@ def heads_of(attention: nn.Module) -> HeadGeometry | None:
     return HeadGeometry(local * world_size, local_kv * world_size, head_dim, source)
 
 
-def _core_heads(attention: nn.Module, names: tuple[str, ...]) -> HeadGeometry:
-    # The module's own config: in heterogeneous models each layer has another one
+def _core_heads(attention: _CoreAttention, names: tuple[str, ...]) -> HeadGeometry:
     config = attention.config
-    num_heads = int(config.num_attention_heads)  # type: ignore[union-attr, arg-type]
+    num_heads = config.num_attention_heads
     source = f"{type(attention).__name__}.config"
     if "MultiLatentAttention" in names:
-        key_dim = int(config.qk_head_dim)  # type: ignore[union-attr, arg-type]
-        rope_dim = int(config.qk_pos_emb_head_dim)  # type: ignore[union-attr, arg-type]
-        value_dim = int(config.v_head_dim)  # type: ignore[union-attr, arg-type]
-        return HeadGeometry(num_heads, num_heads, key_dim + rope_dim, source, key_dim, value_dim, rope_dim)
-    groups = config.num_query_groups or num_heads  # type: ignore[union-attr]
-    head_dim = attention.hidden_size_per_attention_head
-    return HeadGeometry(num_heads, int(groups), int(head_dim), source)  # type: ignore[arg-type]
+        key_dim, rope_dim = config.qk_head_dim, config.qk_pos_emb_head_dim
+        return HeadGeometry(num_heads, num_heads, key_dim + rope_dim, source, key_dim, config.v_head_dim, rope_dim)
+    num_kv_heads = config.num_query_groups or num_heads
+    return HeadGeometry(num_heads, num_kv_heads, attention.hidden_size_per_attention_head, source)
+
+
+def _is_core_attention(attention: nn.Module, names: tuple[str, ...]) -> TypeGuard[_CoreAttention]:
+    return "MegatronModule" in names and "Attention" in names

@@ -34,8 +34,7 @@ from ds_blockwise.hosts.deepspeed import attach as host
 from ds_blockwise.parallel import reduce
 from ds_blockwise.parallel.reduce import ReductionGroups, reduce_block_sums_
 from ds_blockwise.runs.model_shape import GPTShape
-from megatron_patch.cpu_shims import cpu_shims
-from megatron_patch.model import build_gpt
+from megatron_patch import build_gpt, cpu_shims
 
 # 2.07B parameters; the paper gives no sizes for its 2B model. Heads and FFN divide by 8.
 LLAMA_2B = GPTShape(

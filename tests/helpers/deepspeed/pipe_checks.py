@@ -100,29 +100,32 @@ def check_experts(context: RankContext, optimizer: str) -> None:
     prepare_deepspeed()
     import ds_blockwise  # noqa: F401 - registers the optimizers
     import megatron_patch
-    from tests.helpers.megatron.parallel import Layout, chunks_of, classes_of, parallel_of, whole_shapes
+    from tests.helpers.megatron.parallel import Topology, chunks_of, classes_of, parallel_of, whole_shapes
 
     megatron_patch.cpu_shims()
     params = {"lr": LR, "betas": list(BETAS), "eps": EPS, "weight_decay": WEIGHT_DECAY}
     config = engine_config(FULL_NAME[optimizer], stage=1, params=params)
-    layout = Layout(experts=True)
-    shapes = whole_shapes(layout)
-    with parallel_of(layout):
+    topology = Topology(experts=True)
+    shapes = whole_shapes(topology)
+    with parallel_of(topology):
         mpu = megatron_patch.mpu_adapter()
-        with open_engine(config, lambda: models.set_small_weights(chunks_of(layout)[0]), mpu=mpu) as run:
+        with open_engine(config, lambda: models.set_small_weights(chunks_of(topology)[0]), mpu=mpu) as run:
             plan = GradientPlan(context.world_size)
             now = masters(run)
             assert any("local_experts.5" in name for name in now)
             hyper = Hyper(LR, BETAS, EPS, WEIGHT_DECAY)
-            oracle = Oracle(now, classes_of(shapes, layout.groups), optimizer == "mini", hyper)
+            oracle = Oracle(now, classes_of(shapes, topology.groups), optimizer == "mini", hyper)
             for step in range(3):
                 feed_step(run, plan, step, context.rank)
                 before, now, was = now, masters(run), oracle.weights()
                 oracle.step({n: plan.mean(n, s, step) for n, s in shapes.items()})
                 assert_same_update((before, now), (was, oracle.weights()), LR, what=f"step {step}")
-    split = Layout(ep=2, experts=True)
-    for layout, word in ((split, "expert_model_parallel_size = 2"), (Layout(tp=2), "expert_tensor_parallel_size = 1")):
-        with parallel_of(layout):
+    split = Topology(ep=2, experts=True)
+    for topology, word in (
+        (split, "expert_model_parallel_size = 2"),
+        (Topology(tp=2), "expert_tensor_parallel_size = 1"),
+    ):
+        with parallel_of(topology):
             text = raised(megatron_patch.mpu_adapter, ValueError)
             assert word in text, text
             assert "convert_" in text, text

@@ -78,6 +78,14 @@ def full_shapes(shape: str, *, tied: bool = False, layers: int = LAYERS) -> dict
     return shapes
 
 
+def whole_name(model: nn.Module, name: str) -> str:
+    """A parameter's name with the number that its layer has in the whole model; stages count from 0."""
+    parts = name.split(".")
+    if parts[:2] == ["decoder", "layers"]:
+        parts[2] = str(model.decoder.layers[int(parts[2])].layer_number - 1)
+    return ".".join(parts)
+
+
 @contextmanager
 def parallel(tp: int, pp: int = 1) -> Iterator[None]:
     """Megatron-core's process groups for these sizes; the rest of the world is data-parallel."""

@@ -20,7 +20,7 @@ from tests.helpers import models
 from tests.helpers.deepspeed.engine_cases import BETAS, EPS, FULL_NAME, WEIGHT_DECAY
 from tests.helpers.megatron import gpt_shards
 from tests.helpers.megatron.models import EXPERTS, LLAMA, SIZES
-from tests.helpers.megatron.stack import DTYPES, EMBEDDING, LR
+from tests.helpers.megatron.stack import DTYPES, EMBEDDING, LR, joined_shards, shard_in
 from tests.helpers.models import GradientPlan
 from tests.helpers.tables.oracle_names import Classes, Classified, Span
 
@@ -37,8 +37,8 @@ MOE = {
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Sizes of the parallel dimensions; the world that they leave over is data-parallel."""
+class Topology:
+    """A model and its parallel sizes; the world that they leave over is data-parallel."""
 
     optimizer: str = "mini"
     wrapper: str = "distributed"  # or "plain"
@@ -58,17 +58,17 @@ class Layout:
 
 
 @contextmanager
-def parallel_of(layout: Layout) -> Iterator[None]:
-    """Megatron-core's process groups for a layout."""
+def parallel_of(topology: Topology) -> Iterator[None]:
+    """Megatron-core's process groups for a topology."""
     from megatron.core import parallel_state
 
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=layout.pp,
-        virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
-        context_parallel_size=layout.cp,
-        expert_model_parallel_size=layout.ep,
-        expert_tensor_parallel_size=layout.etp,
+        tensor_model_parallel_size=topology.tp,
+        pipeline_model_parallel_size=topology.pp,
+        virtual_pipeline_model_parallel_size=topology.virtual if topology.virtual > 1 else None,
+        context_parallel_size=topology.cp,
+        expert_model_parallel_size=topology.ep,
+        expert_tensor_parallel_size=topology.etp,
     )
     try:
         yield
@@ -76,77 +76,75 @@ def parallel_of(layout: Layout) -> Iterator[None]:
         parallel_state.destroy_model_parallel()
 
 
-def _chunk(layout: Layout, config: Any, stage: int | None) -> nn.Module:
+def _chunk(topology: Topology, config: Any, vp_stage: int | None) -> nn.Module:
     from megatron.core import parallel_state as groups
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
 
-    spec = get_gpt_layer_local_spec(EXPERT_COUNT if layout.experts else None, normalization="RMSNorm")
-    if layout.cp > 1:
+    spec = get_gpt_layer_local_spec(EXPERT_COUNT if topology.experts else None, normalization="RMSNorm")
+    if topology.cp > 1:
         from tests.helpers.megatron import te_fakes
 
         # the local attention refuses context parallelism; nothing is computed here, gradients are fed
         spec.submodules.self_attention.submodules.core_attention = te_fakes.TEDotProductAttention
     more: dict[str, Any] = {}
-    if layout.mtp:
-        more["mtp_block_spec"] = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False, vp_stage=stage)
+    if topology.mtp:
+        more["mtp_block_spec"] = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False, vp_stage=vp_stage)
     return GPTModel(
         config=config,
         transformer_layer_spec=spec,
         vocab_size=VOCAB,
         max_sequence_length=16,
-        pre_process=groups.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
-        post_process=groups.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
-        share_embeddings_and_output_weights=layout.tied,
+        pre_process=groups.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=groups.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        share_embeddings_and_output_weights=topology.tied,
         position_embedding_type="rope",
-        vp_stage=stage,
+        vp_stage=vp_stage,
         **more,
     )
 
 
-def chunks_of(layout: Layout) -> list[nn.Module]:
+def chunks_of(topology: Topology) -> list[nn.Module]:
     """This rank's part of the model, one per virtual stage, in Megatron-core's own weights."""
     from megatron.core.transformer import TransformerConfig
 
-    dtype = DTYPES[layout.dtype]
-    kind = MOE if layout.experts else LLAMA
+    dtype = DTYPES[topology.dtype]
+    kind = MOE if topology.experts else LLAMA
     config = TransformerConfig(
-        **{**SIZES, **kind, **SHAPE, "num_query_groups": layout.groups, "num_layers": layout.layers},
-        mtp_num_layers=1 if layout.mtp else None,
-        tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=layout.pp,
-        virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
-        context_parallel_size=layout.cp,
-        expert_model_parallel_size=layout.ep,
-        expert_tensor_parallel_size=layout.etp,
+        **{**SIZES, **kind, **SHAPE, "num_query_groups": topology.groups, "num_layers": topology.layers},
+        mtp_num_layers=1 if topology.mtp else None,
+        tensor_model_parallel_size=topology.tp,
+        pipeline_model_parallel_size=topology.pp,
+        virtual_pipeline_model_parallel_size=topology.virtual if topology.virtual > 1 else None,
+        context_parallel_size=topology.cp,
+        expert_model_parallel_size=topology.ep,
+        expert_tensor_parallel_size=topology.etp,
         sequence_parallel=False,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         add_qkv_bias=False,
     )
-    stages = range(layout.virtual) if layout.virtual > 1 else [None]
-    return [_chunk(layout, config, stage) for stage in stages]
+    vp_stages = range(topology.virtual) if topology.virtual > 1 else [None]
+    return [_chunk(topology, config, vp_stage) for vp_stage in vp_stages]
 
 
-def whole_name(model: Any, name: str, ep_rank: int, local_experts: int) -> str:
+def name_of(model: Any, name: str, ep_rank: int, local_experts: int) -> str:
     """A parameter's name with the numbers that its layer and its expert have in the whole model."""
-    parts = name.split(".")
-    if parts[:2] == ["decoder", "layers"]:
-        parts[2] = str(model.decoder.layers[int(parts[2])].layer_number - 1)
+    parts = gpt_shards.whole_name(model, name).split(".")
     if "local_experts" in parts:
         at = parts.index("local_experts") + 1
         parts[at] = str(int(parts[at]) + ep_rank * local_experts)
     return ".".join(parts)
 
 
-def cut(name: str, full: Tensor, layout: Layout, tp_rank: int, etp_rank: int) -> Tensor:
+def cut(name: str, full: Tensor, topology: Topology, tp_rank: int, etp_rank: int) -> Tensor:
     """What a rank holds of an unsharded tensor."""
     if "local_experts" in name:
-        return gpt_shards.cut(name, full, etp_rank, layout.etp) if layout.etp > 1 else full
-    if layout.tp == 1 or "router" in name or "norm" in name:
+        return gpt_shards.cut(name, full, etp_rank, topology.etp) if topology.etp > 1 else full
+    if topology.tp == 1 or "router" in name or "norm" in name:
         return full
-    return gpt_shards.cut(name, full, tp_rank, layout.tp)
+    return gpt_shards.cut(name, full, tp_rank, topology.tp)
 
 
 def classes_of(shapes: dict[str, tuple[int, ...]], groups: int) -> Classes:
@@ -182,17 +180,17 @@ def classes_of(shapes: dict[str, tuple[int, ...]], groups: int) -> Classes:
 
 
 class ParallelRun:
-    """A converted stack on the groups of a layout.
+    """A converted stack on the groups of a topology.
 
     Attributes:
         params: this rank's parameters by their names in the whole model.
         shapes: unsharded shapes of all parameters of the whole model.
     """
 
-    def __init__(self, layout: Layout, shapes: dict[str, tuple[int, ...]]) -> None:
+    def __init__(self, topology: Topology, shapes: dict[str, tuple[int, ...]]) -> None:
         from megatron.core import parallel_state as groups
 
-        self.layout, self.shapes = layout, shapes
+        self.topology, self.shapes = topology, shapes
         self.tp_rank = groups.get_tensor_model_parallel_rank()
         self.etp_rank = groups.get_expert_tensor_parallel_rank()
         self.dp_rank = groups.get_data_parallel_rank(with_context_parallel=True)
@@ -201,11 +199,11 @@ class ParallelRun:
         self.edp_size = dist.get_world_size(groups.get_expert_data_parallel_group())
         self.stage_rank = groups.get_pipeline_model_parallel_rank()
         ep_rank = groups.get_expert_model_parallel_rank()
-        self.models = chunks_of(layout)
+        self.models = chunks_of(topology)
         self.params: dict[str, nn.Parameter] = {}
         for model in self.models:
             for name, param in model.named_parameters():
-                own = whole_name(model, name, ep_rank, EXPERT_COUNT // layout.ep)
+                own = name_of(model, name, ep_rank, EXPERT_COUNT // topology.ep)
                 assert own not in self.params, own
                 if own in shapes or self.is_copy(own):
                     self.params[own] = param
@@ -222,14 +220,14 @@ class ParallelRun:
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
         from megatron.core.transformer.module import Float16Module
 
-        layout, dtype = self.layout, DTYPES[self.layout.dtype]
-        distributed = layout.wrapper == "distributed"
+        topology, dtype = self.topology, DTYPES[self.topology.dtype]
+        distributed = topology.wrapper == "distributed"
         ddp = DistributedDataParallelConfig(use_distributed_optimizer=distributed, grad_reduce_in_fp32=True)
         self.chunks = [
             DistributedDataParallel(
                 m.config,
                 ddp,
-                m if layout.dtype == "fp32" else Float16Module(m.config, m),
+                m if topology.dtype == "fp32" else Float16Module(m.config, m),
                 disable_bucketing=index > 0,
             )
             for index, m in enumerate(self.models)
@@ -243,31 +241,31 @@ class ParallelRun:
             adam_beta2=BETAS[1],
             adam_eps=EPS,
             clip_grad=0.0,
-            bf16=layout.dtype == "bf16",
+            bf16=topology.dtype == "bf16",
             params_dtype=dtype,
             use_distributed_optimizer=distributed,
         )
         self.optimizer = get_megatron_optimizer(
             config, self.chunks, config_overrides=get_standard_config_overrides(config)
         )
-        self.leaves = self.optimizer.chained_optimizers
+        self.wrappers = self.optimizer.chained_optimizers
 
     def convert(self) -> None:
         from megatron_patch import convert_
 
-        convert_(self.optimizer, self.chunks, FULL_NAME[self.layout.optimizer], **self.layout.settings)
+        convert_(self.optimizer, self.chunks, FULL_NAME[self.topology.optimizer], **self.topology.settings)
 
     def start(self, name: str) -> Tensor:
         """First value of a whole parameter; a second copy of the embedding starts as the embedding."""
         name = EMBEDDING if self.is_copy(name) else name
-        return models.small_weight(name, self.shapes[name]).to(DTYPES[self.layout.dtype]).float()
+        return models.small_weight(name, self.shapes[name]).to(DTYPES[self.topology.dtype]).float()
 
     def is_copy(self, name: str) -> bool:
         """Whether this is the output layer of a later stage, tied to the first stage's embedding."""
-        return self.layout.tied and not self.layout.mtp and name == "output_layer.weight"
+        return self.topology.tied and not self.topology.mtp and name == "output_layer.weight"
 
     def cut(self, name: str, full: Tensor) -> Tensor:
-        return cut(name, full, self.layout, self.tp_rank, self.etp_rank)
+        return cut(name, full, self.topology, self.tp_rank, self.etp_rank)
 
     def feed(self, plan: GradientPlan, step: int) -> None:
         """Give every parameter its share of the planned gradients and let Megatron-core average them.
@@ -291,22 +289,22 @@ class ParallelRun:
 
     def _planned(self, name: str) -> tuple[str, tuple[int, ...]]:
         """Key and unsharded shape of what is fed; copies of the embedding have gradients of their own."""
-        copy = name == EMBEDDING and self.layout.pp > 1 and self.stage_rank > 0
+        copy = name == EMBEDDING and self.topology.pp > 1 and self.stage_rank > 0
         shape = self.shapes[EMBEDDING if self.is_copy(name) else name]
         return ("the copy" if copy or self.is_copy(name) else name), shape
 
     def mean(self, plan: GradientPlan, name: str, step: int) -> Tensor:
         """The gradient that the optimizer must see for a whole parameter."""
         gradient = plan.mean(name, self.shapes[name], step)
-        if name == EMBEDDING and self.layout.pp > 1 and (self.layout.tied or self.layout.mtp):
+        if name == EMBEDDING and self.topology.pp > 1 and (self.topology.tied or self.topology.mtp):
             gradient = gradient + plan.mean("the copy", self.shapes[name], step)
         return gradient
 
-    def _holds(self, leaf: Any, param: nn.Parameter) -> bool:
-        if self.layout.wrapper == "distributed":
-            return any(param in buffer.param_index_map for buffer in leaf.buffers)
+    def _holds(self, wrapper: Any, param: nn.Parameter) -> bool:
+        if self.topology.wrapper == "distributed":
+            return any(param in buffer.param_index_map for buffer in wrapper.buffers)
         main = getattr(param, "main_param", None)
-        return any(t is param or t is main for group in leaf.param_groups for t in group["params"])
+        return any(t is param or t is main for group in wrapper.param_groups for t in group["params"])
 
     @torch.no_grad()
     def masters(self) -> dict[str, Tensor]:
@@ -314,25 +312,17 @@ class ParallelRun:
         return {name: self._master(param) for name, param in self.params.items()}
 
     def _master(self, param: nn.Parameter) -> Tensor:
-        leaf = next(leaf for leaf in self.leaves if self._holds(leaf, param))
-        if self.layout.wrapper == "plain":
-            tensor = param if self.layout.dtype == "fp32" else param.main_param
+        wrapper = next(wrapper for wrapper in self.wrappers if self._holds(wrapper, param))
+        if self.topology.wrapper == "plain":
+            tensor = param if self.topology.dtype == "fp32" else param.main_param
             return tensor.detach().clone()
-        whole = torch.zeros(param.numel())
-        pairs = [
-            *zip(leaf.model_float16_groups, leaf.shard_fp32_from_float16_groups, strict=True),
-            *zip(leaf.model_fp32_groups, leaf.shard_fp32_groups, strict=True),
-        ]
-        for part in [s for ps, shards in pairs for p, s in zip(ps, shards, strict=True) if p is param]:
-            at = leaf._get_model_param_range_map(param)["param"].start
-            whole[at : at + part.numel()] = part.detach().view(-1)
-        dist.all_reduce(whole, group=leaf.data_parallel_group)
-        return whole.view(param.shape)
+        return joined_shards(wrapper, param, shard_in(wrapper, param))
 
 
-def whole_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
+def whole_shapes(topology: Topology) -> dict[str, tuple[int, ...]]:
     """Unsharded shapes of the whole model, from Megatron-core itself at size 1 of everything."""
-    alone = Layout(layers=layout.layers, experts=layout.experts, mtp=layout.mtp, tied=layout.tied, groups=layout.groups)
+    kept = ("layers", "experts", "mtp", "tied", "groups")
+    alone = Topology(**{name: getattr(topology, name) for name in kept})
     with parallel_of(alone):
         (model,) = chunks_of(alone)
         return {name: tuple(param.shape) for name, param in model.named_parameters()}

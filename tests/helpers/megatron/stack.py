@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tests.helpers import models
 from tests.helpers.deepspeed.engine_cases import BETAS, EPS, FULL_NAME, WEIGHT_DECAY
-from tests.helpers.megatron.gpt_shards import cut, full_shapes, gpt, parallel
+from tests.helpers.megatron.gpt_shards import cut, full_shapes, gpt, parallel, whole_name
 from tests.helpers.models import GradientPlan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -107,7 +107,7 @@ class Run:
         self.dp_group = groups.get_data_parallel_group()
         self.shapes = full_shapes(stack.shape, tied=stack.tied)
         self.model = gpt(stack.shape, dtype, tied=stack.tied)
-        self.params = {_global_name(self.model, n): p for n, p in self.model.named_parameters()}
+        self.params = {whole_name(self.model, n): p for n, p in self.model.named_parameters()}
         with torch.no_grad():
             for name, param in self.params.items():
                 param.copy_(self.cut(name, self.start(name)))
@@ -149,7 +149,7 @@ class Run:
         config.bf16 = stack.dtype == "bf16"
         if stack.wrapper == "layerwise":
             self.optimizer = _layer_wise(self.optimizer.chained_optimizers, config)
-        self.leaf = self.optimizer.chained_optimizers[0]
+        self.wrapper = self.optimizer.chained_optimizers[0]
         if not stack.stock:
             self.convert()
         self.scheduler = OptimizerParamScheduler(
@@ -221,30 +221,21 @@ class Run:
 
     def main(self, param: nn.Parameter) -> Tensor | None:
         """The tensor that is stepped for a model parameter; None if other ranks hold all of it."""
-        leaf = self.leaf
         if self.stack.wrapper == "distributed":
-            pairs = [
-                *zip(leaf.model_float16_groups, leaf.shard_fp32_from_float16_groups, strict=True),
-                *zip(leaf.model_fp32_groups, leaf.shard_fp32_groups, strict=True),
-            ]
-            found = [s for ps, shards in pairs for p, s in zip(ps, shards, strict=True) if p is param]
-            return found[0] if found else None
+            return shard_in(self.wrapper, param)
         if self.stack.dtype != "fp32":
             return getattr(param, "main_param", None)
-        return param if any(t is param for group in leaf.optimizer.param_groups for t in group["params"]) else None
+        stepped = [tensor for group in self.wrapper.optimizer.param_groups for tensor in group["params"]]
+        return param if any(tensor is param for tensor in stepped) else None
 
     def gathered(self, param: nn.Parameter, part: Tensor | None) -> Tensor:
         """A whole tensor-parallel shard from what the data-parallel ranks hold of it."""
         if self.stack.wrapper == "plain":
             assert part is not None
             return part.detach().reshape(param.shape).clone()
-        whole = torch.zeros(param.numel())
-        if part is not None:
-            ranges = self.leaf._get_model_param_range_map(param) if self.stack.wrapper == "distributed" else None
-            start = ranges["param"].start if ranges else 0
-            whole[start : start + part.numel()] = part.detach().view(-1)
-        dist.all_reduce(whole, group=self.dp_group)
-        return whole.view(param.shape)
+        if self.stack.wrapper == "distributed":
+            return joined_shards(self.wrapper, param, part)
+        return _joined(param, part, 0, self.dp_group)
 
     def state(self, key: str) -> dict[str, Tensor]:
         """{name: ``exp_avg`` or ``exp_avg_sq`` of this tensor-parallel rank, one value per element}."""
@@ -253,19 +244,55 @@ class Run:
             tensor = self.main(param)
             part = None
             if tensor is not None and self.stack.stock:
-                part = self.leaf.optimizer.state[tensor][key]
+                part = self.wrapper.optimizer.state[tensor][key]
             elif tensor is not None:
-                part = self.leaf.optimizer.per_element_state(tensor)[key]
+                part = self.wrapper.optimizer.per_element_state(tensor)[key]
             found[name] = self.gathered(param, part)
         return found
 
 
-def _layer_wise(leaves: list[Any], config: Any) -> Any:
+def shard_in(wrapper: Any, param: nn.Parameter) -> Tensor | None:
+    """What this rank's `DistributedOptimizer` steps of a model parameter; None if other ranks step all of it."""
+    lists = [
+        *zip(wrapper.model_float16_groups, wrapper.shard_fp32_from_float16_groups, strict=True),
+        *zip(wrapper.model_fp32_groups, wrapper.shard_fp32_groups, strict=True),
+    ]
+    found = [s for params, shards in lists for p, s in zip(params, shards, strict=True) if p is param]
+    return found[0] if found else None
+
+
+def joined_shards(wrapper: Any, param: nn.Parameter, part: Tensor | None) -> Tensor:
+    """A whole tensor of a parameter's shape from ``part``, of this rank's shard, and the parts of the other ranks."""
+    start = 0 if part is None else wrapper._get_model_param_range_map(param)["param"].start
+    return _joined(param, part, start, wrapper.data_parallel_group)
+
+
+def _joined(param: nn.Parameter, part: Tensor | None, start: int, group: dist.ProcessGroup) -> Tensor:
+    whole = torch.zeros(param.numel())
+    if part is not None:
+        whole[start : start + part.numel()] = part.detach().view(-1)
+    dist.all_reduce(whole, group=group)
+    return whole.view(param.shape)
+
+
+def assert_equal_copies(own: Tensor) -> None:
+    """This rank's copy of the embedding has the same bits as those on the other pipeline stages that hold one."""
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_embedding_group(check_initialized=False)
+    own = own.float().contiguous()
+    copies = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(copies, own, group=group)
+    assert len(copies) > 1, "there is nothing to compare with"
+    assert all(torch.equal(copy, own) for copy in copies), "the copies of the embedding drifted apart"
+
+
+def _layer_wise(wrappers: list[Any], config: Any) -> Any:
     from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    optimizer = LayerWiseDistributedOptimizer(leaves, config, groups, [leaf.init_state_fn for leaf in leaves])
+    optimizer = LayerWiseDistributedOptimizer(wrappers, config, groups, [wrapper.init_state_fn for wrapper in wrappers])
     optimizer.allgather_params = optimizer.broadcast_params  # gloo gathers tensors of one size only
     return optimizer
 
@@ -275,11 +302,3 @@ def open_stack(stack: Stack) -> Iterator[Run]:
     """A `Run` on process groups of its sizes."""
     with parallel(stack.tp, stack.pp):
         yield Run(stack)
-
-
-def _global_name(model: nn.Module, name: str) -> str:
-    """A name with the layer's number in the whole model."""
-    parts = name.split(".")
-    if parts[:2] == ["decoder", "layers"]:
-        parts[2] = str(model.decoder.layers[int(parts[2])].layer_number - 1)
-    return ".".join(parts)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables as in `tag_tables`, for Megatron-core's models: how to build each, and what every parameter of it is.
+"""Tables as in `huggingface`, for Megatron-core's models: how to build each, and what every parameter of it is.
 
-Sizes are those of `megatron_models`: hidden size 48, 4 query heads and 2 query groups of 12 rows, FFNs of 80, 4 experts
-of 20 with a shared one of 24, a vocabulary of 96.
+Sizes are those of `tests.helpers.megatron.models`: hidden size 48, 4 query heads and 2 query groups of 12 rows, FFNs of
+80, 4 experts of 20 with a shared one of 24, a vocabulary of 96.
 """
 
 from __future__ import annotations

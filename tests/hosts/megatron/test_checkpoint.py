@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import multiprocessing
-import queue
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,8 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.helpers.deepspeed.engine_cases import named
-from tests.helpers.distributed import Outcome, RankContext, fleet_outcome, passes
+from tests.helpers.distributed import Outcome, RankContext, passes
+from tests.helpers.megatron.cases import of_kinds
+from tests.helpers.megatron.checkpoints import RESHARDABLE, allow_dist_checkpoints, load, save
 from tests.helpers.megatron.gpt_shards import LAYERS, SHAPES, join
 from tests.helpers.megatron.stack import Run, Stack, open_stack, stack_shims
 from tests.helpers.models import GradientPlan
@@ -30,7 +29,6 @@ from tests.helpers.tables.oracle_names import megatron_classes
 pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="needs megatron")
 
 SAVED_AFTER, STEPS = 3, 5
-RESHARDABLE = ("dp_reshardable", "fully_reshardable")
 
 
 @dataclass(frozen=True)
@@ -39,28 +37,19 @@ class Case:
 
     writer: Stack
     reader: Stack
-    form: str  # one of RESHARDABLE, "torch" (state_dict in a file) or "dp_zero" (Megatron's legacy files)
+    form: str  # one of the formats of `tests.helpers.megatron.checkpoints`
     check: str = "resume"
 
 
 def run_case(context: RankContext, case: Case) -> None:
     """Entry of every rank."""
-    _allow_dist_checkpoints()
+    allow_dist_checkpoints()
     stack_shims()
     directory = context.tmp_path / f"checkpoint{zlib.crc32(repr(case).encode())}"
     if context.rank == 0:
         directory.mkdir(exist_ok=True)
     context.barrier()
     CHECKS[case.check](case, directory)
-
-
-def _allow_dist_checkpoints() -> None:
-    """Writers fork processes, which the daemons of a test may not, and keep a manager that would outlive them."""
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
-    if filesystem_async._results_queue is None:
-        filesystem_async._results_queue = queue.Queue()  # a synchronous save fills and empties it in one process
 
 
 def _train(run: Run, first: int, last: int) -> None:
@@ -74,41 +63,6 @@ def _train(run: Run, first: int, last: int) -> None:
             param.main_grad.copy_(run.cut(name, plan.mean(name, run.shapes[name], step)))
         run.chunk.finish_grad_sync()
         assert run.optimizer.step()[0]
-
-
-# --------------------------------------------------------------------------------------- the files
-
-
-def save(run: Run, case: Case, directory: Path) -> None:
-    from megatron.core import dist_checkpointing
-
-    if case.form in RESHARDABLE:
-        dist_checkpointing.save(_sharded(run, case.form, is_loading=False), str(directory))
-        return
-    files = directory / f"rank{dist.get_rank()}"
-    torch.save({"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()}, files)
-    if case.form == "dp_zero":
-        run.optimizer.save_parameter_state(str(directory / "distrib_optim.pt"))
-    dist.barrier()
-
-
-def load(run: Run, case: Case, directory: Path) -> None:
-    from megatron.core import dist_checkpointing
-
-    if case.form in RESHARDABLE:
-        loaded = dist_checkpointing.load(_sharded(run, case.form, is_loading=True), str(directory))
-    else:
-        loaded = torch.load(directory / f"rank{dist.get_rank()}", weights_only=False)
-    run.model.load_state_dict(loaded["model"])
-    run.optimizer.load_state_dict(loaded["optimizer"])
-    if case.form == "dp_zero":
-        run.optimizer.load_parameter_state(str(directory / "distrib_optim.pt"))
-
-
-def _sharded(run: Run, form: str, *, is_loading: bool) -> dict[str, Any]:
-    metadata = {"distrib_optim_sharding_type": form, "chained_optim_avoid_prefix": True}
-    model = run.model.sharded_state_dict()
-    return {"model": model, "optimizer": run.optimizer.sharded_state_dict(model, is_loading, metadata=metadata)}
 
 
 def _contents(run: Run) -> dict[str, dict[str, Tensor]]:
@@ -144,15 +98,15 @@ def check_resume(case: Case, directory: Path) -> None:
     """A fresh run that loads goes on exactly as the one that saved."""
     with open_stack(case.writer) as run:
         _train(run, 0, SAVED_AFTER)
-        save(run, case, directory)
+        save(run, case.form, directory)
         saved, groups = _contents(run), _groups(run)
         _assert_same(run, saved)  # saving changes nothing
         _train(run, SAVED_AFTER, STEPS)
         ended = _contents(run)
     with open_stack(case.reader) as run:
-        load(run, case, directory)
+        load(run, case.form, directory)
         assert _groups(run) == groups
-        inner = run.leaf.optimizer
+        inner = run.wrapper.optimizer
         assert all(state["step"] == SAVED_AFTER for state in inner.state.values())
         blocks = {b.tensor: b.table.num_blocks for b in inner.bindings()}
         if inner.shares_second_moment:
@@ -166,7 +120,7 @@ def check_warm_start(case: Case, directory: Path) -> None:
     """AdamW's second moments become the means over blocks; the rest is taken over as it is."""
     with open_stack(case.writer) as run:
         _train(run, 0, SAVED_AFTER)
-        save(run, case, directory)
+        save(run, case.form, directory)
         saved = _contents(run)
         shapes = run.shapes
     oracle = Oracle(
@@ -175,7 +129,7 @@ def check_warm_start(case: Case, directory: Path) -> None:
         mini=True,
     )
     with open_stack(case.reader) as run:
-        load(run, case, directory)
+        load(run, case.form, directory)
         found = _contents(run)
         for name, second in saved["exp_avg_sq"].items():
             # the oracle's mean of squares over a block, of the roots
@@ -183,18 +137,18 @@ def check_warm_start(case: Case, directory: Path) -> None:
             torch.testing.assert_close(found["exp_avg_sq"][name], mean, rtol=1e-6, atol=0.0)
         _assert_same(run, {key: saved[key] for key in ("masters", "exp_avg")})
         _train(run, SAVED_AFTER, STEPS)
-        assert all(state["step"] == STEPS for state in run.leaf.optimizer.state.values())
+        assert all(state["step"] == STEPS for state in run.wrapper.optimizer.state.values())
 
 
 def check_stock_reads(case: Case, directory: Path) -> None:
     """A stock AdamW goes on from our checkpoint."""
     with open_stack(case.writer) as run:
         _train(run, 0, SAVED_AFTER)
-        save(run, case, directory)
+        save(run, case.form, directory)
         saved = _contents(run)
     with open_stack(case.reader) as run:
         _train(run, 0, 1)  # without Transformer Engine upstream loads only into state that exists
-        load(run, case, directory)
+        load(run, case.form, directory)
         _assert_same(run, saved)
 
 
@@ -203,16 +157,16 @@ def check_mixed_up(case: Case, directory: Path) -> None:
     with open_stack(case.writer) as run:
         _train(run, 0, 1)
         with pytest.raises(ValueError, match="dp_reshardable"):
-            save(run, case, directory)
+            save(run, case.form, directory)
 
 
 def check_report(case: Case, directory: Path) -> None:
     """Resuming under other multipliers is said once, on the first rank."""
     with open_stack(case.writer) as run:
         _train(run, 0, 1)
-        save(run, case, directory)
+        save(run, case.form, directory)
     with open_stack(case.reader) as run, _warnings() as lines:
-        load(run, case, directory)
+        load(run, case.form, directory)
     if dist.get_rank() == 0:
         (line,) = [line for line in lines if "other settings" in line]
         assert "lr_multipliers.ffn was 6, is 5" in line
@@ -294,36 +248,28 @@ def _cases() -> dict[str, tuple[int, Case]]:
 
 
 CASES = _cases()
+PER_SPAWN = 12
 
 
-def _names(*kinds: str) -> list[Any]:
-    return named(name for name in CASES if name.startswith(kinds))
-
-
-@pytest.fixture(scope="module")
-def outcome(request: pytest.FixtureRequest) -> Outcome:
-    return fleet_outcome(request, run_case, CASES, per_spawn=12)
-
-
-@pytest.mark.parametrize("name", _names("resume"))
+@pytest.mark.parametrize("name", of_kinds(CASES, "resume"))
 def test_a_resumed_run_goes_on_exactly(outcome: Outcome, name: str) -> None:
     """State would be lost, mixed up between shards, or rounded on its way through a checkpoint."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", _names("warm_start", "stock_reads"))
+@pytest.mark.parametrize("name", of_kinds(CASES, "warm_start", "stock_reads"))
 def test_checkpoints_go_to_and_from_stock_adamw(outcome: Outcome, name: str) -> None:
     """A run could not change its optimizer without losing its moments."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", _names("mixed_up"))
+@pytest.mark.parametrize("name", of_kinds(CASES, "mixed_up"))
 def test_a_checkpoint_that_upstream_mixes_up_is_refused(outcome: Outcome, name: str) -> None:
     """Moments of other parameters would be saved without a word."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", _names("report"))
+@pytest.mark.parametrize("name", of_kinds(CASES, "report"))
 def test_other_settings_are_reported(outcome: Outcome, name: str) -> None:
     """A run could go on with other multipliers than it was begun with, unnoticed."""
     passes(outcome, name)

@@ -81,7 +81,7 @@ def run_scripts(context: RankContext) -> None:
     rules.write_text(json.dumps([{"match": "linear_fc1", "lr_multiplier": 3}]))
     built: list[Any] = []
     with open_stack(Stack(stock=True, wrapper="plain")) as run:
-        sys.modules.update(fake_training(built, run.chunk, run.leaf.config))
+        sys.modules.update(fake_training(built, run.chunk, run.wrapper.config))
         ours = ["--blockwise-optimizer", "BlockwiseAdamW"]
         pretrain.main([str(script), "--own", "3"])
         pretrain.main([str(script), *ours, "--blockwise-lr-multipliers", '{"emb": 2}', "--blockwise-rules", str(rules)])

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,15 +14,15 @@ import torch.distributed as dist
 
 from tests.helpers.deepspeed.engine_cases import BETAS, EPS, WEIGHT_DECAY
 from tests.helpers.deepspeed.telemetry_engines import AUTO, AUTO_STEPS, RAMP, READING_STEPS
-from tests.helpers.distributed import Outcome, RankContext, fleet_outcome, passes
+from tests.helpers.distributed import Outcome, RankContext, passes
+from tests.helpers.megatron.checkpoints import allow_dist_checkpoints, load, save
 from tests.helpers.megatron.gpt_shards import LAYERS, SHAPES
-from tests.helpers.megatron.parallel import Layout, ParallelRun, parallel_of, whole_shapes
+from tests.helpers.megatron.parallel import ParallelRun, Topology, parallel_of, whole_shapes
 from tests.helpers.megatron.stack import LR, TOTAL, Run, Stack, lr_after, open_stack, stack_shims
 from tests.helpers.models import GradientPlan
 from tests.helpers.oracle import Hyper, Oracle, assert_same_update
 from tests.helpers.tables.oracle_names import megatron_classes
 from tests.helpers.telemetry_truth import AutoTruth, assert_reads, truth
-from tests.hosts.megatron.test_checkpoint import Case, _allow_dist_checkpoints, load, save
 
 pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="needs megatron")
 
@@ -29,29 +30,35 @@ SAVED = 16  # in the middle of the ramp
 SETTINGS = {"telemetry": {"interval": 2}, "lr_multipliers": {**AUTO, "auto": AUTO["auto"] | {"total_num_steps": 60}}}
 
 
-def run_case(context: RankContext, case: Case) -> None:
+@dataclass(frozen=True)
+class Case:
+    """A stack that measures, and the format in which it is saved and resumed."""
+
+    stack: Stack
+    form: str
+
+
+def run_case(context: RankContext, case: Case | Topology) -> None:
     """Entry of every rank."""
     stack_shims()
-    if case.form == "refused":
-        check_refused()
+    if isinstance(case, Topology):
+        check_refused(case)
         return
-    _allow_dist_checkpoints()
-    folder = context.tmp_path / f"run-{case.writer.optimizer}-{case.writer.tp}"
+    allow_dist_checkpoints()
+    directory = context.tmp_path / f"run-{case.stack.optimizer}-{case.stack.tp}"
     if context.rank == 0:
-        folder.mkdir()
+        directory.mkdir()
     context.barrier()
-    with open_stack(case.writer) as run:
-        wanted = check_values(run, case, folder)
-    with open_stack(case.reader) as run:
-        load(run, case, folder)
-        assert run.leaf.optimizer.meter.steps == SAVED
+    with open_stack(case.stack) as run:
+        weights, *measured = check_values(run, case, directory)
+    with open_stack(case.stack) as run:
+        load(run, case.form, directory)
+        inner = run.wrapper.optimizer
+        assert inner.meter.steps == SAVED
         for step in range(SAVED, AUTO_STEPS):
             one_step(run, step)
-        masters, inner = run.masters(), run.leaf.optimizer
-        assert inner.lr_multipliers == wanted[1]
-        assert inner.run_state() == wanted[2]
-        assert inner.telemetry() == wanted[3]
-        assert all(torch.equal(masters[name], value) for name, value in wanted[0].items())
+        assert [inner.lr_multipliers, inner.run_state(), inner.telemetry()] == measured
+        assert all(torch.equal(value, weights[name]) for name, value in run.masters().items())
 
 
 def one_step(run: Run, step: int) -> GradientPlan:
@@ -63,15 +70,15 @@ def one_step(run: Run, step: int) -> GradientPlan:
     return plan
 
 
-def check_values(run: Run, case: Case, folder: Any) -> tuple[Any, ...]:
+def check_values(run: Run, case: Case, directory: Path) -> tuple[Any, ...]:
     """Every step and reading is the oracle's on whole tensors, with multipliers by hand."""
     start = {name: run.start(name) for name in run.shapes}
     hyper = {name: Hyper(LR, BETAS, EPS, 0.0 if "layernorm" in name else WEIGHT_DECAY) for name in start}
     classes = megatron_classes(layers=LAYERS, **SHAPES["gqa"])
-    oracle = Oracle(start, classes, case.writer.optimizer == "mini", hyper)
+    oracle = Oracle(start, classes, case.stack.optimizer == "mini", hyper)
     by_hand = AutoTruth(READING_STEPS, RAMP, 0.6, 9.0, {"head": 3.0})
     oracle.lr_multipliers = by_hand.after(0, oracle)
-    inner = run.leaf.optimizer
+    inner = run.wrapper.optimizer
     heard: list[Any] = []
     inner.on_telemetry(heard.append)
     for step in range(AUTO_STEPS):
@@ -88,43 +95,35 @@ def check_values(run: Run, case: Case, folder: Any) -> tuple[Any, ...]:
             assert_reads(inner.telemetry(), truth(oracle, was, gradients), step + 1, f"step {step}")
         oracle.lr_multipliers = by_hand.after(step + 1, oracle)
         if step + 1 == SAVED:
-            save(run, case, folder)
+            save(run, case.form, directory)
     assert len(heard) == AUTO_STEPS // 2
     assert all(abs(inner.lr_multipliers[k] - r) <= 1e-5 * r for k, r in by_hand.target.items())
     return run.masters(), inner.lr_multipliers, inner.run_state(), inner.telemetry()
 
 
-def check_refused() -> None:
+def check_refused(topology: Topology) -> None:
     """Norms are stepped by one optimizer, experts by another: neither can compare them."""
-    layout = Layout(ep=2, experts=True, settings=SETTINGS)
-    shapes = whole_shapes(layout)
-    with parallel_of(layout):
-        run = ParallelRun(layout, shapes)
+    shapes = whole_shapes(topology)
+    with parallel_of(topology):
+        run = ParallelRun(topology, shapes)
         with pytest.raises(ValueError, match="2 optimizers step parts of this model"):
             run.convert()
 
 
-def _cases() -> dict[str, tuple[int, Case]]:
+def _cases() -> dict[str, tuple[int, Case | Topology]]:
     tensor = Stack("mini", tp=2, settings=SETTINGS)
-    data = replace(tensor, optimizer="adamw", tp=1)
-    plain = replace(tensor, wrapper="plain", tp=1)
     return {
-        "distributed-tp2": (2, Case(tensor, tensor, "dp_reshardable")),
-        "distributed-dp2": (2, Case(data, data, "fully_reshardable")),
-        "plain-dp2": (2, Case(plain, plain, "torch")),
-        "refused-experts": (2, Case(tensor, tensor, "refused")),
+        "distributed-tp2": (2, Case(tensor, "dp_reshardable")),
+        "distributed-dp2": (2, Case(replace(tensor, optimizer="adamw", tp=1), "fully_reshardable")),
+        "plain-dp2": (2, Case(replace(tensor, wrapper="plain", tp=1), "torch")),
+        "refused-experts": (2, Topology(ep=2, experts=True, settings=SETTINGS)),
     }
 
 
 CASES = _cases()
 
 
-@pytest.fixture(scope="module")
-def outcome(request: pytest.FixtureRequest) -> Outcome:
-    return fleet_outcome(request, run_case, CASES)
-
-
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("name", CASES)
 def test_megatrons_own_optimizers(outcome: Outcome, name: str) -> None:
     """The distributed optimizer hands no record to what it wraps: a resumed run would measure again."""
     passes(outcome, name)

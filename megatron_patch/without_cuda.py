@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What Megatron-core needs to run on a machine without CUDA (tests, the demo, a laptop).
 
-Megatron-core 0.16 names the CUDA device in the places that a dense GPT model reaches, and one more name is missing for
-one with experts. Each is replaced here, with the reason beside it. With CUDA present nothing is touched.
+Some functions of Megatron-core 0.16 that every GPT model calls ask for the CUDA device, and models with experts look up
+a name that only Transformer Engine defines. Each is replaced here, with the reason beside it. With CUDA nothing is.
 """
 
 from __future__ import annotations
