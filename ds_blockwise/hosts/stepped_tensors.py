@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every host does alike: find what its tensors hold, let all ranks fail together, compare them before a step.
+"""The tensors that a host lets an optimizer step, what lies in them, and their comparison over all ranks.
 
 Knows the optimizers and the tags on parameters, but no host. A host's own file maps its tensors to parameters.
 """
@@ -8,15 +8,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Protocol, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from ds_blockwise.blocks.ranges import TensorShard
 from ds_blockwise.blocks.segment_table import Placement, fingerprint
+from ds_blockwise.blocks.spec import BlockSpec
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.parallel.agree import disagreement, first_error
+
+
+class TaggedParameter(Protocol):
+    """A parameter that was tagged: its blocks, and its tensor-parallel split if it is not whole."""
+
+    block_spec: BlockSpec
+    block_shard: TensorShard | None
+
+
+def is_tagged(param: object) -> TypeGuard[TaggedParameter]:
+    """Whether a parameter was tagged."""
+    return hasattr(param, "block_spec")
+
+
+def as_tagged(param: object) -> TaggedParameter:
+    """A parameter that must have been tagged by now."""
+    assert is_tagged(param), "the parameter has not been tagged"
+    return param
 
 
 @dataclass(frozen=True)
@@ -34,7 +54,9 @@ class Stepped:
     dp_group: dist.ProcessGroup | None
 
 
-def group_of(param: nn.Parameter, optimizer: BlockwiseOptimizer, stepped: Sequence[Stepped]) -> dict[str, Any] | None:
+def group_of(
+    param: nn.Parameter, optimizer: BlockwiseOptimizer, stepped: Sequence[Stepped]
+) -> dict[str, object] | None:
     """The param group that a model's parameter is stepped in; None if this rank steps nothing of it.
 
     Args:
@@ -47,11 +69,9 @@ def group_of(param: nn.Parameter, optimizer: BlockwiseOptimizer, stepped: Sequen
     return next((g for g in optimizer.param_groups if any(id(t) in holders for t in g["params"])), None)
 
 
-def tagged_placement(
-    param: nn.Parameter, flat_start: int, param_start: int, numel: int, cuts: tuple[int, ...]
-) -> Placement:
+def tagged_placement(param: object, flat_start: int, param_start: int, numel: int, cuts: tuple[int, ...]) -> Placement:
     """`Placement` of a range of a tagged parameter."""
-    tagged = cast("Any", param)
+    tagged = as_tagged(param)
     return Placement(tagged.block_spec, tagged.block_shard, flat_start, param_start, numel, cuts)
 
 

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from ds_blockwise.parallel.reduce import ReductionGroups
+
+_T = TypeVar("_T")
 
 
 def if_many(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
@@ -31,6 +33,22 @@ def raise_together(failure: Exception | None) -> None:
         raise failure
     if message is not None:
         raise ValueError(message)
+
+
+def together(action: Callable[[], _T]) -> _T:
+    """Collective over all ranks: run an action without collectives of its own, and raise on all if it fails on one.
+
+    Raises:
+        Exception: what the action raised.
+        ValueError: it failed on another rank.
+    """
+    failure: Exception | None = None
+    try:
+        result = action()
+    except Exception as error:  # all ranks hear of it and raise
+        failure = error
+    raise_together(failure)
+    return result
 
 
 def any_rank(flag: bool, groups: Sequence[ReductionGroups], device: torch.device) -> bool:
