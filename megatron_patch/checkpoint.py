@@ -17,11 +17,11 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 from torch import nn
 
+from ds_blockwise.blocks.tagged_parameter import as_tagged
 from ds_blockwise.checkpoint.record import FORMAT, KEY, VERSION, record_in, settings_of
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.optimizers.foreign_state import FOR_ADAMW, group_to_load
 from ds_blockwise.parallel.agree import first_error
-from megatron_patch.chunks import tags_on
 from megatron_patch.wrappers import MEGATRON_VERSION, Buffer
 
 _KIND = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")  # how Megatron-core tells groups apart
@@ -263,7 +263,7 @@ class BlockwiseDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
             start = self._get_model_param_range_map(param)["param"].start
             saved = state[index]["param"].data.flatten()[start : start + shard.numel()]
             if not torch.equal(saved.cpu(), shard.detach().float().cpu()):
-                yield tags_on(param).block_spec.fqn
+                yield as_tagged(param).block_spec.fqn
 
     def _shard_of(self, param: nn.Parameter) -> torch.Tensor | None:
         """What this rank steps of a model parameter; None if it steps nothing of it."""

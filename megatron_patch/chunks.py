@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol, cast
 from weakref import WeakSet
 
 import torch
@@ -19,8 +18,8 @@ from megatron.core.transformer.module import Float16Module
 from torch import nn
 
 from ds_blockwise.blocks.block_settings import BlockSettings
-from ds_blockwise.blocks.ranges import TensorShard
-from ds_blockwise.blocks.spec import BlockSpec, apply_settings
+from ds_blockwise.blocks.spec import apply_settings
+from ds_blockwise.blocks.tagged_parameter import as_tagged
 from ds_blockwise.hosts.pipeline_stages import TiedCopy, rules_matched, tied_copy
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.tagging.names import canonical_fqn
@@ -29,18 +28,6 @@ from ds_blockwise.tagging.tag import tag_with_settings
 _WRAPPERS = (DistributedDataParallel, Float16Module)
 _TAGGED_HERE: WeakSet[nn.Module] = WeakSet()
 _EMBEDDING = "embedding.word_embeddings.weight"
-
-
-class Tagged(Protocol):
-    """What tagging leaves on a trainable parameter."""
-
-    block_spec: BlockSpec
-    block_shard: TensorShard | None
-
-
-def tags_on(param: nn.Parameter) -> Tagged:
-    """The tags of a tagged parameter; setting an attribute sets the parameter's."""
-    return cast("Tagged", param)
 
 
 def unwrapped(chunk: nn.Module) -> nn.Module:
@@ -94,7 +81,7 @@ def tag(models: Sequence[nn.Module], optimizer: BlockwiseOptimizer) -> None:
             _tag_model(model, optimizer.block_settings)
             _TAGGED_HERE.add(model)
     for param in params:
-        tags = tags_on(param)
+        tags = as_tagged(param)
         if not tagged:
             # a rule of another stage would be called unused in this one, so it was left out; it is part of the settings
             tags.block_spec = apply_settings(tags.block_spec.structure, optimizer.block_settings)

@@ -30,7 +30,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from benchmarks.provenance import ROOT, provenance, write_between, write_csv
 from ds_blockwise import tag_parameters
 from ds_blockwise.blocks.segment_table import Placement, SegmentTable, build_table, whole_placement
-from ds_blockwise.hosts.deepspeed import attach as host
+from ds_blockwise.hosts.deepspeed.partitions import offsets_of, zero_3_tensors, zero_window
 from ds_blockwise.parallel import reduce
 from ds_blockwise.parallel.reduce import ReductionGroups, reduce_block_sums_
 from ds_blockwise.runs.model_shape import GPTShape
@@ -155,7 +155,7 @@ def _busiest_rank(params: list[nn.Parameter], dp: int) -> int:
     """
     size = 2 * -(-sum(param.numel() for param in params) // (2 * dp))
     rows = [0.0] * dp
-    for param, offset in zip(params, host._cumulative(params), strict=True):
+    for param, offset in zip(params, offsets_of(params), strict=True):
         if param.block_shard is None or param.block_shard.dim == param.block_spec.axis:
             continue
         end = offset + param.numel()
@@ -231,7 +231,7 @@ def _tables(params: list[nn.Parameter], stage: str, dp_rank: int, dp: int) -> It
 def _flat(params: list[nn.Parameter], dp_rank: int, dp: int) -> tuple[tuple[Placement, ...], int]:
     """ZeRO 1 and 2: one window of the flat buffer, which DeepSpeed pads to a multiple of 2 elements per rank."""
     size = 2 * -(-sum(param.numel() for param in params) // (2 * dp))
-    return host._window(params, host._cumulative(params), dp_rank, dp, size), size
+    return zero_window(params, offsets_of(params), dp_rank, dp, size), size
 
 
 def _partitions(params: list[nn.Parameter], dp_rank: int, dp: int) -> tuple[tuple[Placement, ...], int]:
@@ -246,7 +246,7 @@ def _partitions(params: list[nn.Parameter], dp_rank: int, dp: int) -> tuple[tupl
             fp32_partitioned_groups_flat=[torch.empty(numel, device="meta")],
             dp_process_group=dist.group.WORLD,
         )
-        (stepped,) = host._zero_3(wrapper)
+        (stepped,) = zero_3_tensors(wrapper)
     return stepped.placements, numel
 
 

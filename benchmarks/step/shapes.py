@@ -194,16 +194,13 @@ def zero_shard(shape: Shape, rank: int, ranks: int, **settings: object) -> tuple
     """
     import deepspeed  # noqa: F401 - before the host, which is registered while this is imported
 
-    from ds_blockwise.hosts.deepspeed.partitions import zero_window
+    from ds_blockwise.hosts.deepspeed.partitions import offsets_of, zero_window
 
     layer = replace(shape, num_layers=1).count_parameters() - replace(shape, num_layers=0).count_parameters()
     missing = (ranks - 1) * shape.count_parameters()
     shape = replace(shape, num_layers=shape.num_layers + round(missing / layer))
     params = tag(shape, fused=True, **settings)
-    offsets, at = [], 0
-    for param in params:
-        offsets.append(at)
-        at += param.numel()
+    offsets, at = offsets_of(params), sum(param.numel() for param in params)
     size = 2 * -(-at // (2 * ranks))  # DeepSpeed pads partitions to an even size
     while _cuts_at_row_edge(params, offsets, [k * size for k in range(1, ranks)]):
         size += 2

@@ -7,7 +7,7 @@ whoever replaces a parameter by another tensor sets them again.
 
 from __future__ import annotations
 
-from typing import Protocol, cast
+from typing import Protocol, TypeGuard
 
 import torch
 
@@ -27,9 +27,20 @@ class TaggedParameter(Protocol):
     block_shard: TensorShard | None
 
 
+def is_tagged(tensor: object) -> TypeGuard[TaggedParameter]:
+    """Whether a tensor has tags."""
+    return isinstance(getattr(tensor, "block_spec", None), BlockSpec)
+
+
 def tags_of(tensor: torch.Tensor) -> TaggedParameter | None:
     """The tensor as a tagged one; None if it has no tags."""
-    return _as_tagged(tensor) if isinstance(getattr(tensor, "block_spec", None), BlockSpec) else None
+    return tensor if is_tagged(tensor) else None
+
+
+def as_tagged(tensor: torch.Tensor) -> TaggedParameter:
+    """The tensor, which must have been tagged by now; setting an attribute sets the tensor's."""
+    assert is_tagged(tensor), "the tensor has not been tagged"
+    return tensor
 
 
 def set_tags(tensor: torch.Tensor, spec: BlockSpec, shard: TensorShard | None) -> None:
@@ -40,9 +51,5 @@ def set_tags(tensor: torch.Tensor, spec: BlockSpec, shard: TensorShard | None) -
         spec: the blocks of the unsharded parameter.
         shard: what this tensor-parallel rank holds of it; None if it is whole.
     """
-    tagged = _as_tagged(tensor)
-    tagged.block_spec, tagged.block_shard = spec, shard
-
-
-def _as_tagged(tensor: torch.Tensor) -> TaggedParameter:
-    return cast("TaggedParameter", tensor)
+    for name, tag in (("block_spec", spec), ("block_shard", shard)):
+        setattr(tensor, name, tag)

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
 
 from torch import nn
 
 from ds_blockwise.blocks.block_settings import BlockSettings
-from ds_blockwise.blocks.spec import BlockSpec
+from ds_blockwise.blocks.tagged_parameter import is_tagged
 from ds_blockwise.parallel.agree import gather
 
 # of a param group; the last four are what Megatron-core's scheduler makes the first and the fourth of
@@ -41,7 +40,7 @@ class TiedCopy:
 
 
 def tied_copy(
-    name: str, ranks: Iterable[int], fqn: str, param: nn.Parameter, group: Mapping[str, Any] | None = None
+    name: str, ranks: Iterable[int], fqn: str, param: nn.Parameter, group: Mapping[str, object] | None = None
 ) -> TiedCopy:
     """Describe a copy.
 
@@ -53,10 +52,9 @@ def tied_copy(
         group: the param group that it is stepped in; None if this rank steps nothing of it.
     """
     settings = {key: group[key] for key in _SETTINGS if group is not None and key in group}
-    spec = cast("BlockSpec | None", getattr(param, "block_spec", None)) if param.requires_grad else None
-    if spec is None:
+    if not (param.requires_grad and is_tagged(param)):
         return TiedCopy((name, tuple(ranks)), fqn, "frozen", "frozen")
-    shard = cast("Any", param).block_shard
+    spec, shard = param.block_spec, param.block_shard
     parts = ", ".join(
         dict.fromkeys(
             f"{part.role.value} (lr x{part.lr_multiplier:g}, weight decay x{part.weight_decay_multiplier:g}, "

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every host does alike: find what its tensors hold, let all ranks fail together, compare them before a step.
+"""The tensors that a host lets an optimizer step, what lies in them, and their comparison over all ranks.
 
 Knows the optimizers and the tags on parameters, but no host. A host's own file maps its tensors to parameters.
 """
@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from ds_blockwise.blocks.segment_table import Placement, fingerprint
+from ds_blockwise.blocks.tagged_parameter import as_tagged
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.parallel.agree import disagreement, first_error
 
@@ -34,7 +34,9 @@ class Stepped:
     dp_group: dist.ProcessGroup | None
 
 
-def group_of(param: nn.Parameter, optimizer: BlockwiseOptimizer, stepped: Sequence[Stepped]) -> dict[str, Any] | None:
+def group_of(
+    param: nn.Parameter, optimizer: BlockwiseOptimizer, stepped: Sequence[Stepped]
+) -> dict[str, object] | None:
     """The param group that a model's parameter is stepped in; None if this rank steps nothing of it.
 
     Args:
@@ -47,11 +49,9 @@ def group_of(param: nn.Parameter, optimizer: BlockwiseOptimizer, stepped: Sequen
     return next((g for g in optimizer.param_groups if any(id(t) in holders for t in g["params"])), None)
 
 
-def tagged_placement(
-    param: nn.Parameter, flat_start: int, param_start: int, numel: int, cuts: tuple[int, ...]
-) -> Placement:
+def tagged_placement(param: object, flat_start: int, param_start: int, numel: int, cuts: tuple[int, ...]) -> Placement:
     """`Placement` of a range of a tagged parameter."""
-    tagged = cast("Any", param)
+    tagged = as_tagged(param)
     return Placement(tagged.block_spec, tagged.block_shard, flat_start, param_start, numel, cuts)
 
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from ds_blockwise.parallel.reduce import ReductionGroups
 
-Gathered = TypeVar("Gathered")
+_T = TypeVar("_T")
 
 
 def if_many(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
@@ -33,6 +33,22 @@ def raise_together(failure: Exception | None) -> None:
         raise failure
     if message is not None:
         raise ValueError(message)
+
+
+def together(action: Callable[[], _T]) -> _T:
+    """Collective over all ranks: run an action without collectives of its own, and raise on all if it fails on one.
+
+    Raises:
+        Exception: what the action raised.
+        ValueError: it failed on another rank.
+    """
+    failure: Exception | None = None
+    try:
+        result = action()
+    except Exception as error:  # all ranks hear of it and raise
+        failure = error
+    raise_together(failure)
+    return result
 
 
 def any_rank(flag: bool, groups: Sequence[ReductionGroups], device: torch.device) -> bool:
@@ -73,7 +89,7 @@ def first_error(error: str | None) -> str | None:
     return None
 
 
-def gather(value: Gathered) -> list[Gathered]:
+def gather(value: _T) -> list[_T]:
     """Collective over all ranks: what every rank gave, in the order of ranks; a process alone is the only rank."""
     if not (dist.is_available() and dist.is_initialized()):
         return [value]

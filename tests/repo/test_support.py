@@ -11,7 +11,7 @@ from tests.helpers.optimizers import SHORT_NAMES
 from tests.helpers.support import PAGE, Outcomes, Refused, Row, Untested, Works, page, patterns_of
 from tests.helpers.support_rows import ROWS
 
-SOURCES = [p for folder in ("ds_blockwise", "megatron_patch") for p in (ROOT / folder).glob("*.py")]
+SOURCES = [p for folder in ("ds_blockwise", "megatron_patch") for p in (ROOT / folder).rglob("*.py")]
 CELLS = [
     pytest.param(cell, name, id=f"{row.host}, {row.layout}, {name}")
     for row in ROWS

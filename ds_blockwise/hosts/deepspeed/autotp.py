@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Protocol, TypedDict, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,8 @@ from torch import nn
 
 from ds_blockwise.blocks.ranges import TensorShard
 from ds_blockwise.blocks.structure import HeadGeometry
+from ds_blockwise.blocks.tagged_parameter import as_tagged
+from ds_blockwise.hosts.deepspeed.engine import whole_numel
 from ds_blockwise.hosts.stepped_tensors import Stepped, tagged_placement
 from ds_blockwise.tagging.module_facts import generic_heads
 from ds_blockwise.tagging.module_reader import TensorSplit, register_reader
@@ -28,6 +30,39 @@ from ds_blockwise.tagging.names import NameMatch
 _META = "ds_autotp_universal_checkpoint_meta"
 # Applied to the heads of one rank, whatever the model calls them
 _HEAD_NORM = re.compile(r"(?:q|k|query|key)_(?:layer_?)?norm(?:\.|$)|(?:q|k)_ln(?:\.|$)")
+
+
+class AutoTPShard(TypedDict):
+    """What AutoTP leaves on a parameter for universal checkpoints (``module_inject/layers.py``), as far as we read it.
+
+    Attributes:
+        partition_type: ``row`` or ``column``.
+        partition_dim: dimension of the view that is cut.
+        logical_shape: of the view.
+        original_shape: of the weight, if the view has another shape.
+        sub_param_shard_widths: per part of a fused weight, the elements of ``partition_dim`` of each rank.
+        partition_sizes: the same for a weight that is not fused.
+        replicated: every rank holds the whole parameter.
+        conversion: says why the universal converter cannot join the shards, if it cannot.
+    """
+
+    partition_type: str
+    partition_dim: int
+    logical_shape: Sequence[int]
+    original_shape: Sequence[int] | None
+    sub_param_shard_widths: Sequence[Sequence[int]] | None
+    partition_sizes: Sequence[int] | None
+    replicated: bool
+    conversion: Mapping[str, str | None]
+
+
+class _TensorParallelLayer(Protocol):
+    tp_world_size: int
+    tp_index: int
+
+
+def _is_tensor_parallel(owner: object) -> TypeGuard[_TensorParallelLayer]:
+    return hasattr(owner, "tp_world_size")
 
 
 class AutoTPReader:
@@ -52,15 +87,14 @@ class AutoTPReader:
             ValueError: AutoTP does not say which elements a rank holds, or they are not ranges of one dimension.
         """
         said = _said(param)
-        if not said or said["replicated"]:
+        if said is None or said["replicated"]:
             return None
         where = f"{type(owner).__name__}.{leaf}"
-        if not hasattr(owner, "tp_world_size"):
+        if not _is_tensor_parallel(owner):
             raise ValueError(
                 f"{where} is cut by AutoTP along dimension {said['partition_dim']} and nothing puts its outputs "
                 f"together again. Take it out of the partition_config (embeddings stay whole)."
             )
-        ranks, rank = int(cast("Any", owner).tp_world_size), int(cast("Any", owner).tp_index)
         widths = said["sub_param_shard_widths"] or ([said["partition_sizes"]] if said["partition_sizes"] else None)
         if widths is None:
             reason = said["conversion"].get("unsupported_reason") or "its rows are packed or held several times"
@@ -68,9 +102,9 @@ class AutoTPReader:
                 f"{where} is split by AutoTP in a way that cannot be followed: {reason}. Give a partition_config that "
                 f"leaves it whole or lists its parts."
             )
-        if ranks == 1:
+        if owner.tp_world_size == 1:
             return None
-        return _shard_of(said, widths, tuple(getattr(param, "ds_shape", param.shape)), rank)
+        return _shard_of(said, widths, tuple(getattr(param, "ds_shape", param.shape)), owner.tp_index)
 
     def split(self, owner: nn.Module, param: nn.Parameter, leaf: str) -> TensorSplit | None:
         """None: AutoTP writes what universal checkpoints need itself."""
@@ -81,17 +115,16 @@ class AutoTPReader:
         return None
 
 
-def _said(param: nn.Parameter) -> Mapping[str, Any]:
-    return cast("Mapping[str, Any]", getattr(param, _META, None) or {})
+def _said(param: nn.Parameter) -> AutoTPShard | None:
+    said: AutoTPShard | None = getattr(param, _META, None) or None
+    return said
 
 
-def _shard_of(
-    said: Mapping[str, Any], widths: Sequence[Sequence[int]], local: tuple[int, ...], rank: int
-) -> TensorShard:
+def _shard_of(said: AutoTPShard, widths: Sequence[Sequence[int]], local: tuple[int, ...], rank: int) -> TensorShard:
     """From a split of a view of the weight to ranges of the weight's own dimensions."""
     view = tuple(said["logical_shape"])
     whole = tuple(said["original_shape"] or view)
-    cut = int(said["partition_dim"])
+    cut = said["partition_dim"]
     if len(whole) > 1 and cut == len(view) - 1:
         outer, inner, dim = 1, 1, len(whole) - 1
     else:  # the view splits the rows into several dimensions; the last one is the weight's columns
@@ -157,8 +190,9 @@ def _unsummed_norms(model: nn.Module) -> Iterator[nn.Parameter]:
     for attention in model.modules():
         children = list(attention.children())
         local = any(
-            _said(param).get("partition_type") == "column"
-            and not _said(param)["replicated"]
+            (said := _said(param)) is not None
+            and said["partition_type"] == "column"
+            and not said["replicated"]
             and not getattr(child, "gather_output", False)
             for child in children
             for param in child.parameters(recurse=False)
@@ -192,7 +226,7 @@ def with_empty_shards(
     every: list[list[list[str]]] = [[] for _ in range(dist.get_world_size(tp_group))]
     dist.all_gather_object(every, own, group=tp_group)
     full = max(every, key=lambda names: sum(map(len, names)))
-    empty = {cast("Any", p).block_spec.fqn: p for p in params if not getattr(p, "ds_numel", p.numel())}
+    empty = {as_tagged(p).block_spec.fqn: p for p in params if not whole_numel(p)}
     missing = {name for names in full for name in names} - {name for names in own for name in names}
     rest = [[name for name in names if name not in missing] for names in full]
     per_parameter = len(full) != len(own) and all(item.dp_group is None for item in stepped)

@@ -1,57 +1,115 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of a DeepSpeed JSON under which the optimizers would be wrong or silently replaced; each is refused."""
+"""Checks of an engine while it is built, in the order in which ``deepspeed.initialize`` comes to them.
+
+Each refuses what DeepSpeed would train wrongly or fail on later, with its reason: the model, the configuration, the
+client optimizer, the param groups, then process groups and clipping.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from ds_blockwise.hosts.deepspeed.engine import Engine, offload_device, sequence_parallel_size
+from ds_blockwise.hosts.deepspeed.refusals import EngineFacts, refusals
 from ds_blockwise.optimizers.base import built_from_ours
 
 
-def tensor_parallel_mpu(engine: Any) -> Any | None:
-    """The engine's ``mpu`` if it says how tensors are split, else None.
-
-    That of DeepSpeed's Ulysses (``parallel_state_sp``) calls sequence-parallel ranks, which hold the same tensors,
-    model-parallel.
-    """
-    return None if hasattr(engine.mpu, "initialize_sequence_parallel") else engine.mpu
-
-
-def check_sequence_parallel(engine: Any) -> None:
-    """Refuse sequence parallelism whose ranks do not share their gradients.
+def check_model(model: nn.Module) -> None:
+    """Refuse what DeepSpeed cannot train with any optimizer, before it fails on it.
 
     Args:
-        engine: a ``DeepSpeedEngine`` with its process groups.
+        model: as given to ``deepspeed.initialize``.
 
     Raises:
-        ValueError: the JSON's ``sequence_parallel_size`` and ``data_parallel_size`` (or ``mesh_param``) made the
-            groups: DeepSpeed then averages over data-parallel ranks only. Or the wrapper is ``BF16_Optimizer``.
+        ValueError: the model's experts are split over ranks by Megatron-core.
     """
-    if int(getattr(engine, "sequence_parallel_size", 1)) <= 1:
-        return
-    if type(engine.optimizer).__name__ == "BF16_Optimizer":
+    experts = [
+        name
+        for name, param in model.named_parameters()
+        # DeepSpeed's own experts have a group_name beside it
+        if not getattr(param, "allreduce", True) and not hasattr(param, "group_name")
+    ]
+    if experts:
         raise ValueError(
-            '"grad_accum_dtype": "fp32" with bf16 at ZeRO stage 1 and sequence parallelism: DeepSpeed\'s '
-            "BF16_Optimizer fails in its first gradient norm on all but the first rank of a sequence, with any "
-            'optimizer. Use ZeRO stage 2 or 3, or remove "grad_accum_dtype".'
-        )
-    group = engine.seq_data_parallel_group
-    averaged = set(range(dist.get_world_size()) if group is None else dist.get_process_group_ranks(group))
-    if not averaged.issuperset(dist.get_process_group_ranks(engine.seq_parallel_group)):
-        raise ValueError(
-            f'"sequence_parallel_size": {engine.sequence_parallel_size} with "data_parallel_size" (or mesh_param): '
-            f"DeepSpeed then averages gradients over ranks {sorted(averaged)} only, and each rank's are those of its "
-            f"own part of the sequence, so with any optimizer the ranks drift apart. Remove both and pass "
-            f"mpu=UlyssesSPAttentionHF.register_with_transformers(...), or deepspeed.runtime.sequence_parallel."
-            f"parallel_state_sp after its initialize_sequence_parallel({engine.sequence_parallel_size})."
+            f"expert parallelism of Megatron-core: {experts[0]!r} and {len(experts) - 1} more parameters hold other "
+            f"experts on other ranks, and DeepSpeed knows no groups for them. Set expert_model_parallel_size to 1, or "
+            f"train with Megatron-core's own optimizer and megatron_patch.convert_."
         )
 
 
-def check_experts(engine: Any, model_parameters: Any) -> None:
+def check_config(engine: Engine, optimizer: str) -> None:
+    """Refuse what cannot work, before the optimizer is built.
+
+    Args:
+        engine: a ``DeepSpeedEngine`` with its configuration read.
+        optimizer: class name of ours.
+
+    Raises:
+        ValueError: every refused setting with its reason, in one message.
+    """
+    problems = list(refusals(_facts_of(engine, optimizer)))
+    if problems:
+        listed = "\n".join(f"  - {problem}" for problem in problems)
+        raise ValueError(f"{optimizer} does not support this DeepSpeed configuration:\n{listed}")
+
+
+def _facts_of(engine: Engine, optimizer: str) -> EngineFacts:
+    device = offload_device(engine)
+    return EngineFacts(
+        optimizer=optimizer,
+        zero_stage=int(engine.zero_optimization_stage()),
+        is_pipeline=bool(engine.pipeline_parallelism),
+        zenflow=bool(getattr(engine, "zenflow", None)),
+        super_offload=bool(engine.super_offload()),
+        offload_device=None if device == "none" else device,
+        offload_ratio=float(getattr(engine.zero_offload_optimizer(), "ratio", 1.0)),
+        master_weights_16_bit=tuple(
+            name
+            for name, on in (
+                ("bf16_master_weights_and_grads", engine.bf16_master_weights_and_gradients()),
+                ("fp16_master_weights_and_grads", engine.fp16_master_weights_and_gradients()),
+            )
+            if on
+        ),
+        elastic_checkpoint=bool(engine.zero_elastic_checkpoint()),
+        skips_rank_by_rank=not engine.zero_compute_grad_norm() and _autocast_fp16(engine),
+    )
+
+
+def _autocast_fp16(engine: Engine) -> bool:
+    enabled = getattr(engine, "torch_autocast_enabled", None)
+    if enabled is None or not enabled():
+        return False
+    return "float16" in str(engine.torch_autocast_dtype()).replace("bfloat16", "")
+
+
+def check_client(client: object) -> None:
+    """Refuse a client optimizer that took the place of one of ours on its way to ``deepspeed.initialize``.
+
+    Accelerate does that under optimizer offload: it builds DeepSpeedCPUAdam from the groups of whatever it was given.
+
+    Args:
+        client: what ``deepspeed.initialize`` was given as ``optimizer``.
+
+    Raises:
+        ValueError: it was built from the param groups of one of ours.
+    """
+    name = built_from_ours(client) if isinstance(client, torch.optim.Optimizer) else None
+    if name is not None:
+        raise ValueError(
+            f"{name} was replaced by {type(client).__name__} before DeepSpeed saw it: plain Adam would train, without "
+            f"block types and with AdamW's memory. Accelerate and HF Trainer do this to every client optimizer when "
+            f'"offload_optimizer" is set. Either set "zero_force_ds_cpu_optimizer": false in the DeepSpeed JSON and go '
+            f'on passing {name}, or name it there, "optimizer": {{"type": "{name}", ...}}, and pass Accelerate\'s '
+            f"DummyOptim(model.parameters()) (HF Trainer: nothing)."
+        )
+
+
+def check_experts(engine: Engine, model_parameters: Iterable[object] | None) -> None:
     """Refuse param groups that DeepSpeed cannot train MoE layers with, before the optimizer is built.
 
     Args:
@@ -82,52 +140,38 @@ def check_experts(engine: Any, model_parameters: Any) -> None:
             )
 
 
-def check_client(client: object) -> None:
-    """Refuse a client optimizer that took the place of one of ours on its way to ``deepspeed.initialize``.
-
-    Accelerate does that under optimizer offload: it builds DeepSpeedCPUAdam from the groups of whatever it was given.
+def check_sequence_parallel(engine: Engine) -> None:
+    """Refuse sequence parallelism whose ranks do not share their gradients.
 
     Args:
-        client: what ``deepspeed.initialize`` was given as ``optimizer``.
+        engine: a ``DeepSpeedEngine`` with its process groups.
 
     Raises:
-        ValueError: it was built from the param groups of one of ours.
+        ValueError: the JSON's ``sequence_parallel_size`` and ``data_parallel_size`` (or ``mesh_param``) made the
+            groups: DeepSpeed then averages over data-parallel ranks only. Or the wrapper is ``BF16_Optimizer``.
     """
-    name = built_from_ours(client) if isinstance(client, torch.optim.Optimizer) else None
-    if name is not None:
+    size = sequence_parallel_size(engine)
+    if size <= 1:
+        return
+    if type(engine.optimizer).__name__ == "BF16_Optimizer":
         raise ValueError(
-            f"{name} was replaced by {type(client).__name__} before DeepSpeed saw it: plain Adam would train, without "
-            f"block types and with AdamW's memory. Accelerate and HF Trainer do this to every client optimizer when "
-            f'"offload_optimizer" is set. Either set "zero_force_ds_cpu_optimizer": false in the DeepSpeed JSON and go '
-            f'on passing {name}, or name it there, "optimizer": {{"type": "{name}", ...}}, and pass Accelerate\'s '
-            f"DummyOptim(model.parameters()) (HF Trainer: nothing)."
+            '"grad_accum_dtype": "fp32" with bf16 at ZeRO stage 1 and sequence parallelism: DeepSpeed\'s '
+            "BF16_Optimizer fails in its first gradient norm on all but the first rank of a sequence, with any "
+            'optimizer. Use ZeRO stage 2 or 3, or remove "grad_accum_dtype".'
+        )
+    group = engine.seq_data_parallel_group
+    averaged = set(range(dist.get_world_size()) if group is None else dist.get_process_group_ranks(group))
+    if not averaged.issuperset(dist.get_process_group_ranks(engine.seq_parallel_group)):
+        raise ValueError(
+            f'"sequence_parallel_size": {size} with "data_parallel_size" (or mesh_param): '
+            f"DeepSpeed then averages gradients over ranks {sorted(averaged)} only, and each rank's are those of its "
+            f"own part of the sequence, so with any optimizer the ranks drift apart. Remove both and pass "
+            f"mpu=UlyssesSPAttentionHF.register_with_transformers(...), or deepspeed.runtime.sequence_parallel."
+            f"parallel_state_sp after its initialize_sequence_parallel({size})."
         )
 
 
-def check_model(model: nn.Module) -> None:
-    """Refuse what DeepSpeed cannot train with any optimizer, before it fails on it.
-
-    Args:
-        model: as given to ``deepspeed.initialize``.
-
-    Raises:
-        ValueError: the model's experts are split over ranks by Megatron-core.
-    """
-    experts = [
-        name
-        for name, param in model.named_parameters()
-        # DeepSpeed's own experts have a group_name beside it
-        if not getattr(param, "allreduce", True) and not hasattr(param, "group_name")
-    ]
-    if experts:
-        raise ValueError(
-            f"expert parallelism of Megatron-core: {experts[0]!r} and {len(experts) - 1} more parameters hold other "
-            f"experts on other ranks, and DeepSpeed knows no groups for them. Set expert_model_parallel_size to 1, or "
-            f"train with Megatron-core's own optimizer and megatron_patch.convert_."
-        )
-
-
-def check_clipping(engine: Any, tp: int) -> None:
+def check_clipping(engine: Engine, tp: int) -> None:
     """Refuse gradient clipping where DeepSpeed's norm is wrong: ZeRO stage 0 in 16 bit (``unfused_optimizer.py``).
 
     Args:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
 
+from ds_blockwise.hosts.deepspeed.engine import Engine
 from ds_blockwise.measure.readings import Readings
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.parallel.agree import is_first_rank
@@ -17,7 +17,7 @@ from ds_blockwise.parallel.agree import is_first_rank
 PREFIX = "blockwise"
 
 
-def connect(engine: Any, optimizer: BlockwiseOptimizer) -> None:
+def connect(engine: Engine, optimizer: BlockwiseOptimizer) -> None:
     """Tell an optimizer how long its run is and where the gradient norm stands, and send its readings to the monitor.
 
     Args:
@@ -40,14 +40,14 @@ def connect(engine: Any, optimizer: BlockwiseOptimizer) -> None:
         optimizer.on_telemetry(functools.partial(_write, engine))
 
 
-def _of_schedule(engine: Any, key: str) -> int | None:
+def _of_schedule(engine: Engine, key: str) -> int | None:
     """A number of steps from the JSON's schedule, or from a schedule object given to ``deepspeed.initialize``."""
     params = engine.scheduler_params() or {}
     value = params.get(key, getattr(engine.client_lr_scheduler, key, None))
     return int(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
-def _norm(engine: Any) -> tuple[float | None, float]:
+def _norm(engine: Engine) -> tuple[float | None, float]:
     # The engine's own copy is still the last step's. Without a wrapper (fp32, no ZeRO) DeepSpeed forgets the norm.
     value = getattr(engine.optimizer, "_global_grad_norm", None)
     norm = None if value is None else float(value)
@@ -55,7 +55,7 @@ def _norm(engine: Any) -> tuple[float | None, float]:
     return norm if known else None, float(engine.gradient_clipping())
 
 
-def _write(engine: Any, readings: Readings) -> None:
+def _write(engine: Engine, readings: Readings) -> None:
     if not is_first_rank() or not engine.monitor.enabled:
         return
     step = int(engine.global_steps) + 1  # counted when the step has returned

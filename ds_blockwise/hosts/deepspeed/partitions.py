@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The map from the tensors that DeepSpeed steps to the parameters in them.
+"""Which elements of which parameters lie in the tensors that DeepSpeed steps, for each of its optimizer wrappers.
 
-Computed from each wrapper's own lists in storage order, never from ``_hp_mapping``, which is wrong with
+Computed from the wrapper's own lists in storage order, never from ``_hp_mapping``, which is wrong with
 ``round_robin_gradients``. Checked with DeepSpeed 0.19.8.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, cast
+from collections.abc import Iterable, Iterator, Sequence
 
 import deepspeed
+import torch
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
@@ -19,31 +19,36 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
 from ds_blockwise.blocks.segment_table import Placement, whole_placement
+from ds_blockwise.blocks.tagged_parameter import as_tagged
+from ds_blockwise.hosts.deepspeed.engine import (
+    BF16Optimizer,
+    Engine,
+    UnfusedOptimizer,
+    ZeroStage3,
+    ZeroStages1And2,
+    is_wrapped,
+)
 from ds_blockwise.hosts.stepped_tensors import Stepped, tagged_placement, window
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 
 
-def stepped_tensors(engine: Any, optimizer: BlockwiseOptimizer) -> Iterator[Stepped]:
+def stepped_tensors(engine: Engine, optimizer: BlockwiseOptimizer) -> Iterator[Stepped]:
     """Every tensor that the engine steps on this rank, with the parameters in it, in the engine's order.
 
     Raises:
         ValueError: this DeepSpeed wraps the optimizer in a class that is not known here.
     """
     wrapper = engine.optimizer
-    if wrapper is optimizer:
+    if not is_wrapped(engine):
         yield from _whole((p, p) for group in optimizer.param_groups for p in group["params"])
     elif isinstance(wrapper, DeepSpeedZeroOptimizer):
         yield from _zero_1_and_2(wrapper)
     elif isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
-        yield from _zero_3(wrapper)
+        yield from zero_3_tensors(wrapper)
     elif isinstance(wrapper, BF16_Optimizer):
         yield from _bf16_optimizer(wrapper)
     elif isinstance(wrapper, FP16_UnfusedOptimizer):
-        yield from _whole(
-            (master, param)
-            for masters, params in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True)
-            for master, param in zip(masters, params, strict=True)
-        )
+        yield from _unfused(wrapper)
     else:
         raise ValueError(
             f"DeepSpeed {deepspeed.__version__} wraps the optimizer in {type(wrapper).__name__}, which ds_blockwise "
@@ -51,16 +56,33 @@ def stepped_tensors(engine: Any, optimizer: BlockwiseOptimizer) -> Iterator[Step
         )
 
 
-def _whole(pairs: Any) -> Iterator[Stepped]:
+def _whole(pairs: Iterable[tuple[torch.Tensor, nn.Parameter]]) -> Iterator[Stepped]:
     for tensor, param in pairs:
-        placement = whole_placement(param.block_spec, param.block_shard)
+        tagged = as_tagged(param)
+        placement = whole_placement(tagged.block_spec, tagged.block_shard)
         yield Stepped(tensor, (placement,), None)
 
 
+def _unfused(wrapper: UnfusedOptimizer) -> Iterator[Stepped]:
+    for masters, params in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
+        yield from _whole(zip(masters, params, strict=True))
+
+
 def zero_window(
-    params: list[nn.Parameter], offsets: list[int], rank: int, world_size: int, size: int
+    params: Sequence[nn.Parameter], offsets: Sequence[int], rank: int, world_size: int, size: int
 ) -> tuple[Placement, ...]:
-    """Placements of one rank's window ``[rank * size, (rank + 1) * size)`` of a group's flat buffer."""
+    """Placements of one rank's window ``[rank * size, (rank + 1) * size)`` of a group's flat buffer.
+
+    Args:
+        params: of the group, in the order of the buffer; tagged.
+        offsets: of each in the buffer.
+        rank: of the window.
+        world_size: number of windows.
+        size: elements of a window.
+
+    Returns:
+        One for every parameter; with ``numel`` 0 for those of which the window holds nothing.
+    """
     low = rank * size
     placements = []
     for param, offset in zip(params, offsets, strict=True):
@@ -72,7 +94,7 @@ def zero_window(
     return tuple(placements)
 
 
-def _zero_1_and_2(wrapper: Any) -> Iterator[Stepped]:
+def _zero_1_and_2(wrapper: ZeroStages1And2) -> Iterator[Stepped]:
     for index, params in enumerate(wrapper.round_robin_bit16_groups):
         group = or_world(wrapper.real_dp_process_group[index])
         offsets = _zero_1_and_2_offsets(wrapper, index, params)
@@ -85,31 +107,36 @@ def _zero_1_and_2(wrapper: Any) -> Iterator[Stepped]:
         )
 
 
-def _zero_1_and_2_offsets(wrapper: Any, index: int, params: list[nn.Parameter]) -> list[int]:
+def _zero_1_and_2_offsets(wrapper: ZeroStages1And2, index: int, params: Sequence[nn.Parameter]) -> list[int]:
     known = getattr(wrapper, "round_robin_bit16_offsets", None)
-    offsets = _cumulative(params) if known is None else [int(o) for o in known[index]]
+    offsets = offsets_of(params) if known is None else [int(o) for o in known[index]]
     flat = wrapper.bit16_groups_flat[index]
     for param, offset in zip(params, offsets, strict=True):
         # the parameters are views of the flat buffer, so the buffer itself tells whether the offsets are right
         found = (param.data_ptr() - flat.data_ptr()) // flat.element_size()
         if param.numel() and found != offset:
             raise ValueError(
-                f"DeepSpeed {deepspeed.__version__} stores parameter {cast('Any', param).block_spec.fqn!r} at offset "
+                f"DeepSpeed {deepspeed.__version__} stores parameter {as_tagged(param).block_spec.fqn!r} at offset "
                 f"{found} of its flat buffer, not at {offset} as its lists say; ds_blockwise cannot map this version."
             )
     return offsets
 
 
-def _bf16_optimizer(wrapper: Any) -> Iterator[Stepped]:
+def _bf16_optimizer(wrapper: BF16Optimizer) -> Iterator[Stepped]:
     for index, params in enumerate(wrapper.bf16_groups):
         group = or_world(wrapper.real_dp_process_group[index])
         tensor = wrapper.fp32_groups_flat_partition[index]
         rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-        placements = zero_window(params, _cumulative(params), rank, world_size, tensor.numel())
+        placements = zero_window(params, offsets_of(params), rank, world_size, tensor.numel())
         yield Stepped(tensor, placements, group)
 
 
-def _zero_3(wrapper: Any) -> Iterator[Stepped]:
+def zero_3_tensors(wrapper: ZeroStage3) -> Iterator[Stepped]:
+    """The tensors that a rank steps at ZeRO stage 3: per sub-group, its piece of each parameter one after the other.
+
+    Raises:
+        ValueError: the pieces do not make up the tensor, or a sub-group has parameters of several process groups.
+    """
     for index, params in enumerate(wrapper.fp16_groups):
         tensor = wrapper.fp32_partitioned_groups_flat[index]
         groups = {getattr(p, "ds_process_group", wrapper.dp_process_group) for p in params}
@@ -136,7 +163,8 @@ def _zero_3(wrapper: Any) -> Iterator[Stepped]:
         yield Stepped(tensor, tuple(placements), group)
 
 
-def _cumulative(params: list[nn.Parameter]) -> list[int]:
+def offsets_of(params: Sequence[nn.Parameter]) -> list[int]:
+    """Offset of each parameter in a flat buffer that holds them one after the other."""
     offsets, at = [], 0
     for param in params:
         offsets.append(at)

@@ -6,27 +6,44 @@ Facts of DeepSpeed 0.19.8, ``runtime/pipe/module.py`` (``tied_comms``).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypedDict
 
+from torch import nn
+
+from ds_blockwise.hosts.deepspeed.engine import Engine
 from ds_blockwise.hosts.pipeline_stages import TiedCopy, tied_copy
 from ds_blockwise.hosts.stepped_tensors import Stepped, group_of
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.tagging.names import canonical_fqn
 
 
-def is_staged(engine: Any) -> bool:
-    """Whether an engine holds one stage of several."""
-    return bool(engine.pipeline_parallelism) and int(engine.module.num_stages) > 1
+class TiedWeights(TypedDict):
+    """One entry of ``PipelineModule.tied_comms``: weights that several stages hold a copy of.
+
+    Attributes:
+        ranks: global ranks that hold a copy.
+        weight_attr: names of the weights in the module.
+        module: this stage's copy of the module.
+    """
+
+    ranks: list[int]
+    weight_attr: list[str]
+    module: nn.Module
 
 
-def names_in(engine: Any) -> Iterator[str]:
+def is_staged(engine: Engine) -> bool:
+    """Whether an engine holds one pipeline stage of several."""
+    return engine.pipeline_parallelism and int(getattr(engine.module, "num_stages", 1)) > 1
+
+
+def names_in(engine: Engine) -> Iterator[str]:
     """Every name of this rank's parameters that a rule may match."""
     yield from (canonical_fqn(name) for name, _ in engine.module.named_parameters(remove_duplicate=False))
     yield from (canonical_fqn(name) for name in engine.param_names.values())
 
 
-def tied_copies(engine: Any, optimizer: BlockwiseOptimizer, stepped: Sequence[Stepped]) -> list[TiedCopy]:
+def tied_copies(engine: Engine, optimizer: BlockwiseOptimizer, stepped: Sequence[Stepped]) -> list[TiedCopy]:
     """This rank's copies of weights that other stages hold as well.
 
     Args:
@@ -35,7 +52,8 @@ def tied_copies(engine: Any, optimizer: BlockwiseOptimizer, stepped: Sequence[St
         stepped: what that steps.
     """
     copies = []
-    for key, comm in sorted((getattr(engine.module, "tied_comms", None) or {}).items()):
+    tied: Mapping[str, TiedWeights] = getattr(engine.module, "tied_comms", None) or {}
+    for key, comm in sorted(tied.items()):
         # an attribute's own name may differ between the stages, the key and its position may not
         for index, attribute in enumerate(comm["weight_attr"]):
             param = comm["module"].get_parameter(attribute)

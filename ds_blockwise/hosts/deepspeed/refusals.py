@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """DeepSpeed settings under which the optimizers would be wrong or silently replaced, each with its reason.
 
-The same list serves an engine, before its optimizer is built, and a JSON, before anything runs.
+One list for a JSON before anything runs (``ds-blockwise check``, without DeepSpeed installed) and for an engine before
+its optimizer is built (`checks.check_config`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 _MINI = "BlockwiseAdamMini"
 
@@ -84,7 +84,7 @@ def refusals(facts: EngineFacts) -> Iterator[str]:
         )
 
 
-def facts_of_json(config: Mapping[str, Any]) -> EngineFacts:
+def facts_of_json(config: Mapping[str, object]) -> EngineFacts:
     """The facts in a DeepSpeed JSON, with DeepSpeed's defaults for what it leaves out.
 
     Args:
@@ -114,53 +114,6 @@ def facts_of_json(config: Mapping[str, Any]) -> EngineFacts:
     )
 
 
-def _section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+def _section(config: Mapping[str, object], key: str) -> Mapping[str, object]:
     found = config.get(key)
     return found if isinstance(found, Mapping) else {}
-
-
-def check_config(engine: Any, optimizer: str) -> None:
-    """Refuse what cannot work, before the optimizer is built.
-
-    Args:
-        engine: a ``DeepSpeedEngine`` with its configuration read.
-        optimizer: class name of ours.
-
-    Raises:
-        ValueError: every refused setting with its reason, in one message.
-    """
-    problems = list(refusals(_facts_of(engine, optimizer)))
-    if problems:
-        listed = "\n".join(f"  - {problem}" for problem in problems)
-        raise ValueError(f"{optimizer} does not support this DeepSpeed configuration:\n{listed}")
-
-
-def _facts_of(engine: Any, optimizer: str) -> EngineFacts:
-    offload = engine.zero_offload_optimizer()
-    device = "none" if offload is None else str(getattr(offload.device, "value", offload.device))
-    return EngineFacts(
-        optimizer=optimizer,
-        zero_stage=int(engine.zero_optimization_stage()),
-        is_pipeline=bool(engine.pipeline_parallelism),
-        zenflow=bool(getattr(engine, "zenflow", None)),
-        super_offload=bool(engine.super_offload()),
-        offload_device=None if device == "none" else device,
-        offload_ratio=float(getattr(offload, "ratio", 1.0)),
-        master_weights_16_bit=tuple(
-            name
-            for name, on in (
-                ("bf16_master_weights_and_grads", engine.bf16_master_weights_and_gradients()),
-                ("fp16_master_weights_and_grads", engine.fp16_master_weights_and_gradients()),
-            )
-            if on
-        ),
-        elastic_checkpoint=bool(engine.zero_elastic_checkpoint()),
-        skips_rank_by_rank=not engine.zero_compute_grad_norm() and _autocast_fp16(engine),
-    )
-
-
-def _autocast_fp16(engine: Any) -> bool:
-    enabled = getattr(engine, "torch_autocast_enabled", None)
-    if enabled is None or not enabled():
-        return False
-    return "float16" in str(engine.torch_autocast_dtype()).replace("bfloat16", "")

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes the optimizers and schedules known to DeepSpeed by name.
 
-Registers at the end of its import. The other files of this folder are imported when an engine is built: each of them
-may be what brought DeepSpeed in, and is not complete when DeepSpeed's import ends and this file is imported.
+Registers at the end of its import, which happens at the end of DeepSpeed's. Any file of this folder may be what brought
+DeepSpeed in, and is then not complete yet. So this file imports its neighbours when an engine is built.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any, cast
+from collections.abc import Callable, Iterable
+from typing import TypeAlias
 
 import deepspeed
 import torch
@@ -17,11 +18,14 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import utils as zero_utils
 from torch import nn
 
+from ds_blockwise.hosts.deepspeed.engine import Engine
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.optimizers.registry import OPTIMIZERS, SCHEDULES
 
 _HOOK = "_configure_optimizer"
 _EARLY_HOOK = "_configure_distributed_model"  # where DeepSpeed first looks at the parameters
+_MARK = "calls_ds_blockwise"  # of the hook that is there already
+_Parameters: TypeAlias = Iterable[object] | None
 
 
 def register() -> None:
@@ -46,42 +50,53 @@ def register() -> None:
             f"DeepSpeed {deepspeed.__version__} has no DeepSpeedEngine.{_HOOK}; ds_blockwise was tested with 0.19.8. "
             f"Install a supported version."
         )
-    if getattr(original, "calls_ds_blockwise", False):
+    if hasattr(original, _MARK):
         return
-
     early = getattr(DeepSpeedEngine, _EARLY_HOOK, None)
     if early is not None:
+        setattr(DeepSpeedEngine, _EARLY_HOOK, _checking_the_model(early))
+    setattr(DeepSpeedEngine, _HOOK, _attaching(original))
 
-        @functools.wraps(early)
-        def check_and_configure(self: Any, model: nn.Module) -> None:
-            from ds_blockwise.hosts.deepspeed.checks import check_model
 
-            if self.optimizer_name() in OPTIMIZERS or isinstance(self.client_optimizer, BlockwiseOptimizer):
-                check_model(model)
-            early(self, model)
+def _checking_the_model(configure: Callable[[Engine, nn.Module], None]) -> Callable[[Engine, nn.Module], None]:
+    @functools.wraps(configure)
+    def check_and_configure(self: Engine, model: nn.Module) -> None:
+        from ds_blockwise.hosts.deepspeed.checks import check_model
 
-        setattr(DeepSpeedEngine, _EARLY_HOOK, check_and_configure)
+        if _is_named(self) or isinstance(self.client_optimizer, BlockwiseOptimizer):
+            check_model(model)
+        configure(self, model)
 
-    @functools.wraps(original)
-    def configure_and_attach(self: Any, client_optimizer: Any, model_parameters: Any) -> None:
+    return check_and_configure
+
+
+def _attaching(
+    configure: Callable[[Engine, object, _Parameters], None],
+) -> Callable[[Engine, object, _Parameters], None]:
+    @functools.wraps(configure)
+    def configure_and_attach(self: Engine, client_optimizer: object, model_parameters: _Parameters) -> None:
         from ds_blockwise.hosts.deepspeed.attach import attach
-        from ds_blockwise.hosts.deepspeed.checks import check_client, check_experts
-        from ds_blockwise.hosts.deepspeed.refusals import check_config
+        from ds_blockwise.hosts.deepspeed.checks import check_client, check_config, check_experts
 
         if isinstance(client_optimizer, BlockwiseOptimizer):
             check_config(self, type(client_optimizer).__name__)
             check_experts(self, client_optimizer.param_groups if self.zero_optimization() else None)
-        elif client_optimizer is None and self.optimizer_name() in OPTIMIZERS:
-            check_config(self, self.optimizer_name())
+        elif client_optimizer is None and _is_named(self):
+            check_config(self, str(self.optimizer_name()))
             check_experts(self, model_parameters)
         else:
             check_client(client_optimizer)
-        original(self, client_optimizer, model_parameters)
+        configure(self, client_optimizer, model_parameters)
         if isinstance(self.basic_optimizer, BlockwiseOptimizer):
             attach(self)
 
-    cast("Any", configure_and_attach).calls_ds_blockwise = True
-    setattr(DeepSpeedEngine, _HOOK, configure_and_attach)
+    setattr(configure_and_attach, _MARK, True)
+    return configure_and_attach
+
+
+def _is_named(engine: Engine) -> bool:
+    """Whether the JSON names one of our optimizers."""
+    return engine.optimizer_name() in OPTIMIZERS
 
 
 register()

@@ -12,17 +12,17 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from ds_blockwise.hosts.deepspeed.engine import Engine, sequence_parallel_size
 from ds_blockwise.kernels.bindings import Binding, Work
 from ds_blockwise.measure.predictions import Forward, Predictions, causal_lm, summed_loss
 from ds_blockwise.measure.role_sums import RoleSums
 from ds_blockwise.measure.sharpness import check_arguments, finish, labels_for
 from ds_blockwise.measure.sharpness_report import SharpnessReport
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
-from ds_blockwise.parallel.agree import gather, place_in, raise_together
+from ds_blockwise.parallel.agree import gather, place_in, raise_together, together
 
 # what the wrappers' step() leaves behind besides weights and states
 _LEFT_BEHIND = ("clip_grad", "overflow", "_global_grad_norm", "is_gradient_accumulation_boundary", "skipped_steps")
@@ -30,8 +30,8 @@ _SCALERS = ("loss_scaler", "loss_scale_config")  # their scale and counters move
 
 
 def probe_engine(
-    engine: Any,
-    batches: Iterable[Any],
+    engine: Engine,
+    batches: Iterable[object],
     forward: Forward = causal_lm,
     *,
     estimator: str = "gauss_newton",
@@ -62,20 +62,11 @@ def probe_engine(
         ValueError: on every rank: an argument or an engine that cannot be measured, with the reason.
         FloatingPointError: no sample was finite (samples that overflow are left out and counted).
     """
-    chosen: list[Any] = []
-    failure: Exception | None = None
-    try:
-        check_arguments(estimator, draws)
-        check_engine(engine, estimator)
-        chosen = list(batches)
-    except Exception as error:  # a rank that fails alone would leave the others waiting: all hear of it, all raise
-        failure = error
-    raise_together(failure)
+    optimizer, chosen = together(lambda: _checked(engine, batches, estimator, draws))
     counts = gather(len(chosen))
     if len(set(counts)) > 1:
         raise ValueError(f"ranks were given different numbers of batches, {counts}: every rank needs as many")
 
-    optimizer: BlockwiseOptimizer = engine.basic_optimizer
     sums = RoleSums(optimizer.bindings())
     local: list[torch.Tensor] = []
     tokens: list[int] = []
@@ -85,18 +76,28 @@ def probe_engine(
         for index, batch in enumerate(chosen):
             for draw in range(draws):
                 found = forward(engine, batch)
-                place = _place(engine, found)
-                labels = labels_for(found, estimator, place.first, seed, index, draw)
+                share = _share(engine, found)
+                labels = labels_for(found, estimator, share.first, seed, index, draw)
                 # DeepSpeed divides the sum over data-parallel ranks by their number
-                loss = summed_loss(found, labels) * (place.size / max(place.tokens, 1))
+                loss = summed_loss(found, labels) * (share.size / max(share.tokens, 1))
                 engine.backward(loss, scale_wrt_gas=False)
-                local.append(recorder.one_step(engine) * place.tokens)
-                tokens.append(place.tokens)
+                local.append(recorder.one_step(engine) * share.tokens)
+                tokens.append(share.tokens)
     return finish(sums, local, tokens, estimator=estimator, step=engine.global_steps if step is None else step)
 
 
-def check_engine(engine: Any, estimator: str) -> None:
+def _checked(
+    engine: Engine, batches: Iterable[object], estimator: str, draws: int
+) -> tuple[BlockwiseOptimizer, list[object]]:
+    check_arguments(estimator, draws)
+    return check_engine(engine, estimator), list(batches)
+
+
+def check_engine(engine: Engine, estimator: str) -> BlockwiseOptimizer:
     """Raise why an engine cannot be measured, now or at all.
+
+    Returns:
+        Its optimizer.
 
     Raises:
         ValueError: with the reason.
@@ -116,10 +117,7 @@ def check_engine(engine: Any, estimator: str) -> None:
     wrapper = engine.optimizer
     reasons = {
         "pipeline parallelism: its engine runs whole batches only": bool(engine.pipeline_parallelism),
-        "sequence parallelism: a rank's labels are only a part of its sequences'": int(
-            getattr(engine, "sequence_parallel_size", 1)
-        )
-        > 1,
+        "sequence parallelism: a rank's labels are only a part of its sequences'": sequence_parallel_size(engine) > 1,
         "DeepSpeed's own mixture of experts": bool(getattr(engine, "has_moe_layers", False)),
         "torch_autocast with fp16: its scaler decides on each rank alone": bool(
             getattr(engine, "torch_autocast_z0_gradscaler", None) or getattr(wrapper, "torch_autocast_gradscaler", None)
@@ -135,21 +133,25 @@ def check_engine(engine: Any, estimator: str) -> None:
             f"{accumulated} of {engine.gradient_accumulation_steps()} micro batches are accumulated: measuring would "
             f"mix with their gradients. Measure right after the engine.step() that updates the weights."
         )
-
-
-# ---------------------------------------------------------------------------------------- the batch
+    return optimizer
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """This rank's part of a batch: its first sequence, all predictions, how many ranks share it."""
+class _Share:
+    """This rank's share of a batch.
+
+    Attributes:
+        first: number of its first sequence in the batch of all ranks.
+        tokens: predictions in the batch of all ranks.
+        size: data-parallel ranks.
+    """
 
     first: int
     tokens: int
     size: int
 
 
-def _place(engine: Any, found: Predictions) -> _Place:
+def _share(engine: Engine, found: Predictions) -> _Share:
     """Collective over all ranks."""
     failure: Exception | None = None
     try:
@@ -166,10 +168,7 @@ def _place(engine: Any, found: Predictions) -> _Place:
                 f"{held[other][0]} sequences with {held[other][1]} predictions and {sequences} with {tokens}"
             )
     first = sum(sequences for other, (sequences, _) in held.items() if other < rank)
-    return _Place(first, sum(tokens for _, tokens in held.values()), size)
-
-
-# ----------------------------------------------------------------------------------------- the step
+    return _Share(first, sum(tokens for _, tokens in held.values()), size)
 
 
 class _Recorder:
@@ -198,7 +197,7 @@ class _Recorder:
         squares, self._squares = self._squares, None
         return squares
 
-    def one_step(self, engine: Any) -> torch.Tensor:
+    def one_step(self, engine: Engine) -> torch.Tensor:
         """Let the wrapper finish the gradients; this rank's sums, NaN if it found an overflow."""
         wrapper = engine.optimizer
         wrapper.step()
@@ -218,7 +217,7 @@ class _Recorder:
 
 
 @contextmanager
-def _between_steps(engine: Any, optimizer: BlockwiseOptimizer, sums: RoleSums) -> Iterator[_Recorder]:
+def _between_steps(engine: Engine, optimizer: BlockwiseOptimizer, sums: RoleSums) -> Iterator[_Recorder]:
     """Every backward pass is a boundary, nothing is clipped; all is put back at the end."""
     wrapper = engine.optimizer
     left = {name: getattr(wrapper, name) for name in _LEFT_BEHIND if hasattr(wrapper, name)}

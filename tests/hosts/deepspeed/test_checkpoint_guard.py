@@ -102,6 +102,49 @@ def check_full_disk(context: RankContext, what: tuple[int, int]) -> None:
         assert_same(everything(run), wanted)
 
 
+def check_not_collected(context: RankContext, what: tuple[int, int]) -> None:
+    """A rank that cannot collect its state never comes to DeepSpeed's last collectives, where the others wait."""
+    from ds_blockwise.checkpoint.folder import CheckpointError
+
+    stage, failing = what
+    folder = context.tmp_path / "not_collected"
+    with engine_of(nano(stage)) as run:
+        train(run, context, 0)
+        run.engine.save_checkpoint(str(folder), tag="good")
+        context.barrier()
+        before, wanted, own = tree(folder), everything(run), run.engine.checkpoint_engine
+        if context.rank == failing:
+            run.engine.optimizer.state_dict = _no_memory
+        text = raised(lambda: run.engine.save_checkpoint(str(folder), tag="bad"), CheckpointError)
+        assert f"rank {failing}: " in text
+        assert "MemoryError: no memory for the state" in text
+        context.barrier()
+        assert tree(folder) == before
+        assert run.engine.checkpoint_engine is own
+        assert_same(everything(run), wanted)  # ZeRO-3: the small parameters are whole again
+        if context.rank == failing:
+            del run.engine.optimizer.state_dict
+        assert run.engine.save_checkpoint(str(folder), tag="bad")
+        train(run, context, 1)
+
+
+def _no_memory() -> dict[str, Any]:
+    raise MemoryError("no memory for the state")
+
+
+def check_script_not_copied(context: RankContext, _: None) -> None:
+    """What DeepSpeed copies past its checkpoint engine fails on rank 0 alone."""
+    from ds_blockwise.checkpoint.folder import CheckpointError
+
+    folder = context.tmp_path / "script"
+    with engine_of(nano(2)) as run:
+        (folder / "zero_to_fp32.py").mkdir(parents=True, exist_ok=True)  # a folder cannot be written like a file
+        text = raised(lambda: run.engine.save_checkpoint(str(folder)), CheckpointError)
+        assert "rank 0: DeepSpeed's save_checkpoint: IsADirectoryError" in text
+        context.barrier()
+        assert [path.name for path in folder.iterdir()] == ["zero_to_fp32.py"]
+
+
 def check_latest_not_written(context: RankContext, _: None) -> None:
     """The last thing that can fail: the checkpoint is complete, and the error says so."""
     from ds_blockwise.checkpoint.folder import CheckpointError
@@ -352,6 +395,10 @@ def _cases() -> dict[str, tuple[int, tuple[str, Any]]]:
     table |= {
         f"full_disk-z{stage}-rank{rank}": ("full_disk", (stage, rank)) for stage, rank in ((0, 0), (2, 1), (3, 1))
     }
+    table |= {
+        f"not_collected-z{stage}-rank{rank}": ("not_collected", (stage, rank)) for stage, rank in ((0, 1), (3, 1))
+    }
+    table["script_not_copied"] = ("script_not_copied", None)
     table["latest_not_written"] = ("latest_not_written", None)
     table["bad_folder"] = ("bad_folder", None)
     table["damage-manifest"] = ("damage", (2, True))

@@ -2,24 +2,27 @@
 """DeepSpeed's load_checkpoint, made safe against damaged files, wrong topologies and overwritten settings.
 
 Nothing is loaded before every file has been verified, the ranks sharing the work, and what is wrong on one rank is
-raised on all. `deepspeed_save` is the other half. Checked with DeepSpeed 0.19.8.
+raised on all. `checkpoint.save` is the other half. Checked with DeepSpeed 0.19.8.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from ds_blockwise.checkpoint import folder as files
 from ds_blockwise.checkpoint.folder import Checkpoint, CheckpointError
 from ds_blockwise.checkpoint.record import KEY, differences, settings_of
-from ds_blockwise.hosts.deepspeed.checkpoint.save import leads, load_rank_state, node_of, save_checkpoint, topology_of
+from ds_blockwise.hosts.deepspeed.checkpoint.load_portable import load_portable
+from ds_blockwise.hosts.deepspeed.checkpoint.save import load_rank_state, save_checkpoint
 from ds_blockwise.hosts.deepspeed.checkpoint.tag_folder import universal_misfit
+from ds_blockwise.hosts.deepspeed.checkpoint.topology import Topology, leads, node_of, topology_of
+from ds_blockwise.hosts.deepspeed.engine import Engine, Loaded, LoadOptions, Schedule
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.optimizers.schedules import BlockwiseSchedule
 from ds_blockwise.parallel.agree import first_error, gather, is_first_rank
@@ -30,11 +33,11 @@ logger = logging.getLogger(__name__)
 
 _RIGID = ("world_size", "dp", "tp", "pp", "ep", "wrapper", "dtype")  # of a topology: what DeepSpeed's files depend on
 _OF_WEIGHTS = ("tp", "pp")  # what the files of the weights alone depend on, below ZeRO-3
-_Loaded = tuple[str | None, dict[str, Any] | None]
-_Groups = list[dict[str, Any]]
+_Groups = list[dict[str, object]]
+_Found = tuple[Checkpoint | None, list[str], str | None]  # on one storage: the checkpoint, its files, an error
 
 
-def guard(engine: Any) -> None:
+def guard(engine: Engine) -> None:
     """Let ``engine.save_checkpoint`` and ``engine.load_checkpoint`` be this module's; ``attach`` calls it.
 
     Args:
@@ -45,15 +48,15 @@ def guard(engine: Any) -> None:
 
 
 def load_checkpoint(
-    engine: Any,
+    engine: Engine,
     load_dir: str | Path,
     tag: str | None = None,
     load_module_strict: bool = True,
     load_optimizer_states: bool = True,
     load_lr_scheduler_states: bool = True,
     load_module_only: bool = False,
-    custom_load_fn: Any = None,
-) -> _Loaded:
+    custom_load_fn: object = None,
+) -> Loaded:
     """Load a checkpoint after verifying every file of it; a collective over all ranks.
 
     With one of our optimizers the settings of its param groups stay those of the present JSON, and the learning rate
@@ -79,7 +82,7 @@ def load_checkpoint(
     """
     if load_module_only and isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
         load_optimizer_states = False  # else DeepSpeed loads nothing at all there: the weights are in the ZeRO files
-    options = {
+    options: LoadOptions = {
         "load_module_strict": load_module_strict,
         "load_optimizer_states": load_optimizer_states,
         "load_lr_scheduler_states": load_lr_scheduler_states,
@@ -94,30 +97,25 @@ def load_checkpoint(
         return _load_into_groups(engine, functools.partial(original, tag), scheduled, tell=True, moments=moments)
     checkpoint = _find(engine, Path(load_dir), tag)
     if checkpoint is None:
-        return cast("_Loaded", original(tag))
+        return original(tag)
     if checkpoint.kind == "portable":
-        from ds_blockwise.hosts.deepspeed.checkpoint.load_portable import load_portable
-
-        load = functools.partial(load_portable, engine, checkpoint.folder, **options)
-        return _load_into_groups(engine, load, scheduled, tell=True, moments=moments)
+        portable = functools.partial(load_portable, engine, checkpoint.folder, **options)
+        return _load_into_groups(engine, portable, scheduled, tell=True, moments=moments)
     _check_topology(engine, checkpoint, optimizer=load_optimizer_states, module_only=load_module_only)
-    load = functools.partial(original, checkpoint.tag)
-    return _load_into_groups(engine, load, scheduled, tell=False, moments=moments)
+    rigid = functools.partial(original, checkpoint.tag)
+    return _load_into_groups(engine, rigid, scheduled, tell=False, moments=moments)
 
 
-# ------------------------------------------------------------------------ before loading
-
-
-def _find(engine: Any, folder: Path, tag: str | None) -> Checkpoint | None:
+def _find(engine: Engine, folder: Path, tag: str | None) -> Checkpoint | None:
     """The checkpoint that all ranks will load, with every file verified."""
-    said: tuple[Checkpoint | None, list[str], str | None] | None = None
+    said: _Found | None = None
     if leads(engine):
         try:
             found = files.resolve_tag(folder, tag)
             said = (found, [] if found is None else files.listed_files(found.folder), None)
         except (CheckpointError, OSError) as error:
             said = (None, [], str(error))
-    gathered = gather(said)
+    gathered: list[_Found | None] = gather(said)
     by_node = {rank: answer for rank, answer in enumerate(gathered) if answer is not None}
     errors = dict.fromkeys(error for _, _, error in by_node.values() if error is not None)
     if errors:
@@ -138,7 +136,7 @@ def _find(engine: Any, folder: Path, tag: str | None) -> Checkpoint | None:
     return checkpoint
 
 
-def _verify(engine: Any, checkpoint: Checkpoint, names: list[str]) -> None:
+def _verify(engine: Engine, checkpoint: Checkpoint, names: list[str]) -> None:
     peers = [rank for rank, node in enumerate(gather(node_of(engine))) if node == node_of(engine)]
     mine = names[peers.index(engine.global_rank) :: len(peers)]
     try:
@@ -156,7 +154,7 @@ def _verify(engine: Any, checkpoint: Checkpoint, names: list[str]) -> None:
         )
 
 
-def _absent(engine: Any, checkpoint: Checkpoint) -> list[str]:
+def _absent(engine: Engine, checkpoint: Checkpoint) -> list[str]:
     """Files that this rank would ask for in vain, where no manifest lists them."""
     load_dir, tag = str(checkpoint.folder.parent), checkpoint.tag
     if not engine._get_all_ckpt_names(load_dir, tag):
@@ -168,7 +166,7 @@ def _absent(engine: Any, checkpoint: Checkpoint) -> list[str]:
     return [] if path.is_file() else [f"{name}: missing (or saved with fewer ranks, or another precision)"]
 
 
-def _check_universal(engine: Any, folder: Path, tag: str | None) -> None:
+def _check_universal(engine: Engine, folder: Path, tag: str | None) -> None:
     """Refuse a universal checkpoint that DeepSpeed would load wrongly or fail on half-way."""
     try:
         found = files.resolve_tag(folder, tag, latest=files.LATEST_UNIVERSAL)
@@ -189,7 +187,7 @@ def _check_universal(engine: Any, folder: Path, tag: str | None) -> None:
         raise ValueError(message)
 
 
-def _check_topology(engine: Any, checkpoint: Checkpoint, *, optimizer: bool, module_only: bool) -> None:
+def _check_topology(engine: Engine, checkpoint: Checkpoint, *, optimizer: bool, module_only: bool) -> None:
     """Refuse what DeepSpeed would load wrongly or fail on half-way."""
     partitioned = isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3)
     if partitioned and not optimizer:
@@ -221,19 +219,16 @@ def _check_topology(engine: Any, checkpoint: Checkpoint, *, optimizer: bool, mod
         )
 
 
-def _described(topology: dict[str, Any]) -> str:
+def _described(topology: Topology) -> str:
     return (
         f"{topology['world_size']} ranks (dp {topology['dp']}, tp {topology['tp']}, pp {topology['pp']}) with ZeRO-"
         f"{topology['zero_stage']} in {topology['dtype']}"
     )
 
 
-# ------------------------------------------------------------------------- while loading
-
-
 def _load_into_groups(
-    engine: Any, load: Callable[[], _Loaded], scheduled: bool, *, tell: bool, moments: bool
-) -> _Loaded:
+    engine: Engine, load: Callable[[], Loaded], scheduled: bool, *, tell: bool, moments: bool
+) -> Loaded:
     """Load, then give the param groups their own settings back and let all ranks settle.
 
     Args:
@@ -244,13 +239,31 @@ def _load_into_groups(
         moments: whether ``load`` also loads the moments.
     """
     optimizer = engine.basic_optimizer
-    ours = isinstance(optimizer, BlockwiseOptimizer)
-    own = [_settings(group) for group in optimizer.param_groups] if ours else []
-    own_run = optimizer.run_state() if ours else None
+    ours = optimizer if isinstance(optimizer, BlockwiseOptimizer) else None
+    own = [] if ours is None else [_settings(group) for group in ours.param_groups]
+    own_run = None if ours is None else ours.run_state()
+    path, client_state = _load_together(engine, load)
+    saved = _take_own_entry(client_state)
+    if ours is not None and path is not None:
+        settings = saved.get("settings") or {}
+        _restore_groups(ours, engine.lr_scheduler if scheduled else None, own, settings.get("groups", []))
+        if tell and settings and is_first_rank() and (changed := differences(settings, settings_of(ours))):
+            logger.warning(
+                "the checkpoint was saved under other settings; the present ones are used:\n  %s", "\n  ".join(changed)
+            )
+        # a run that starts anew from another one's state measures anew
+        run, steps = (settings.get("run"), int(engine.global_steps)) if scheduled and moments else (own_run, 0)
+        ours.load_run_state(run, steps)
+        ours.settle()
+    return path, client_state
+
+
+def _load_together(engine: Engine, load: Callable[[], Loaded]) -> Loaded:
+    """Load; what fails on one rank is raised on all."""
+    loaded: Loaded = (None, None)
     failure: Exception | None = None
-    path, client_state = None, None
     try:
-        path, client_state = load()
+        loaded = load()
     except Exception as error:
         # Under ZeRO-3 the others may be in a collective of DeepSpeed's load, which only the end of this rank breaks;
         # elsewhere they come to the exchange below.
@@ -262,48 +275,40 @@ def _load_into_groups(
         raise failure
     if message is not None:
         raise CheckpointError(f"another rank could not load the checkpoint: {message}")
-    saved = _take_own_entry(client_state)
-    if ours and path is not None:
-        settings = saved.get("settings") or {}
-        _restore_groups(engine, own, settings.get("groups", []) if scheduled else None)
-        if tell and settings and is_first_rank() and (changed := differences(settings, settings_of(optimizer))):
-            logger.warning(
-                "the checkpoint was saved under other settings; the present ones are used:\n  %s", "\n  ".join(changed)
-            )
-        # a run that starts anew from another one's state measures anew
-        run, steps = (settings.get("run"), int(engine.global_steps)) if scheduled and moments else (own_run, 0)
-        optimizer.load_run_state(run, steps)
-        optimizer.settle()
-    return path, client_state
+    return loaded
 
 
-def _settings(group: dict[str, Any]) -> dict[str, Any]:
+def _settings(group: Mapping[str, object]) -> dict[str, object]:
     return {key: value for key, value in group.items() if key != "params"}
 
 
-def _take_own_entry(client_state: dict[str, Any] | None) -> dict[str, Any]:
+def _take_own_entry(client_state: dict[str, object] | None) -> dict[str, Any]:
     """Remove what `save_checkpoint` added to a client state and return our part of it."""
-    saved = (client_state or {}).pop(KEY, None) or {}
+    saved = None if client_state is None else client_state.pop(KEY, None)
+    if client_state is None or not isinstance(saved, dict):
+        return {}
     for key in saved.get("added", ()):
-        cast("dict[str, Any]", client_state).pop(key, None)
-    return cast("dict[str, Any]", saved)
+        client_state.pop(key, None)
+    return saved
 
 
-def _restore_groups(engine: Any, own: _Groups, saved: _Groups | None) -> None:
+def _restore_groups(
+    optimizer: BlockwiseOptimizer, scheduler: Schedule | None, own: _Groups, saved: Sequence[Mapping[str, object]]
+) -> None:
     """Undo what a load did to the groups; only the learning rate follows the loaded schedule.
 
     Args:
-        engine: the engine, loaded.
-        own: settings of its groups before.
-        saved: settings of the groups when the checkpoint was saved, empty if unknown; None if no schedule was loaded.
+        optimizer: loaded.
+        scheduler: the schedule, loaded too; None if there is none or it was not loaded.
+        own: settings of the groups before.
+        saved: settings of the groups when the checkpoint was saved, empty if unknown.
     """
-    scheduler = engine.lr_scheduler if saved is not None else None
-    for index, (group, settings) in enumerate(zip(engine.basic_optimizer.param_groups, own, strict=True)):
+    for index, (group, settings) in enumerate(zip(optimizer.param_groups, own, strict=True)):
         lr = group["lr"]
         for key in set(group) - set(settings) - {"params"}:
             del group[key]
         group.update(settings)
         if scheduler is not None and not isinstance(scheduler, BlockwiseSchedule):
-            group["lr"] = saved[index]["lr"] if saved and index < len(saved) else lr
+            group["lr"] = saved[index]["lr"] if index < len(saved) else lr
     if isinstance(scheduler, BlockwiseSchedule):
         scheduler.load_state_dict(scheduler.state_dict())  # sets the rate of its update in the restored groups

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from torch import nn
 from ds_blockwise.checkpoint.folder import CheckpointError
 from ds_blockwise.checkpoint.portable import Portable
 from ds_blockwise.checkpoint.record import KEY
+from ds_blockwise.hosts.deepspeed.engine import Engine, Loaded, Wrapper, ZeroStage3, is_partitioned, whole_numel
 from ds_blockwise.kernels.base import wide_dtype
 from ds_blockwise.kernels.bindings import Binding
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
@@ -35,15 +36,15 @@ _SHOWN = 8  # names in one line of an error
 
 
 def load_portable(
-    engine: Any,
+    engine: Engine,
     folder: Path,
     *,
     load_module_strict: bool = True,
     load_optimizer_states: bool = True,
     load_lr_scheduler_states: bool = True,
     load_module_only: bool = False,
-    custom_load_fn: Any = None,
-) -> tuple[str, dict[str, Any]]:
+    custom_load_fn: object = None,
+) -> Loaded:
     """Fill an engine from a portable checkpoint; a collective over all ranks.
 
     fp32 weights, moments, step counts, frozen parameters, buffers, counters, loss scale and schedule are loaded;
@@ -68,22 +69,15 @@ def load_portable(
             partly replaced, which the message says.
     """
     folder = Path(folder)
-    optimizer = engine.basic_optimizer
     moments = load_optimizer_states and not load_module_only
-    _raise_everywhere(_unfit(engine, custom_load_fn), ValueError)
-    portable, training_state, damage = None, {}, None
-    try:
-        portable = Portable(folder)
-        training_state = portable.training_state()
-    except (CheckpointError, ImportError) as error:  # a rank that raised alone would leave the others waiting
-        damage = str(error)
-    _raise_everywhere(damage, CheckpointError)
-    portable = cast("Portable", portable)
-    _raise_everywhere(_problems(engine, portable, strict=load_module_strict, moments=moments), ValueError)
+    optimizer = _ours(engine, custom_load_fn)
+    portable, training_state = _opened(folder)
+    _raise_everywhere(_problems(engine, optimizer, portable, strict=load_module_strict, moments=moments), ValueError)
     if not load_module_only:
-        _raise_everywhere(_load_schedule(engine, training_state, load_lr_scheduler_states), ValueError)
+        _raise_everywhere(_load_schedule(engine, training_state["lr_scheduler"], load_lr_scheduler_states), ValueError)
     if isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
         engine.optimizer.checkpoint_event_prologue()
+    damage = None
     try:
         for binding in optimizer.bindings():
             _fill(optimizer, binding, portable, moments)
@@ -111,25 +105,40 @@ def _raise_everywhere(problem: str | None, kind: type[Exception]) -> None:
         raise kind(message)
 
 
-# -------------------------------------------------------------------------------------- checks
+def _ours(engine: Engine, custom_load_fn: object) -> BlockwiseOptimizer:
+    """The engine's optimizer; raises on every rank if a portable checkpoint cannot be loaded into it."""
+    optimizer = engine.basic_optimizer
+    custom = "custom_load_fn has no meaning for a portable checkpoint, which is not a module's state dict."
+    if isinstance(optimizer, BlockwiseOptimizer):
+        _raise_everywhere(None if custom_load_fn is None else custom, ValueError)
+        return optimizer
+    problem = (
+        f"a portable checkpoint loads into {', '.join(OPTIMIZERS)}, but this engine's optimizer is "
+        f'{type(optimizer).__name__}. Name one of ours in the JSON\'s "optimizer".'
+    )
+    _raise_everywhere(problem, ValueError)
+    raise ValueError(problem)
 
 
-def _unfit(engine: Any, custom_load_fn: Any) -> str | None:
-    if not isinstance(engine.basic_optimizer, BlockwiseOptimizer):
-        return (
-            f"a portable checkpoint loads into {', '.join(OPTIMIZERS)}, but this engine's optimizer is "
-            f'{type(engine.basic_optimizer).__name__}. Name one of ours in the JSON\'s "optimizer".'
-        )
-    if custom_load_fn is not None:
-        return "custom_load_fn has no meaning for a portable checkpoint, which is not a module's state dict."
-    return None
+def _opened(folder: Path) -> tuple[Portable, dict[str, Any]]:
+    """The checkpoint and its training state, opened on every rank or on none."""
+    failure: CheckpointError | ImportError | None = None
+    try:
+        portable = Portable(folder)
+        training_state = portable.training_state()
+    except (CheckpointError, ImportError) as error:  # a rank that raised alone would leave the others waiting
+        failure = error
+    _raise_everywhere(None if failure is None else str(failure), CheckpointError)
+    return portable, training_state
 
 
-def _problems(engine: Any, portable: Portable, *, strict: bool, moments: bool) -> str | None:
+def _problems(
+    engine: Engine, optimizer: BlockwiseOptimizer, portable: Portable, *, strict: bool, moments: bool
+) -> str | None:
     """Everything that does not fit, in one message; None if all does."""
     lines = []
     weights, untrained = portable.tensors["weights"], portable.tensors["frozen"]
-    specs = {p.spec.fqn: p.spec for b in engine.basic_optimizer.bindings() for p in b.table.placements}
+    specs = {p.spec.fqn: p.spec for b in optimizer.bindings() for p in b.table.placements}
     missing = [name for name in specs if name not in weights and name not in untrained]
     if missing:
         lines.append(f"trained parameters that the checkpoint lacks: {_few(missing)}")
@@ -172,18 +181,15 @@ def _few(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
-def _frozen(engine: Any) -> Iterator[tuple[str, nn.Parameter]]:
+def _frozen(engine: Engine) -> Iterator[tuple[str, nn.Parameter]]:
     for param in engine.module.parameters():
-        if not param.requires_grad and getattr(param, "ds_numel", param.numel()):
+        if not param.requires_grad and whole_numel(param):
             yield engine.param_names[param], param
 
 
-def _buffers(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def _buffers(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
     named = dict(engine.module.named_buffers())
     yield from ((name, named[name]) for name in engine._get_buffer_names() if name in named)
-
-
-# -------------------------------------------------------------------------------------- filling
 
 
 def _fill(optimizer: BlockwiseOptimizer, binding: Binding, portable: Portable, moments: bool) -> None:
@@ -228,14 +234,14 @@ def _read_into(flat: torch.Tensor, kind: str, binding: Binding, portable: Portab
             flat.narrow(0, p.flat_start, p.numel).copy_(window)
 
 
-def _fill_fixed(engine: Any, portable: Portable) -> None:
+def _fill_fixed(engine: Engine, portable: Portable) -> None:
     """Frozen parameters (from trained ones, if they were trained then) and buffers."""
     for name, param in _frozen(engine):
         whole = portable.tensor("frozen" if name in portable.tensors["frozen"] else "weights", name)
-        if not hasattr(param, "ds_tensor"):
+        if not is_partitioned(param):
             param.data.copy_(whole)
             continue
-        piece, group = cast("Any", param).ds_tensor, cast("Any", param).ds_process_group
+        piece, group = param.ds_tensor, param.ds_process_group
         start = min(piece.numel() * dist.get_rank(group), whole.numel())
         held = min(piece.numel(), whole.numel() - start)
         piece.data.view(-1).narrow(0, 0, held).copy_(whole.reshape(-1).narrow(0, start, held))
@@ -244,7 +250,7 @@ def _fill_fixed(engine: Any, portable: Portable) -> None:
             buffer.data.copy_(portable.tensor("buffers", name))
 
 
-def _refresh(wrapper: Any, optimizer: BlockwiseOptimizer) -> None:
+def _refresh(wrapper: object, optimizer: BlockwiseOptimizer) -> None:
     """Round the new master weights into the weights that the model computes with; a collective."""
     if isinstance(wrapper, FP16_UnfusedOptimizer):
         for halves, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
@@ -255,27 +261,27 @@ def _refresh(wrapper: Any, optimizer: BlockwiseOptimizer) -> None:
         # what safe_get_full_optimizer_state shows is linked anew after the next step
         wrapper._hp_optimizer_states_linked = False
     elif isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
-        groups = zip(
-            wrapper.fp16_partitioned_groups_flat,
-            wrapper.fp32_partitioned_groups_flat,
-            wrapper.fp16_partitioned_groups,
-            strict=True,
-        )
-        for half, master, params in groups:
-            if master.numel():
-                half.data.copy_(master.data)
-            for param, value in zip(params, wrapper.unflatten(half, params), strict=True):
-                param.data = value.data
-        wrapper.checkpoint_event_epilogue()  # gathers the small parameters that every rank keeps whole
+        _refresh_stage_3(wrapper)
     elif wrapper is not optimizer:
         raise ValueError(f"{type(wrapper).__name__} is a wrapper that ds_blockwise does not know")
 
 
-# ------------------------------------------------------------------------------ schedule, counters
+def _refresh_stage_3(wrapper: ZeroStage3) -> None:
+    groups = zip(
+        wrapper.fp16_partitioned_groups_flat,
+        wrapper.fp32_partitioned_groups_flat,
+        wrapper.fp16_partitioned_groups,
+        strict=True,
+    )
+    for half, master, params in groups:
+        if master.numel():
+            half.data.copy_(master.data)
+        for param, value in zip(params, wrapper.unflatten(half, params), strict=True):
+            param.data = value.data
+    wrapper.checkpoint_event_epilogue()  # gathers the small parameters that every rank keeps whole
 
 
-def _load_schedule(engine: Any, training_state: Mapping[str, Any], wanted: bool) -> str | None:
-    saved = training_state["lr_scheduler"]
+def _load_schedule(engine: Engine, saved: dict[str, object] | None, wanted: bool) -> str | None:
     if not wanted or engine.lr_scheduler is None or saved is None:
         return None
     try:
@@ -288,7 +294,7 @@ def _load_schedule(engine: Any, training_state: Mapping[str, Any], wanted: bool)
     return None
 
 
-def _load_loss_scale(wrapper: Any, saved: Mapping[str, Any]) -> None:
+def _load_loss_scale(wrapper: Wrapper, saved: Mapping[str, object]) -> None:
     own = getattr(wrapper, "loss_scale_config", None) or getattr(wrapper, "loss_scaler", None)
     dynamic = own is not None and (getattr(own, "dynamic", False) or getattr(own, "dynamic_loss_scale", False))
     for name, value in saved.items() if dynamic else ():

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -22,7 +22,8 @@ from ds_blockwise.blocks.spec import BlockSpec
 from ds_blockwise.checkpoint.folder import CheckpointError, read_manifest
 from ds_blockwise.checkpoint.portable import TRAINED, per_block, whole_of
 from ds_blockwise.checkpoint.record import PER_BLOCK_KEY, numel_of, placements_of, record_in, spec_of
-from ds_blockwise.hosts.deepspeed.checkpoint.tag_folder import TagFolder, foreign_globals, load_file
+from ds_blockwise.hosts.deepspeed.checkpoint.tag_folder import ModelFile, TagFolder, foreign_globals, load_file
+from ds_blockwise.hosts.deepspeed.checkpoint.topology import Topology
 
 # keys of a model file that are DeepSpeed's; everything else is the user's client_state
 _DEEPSPEED_KEYS = frozenset(
@@ -31,6 +32,8 @@ _DEEPSPEED_KEYS = frozenset(
     "ds_version checkpoint_parallel_dimensions universal_checkpoint_info num_experts".split()
 )
 _LOSS_SCALE_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+_State = Mapping[str, Any]  # of one stepped tensor: step and moments
 
 
 class NoRecordError(CheckpointError):
@@ -45,7 +48,7 @@ class _Piece:
     mp_rank: int
     placement: Placement
     master: torch.Tensor
-    state: Mapping[str, Any]
+    state: _State
     block_start: int  # of the placement's values in a compact second moment
 
     def read(self, kind: str) -> torch.Tensor:
@@ -56,8 +59,8 @@ class _Piece:
         if kind == "exp_avg_sq" and PER_BLOCK_KEY in self.state:
             table = build_table(p.numel, [replace(p, flat_start=0)], shares_second_moment=True)
             return table.expand(self.state[PER_BLOCK_KEY].narrow(0, self.block_start, table.num_blocks))
-        flat = self.master if kind == "weights" else self.state[kind]
-        return cast("torch.Tensor", flat.detach().reshape(-1).narrow(0, p.flat_start, p.numel))
+        flat: torch.Tensor = self.master if kind == "weights" else self.state[kind]
+        return flat.detach().reshape(-1).narrow(0, p.flat_start, p.numel)
 
 
 class DeepSpeedFiles:
@@ -91,7 +94,7 @@ class DeepSpeedFiles:
         self.group_of: dict[str, int] = {}
         self.param_groups: list[dict[str, Any]] = []
         self._files = files = TagFolder(self.folder, trust=trust)
-        loss_scale: Mapping[str, Any] = {}
+        loss_scale: Mapping[str, object] = {}
         for (mp_rank, _), path in sorted(files.optim_paths.items()):
             saved = load_file(path, trust=trust)["optimizer_state_dict"]
             loss_scale = loss_scale or getattr(saved.get("loss_scaler"), "__dict__", {})
@@ -133,7 +136,7 @@ class DeepSpeedFiles:
         seen: set[int] = set()
         sizes: dict[str, int] = {}
 
-        def count(kind: str, tensor: Any) -> None:
+        def count(kind: str, tensor: object) -> None:
             if isinstance(tensor, torch.Tensor) and tensor.numel() and tensor.data_ptr() not in seen:
                 seen.add(tensor.data_ptr())
                 sizes[kind] = sizes.get(kind, 0) + tensor.numel() * tensor.element_size()
@@ -146,8 +149,6 @@ class DeepSpeedFiles:
             for value in (*model["module"].values(), *(model.get("frozen_param_fragments") or {}).values()):
                 count("model", value)
         return sizes
-
-    # ------------------------------------------------------------------------ trained parameters
 
     def _add(self, path: Path, mp_rank: int, base: Any, masters: list[torch.Tensor]) -> None:
         """Take in one optimizer state dict and the fp32 weights of its tensors, in the same order."""
@@ -183,7 +184,7 @@ class DeepSpeedFiles:
                     alone = [replace(placement, flat_start=0)]
                     at += build_table(placement.numel, alone, shares_second_moment=True).num_blocks
 
-    def _add_unpartitioned(self, path: Path, mp_rank: int, model: Mapping[str, Any]) -> None:
+    def _add_unpartitioned(self, path: Path, mp_rank: int, model: ModelFile) -> None:
         """ZeRO 0: the optimizer's state is in the model file, the fp32 weights in its wrapper or in the module."""
         saved = model["optimizer"]
         if "fp32_groups" in saved:
@@ -212,8 +213,6 @@ class DeepSpeedFiles:
                 )
             return copies[0]
         return whole_of(shard, locals_)
-
-    # -------------------------------------------------------------------- frozen parameters, buffers
 
     def _fixed_names(self) -> tuple[list[str], list[str]]:
         first = self._files.first
@@ -250,8 +249,6 @@ class DeepSpeedFiles:
             )
         return copies[0]
 
-    # -------------------------------------------------------------------------------- checks, the rest
-
     def _check_coverage(self) -> None:
         """Every element of every parameter must be in the files exactly once."""
         for name, pieces in self._pieces.items():
@@ -281,7 +278,7 @@ class DeepSpeedFiles:
                         f"missing or there twice: files are missing, or of different runs."
                     )
 
-    def _training_state(self, first: Mapping[str, Any], loss_scale: Mapping[str, Any]) -> dict[str, Any]:
+    def _training_state(self, first: Mapping[str, object], loss_scale: Mapping[str, object]) -> dict[str, object]:
         client_state = {key: value for key, value in first.items() if key not in _DEEPSPEED_KEYS}
         state = {
             "lr_scheduler": first["lr_scheduler"],
@@ -297,16 +294,13 @@ class DeepSpeedFiles:
         return state
 
 
-# ---------------------------------------------------------------------------------- helpers
-
-
 def _check_sizes(
     path: Path,
     position: int,
     numel: int,
     placements: Iterable[Placement],
     master: torch.Tensor,
-    state: Mapping[str, Any],
+    state: _State,
 ) -> None:
     # ZeRO 1 and 2 cut the padding off the weights, but not off the moments
     end = max((p.flat_start + p.numel for p in placements if p.numel), default=0)
@@ -340,10 +334,10 @@ def _joined(kind: str, pieces: Iterable[_Piece]) -> torch.Tensor:
     return torch.cat(parts) if parts else torch.zeros(0)
 
 
-def _plain_group(group: Mapping[str, Any]) -> dict[str, Any]:
+def _plain_group(group: Mapping[str, object]) -> dict[str, object]:
     """A param group's settings as JSON holds them."""
 
-    def plain(values: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    def plain(values: Iterable[tuple[str, object]]) -> Iterator[tuple[str, object]]:
         for key, value in values:
             value = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
             if isinstance(value, (bool, int, float, str, list, tuple, type(None))):
@@ -352,13 +346,13 @@ def _plain_group(group: Mapping[str, Any]) -> dict[str, Any]:
     return dict(plain((key, value) for key, value in group.items() if key != "params"))
 
 
-def _said_topology(folder: Path) -> dict[str, Any] | None:
+def _said_topology(folder: Path) -> Topology | None:
     """The topology in the folder's manifest, if it has one."""
     manifest = read_manifest(folder)
-    return None if manifest is None else cast("dict[str, Any] | None", manifest.get("topology"))
+    return None if manifest is None else manifest.get("topology")
 
 
-def _pickled(value: Any) -> io.BytesIO:
+def _pickled(value: object) -> io.BytesIO:
     file = io.BytesIO()
     torch.save(value, file)
     file.seek(0)

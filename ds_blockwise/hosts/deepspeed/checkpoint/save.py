@@ -3,7 +3,19 @@
 
 DeepSpeed writes ``latest`` in place, and a rank whose write fails leaves the others waiting. Here all files go to
 ``<tag>.partial``, a manifest with their sums follows, one rename makes the checkpoint visible, and only then
-``latest`` moves. What fails on one rank is raised on all. Checked with DeepSpeed 0.19.8.
+``latest`` moves. What fails on one rank is raised on all.
+
+While DeepSpeed saves, `RecordingEngine` stands in the place of the engine's checkpoint engine. Every file of tensors
+goes through its ``save``: model, optimizer and expert files and the layers of a pipeline. That seam cannot carry the
+rest (DeepSpeed 0.19.8, ``runtime/engine.py``):
+
+- The engine makes every path from the tag by itself (4906-4909), and NVMe swap files (4941-4949) and the recovery
+  scripts (5530-5537) are copied past the checkpoint engine. So ``<tag>.partial`` is the tag that DeepSpeed is
+  given, and no path is rewritten.
+- ``commit`` (4958-4959) is no place for the ranks to meet: a rank that raises before it, while it collects a state
+  dict or copies a script, never calls it. So the manifest and the rename follow after ``save_checkpoint``.
+- ``latest`` is written in place by rank 0 alone, after ``commit`` (4960-4962). So DeepSpeed is told not to write it.
+- Client state, rank states and the settings in the manifest do not reach the checkpoint engine.
 """
 
 from __future__ import annotations
@@ -12,63 +24,53 @@ import functools
 import io
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
 from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
-from deepspeed.utils import groups
-from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size, bwc_tensor_model_parallel_world_size
 
 from ds_blockwise.checkpoint import folder as files
 from ds_blockwise.checkpoint.folder import PARTIAL, CheckpointError
 from ds_blockwise.checkpoint.record import KEY, settings_of
+from ds_blockwise.hosts.deepspeed.checkpoint.topology import Topology, leads, node_of, topology_of
 from ds_blockwise.hosts.deepspeed.checkpoint.universal import universal_checkpoint_info
-from ds_blockwise.hosts.deepspeed.checks import tensor_parallel_mpu
+from ds_blockwise.hosts.deepspeed.engine import CheckpointEngine, Engine
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.parallel.agree import gather, is_first_rank
 
 logger = logging.getLogger(__name__)
 
-# What a rank that writes alone does inside DeepSpeed's save: (attribute of the engine or None for itself, method).
-_WRITERS = (
-    ("checkpoint_engine", "save"),
-    ("checkpoint_engine", "makedirs"),
-    (None, "_save_checkpoint"),
-    (None, "_save_zero_checkpoint"),
-    (None, "_copy_recovery_script"),
-)
+_WARNED: WeakSet[Engine] = WeakSet()
 
 
-def topology_of(engine: Any) -> dict[str, Any]:
-    """Numbers of ranks, wrapper and precision: what decides whether DeepSpeed's files fit an engine as they are."""
-    offload = engine.zero_offload_optimizer()
-    device = "none" if offload is None else str(getattr(offload.device, "value", offload.device))
-    return {
-        "world_size": dist.get_world_size(),
-        "dp": int(engine.seq_dp_world_size),
-        "tp": int(bwc_tensor_model_parallel_world_size(tensor_parallel_mpu(engine))),
-        "pp": int(bwc_pipeline_parallel_world_size(engine.mpu)),
-        "zero_stage": int(engine.zero_optimization_stage()),
-        "wrapper": type(engine.optimizer).__name__ if engine.optimizer is not engine.basic_optimizer else "none",
-        "dtype": "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32",
-        "offload": device,
-        "ep": int(groups._get_max_expert_size() or 1) if engine.has_moe_layers else 1,
-    }
+class OwnEntry(TypedDict):
+    """What `save_checkpoint` adds to the client state under ``ds_blockwise``.
+
+    Attributes:
+        settings: of the optimizer, if it is one of ours.
+        topology: of the run.
+        added: other keys that were added to the client state.
+    """
+
+    settings: Mapping[str, object] | None
+    topology: Topology
+    added: list[str]
 
 
 def save_checkpoint(
-    engine: Any,
+    engine: Engine,
     save_dir: str | Path,
     tag: str | None = None,
-    client_state: dict[str, Any] | None = None,
+    client_state: Mapping[str, object] | None = None,
     save_latest: bool = True,
     exclude_frozen_parameters: bool = False,
-    rank_state: Any = None,
+    rank_state: object = None,
 ) -> bool:
     """Save a checkpoint that is either whole or not there; a collective over all ranks.
 
@@ -106,41 +108,117 @@ def save_checkpoint(
     )
     if engine.checkpoint_engine.is_decoupled():
         _warn_decoupled(engine)
-        return bool(original(tag=tag, save_latest=save_latest))
+        return original(tag=tag, save_latest=save_latest)
     save = _Save(engine, Path(save_dir), tag)
     save.start()
-    with save.recording():
+    with _recorded_by(save):
         try:
             original(tag=tag + PARTIAL, save_latest=False)
         except Exception as error:  # reported by `finish` on all ranks
             save.record("DeepSpeed's save_checkpoint", error)
-            # What can still raise (copying NVMe swap files) stands between DeepSpeed's first and its last barrier: the
-            # others wait in the last one.
-            dist.barrier()
-        if rank_state is not None:
-            save.write_rank_state(rank_state)
+            _join_the_others(engine)
+    if rank_state is not None:
+        save.write_rank_state(rank_state)
     save.finish(own, save_latest)
     return True
 
 
-def _own_entries(engine: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def _own_entries(engine: Engine) -> tuple[OwnEntry, dict[str, object]]:
     """Our entry of the client state, and the one that DeepSpeed's universal converter needs."""
     optimizer = engine.basic_optimizer
     settings = settings_of(optimizer) if isinstance(optimizer, BlockwiseOptimizer) else None
     # DeepSpeed keeps that key for itself when there are experts
     info = None if engine.has_moe_layers else universal_checkpoint_info(engine)
-    entries = {} if info is None else {UNIVERSAL_CHECKPOINT_INFO: info}
+    entries: dict[str, object] = {} if info is None else {UNIVERSAL_CHECKPOINT_INFO: info}
     return {"settings": settings, "topology": topology_of(engine), "added": list(entries)}, entries
 
 
-def _warn_decoupled(engine: Any) -> None:
-    if is_first_rank() and not getattr(engine, "_ds_blockwise_warned", False):
-        engine._ds_blockwise_warned = True
+def _warn_decoupled(engine: Engine) -> None:
+    if is_first_rank() and engine not in _WARNED:
+        _WARNED.add(engine)
         logger.warning(
             "%s writes checkpoints while training goes on: they get no manifest and no protection against a crash or "
             "a full disk. Remove its section from the JSON to have both.",
             type(engine.checkpoint_engine).__name__,
         )
+
+
+def _join_the_others(engine: Engine) -> None:
+    """Enter the collectives that the other ranks wait in, after this rank's save_checkpoint raised.
+
+    It can raise while it collects a state dict or copies scripts and swap files. What follows these on every rank
+    (``runtime/engine.py`` 4953-4964) is the gathering of ZeRO-3's small parameters, and a barrier.
+    """
+    epilogue = getattr(engine.optimizer, "checkpoint_event_epilogue", None)
+    if epilogue is not None:
+        epilogue()
+    dist.barrier()
+
+
+@contextmanager
+def _recorded_by(save: _Save) -> Iterator[None]:
+    engine, own = save.engine, save.engine.checkpoint_engine
+    engine.checkpoint_engine = RecordingEngine(own, save)
+    try:
+        yield
+    finally:
+        engine.checkpoint_engine = own
+
+
+class RecordingEngine:
+    """Stands in for a checkpoint engine during one save: what fails is noted and not raised.
+
+    A rank that raised alone would leave the others waiting in DeepSpeed's next collective.
+
+    Args:
+        own: the checkpoint engine that writes; everything that is not below is its.
+        save: takes the notes.
+    """
+
+    def __init__(self, own: CheckpointEngine, save: _Save) -> None:
+        self._own = own
+        self._save = save
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._own, name)
+
+    def create(self, info: object) -> None:
+        """A save begins."""
+        self._save.attempt(lambda: self._own.create(info), "DeepSpeed's checkpoint engine")
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Make a folder."""
+        self._save.attempt(lambda: self._own.makedirs(path, exist_ok=exist_ok), path)
+
+    def save(self, state_dict: dict[str, object], path: str) -> None:
+        """Write one file."""
+        _drop_empty(state_dict.get("module"))
+
+        def write() -> None:
+            self._own.save(state_dict, path)
+            if Path(path).is_file():  # not every rank's checkpoint engine writes
+                self._save.wrote(Path(path))
+
+        self._save.attempt(write, path)
+
+    def commit(self, info: object) -> None:
+        """All files of this rank are saved."""
+        self._save.attempt(lambda: self._own.commit(info), "DeepSpeed's checkpoint engine")
+
+    def is_decoupled(self) -> bool:
+        """False: a decoupled checkpoint engine is left alone."""
+        return False
+
+
+def _drop_empty(module: object) -> None:
+    """Remove the entries of a model's state dict that are None.
+
+    Megatron-core's layers save ``_extra_state = None`` (and do not miss it); DeepSpeed's universal converter asks each
+    entry of the state dict for ``.float()``.
+    """
+    if isinstance(module, dict):
+        for key in [key for key, value in module.items() if value is None]:
+            del module[key]
 
 
 @dataclass
@@ -153,13 +231,15 @@ class _Save:
         tag: final name.
         problems: what this rank could not write.
         written: names of the files that this rank wrote, relative to the partial folder.
+        sums: size and digest of the files that this rank sums.
     """
 
-    engine: Any
+    engine: Engine
     folder: Path
     tag: str
     problems: list[str] = field(default_factory=list)
     written: set[str] = field(default_factory=set)
+    sums: dict[str, dict[str, object]] = field(default_factory=dict)
 
     @property
     def partial(self) -> Path:
@@ -176,51 +256,27 @@ class _Save:
             text = f"torch could not write all of it (disk full, quota or limit of file sizes): {text}"
         self.problems.append(f"{what}: {text} ({_free(self.folder)} free)")
 
+    def attempt(self, action: Callable[[], object], what: str) -> None:
+        try:
+            action()
+        except Exception as error:  # reported on all ranks by the next `_raise_if_any`
+            self.record(what, error)
+
     def start(self) -> None:
         """Make the partial folder before anything is collected or written."""
         if self.leads:
-            self._attempt(lambda: files.start_partial(self.folder, self.tag), str(self.folder))
+            self.attempt(lambda: files.start_partial(self.folder, self.tag), str(self.folder))
         said = gather((self.tag, self.problems))
         tags = {tag for tag, _ in said}
         if len(tags) > 1:
             raise ValueError(f"all ranks must save under one tag, got {', '.join(sorted(map(repr, tags)))}")
         self._raise_if_any([problems for _, problems in said])
 
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Note failing writes instead of raising: DeepSpeed's next collective needs every rank."""
-        patched = [(self.engine, "module_state_dict", vars(self.engine).get("module_state_dict"))]
-        self.engine.module_state_dict = _without_empty(self.engine.module_state_dict)
-        for attribute, name in _WRITERS:
-            owner = self.engine if attribute is None else getattr(self.engine, attribute)
-            patched.append((owner, name, vars(owner).get(name)))
-            setattr(owner, name, self._recorded(getattr(owner, name), name))
-        try:
-            yield
-        finally:
-            for owner, name, before in patched:
-                delattr(owner, name) if before is None else setattr(owner, name, before)
-
-    def _recorded(self, method: Callable[..., Any], name: str) -> Callable[..., Any]:
-        @functools.wraps(method)
-        def recorded(*args: Any, **keywords: Any) -> Any:
-            path = str(keywords.get("path", args[1] if name == "save" and len(args) > 1 else args[0] if args else ""))
-            try:
-                result = method(*args, **keywords)
-                if name == "save" and Path(path).is_file():  # not every rank's checkpoint engine writes
-                    self._wrote(Path(path))
-                return result
-            except Exception as error:  # reported by `finish` on all ranks
-                self.record(path, error)
-                return None
-
-        return recorded
-
-    def _wrote(self, path: Path) -> None:
+    def wrote(self, path: Path) -> None:
         if path.is_relative_to(self.partial):
             self.written.add(path.relative_to(self.partial).as_posix())
 
-    def write_rank_state(self, rank_state: Any) -> None:
+    def write_rank_state(self, rank_state: object) -> None:
         path = self.partial / _rank_file(dist.get_rank())
 
         def write() -> None:
@@ -229,24 +285,24 @@ class _Save:
             buffer.seek(0)
             torch.load(buffer, weights_only=True)  # what could not be read back must not be written
             path.write_bytes(buffer.getvalue())
-            self._wrote(path)
+            self.wrote(path)
 
-        self._attempt(write, str(path))
+        self.attempt(write, str(path))
 
-    def finish(self, own: dict[str, Any], save_latest: bool) -> None:
+    def finish(self, own: OwnEntry, save_latest: bool) -> None:
         """Sum the files, write the manifest, rename, move ``latest``; or undo all and raise everywhere."""
         said = gather((node_of(self.engine), self.problems, self.written))
         self._raise_if_any([problems for _, problems, _ in said])
-        self._attempt(lambda: self._sum([(node, written) for node, _, written in said]), str(self.partial))
-        summed = gather((self.problems, getattr(self, "sums", {})))
+        self.attempt(lambda: self._sum([(node, written) for node, _, written in said]), str(self.partial))
+        summed = gather((self.problems, self.sums))
         self._raise_if_any([problems for problems, _ in summed])
         if self.leads:
             mine = [sums for (node, _, _), (_, sums) in zip(said, summed, strict=True) if node == node_of(self.engine)]
-            self._attempt(lambda: self._publish(own, {k: v for sums in mine for k, v in sums.items()}), str(self.tag))
+            self.attempt(lambda: self._publish(own, {k: v for sums in mine for k, v in sums.items()}), str(self.tag))
         self._raise_if_any(gather(self.problems))
         if save_latest:
             if self.leads:
-                self._attempt(lambda: files.write_latest(self.folder, self.tag), str(self.folder / files.LATEST))
+                self.attempt(lambda: files.write_latest(self.folder, self.tag), str(self.folder / files.LATEST))
             self._raise_if_any(gather(self.problems), complete=True)
 
     def _sum(self, said: list[tuple[int, set[str]]]) -> None:
@@ -259,7 +315,7 @@ class _Save:
             names = names | (set(files.files_in(self.partial)) - claimed)
         self.sums = files.sums_of(self.partial, sorted(names))
 
-    def _publish(self, own: dict[str, Any], sums: dict[str, dict[str, Any]]) -> None:
+    def _publish(self, own: OwnEntry, sums: dict[str, dict[str, object]]) -> None:
         files.write_manifest(
             self.partial,
             kind="deepspeed",
@@ -270,12 +326,6 @@ class _Save:
             files=sums,
         )
         files.publish(self.partial)
-
-    def _attempt(self, action: Callable[[], Any], what: str) -> None:
-        try:
-            action()
-        except Exception as error:  # reported on all ranks by the next `_raise_if_any`
-            self.record(what, error)
 
     def _raise_if_any(self, problems: list[list[str]], *, complete: bool = False) -> None:
         lines = [f"rank {rank}: {line}" for rank, found in enumerate(problems) for line in dict.fromkeys(found)]
@@ -295,23 +345,6 @@ class _Save:
         )
 
 
-def _without_empty(module_state_dict: Callable[..., Any]) -> Callable[..., Any]:
-    """A model's state dict without entries that are None.
-
-    Megatron-core's layers save ``_extra_state = None`` (and do not miss it); DeepSpeed's universal converter asks each
-    entry of the state dict for ``.float()``.
-    """
-
-    @functools.wraps(module_state_dict)
-    def without_empty(*args: Any, **keywords: Any) -> Any:
-        state = module_state_dict(*args, **keywords)
-        for key in [key for key, value in (state or {}).items() if value is None]:
-            del state[key]
-        return state
-
-    return without_empty
-
-
 def _free(folder: Path) -> str:
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
@@ -321,10 +354,7 @@ def _free(folder: Path) -> str:
         return "unknown space"
 
 
-# ------------------------------------------------------------------------------ one rank
-
-
-def load_rank_state(path: str | Path) -> Any:
+def load_rank_state(path: str | Path) -> object:
     """What this rank gave to `save_checkpoint` as ``rank_state``; None if the checkpoint has none for it.
 
     Args:
@@ -337,13 +367,3 @@ def load_rank_state(path: str | Path) -> Any:
 
 def _rank_file(rank: int) -> str:
     return f"rank_state_{rank:05d}.pt"
-
-
-def node_of(engine: Any) -> int:
-    """Number of the storage that this rank writes to: 0, or with node-local storage its node's first rank."""
-    return dist.get_rank() - int(engine.local_rank) if engine.use_node_local_storage() else 0
-
-
-def leads(engine: Any) -> bool:
-    """Whether this rank makes, renames and removes the folders of its storage."""
-    return dist.get_rank() == node_of(engine)

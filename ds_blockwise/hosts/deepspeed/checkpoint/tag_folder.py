@@ -12,7 +12,7 @@ import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, TypedDict
 
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -31,19 +31,38 @@ _OPTIM = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_sta
 _OTHER = re.compile(r"(?:(layer_(?!\d+_expert_))|layer_|expp_rank_|expert_).*\.pt")
 
 
-def load_file(path: Path, *, trust: bool) -> dict[str, Any]:
+class ModelFile(TypedDict, total=False):
+    """What DeepSpeed writes into ``*_model_states.pt`` and is read here; the user's client state lies beside it."""
+
+    module: dict[str, torch.Tensor]  # None for a pipeline, which is refused
+    buffer_names: list[str]
+    optimizer: dict[str, Any]
+    frozen_param_shapes: dict[str, torch.Size]
+    frozen_param_fragments: dict[str, torch.Tensor]
+    lr_scheduler: dict[str, object] | None
+    global_steps: int
+    dp_world_size: int
+    mp_world_size: int
+    ds_config: dict[str, dict[str, Any]]
+    checkpoint_parallel_dimensions: dict[str, int]
+
+
+def load_file(path: Path, *, trust: bool) -> Any:
     """Load one of DeepSpeed's files on the CPU, its tensors mapped and not read.
 
     Args:
         path: a file that ``torch.save`` wrote.
         trust: also load files that hold arbitrary Python objects, which can run code.
 
+    Returns:
+        A dict; `ModelFile` if it is a model file.
+
     Raises:
         CheckpointError: the file is damaged, or needs ``trust``.
     """
     try:
         with torch.serialization.safe_globals(list(HARMLESS)):
-            return cast("dict[str, Any]", torch.load(path, map_location="cpu", mmap=True, weights_only=not trust))
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=not trust)
     except pickle.UnpicklingError as error:
         needed = foreign_globals(path)
         if not needed:
@@ -56,7 +75,7 @@ def load_file(path: Path, *, trust: bool) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
-def foreign_globals(file: Any) -> list[str]:
+def foreign_globals(file: Path | BinaryIO) -> list[str]:
     """Names of the classes and functions that a file (or a path) needs and `HARMLESS` does not list."""
     own = {f"{c.__module__}.{c.__qualname__}" for c in HARMLESS}
     try:
@@ -91,7 +110,9 @@ class TagFolder:
     def __init__(self, folder: Path, *, trust: bool = False) -> None:
         self.folder = Path(folder)
         self.model_paths, self.optim_paths = _find_files(self.folder)
-        self.models = {key: load_file(path, trust=trust) for key, path in self.model_paths.items()}
+        self.models: dict[tuple[int, int], ModelFile] = {
+            key: load_file(path, trust=trust) for key, path in self.model_paths.items()
+        }
         self.first = self.models[min(self.models)]
         self._refuse_unread_kinds()
         self.dp, self.tp = int(self.first["dp_world_size"]), int(self.first["mp_world_size"])
@@ -105,7 +126,7 @@ class TagFolder:
         return 3 if self._partitions_models else int(self._config.get("zero_optimization", {}).get("stage", 1))
 
     @property
-    def topology(self) -> dict[str, Any]:
+    def topology(self) -> dict[str, int | str]:
         """Ranks, ZeRO stage and dtype as the files say."""
         enabled = [name for name in ("bf16", "fp16") if self._config.get(name, {}).get("enabled") is True]
         return {
@@ -118,8 +139,8 @@ class TagFolder:
         }
 
     @property
-    def _config(self) -> Mapping[str, Any]:
-        return cast("Mapping[str, Any]", self.first.get("ds_config") or {})
+    def _config(self) -> Mapping[str, Mapping[str, Any]]:
+        return self.first.get("ds_config") or {}
 
     @property
     def _partitions_models(self) -> bool:

@@ -9,7 +9,6 @@ with more ranks cuts each parameter as its file says.
 from __future__ import annotations
 
 import re
-from typing import Any, cast
 
 from deepspeed.checkpoint.constants import (
     AUTOTP_UNSUPPORTED_PARAMETER_PATTERNS,
@@ -23,12 +22,14 @@ from deepspeed.checkpoint.constants import (
 from torch import nn
 
 from ds_blockwise.blocks.ranges import TensorShard
+from ds_blockwise.hosts.deepspeed.engine import Engine
+from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.tagging.module_reader import TensorSplit, tensor_splits
 
 _COLUMN_PARALLEL = ""  # what the converter does with a parameter that no pattern names: join along dimension 0
 
 
-def universal_checkpoint_info(engine: Any) -> dict[str, Any] | None:
+def universal_checkpoint_info(engine: Engine) -> dict[str, object] | None:
     """Value of ``client_state["universal_checkpoint_info"]`` for a checkpoint that can be made universal.
 
     Args:
@@ -40,9 +41,10 @@ def universal_checkpoint_info(engine: Any) -> dict[str, Any] | None:
     reason = _unconvertible(engine)
     own = getattr(engine.module, UNIVERSAL_CHECKPOINT_INFO, None)
     if own is not None:
-        unsupported = {**own.get(AUTOTP_UNSUPPORTED_PARAMETER_PATTERNS, {}), ".*": reason}
-        return None if reason is None else {**own, AUTOTP_UNSUPPORTED_PARAMETER_PATTERNS: unsupported}
-    info: dict[str, Any] = {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE}
+        known = own.get(AUTOTP_UNSUPPORTED_PARAMETER_PATTERNS, {})
+        return None if reason is None else {**own, AUTOTP_UNSUPPORTED_PARAMETER_PATTERNS: {**known, ".*": reason}}
+    patterns: dict[str, list[str]] = {}
+    unsupported: dict[str, str] = {}
     splits = tensor_splits(engine.module)
     for param in engine.module.parameters():
         if not param.requires_grad:
@@ -50,20 +52,23 @@ def universal_checkpoint_info(engine: Any) -> dict[str, Any] | None:
         pattern = f"{re.escape(engine.param_names[param])}$"
         category = _category(param, splits.get(param))
         if category in (_REPLICATED, *_OF_SPLIT.values()):
-            info.setdefault(category, []).append(pattern)
+            patterns.setdefault(category, []).append(pattern)
         elif category != _COLUMN_PARALLEL:
-            info.setdefault(AUTOTP_UNSUPPORTED_PARAMETER_PATTERNS, {})[pattern] = category
+            unsupported[pattern] = category
     if reason is not None:
-        info.setdefault(AUTOTP_UNSUPPORTED_PARAMETER_PATTERNS, {})[".*"] = reason
-    return info
+        unsupported[".*"] = reason
+    version = {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE}
+    return {**version, **patterns, **({AUTOTP_UNSUPPORTED_PARAMETER_PATTERNS: unsupported} if unsupported else {})}
 
 
-def _unconvertible(engine: Any) -> str | None:
+def _unconvertible(engine: Engine) -> str | None:
     """Why DeepSpeed's converter would make a wrong checkpoint of this engine's, or none."""
     if getattr(engine.optimizer, "round_robin_gradients", False):
         return "round_robin_gradients: the converter mixes up parameters; use ds-blockwise convert"
     optimizer = engine.basic_optimizer
-    if getattr(optimizer, "checkpoint_format", "") == "compact" and optimizer.shares_second_moment:
+    if not isinstance(optimizer, BlockwiseOptimizer):
+        return None
+    if optimizer.checkpoint_format == "compact" and optimizer.shares_second_moment:
         return "compact: the converter needs exp_avg_sq with one value per element; use ds-blockwise convert"
     return None
 
@@ -77,7 +82,7 @@ _OF_SPLIT: dict[TensorSplit, str] = {
 
 def _category(param: nn.Parameter, split: TensorSplit | None) -> str:
     """Key of the converter's pattern list, `_COLUMN_PARALLEL`, or the reason why it cannot join this parameter."""
-    shard = cast("TensorShard | None", getattr(param, "block_shard", None))
+    shard: TensorShard | None = getattr(param, "block_shard", None)
     if split is None:
         return _REPLICATED
     if shard is not None and not shard.is_even:

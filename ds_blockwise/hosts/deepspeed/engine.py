@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: D102 - the methods are DeepSpeed's, and most of their names say what they return
+"""What we use of DeepSpeed's engine and of its optimizer wrappers, as types, and a few questions put to every engine.
+
+DeepSpeed has no types. A name that a later version drops or renames has to be changed here first. Checked with
+DeepSpeed 0.19.8; does not import it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias, TypedDict, TypeGuard
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+Loaded: TypeAlias = tuple[str | None, dict[str, object] | None]
+"""What ``load_checkpoint`` returns: the path and the client state, or None for both."""
+
+
+class LoadOptions(TypedDict):
+    """Arguments of ``load_checkpoint`` that DeepSpeed and we take alike."""
+
+    load_module_strict: bool
+    load_optimizer_states: bool
+    load_lr_scheduler_states: bool
+    load_module_only: bool
+    custom_load_fn: object
+
+
+class OffloadConfig(Protocol):
+    """The section ``"offload_optimizer"`` of the JSON, parsed."""
+
+    device: object
+    ratio: float
+
+
+class Monitor(Protocol):
+    """Where the engine writes curves: TensorBoard, CSV, W&B."""
+
+    enabled: bool
+
+    def write_events(self, events: list[tuple[str, float, int]]) -> None:
+        """Write (name, value, step) triples."""
+
+
+class Schedule(Protocol):
+    """A learning rate schedule."""
+
+    def state_dict(self) -> dict[str, object]:
+        """Its position."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take a position."""
+
+
+class CheckpointEngine(Protocol):
+    """What writes and reads the files of a checkpoint (``runtime/checkpoint_engine/checkpoint_engine.py``)."""
+
+    def create(self, info: object) -> object:
+        """Called when a checkpoint begins."""
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Make a folder."""
+
+    def save(self, state_dict: dict[str, object], path: str) -> object:
+        """Write one file, if this rank is one that writes."""
+
+    def commit(self, info: object) -> object:
+        """Called when all files of a checkpoint have been saved."""
+
+    def is_decoupled(self) -> bool:
+        """Whether files are written while training goes on."""
+
+
+class Wrapper(Protocol):
+    """What ``engine.optimizer`` is, whether it wraps the basic optimizer or is that itself.
+
+    Attributes:
+        overflow: whether the last step was skipped.
+        clip_grad: norm that gradients are clipped to; the basic optimizer itself has none.
+    """
+
+    overflow: bool
+    clip_grad: float
+
+    def step(self) -> object:
+        """Step the basic optimizer."""
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+
+
+class Engine(Protocol):
+    """A ``DeepSpeedEngine`` or ``PipelineEngine``.
+
+    Attributes:
+        module: the model.
+        optimizer: the wrapper, or the basic optimizer where DeepSpeed needs none.
+        basic_optimizer: the optimizer that was named in the JSON or given by the client.
+        client_optimizer: what ``deepspeed.initialize`` was given as ``optimizer``.
+        param_names: name of every parameter of the model, after AutoTP.
+        mpu: what says how ranks are grouped; a module or an object.
+        seq_data_parallel_group: ranks over which gradients are averaged; None for all.
+        pipeline_parallelism: whether the model is a ``PipelineModule``.
+    """
+
+    module: nn.Module
+    optimizer: Wrapper
+    basic_optimizer: object
+    client_optimizer: object
+    param_names: Mapping[torch.Tensor, str]
+    mpu: object
+    monitor: Monitor
+    lr_scheduler: Schedule | None
+    client_lr_scheduler: object
+    checkpoint_engine: CheckpointEngine
+    device: torch.device | str
+    global_rank: int
+    local_rank: int
+    global_steps: int
+    micro_steps: int
+    seq_data_parallel_group: dist.ProcessGroup | None
+    seq_parallel_group: dist.ProcessGroup
+    seq_dp_world_size: int
+    mp_world_size: int
+    has_moe_layers: bool
+    pipeline_parallelism: bool
+    save_checkpoint: Callable[..., bool]
+    load_checkpoint: Callable[..., Loaded]
+    _is_gradient_accumulation_boundary: bool | None
+
+    def optimizer_name(self) -> str | None: ...
+    def scheduler_params(self) -> Mapping[str, object] | None: ...
+    def gradient_clipping(self) -> float: ...
+    def gradient_accumulation_steps(self) -> int: ...
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None: ...
+    def backward(self, loss: torch.Tensor, *, scale_wrt_gas: bool) -> object: ...
+    def zero_grad(self) -> None: ...
+    def bfloat16_enabled(self) -> bool: ...
+    def fp16_enabled(self) -> bool: ...
+    def bf16_master_weights_and_gradients(self) -> bool: ...
+    def fp16_master_weights_and_gradients(self) -> bool: ...
+    def torch_autocast_enabled(self) -> bool: ...
+    def torch_autocast_dtype(self) -> object: ...
+    def autotp_size(self) -> int: ...
+    def super_offload(self) -> bool: ...
+    def zero_optimization(self) -> bool: ...
+    def zero_optimization_stage(self) -> int: ...
+    def zero_optimization_partition_weights(self) -> bool: ...
+    def zero_offload_optimizer(self) -> OffloadConfig | None: ...
+    def zero_elastic_checkpoint(self) -> bool: ...
+    def zero_compute_grad_norm(self) -> bool: ...
+    def zero_round_robin_gradients(self) -> bool: ...
+    def use_node_local_storage(self) -> bool: ...
+    def load_universal_checkpoint(self) -> bool: ...
+    def _get_all_ckpt_names(self, checkpoints_path: str, tag: str) -> list[str]: ...
+    def _get_zero_ckpt_name(self, checkpoints_path: str, tag: str) -> str | Path: ...
+    def _get_buffer_names(self) -> list[str]: ...
+
+
+class ZeroStages1And2(Wrapper, Protocol):
+    """``DeepSpeedZeroOptimizer``: per group one flat buffer, of which each rank steps one window."""
+
+    round_robin_bit16_groups: Sequence[Sequence[nn.Parameter]]
+    bit16_groups_flat: Sequence[torch.Tensor]
+    single_partition_of_fp32_groups: Sequence[torch.Tensor]
+    partition_size: Sequence[int]
+    real_dp_process_group: Sequence[dist.ProcessGroup | None]
+    _hp_optimizer_states_linked: bool
+
+    def update_lp_params(self) -> None:
+        """Round the fp32 weights into the model's; a collective."""
+
+
+class BF16Optimizer(Wrapper, Protocol):
+    """``BF16_Optimizer``: as ZeRO stages 1 and 2, with fp32 gradients."""
+
+    bf16_groups: Sequence[Sequence[nn.Parameter]]
+    fp32_groups_flat_partition: Sequence[torch.Tensor]
+    real_dp_process_group: Sequence[dist.ProcessGroup | None]
+    _hp_optimizer_states_linked: bool
+
+    def update_lp_params(self) -> None:
+        """Round the fp32 weights into the model's; a collective."""
+
+
+class PartitionedParameter(Protocol):
+    """What zero.Init adds to a parameter: each rank of a group holds one piece of it."""
+
+    data: torch.Tensor
+    ds_numel: int
+    ds_tensor: torch.Tensor
+    ds_process_group: dist.ProcessGroup
+
+    def partition_numel(self) -> int:
+        """Elements of one piece, padding included."""
+
+
+def is_partitioned(param: object) -> TypeGuard[PartitionedParameter]:
+    """Whether zero.Init has cut a parameter."""
+    return hasattr(param, "ds_tensor")
+
+
+def whole_numel(param: torch.Tensor) -> int:
+    """Elements of a parameter before zero.Init cut it."""
+    return int(getattr(param, "ds_numel", param.numel()))
+
+
+class ZeroStage3(Wrapper, Protocol):
+    """``DeepSpeedZeroOptimizer_Stage3``: per sub-group one flat tensor of pieces of its parameters."""
+
+    fp16_groups: Sequence[Sequence[PartitionedParameter]]
+    fp16_partitioned_groups: Sequence[Sequence[PartitionedParameter]]
+    fp16_partitioned_groups_flat: Sequence[torch.Tensor]
+    fp32_partitioned_groups_flat: Sequence[torch.Tensor]
+    dp_process_group: dist.ProcessGroup | None
+
+    def unflatten(self, flat: torch.Tensor, like: Sequence[PartitionedParameter]) -> Sequence[torch.Tensor]:
+        """Views of a flat tensor, one for each piece."""
+
+    def checkpoint_event_prologue(self) -> None:
+        """Cut the small parameters that every rank keeps whole."""
+
+    def checkpoint_event_epilogue(self) -> None:
+        """Gather them again; a collective."""
+
+
+class UnfusedOptimizer(Wrapper, Protocol):
+    """``FP16_UnfusedOptimizer``: ZeRO stage 0 in 16 bit, an fp32 copy of each parameter."""
+
+    fp16_groups: Sequence[Sequence[nn.Parameter]]
+    fp32_groups: Sequence[Sequence[torch.Tensor]]
+
+
+def is_wrapped(engine: Engine) -> bool:
+    """Whether DeepSpeed steps the basic optimizer through a wrapper of its own; not at ZeRO stage 0 in fp32."""
+    return engine.optimizer is not engine.basic_optimizer
+
+
+def offload_device(engine: Engine) -> str:
+    """Where the optimizer's state is kept: ``cpu``, ``nvme``, or ``none`` without optimizer offload."""
+    offload = engine.zero_offload_optimizer()
+    return "none" if offload is None else str(getattr(offload.device, "value", offload.device))
+
+
+def sequence_parallel_size(engine: Engine) -> int:
+    """Ranks that share each sequence; 1 without sequence parallelism."""
+    return int(getattr(engine, "sequence_parallel_size", 1))
+
+
+def tensor_parallel_mpu(engine: Engine) -> object:
+    """The engine's ``mpu`` if it says how tensors are split, else None.
+
+    That of DeepSpeed's Ulysses (``parallel_state_sp``) calls sequence-parallel ranks, which hold the same tensors,
+    model-parallel.
+    """
+    return None if hasattr(engine.mpu, "initialize_sequence_parallel") else engine.mpu
