@@ -37,7 +37,7 @@ def tags_of(tensor: torch.Tensor) -> TaggedParameter | None:
     return tensor if is_tagged(tensor) else None
 
 
-def as_tagged(tensor: torch.Tensor) -> TaggedParameter:
+def as_tagged(tensor: object) -> TaggedParameter:
     """The tensor, which must have been tagged by now; setting an attribute sets the tensor's."""
     assert is_tagged(tensor), "the tensor has not been tagged"
     return tensor

@@ -49,7 +49,7 @@ def group_of(
     return next((g for g in optimizer.param_groups if any(id(t) in holders for t in g["params"])), None)
 
 
-def tagged_placement(param: torch.Tensor, flat_start: int, param_start: int, numel: int, cuts: tuple[int, ...]) -> Placement:
+def tagged_placement(param: object, flat_start: int, param_start: int, numel: int, cuts: tuple[int, ...]) -> Placement:
     """`Placement` of a range of a tagged parameter."""
     tagged = as_tagged(param)
     return Placement(tagged.block_spec, tagged.block_shard, flat_start, param_start, numel, cuts)
