@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton backend: one launch for all tensors of a step, through tables of addresses, jobs and tiles.
 
-Launches of a step: `_prepare` (counts steps, computes bias corrections and each multiplier's rates) and `_update`.
-Blocks that one tile cannot sum add `_sum`, those in several pieces, runs or ranks `_finish`, between the two.
+Launches of a step: `prepare_kernel` (counts steps, computes bias corrections and the rates of each pair of multipliers)
+and `update_kernel`. Two more launches lie between them where they are needed: `sum_kernel` for blocks that one tile of
+the update cannot sum, and `finish_kernel` for blocks in several pieces, in several runs or on several ranks.
 
-No races, by kind of job (`triton_plan`). ROWS and LOOP: the program that sums a block is the only one that reads or
-writes its second moment, and a barrier lies between all its threads' reading of the old value and the writing of the
-new one. CHUNK and RECT only read second moments that `_sum` or `_finish` wrote in an earlier launch, each in exactly
-one program. ELEMENTS and ELEMENT_RECT: as parameters, every value belongs to one lane of one program. Lanes may be
-replicated over threads; then one of them stores, what it loaded itself. There are no atomics: sums are in fp64 and in
-a fixed order.
+No races, by kind of job (`ds_blockwise.kernels.triton.tables.Kind`). ROWS and LOOP: only the program that sums a block
+reads or writes its second moment, and a barrier lies between the reading of the old value by all its threads and the
+writing of the new one. CHUNK and RECT only read second moments. `sum_kernel` or `finish_kernel` wrote these in an
+earlier launch, each in exactly one program. ELEMENTS and ELEMENT_RECT: as with parameters, every value belongs to one
+lane of one program. Lanes may be replicated over threads; then one thread stores what it loaded itself. There are no
+atomics: sums are in fp64 and in a fixed order.
 
 Squares of fp32 are exact in fp64, and their sums are good to 1e-12 however a block is cut. A chain of 32 squares in
 fp32 is only known to be good to 32 * 2^-24 = 2e-6, more than the 1e-6 that a cut may change. By the data sheets fp64
@@ -20,8 +21,8 @@ hides behind the memory traffic at half rate (H200), and at 1/64 (consumer GPUs)
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 import triton  # type: ignore[import-untyped]
@@ -29,18 +30,25 @@ import triton.language as tl  # type: ignore[import-untyped]
 
 from ds_blockwise.blocks.segment_table import SegmentTable
 from ds_blockwise.kernels.base import Item, Kernels
-from ds_blockwise.kernels.triton.batch import Batch, Batches, Group, SumProgram
-from ds_blockwise.kernels.triton.batch import group as group_items
+from ds_blockwise.kernels.triton.batch import Batch, Batches, Group, SumProgram, group_items
 from ds_blockwise.kernels.triton.plan import TritonPlan, make_plan
-from ds_blockwise.kernels.triton.sums import _finish, _sum
-from ds_blockwise.kernels.triton.update import _prepare, _update
+from ds_blockwise.kernels.triton.prepare import prepare_kernel
+from ds_blockwise.kernels.triton.sums import finish_kernel, sum_kernel
+from ds_blockwise.kernels.triton.tables import FINISH_BLOCKS, VERSION, Address
+from ds_blockwise.kernels.triton.update import update_kernel
 
 # 16 elements a thread: four 16-byte loads of each fp32 tensor, and few enough registers for two or three programs on a
-# multiprocessor. Nothing is autotuned: a trial run of an in-place kernel would be a step.
+# multiprocessor. Nothing may be autotuned: a trial run of an in-place kernel is a step of the user's weights.
 NUM_WARPS = 8
-FINISH_WARPS = 1
+SMALL_WARPS = 1  # of the kernels that step no tensors
 
-_INTERPRETED = not isinstance(_update, triton.JITFunction)
+_INTERPRETED = not isinstance(update_kernel, triton.JITFunction)
+
+
+class _Kernel(Protocol):
+    """A function under ``triton.jit``."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]: ...
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -56,16 +64,12 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-def _launch(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
+def _launch(kernel: _Kernel, programs: int, *args: torch.Tensor | int, **meta: object) -> None:
     if programs:
-        kernel[(programs,)](*args, **meta)
+        kernel[(programs,)](*args, **meta, VERSION=VERSION)
 
 
-def _bits(numbers: frozenset[int]) -> int:
-    return sum(1 << number for number in numbers)
-
-
-def _type(dtype: torch.dtype | None) -> Any:
+def _type(dtype: torch.dtype | None) -> object:
     return None if dtype is None else getattr(tl, str(dtype).removeprefix("torch."))
 
 
@@ -106,19 +110,20 @@ class TritonKernels(Kernels):
             with _on(batch.device):
                 batch.upload(group)
                 scalars = (batch.row_ends, batch.multipliers, batch.scalars)
-                _launch(_prepare, len(group.items), batch.addresses, batch.hyper, *scalars, num_warps=1)
+                tables = (batch.addresses, batch.settings, *scalars)
+                _launch(prepare_kernel, len(group.items), *tables, num_warps=SMALL_WARPS)
                 _add_up(batch, batch.own, group, to_sums=False)
                 self._update(batch, group)
         torch.autograd.graph.increment_version([item.param for item in items])
 
     def _update(self, batch: Batch, group: Group) -> None:
-        types = tuple(_type(dtype) for dtype in group.dtypes)
-        wide = tl.float64 if torch.float64 in (group.dtypes[0], group.dtypes[2]) else tl.float32
+        wide = torch.float64 in (group.dtypes[Address.PARAM], group.dtypes[Address.EXP_AVG])
         program = batch.update
         tables = (program.tiles, program.jobs, batch.addresses, batch.scalars)
-        meta = {"SAME": not group.shares, "A": group.aligned, "W": wide, "TYPES": types, "BY_HAND": _INTERPRETED}
-        has = {"HAS": _bits(program.has), "SHIFTS": _bits(program.shifts)}
-        _launch(_update, program.tiles.numel(), *tables, **has, **meta, num_warps=NUM_WARPS)
+        meta: dict[str, object] = {name: _type(dtype) for name, dtype in zip("PGMVC", group.dtypes, strict=True)}
+        meta |= {"SAME": not group.shares, "ALIGNED": group.aligned, "BY_HAND": _INTERPRETED}
+        meta |= {"WIDE": tl.float64 if wide else tl.float32, "HAS": program.has, "SHIFTS": program.shifts}
+        _launch(update_kernel, program.tiles.numel(), *tables, **meta, num_warps=NUM_WARPS)
 
 
 def _add_up(batch: Batch, sums: SumProgram | None, group: Group, *, to_sums: bool) -> None:
@@ -126,14 +131,14 @@ def _add_up(batch: Batch, sums: SumProgram | None, group: Group, *, to_sums: boo
         return
     program = sums.program
     # tensors without a gradient are not read: any dtype will do
-    grad_type, v_type = (_type(group.dtypes[i] or torch.float32) for i in (1, 3))
-    meta = {"HAS": _bits(program.has), "SHIFTS": _bits(program.shifts), "A": group.aligned, "G": grad_type, "V": v_type}
+    g, v = (_type(group.dtypes[column] or torch.float32) for column in (Address.GRAD, Address.EXP_AVG_SQ))
+    meta = {"HAS": program.has, "SHIFTS": program.shifts, "ALIGNED": group.aligned}
     tables = (program.tiles, program.jobs, batch.addresses, batch.scalars, sums.entries)
-    _launch(_sum, program.tiles.numel(), *tables, **meta, num_warps=NUM_WARPS)
+    _launch(sum_kernel, program.tiles.numel(), *tables, **meta, G=g, V=v, num_warps=NUM_WARPS)
     blocks = len(sums.finish)
     totals = (sums.finish, sums.order, sums.entries, batch.addresses, batch.scalars, batch.row_ends, blocks)
-    _launch(_finish, -(-blocks // 32), *totals, TO_SUMS=to_sums, V=v_type, num_warps=FINISH_WARPS)
+    _launch(finish_kernel, -(-blocks // FINISH_BLOCKS), *totals, TO_SUMS=to_sums, V=v, num_warps=SMALL_WARPS)
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

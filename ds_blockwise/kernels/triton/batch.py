@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one launch for many tensors reads beside them: joined plans, addresses and settings on the device.
+"""What one launch for many tensors reads beside the tensors: joined plans, addresses and settings on the device.
 
-Tables of jobs are joined once per set of tensors, addresses and settings are sent only when they changed. Knows torch,
-not Triton.
+Tables of jobs are joined once per set of tensors. Addresses and settings are sent only when they changed. The module
+`ds_blockwise.kernels.triton.tables` names the columns of all tables. Knows torch, not Triton.
 """
 
 from __future__ import annotations
@@ -16,11 +16,18 @@ from functools import cached_property
 import torch
 
 from ds_blockwise.kernels.base import Item
-from ds_blockwise.kernels.triton.plan import JOB_FIELDS, ROWS, SUM_ROWS, Sums, TritonPlan
-
-ADDRESSES = 8  # of one tensor: param, grad, exp_avg, exp_avg_sq, param_copy, sums, step, lr
-HYPERS = 7
-SCALARS = 7
+from ds_blockwise.kernels.triton.plan import Sums, TritonPlan
+from ds_blockwise.kernels.triton.tables import (
+    ALIGNMENT,
+    TILE_INDEX_BITS,
+    Address,
+    Finish,
+    Job,
+    Kind,
+    Scalar,
+    Setting,
+    SumKind,
+)
 
 
 @dataclass(frozen=True)
@@ -28,16 +35,16 @@ class Program:
     """Jobs of several tensors as one launch reads them.
 
     Attributes:
-        jobs: int64, shape ``(jobs, JOB_WORDS)``, on the device.
+        jobs: int64, shape ``(jobs, len(Job))``, on the device.
         tiles: int64, shape ``(programs,)``, on the device: job in the upper half, index in it in the lower half.
-        has: kinds of job in it; the others are not compiled.
-        shifts: base-2 logarithms of the row lengths of its `ROWS` or `SUM_ROWS` tiles.
+        has: sum of the kinds of job in it; the other kinds are not compiled.
+        shifts: bit n is set if a tile of rows has rows of up to ``2^n`` elements; other lengths are not compiled.
     """
 
     jobs: torch.Tensor
     tiles: torch.Tensor
-    has: frozenset[int]
-    shifts: frozenset[int]
+    has: int
+    shifts: int
 
 
 def _number(tensors: Sequence[torch.Tensor], column: int, steps: Sequence[int] | None = None) -> list[torch.Tensor]:
@@ -58,27 +65,41 @@ def join_jobs(
     entries: Sequence[int] | None,
     device: torch.device,
 ) -> Program:
-    """One program of the jobs of several tensors; ``rows`` and ``entries`` are how many each of them has."""
-    found = _number(jobs, JOB_FIELDS.index("item"))
-    found = _number(found, JOB_FIELDS.index("row"), rows)
+    """One program of the jobs of several tensors.
+
+    Args:
+        jobs: of each tensor.
+        tiles: numbers of tiles of each tensor's jobs.
+        rows: pairs of multipliers that each tensor has.
+        entries: partial sums that each tensor has; None if the jobs are the update's.
+        device: where the kernels read them.
+    """
+    found = _number(_number(jobs, Job.ITEM), Job.ROW, rows)
     if entries is not None:
-        found = _number(found, JOB_FIELDS.index("entry"), entries)
+        found = _number(found, Job.ENTRY, entries)
     table, counts = torch.cat(found), torch.cat(list(tiles))
     number = torch.repeat_interleave(torch.arange(len(table)), counts)
     index = torch.arange(len(number)) - (counts.cumsum(0) - counts)[number]
-    kinds = table[:, 0]
-    shifts = table[:, JOB_FIELDS.index("shift")][kinds == (SUM_ROWS if entries is not None else ROWS)]
+    kinds = table[:, Job.KIND]
+    shifts = table[:, Job.SHIFT][kinds == (Kind.ROWS if entries is None else SumKind.ROWS)]
     return Program(
         table.to(device),
-        ((number << 32) | index).to(device),
-        frozenset(kinds.tolist()),
-        frozenset(shifts.tolist()),
+        ((number << TILE_INDEX_BITS) | index).to(device),
+        sum(set(kinds.tolist())),
+        sum(1 << shift for shift in set(shifts.tolist())),
     )
 
 
 @dataclass(frozen=True)
 class SumProgram:
-    """Sums of several tensors: their jobs, their entries and the totals made of these."""
+    """Sums of several tensors, on the device.
+
+    Attributes:
+        program: the jobs that write entries.
+        entries: fp64, shape ``(entries,)``: partial sums.
+        order: int64, shape ``(entries,)``: see `Sums`.
+        finish: int64, shape ``(blocks, len(Finish))``: the blocks whose sums are put together.
+    """
 
     program: Program
     entries: torch.Tensor
@@ -92,14 +113,24 @@ def join_sums(sums: Sequence[Sums], rows: Sequence[int], device: torch.device) -
     program = join_jobs([s.jobs for s in sums], [s.tiles for s in sums], rows, counts, device)
     offsets = itertools.accumulate(counts, initial=0)
     order = torch.cat([s.order + offset for s, offset in zip(sums, offsets, strict=False)])
-    finish = torch.cat(_number(_number([s.finish for s in sums], 0), 2, counts))
+    finish = torch.cat(_number(_number([s.finish for s in sums], Finish.ITEM), Finish.FIRST, counts))
     entries = torch.empty(len(order), dtype=torch.float64, device=device)
     return SumProgram(program, entries, order.to(device), finish.to(device))
 
 
 @dataclass
 class Group:
-    """Tensors of one call that one launch can serve: same device and dtypes."""
+    """Tensors of one call that one launch can serve.
+
+    Attributes:
+        items: the tensors.
+        device: where all of them lie.
+        dtypes: of parameter, gradient, both moments and 16-bit copy, the first columns of `Address`; None if absent.
+        aligned: whether all their addresses divide by `ALIGNMENT`.
+        shares: whether second moments are one per block.
+        addresses: the table of `Address`, row after row.
+        settings: the table of `Setting`, row after row.
+    """
 
     items: list[Item]
     device: torch.device
@@ -107,10 +138,10 @@ class Group:
     aligned: bool
     shares: bool
     addresses: list[int]
-    hyper: list[float]
+    settings: list[float]
 
 
-def group(items: Sequence[Item]) -> list[Group]:
+def group_items(items: Sequence[Item]) -> list[Group]:
     """Sort the tensors of a call into groups and collect their addresses; turns step counts into device tensors."""
     groups: dict[tuple[object, ...], Group] = {}
     for item in items:
@@ -119,32 +150,36 @@ def group(items: Sequence[Item]) -> list[Group]:
         moments = (state.get("exp_avg"), state.get("exp_avg_sq"))
         if grad is None or moments[0] is None or moments[1] is None:
             moments = (None, None)
-        tensors = (param, grad, *moments, copy)
+        tensors = (param, grad, *moments, copy)  # as the columns of `Address`
         dtypes = tuple([None if t is None else t.dtype for t in tensors])
         where = [0 if t is None else t.data_ptr() for t in tensors]
-        aligned = not (where[0] | where[1] | where[2] | where[3] | where[4]) & 15
+        aligned = not (where[0] | where[1] | where[2] | where[3] | where[4]) & (ALIGNMENT - 1)
         where += [0 if item.sums is None else item.sums.data_ptr(), 0, 0]
-        hyper = _hyper(item, where, device) if moments[0] is not None else [0.0] * HYPERS
+        settings = _settings(item, where, device) if moments[0] is not None else [0.0] * len(Setting)
         key = (device, dtypes, aligned, item.plan.shares)
         found = groups.get(key)
         if found is None:
             found = groups[key] = Group([], device, dtypes, aligned, item.plan.shares, [], [])
         found.items.append(item)
         found.addresses += where
-        found.hyper += hyper
+        found.settings += settings
     return list(groups.values())
 
 
-def _hyper(item: Item, where: list[int], device: torch.device) -> list[float]:
+def _settings(item: Item, where: list[int], device: torch.device) -> list[float]:
+    """A row of `Setting`; sets the addresses of step count and learning rate."""
     step, h = item.state["step"], item.hyper
     if not isinstance(step, torch.Tensor) or step.device != device or step.dtype != torch.int64:
         step = item.state["step"] = torch.full((), int(step), dtype=torch.int64, device=device)
-    where[6] = step.data_ptr()
+    where[Address.STEP] = step.data_ptr()
     lr, bits = h.lr, 0
     if isinstance(lr, torch.Tensor) and lr.device == device:
         if lr.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"lr is a tensor of dtype {lr.dtype}; use float32 or float64")
-        where[7], bits, lr = lr.data_ptr(), 8 * lr.element_size(), 0.0
+            raise ValueError(
+                f"lr is a tensor of dtype {lr.dtype}; it must be a number, or a tensor of dtype torch.float32 or "
+                f'torch.float64. Write group["lr"] = group["lr"].float()'
+            )
+        where[Address.LR], bits, lr = lr.data_ptr(), 8 * lr.element_size(), 0.0
     return [float(lr), h.lr_floor, h.beta1, h.beta2, h.eps, h.weight_decay, float(bits)]
 
 
@@ -160,10 +195,11 @@ class Batch:
         self.rows = [len(plan.rows) for plan in plans]
         self.row_ends = torch.tensor([0, *itertools.accumulate(self.rows)], device=device)
         self.multipliers = torch.cat([plan.rows for plan in plans]).to(device)
-        self.scalars = torch.zeros(max(1, sum(self.rows)), SCALARS, dtype=torch.float64, device=device)
-        self._on_device = torch.zeros(len(plans) * (ADDRESSES + HYPERS), dtype=torch.int64, device=device)
-        self.addresses = self._on_device[: len(plans) * ADDRESSES]
-        self.hyper = self._on_device[len(plans) * ADDRESSES :].view(torch.float64)
+        self.scalars = torch.zeros(max(1, sum(self.rows)), len(Scalar), dtype=torch.float64, device=device)
+        # one piece of memory, so that both tables travel in one copy
+        self._on_device = torch.zeros(len(plans) * (len(Address) + len(Setting)), dtype=torch.int64, device=device)
+        self.addresses = self._on_device[: len(plans) * len(Address)]
+        self.settings = self._on_device[len(plans) * len(Address) :].view(torch.float64)
         self._sent: tuple[list[int], list[float]] | None = None
         # A capture may not allocate pinned memory, and its replays send again what it sent: from buffers made before it
         # and kept for good.
@@ -191,7 +227,7 @@ class Batch:
 
     @cached_property
     def split(self) -> SumProgram | None:
-        """Sums of blocks that travel; None if there are none."""
+        """Sums of split blocks; None if there are none."""
         return self._program_of([plan.split for plan in self.plans])
 
     @property
@@ -208,7 +244,7 @@ class Batch:
         Raises:
             RuntimeError: they changed between two captures without a step outside CUDA graphs.
         """
-        values = (group.addresses, group.hyper)
+        values = (group.addresses, group.settings)
         capturing = _capturing(self.device)
         if not capturing and not self._captured and self._sent == values:
             return
@@ -266,5 +302,5 @@ class Batches:
         if sums:
             for index, (item, values) in enumerate(zip(group.items, batch.sums, strict=True)):
                 item.sums = values
-                group.addresses[index * ADDRESSES + 5] = values.data_ptr()
+                group.addresses[index * len(Address) + Address.SUMS] = values.data_ptr()
         return batch

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Segment tables as the integer tensors that the Triton kernels read; knows torch, not Triton.
 
-A *job* is a regular group of tiles of one run (a record of `JOB_WORDS` integers), a *tile* is the work of one program:
-the number of its job and its index in it, packed into one integer, so that a tile costs 8 bytes. Python handles runs,
-never blocks or tiles. An *entry* is one fp64 partial sum of one block.
+A *tile* is the work of one program. A *job* is a regular group of tiles of one run: a row of a table whose columns are
+`ds_blockwise.kernels.triton.tables.Job`. An *entry* is one fp64 partial sum of one block. Python loops over runs, never
+over blocks or tiles.
 """
 
 from __future__ import annotations
@@ -15,32 +15,24 @@ from dataclasses import dataclass
 import torch
 
 from ds_blockwise.blocks.segment_table import SegmentTable, TableRun
+from ds_blockwise.kernels.triton.tables import (
+    COLUMN_ROWS,
+    COLUMNS_LOG2,
+    COMPLETE,
+    LOOP_LIMIT,
+    PIECE,
+    ROW_SHIFTS,
+    SHORT,
+    TILE,
+    TILE_LOG2,
+    Finish,
+    Job,
+    Kind,
+    Multiplier,
+    SumKind,
+)
 
-# A program updates 4096 elements: 48 KiB of fp32 reads in flight for Adam-mini, 64 KiB for AdamW. An H200 needs about
-# 30 KiB a multiprocessor to cover its memory latency, so one resident program suffices and two or three hide the rest.
-TILE_LOG2 = 12
-TILE = 1 << TILE_LOG2
-# Longer rows are summed in a loop and read again by the same program, which finds them in its L1 or in L2: 128 KiB of
-# fp32, times two programs on each of 132 multiprocessors, is less than the 50 MiB L2 of an H100 or H200.
-LOOP_LIMIT = 32768
-# A block up to this size is summed by one program. Heads are larger, but a partition may hold only some tens of them:
-# 64 programs of 128Ki elements fill a GPU better than 20 of 400Ki. The finish launch that it costs takes microseconds.
-PIECE = 1 << 17
-# Rows shorter than this share tiles with other rows even where their second moment is already known.
-SHORT = 512
-ROW_SHIFTS = (5, 7, 9, 10, 11, 12)
-COLUMNS_LOG2 = 5
-REPEATS = 1024
-
-ROWS, LOOP, CHUNK, ELEMENTS, RECT, ELEMENT_RECT = range(6)
-SUM_PIECE, SUM_ROWS, SUM_COLUMNS, SUM_RECT = range(4)
-
-JOB_FIELDS = (
-    "kind item row start numel count slot repeat repeat_stride block_stride block_numel parts entry direct shift span"
-).split()
-JOB_WORDS = len(JOB_FIELDS)
-FINISH_WORDS = 5  # item, slot, first entry, entries (-1: the sum is complete in item.sums), numel of the block
-
+# where the elements of a block lie: in one run, in several runs of this rank, or on several ranks
 SINGLE, SEVERAL, SPLIT = range(3)
 
 
@@ -49,11 +41,11 @@ class Sums:
     """Jobs that sum blocks, and how their partial sums are put together.
 
     Attributes:
-        jobs: int64, shape ``(jobs, JOB_WORDS)``.
+        jobs: int64, shape ``(jobs, len(Job))``.
         tiles: int64, shape ``(jobs,)``: tiles of each.
         num_entries: partial sums that the jobs write.
         order: int64, shape ``(num_entries,)``: entries sorted by block, within one in a fixed order.
-        finish: int64, shape ``(blocks, FINISH_WORDS)``: which part of ``order`` belongs to which block.
+        finish: int64, shape ``(blocks, len(Finish))``: which part of ``order`` belongs to which block.
     """
 
     jobs: torch.Tensor
@@ -71,11 +63,11 @@ class TritonPlan:
         numel: elements of the tensor.
         num_slots: see `SegmentTable`.
         shares: whether second moments are one per block.
-        rows: fp64, shape ``(rows, 2)``: the distinct pairs of multipliers.
+        rows: fp64, shape ``(rows, len(Multiplier))``: the distinct pairs of multipliers.
         jobs: the update's jobs.
         tiles: tiles of each.
         own: sums of blocks of this rank alone that no single tile of the update can sum.
-        split: sums of blocks that travel.
+        split: sums of the blocks that are split over ranks.
     """
 
     numel: int
@@ -104,11 +96,11 @@ class _Jobs:
             fields["entry"] = self.num_entries
             self.slots.append(slots)
             self.num_entries += slots.numel()
-        self.records.append([fields.get(name, 0) for name in JOB_FIELDS])
+        self.records.append([fields.get(column.name.lower(), 0) for column in Job])
         self.tiles.append(tiles)
 
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        records = torch.tensor(self.records, dtype=torch.int64).view(-1, JOB_WORDS)
+        records = torch.tensor(self.records, dtype=torch.int64).view(-1, len(Job))
         return records, torch.tensor(self.tiles, dtype=torch.int64)
 
     def sums(self, slot_numel: torch.Tensor, needed: torch.Tensor | None, also: torch.Tensor | None) -> Sums:
@@ -127,11 +119,12 @@ class _Jobs:
         if also is not None:
             found = torch.cat([found, also])
             first = torch.cat([first, torch.zeros_like(also)])
-            count = torch.cat([count, torch.full_like(also, -1)])
+            count = torch.cat([count, torch.full_like(also, COMPLETE)])
         numel = slot_numel[found].to(torch.int64)
-        finish = torch.stack([torch.zeros_like(found), found, first, count, numel], 1)
+        columns = {Finish.SLOT: found, Finish.FIRST: first, Finish.COUNT: count, Finish.NUMEL: numel}
+        finish = torch.stack([columns.get(column, torch.zeros_like(found)) for column in Finish], 1)
         # blocks of many entries side by side, so that few programs loop over them
-        finish = finish[torch.sort(finish[:, 3], stable=True).indices]
+        finish = finish[torch.sort(finish[:, Finish.COUNT], stable=True).indices]
         return Sums(*self.tensors(), self.num_entries, order, finish)
 
 
@@ -143,22 +136,21 @@ class _Planner:
 
     def plan(self) -> TritonPlan:
         table = self.table
-        travel = torch.unique(torch.cat([table.dp_slots, table.tp_slots]))
+        split_slots = torch.unique(torch.cat([table.dp_slots, table.tp_slots]))
         if table.shares_second_moment:
-            classes = _classes(table, travel)
+            classes = _classes(table, split_slots)
             for run in table.runs:
                 self._add_run(run, classes)
         else:
             for merged in table.multiplier_runs:
                 row = self._row(merged.lr_multiplier, merged.weight_decay_multiplier)
                 self._add_elements(row, merged.start, merged.count, merged.start, merged.repeat, merged.repeat_stride)
-        local = travel[travel < table.num_blocks]
-        rows = torch.tensor(list(self.row_of), dtype=torch.float64).view(-1, 2)
+        local = split_slots[split_slots < table.num_blocks]
+        rows = torch.tensor(list(self.row_of), dtype=torch.float64).view(-1, len(Multiplier))
         own = self.own.sums(table.slot_numel, None, local)
-        split = self.split.sums(table.slot_numel, travel, None)
-        return TritonPlan(
-            table.numel, table.num_slots, table.shares_second_moment, rows, *self.main.tensors(), own, split
-        )
+        split = self.split.sums(table.slot_numel, split_slots, None)
+        shares = table.shares_second_moment
+        return TritonPlan(table.numel, table.num_slots, shares, rows, *self.main.tensors(), own, split)
 
     def _row(self, lr_multiplier: float, weight_decay_multiplier: float) -> int:
         return self.row_of.setdefault((lr_multiplier, weight_decay_multiplier), len(self.row_of))
@@ -168,10 +160,10 @@ class _Planner:
     ) -> None:
         fields = {"row": row, "start": start, "numel": 1, "count": count, "slot": slot, "repeat": repeat}
         if repeat == 1:
-            self.main.add(-(-count // TILE), kind=ELEMENTS, **fields)
+            self.main.add(-(-count // TILE), kind=Kind.ELEMENTS, **fields)
             return
         v_stride = stride if v_stride is None else v_stride
-        self._add_rect(ELEMENT_RECT, fields | {"repeat_stride": stride, "block_stride": v_stride})
+        self._add_rect(Kind.ELEMENT_RECT, fields | {"repeat_stride": stride, "block_stride": v_stride})
 
     def _add_rect(self, kind: int, fields: dict[str, int]) -> None:
         width = fields["count"] * fields["numel"]
@@ -206,16 +198,16 @@ class _Planner:
         if kind == SINGLE and fields["repeat"] == 1 and numel <= LOOP_LIMIT:
             shift = next((s for s in ROW_SHIFTS if numel <= 1 << s), None)
             if shift is None:
-                self.main.add(count, kind=LOOP, **fields)
+                self.main.add(count, kind=Kind.LOOP, **fields)
             else:
-                self.main.add(-(-count >> (TILE_LOG2 - shift)), kind=ROWS, shift=shift, **fields)
+                self.main.add(-(-count >> (TILE_LOG2 - shift)), kind=Kind.ROWS, shift=shift, **fields)
             return
         self._add_sums(fields, kind)
         if fields["repeat"] > 1 or numel < SHORT:
-            self._add_rect(RECT, fields)
+            self._add_rect(Kind.RECT, fields)
         else:
             parts = -(-numel // TILE)
-            self.main.add(count * parts, kind=CHUNK, parts=parts, **fields)
+            self.main.add(count * parts, kind=Kind.CHUNK, parts=parts, **fields)
 
     def _add_sums(self, fields: dict[str, int], kind: int) -> None:
         jobs = self.split if kind == SPLIT else self.own
@@ -223,27 +215,27 @@ class _Planner:
         slots = torch.arange(fields["slot"], fields["slot"] + count)
         if repeat == 1 and numel < SHORT:
             shift = next(s for s in ROW_SHIFTS if numel <= 1 << s)
-            jobs.add(-(-count >> (TILE_LOG2 - shift)), slots, kind=SUM_ROWS, shift=shift, **fields)
+            jobs.add(-(-count >> (TILE_LOG2 - shift)), slots, kind=SumKind.ROWS, shift=shift, **fields)
             return
         if repeat == 1:
-            parts, tiles, span, sum_kind = -(-numel // PIECE), count * -(-numel // PIECE), PIECE, SUM_PIECE
+            parts, tiles, span, sum_kind = -(-numel // PIECE), count * -(-numel // PIECE), PIECE, SumKind.PIECE
         elif numel == 1:
-            parts, span, sum_kind = -(-repeat // REPEATS), REPEATS, SUM_COLUMNS
+            parts, span, sum_kind = -(-repeat // COLUMN_ROWS), COLUMN_ROWS, SumKind.COLUMNS
             tiles = parts * (-(-count >> COLUMNS_LOG2))
         else:
-            span, sum_kind = max(1, PIECE // numel), SUM_RECT
+            span, sum_kind = max(1, PIECE // numel), SumKind.RECT
             parts = -(-repeat // span)
             tiles = count * parts
         fields = {**fields, "kind": sum_kind, "parts": parts, "span": span}
         if kind == SINGLE and parts == 1:
             jobs.add(tiles, None, direct=1, **fields)
-        elif sum_kind == SUM_COLUMNS:
+        elif sum_kind == SumKind.COLUMNS:
             jobs.add(tiles, slots.repeat(parts), **fields)
         else:
             jobs.add(tiles, slots.repeat_interleave(parts), **fields)
 
 
-def _classes(table: SegmentTable, travel: torch.Tensor) -> torch.Tensor:
+def _classes(table: SegmentTable, split_slots: torch.Tensor) -> torch.Tensor:
     """Per local slot: in one run, in several, or split over ranks."""
     runs = torch.zeros(table.num_blocks + 1, dtype=torch.int64)
     begin = torch.tensor([run.block for run in table.runs], dtype=torch.int64)
@@ -251,7 +243,7 @@ def _classes(table: SegmentTable, travel: torch.Tensor) -> torch.Tensor:
     runs.index_add_(0, begin, torch.ones_like(begin))
     runs.index_add_(0, end, -torch.ones_like(end))
     classes = (runs.cumsum(0)[:-1] > 1).to(torch.int64) * SEVERAL
-    classes[travel[travel < table.num_blocks]] = SPLIT
+    classes[split_slots[split_slots < table.num_blocks]] = SPLIT
     return classes
 
 

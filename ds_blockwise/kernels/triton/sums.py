@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton kernels that sum blocks which no single tile of the update can sum; see `triton_kernels`."""
+"""The Triton kernels that sum the blocks which no single tile of the update can sum; see `backend`."""
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 
 from __future__ import annotations
@@ -7,139 +7,159 @@ from __future__ import annotations
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
-from ds_blockwise.kernels.triton import plan as tp
-from ds_blockwise.kernels.triton.update import (
-    _ADDRESSES,
-    _LOG2,
-    _SCALARS,
-    _T,
-    _WORDS,
-    _body,
-    _edges,
-    _new_v,
-    _pointer,
-    _squares,
+from ds_blockwise.kernels.triton import tables
+from ds_blockwise.kernels.triton.device_functions import (
+    constants,
+    edge_lanes,
+    edges,
+    new_second_moment,
+    squares,
+    tensor_pointer,
+    vector_body,
 )
+from ds_blockwise.kernels.triton.tables import Address, Finish, Job, Scalar, SumKind
 
-_FINISH_WORDS = tl.constexpr(tp.FINISH_WORDS)
-_PIECE = tl.constexpr(tp.PIECE)
-_CLOG2 = tl.constexpr(tp.COLUMNS_LOG2)
-_COLUMNS = tl.constexpr(1 << tp.COLUMNS_LOG2)
-_STRIPES = tl.constexpr(tp.TILE >> tp.COLUMNS_LOG2)
-_SUM_PIECE, _SUM_ROWS = tl.constexpr(tp.SUM_PIECE), tl.constexpr(tp.SUM_ROWS)
-_SUM_COLUMNS, _SUM_RECT = tl.constexpr(tp.SUM_COLUMNS), tl.constexpr(tp.SUM_RECT)
+JOB_COLUMNS, JOB_KIND, JOB_ITEM, JOB_ROW = constants(len(Job), Job.KIND, Job.ITEM, Job.ROW)
+JOB_START, JOB_NUMEL, JOB_COUNT, JOB_SLOT = constants(Job.START, Job.NUMEL, Job.COUNT, Job.SLOT)
+JOB_REPEAT, JOB_REPEAT_STRIDE, JOB_BLOCK_NUMEL = constants(Job.REPEAT, Job.REPEAT_STRIDE, Job.BLOCK_NUMEL)
+JOB_PARTS, JOB_ENTRY, JOB_DIRECT = constants(Job.PARTS, Job.ENTRY, Job.DIRECT)
+JOB_SHIFT, JOB_SPAN = constants(Job.SHIFT, Job.SPAN)
+SUM_PIECE, SUM_ROWS, SUM_COLUMNS, SUM_RECT = constants(SumKind.PIECE, SumKind.ROWS, SumKind.COLUMNS, SumKind.RECT)
+ADDRESS_COLUMNS, GRAD, EXP_AVG_SQ, SUMS = constants(len(Address), Address.GRAD, Address.EXP_AVG_SQ, Address.SUMS)
+SCALAR_COLUMNS, SCALAR_BETA2, SCALAR_SQUARE_WEIGHT = constants(len(Scalar), Scalar.BETA2, Scalar.SQUARE_WEIGHT)
+FINISH_COLUMNS, FINISH_ITEM, FINISH_SLOT = constants(len(Finish), Finish.ITEM, Finish.SLOT)
+FINISH_FIRST, FINISH_COUNT, FINISH_NUMEL = constants(Finish.FIRST, Finish.COUNT, Finish.NUMEL)
+FINISH_BLOCKS, FINISH_LANES, COMPLETE = constants(tables.FINISH_BLOCKS, tables.FINISH_LANES, tables.COMPLETE)
+TILE, TILE_LOG2, PIECE = constants(tables.TILE, tables.TILE_LOG2, tables.PIECE)
+INDEX_BITS, INDEX_MASK = constants(tables.TILE_INDEX_BITS, tables.TILE_INDEX_MASK)
+FIRST_SHIFT, SHORT_LOG2 = constants(min(tables.ROW_SHIFTS), tables.SHORT_LOG2)
+COLUMNS_LOG2, COLUMNS = constants(tables.COLUMNS_LOG2, 1 << tables.COLUMNS_LOG2)
+(COLUMN_TILE_ROWS,) = constants(tables.TILE >> tables.COLUMNS_LOG2)
 
 
 @triton.jit
-def _sum(tiles, jobs, addresses, scalars, entries, HAS: tl.constexpr, SHIFTS: tl.constexpr, A: tl.constexpr,
-         G: tl.constexpr, V: tl.constexpr):  # fmt: skip
-    """Sum of squares of one piece; to its entry, or (``direct``: the piece is the whole block) to the second moment."""
+def sum_kernel(tiles, jobs, addresses, scalars, entries, HAS: tl.constexpr, SHIFTS: tl.constexpr, ALIGNED: tl.constexpr,
+               G: tl.constexpr, V: tl.constexpr, VERSION: tl.constexpr):  # fmt: skip
+    """Sum of squares of one tile: to its entry or, if the tile is the whole block, into the second moment.
+
+    ``G`` and ``V`` are the dtypes of gradients and second moments, ``HAS`` and ``SHIFTS`` as in ``update_kernel``.
+    """
     tile = tl.load(tiles + tl.program_id(0))
-    job = jobs + (tile >> 32) * _WORDS
-    index = tile & 0xFFFFFFFF
-    kind, item = tl.load(job), tl.load(job + 1)
-    s = scalars + tl.load(job + 2) * _SCALARS
-    start, numel, count, slot = tl.load(job + 3), tl.load(job + 4), tl.load(job + 5), tl.load(job + 6)
-    repeat, stride, parts, span = tl.load(job + 7), tl.load(job + 8), tl.load(job + 11), tl.load(job + 15)
-    block_numel, direct = tl.load(job + 10).to(tl.float64), tl.load(job + 13)
-    out = entries + tl.load(job + 12)
-    g = _pointer(addresses, item, 1, G, A)
-    v = _pointer(addresses, item, 3, V, A)
-    if tl.load(addresses + item * _ADDRESSES + 1) != 0:  # 0: no gradient, whose sums are zero
-        if HAS & 1:
-            if kind == _SUM_PIECE:
-                at = start + index // parts * numel + index % parts * _PIECE
-                size = tl.minimum(numel - index % parts * _PIECE, _PIECE)
-                low, high = _body(at, at + size, A)
-                total = tl.zeros([_T], tl.float64)
+    job = jobs + (tile >> INDEX_BITS) * JOB_COLUMNS
+    index = tile & INDEX_MASK
+    kind, item = tl.load(job + JOB_KIND), tl.load(job + JOB_ITEM)
+    s = scalars + tl.load(job + JOB_ROW) * SCALAR_COLUMNS
+    start, numel = tl.load(job + JOB_START), tl.load(job + JOB_NUMEL)
+    count, slot = tl.load(job + JOB_COUNT), tl.load(job + JOB_SLOT)
+    repeat, stride = tl.load(job + JOB_REPEAT), tl.load(job + JOB_REPEAT_STRIDE)
+    parts, span = tl.load(job + JOB_PARTS), tl.load(job + JOB_SPAN)
+    block_numel, direct = tl.load(job + JOB_BLOCK_NUMEL).to(tl.float64), tl.load(job + JOB_DIRECT)
+    out = entries + tl.load(job + JOB_ENTRY)
+    g = tensor_pointer(addresses, item, GRAD, G, ALIGNED)
+    v = tensor_pointer(addresses, item, EXP_AVG_SQ, V, ALIGNED)
+    if tl.load(addresses + item * ADDRESS_COLUMNS + GRAD) != 0:  # 0: no gradient; the finish kernel makes the sum 0
+        if SUM_PIECE & HAS:
+            if kind == SUM_PIECE:
+                at = start + index // parts * numel + index % parts * PIECE
+                size = tl.minimum(numel - index % parts * PIECE, PIECE)
+                low, high = vector_body(at, at + size, ALIGNED)
+                total = tl.zeros([TILE], tl.float64)
                 done = 0
                 while done < size:
-                    offs = low + done + tl.arange(0, _T)
-                    total += _squares(tl.load(g + offs, mask=offs < high, other=0.0))
-                    done += _T
+                    offs = low + done + tl.arange(0, TILE)
+                    total += squares(tl.load(g + offs, mask=offs < high, other=0.0))
+                    done += TILE
                 whole = tl.sum(total, axis=0)
-                if A:
-                    edge, edge_mask = _edges(at, at + size, low, high, tl.arange(0, 16))
-                    whole += tl.sum(_squares(tl.load(g + edge, mask=edge_mask, other=0.0)), axis=0)
+                if ALIGNED:
+                    edge, edge_mask = edges(at, at + size, low, high, edge_lanes())
+                    whole += tl.sum(squares(tl.load(g + edge, mask=edge_mask, other=0.0)), axis=0)
                 if direct != 0:
                     old = tl.load(v + slot + index)
-                    tl.store(v + slot + index, _new_v(old, whole, block_numel, s, V))
+                    tl.store(v + slot + index, new_second_moment(old, whole, block_numel, s))
                 else:
                     tl.store(out + index, whole)
-        for shift in tl.static_range(5, 10):
-            if (HAS & 2) and (SHIFTS >> shift) & 1:
-                if (kind == _SUM_ROWS) & (tl.load(job + 14) == shift):
-                    row = (index << (_LOG2 - shift)) + tl.arange(0, _T >> shift)
+        for shift in tl.static_range(FIRST_SHIFT, SHORT_LOG2 + 1):
+            if (SUM_ROWS & HAS) and (SHIFTS >> shift) & 1:
+                if (kind == SUM_ROWS) & (tl.load(job + JOB_SHIFT) == shift):
+                    row = (index << (TILE_LOG2 - shift)) + tl.arange(0, TILE >> shift)
                     lane = tl.arange(0, 1 << shift)[None, :]
                     mask = (row[:, None] < count) & (lane < numel)
                     grad = tl.load(g + start + row[:, None] * numel + lane, mask=mask, other=0.0)
-                    tl.store(out + row, tl.sum(_squares(grad), axis=1), mask=row < count)
-        if HAS & 4:
-            if kind == _SUM_COLUMNS:
-                column = (index // parts << _CLOG2) + tl.arange(0, _COLUMNS)
-                sums = tl.zeros([_STRIPES, _COLUMNS], tl.float64)
+                    tl.store(out + row, tl.sum(squares(grad), axis=1), mask=row < count)
+        if SUM_COLUMNS & HAS:
+            if kind == SUM_COLUMNS:
+                column = (index // parts << COLUMNS_LOG2) + tl.arange(0, COLUMNS)
+                sums = tl.zeros([COLUMN_TILE_ROWS, COLUMNS], tl.float64)
                 first = index % parts * span
                 done = 0
                 while done < span:
-                    stripe = (first + done + tl.arange(0, _STRIPES))[:, None]
-                    mask = (stripe < repeat) & (column[None, :] < count)
-                    sums += _squares(tl.load(g + start + stripe * stride + column[None, :], mask=mask, other=0.0))
-                    done += _STRIPES
+                    repetition = (first + done + tl.arange(0, COLUMN_TILE_ROWS))[:, None]
+                    mask = (repetition < repeat) & (column[None, :] < count)
+                    sums += squares(tl.load(g + start + repetition * stride + column[None, :], mask=mask, other=0.0))
+                    done += COLUMN_TILE_ROWS
                 totals = tl.sum(sums, axis=0)
                 if direct != 0:
                     old = tl.load(v + slot + column, mask=column < count, other=0.0)
-                    tl.store(v + slot + column, _new_v(old, totals, block_numel, s, V), mask=column < count)
+                    new = new_second_moment(old, totals, block_numel, s)
+                    tl.store(v + slot + column, new, mask=column < count)
                 else:
                     tl.store(out + index % parts * count + column, totals, mask=column < count)
-        if HAS & 8:
-            if kind == _SUM_RECT:
+        if SUM_RECT & HAS:
+            if kind == SUM_RECT:
                 at = start + index // parts * numel
                 first = index % parts * span
                 size = tl.minimum(span, repeat - first) * numel
-                total = tl.zeros([_T], tl.float64)
+                total = tl.zeros([TILE], tl.float64)
                 done = 0
                 while done < size:
-                    lane = done + tl.arange(0, _T).to(tl.int64)
+                    lane = done + tl.arange(0, TILE).to(tl.int64)
                     offs = at + (first + lane // numel) * stride + lane % numel
-                    total += _squares(tl.load(g + offs, mask=lane < size, other=0.0))
-                    done += _T
+                    total += squares(tl.load(g + offs, mask=lane < size, other=0.0))
+                    done += TILE
                 whole = tl.sum(total, axis=0)
                 if direct != 0:
                     old = tl.load(v + slot + index)
-                    tl.store(v + slot + index, _new_v(old, whole, block_numel, s, V))
+                    tl.store(v + slot + index, new_second_moment(old, whole, block_numel, s))
                 else:
                     tl.store(out + index, whole)
 
 
 @triton.jit
-def _finish(finish, order, entries, addresses, scalars, row_starts, blocks, TO_SUMS: tl.constexpr, V: tl.constexpr):
-    """Add the entries of 32 blocks in their order: the sums of split blocks, or new second moments."""
-    block = tl.program_id(0).to(tl.int64) * 32 + tl.arange(0, 32)
+def finish_kernel(finish, order, entries, addresses, scalars, row_starts, blocks, TO_SUMS: tl.constexpr,
+                  V: tl.constexpr, VERSION: tl.constexpr):  # fmt: skip
+    """Add the entries of some blocks in their order: the sums of split blocks (``TO_SUMS``), or new second moments."""
+    block = tl.program_id(0).to(tl.int64) * FINISH_BLOCKS + tl.arange(0, FINISH_BLOCKS)
     mask = block < blocks
-    record = finish + block * _FINISH_WORDS
-    item, slot = tl.load(record, mask=mask, other=0), tl.load(record + 1, mask=mask, other=0)
-    first, count = tl.load(record + 2, mask=mask, other=0), tl.load(record + 3, mask=mask, other=0)
-    home = addresses + item * _ADDRESSES
-    lane = tl.arange(0, 16)[None, :].to(tl.int64)
-    partial = tl.zeros([32, 16], tl.float64)
+    record = finish + block * FINISH_COLUMNS
+    item, slot = tl.load(record + FINISH_ITEM, mask=mask, other=0), tl.load(record + FINISH_SLOT, mask=mask, other=0)
+    first, count = (
+        tl.load(record + FINISH_FIRST, mask=mask, other=0),
+        tl.load(record + FINISH_COUNT, mask=mask, other=0),
+    )
+    mine = addresses + item * ADDRESS_COLUMNS
+    lane = tl.arange(0, FINISH_LANES)[None, :].to(tl.int64)
+    partial = tl.zeros([FINISH_BLOCKS, FINISH_LANES], tl.float64)
     done = 0
     last = tl.max(count, axis=0)
     while done < last:
         inside = mask[:, None] & (done + lane < count[:, None])
         entry = tl.load(order + first[:, None] + done + lane, mask=inside, other=0)
         partial += tl.load(entries + entry, mask=inside, other=0.0)
-        done += 16
+        done += FINISH_LANES
     total = tl.sum(partial, axis=1)
-    sums = tl.load(home + 5, mask=mask, other=0).to(tl.pointer_type(tl.float64))
+    sums = tl.load(mine + SUMS, mask=mask, other=0).to(tl.pointer_type(tl.float64))
     if TO_SUMS:
-        has_grad = tl.load(home + 1, mask=mask, other=0) != 0
+        has_grad = tl.load(mine + GRAD, mask=mask, other=0) != 0
         tl.store(sums + slot, tl.where(has_grad, total, 0.0), mask=mask)
     else:
-        total = tl.where(count < 0, tl.load(sums + slot, mask=mask & (count < 0), other=0.0), total)
-        v = tl.load(home + 3, mask=mask, other=0).to(tl.pointer_type(V)) + slot
+        complete = count == COMPLETE
+        total = tl.where(complete, tl.load(sums + slot, mask=mask & complete, other=0.0), total)
+        v = tl.load(mine + EXP_AVG_SQ, mask=mask, other=0).to(tl.pointer_type(V)) + slot
         old = tl.load(v, mask=mask, other=0.0)
-        numel = tl.load(record + 4, mask=mask, other=1).to(tl.float64)
-        s = scalars + tl.load(row_starts + item, mask=mask, other=0) * _SCALARS
+        numel = tl.load(record + FINISH_NUMEL, mask=mask, other=1).to(tl.float64)
+        s = scalars + tl.load(row_starts + item, mask=mask, other=0) * SCALAR_COLUMNS
+        # not `new_second_moment`: the lanes beyond the last block must not read scalars
         mean = (total / numel).to(V).to(tl.float64)
-        beta2, rest = tl.load(s + 5, mask=mask, other=0.0), tl.load(s + 6, mask=mask, other=0.0)
-        tl.store(v, (beta2 * old.to(tl.float64) + rest * mean).to(V), mask=mask)
+        beta2 = tl.load(s + SCALAR_BETA2, mask=mask, other=0.0)
+        weight = tl.load(s + SCALAR_SQUARE_WEIGHT, mask=mask, other=0.0)
+        tl.store(v, (beta2 * old.to(tl.float64) + weight * mean).to(V), mask=mask)

@@ -8,14 +8,15 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import inspect
 import re
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import pytest
 
+from tests.helpers.counting import count_calls
 from tests.helpers.kernel_cases import CASES, HYPER, LR, clone, compare, flat, item_of, spec, step, whole
 
 triton_kernels = pytest.importorskip("ds_blockwise.kernels.triton.backend", reason="Triton is not installed")
@@ -25,6 +26,18 @@ from ds_blockwise.blocks.segment_table import Placement, build_table  # noqa: E4
 from ds_blockwise.kernels.triton import batch as triton_batch  # noqa: E402
 from ds_blockwise.kernels.triton.batch import join_jobs  # noqa: E402
 from ds_blockwise.kernels.triton.plan import make_plan  # noqa: E402
+from ds_blockwise.kernels.triton.tables import (  # noqa: E402
+    VERSION,
+    Address,
+    Finish,
+    Job,
+    Kind,
+    Multiplier,
+    Scalar,
+    Setting,
+    SumKind,
+)
+from ds_blockwise.tagging.names import Role  # noqa: E402
 
 CPU = torch.device("cpu")
 INTERPRETED = triton_kernels.unavailable(CPU) is None
@@ -61,17 +74,17 @@ def test_two_launches_whatever_the_number_of_tensors(kernels, launches, shared):
     for count in (1, 5):
         launches.clear()
         kernels.step_(items_of(layer() * count, kernels, shared))
-        assert launches == ["_prepare", "_update"]
+        assert launches == ["prepare_kernel", "update_kernel"]
 
 
 def test_large_and_split_blocks_add_two_launches(kernels, launches):
     kernels.step_(items_of(CASES["several pieces"](), kernels, True))
-    assert launches == ["_prepare", "_sum", "_finish", "_update"]
+    assert launches == ["prepare_kernel", "sum_kernel", "finish_kernel", "update_kernel"]
     launches.clear()
     split = items_of([flat([spec((6, 50), Role.FFN)], 25, 260)], kernels, True)
     kernels.sum_split_blocks(split)
     kernels.step_(split)
-    assert launches == ["_sum", "_finish", "_prepare", "_finish", "_update"]
+    assert launches == ["sum_kernel", "finish_kernel", "prepare_kernel", "finish_kernel", "update_kernel"]
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -159,26 +172,17 @@ def test_graphs_and_steps_outside_them_do_not_read_each_others_addresses(kernels
     assert batch in kernels.batches._found.values(), "a graph still reads it"
 
 
-def _shortest_time(call, repeat=30):
-    times = []
-    for _ in range(repeat):
-        start = time.process_time()
-        call()
-        times.append(time.process_time() - start)
-    return min(times)
-
-
-def test_python_needs_less_than_a_millisecond_for_220_tensors(kernels, launches):
-    """CPU time of this process, so that a busy machine does not decide."""
+def test_a_step_makes_few_python_calls_per_tensor(kernels, launches):
+    """220 tensors are a LLaMA of 2B, and a GPU would wait for Python. About 15 calls a tensor were counted."""
     items = items_of([whole(spec((4, 8), Role.FFN)) for _ in range(220)], kernels, True)
     kernels.step_(items)
-    assert _shortest_time(lambda: kernels.step_(items)) < 1e-3
+    assert count_calls(lambda: kernels.step_(items)) < 30 * len(items)
     one = items[:1]
     kernels.step_(one)
-    assert _shortest_time(lambda: kernels.step_(one)) < 2e-4
+    assert count_calls(lambda: kernels.step_(one)) < 100
 
 
-def test_tables_of_two_billion_parameters_are_built_in_two_seconds():
+def test_tables_of_two_billion_parameters_are_built_by_a_loop_over_runs():
     """32 layers of 2304 x 2304 and 2304 x 6144, 32000 tokens: 2.2e9 elements as one flat tensor."""
     dim, ffn, specs = 2304, 6144, [spec((32000, 2304), Role.EMBEDDING)]
     for _ in range(32):
@@ -191,11 +195,33 @@ def test_tables_of_two_billion_parameters_are_built_in_two_seconds():
         placements.append(Placement(s, None, at, 0, s.numel))
         at += s.numel
     table = build_table(at, placements, shares_second_moment=True)
-    start = time.process_time()
-    plan = make_plan(table)
-    program = join_jobs([plan.jobs], [plan.tiles], [len(plan.rows)], None, CPU)
-    assert time.process_time() - start < 2
-    assert 2e9 < at and 300_000 < program.tiles.numel() < 1_000_000
+    made = []
+
+    def build():
+        plan = make_plan(table)
+        made.append(join_jobs([plan.jobs], [plan.tiles], [len(plan.rows)], None, CPU))
+
+    calls = count_calls(build)
+    assert 2e9 < at and table.num_blocks > 500_000 and 300_000 < made[0].tiles.numel() < 1_000_000
+    assert calls < 200 * len(table.runs) < 0.2 * table.num_blocks
+
+
+@pytest.mark.parametrize("table", [Job, Address, Setting, Multiplier, Scalar, Finish])
+def test_columns_are_numbered_from_zero(table):
+    """Records are written column by column; a gap or a double number would shift what kernels read."""
+    assert [column.value for column in table] == list(range(len(table)))
+
+
+@pytest.mark.parametrize("kinds", [Kind, SumKind])
+def test_kinds_are_single_bits(kinds):
+    """Two kinds that share a bit would each be taken for the other's presence."""
+    assert sorted(kind.value for kind in kinds) == [1 << bit for bit in range(len(kinds))]
+
+
+@pytest.mark.parametrize("name", ["prepare_kernel", "sum_kernel", "finish_kernel", "update_kernel"])
+def test_cached_kernels_of_other_tables_are_not_taken(name):
+    """Triton's cache on disk outlives an update of this package, and its key lacks the constants before Triton 3.6."""
+    assert "VERSION" in inspect.signature(getattr(triton_kernels, name).fn).parameters
 
 
 def test_both_alignments_are_stepped_in_one_call(kernels):
@@ -215,6 +241,7 @@ def compile_for_a_gpu():
     def show(name, kernel, signature, constants, num_warps):
         names = kernel.arg_names
         aligned = {(names.index(n),): [["tt.divisibility", 16]] for n, t in signature.items() if t.startswith("*")}
+        constants = constants | {"VERSION": VERSION}
         signature = signature | dict.fromkeys(constants, "constexpr")
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
@@ -233,21 +260,27 @@ def compile_for_a_gpu():
     tables = {"tiles": "*i64", "jobs": "*i64", "addresses": "*i64", "scalars": "*fp64"}
     f32, bf16 = tl.float32, tl.bfloat16
     for name, has, shifts, types in (
-        ("AdamW", 1 << 3, 0, (f32, f32, f32, f32, None)),
-        ("AdamMini", 1 | 1 << 2, 1 << 12, (f32, f32, f32, f32, None)),
-        ("AdamMini bf16", 63, 1 << 11, (f32, bf16, bf16, f32, bf16)),
+        ("AdamW", Kind.ELEMENTS, 0, (f32, f32, f32, f32, None)),
+        ("AdamMini", Kind.ROWS | Kind.CHUNK, 1 << 12, (f32, f32, f32, f32, None)),
+        ("AdamMini bf16", sum(Kind), 1 << 11, (f32, bf16, bf16, f32, bf16)),
     ):
-        constants = {"HAS": has, "SHIFTS": shifts, "SAME": name == "AdamW", "A": True, "W": f32, "TYPES": types}
-        constants["BY_HAND"] = False
-        show(name, triton_kernels._update, tables, constants, triton_kernels.NUM_WARPS)
-    constants = {"HAS": 15, "SHIFTS": 1 << 7, "A": True, "G": f32, "V": f32}
-    show("sum", triton_kernels._sum, {**tables, "entries": "*fp64"}, constants, triton_kernels.NUM_WARPS)
+        constants = {"HAS": int(has), "SHIFTS": shifts, "SAME": name == "AdamW", "ALIGNED": True, "WIDE": f32}
+        constants |= {**dict(zip("PGMVC", types, strict=True)), "BY_HAND": False}
+        show(name, triton_kernels.update_kernel, tables, constants, triton_kernels.NUM_WARPS)
+    constants = {"HAS": int(sum(SumKind)), "SHIFTS": 1 << 7, "ALIGNED": True, "G": f32, "V": f32}
+    show("sum", triton_kernels.sum_kernel, {**tables, "entries": "*fp64"}, constants, triton_kernels.NUM_WARPS)
     for to_sums in (True, False):
         signature = {"finish": "*i64", "order": "*i64", "entries": "*fp64", "addresses": "*i64", "scalars": "*fp64"}
         signature |= {"row_starts": "*i64", "blocks": "i32"}
-        show("finish", triton_kernels._finish, signature, {"TO_SUMS": to_sums, "V": f32}, triton_kernels.FINISH_WARPS)
-    signature = {"addresses": "*i64", "hyper": "*fp64", "row_ends": "*i64", "multipliers": "*fp64", "scalars": "*fp64"}
-    show("prepare", triton_kernels._prepare, signature, {}, 1)
+        show("finish", triton_kernels.finish_kernel, signature, {"TO_SUMS": to_sums, "V": f32}, 1)
+    signature = {
+        "addresses": "*i64",
+        "settings": "*fp64",
+        "row_ends": "*i64",
+        "multipliers": "*fp64",
+        "scalars": "*fp64",
+    }
+    show("prepare", triton_kernels.prepare_kernel, signature, {}, 1)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's wheel holds the GPU assembler on Linux only")

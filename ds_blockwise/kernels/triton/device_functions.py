@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Functions on the device that several Triton kernels use, and how numbers become Triton's constants."""
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+
+from __future__ import annotations
+
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
+
+from ds_blockwise.kernels.triton import tables
+from ds_blockwise.kernels.triton.tables import Address, Scalar
+
+
+def constants(*numbers: int) -> tuple[tl.constexpr, ...]:
+    """Triton's constants of the host's numbers.
+
+    A kernel may read a global name only if it is such a constant. It must be a global of the kernel's own file: Triton
+    does not notice a change of ``module.NAME``.
+    """
+    return tuple(tl.constexpr(int(number)) for number in numbers)
+
+
+(ADDRESS_COLUMNS,) = constants(len(Address))
+SCALAR_BETA2, SCALAR_SQUARE_WEIGHT = constants(Scalar.BETA2, Scalar.SQUARE_WEIGHT)
+ALIGNMENT, VECTOR, EDGE_LANES = constants(tables.ALIGNMENT, tables.VECTOR, tables.EDGE_LANES)
+
+
+@triton.jit
+def tensor_pointer(addresses, item, column: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Pointer to a tensor of dtype ``TYPE``, whose address is in ``column`` of row ``item``."""
+    pointer = tl.load(addresses + item * ADDRESS_COLUMNS + column).to(tl.pointer_type(TYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, ALIGNMENT)
+    return pointer
+
+
+@triton.jit
+def squares(grad):
+    """In fp64, where the square of an fp32 number is exact."""
+    wide = grad.to(tl.float64)
+    return wide * wide
+
+
+@triton.jit
+def vector_body(start, end, ALIGNED: tl.constexpr):
+    """The part of ``[start, end)`` that aligned vectors cover; all of it if nothing is aligned."""
+    if ALIGNED:
+        return tl.multiple_of((start + (VECTOR - 1)) // VECTOR * VECTOR, VECTOR), tl.multiple_of(
+            end // VECTOR * VECTOR, VECTOR
+        )
+    else:
+        return start, end
+
+
+@triton.jit
+def edges(start, end, low, high, lane):
+    """Offsets of the elements before and after the body, and which lanes have one."""
+    head, tail = start + lane, tl.maximum(low, high) + (lane - VECTOR)
+    offs = tl.where(lane < VECTOR, head, tail)
+    return offs, tl.where(lane < VECTOR, head < tl.minimum(low, end), tail < end)
+
+
+@triton.jit
+def edge_lanes():
+    """Numbers of the lanes that `edges` distributes elements to."""
+    return tl.arange(0, EDGE_LANES)
+
+
+@triton.jit
+def new_second_moment(old, total, numel, s):
+    """Second moment of a block from the sum of its squares; ``s`` points to the scalars of its multipliers."""
+    mean = (total / numel).to(old.dtype).to(tl.float64)
+    new = tl.load(s + SCALAR_BETA2) * old.to(tl.float64) + tl.load(s + SCALAR_SQUARE_WEIGHT) * mean
+    return new.to(old.dtype)
