@@ -226,8 +226,8 @@ def markdown(rows: list[dict[str, str]]) -> str:
         f"slowest rank's time, {backend} backend. ZeRO-2 and ZeRO-Offload both compute on the CPU here, so nothing "
         f"moves between devices; they differ in DeepSpeed's buffers. The batch is small so that the optimizer shows; "
         f"with more tokens its part of a step is smaller. Over AdamW: over DeepSpeed's own kernel under the same ZeRO. "
-        f"Peak memory is that of the timed steps, the Python process and its libraries included. torch {first['torch']}, "
-        f"DeepSpeed {first['deepspeed']}, {first['date']}, commit {first['commit']}.",
+        f"Peak memory is that of the timed steps, the Python process and its libraries included. "
+        f"torch {first['torch']}, DeepSpeed {first['deepspeed']}, {first['date']}, commit {first['commit']}.",
     ]
     return "\n".join(lines)
 
