@@ -26,7 +26,7 @@ _PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers", "accelerate"
 
 @dataclass(frozen=True)
 class Works:
-    """Shown by tests: ``file.py::pattern``; ``{o}`` is adamw or mini, ``{O}`` the class. All that match must pass."""
+    """Shown by tests: ``folder/test_file.py::pattern`` below ``tests/``; ``{o}`` is adamw or mini, ``{O}`` the class. All that match must pass."""
 
     tests: tuple[str, ...]
 
@@ -87,7 +87,7 @@ class Outcomes:
 
     def note(self, report: pytest.TestReport) -> None:
         """Keep the worst outcome of a test's phases; a skip counts as one that did not pass."""
-        name = report.nodeid.rpartition("tests/")[2]
+        name = report.nodeid.removeprefix("tests/")
         if report.outcome != "passed" or report.when == "call":
             self._of[name] = report.outcome if self._of.get(name, "passed") == "passed" else self._of[name]
 

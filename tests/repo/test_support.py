@@ -10,7 +10,7 @@ from tests.helpers import ROOT, support
 from tests.helpers.support import OPTIMIZERS, PAGE, Outcomes, Refused, Row, Untested, Works, page, patterns_of
 from tests.helpers.support_rows import ROWS
 
-SOURCES = [p for folder in ("ds_blockwise", "megatron_patch") for p in (ROOT / folder).glob("*.py")]
+SOURCES = [p for folder in ("ds_blockwise", "megatron_patch") for p in (ROOT / folder).rglob("*.py")]
 CELLS = [
     pytest.param(cell, name, id=f"{row.host}, {row.layout}, {name}")
     for row in ROWS

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers import ROOT
 from tests.helpers.deepspeed.reshard_cells import (
     CELLS,
     TOPOLOGIES,
@@ -26,11 +27,11 @@ from tests.helpers.deepspeed.reshard_cells import (
     write_table,
 )
 from tests.helpers.distributed import run_cases
-from tests.helpers.forked import TESTS, forked_hosts
+from tests.helpers.forked import forked_hosts
 
 _HOSTS_MISSING = find_spec("deepspeed") is None or find_spec("megatron") is None
 needs_hosts = pytest.mark.skipif(_HOSTS_MISSING, reason="needs deepspeed and megatron")
-DOCS = TESTS.parent / "docs"
+DOCS = ROOT / "docs"
 WRITE = "WRITE_CHECKPOINT_MATRIX"
 
 Failures = dict[str, str | None]
