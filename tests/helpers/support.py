@@ -26,7 +26,11 @@ _PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers", "accelerate"
 
 @dataclass(frozen=True)
 class Works:
-    """Shown by tests: ``folder/test_file.py::pattern`` below ``tests/``; ``{o}`` is adamw or mini, ``{O}`` the class. All that match must pass."""
+    """Shown by tests, all of which must pass.
+
+    Attributes:
+        tests: ``folder/test_file.py::pattern`` below ``tests/``; ``{o}`` is adamw or mini, ``{O}`` the class.
+    """
 
     tests: tuple[str, ...]
 
