@@ -21,7 +21,10 @@ import benchmarks.compare.one_trial  # noqa: F401 - takes seconds, which would c
 from benchmarks.compare import report
 from benchmarks.compare import run as comparison
 from benchmarks.compare.trials import ARMS, BASELINE, Plan
+from tests.helpers.distributed import HANG_S
 from tests.helpers.launch.project import prepare_project
+
+pytestmark = pytest.mark.spawns  # in benchmarks.compare.run
 
 
 @pytest.fixture(scope="module")
@@ -86,17 +89,29 @@ def test_a_trial_that_another_process_is_training_is_waited_for(project, tmp_pat
     fcntl.flock(lock, fcntl.LOCK_EX)
 
     def finish() -> None:
-        """The other process ends: its result is there before its lock is gone."""
+        """Once it is waited for the other process ends: its result is there before its lock is gone."""
+        deadline = time.monotonic() + HANG_S
+        while not _is_waited_for(lock) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        waited.append(_is_waited_for(lock))
         shutil.copytree(tmp_path / "one" / trial.name, tmp_path / "two" / trial.name)
         (tmp_path / "two" / trial.name / "log").write_text("of the other process", encoding="utf-8")
         os.close(lock)
 
-    other = threading.Timer(12.0, finish)
+    waited: list[bool] = []
+    other = threading.Thread(target=finish)
     other.start()
     again, _ = _trained(project, tmp_path / "two", time.monotonic() + 600.0, [BASELINE])
     other.join()
+    assert waited == [True]
     assert again[trial]["cpu_seconds"] == result["cpu_seconds"], "trained again"
     assert (tmp_path / "two" / trial.name / "log").read_text(encoding="utf-8") == "of the other process"
+
+
+def _is_waited_for(lock: int) -> bool:
+    """Whether a process stands in line for a lock; Linux lists it behind an arrow, proc(5)."""
+    with open("/proc/locks", encoding="ascii") as file:
+        return any("->" in line and f":{os.fstat(lock).st_ino} " in line for line in file)
 
 
 def test_results_of_another_machine_count_if_nothing_that_decides_them_differs(project, tmp_path, monkeypatch):
