@@ -8,7 +8,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup train finetune compare test support test-slow test-faults test-hosts test-gpu checkpoint-matrix lint clean bench bench-kernels bench-gpu bench-communication bench-end-to-end bench-data
+.PHONY: setup train finetune compare test test-quick support test-slow test-faults test-hosts test-gpu checkpoint-matrix lint clean bench bench-kernels bench-gpu bench-communication bench-end-to-end bench-data
 
 setup: $(STAMP)
 
@@ -59,6 +59,10 @@ bench-data: setup
 
 test: setup
 	$(PYTEST) -m "not gpu and not slow and not faults and not hosts" tests $(ARGS)
+
+# For the inner loop: without the tests that start processes.
+test-quick: setup
+	$(PYTEST) -m "not gpu and not slow and not faults and not hosts and not spawns" tests $(ARGS)
 
 support: setup
 	WRITE_SUPPORT=1 $(PYTEST) -m "not gpu and not slow and not faults and not hosts" --deselect tests/repo/test_support.py::test_the_page_has_the_rows tests $(ARGS)

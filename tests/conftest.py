@@ -24,11 +24,14 @@ if os.environ["DS_ACCELERATOR"] == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton kernels run on CPU tensors; read when triton is imported
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs a CUDA device")
-    config.addinivalue_line("markers", "slow: left out of make test (make test-slow)")
-    config.addinivalue_line("markers", "hosts: two hosts in network namespaces, as root (make test-hosts)")
-    config.addinivalue_line("markers", "faults: many kills of the main job (make test-faults)")
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """First, so that ``-m`` sees the marker."""
+    from tests.helpers.spawning import starts_processes
+
+    for item in items:
+        if starts_processes(item):
+            item.add_marker("spawns")
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Changes of one thing at a time, which `compare_optimizers.py` trains after the comparison itself."""
+"""Changes of one thing at a time, trained after the comparison itself."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Ablation:
     """One change of one arm.
 
     Attributes:
-        arm: Key of `compare_trials.ARMS`.
+        arm: Key of `trials.ARMS`.
         change: Name, part of the trials' folders.
         words: The same for readers.
         lr: Base learning rate; the arm's best unless the change is about the rate.

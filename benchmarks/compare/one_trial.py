@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One trial of `compare_optimizers.py`: the main job in one process on one core, with its result as JSON."""
+"""One trial of a comparison: the main job in one process on one core, with its result as JSON."""
 
 from __future__ import annotations
 

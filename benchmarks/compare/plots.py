@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figures of `compare_optimizers.py`: loss against steps, final loss against learning rate."""
+"""The figures of a comparison: loss against steps, final loss against learning rate."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 
@@ -15,12 +15,9 @@ matplotlib.use("Agg")  # no display on a training machine
 
 from matplotlib import pyplot
 
+from benchmarks.compare.results import ArmResult, Results
 from benchmarks.compare.trials import ARMS, Plan, Trial
 
-if TYPE_CHECKING:
-    from benchmarks.compare.results import ArmResult
-
-Results = Mapping[Trial, Mapping[str, Any]]
 COLOURS = {
     "adamw": "#444444",
     "blockwise_adamw": "#0b5394",

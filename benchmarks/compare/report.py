@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the trials of `compare_optimizers.py` say: a CSV of all, tables, figures, and the pages that show them."""
+"""What a comparison writes: a CSV of all trials, tables, figures, and the pages that show them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compare import plots as compare_plots
+from benchmarks.compare import plots
 from benchmarks.compare.ablations import ablations
 from benchmarks.compare.results import (
     DIVERGED,
@@ -229,12 +229,12 @@ def write(results: Results, run: RunConfig, plan: Plan, folder: Path, *, publish
     title = f"LLaMA of {next(r['parameters'] for r in results.values() if r['diverged'] is None) / 1e6:.1f}M parameters"
     if published:
         write_csv(results, DOCS / f"{run.name}.csv")
-    drawn = [result for trial, result in results.items() if compare_plots.is_in_losses(trial, rows, plan)]
+    drawn = [result for trial, result in results.items() if plots.is_in_losses(trial, rows, plan)]
     drawable = all(result["curve"] for result in drawn if result["diverged"] is None)
     for target in (folder, DOCS) if published else (folder,):
         if drawable:
-            compare_plots.losses(results, rows, plan, title, target / f"{run.name}.png")
-        compare_plots.sweeps(results, plan, title, target / f"{run.name}_sweep.png")
+            plots.losses(results, rows, plan, title, target / f"{run.name}.png")
+        plots.sweeps(results, plan, title, target / f"{run.name}_sweep.png")
     (folder / "table.md").write_text(text + "\n", encoding="utf-8")
     if published:
         if f"{run.name} results" in (ROOT / "README.md").read_text(encoding="utf-8"):

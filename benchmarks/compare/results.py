@@ -13,8 +13,6 @@ from typing import Any
 from benchmarks.compare.trials import BASELINE, Plan, Trial
 
 Results = Mapping[Trial, Mapping[str, Any]]
-
-
 DIVERGED = "diverged"
 
 
@@ -135,6 +133,7 @@ def arm_results(results: Results, plan: Plan) -> list[ArmResult]:
 
 
 def plain(results: Results, arm: str, steps: int) -> list[Trial]:
+    """The arm's trials of this length, without a change."""
     return [t for t in results if t.arm == arm and not t.change and t.steps == steps]
 
 

@@ -30,9 +30,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.compare import report as compare_report
-from benchmarks.compare import summary as compare_summary
+from benchmarks.compare import report, summary
 from benchmarks.compare.ablations import MINI, OUR_MINI, Ablation, ablations, confirmation
+from benchmarks.compare.results import against, best_of, loss_of
 from benchmarks.compare.trials import ARMS, BASELINE, FULL, PUBLISHED_PLANS, QUICK, Plan, Setup, Trial
 from benchmarks.provenance import ROOT, cores
 from data.token_files import read_metadata
@@ -70,7 +70,7 @@ class Trials:
         overrides: Iterable[str] = (),
         finished: Path | None = None,
     ) -> None:
-        self._finished = {} if finished is None else compare_report.finished_in(finished)
+        self._finished = {} if finished is None else report.finished_in(finished)
         self.results: dict[Trial, dict[str, Any]] = {}
         self.compared = False  # all but the ablations has been trained
         self._overrides = list(overrides)
@@ -169,7 +169,7 @@ def sweep(trials: Trials, plan: Plan) -> dict[str, float]:
     trials.train([at(arm, lr) for arm, grid in grids.items() for lr in grid], "learning rates")
     for _ in range(plan.widen):
         for arm, grid in grids.items():
-            best = compare_report.best_of(trials.results, [at(arm, lr) for lr in grid]).lr
+            best = best_of(trials.results, [at(arm, lr) for lr in grid]).lr
             if best == grid[0]:
                 grid.insert(0, best / 2)
             elif best == grid[-1]:
@@ -177,10 +177,10 @@ def sweep(trials: Trials, plan: Plan) -> dict[str, float]:
         trials.train([at(arm, lr) for arm, grid in grids.items() for lr in grid], "wider grids")
     for _ in range(plan.refine):
         for arm, grid in grids.items():
-            grid.append(_between(grid, [compare_report.loss_of(trials.results, at(arm, lr)) for lr in grid]))
+            grid.append(_between(grid, [loss_of(trials.results, at(arm, lr)) for lr in grid]))
             grid.sort()
         trials.train([at(arm, lr) for arm, grid in grids.items() for lr in grid], "finer grids")
-    return {arm: compare_report.best_of(trials.results, [at(arm, lr) for lr in grid]).lr for arm, grid in grids.items()}
+    return {arm: best_of(trials.results, [at(arm, lr) for lr in grid]).lr for arm, grid in grids.items()}
 
 
 def _between(grid: list[float], losses: list[float]) -> float:
@@ -204,7 +204,7 @@ def train_all(trials: Trials, plan: Plan) -> None:
     trials.find(_confirmation(trials, plan, asked))  # they count although the time may be up before
     whole = {arm: [plan.plain(arm, lr, seed) for seed in range(1, plan.seeds + 1)] for arm, lr in best.items()}
     trials.train([trial for seeds in whole.values() for trial in seeds], "seeds")
-    differences = {arm: compare_report.against(trials.results, seeds, whole[BASELINE]) for arm, seeds in whole.items()}
+    differences = {arm: against(trials.results, seeds, whole[BASELINE]) for arm, seeds in whole.items()}
     better = [arm for arm, difference in differences.items() if difference is not None and difference.sign < 0]
     # as many steps of warm-up as the whole runs: with fewer, a run ends above what a longer one has in passing
     shorter = [
@@ -220,7 +220,7 @@ def train_all(trials: Trials, plan: Plan) -> None:
 
 
 def _confirmation(trials: Trials, plan: Plan, asked: list[Ablation]) -> list[Trial]:
-    losses = {trial: compare_report.loss_of(trials.results, trial) for trial in trials.results}
+    losses = {trial: loss_of(trials.results, trial) for trial in trials.results}
     tried = [ablation for ablation in asked if ablation.trial(plan, 1) in losses]
     return confirmation(plan, tried, losses, (MINI, OUR_MINI))
 
@@ -276,7 +276,7 @@ def main() -> int:
     # relative paths of run files count from here
     os.chdir(ROOT)
     deadline = time.monotonic() + 60 * options.minutes
-    finished = compare_report.DOCS / f"{options.run.stem}.csv" if options.from_published else None
+    finished = report.DOCS / f"{options.run.stem}.csv" if options.from_published else None
     if finished is not None and not finished.is_file():
         parser.error(f"--from-published: there is no docs/compare/{finished.name} yet: train everything without it")
     with Trials(
@@ -289,9 +289,9 @@ def main() -> int:
             stopped = reason
         # only a whole comparison changes what stands in the repository, unless somebody asks for it
         published = whole and (trials.compared or options.publish)
-        print(compare_report.write(trials.results, trials.run, plan, folder, published=published))
+        print(report.write(trials.results, trials.run, plan, folder, published=published))
         if published:
-            compare_summary.write()
+            summary.write()
     if stopped is not None:
         print(f"not complete: {stopped}")
     return int(stopped is not None)

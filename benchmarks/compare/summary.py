@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from benchmarks.compare import report as compare_report
 from benchmarks.compare.ablations import OUR_MINI, OURS
+from benchmarks.compare.report import DOCS, read_csv
+from benchmarks.compare.results import arm_results
 from benchmarks.compare.trials import ARMS, BASELINE, PUBLISHED_PLANS
 from benchmarks.provenance import ROOT, write_between
 
@@ -22,11 +23,11 @@ def table() -> str:
     ]
     provenance = []
     for name, plan in PUBLISHED_PLANS.items():
-        path = compare_report.DOCS / f"{name}.csv"
+        path = DOCS / f"{name}.csv"
         if not path.is_file():
             continue
-        results = compare_report.read_csv(path, plan)
-        rows = {row.arm: row for row in compare_report.arm_results(results, plan)}
+        results = read_csv(path, plan)
+        rows = {row.arm: row for row in arm_results(results, plan)}
         cells = []
         for row in (rows[arm] for arm in _CLAIMED):
             assert row.against_baseline is not None and row.steps_to_baseline is not None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `compare_optimizers.py` trains: optimizers, learning rates, seeds and lengths, as data.
+"""What a comparison trains: optimizers, learning rates, seeds and lengths, as data.
 
 A trial is one complete run with its own decay to the minimum learning rate; its name says everything that differs, so
 finished trials are found again and never trained twice.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The main job with a clock: started by `end_to_end.py` through the DeepSpeed launcher, in the place of the script.
+"""The main job with a clock; `end_to_end.py` starts it through the DeepSpeed launcher, in the place of the script.
 
 Runs `launch/pretrain_llama.py` unchanged but for two things: times and peak memory go to a file per rank, and the final
 checkpoint is not written (it is no part of a training step, and its memory would be the peak).

@@ -15,11 +15,12 @@ pytest.importorskip("deepspeed", reason="trials are runs of the main job, which 
 pytest.importorskip("megatron.core", reason="trials are runs of the main job, which needs the extra 'megatron'")
 pytest.importorskip("torchao", reason="one of the compared optimizers is torchao's")
 
-from benchmarks.compare import peers as compare_peers
-from benchmarks.compare import report as compare_report
-from benchmarks.compare import run as compare_optimizers
+from benchmarks.compare import peers, report
+from benchmarks.compare import run as comparison
 from benchmarks.compare.ablations import ADAMW, MINI, OUR_MINI, OURS, ablations, confirmation
+from benchmarks.compare.results import DIVERGED, Estimate, StepsTo, arm_results
 from benchmarks.compare.trials import ARMS, BASELINE, FULL, LARGER, PATIENT, PUBLISHED_PLANS, QUICK, Plan, Setup, Trial
+from benchmarks.provenance import PROVENANCE
 from tests.helpers.launch.project import ROOT
 
 PLAN = Plan(steps=100, grid=3, seeds=3, lengths=(0.5,), widen=2, refine=0, ablations="all")
@@ -50,7 +51,7 @@ class FakeTrials:
                 "tokens": 10 * trial.steps,
                 "curve": [(0, 7.0), (trial.steps // 2, 5.0), (trial.steps, loss)],
                 "fingerprint": trial.name,
-                "provenance": dict.fromkeys(compare_report.PROVENANCE, "x"),
+                "provenance": dict.fromkeys(PROVENANCE, "x"),
             }
 
 
@@ -70,7 +71,7 @@ FLOOR = dict(zip(ARMS, (3.5, 3.45, 3.6, 3.5, 3.4, 3.52), strict=True))
 
 def test_a_grid_grows_until_its_best_is_inside():
     trials = FakeTrials(_bowl(BEST, FLOOR))
-    found = compare_optimizers.sweep(trials, PLAN)
+    found = comparison.sweep(trials, PLAN)
     assert found == BEST
     rates = sorted(t.lr for t in trials.results if t.arm == BASELINE)
     assert rates[-1] == 3.2e-2, "the best rate was never shown to have a worse one above it"
@@ -80,7 +81,7 @@ def test_a_best_rate_between_two_points_is_looked_for_on_the_better_side():
     """A parabola whose minimum is at 2.9e-3: 4e-3 is best of the factors of 2, and 2e-3 its better neighbour."""
     between = {**BEST, BASELINE: 2.9e-3}
     trials = FakeTrials(_bowl(between, FLOOR))
-    found = compare_optimizers.sweep(trials, dataclasses.replace(PLAN, refine=1))
+    found = comparison.sweep(trials, dataclasses.replace(PLAN, refine=1))
     assert found == {**BEST, BASELINE: 2.8e-3}
     rates = sorted(t.lr for t in trials.results if t.arm == BASELINE)
     assert rates == [2e-3, 2.8e-3, 4e-3, 8e-3]
@@ -89,13 +90,13 @@ def test_a_best_rate_between_two_points_is_looked_for_on_the_better_side():
 def test_a_grid_grows_no_further_than_it_may():
     trials = FakeTrials(_bowl(BEST, FLOOR))
     narrow = dataclasses.replace(PLAN, widen=0)
-    assert compare_optimizers.sweep(trials, narrow)[BASELINE] == 8e-3
+    assert comparison.sweep(trials, narrow)[BASELINE] == 8e-3
     assert len(trials.results) == 3 * len(ARMS)
 
 
 def test_shorter_runs_only_of_what_beats_the_baseline():
     trials = FakeTrials(_bowl(BEST, FLOOR))
-    compare_optimizers.train_all(trials, PLAN)
+    comparison.train_all(trials, PLAN)
     shorter = {t.arm for t in trials.results if t.steps == 50}
     assert shorter == {"blockwise_adamw", "muon"}
     assert {t.seed for t in trials.results if t.steps == 50} == {1, 2, 3}
@@ -105,8 +106,8 @@ def test_shorter_runs_only_of_what_beats_the_baseline():
 
 def test_the_table_says_what_the_formula_does():
     trials = FakeTrials(_bowl(BEST, FLOOR))
-    compare_optimizers.train_all(trials, PLAN)
-    rows = {row.arm: row for row in compare_report.arm_results(trials.results, PLAN)}
+    comparison.train_all(trials, PLAN)
+    rows = {row.arm: row for row in arm_results(trials.results, PLAN)}
     assert {arm: row.lr for arm, row in rows.items()} == BEST
     for arm, row in rows.items():
         assert row.loss.mean == pytest.approx(FLOOR[arm] + 0.02)
@@ -119,7 +120,7 @@ def test_the_table_says_what_the_formula_does():
     assert rows["blockwise_adamw"].steps_to_baseline.steps_text() == "84"
     assert rows["muon"].steps_to_baseline.steps_text() == "71"
     assert rows["adamw_8bit"].steps_to_baseline.steps_text() == "not within 100"
-    text = compare_report.table(list(rows.values()), trials.results, PLAN)
+    text = report.table(list(rows.values()), trials.results, PLAN)
     assert "| Muon + AdamW (torch) | 0.008 | 3.4200 ± 0.0058 | -0.1000 ± 0.0000 | 71 | 0.71 | 0.500 | 8.00 |" in text
     assert (
         f"| {ARMS['adamw_8bit'].label} | 0.004 | 3.5400 ± 0.0058 | +0.0200 ± 0.0000 | not within 100 |  | 0.500" in text
@@ -131,8 +132,8 @@ def test_a_tie_takes_about_as_many_steps_and_is_not_trained_again():
     bowl = _bowl(BEST, {**FLOOR, "adamw_8bit": FLOOR[BASELINE] - 0.001})
     noise = {1: 0.01, 2: -0.01, 3: 0.0}
     trials = FakeTrials(lambda t: bowl(t) + (noise[t.seed] if t.arm == "adamw_8bit" else 0.0))
-    compare_optimizers.train_all(trials, PLAN)
-    rows = {row.arm: row for row in compare_report.arm_results(trials.results, PLAN)}
+    comparison.train_all(trials, PLAN)
+    rows = {row.arm: row for row in arm_results(trials.results, PLAN)}
     assert rows["adamw_8bit"].against_baseline.mean == pytest.approx(-0.001)
     assert rows["adamw_8bit"].steps_to_baseline.steps_text() == "about 100"
     assert not [t for t in trials.results if t.arm == "adamw_8bit" and t.steps < PLAN.steps]
@@ -140,7 +141,7 @@ def test_a_tie_takes_about_as_many_steps_and_is_not_trained_again():
 
 def test_time_to_the_loss_is_relative_to_the_baseline():
     """A step that takes longer eats what fewer steps gain; a bound on steps is one on time."""
-    said = [compare_report.StepsTo(600, words) for words in ("", "about", "fewer than", "not within")]
+    said = [StepsTo(600, words) for words in ("", "about", "fewer than", "not within")]
     texts = [(steps.steps_text(), steps.time_text(1.2, 800)) for steps in said]
     assert texts == [
         ("600", "0.90"),
@@ -155,12 +156,12 @@ def test_time_to_the_loss_is_relative_to_the_baseline():
     [([0.1], 1), ([-0.1], -1), ([0.0], 0), ([0.1, 0.2], 1), ([-0.1, 0.2], 0), ([math.inf, 0.1, 0.1], 1)],
 )
 def test_a_difference_has_a_sign_beyond_two_standard_errors(values, sign):
-    assert compare_report.Estimate.of(values).sign == sign
+    assert Estimate.of(values).sign == sign
 
 
 def test_the_larger_model_is_trained_in_bf16_with_its_own_rates_and_few_ablations():
     trials = FakeTrials(_bowl(BEST, FLOOR))
-    compare_optimizers.train_all(trials, LARGER)
+    comparison.train_all(trials, LARGER)
     assert {t.arm for t in trials.results} == set(LARGER.arms)
     assert LARGER.learning_rates(BASELINE) == (2e-3, 4e-3, 8e-3)
     assert {t.change for t in trials.results} == {"", "published-cuts", "uniform-norm", "wsd"}
@@ -175,20 +176,20 @@ def test_the_larger_model_is_trained_in_bf16_with_its_own_rates_and_few_ablation
 
 def test_a_longer_warm_up_is_that_of_every_run(tmp_path):
     trials = FakeTrials(_bowl(BEST, FLOOR))
-    compare_optimizers.train_all(trials, PATIENT)
+    comparison.train_all(trials, PATIENT)
     assert {round(t.warmup * t.steps) for t in trials.results} == {160}
     assert {t.steps for t in trials.results} == {600, 800}, "steps to the same loss want a shorter length"
     assert {t.change for t in trials.results} == {"", "uniform-norm", "wsd"}
-    compare_report.write_csv(trials.results, tmp_path / "trials.csv")
-    assert set(compare_report.read_csv(tmp_path / "trials.csv", PATIENT)) == set(trials.results)
+    report.write_csv(trials.results, tmp_path / "trials.csv")
+    assert set(report.read_csv(tmp_path / "trials.csv", PATIENT)) == set(trials.results)
 
 
 def test_a_length_counts_when_all_seeds_have_it():
     """A comparison that is stopped in between would give the mean of one seed beside the mean of three."""
     trials = FakeTrials(_bowl(BEST, FLOOR))
-    compare_optimizers.train_all(trials, PLAN)
+    comparison.train_all(trials, PLAN)
     few = {t: r for t, r in trials.results.items() if t.steps == PLAN.steps or t.seed == 1}
-    rows = {row.arm: row for row in compare_report.arm_results(few, PLAN)}
+    rows = {row.arm: row for row in arm_results(few, PLAN)}
     assert rows["muon"].steps_to_baseline.steps_text() == "fewer than 100"
     assert rows["adamw_8bit"].steps_to_baseline.steps_text() == "not within 100"
 
@@ -197,29 +198,29 @@ def test_a_length_counts_when_all_seeds_have_it():
 @pytest.mark.parametrize("other", [["--quick"], ["--steps", "100"], ["--set", "training.seed=3"], ["--no-ablations"]])
 def test_only_the_plan_that_the_readme_shows_is_published(option, other, monkeypatch, capsys):
     """Asked for and ignored, or worse: another comparison in the place of this one."""
-    monkeypatch.setattr(sys, "argv", ["compare_optimizers.py", option, *other])
+    monkeypatch.setattr(sys, "argv", ["run.py", option, *other])
     with pytest.raises(SystemExit):
-        compare_optimizers.main()
+        comparison.main()
     assert f"{option} is for the plan" in capsys.readouterr().err
 
 
 def test_nothing_published_to_go_on_from_is_an_error(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(compare_report, "DOCS", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["compare_optimizers.py", "--from-published"])
+    monkeypatch.setattr(report, "DOCS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--from-published"])
     with pytest.raises(SystemExit):
-        compare_optimizers.main()
+        comparison.main()
     assert "there is no docs/compare/compare.csv yet" in capsys.readouterr().err
 
 
 def test_a_rate_that_diverges_is_never_the_best_and_is_written_down(tmp_path):
     bowl = _bowl(BEST, FLOOR)
     trials = FakeTrials(lambda trial: math.inf if trial.lr > 6e-3 else bowl(trial))
-    found = compare_optimizers.sweep(trials, PLAN)
+    found = comparison.sweep(trials, PLAN)
     assert found[BASELINE] == 4e-3
-    compare_report.write_csv(trials.results, tmp_path / "trials.csv")
+    report.write_csv(trials.results, tmp_path / "trials.csv")
     lines = (tmp_path / "trials.csv").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 1 + len(trials.results)
-    assert sum(f",{compare_report.DIVERGED}," in line for line in lines) == sum(t.lr > 6e-3 for t in trials.results)
+    assert sum(f",{DIVERGED}," in line for line in lines) == sum(t.lr > 6e-3 for t in trials.results)
 
 
 @pytest.mark.parametrize("plan", [FULL, QUICK], ids=["full", "quick"])
@@ -237,7 +238,7 @@ def test_trials_have_names_of_their_own_and_settings_that_differ(plan):
 def test_the_whole_comparison_fits_three_hours_of_two_cores():
     """At 115 s for a run of 800 steps on each of two cores, with one grid in two that grows once."""
     trials = FakeTrials(_bowl(BEST, FLOOR))
-    compare_optimizers.train_all(trials, FULL)
+    comparison.train_all(trials, FULL)
     steps = sum(t.steps for t in trials.results)
     assert steps / 800 * 230 / 2 < 3 * 3600
 
@@ -269,10 +270,10 @@ def test_ablations_are_compared_with_the_same_seeds_and_what_is_missing_is_count
     bowl = _bowl(BEST, FLOOR)
     gains = {"norm-elements": -0.03, "wsd": 0.02}
     trials = FakeTrials(lambda t: math.inf if t.change == "linear" else bowl(t) + gains.get(t.change, 0.0))
-    compare_optimizers.train_all(trials, PLAN)
+    comparison.train_all(trials, PLAN)
     assert trials.compared
-    rates = compare_optimizers.sweep(trials, PLAN)
-    text = compare_report.ablation_table(trials.results, PLAN, rates)
+    rates = comparison.sweep(trials, PLAN)
+    text = report.ablation_table(trials.results, PLAN, rates)
     # the parabola: 0.4 above the best at four times its rate, which the sweep has not
     words = "multipliers measured from step 300 on, the output layer's too; 4x the best base rate"
     measured = f"| {ARMS[OURS].label} | {words} | 0.002 |"
@@ -287,14 +288,14 @@ def test_ablations_are_compared_with_the_same_seeds_and_what_is_missing_is_count
     assert f"| {ARMS[ADAMW].label} | linear decay instead of cosine | 0.016 | diverged |  |" in text
     assert "not trained yet" not in text
     without = {t: r for t, r in trials.results.items() if t.change != "wsd"}
-    text = compare_report.ablation_table(without, PLAN, rates)
+    text = report.ablation_table(without, PLAN, rates)
     assert f"2 of {len(ablations(rates, PLAN))} are not trained yet: warm-up, stable, decay instead of cosine." in text
 
 
 def test_finished_ablations_count_although_the_time_is_up_before(monkeypatch):
     """Published with `--publish`, a CSV would lose what an earlier one had."""
     whole = FakeTrials(_bowl(BEST, FLOOR))
-    compare_optimizers.train_all(whole, PLAN)
+    comparison.train_all(whole, PLAN)
     stopped = FakeTrials(_bowl(BEST, FLOOR))
     train = stopped.train
 
@@ -305,13 +306,13 @@ def test_finished_ablations_count_although_the_time_is_up_before(monkeypatch):
 
     def until_shorter_runs(trials, title):
         if title == "shorter runs":
-            raise compare_optimizers.Stopped(title)
+            raise comparison.Stopped(title)
         train(trials, title)
 
     monkeypatch.setattr(stopped, "find", find)
     monkeypatch.setattr(stopped, "train", until_shorter_runs)
-    with pytest.raises(compare_optimizers.Stopped):
-        compare_optimizers.train_all(stopped, PLAN)
+    with pytest.raises(comparison.Stopped):
+        comparison.train_all(stopped, PLAN)
     changed = {trial for trial in whole.results if trial.change}
     assert changed == {trial for trial in stopped.results if trial.change}
     assert not stopped.compared
@@ -321,9 +322,9 @@ def test_tables_are_the_same_from_the_csv(tmp_path):
     """The tests of README.md read the CSV, and every number of its table must follow from it."""
     bowl = _bowl(BEST, FLOOR)
     trials = FakeTrials(lambda trial: math.inf if trial.lr > 6e-2 else bowl(trial))
-    compare_optimizers.train_all(trials, PLAN)
-    compare_report.write_csv(trials.results, tmp_path / "trials.csv")
-    read = compare_report.read_csv(tmp_path / "trials.csv", PLAN)
+    comparison.train_all(trials, PLAN)
+    report.write_csv(trials.results, tmp_path / "trials.csv")
+    read = report.read_csv(tmp_path / "trials.csv", PLAN)
     for trial, result in trials.results.items():
         (found,) = (r for t, r in read.items() if t.name == trial.name)
         ended = result["diverged"] is None
@@ -331,9 +332,9 @@ def test_tables_are_the_same_from_the_csv(tmp_path):
         assert found["curve"] == [(step, pytest.approx(loss)) for step, loss in result["curve"] if ended]
     shown = []
     for results in (read, trials.results):
-        rows = compare_report.arm_results(results, PLAN)
+        rows = arm_results(results, PLAN)
         rates = {row.arm: row.lr for row in rows}
-        shown.append((compare_report.table(rows, results, PLAN), compare_report.ablation_table(results, PLAN, rates)))
+        shown.append((report.table(rows, results, PLAN), report.ablation_table(results, PLAN, rates)))
     assert shown[0] == shown[1]
 
 
@@ -343,7 +344,7 @@ def test_muon_steps_hidden_matrices_and_adamw_the_rest():
     shapes = [(20, 8), (8, 8), (24, 8), (8,), (20, 8)]
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-    both = compare_peers.MuonAndAdamW(ours, lr=1e-2, vocab_size=20)
+    both = peers.MuonAndAdamW(ours, lr=1e-2, vocab_size=20)
     muon = torch.optim.Muon(theirs[1:3], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     rest = [theirs[0], *theirs[3:]]
     adamw = torch.optim.AdamW(rest, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
@@ -358,4 +359,4 @@ def test_muon_steps_hidden_matrices_and_adamw_the_rest():
         adamw.step()
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     with pytest.raises(ValueError, match="vocab_size = 21"):
-        compare_peers.MuonAndAdamW(ours, lr=1e-2, vocab_size=21)
+        peers.MuonAndAdamW(ours, lr=1e-2, vocab_size=21)

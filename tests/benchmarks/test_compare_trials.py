@@ -17,11 +17,14 @@ pytest.importorskip("deepspeed", reason="trials are runs of the main job, which 
 pytest.importorskip("megatron.core", reason="trials are runs of the main job, which needs the extra 'megatron'")
 pytest.importorskip("torchao", reason="one of the compared optimizers is torchao's")
 
-from benchmarks.compare import one_trial as compare_job  # noqa: F401 - takes seconds, which would count against the first deadline
-from benchmarks.compare import report as compare_report
-from benchmarks.compare import run as compare_optimizers
+import benchmarks.compare.one_trial  # noqa: F401 - takes seconds, which would count against the first deadline
+from benchmarks.compare import report
+from benchmarks.compare import run as comparison
 from benchmarks.compare.trials import ARMS, BASELINE, Plan
+from tests.helpers.distributed import HANG_S
 from tests.helpers.launch.project import prepare_project
+
+pytestmark = pytest.mark.spawns  # in benchmarks.compare.run
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +37,9 @@ def _trained(
 ):
     plan = Plan(steps, grid=1, seeds=1, lengths=(), widen=0, refine=0, ablations=(), arms=tuple(arms))
     overrides = ["training.log_interval=1", "parallel.tensor=1", "cluster.gpus_per_node=1"]
-    with compare_optimizers.Trials(
-        folder, project / "run.yaml", 2, deadline, overrides=overrides, finished=finished
-    ) as trials:
-        compare_optimizers.train_all(trials, plan)
-        return trials.results, compare_report.write(trials.results, trials.run, plan, folder, published=False)
+    with comparison.Trials(folder, project / "run.yaml", 2, deadline, overrides=overrides, finished=finished) as trials:
+        comparison.train_all(trials, plan)
+        return trials.results, report.write(trials.results, trials.run, plan, folder, published=False)
 
 
 def test_real_trials_end_in_a_table_and_are_not_trained_twice(project, tmp_path, monkeypatch):
@@ -58,7 +59,7 @@ def test_real_trials_end_in_a_table_and_are_not_trained_twice(project, tmp_path,
     (changed,) = [t for t in results if t.arm == BASELINE]
     result = tmp_path / changed.name / "result.json"
     result.write_text(result.read_text(encoding="utf-8").replace("0.004", "0.005"), encoding="utf-8")
-    with pytest.raises(compare_optimizers.Stopped, match="1 runs of 'learning rates' are left"):
+    with pytest.raises(comparison.Stopped, match="1 runs of 'learning rates' are left"):
         _trained(project, tmp_path, 0.0, arms)
 
 
@@ -66,7 +67,7 @@ def test_a_trial_that_the_clock_stops_goes_on_from_its_checkpoint(project, tmp_p
     """Slices of a lent machine: the same loss as in one go, and every part's time is counted."""
     monkeypatch.chdir(project)
     whole, _ = _trained(project, tmp_path / "whole", time.monotonic() + 600.0, [BASELINE], steps=200)
-    with pytest.raises(compare_optimizers.Stopped, match="1 runs"):
+    with pytest.raises(comparison.Stopped, match="1 runs"):
         _trained(project, tmp_path / "slices", time.monotonic() + 1.0, [BASELINE], steps=200)
     (place,) = (path for path in (tmp_path / "slices").iterdir() if path.is_dir())
     spent = float((place / "cpu_seconds").read_text(encoding="utf-8"))
@@ -88,17 +89,29 @@ def test_a_trial_that_another_process_is_training_is_waited_for(project, tmp_pat
     fcntl.flock(lock, fcntl.LOCK_EX)
 
     def finish() -> None:
-        """The other process ends: its result is there before its lock is gone."""
+        """Once it is waited for the other process ends: its result is there before its lock is gone."""
+        deadline = time.monotonic() + HANG_S
+        while not _is_waited_for(lock) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        waited.append(_is_waited_for(lock))
         shutil.copytree(tmp_path / "one" / trial.name, tmp_path / "two" / trial.name)
         (tmp_path / "two" / trial.name / "log").write_text("of the other process", encoding="utf-8")
         os.close(lock)
 
-    other = threading.Timer(12.0, finish)
+    waited: list[bool] = []
+    other = threading.Thread(target=finish)
     other.start()
     again, _ = _trained(project, tmp_path / "two", time.monotonic() + 600.0, [BASELINE])
     other.join()
+    assert waited == [True]
     assert again[trial]["cpu_seconds"] == result["cpu_seconds"], "trained again"
     assert (tmp_path / "two" / trial.name / "log").read_text(encoding="utf-8") == "of the other process"
+
+
+def _is_waited_for(lock: int) -> bool:
+    """Whether a process stands in line for a lock; Linux lists it behind an arrow, proc(5)."""
+    with open("/proc/locks", encoding="ascii") as file:
+        return any("->" in line and f":{os.fstat(lock).st_ino} " in line for line in file)
 
 
 def test_results_of_another_machine_count_if_nothing_that_decides_them_differs(project, tmp_path, monkeypatch):
@@ -106,7 +119,7 @@ def test_results_of_another_machine_count_if_nothing_that_decides_them_differs(p
     monkeypatch.chdir(project)
     there, here, path = tmp_path / "there", tmp_path / "here", tmp_path / "trials.csv"
     results, text = _trained(project, there, time.monotonic() + 600.0, [BASELINE])
-    compare_report.write_csv(results, path)
+    report.write_csv(results, path)
     here.mkdir()
     again, same = _trained(project, here, 0.0, [BASELINE], finished=path)
     assert {t: r["final_validation_loss"] for t, r in again.items()} == pytest.approx(
@@ -114,7 +127,7 @@ def test_results_of_another_machine_count_if_nothing_that_decides_them_differs(p
     )
     assert same == text.replace(str(there), str(here))
     assert {figure.name for figure in here.glob("*.png")} == {figure.name for figure in there.glob("*.png")}
-    with pytest.raises(compare_optimizers.Stopped, match="1 runs"):
+    with pytest.raises(comparison.Stopped, match="1 runs"):
         _trained(project, here, 0.0, [BASELINE], steps=3, finished=path)
     for figure in here.glob("*.png"):
         figure.unlink()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run a function on several processes with gloo, and bring every failure home.
 
-Rendezvous is a file store in a temporary directory, so no test picks a port. Two entries:
-``run_distributed`` for one function, ``run_cases`` for many cases in one spawn (starting the
-processes and importing the hosts costs more than a case does).
+Rendezvous is a file store in a temporary directory, so no test picks a port. Two entries: ``run_distributed`` for one
+function on new interpreters, ``run_cases`` for many cases on processes that are forked from one that has imported the
+hosts (importing DeepSpeed and Megatron-core costs more than a case does).
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,11 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+from tests.helpers import ROOT
+
 START = -1  # stands for the index of a case in what a rank reports when it is ready
-START_S = 180.0  # imports of torch, deepspeed and megatron on a busy two-core machine
-GRACE_S = 15.0  # how long the other ranks may still work after one rank has failed
+HANG_S = 300.0  # a start or a case takes seconds, a minute on a very busy machine: only a hang lasts as long
+GRACE_S = 60.0  # how long the other ranks may still work after one rank has failed
 LOG_TAIL = 4000  # characters of each rank's output that are worth showing
 
 
@@ -62,7 +66,7 @@ Worker = Callable[..., Any]
 Outcome = Callable[[str], str | None]
 
 
-def run_distributed(worker: Worker, world_size: int, *args: Any, timeout: float = 120.0) -> list:
+def run_distributed(worker: Worker, world_size: int, *args: Any, timeout: float = HANG_S) -> list:
     """Call ``worker(context, *args)`` on every rank; return the values in the order of ranks.
 
     Args:
@@ -74,15 +78,15 @@ def run_distributed(worker: Worker, world_size: int, *args: Any, timeout: float 
     Raises:
         DistributedError: A rank raised, died, or the time was up. All ranks are gone by then.
     """
-    (outcomes,) = _run_fleet(worker, world_size, [("worker", args)], timeout)
+    (outcomes,) = _run_fleet(mp.get_context("spawn"), worker, world_size, [("worker", args)], timeout)
     _raise_if_failed(outcomes)
     return [outcome.value for outcome in outcomes]
 
 
 def run_cases(
-    worker: Worker, world_size: int, cases: Mapping[str, Any], *, case_timeout: float = 90.0
+    worker: Worker, world_size: int, cases: Mapping[str, Any], *, case_timeout: float = HANG_S
 ) -> dict[str, str | None]:
-    """Run ``worker(context, case)`` for every case in one spawn.
+    """Run ``worker(context, case)`` for every case on the same processes, which have the hosts imported.
 
     A case in which only some ranks fail leaves the others inside a collective; then the processes
     are replaced and the remaining cases go on, so one failure never hides the next case.
@@ -94,7 +98,8 @@ def run_cases(
     pending = list(cases.items())
     while pending:
         fleet = [(name, (case,)) for name, case in pending]
-        for (name, _), outcomes in zip(pending, _run_fleet(worker, world_size, fleet, case_timeout), strict=False):
+        finished = _run_fleet(_fork_server(), worker, world_size, fleet, case_timeout)
+        for (name, _), outcomes in zip(pending, finished, strict=False):
             results[name] = _failure_text(outcomes)
         pending = [(name, case) for name, case in pending if name not in results]
     return results
@@ -104,14 +109,13 @@ def fleet_outcome(
     request: pytest.FixtureRequest,
     worker: Worker,
     cases: Mapping[str, tuple[int, Any]],
-    per_spawn: int = 1000,
+    per_spawn: int = 40,
 ) -> Outcome:
     """Failure text (or None) of a case by name, for a module-scoped fixture.
 
-    ``cases`` maps a name to (world size, case). The first question about a world size runs its
-    cases that this session selected (tests whose parameter ``name`` is a key of ``cases``),
-    ``per_spawn`` of them in one spawn: gloo's groups are never freed, and a case that makes dozens
-    slows down all that follow in the same processes.
+    ``cases`` maps a name to (world size, case). The first question about a case runs it with its neighbours: those of
+    its world size that this session selected (tests whose parameter ``name`` is a key of ``cases``), ``per_spawn`` of
+    them on the same processes. gloo's groups are never freed, so cases that make many slow down all that follow them.
     """
     selected = {
         item.callspec.params.get("name")
@@ -157,11 +161,26 @@ def _raise_if_failed(outcomes: list[_Outcome]) -> None:
 # ------------------------------------------------------------------------------------ parent side
 
 
-def _run_fleet(worker: Worker, world_size: int, cases: list[tuple[str, tuple]], timeout: float) -> list[list[_Outcome]]:
+@cache
+def _fork_server() -> BaseContext:
+    """Starts the process that has the hosts in memory; a rank that is forked from it starts in a second, not in ten."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["tests.helpers.preload_hosts"])
+    with pytest.MonkeyPatch.context() as patch:
+        # a process of its own, which has to find the tests and to choose the accelerator
+        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        forkserver.ensure_running()
+    return context
+
+
+def _run_fleet(
+    context: BaseContext, worker: Worker, world_size: int, cases: list[tuple[str, tuple]], timeout: float
+) -> list[list[_Outcome]]:
     """Outcomes of the first n >= 1 cases; fewer than given if the processes had to be ended."""
     with tempfile.TemporaryDirectory(prefix="ranks-") as name:
         directory = Path(name)
-        context = mp.get_context("spawn")
         processes = [
             context.Process(target=_child_main, args=(rank, world_size, name, worker, cases), daemon=True)
             for rank in range(world_size)
@@ -169,7 +188,7 @@ def _run_fleet(worker: Worker, world_size: int, cases: list[tuple[str, tuple]], 
         for process in processes:
             process.start()
         try:
-            started, complete = _collect(directory, processes, START, START_S)
+            started, complete = _collect(directory, processes, START, HANG_S)
             if not complete:
                 return [started]
             finished: list[list[_Outcome]] = []

@@ -27,7 +27,7 @@ def llama(**changes: object) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 12, "num_attention_heads": 2, "num_key_value_heads": 1}
-    return LlamaForCausalLM(LlamaConfig(**{**_hf_sizes(**sizes), **changes}))
+    return LlamaForCausalLM(LlamaConfig(**{**hf_sizes(**sizes), **changes}))
 
 
 def qwen3() -> nn.Module:
@@ -35,7 +35,7 @@ def qwen3() -> nn.Module:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     sizes = {"hidden_size": 15, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6}
-    return Qwen3ForCausalLM(Qwen3Config(**_hf_sizes(**sizes), attention_bias=True))
+    return Qwen3ForCausalLM(Qwen3Config(**hf_sizes(**sizes), attention_bias=True))
 
 
 def slim() -> nn.Module:
@@ -43,7 +43,7 @@ def slim() -> nn.Module:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     sizes = {"hidden_size": 9, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 2}
-    return Qwen3ForCausalLM(Qwen3Config(**{**_hf_sizes(**sizes), "num_hidden_layers": 1}))
+    return Qwen3ForCausalLM(Qwen3Config(**{**hf_sizes(**sizes), "num_hidden_layers": 1}))
 
 
 def gpt2_conv1d() -> nn.Module:
@@ -54,7 +54,7 @@ def gpt2_conv1d() -> nn.Module:
     return GPT2LMHeadModel(config)
 
 
-def _hf_sizes(**sizes: int) -> dict[str, object]:
+def hf_sizes(**sizes: int) -> dict[str, object]:
     common = {
         "vocab_size": 37,
         "intermediate_size": 21,

@@ -31,7 +31,9 @@ class Hyper:
 
 
 @dataclass
-class _State:
+class State:
+    """Moments of one parameter after ``step`` updates, of its full shape."""
+
     m: Tensor
     v: Tensor
     step: int = 0
@@ -49,6 +51,8 @@ class Oracle:
         overrides: Parameter name -> lr multiplier, whatever its role (a user's rule).
         arithmetic: torch.float64 (the truth) or torch.float32 (the same formula, rounded).
         momentum: dtype that the first moment is stored in between updates.
+        state: Moments by name, once a parameter has been updated.
+        labels: The block number of every element, by name.
     """
 
     params: Mapping[str, Tensor]
@@ -63,8 +67,8 @@ class Oracle:
 
     def __post_init__(self) -> None:
         self.set_weights(self.params)
-        self._state: dict[str, _State] = {}
-        self._labels = {name: self._label(name, p.shape) for name, p in self._p.items()}
+        self.state: dict[str, State] = {}
+        self.labels = {name: self._label(name, p.shape) for name, p in self._p.items()}
 
     def weights(self) -> dict[str, Tensor]:
         """A copy of the current weights."""
@@ -80,7 +84,7 @@ class Oracle:
         chosen = self.lr_multipliers
         return chosen.get(role, chosen.get(block_type, MULTIPLIERS[block_type]))
 
-    def _decay(self, role: str) -> float:
+    def decay_multiplier(self, role: str) -> float:
         chosen = self.weight_decay_multipliers
         return chosen.get(role, chosen.get(BLOCK_TYPE[role], 1.0))
 
@@ -112,7 +116,7 @@ class Oracle:
         own = block + torch.arange(labels.numel()).view(shape)
         return torch.where(element_wise.view(view).expand(shape), own, labels)
 
-    def _per_element(self, name: str, value: Callable[[str], float]) -> Tensor:
+    def per_element(self, name: str, value: Callable[[str], float]) -> Tensor:
         classified = self.classes[name]
         shape = self._p[name].shape
         along = torch.zeros(shape[classified.axis], dtype=self.arithmetic)
@@ -122,17 +126,26 @@ class Oracle:
         view[classified.axis] = -1
         return along.view(view).expand(shape)
 
-    def _mean_square(self, name: str, gradient: Tensor) -> Tensor:
+    def mean_square(self, name: str, gradient: Tensor) -> Tensor:
         """Mean of g^2 over each element's block, summed in fp64 whatever the arithmetic is."""
-        square = gradient.double().square()
+        return self.block_mean(name, gradient.double().square())
+
+    def block_mean(self, name: str, values: Tensor) -> Tensor:
+        """The mean of fp64 values over each element's block; for AdamW the values themselves."""
         if not self.mini:
-            return square
-        labels = self._labels[name].flatten()
+            return values
+        labels = self.labels[name].flatten()
         total = torch.zeros(int(labels.max()) + 1, dtype=torch.float64)
         count = torch.zeros_like(total)
-        total.index_add_(0, labels, square.flatten())
-        count.index_add_(0, labels, torch.ones_like(square.flatten()))
-        return (total[labels] / count[labels]).view(gradient.shape)
+        total.index_add_(0, labels, values.flatten())
+        count.index_add_(0, labels, torch.ones_like(values.flatten()))
+        return (total[labels] / count[labels]).view(values.shape)
+
+    def take_over(self, moments: Mapping[str, State]) -> None:
+        """Go on with another optimizer's moments; second moments become means over this one's blocks."""
+        for name, state in moments.items():
+            second = self.block_mean(name, state.v.double()).to(self.arithmetic)
+            self.state[name] = State(state.m.to(self.arithmetic).clone(), second.clone(), state.step)
 
     def step(
         self,
@@ -147,22 +160,22 @@ class Oracle:
         for name, gradient in gradients.items():
             h = self.hyper if isinstance(self.hyper, Hyper) else self.hyper[name]
             own = self.overrides.get(name)
-            lr = self._per_element(
+            lr = self.per_element(
                 name,
                 lambda role, h=h, own=own: rate(self.multiplier(role) if own is None else own, h.lr),
             )
-            decay = self._per_element(name, lambda role, h=h: h.weight_decay * self._decay(role))
+            decay = self.per_element(name, lambda role, h=h: h.weight_decay * self.decay_multiplier(role))
             self._update(name, gradient, h, lr, decay)
 
     def _update(self, name: str, gradient: Tensor, h: Hyper, lr: Tensor, decay: Tensor) -> None:
         p = self._p[name]
         g = gradient.to(self.arithmetic)
-        state = self._state.setdefault(name, _State(torch.zeros_like(p), torch.zeros_like(p)))
+        state = self.state.setdefault(name, State(torch.zeros_like(p), torch.zeros_like(p)))
         state.step += 1
         beta1, beta2 = h.betas
         p = p * (1 - lr * decay)
         state.m = beta1 * state.m + (1 - beta1) * g
-        state.v = beta2 * state.v + (1 - beta2) * self._mean_square(name, gradient).to(p.dtype)
+        state.v = beta2 * state.v + (1 - beta2) * self.mean_square(name, gradient).to(p.dtype)
         m_hat = state.m / (1 - beta1**state.step)
         v_hat = state.v / (1 - beta2**state.step)
         p = p - lr * m_hat / (v_hat.sqrt() + h.eps)

@@ -26,9 +26,10 @@ _PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers", "accelerate"
 
 @dataclass(frozen=True)
 class Works:
-    """Shown by tests: ``folder/test_file.py::pattern`` below ``tests/``; all that match must pass.
+    """Shown by tests, all of which must pass.
 
-    ``{o}`` is adamw or mini, ``{O}`` the class.
+    Attributes:
+        tests: ``folder/test_file.py::pattern`` below ``tests/``; ``{o}`` is adamw or mini, ``{O}`` the class.
     """
 
     tests: tuple[str, ...]

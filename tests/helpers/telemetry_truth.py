@@ -29,7 +29,7 @@ QUANTITIES = (
 
 def types_of(oracle: Oracle, name: str) -> Tensor:
     """The number of the block type of every element."""
-    return oracle._per_element(name, lambda role: float(TYPES.index(BLOCK_TYPE[role])))
+    return oracle.per_element(name, lambda role: float(TYPES.index(BLOCK_TYPE[role])))
 
 
 def mean_of(oracle: Oracle, values: Mapping[str, Tensor]) -> dict[str, float]:
@@ -50,7 +50,7 @@ def hyper(oracle: Oracle, name: str) -> Hyper:
 
 def second_moments(oracle: Oracle) -> dict[str, float]:
     """Mean of the bias-corrected second moment of each block type."""
-    return mean_of(oracle, {n: s.v / (1 - hyper(oracle, n).betas[1] ** s.step) for n, s in oracle._state.items()})
+    return mean_of(oracle, {n: s.v / (1 - hyper(oracle, n).betas[1] ** s.step) for n, s in oracle.state.items()})
 
 
 def truth(
@@ -65,11 +65,11 @@ def truth(
     lr, multiplier, update, momentum = {}, {}, {}, {}
     for name in now:
         h = hyper(oracle, name)
-        lr[name] = oracle._per_element(name, lambda role, h=h: rate(oracle.multiplier(role), h.lr))
-        multiplier[name] = oracle._per_element(name, oracle.multiplier)
-        decay = oracle._per_element(name, lambda role, h=h: h.weight_decay * oracle._decay(role))
+        lr[name] = oracle.per_element(name, lambda role, h=h: rate(oracle.multiplier(role), h.lr))
+        multiplier[name] = oracle.per_element(name, oracle.multiplier)
+        decay = oracle.per_element(name, lambda role, h=h: h.weight_decay * oracle.decay_multiplier(role))
         update[name] = was[name] * (1 - lr[name] * decay) - now[name]
-        state = oracle._state[name]
+        state = oracle.state[name]
         momentum[name] = state.m / (1 - h.betas[0] ** state.step)
 
     def rms(values: Mapping[str, Tensor]) -> dict[str, float]:

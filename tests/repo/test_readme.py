@@ -106,8 +106,8 @@ def test_commands_exist_and_are_understood(line):
 def test_the_results_are_those_of_the_csv():
     """Every number in the tables follows from a file that a script wrote."""
     pytest.importorskip("matplotlib", reason="the comparison draws with matplotlib, in the extra 'dev'")
-    from benchmarks.compare import report as compare_report
-    from benchmarks.compare import summary as compare_summary
+    from benchmarks.compare import report, summary
+    from benchmarks.compare.results import arm_results
     from benchmarks.compare.trials import PUBLISHED_PLANS, QUICK
     from benchmarks.provenance import between
 
@@ -120,17 +120,17 @@ def test_the_results_are_those_of_the_csv():
         if not path.is_file():
             assert {text.strip() for text in shown} == {"Not run yet."}, name
             continue
-        results = compare_report.read_csv(path, plan)
-        rows = compare_report.arm_results(results, plan)
-        table = compare_report.table(rows, results, plan)
-        ablations = compare_report.ablation_table(results, plan, {row.arm: row.lr for row in rows})
+        results = report.read_csv(path, plan)
+        rows = arm_results(results, plan)
+        table = report.table(rows, results, plan)
+        ablations = report.ablation_table(results, plan, {row.arm: row.lr for row in rows})
         assert table in shown[0] and ablations in shown[1], name
         assert all(table in text for text in shown[2:]), name
-    quick = compare_report.read_csv(ROOT / "docs/compare/quick.csv", QUICK)
-    table = compare_report.table(compare_report.arm_results(quick, QUICK), quick, QUICK)
+    quick = report.read_csv(ROOT / "docs/compare/quick.csv", QUICK)
+    table = report.table(arm_results(quick, QUICK), quick, QUICK)
     assert table in between(evidence, "quick results")
-    for page in compare_summary.PAGES:
-        assert compare_summary.table() in between((ROOT / page).read_text(encoding="utf-8"), compare_summary.NAME)
+    for page in summary.PAGES:
+        assert summary.table() in between((ROOT / page).read_text(encoding="utf-8"), summary.NAME)
 
 
 def test_paths_in_the_text_exist():

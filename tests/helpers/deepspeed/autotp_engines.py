@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from tests.helpers import models
 from tests.helpers.deepspeed.autotp_models import MODELS, cut, shapes_of, small
-from tests.helpers.deepspeed.engine_cases import BETAS, EPS, FULL_NAME, LR, WEIGHT_DECAY
-from tests.helpers.deepspeed.engines import engine_config, feed_step, open_engine
+from tests.helpers.deepspeed.compared import case_config
+from tests.helpers.deepspeed.engines import feed_step, masters, open_engine
 from tests.helpers.models import Feed, GradientPlan
 
 DECAY_MULTIPLIERS = {"norm": 0.0, "value": 0.5}
@@ -45,25 +45,14 @@ class Case:
 def config_of(case: Case) -> dict[str, Any]:
     """The DeepSpeed JSON of a case."""
     parallel = {"tensor_parallel": {"autotp_size": case.tp, **MODELS[case.model].tp}} if case.tp > 1 else {}
-    return engine_config(
-        FULL_NAME[case.optimizer],
-        stage=case.stage,
-        dtype=case.dtype,
-        params={
-            "lr": LR,
-            "betas": list(BETAS),
-            "eps": EPS,
-            "weight_decay": WEIGHT_DECAY,
-            "weight_decay_multipliers": DECAY_MULTIPLIERS,
-            "granularity": case.granularity,
-            "backend": case.backend,
-        }
-        | case.params,
-        zero=dict(case.zero),
-        **({"gradient_clipping": case.clip} if case.clip else {}),
-        **parallel,
-        **case.config,
-    )
+    params = {
+        "weight_decay_multipliers": DECAY_MULTIPLIERS,
+        "granularity": case.granularity,
+        "backend": case.backend,
+        **case.params,
+    }
+    clip = {"gradient_clipping": case.clip} if case.clip else {}
+    return case_config(case, params=params, zero=dict(case.zero), **clip, **parallel)
 
 
 @contextmanager
@@ -93,6 +82,11 @@ def _build(case: Case, config: dict[str, Any]) -> nn.Module:
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
             parameter.copy_(models.small_weight(name, parameter.ds_shape))
     return model
+
+
+def held(run: SimpleNamespace) -> dict[str, Tensor]:
+    """fp32 weights of which this tensor-parallel rank holds anything."""
+    return {name: weight for name, weight in masters(run).items() if weight.numel()}
 
 
 def feed(run: SimpleNamespace, plan: GradientPlan, step: int) -> None:

@@ -109,10 +109,14 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Classes]] = {
 }  # fmt: skip
 
 
+def takes_long(name: str) -> bool:
+    """Whether a case is left to ``make test-slow``."""
+    return name.endswith("triton") and not name.startswith(QUICK)
+
+
 def named(names: Iterable[str]) -> list[Any]:
     """Names as parameters of a test, those that take long marked so."""
-    slow = pytest.mark.slow
-    return [pytest.param(n, marks=slow if n.endswith("triton") and not n.startswith(QUICK) else ()) for n in names]
+    return [pytest.param(n, marks=pytest.mark.slow if takes_long(n) else ()) for n in names]
 
 
 # ------------------------------------------------------------------------------------ construction

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checks that ``test_engine_parity`` runs on every rank: a real engine against the oracle."""
+"""The checks that ``test_parity`` runs on every rank: a real engine against the oracle."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers import models
+from tests.helpers.deepspeed.compared import Compared, check_counters
 from tests.helpers.deepspeed.engine_cases import (
     BETAS,
     GROUP_2,
@@ -165,21 +166,6 @@ class _Fed:
             )
 
 
-def check_counters(run: SimpleNamespace, applied: int) -> None:
-    """Our step ran once per optimizer step and flat tensor, and never for anything else."""
-    base, wrapper = run.engine.basic_optimizer, run.engine.optimizer
-    calls = {
-        "DeepSpeedZeroOptimizer": lambda: len(wrapper.single_partition_of_fp32_groups),
-        "DeepSpeedZeroOptimizer_Stage3": lambda: len(wrapper.fp32_partitioned_groups_flat),
-    }.get(type(wrapper).__name__, lambda: 1)()
-    assert base.step_calls == applied * calls, (
-        f"{base.step_calls} calls of step() after {applied} optimizer steps, expected {calls} each"
-    )
-    steps = {int(state["step"]) for state in base.state.values() if "step" in state}
-    assert steps <= {applied}, f"state steps {steps} after {applied} optimizer steps"
-    assert applied == 0 or steps, "no state was created: our step() never ran"
-
-
 # ---------------------------------------------------------------------------------------- schedules
 
 
@@ -229,33 +215,21 @@ def check_end_to_end(context: RankContext, case: Case) -> None:
     vocab = twin.config.vocab_size
     with open_engine(config, lambda: build(case, config), feed=False) as run:
         now = masters(run)
-        hyper = hyper_of(case, list(now))
-        oracle = oracle_of(case, now, hyper)
+        pair = Compared(run, oracle_of(case, now, hyper_of(case, list(now))))
         for step in range(case.steps):
-            lr = LR * LR_FACTORS[step]
-            for settings in (*run.engine.basic_optimizer.param_groups, *map(vars, hyper.values())):
-                settings["lr"] = lr
+            pair.set_lr(step)
             generator = torch.Generator().manual_seed(100 + step)
             batches = torch.randint(vocab, (shares, 2, 9), generator=generator)
             for micro in range(case.gas):
                 tokens = batches[context.rank * case.gas + micro]
                 run.engine.backward(loss_of(run.engine, tokens))
                 run.engine.step()
-            before, now, was = now, masters(run), oracle.weights()
             with torch.no_grad():
                 for name, parameter in twin.named_parameters():
-                    parameter.copy_(before[name])
+                    parameter.copy_(pair.now[name])
             twin.zero_grad()
             for tokens in batches:
                 (loss_of(twin, tokens) / shares).backward()
-            oracle.step({n: p.grad for n, p in twin.named_parameters()})
             # 1e-4: gradients come from two backward passes whose sums run in another order; an
             # element much smaller than eps keeps that noise below eps (see the case's eps).
-            assert_same_update(
-                (before, now),
-                (was, oracle.weights()),
-                lr,
-                tolerance=1e-4,
-                what=f"step {step}",
-            )
-            check_counters(run, step + 1)
+            pair.check_step({n: p.grad for n, p in twin.named_parameters()}, tolerance=1e-4, what=f"step {step}")

@@ -51,12 +51,6 @@ def everything(run: SimpleNamespace) -> dict[str, torch.Tensor]:
     return found
 
 
-def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    different = [name for name in wanted if not torch.equal(found[name], wanted[name])]
-    assert not different, different
-
-
 def raised(call: Callable[[], Any], kind: type[Exception]) -> str:
     """Text of the error that this rank gets; the case's time limit catches a rank that waits."""
     with pytest.raises(kind) as caught:

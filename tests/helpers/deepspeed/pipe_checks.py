@@ -13,14 +13,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tests.helpers import models
-from tests.helpers.deepspeed.engine_cases import BETAS, EPS, FULL_NAME, LR, LR_FACTORS, WEIGHT_DECAY
+from tests.helpers.deepspeed.compared import Compared, assert_same, case_config, hyper
+from tests.helpers.deepspeed.engine_cases import FULL_NAME, Case
 from tests.helpers.deepspeed.engines import engine_config, feed_step, masters, open_engine, prepare_deepspeed
-from tests.helpers.deepspeed.guarded import assert_same, everything, raised
+from tests.helpers.deepspeed.guarded import everything, raised
 from tests.helpers.deepspeed.pipe_models import VOCAB, PipeFeed, pipe, train_step
 from tests.helpers.distributed import RankContext
 from tests.helpers.megatron.gpt_shards import cut, parallel
 from tests.helpers.models import GradientPlan
-from tests.helpers.oracle import Hyper, Oracle, assert_same_update
+from tests.helpers.oracle import Oracle
 from tests.helpers.tables.oracle_names import Classified, Span
 
 MICRO, HIDDEN, FFN, LAYERS = 2, 15, 14, 4
@@ -43,8 +44,7 @@ def check_grid(context: RankContext, optimizer: str) -> None:
     shapes = {f"{i}.linear_fc1.weight": (2 * FFN, HIDDEN) for i in range(LAYERS)}
     shapes |= {f"{i}.linear_fc2.weight": (HIDDEN, FFN) for i in range(LAYERS)}
     rank = context.rank % 2
-    params = {"lr": LR, "betas": list(BETAS), "eps": EPS, "weight_decay": WEIGHT_DECAY}
-    config = engine_config(FULL_NAME[optimizer], stage=1, gas=MICRO, params=params)
+    config = case_config(Case(optimizer, 1), gas=MICRO)
     config["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     with (
         parallel(2, 2),
@@ -56,19 +56,18 @@ def check_grid(context: RankContext, optimizer: str) -> None:
         assert dist.get_world_size(grid.get_model_parallel_group()) == 4
         feed = PipeFeed(run.engine, GradientPlan(1, MICRO), shapes, partial(cut, rank=rank))
         classes = {n: Classified((Span(0, s[0], "ffn", 1),)) for n, s in shapes.items()}
-        hyper = Hyper(LR, BETAS, EPS, WEIGHT_DECAY)
         start = {n: models.small_weight(n, s) for n, s in shapes.items()}
-        oracle = Oracle(start, classes, optimizer == "mini", hyper)
-        now = masters(run)
-        assert len(now) == len(shapes) // 2
+        own = list(masters(run))
+        assert len(own) == len(shapes) // 2
+        oracle = Oracle(start, classes, optimizer == "mini", hyper())
+        pair = Compared(run, oracle, lambda whole: {n: cut(n, whole[n], rank) for n in own})
+        pair.check_start()
         for step in range(3):
-            feed.step, hyper.lr = step, LR * LR_FACTORS[step]
-            run.engine.basic_optimizer.param_groups[0]["lr"] = hyper.lr
+            feed.step = step
+            pair.set_lr(step)
             train_step(run, [torch.zeros(1, 4)] * MICRO)
-            before, now, was = now, masters(run), oracle.weights()
-            oracle.step({n: feed.mean(n, s, step) for n, s in shapes.items()})
-            expected = tuple({n: cut(n, whole[n], rank) for n in now} for whole in (was, oracle.weights()))
-            assert_same_update((before, now), expected, hyper.lr, what=f"step {step}, rank {context.rank}")
+            gradients = {n: feed.mean(n, s, step) for n, s in shapes.items()}
+            pair.check_step(gradients, what=f"step {step}, rank {context.rank}")
 
 
 def _split_pipe(topology: Any, shapes: dict[str, tuple[int, ...]], rank: int) -> nn.Module:
@@ -103,8 +102,7 @@ def check_experts(context: RankContext, optimizer: str) -> None:
     from tests.helpers.megatron.parallel import Topology, chunks_of, classes_of, parallel_of, whole_shapes
 
     megatron_patch.cpu_shims()
-    params = {"lr": LR, "betas": list(BETAS), "eps": EPS, "weight_decay": WEIGHT_DECAY}
-    config = engine_config(FULL_NAME[optimizer], stage=1, params=params)
+    config = case_config(Case(optimizer, 1))
     topology = Topology(experts=True)
     shapes = whole_shapes(topology)
     with parallel_of(topology):
@@ -113,13 +111,11 @@ def check_experts(context: RankContext, optimizer: str) -> None:
             plan = GradientPlan(context.world_size)
             now = masters(run)
             assert any("local_experts.5" in name for name in now)
-            hyper = Hyper(LR, BETAS, EPS, WEIGHT_DECAY)
-            oracle = Oracle(now, classes_of(shapes, topology.groups), optimizer == "mini", hyper)
+            pair = Compared(run, Oracle(now, classes_of(shapes, topology.groups), optimizer == "mini", hyper()))
             for step in range(3):
+                pair.set_lr(step)
                 feed_step(run, plan, step, context.rank)
-                before, now, was = now, masters(run), oracle.weights()
-                oracle.step({n: plan.mean(n, s, step) for n, s in shapes.items()})
-                assert_same_update((before, now), (was, oracle.weights()), LR, what=f"step {step}")
+                pair.check_step({n: plan.mean(n, s, step) for n, s in shapes.items()}, what=f"step {step}")
     split = Topology(ep=2, experts=True)
     for topology, word in (
         (split, "expert_model_parallel_size = 2"),

@@ -37,7 +37,6 @@ from tests.helpers.tables.oracle_names import ROLE, megatron_classes, regroup
 
 SHAPE = "gqa"
 STEPS_BEFORE, STEPS_AFTER = 3, 2
-GROUPS = {"mini": True, "adamw": False}
 
 
 # ------------------------------------------------------------------------- the model, its gradients
@@ -188,16 +187,13 @@ def reference(source: str, target: str, value_tensor: bool) -> list[tuple[float,
         hyper.lr = lr_at(number)
         run.step({name: PLAN.share(name, shape, number, 0) for name, shape in SHAPES.items()})
 
-    run = oracle(start, GROUPS[source], classes)
+    run = oracle(start, source == "mini", classes)
     for number in range(STEPS_BEFORE):
         step(run, number)
     if target != source or value_tensor:
         new_classes = regroup(regroup(classes, "value", ROLE), "norm", ROLE) if value_tensor else classes
-        after = oracle(run.weights(), GROUPS[target], new_classes)
-        after._state = run._state
-        for name, state in after._state.items():
-            # the mean of v over each new block; _mean_square takes the mean of squares
-            state.v = after._mean_square(name, state.v.sqrt()) if GROUPS[target] else state.v
+        after = oracle(run.weights(), target == "mini", new_classes)
+        after.take_over(run.state)
         run = after
     steps = []
     for number in range(STEPS_BEFORE, STEPS_BEFORE + STEPS_AFTER):

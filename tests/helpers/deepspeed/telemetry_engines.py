@@ -17,11 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.helpers import models
+from tests.helpers.deepspeed.compared import assert_same, hyper, to_universal
 from tests.helpers.deepspeed.engine_cases import (
-    BETAS,
-    EPS,
     LR,
-    WEIGHT_DECAY,
     Case,
     build,
     config_of,
@@ -32,10 +30,9 @@ from tests.helpers.deepspeed.engines import DTYPES, feed_step, masters, open_eng
 from tests.helpers.distributed import RankContext
 from tests.helpers.megatron.gpt_shards import LAYERS, SHAPES, cut, cut_all, full_shapes, parallel, small_gpt
 from tests.helpers.models import GradientPlan
-from tests.helpers.oracle import Hyper, Oracle, assert_same_update, clipped, scheduled_lr
+from tests.helpers.oracle import Oracle, assert_same_update, clipped, scheduled_lr
 from tests.helpers.tables.oracle_names import megatron_classes
 from tests.helpers.telemetry_truth import AutoTruth, assert_reads, truth
-from tests.hosts.deepspeed.test_resume import same, to_universal
 
 SCHEDULE = {"warmup_num_steps": 2, "total_num_steps": 60, "min_lr": 3e-3}
 NEW = {"ffn": 2.0, "qk": 0.5, "head": 0.0}
@@ -92,7 +89,7 @@ class Fed:
                 start,
                 megatron_classes(layers=LAYERS, **SHAPES["gqa"]),
                 self.case.optimizer == "mini",
-                Hyper(LR, BETAS, EPS, WEIGHT_DECAY),
+                hyper(),
             )
         else:
             self.shapes = {n: tuple(p.shape) for n, p in self.now.items()}
@@ -275,7 +272,7 @@ def check_resume(context: RankContext, what: Measured) -> None:
             train(run, range(saved, AUTO_STEPS))
             found = end_of(run)
         assert found[1:] == wanted[1:], (saved, found[1:], wanted[1:])
-        same(found[0], wanted[0], f"resumed after step {saved}")
+        assert_same(found[0], wanted[0], f"resumed after step {saved}")
     with open_engine(config, lambda: build(what.case, config)) as run:  # weights and moments for another run
         run.engine.load_checkpoint(folder, tag=f"step{what.saves[-1]}", load_lr_scheduler_states=False)
         optimizer = run.engine.basic_optimizer
@@ -290,7 +287,7 @@ def check_resume(context: RankContext, what: Measured) -> None:
             train(run, range(what.saves[1], AUTO_STEPS))
             found = end_of(run)
         assert found[1:] == wanted[1:]
-        same(found[0], wanted[0], "resumed from a universal checkpoint")
+        assert_same(found[0], wanted[0], "resumed from a universal checkpoint")
 
 
 def end_of(run: SimpleNamespace) -> tuple[dict[str, Tensor], Any, Any, Any]:

@@ -13,14 +13,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.helpers import models
-from tests.helpers.deepspeed.autotp_engines import DECAY_MULTIPLIERS, Case, engine_of, feed
+from tests.helpers.deepspeed.autotp_engines import DECAY_MULTIPLIERS, Case, engine_of, feed, held
 from tests.helpers.deepspeed.autotp_models import classes_of, cut
-from tests.helpers.deepspeed.engine_cases import BETAS, EPS, LR, LR_FACTORS, WEIGHT_DECAY
-from tests.helpers.deepspeed.engine_checks import check_counters
-from tests.helpers.deepspeed.engines import DTYPES, masters, prepare_deepspeed
-from tests.helpers.distributed import Outcome, RankContext, fleet_outcome, passes
+from tests.helpers.deepspeed.compared import Compared, hyper
+from tests.helpers.deepspeed.engines import DTYPES, prepare_deepspeed
+from tests.helpers.distributed import Outcome, RankContext, passes
 from tests.helpers.models import GradientPlan
-from tests.helpers.oracle import Hyper, Oracle, assert_same_update, clipped
+from tests.helpers.oracle import Oracle, Weights, clipped
+from tests.helpers.suites import Suite, notices_a_wrong_multiplier
 from tests.helpers.tables.oracle_names import ROLE, regroup
 
 _MISSING = [name for name in ("deepspeed", "transformers") if find_spec(name) is None]
@@ -35,13 +35,6 @@ def run_case(context: RankContext, case: Case) -> None:
     plan = GradientPlan(context.world_size // case.tp, 1, DTYPES[case.dtype])
     with engine_of(context, case) as run:
         start = {n: models.small_weight(n, s).to(DTYPES[case.dtype]).float() for n, s in run.shapes.items()}
-        now = masters(run)
-        held = {n: part for n, w in start.items() if (part := cut(case.model, n, w, run.tp_rank, case.tp)).numel()}
-        now = {n: w for n, w in now.items() if w.numel()}
-        assert now.keys() == held.keys(), now.keys() ^ held.keys()
-        for name, value in now.items():
-            assert torch.equal(value, held[name]), f"start of {name}"
-        hyper = Hyper(LR, BETAS, EPS, WEIGHT_DECAY)
         classes = classes_of(case.model)
         for key, role in case.granularity.items():
             classes = regroup(classes, key, {"tensor": ROLE}[role])
@@ -49,27 +42,24 @@ def run_case(context: RankContext, case: Case) -> None:
             start,
             classes,
             case.optimizer == "mini",
-            hyper,
+            hyper(),
             lr_multipliers=case.oracle_multipliers,
             weight_decay_multipliers=DECAY_MULTIPLIERS,
         )
+
+        def part(whole: Weights) -> dict[str, Tensor]:
+            found = {n: cut(case.model, n, w, run.tp_rank, case.tp) for n, w in whole.items()}
+            return {n: w for n, w in found.items() if w.numel()}
+
+        pair = Compared(run, oracle, part, held)
+        pair.check_start()
         for step in range(case.steps):
-            hyper.lr = LR * LR_FACTORS[step]
-            for group in run.engine.basic_optimizer.param_groups:
-                group["lr"] = hyper.lr
+            pair.set_lr(step)
             feed(run, plan, step)
             gradients = {n: plan.mean(n, s, step) for n, s in run.shapes.items()}
-            was = oracle.weights()
-            oracle.step(clipped(gradients, case.clip) if case.clip else gradients)
-            before, now = now, {n: w for n, w in masters(run).items() if w.numel()}
-
-            def parts(weights: dict[str, Tensor], run: Any = run, names: Any = now) -> dict[str, Tensor]:
-                return {n: run.cut(n, weights[n], run.tp_rank) for n in names}
-
-            what = f"step {step}, tensor-parallel rank {run.tp_rank}"
-            assert_same_update((before, now), (parts(was), parts(oracle.weights())), hyper.lr, what=what)
-            check_counters(run, step + 1)
-        check_replicas(run, now)
+            gradients = clipped(gradients, case.clip) if case.clip else gradients
+            pair.check_step(gradients, what=f"step {step}, tensor-parallel rank {run.tp_rank}")
+        check_replicas(run, pair.now)
 
 
 def check_replicas(run: Any, weights: dict[str, Tensor]) -> None:
@@ -126,39 +116,29 @@ def _cases() -> dict[str, tuple[int, Case]]:
     return table
 
 
-CASES = _cases()
+SUITE = Suite(run_case, _cases())
+outcome = SUITE.outcome()
 
 
-def _names(*kinds: str) -> list[str]:
-    return [name for name in CASES if name.startswith(kinds)]
-
-
-@pytest.fixture(scope="module")
-def outcome(request: pytest.FixtureRequest) -> Outcome:
-    return fleet_outcome(request, run_case, CASES, per_spawn=40)
-
-
-@pytest.mark.parametrize("name", _names("values", "bf16_optimizer", "sub_groups", "zero_init"))
+@SUITE.cases("values", "bf16_optimizer", "sub_groups", "zero_init")
 def test_autotp_trains_like_whole_tensors(outcome: Outcome, name: str) -> None:
     """Columns of a row-parallel weight would get each rank's own second moment, and uneven heads the wrong rows."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", _names("granularity"))
+@SUITE.cases("granularity")
 def test_blocks_over_several_ranks(outcome: Outcome, name: str) -> None:
     """One block for all of V, or for a bias, would be one block per rank."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", _names("clip"))
+@SUITE.cases("clip")
 def test_clipping_uses_the_whole_norm(outcome: Outcome, name: str) -> None:
     """The norm would miss a rank or count replicas twice, so AutoTP would change the step size."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", _names("mutant"))
+@SUITE.cases("mutant")
 def test_the_comparison_notices_a_wrong_multiplier(outcome: Outcome, name: str) -> None:
     """The tests above would prove nothing."""
-    failure = outcome(name)
-    assert failure is not None, f"{name}: a wrong multiplier went unnoticed"
-    assert "parameters off by more than" in failure, failure
+    notices_a_wrong_multiplier(outcome, name)

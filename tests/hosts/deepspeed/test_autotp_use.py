@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,15 +14,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.helpers.deepspeed.autotp_engines import Case, engine_of, feed
+from tests.helpers.deepspeed.autotp_engines import Case, engine_of, feed, held
 from tests.helpers.deepspeed.autotp_models import cut
+from tests.helpers.deepspeed.compared import check_counters, check_resume
 from tests.helpers.deepspeed.engine_cases import LR
-from tests.helpers.deepspeed.engine_checks import check_counters
-from tests.helpers.deepspeed.engines import DTYPES, masters, model_weights, prepare_deepspeed
+from tests.helpers.deepspeed.engines import DTYPES, model_weights, prepare_deepspeed
 from tests.helpers.deepspeed.reshard import largest_difference, whole_state
-from tests.helpers.distributed import Outcome, RankContext, fleet_outcome, passes
+from tests.helpers.distributed import Outcome, RankContext, passes
 from tests.helpers.models import GradientPlan
 from tests.helpers.oracle import assert_same_update
+from tests.helpers.suites import Suite
 
 _MISSING = [name for name in ("deepspeed", "transformers") if find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(_MISSING), reason="needs deepspeed and transformers")
@@ -63,30 +63,26 @@ def trains_like_one_rank(context: RankContext, use: Use) -> None:
     parts = _train(context, use.case)
     for step, ((was, now), (part_was, part_now)) in enumerate(zip(whole, parts, strict=True)):
 
-        def held(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        def part(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             found = {n: cut(use.case.model, n, w, context.rank % 2) for n, w in weights.items()}
             return {n: w for n, w in found.items() if w.numel()}
 
         # 1e-4: matrix products add up in another order; an element far below eps keeps that noise below eps
-        assert_same_update((part_was, part_now), (held(was), held(now)), LR, tolerance=1e-4, what=f"step {step}")
+        assert_same_update((part_was, part_now), (part(was), part(now)), LR, tolerance=1e-4, what=f"step {step}")
 
 
 def _train(context: RankContext, case: Case) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
     history = []
     with engine_of(context, case, feed=False) as run:
-        now = _held(run)
+        now = held(run)
         for step in range(case.steps):
             tokens = torch.randint(1, 37, (2, 9), generator=torch.Generator().manual_seed(step))
             run.engine.backward(run.engine(input_ids=tokens, labels=tokens).loss)
             run.engine.step()
-            before, now = now, _held(run)
+            before, now = now, held(run)
             history.append((before, now))
             check_counters(run, step + 1)
     return history
-
-
-def _held(run: SimpleNamespace) -> dict[str, Tensor]:
-    return {name: weight for name, weight in masters(run).items() if weight.numel()}
 
 
 def layout_is_verified(context: RankContext, use: Use) -> None:
@@ -115,19 +111,7 @@ def _shared_folder(context: RankContext, name: str) -> Path:
 def resumes_bitwise(context: RankContext, use: Use) -> None:
     plan = GradientPlan(context.world_size // use.case.tp, 1, DTYPES[use.case.dtype])
     folder = _shared_folder(context, f"resume-{use.case.model}-{use.case.stage}-{use.case.optimizer}")
-    with engine_of(context, use.case) as run:
-        for step in range(2):
-            feed(run, plan, step)
-        run.engine.save_checkpoint(str(folder), tag="saved")
-        feed(run, plan, 2)
-        wanted = masters(run)
-    with engine_of(context, use.case) as run:
-        path, _ = run.engine.load_checkpoint(str(folder))
-        assert path is not None
-        feed(run, plan, 2)
-        found = masters(run)
-        different = [name for name in wanted if not torch.equal(found[name], wanted[name])]
-        assert found.keys() == wanted.keys() and not different, different
+    check_resume(lambda: engine_of(context, use.case), lambda run, step: feed(run, plan, step), folder)
 
 
 def moves_to_another_size(context: RankContext, use: Use) -> None:
@@ -246,49 +230,41 @@ def _uses() -> dict[str, tuple[int, Use]]:
     return {name: (2, use) for name, use in table.items()}
 
 
-USES = _uses()
+SUITE = Suite(run_use, _uses())
+outcome = SUITE.outcome()
 
 
-@pytest.fixture(scope="module")
-def outcome(request: pytest.FixtureRequest) -> Outcome:
-    return fleet_outcome(request, run_use, USES, per_spawn=40)
-
-
-def _names(kind: str) -> list[str]:
-    return [name for name in USES if name.startswith(kind)]
-
-
-@pytest.mark.parametrize("name", _names("end_to_end"))
+@SUITE.cases("end_to_end")
 def test_autotp_trains_like_one_rank(outcome: Outcome, name: str) -> None:
     """Setting autotp_size would change the trained model."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", _names("verify"))
+@SUITE.cases("verify")
 def test_verify_layout_runs_a_split_model(outcome: Outcome, name: str) -> None:
     """A fused weight of a custom model could not be checked where it is trained."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", _names("resume"))
+@SUITE.cases("resume")
 def test_resume_is_bitwise(outcome: Outcome, name: str) -> None:
     """A run that was interrupted would end elsewhere."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", _names("move"))
+@SUITE.cases("move")
 def test_checkpoints_move_between_sizes(outcome: Outcome, name: str) -> None:
     """Shards of uneven, fused or empty weights would be put together in the wrong order."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", _names("universal"))
+@SUITE.cases("universal")
 def test_universal_checkpoints_keep_autotp_s_information(outcome: Outcome, name: str) -> None:
     """DeepSpeed's converter would join shards by other patterns than AutoTP cut them by."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", _names("refused"))
+@SUITE.cases("refused")
 def test_what_autotp_gets_wrong_is_refused(outcome: Outcome, name: str) -> None:
     """Copies that drift apart and heads that are cut in two train without an error and without a sign."""
     passes(outcome, name)

@@ -18,10 +18,12 @@ import pytest
 import torch
 
 from ds_blockwise.checkpoint import folder as files
+from tests.helpers.deepspeed.compared import assert_same
 from tests.helpers.deepspeed.engine_cases import Case
 from tests.helpers.deepspeed.engines import engine_config, masters, prepare_deepspeed
-from tests.helpers.deepspeed.guarded import assert_same, engine_of, everything, nano, raised, train, tree, warnings_of
-from tests.helpers.distributed import Outcome, RankContext, fleet_outcome, passes
+from tests.helpers.deepspeed.guarded import engine_of, everything, nano, raised, train, tree, warnings_of
+from tests.helpers.distributed import Outcome, RankContext, passes
+from tests.helpers.suites import Suite
 
 pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
 
@@ -413,15 +415,11 @@ def _cases() -> dict[str, tuple[int, tuple[str, Any]]]:
     return {name: (2, case) for name, case in table.items()}
 
 
-CASES = _cases()
+SUITE = Suite(run_case, _cases())
+outcome = SUITE.outcome()
 
 
-@pytest.fixture(scope="module")
-def outcome(request: pytest.FixtureRequest) -> Outcome:
-    return fleet_outcome(request, run_case, CASES)
-
-
-@pytest.mark.parametrize("name", CASES)
+@SUITE.cases()
 def test_checkpoints_of_an_engine(outcome: Outcome, name: str) -> None:
     """See the check of that name: a lost or half-loaded checkpoint, or ranks that wait for ever."""
     passes(outcome, name)

@@ -12,18 +12,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from tests.helpers import models
-from tests.helpers.deepspeed.engine_cases import BETAS, EPS, FULL_NAME, LR, LR_FACTORS, WEIGHT_DECAY
-from tests.helpers.deepspeed.engine_checks import check_counters
-from tests.helpers.deepspeed.engines import DTYPES, engine_config, masters, open_engine, prepare_deepspeed
+from tests.helpers.deepspeed.compared import Compared, case_config, check_resume, hyper
+from tests.helpers.deepspeed.engines import DTYPES, masters, open_engine, prepare_deepspeed
 from tests.helpers.deepspeed.expert_models import EXPERTS, build, classes_of, set_small_weights, whole_name
-from tests.helpers.distributed import Outcome, RankContext, fleet_outcome, passes
+from tests.helpers.distributed import Outcome, RankContext, passes
 from tests.helpers.models import Feed, GradientPlan
-from tests.helpers.oracle import Hyper, Oracle, assert_same_update
+from tests.helpers.oracle import Oracle
+from tests.helpers.suites import Suite, notices_a_wrong_multiplier
 
 pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
 
@@ -83,8 +82,7 @@ class Case:
 def engine_of(context: RankContext, case: Case) -> Iterator[SimpleNamespace]:
     from deepspeed.utils import groups
 
-    params = {"lr": LR, "betas": list(BETAS), "eps": EPS, "weight_decay": WEIGHT_DECAY, "backend": "cpp"}
-    config = engine_config(FULL_NAME[case.optimizer], stage=case.stage, dtype=case.dtype, params=params, **case.config)
+    config = case_config(case, params={"backend": "cpp"})
     ep_rank = context.rank % case.ep
 
     def make() -> nn.Module:
@@ -138,40 +136,34 @@ def run_case(context: RankContext, case: Case) -> None:
 # ------------------------------------------------------------------------------------- the checks
 
 
+def whole_masters(run: SimpleNamespace) -> dict[str, Tensor]:
+    """fp32 weights under the names of the model whose experts are all on one rank."""
+    return {run.whole[n]: w for n, w in masters(run).items()}
+
+
 def check_trains(context: RankContext, case: Case) -> None:
     dense, expert = plans(context, case)
     with engine_of(context, case) as run:
         marks = [(g.get("name"), g.get("moe", False)) for g in run.engine.basic_optimizer.param_groups]
         assert any(moe for _, moe in marks) and not all(moe for _, moe in marks), marks
         everyone: list[Any] = [None] * context.world_size
-        dist.all_gather_object(everyone, {run.whole[n]: tuple(w.shape) for n, w in masters(run).items()})
+        dist.all_gather_object(everyone, {n: tuple(w.shape) for n, w in whole_masters(run).items()})
         shapes = {name: shape for one in everyone for name, shape in one.items()}
         start = {n: models.small_weight(n, s).to(DTYPES[case.dtype]).float() for n, s in shapes.items()}
-        hyper = Hyper(LR, BETAS, EPS, WEIGHT_DECAY)
         classes = classes_of(residual=case.residual)
         assert set(shapes) == set(classes), set(shapes) ^ set(classes)
-        multipliers = case.oracle_multipliers
-        oracle = Oracle(start, classes, case.optimizer == "mini", hyper, lr_multipliers=multipliers)
-        now = {run.whole[n]: w for n, w in masters(run).items()}
-        for name, value in now.items():
-            assert torch.equal(value, start[name]), f"start of {name}"
+        oracle = Oracle(start, classes, case.optimizer == "mini", hyper(), lr_multipliers=case.oracle_multipliers)
+        pair = Compared(run, oracle, lambda whole: {n: whole[n] for n in run.whole.values()}, whole_masters)
+        pair.check_start()
         for step in range(case.steps):
-            hyper.lr = LR * LR_FACTORS[step]
-            for group in run.engine.basic_optimizer.param_groups:
-                group["lr"] = hyper.lr
+            pair.set_lr(step)
             feed(run, context, case, step)
-            was = oracle.weights()
             # an expert sees the tokens of all ranks: DeepSpeed divides their sum by all ranks, not by its copies
-            oracle.step(
-                {
-                    n: expert.mean(n, s, step) / case.ep if is_expert(n) else dense.mean(n, s, step)
-                    for n, s in shapes.items()
-                }
-            )
-            before, now = now, {run.whole[n]: w for n, w in masters(run).items()}
-            expected = {n: was[n] for n in now}, {n: oracle.weights()[n] for n in now}
-            assert_same_update((before, now), expected, hyper.lr, what=f"step {step}")
-            check_counters(run, step + 1)
+            gradients = {
+                n: expert.mean(n, s, step) / case.ep if is_expert(n) else dense.mean(n, s, step)
+                for n, s in shapes.items()
+            }
+            pair.check_step(gradients, what=f"step {step}")
         assert marks == [(g.get("name"), g.get("moe", False)) for g in run.engine.basic_optimizer.param_groups]
 
 
@@ -179,24 +171,13 @@ def check_resumes(context: RankContext, case: Case) -> None:
     from ds_blockwise.checkpoint.inspect import convert_checkpoint, describe_checkpoint
 
     folder = context.tmp_path / f"moe-{case.stage}-{case.ep}-{case.optimizer}"
-    with engine_of(context, case) as run:
-        for step in range(2):
-            feed(run, context, case, step)
-        run.engine.save_checkpoint(str(folder), tag="saved")
-        feed(run, context, case, 2)
-        wanted = masters(run)
-    if context.rank == 0:
+
+    def look() -> None:
         assert describe_checkpoint(folder)["problems"] == []
         with pytest.raises(ValueError, match=r"run with experts \(DeepSpeed's MoE\)"):
             convert_checkpoint(folder, folder / "portable")
-    dist.barrier()
-    with engine_of(context, case) as run:
-        path, _ = run.engine.load_checkpoint(str(folder))
-        assert path is not None
-        feed(run, context, case, 2)
-        found = masters(run)
-        different = [name for name in wanted if not torch.equal(found[name], wanted[name])]
-        assert found.keys() == wanted.keys() and not different, different
+
+    check_resume(lambda: engine_of(context, case), lambda run, step: feed(run, context, case, step), folder, look)
     other = Case(case.optimizer, case.stage, case.dtype, ep=3 - case.ep)
     with engine_of(context, other) as run, pytest.raises(ValueError, match=f"ep was {case.ep}, is {other.ep}"):
         run.engine.load_checkpoint(str(folder))
@@ -242,41 +223,32 @@ def _cases() -> dict[str, tuple[int, Case]]:
 
 
 CASES = _cases()
+SUITE = Suite(run_case, CASES)
+outcome = SUITE.outcome()
 
 
-def _names(*kinds: str) -> list[str]:
-    return [name for name in CASES if name.startswith(kinds)]
-
-
-@pytest.fixture(scope="module")
-def outcome(request: pytest.FixtureRequest) -> Outcome:
-    return fleet_outcome(request, run_case, CASES, per_spawn=40)
-
-
-@pytest.mark.parametrize("name", _names("values", "residual", "bf16_optimizer"))
+@SUITE.cases("values", "residual", "bf16_optimizer")
 def test_experts_train_like_whole_tensors(outcome: Outcome, name: str) -> None:
     """An expert's blocks would be summed with those of the experts of other ranks."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", _names("resume"))
+@SUITE.cases("resume")
 def test_resume_is_bitwise_and_convert_is_refused(outcome: Outcome, name: str) -> None:
     """One rank's experts would go on with another's moments."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", _names("refused"))
+@SUITE.cases("refused")
 def test_what_cannot_train_is_refused(outcome: Outcome, name: str) -> None:
     """Forgotten groups end in an assertion, a KeyError, or experts that are averaged over all ranks."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", _names("mutant"))
+@SUITE.cases("mutant")
 def test_the_comparison_notices_a_wrong_multiplier(outcome: Outcome, name: str) -> None:
     """The tests above would prove nothing."""
-    failure = outcome(name)
-    assert failure is not None, f"{name}: a wrong multiplier went unnoticed"
-    assert "parameters off by more than" in failure, failure
+    notices_a_wrong_multiplier(outcome, name)
 
 
 def test_the_table_has_several_experts_per_rank() -> None:

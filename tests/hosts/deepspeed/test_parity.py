@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.deepspeed.engine_cases import BACKENDS, Case, named
+from tests.helpers.deepspeed.engine_cases import BACKENDS, Case, takes_long
 from tests.helpers.deepspeed.engine_checks import run_case
-from tests.helpers.distributed import Outcome, fleet_outcome, passes
+from tests.helpers.distributed import Outcome, passes
+from tests.helpers.suites import Suite, notices_a_wrong_multiplier
 
 # Not imported here: a worker has to choose the accelerator before DeepSpeed looks for one.
 pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
@@ -214,86 +215,83 @@ ALL = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def outcome(request: pytest.FixtureRequest) -> Outcome:
-    return fleet_outcome(request, run_case, ALL)
+SUITE = Suite(run_case, ALL, slow=takes_long)
+outcome = SUITE.outcome()
 
 
-@pytest.mark.parametrize("name", named(GRID))
+@SUITE.tests(GRID)
 def test_zero_stages(outcome: Outcome, name: str) -> None:
     """A user who changes the ZeRO stage or adds a GPU would silently train another model."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", named(FAMILIES))
+@SUITE.tests(FAMILIES)
 def test_model_families(outcome: Outcome, name: str) -> None:
     """Fused, transposed or tied weights would get another layer's multiplier or head size."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", named(PARTITIONS))
+@SUITE.tests(PARTITIONS)
 def test_partition_options(outcome: Outcome, name: str) -> None:
     """An option that reorders or pads the flat buffers would shift every multiplier and block."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", named(GRANULARITY))
+@SUITE.tests(GRANULARITY)
 def test_granularity(outcome: Outcome, name: str) -> None:
     """Blocks that a user made larger or smaller would be summed over the wrong elements."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", named(SETTINGS))
+@SUITE.tests(SETTINGS)
 def test_settings_of_the_json(outcome: Outcome, name: str) -> None:
     """Multipliers, rules or the momentum's dtype from the JSON would not reach the shards."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", named(OFFLOADED))
+@SUITE.tests(OFFLOADED)
 def test_cpu_offload(outcome: Outcome, name: str) -> None:
     """Offloaded optimizer states would be updated with wrong block sums, or not at all."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", named(ACCUMULATION))
+@SUITE.tests(ACCUMULATION)
 def test_accumulation_and_clipping(outcome: Outcome, name: str) -> None:
     """State would advance once per micro-batch, or block sums would see unclipped gradients."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", named(OVERFLOW))
+@SUITE.tests(OVERFLOW)
 def test_overflow_skips(outcome: Outcome, name: str) -> None:
     """A NaN on one rank would spoil state, hang the others, or advance the bias correction."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", named(PARAMETERS))
+@SUITE.tests(PARAMETERS)
 def test_groups_frozen_and_missing_gradients(outcome: Outcome, name: str) -> None:
     """Group settings would leak, frozen weights move, or a missing gradient stall the ranks."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", named(SCHEDULES))
+@SUITE.tests(SCHEDULES)
 def test_deepspeed_schedules(outcome: Outcome, name: str) -> None:
     """A schedule would overwrite the multipliers, or logs would show a multiplied lr."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", named(OWN))
+@SUITE.tests(OWN)
 def test_own_schedules(outcome: Outcome, name: str) -> None:
     """Block types would not end at the common min_lr, so the paper's runs could not be repeated."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", named(END_TO_END))
+@SUITE.tests(END_TO_END)
 def test_end_to_end(outcome: Outcome, name: str) -> None:
     """With a real forward and backward something other than the mean gradient would be used."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", named(MUTANTS))
+@SUITE.tests(MUTANTS)
 def test_the_comparison_notices_a_wrong_multiplier(outcome: Outcome, name: str) -> None:
     """The tests above would prove nothing: a wrong multiplier of one role must be seen."""
-    failure = outcome(name)
-    assert failure is not None, f"{name}: a wrong multiplier went unnoticed"
-    assert "parameters off by more than" in failure, failure
+    notices_a_wrong_multiplier(outcome, name)

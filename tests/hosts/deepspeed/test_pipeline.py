@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tests.helpers.deepspeed.engine_cases import BETAS, EPS, FULL_NAME, LR, LR_FACTORS, WEIGHT_DECAY, named
-from tests.helpers.deepspeed.engine_checks import check_counters
-from tests.helpers.deepspeed.engines import DTYPES, engine_config, masters, open_engine, prepare_deepspeed
+from tests.helpers.deepspeed.compared import Compared, case_config, hyper
+from tests.helpers.deepspeed.engine_cases import EPS, FULL_NAME, LR
+from tests.helpers.deepspeed.engines import DTYPES, masters, open_engine, prepare_deepspeed
 from tests.helpers.deepspeed.guarded import raised
 from tests.helpers.deepspeed.pipe_checks import check_checkpoint, check_experts, check_grid
 from tests.helpers.deepspeed.pipe_models import (
@@ -30,9 +30,10 @@ from tests.helpers.deepspeed.pipe_models import (
     pipe_classes,
     train_step,
 )
-from tests.helpers.distributed import Outcome, RankContext, fleet_outcome, passes
+from tests.helpers.distributed import Outcome, RankContext, passes
 from tests.helpers.models import GradientPlan
-from tests.helpers.oracle import Hyper, Oracle, assert_same_update, clipped
+from tests.helpers.oracle import Oracle, clipped
+from tests.helpers.suites import Suite, notices_a_wrong_multiplier
 
 pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
 
@@ -56,9 +57,7 @@ class Case:
 
 
 def config_of(case: Case) -> dict[str, Any]:
-    params = {"lr": LR, "betas": list(BETAS), "eps": EPS, "weight_decay": WEIGHT_DECAY} | case.params
-    name = FULL_NAME[case.optimizer]
-    return engine_config(name, stage=case.stage, dtype=case.dtype, gas=MICRO, params=params, **case.config)
+    return case_config(case, gas=MICRO, params=case.params)
 
 
 def start(own_head: bool = False) -> Callable[[], nn.Module]:
@@ -78,59 +77,53 @@ def check_values(context: RankContext, case: Case) -> None:
         assert type(run.engine).__name__ == "PipelineEngine"
         assert type(run.engine.optimizer).__name__ == (case.wrapper or FULL_NAME[case.optimizer])
         feed = PipeFeed(run.engine, GradientPlan(context.world_size // STAGES, MICRO, DTYPES[case.dtype]))
-        now = masters(run)
         shapes = {name: tuple(p.shape) for name, p in Unpiped().named_parameters()}
-        assert sorted({n for names in gathered(list(now)) for n in names}) == sorted(shapes)
-        whole = {n: w for weights in gathered(now) for n, w in weights.items()}
-        hyper = Hyper(LR, BETAS, EPS, WEIGHT_DECAY)
+        own = masters(run)
+        assert sorted({n for names in gathered(list(own)) for n in names}) == sorted(shapes)
         multipliers = case.params.get("lr_multipliers", {}) | case.oracle_multipliers
-        oracle = Oracle(whole, pipe_classes(), case.optimizer == "mini", hyper, lr_multipliers=multipliers)
-        applied = 0
+        pair = beside_oracle(run, case, lr_multipliers=multipliers)
         for step in range(4):
             feed.step, feed.poison = step, step in case.poison and context.rank == 0
-            hyper.lr = LR * LR_FACTORS[step]
-            for group in run.engine.basic_optimizer.param_groups:
-                group["lr"] = hyper.lr
+            pair.set_lr(step)
             train_step(run, UNIT_TOKENS)
-            before, now, was = now, masters(run), oracle.weights()
             if step in case.poison:
-                assert all(torch.equal(now[n], before[n]) for n in now), "moved on an overflow"
-                check_counters(run, applied)
+                pair.check_skipped()
                 continue
-            applied += 1
             gradients = {name: feed.mean(name, shape, step) for name, shape in shapes.items()}
             clip = case.config.get("gradient_clipping")
-            oracle.step(clipped(gradients, clip) if clip else gradients)
-            expected = tuple({n: weights[n] for n in now} for weights in (was, oracle.weights()))
-            assert_same_update((before, now), expected, hyper.lr, what=f"step {step}, rank {context.rank}")
-            check_counters(run, applied)
+            gradients = clipped(gradients, clip) if clip else gradients
+            pair.check_step(gradients, what=f"step {step}, rank {context.rank}")
             check_copies(run)
+
+
+def beside_oracle(run: SimpleNamespace, case: Case, **settings: Any) -> Compared:
+    """The engine beside an oracle on the weights of all stages; each rank compares its own."""
+    own = masters(run)
+    whole = {n: w for weights in gathered(own) for n, w in weights.items()}
+    oracle = Oracle(whole, pipe_classes(), case.optimizer == "mini", hyper(eps=case.params.get("eps", EPS)), **settings)
+    return Compared(run, oracle, lambda weights: {n: weights[n] for n in own})
 
 
 def check_training(context: RankContext, case: Case) -> None:
     """Real forward and backward over 24 steps: the first against autograd's gradients, the copies after each."""
     dp, unpiped = context.world_size // STAGES, Unpiped()
     with open_engine(config_of(case), start(), feed=False) as run:
-        now = masters(run)
-        whole = {n: w for weights in gathered(now) for n, w in weights.items()}
-        hyper = Hyper(LR, BETAS, case.params.get("eps", EPS), WEIGHT_DECAY)
-        oracle = Oracle(whole, pipe_classes(), case.optimizer == "mini", hyper)
+        pair = beside_oracle(run, case)
+        first = pair.now
         for step in range(24):
             batches = torch.randint(VOCAB, (dp * MICRO, 2, 9), generator=torch.Generator().manual_seed(step))
             mine = run.engine.grid.get_data_parallel_id() * MICRO
             train_step(run, list(batches[mine : mine + MICRO]))
-            before, now, was = now, masters(run), oracle.weights()
             check_copies(run)
             if step < 2 and case.dtype == "fp32":
-                unpiped.load_state_dict(was)
+                unpiped.load_state_dict(pair.oracle.weights())
                 unpiped.zero_grad()
                 for tokens in batches:
                     (loss_of(unpiped(tokens), tokens) / len(batches)).backward()
-                oracle.step({n: p.grad for n, p in unpiped.named_parameters()})
-                expected = tuple({n: weights[n] for n in now} for weights in (was, oracle.weights()))
                 # 1e-4: sums of the two backward passes run in another order
-                assert_same_update((before, now), expected, LR, tolerance=1e-4, what=f"step {step}")
-        moved = (now[TIED] - whole[TIED]).abs().max() if TIED in now else torch.ones(())
+                pair.check_step({n: p.grad for n, p in unpiped.named_parameters()}, tolerance=1e-4, what=f"step {step}")
+        now = masters(run)
+        moved = (now[TIED] - first[TIED]).abs().max() if TIED in now else torch.ones(())
         assert float(moved) > 10 * LR, "the embedding hardly moved: its copies prove nothing"
 
 
@@ -275,65 +268,55 @@ def _cases() -> dict[str, tuple[int, tuple[str, Any]]]:
     return table
 
 
-CASES = _cases()
+SUITE = Suite(run_case, _cases(), per_spawn=20)
+outcome = SUITE.outcome()
 
 
-def _names(*kinds: str) -> list[Any]:
-    return named(name for name in CASES if name.startswith(kinds))
-
-
-@pytest.fixture(scope="module")
-def outcome(request: pytest.FixtureRequest) -> Outcome:
-    return fleet_outcome(request, run_case, CASES, per_spawn=20)
-
-
-@pytest.mark.parametrize("name", _names("values", "clip"))
+@SUITE.cases("values", "clip")
 def test_values_of_a_pipeline(outcome: Outcome, name: str) -> None:
     """A stage would step with another stage's blocks, or sum blocks over the pipeline."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", _names("overflow"))
+@SUITE.cases("overflow")
 def test_overflow_on_one_stage(outcome: Outcome, name: str) -> None:
     """A NaN on one stage would let the other step alone: the halves of the model would be of different steps."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", _names("training"))
+@SUITE.cases("training")
 def test_training_keeps_tied_copies_alike(outcome: Outcome, name: str) -> None:
     """The embedding and the output layer would slowly become two weights."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", _names("rules", "tied", "stages"))
+@SUITE.cases("rules", "tied", "stages")
 def test_what_stages_must_agree_on(outcome: Outcome, name: str) -> None:
     """A rule for one stage would be refused by the others, or tied copies drift apart without a word."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", _names("checkpoint"))
+@SUITE.cases("checkpoint")
 def test_checkpoints_of_a_pipeline(outcome: Outcome, name: str) -> None:
     """A stage would resume from damaged layers, or from another step than the others."""
     passes(outcome, name)
 
 
 @pytest.mark.skipif(find_spec("megatron") is None, reason="needs megatron")
-@pytest.mark.parametrize("name", _names("grid"))
+@SUITE.cases("grid")
 def test_tensor_parallel_layers_in_a_pipeline(outcome: Outcome, name: str) -> None:
     """Blocks would be summed over the grid's model-parallel group, which spans the stages, and hang or be wrong."""
     passes(outcome, name)
 
 
 @pytest.mark.skipif(find_spec("megatron") is None, reason="needs megatron")
-@pytest.mark.parametrize("name", _names("experts"))
+@SUITE.cases("experts")
 def test_experts_of_megatron(outcome: Outcome, name: str) -> None:
     """DeepSpeed would average different experts with each other."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", _names("mutant"))
+@SUITE.cases("mutant")
 def test_the_comparison_notices_a_wrong_multiplier(outcome: Outcome, name: str) -> None:
     """The tests above would prove nothing."""
-    failure = outcome(name)
-    assert failure is not None, f"{name}: a wrong multiplier went unnoticed"
-    assert "parameters off by more than" in failure, failure
+    notices_a_wrong_multiplier(outcome, name)

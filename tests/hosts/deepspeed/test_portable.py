@@ -20,7 +20,6 @@ from tests.helpers.deepspeed.engines import engine_config, feed_step, open_engin
 from tests.helpers.deepspeed.reshard import largest_difference, whole_state
 from tests.helpers.deepspeed.reshard_cells import Topology
 from tests.helpers.distributed import RankContext, run_cases
-from tests.helpers.forked import forked_hosts
 from tests.helpers.models import GradientPlan
 
 pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
@@ -222,7 +221,7 @@ def misfits(context: RankContext) -> None:
     def wider() -> nn.Module:
         from transformers import Qwen3Config, Qwen3ForCausalLM
 
-        sizes = models._hf_sizes(hidden_size=15, num_attention_heads=4, num_key_value_heads=2, head_dim=6)
+        sizes = models.hf_sizes(hidden_size=15, num_attention_heads=4, num_key_value_heads=2, head_dim=6)
         config = Qwen3Config(**{**sizes, "vocab_size": 41, "num_hidden_layers": 3}, attention_bias=True)
         return models.set_small_weights(Qwen3ForCausalLM(config))
 
@@ -358,8 +357,7 @@ def run_case(context: RankContext, case: Callable[[RankContext], Any]) -> None:
 @pytest.fixture(scope="module")
 def outcomes(request: pytest.FixtureRequest) -> dict[str, str | None]:
     chosen = [i.callspec.params["name"] for i in request.session.items if i.path == request.path]
-    with forked_hosts():
-        return run_cases(run_case, 2, {name: CASES[name] for name in chosen})
+    return run_cases(run_case, 2, {name: CASES[name] for name in chosen})
 
 
 @pytest.mark.parametrize("name", CASES)

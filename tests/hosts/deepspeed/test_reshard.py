@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers import ROOT
 from tests.helpers.deepspeed.reshard_cells import (
     CELLS,
     TOPOLOGIES,
@@ -26,11 +27,10 @@ from tests.helpers.deepspeed.reshard_cells import (
     write_table,
 )
 from tests.helpers.distributed import run_cases
-from tests.helpers.forked import TESTS, forked_hosts
 
 _HOSTS_MISSING = find_spec("deepspeed") is None or find_spec("megatron") is None
 needs_hosts = pytest.mark.skipif(_HOSTS_MISSING, reason="needs deepspeed and megatron")
-DOCS = TESTS.parent / "docs"
+DOCS = ROOT / "docs"
 WRITE = "WRITE_CHECKPOINT_MATRIX"
 
 Failures = dict[str, str | None]
@@ -77,8 +77,7 @@ def matrix(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         for item in request.session.items
         if item.path == request.path and hasattr(item, "callspec") and "name" in item.callspec.params
     ]
-    with forked_hosts():
-        found = Matrix(tmp_path_factory.mktemp("matrix"), chosen)
+    found = Matrix(tmp_path_factory.mktemp("matrix"), chosen)
     if os.environ.get(WRITE):
         failed = [cell.name for cell in CELLS.values() if found.failure(cell) is not None]
         assert not failed and len(chosen) == len(CELLS), f"docs/ is written when all cells pass; {failed}"

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import product
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,11 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers.deepspeed.compared import assert_same, to_universal
 from tests.helpers.deepspeed.engine_cases import LR, Case, build, config_of, groups_of, hyper_of, oracle_of
 from tests.helpers.deepspeed.engines import DTYPES, feed_step, masters, model_weights, open_engine, prepare_deepspeed
-from tests.helpers.distributed import Outcome, RankContext, fleet_outcome, passes
+from tests.helpers.distributed import Outcome, RankContext, passes
 from tests.helpers.models import GradientPlan
-from tests.helpers.oracle import Oracle, _State, assert_same_update
+from tests.helpers.oracle import assert_same_update
+from tests.helpers.suites import Suite
 
 pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
 
@@ -67,14 +68,14 @@ def check_resume(context: RankContext, case: Case) -> None:
         assert path is not None
         assert client_state["note"] == [1, 2]
         assert run.engine.global_steps == SAVED
-        same(masters(run), then, "loaded masters")
+        assert_same(masters(run), then, "loaded masters")
         held = {b.tensor: run.engine.basic_optimizer.state[b.tensor] for b in run.engine.basic_optimizer.bindings()}
         if case.optimizer == "mini":  # already in blocks, before the first step
             assert all(s["exp_avg_sq"].numel() == blocks(run, t) for t, s in held.items())
         train(run, context, case, range(SAVED, LAST))
-        same(masters(run), wanted, "masters")
-        same(model_weights(run), wanted_model, "model weights")
-        same(moments(run), wanted_state, "optimizer state")
+        assert_same(masters(run), wanted, "masters")
+        assert_same(model_weights(run), wanted_model, "model weights")
+        assert_same(moments(run), wanted_state, "optimizer state")
         assert run.engine.get_lr() == wanted_lr
 
 
@@ -97,18 +98,7 @@ def check_universal(context: RankContext, case: Case) -> None:
         assert client_state["note"] == "kept"
         assert group_settings(run) == settings
         train(run, context, case, range(SAVED, LAST))
-        same(masters(run), wanted, "masters")
-
-
-def to_universal(source: Path, target: Path) -> None:
-    """DeepSpeed's own converter, in this process."""
-    from deepspeed.checkpoint import ds_to_universal
-
-    arguments = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
-    target.mkdir()
-    ds_to_universal.main(
-        SimpleNamespace(input_folder=str(source), output_folder=str(target), inject_missing_state=False, **arguments)
-    )
+        assert_same(masters(run), wanted, "masters")
 
 
 def group_settings(run: SimpleNamespace) -> list[dict[str, Any]]:
@@ -127,12 +117,6 @@ def moments(run: SimpleNamespace) -> dict[str, Tensor]:
 
 def blocks(run: SimpleNamespace, tensor: Tensor) -> int:
     return run.engine.basic_optimizer.binding_of(tensor).table.num_blocks
-
-
-def same(found: dict[str, Tensor], wanted: dict[str, Tensor], what: str) -> None:
-    assert found.keys() == wanted.keys(), what
-    different = [name for name in wanted if not torch.equal(found[name], wanted[name])]
-    assert not different, f"{what} differ: {different}"
 
 
 # ------------------------------------------------------------------------------------------ AdamW
@@ -170,25 +154,13 @@ def switch(context: RankContext, first: tuple[dict[str, Any], Case], second: tup
         run.engine.load_checkpoint(folder)
         now = masters(run)
         follower = oracle_of(next_case, oracle.weights(), hyper_of(next_case, list(now)))
-        take_over(follower, oracle)
+        follower.take_over(oracle.state)
         for step in range(SAVED, LAST):
             feed_step(run, plan, step, context.rank)
             before, now, was = now, masters(run), follower.weights()
             follower.step({n: plan.mean(n, tuple(p.shape), step) for n, p in start.items()})
             # the weights have moved by several lr: each update rounds twice at their new size
             assert_same_update((before, now), (was, follower.weights()), LR, weight_roundings=4, what=f"step {step}")
-
-
-def take_over(follower: Oracle, oracle: Oracle) -> None:
-    """Moments of one oracle become another's; second moments as means over the follower's own blocks."""
-    for name, state in oracle._state.items():
-        v = state.v
-        if follower.mini:
-            labels = follower._labels[name].flatten()
-            sums = torch.zeros(int(labels.max()) + 1, dtype=torch.float64).index_add_(0, labels, v.flatten())
-            counts = torch.zeros_like(sums).index_add_(0, labels, torch.ones(labels.numel(), dtype=torch.float64))
-            v = (sums[labels] / counts[labels]).view(v.shape)
-        follower._state[name] = _State(state.m.clone(), v.clone(), state.step)
 
 
 # ------------------------------------------------------------------------------------------ cases
@@ -229,37 +201,29 @@ def _cases() -> Iterator[tuple[str, tuple[int, tuple[str, Case]]]]:
 
 
 WARMUP = {"warmup_max_lr": 0.04, "warmup_num_steps": 6}
-CASES = dict(_cases())
+SUITE = Suite(run_case, dict(_cases()))
+outcome = SUITE.outcome()
 
 
-def _names(kind: str) -> list[str]:
-    return [name for name in CASES if name.startswith(kind)]
-
-
-@pytest.fixture(scope="module")
-def outcome(request: pytest.FixtureRequest) -> Outcome:
-    return fleet_outcome(request, run_case, CASES)
-
-
-@pytest.mark.parametrize("name", _names("resume"))
+@SUITE.cases("resume")
 def test_resume_is_bitwise(outcome: Outcome, name: str) -> None:
     """A restart would change the run: a rounded second moment, a stale lr, a lost group setting."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", _names("universal"))
+@SUITE.cases("universal")
 def test_universal_checkpoint_at_the_same_topology(outcome: Outcome, name: str) -> None:
     """DeepSpeed's ZeRO-3 restore would give every param group the settings of the first."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", _names("from_adamw"))
+@SUITE.cases("from_adamw")
 def test_deepspeeds_adamw_goes_on_with_ours(outcome: Outcome, name: str) -> None:
     """Moments would be dropped, or second moments averaged over a rank's part of a block only."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", _names("to_adamw"))
+@SUITE.cases("to_adamw")
 def test_ours_goes_on_with_deepspeeds_adamw(outcome: Outcome, name: str) -> None:
     """A user who leaves would lose the optimizer's state."""
     passes(outcome, name)

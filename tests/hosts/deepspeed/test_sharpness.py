@@ -24,8 +24,9 @@ from tests.helpers.deepspeed.engines import (
     open_engine,
     prepare_deepspeed,
 )
-from tests.helpers.distributed import Outcome, RankContext, fleet_outcome, passes
+from tests.helpers.distributed import Outcome, RankContext, passes
 from tests.helpers.megatron.gpt_shards import SHAPES, gpt, join, parallel, small_gpt
+from tests.helpers.suites import Suite
 
 # Not imported here: a worker has to choose the accelerator before DeepSpeed looks for one.
 _HOSTS_MISSING = find_spec("deepspeed") is None or find_spec("megatron") is None
@@ -346,12 +347,11 @@ _CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def outcome(request: pytest.FixtureRequest) -> Outcome:
-    return fleet_outcome(request, run_case, {name: (2, case) for name, case in _CASES.items()})
+SUITE = Suite(run_case, {name: (2, case) for name, case in _CASES.items()})
+outcome = SUITE.outcome()
 
 
-@pytest.mark.parametrize("name", _CASES)
+@SUITE.cases()
 def test_probe(outcome: Outcome, name: str) -> None:
     """The single process's values on the same batches and labels; masters, states, counters, random numbers stay."""
     passes(outcome, name)

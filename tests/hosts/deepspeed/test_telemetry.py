@@ -12,7 +12,8 @@ import pytest
 
 from tests.helpers.deepspeed.engine_cases import Case
 from tests.helpers.deepspeed.telemetry_engines import AUTO, SCHEDULE, Measured, run_case
-from tests.helpers.distributed import Outcome, fleet_outcome, passes
+from tests.helpers.distributed import Outcome, passes
+from tests.helpers.suites import Suite
 
 _MISSING = find_spec("deepspeed") is None or find_spec("megatron") is None
 pytestmark = pytest.mark.skipif(_MISSING, reason="needs deepspeed and megatron")
@@ -60,49 +61,41 @@ def _cases() -> Iterator[tuple[str, tuple[int, Measured]]]:
     yield "refused-short", (2, Measured("refused", short, extra={"says": "until step 10, but the run has 8 steps"}))
 
 
-CASES = dict(_cases())
+SUITE = Suite(run_case, dict(_cases()))
+outcome = SUITE.outcome()
 
 
-def _names(kind: str) -> list[str]:
-    return [name for name in CASES if name.startswith(kind)]
-
-
-@pytest.fixture(scope="module")
-def outcome(request: pytest.FixtureRequest) -> Outcome:
-    return fleet_outcome(request, run_case, CASES)
-
-
-@pytest.mark.parametrize("name", _names("values"))
+@SUITE.cases("values")
 def test_readings_are_those_of_the_whole_model(outcome: Outcome, name: str) -> None:
     """A piece counted twice, a padding, or a part of a step (DeepSpeed steps group by group) would go unnoticed."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", _names("alarm"))
+@SUITE.cases("alarm")
 def test_every_rank_stops_at_the_same_step(outcome: Outcome, name: str) -> None:
     """A rank that goes on alone would wait for the others for ever."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", _names("changed"))
+@SUITE.cases("changed")
 def test_multipliers_change_between_steps(outcome: Outcome, name: str) -> None:
     """Old tables in a kernel's plan, or moments lost with them, would train on without a sign."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", _names("auto"))
+@SUITE.cases("auto")
 def test_measured_multipliers(outcome: Outcome, name: str) -> None:
     """Each step is that of the oracle with multipliers computed by hand from the oracle's own second moments."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", _names("resume"))
+@SUITE.cases("resume")
 def test_resume_is_bitwise(outcome: Outcome, name: str) -> None:
     """A ramp that starts anew, or a second measurement, would make it another run."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", _names("refused"))
+@SUITE.cases("refused")
 def test_refused_before_the_first_step(outcome: Outcome, name: str) -> None:
     """After two percent of a long run it would be late to hear of it."""
     passes(outcome, name)

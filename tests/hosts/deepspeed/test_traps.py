@@ -16,9 +16,10 @@ from torch import nn
 from ds_blockwise import BlockwiseAdamMini, tag_parameters
 from ds_blockwise.optimizers.registry import OPTIMIZERS
 from tests.helpers.deepspeed.engines import engine_config, feed_step, masters, open_engine, prepare_deepspeed
-from tests.helpers.distributed import Outcome, fleet_outcome, passes
+from tests.helpers.distributed import passes
 from tests.helpers.models import GradientPlan, small_weight
 from tests.helpers.oracle import assert_same_update
+from tests.helpers.suites import Suite
 
 pytest.importorskip("deepspeed", reason="needs DeepSpeed")
 
@@ -204,57 +205,52 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def outcome(request: pytest.FixtureRequest) -> Outcome:
-    return fleet_outcome(request, spring, CASES)
+SUITE = Suite(spring, CASES)
+outcome = SUITE.outcome()
 
 
-def cases(number):
-    return pytest.mark.parametrize("name", [name for name in CASES if name.startswith(f"{number}-")])
-
-
-@cases(1)
+@SUITE.cases("1-")
 def test_trap_1_a_shard_is_empty_or_smaller_than_a_block(outcome, name):
     """With more ranks than rows some rank holds only padding. Others have hung there: the empty rank skipped the
     collective. Ours takes part in every reduction with zeros, and a block may lie on three ranks."""
     passes(outcome, name)
 
 
-@cases(2)
+@SUITE.cases("2-")
 def test_trap_2_a_boundary_inside_a_head_and_inside_a_row(outcome, name):
     """ZeRO cuts flat buffers anywhere. Adam-mini's reshape to heads fails on such a shard (its issue 25: Qwen2-0.5B on
     four shards), and a sum over the local part alone is silently another second moment."""
     passes(outcome, name)
 
 
-@cases(3)
+@SUITE.cases("3-")
 def test_trap_3_the_optimizer_receives_a_flat_partition(outcome, name):
     """ZeRO hands over one 1-D tensor per group. Code that asks for rows of a 2-D gradient raises IndexError
     (LlamaFactory 6680) or treats the whole model as one vector."""
     passes(outcome, name)
 
 
-@cases(4)
+@SUITE.cases("4-")
 def test_trap_4_shapes_of_zero_3_placeholders(outcome, name):
     """Under zero.Init every weight has shape (0,). DeepSpeed's own Muon took them for vectors and trained plain Adam
     (its issue 8438); our structure comes from ds_shape and the modules."""
     passes(outcome, name)
 
 
-@cases(5)
+@SUITE.cases("5-")
 def test_trap_5_gradients_are_read_when_they_are_fully_reduced(outcome, name):
     """With reduce-scatter a rank only has its own piece of the mean gradient; statistics taken too early differ between
     ranks (DeepSpeed 8090). Gradients here differ per rank, so an unreduced one cannot pass."""
     passes(outcome, name)
 
 
-@cases(6)
+@SUITE.cases("6-")
 def test_trap_6_state_advances_once_per_optimizer_step(outcome, name):
     """With gradient accumulation Muon's momentum advanced at every micro-batch (DeepSpeed 8600)."""
     passes(outcome, name)
 
 
-@cases(8)
+@SUITE.cases("8-")
 def test_trap_8_a_gradient_is_missing_on_some_ranks(outcome, name):
     """A layer that one rank's batch does not use: our collectives must still match, and state must have the same
     keys on
@@ -263,7 +259,7 @@ def test_trap_8_a_gradient_is_missing_on_some_ranks(outcome, name):
     passes(outcome, name)
 
 
-@cases(14)
+@SUITE.cases("14-")
 def test_trap_14_tied_weights_are_updated_once_everywhere(outcome, name):
     """A weight with two names must not be reduced or stepped twice, and must be an embedding on every rank."""
     passes(outcome, name)

@@ -13,16 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from tests.helpers import models
-from tests.helpers.deepspeed.engine_cases import BETAS, EPS, FULL_NAME, LR, LR_FACTORS, MODELS, WEIGHT_DECAY
-from tests.helpers.deepspeed.engine_checks import check_counters
-from tests.helpers.deepspeed.engines import DTYPES, engine_config, masters, open_engine, prepare_deepspeed
-from tests.helpers.distributed import Outcome, RankContext, fleet_outcome, passes
+from tests.helpers.deepspeed.compared import Compared, case_config, check_counters, check_resume, hyper
+from tests.helpers.deepspeed.engine_cases import LR, MODELS
+from tests.helpers.deepspeed.engines import DTYPES, masters, open_engine, prepare_deepspeed, true_shape
+from tests.helpers.distributed import Outcome, RankContext, passes
 from tests.helpers.models import Feed, GradientPlan
-from tests.helpers.oracle import Hyper, Oracle, assert_same_update
+from tests.helpers.oracle import Oracle, assert_same_update
+from tests.helpers.suites import Suite, notices_a_wrong_multiplier
 
 _MISSING = [name for name in ("deepspeed", "transformers") if find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(_MISSING), reason="needs deepspeed and transformers")
@@ -44,9 +44,9 @@ class Case:
 
 
 def _config(case: Case) -> dict[str, Any]:
-    eps = 1e-3 if case.what == "end_to_end" and case.optimizer == "adamw" else EPS
-    params = {"lr": LR, "betas": list(BETAS), "eps": eps, "weight_decay": WEIGHT_DECAY, "backend": "cpp"}
-    return engine_config(FULL_NAME[case.optimizer], stage=case.stage, dtype=case.dtype, params=params, **case.config)
+    # end to end an element far below eps keeps the noise of two runs below eps
+    eps = {"eps": 1e-3} if case.what == "end_to_end" and case.optimizer == "adamw" else {}
+    return case_config(case, params={"backend": "cpp"} | eps)
 
 
 @contextmanager
@@ -83,21 +83,24 @@ def check_fed(context: RankContext, case: Case) -> None:
         open_engine(_config(case), lambda: models.set_small_weights(make()), mpu=mpu, feed=False) as run,
     ):
         run.feed = Feed(run.model)
-        now = masters(run)
-        shapes = {n: tuple(w.shape) for n, w in now.items()}
-        hyper = Hyper(LR, BETAS, EPS, WEIGHT_DECAY)
-        oracle = Oracle(now, classes, case.optimizer == "mini", hyper, lr_multipliers=case.oracle_multipliers)
+        oracle = Oracle(
+            masters(run), classes, case.optimizer == "mini", hyper(), lr_multipliers=case.oracle_multipliers
+        )
+        pair = Compared(run, oracle)
         for step in range(case.steps):
-            hyper.lr = LR * LR_FACTORS[step]
-            for group in run.engine.basic_optimizer.param_groups:
-                group["lr"] = hyper.lr
-            run.feed.gradients = {n: plan.share(n, s, step, context.rank) for n, s in shapes.items()}
-            run.engine.backward(run.engine())
-            run.engine.step()
-            before, now, was = now, masters(run), oracle.weights()
-            oracle.step({n: _factor(run) * plan.mean(n, s, step) for n, s in shapes.items()})
-            assert_same_update((before, now), (was, oracle.weights()), hyper.lr, what=f"step {step}")
-            check_counters(run, step + 1)
+            pair.set_lr(step)
+            shapes = _feed(context, run, plan, step)
+            gradients = {n: _factor(run) * plan.mean(n, s, step) for n, s in shapes.items()}
+            pair.check_step(gradients, what=f"step {step}")
+
+
+def _feed(context: RankContext, run: SimpleNamespace, plan: GradientPlan, step: int) -> dict[str, tuple[int, ...]]:
+    """One step on this rank's share of the planned gradients; the shapes of what is trained."""
+    shapes = {n: true_shape(p) for n, p in run.model.named_parameters()}
+    run.feed.gradients = {n: plan.share(n, s, step, context.rank) for n, s in shapes.items()}
+    run.engine.backward(run.engine())
+    run.engine.step()
+    return shapes
 
 
 def _factor(run: SimpleNamespace) -> int:
@@ -161,35 +164,22 @@ def check_resumes(context: RankContext, case: Case) -> None:
     plan = GradientPlan(context.world_size, 1)
     folder = context.tmp_path / f"sp-{case.stage}"
 
-    def feed(run: SimpleNamespace, step: int) -> None:
-        shapes = {n: tuple(w.shape) for n, w in masters(run).items()}
-        run.feed.gradients = {n: plan.share(n, s, step, context.rank) for n, s in shapes.items()}
-        run.engine.backward(run.engine())
-        run.engine.step()
-
-    ends = []
-    for resume in (False, True):
+    @contextmanager
+    def opened() -> Iterator[SimpleNamespace]:
         with (
             sequence_parallel() as mpu,
             open_engine(_config(case), lambda: models.set_small_weights(make()), mpu=mpu, feed=False) as run,
         ):
             run.feed = Feed(run.model)
-            if resume:
-                path, _ = run.engine.load_checkpoint(str(folder))
-                assert path is not None
-            else:
-                feed(run, 0)
-                run.engine.save_checkpoint(str(folder), tag="saved")
-            feed(run, 1)
-            ends.append(masters(run))
-    different = [name for name in ends[0] if not torch.equal(ends[0][name], ends[1][name])]
-    assert not different, different
-    if context.rank == 0:
+            yield run
+
+    def look() -> None:
         from ds_blockwise.checkpoint.inspect import describe_checkpoint
 
         found = describe_checkpoint(folder)
         assert found["problems"] == [], found["problems"]
-    dist.barrier()
+
+    check_resume(opened, lambda run, step: _feed(context, run, plan, step), folder, look)
 
 
 def check_refused(context: RankContext, case: Case) -> None:
@@ -232,45 +222,35 @@ def _cases() -> dict[str, tuple[int, Case]]:
     return table
 
 
-CASES = _cases()
+SUITE = Suite(run_case, _cases())
+outcome = SUITE.outcome()
 
 
-def _names(*kinds: str) -> list[str]:
-    return [name for name in CASES if name.startswith(kinds)]
-
-
-@pytest.fixture(scope="module")
-def outcome(request: pytest.FixtureRequest) -> Outcome:
-    return fleet_outcome(request, run_case, CASES, per_spawn=40)
-
-
-@pytest.mark.parametrize("name", _names("fed"))
+@SUITE.cases("fed")
 def test_sequence_parallel_values(outcome: Outcome, name: str) -> None:
     """Blocks would be summed over the ranks of one sequence as if each held other columns, or over too few ranks."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", _names("end_to_end"))
+@SUITE.cases("end_to_end")
 def test_half_a_sequence_per_rank_trains_like_whole_ones(outcome: Outcome, name: str) -> None:
     """Turning sequence parallelism on would change the trained model."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", _names("resume"))
+@SUITE.cases("resume")
 def test_resume_is_bitwise(outcome: Outcome, name: str) -> None:
     """A long-context run could not be resumed."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", _names("refused"))
+@SUITE.cases("refused")
 def test_what_does_not_share_gradients_is_refused(outcome: Outcome, name: str) -> None:
     """Every rank of a sequence would train a model of its own without any sign, or wait for one that has failed."""
     passes(outcome, name)
 
 
-@pytest.mark.parametrize("name", _names("mutant"))
+@SUITE.cases("mutant")
 def test_the_comparison_notices_a_wrong_multiplier(outcome: Outcome, name: str) -> None:
     """The tests above would prove nothing."""
-    failure = outcome(name)
-    assert failure is not None, f"{name}: a wrong multiplier went unnoticed"
-    assert "parameters off by more than" in failure, failure
+    notices_a_wrong_multiplier(outcome, name)

@@ -20,7 +20,6 @@ import pytest
 
 from ds_blockwise.cli.main import main
 from tests.helpers.distributed import RankContext, run_cases
-from tests.helpers.forked import forked_hosts
 from tests.hosts.deepspeed.test_portable import FROZEN, Custom, qwen, saved, saved_by_adamw
 
 pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
@@ -214,8 +213,7 @@ def run_case(context: RankContext, name: str) -> None:
 @pytest.fixture(scope="module")
 def outcomes(request: pytest.FixtureRequest) -> dict[str, str | None]:
     chosen = [i.callspec.params["name"] for i in request.session.items if i.path == request.path]
-    with forked_hosts():
-        return run_cases(run_case, 1, {name: name for name in chosen})
+    return run_cases(run_case, 1, {name: name for name in chosen})
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -37,7 +37,6 @@ from ds_blockwise.kernels.triton.tables import (  # noqa: E402
     Setting,
     SumKind,
 )
-from ds_blockwise.tagging.names import Role  # noqa: E402
 
 CPU = torch.device("cpu")
 INTERPRETED = triton_kernels.unavailable(CPU) is None

@@ -17,7 +17,7 @@ from ds_blockwise import BlockwiseAdamMini, BlockwiseAdamW, tag_parameters
 from ds_blockwise.checkpoint import record as state_record
 from ds_blockwise.optimizers.registry import OPTIMIZERS
 from tests.helpers import models
-from tests.helpers.oracle import Hyper, Oracle, _State, assert_same_update
+from tests.helpers.oracle import Hyper, Oracle, State, assert_same_update
 from tests.helpers.tables.oracle_names import Classes, gpt2_classes, hf_llama_classes
 
 pytest.importorskip("transformers", reason="the models of these tests need the extra 'hf'")
@@ -76,21 +76,12 @@ def assert_same_models(one: nn.Module, two: nn.Module) -> None:
         assert torch.equal(p, q), name
 
 
-def block_means(oracle: Oracle, name: str, values: Tensor) -> Tensor:
-    labels = oracle._labels[name].flatten()
-    sums = torch.zeros(int(labels.max()) + 1, dtype=torch.float64).index_add_(0, labels, values.double().flatten())
-    counts = torch.zeros_like(sums).index_add_(0, labels, torch.ones(labels.numel(), dtype=torch.float64))
-    return (sums[labels] / counts[labels]).view(values.shape)
-
-
 def oracle_going_on(
     family: str, mini: bool, model: nn.Module, saved: dict[str, tuple[Tensor, Tensor]], step: int, **settings: Any
 ) -> Oracle:
     """The oracle with AdamW's moments (name -> (m, v)); for Adam-mini v is averaged by its own labels."""
     oracle = Oracle(weights(model), FAMILIES[family][1], mini, Hyper(LR, BETAS, EPS, DECAY), **settings)
-    for name, (m, v) in saved.items():
-        second = block_means(oracle, name, v) if mini else v.double()
-        oracle._state[name] = _State(m.double(), second, step)
+    oracle.take_over({name: State(m, v, step) for name, (m, v) in saved.items()})
     return oracle
 
 

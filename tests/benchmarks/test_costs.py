@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes sent are what a hand counts, and the overhead and the end-to-end benchmark measure a real run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("deepspeed", reason="the benchmarks cut shards with the DeepSpeed host: extra 'deepspeed'")
+pytest.importorskip("megatron.core", reason="the benchmarks count on Megatron-core's model: extra 'megatron'")
+
+from benchmarks.costs import communication, communication_overhead, end_to_end
+from benchmarks.provenance import read_csv
+from tests.helpers.benchmark_runs import run_benchmark
+
+# Odd sizes, so that a half of a parameter often ends inside a block.
+ONE_LAYER = {
+    "num_layers": 1,
+    "hidden_size": 12,
+    "ffn_hidden_size": 10,
+    "num_heads": 3,
+    "num_kv_heads": 1,
+    "head_dim": 4,
+    "vocab_size": 11,
+    "sequence_length": 8,
+}
+TWO_TENSOR_PARALLEL = {**ONE_LAYER, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 10}
+
+
+def _count(tmp_path: Path, shape: dict[str, int], dp: int, tp: int) -> dict[str, tuple[int, int, int, int]]:
+    """Messages and bytes over data and tensor parallelism, per ZeRO stage."""
+    model = tmp_path / "model.yaml"
+    model.write_text("".join(f"{key}: {value}\n" for key, value in shape.items()))
+    # a model of a thousand parameters cannot keep the limit, which is for large ones
+    text = run_benchmark("costs.communication", "--model", model, "--dp", dp, "--tp", tp, "--out", tmp_path, status=1)
+    assert "FAIL" in text and "allowed 0.1%" in text
+    keys = ("dp_messages", "dp_bytes", "tp_messages", "tp_bytes")
+    return {row["zero_stage"]: tuple(int(row[k]) for k in keys) for row in read_csv(tmp_path / "communication.csv")}
+
+
+def test_communication_of_zero_is_what_a_hand_counts(tmp_path: Path) -> None:
+    """The promise of 0.1% would rest on a count that nobody checked."""
+    counted = _count(tmp_path, ONE_LAYER, dp=2, tp=1)
+    assert counted["0"] == (0, 0, 0, 0)
+    # 1044 elements: embedding 11x12, norm 12, proj 12x12 and qkv 20x12 in either order, norm 12, fc1 20x12, fc2 12x10,
+    # norm 12, output 11x12. The cut at 522 is 378 behind the first norm: row 19.5 of qkv, or row 11.5 of proj.
+    assert counted["1/2"] == (1, 8, 0, 0)
+    # Halves of: embedding and output (row 5.5: 1 each), qkv (row 10 of heads 0-4, 4-8, 8-12: 1); proj (row 6), fc1
+    # (row 10) and fc2 (row 6) are cut between rows, and norms have one second moment for each element.
+    assert counted["3"] == (1, 8 * 3, 0, 0)
+
+
+def test_communication_of_tensor_parallelism_is_what_a_hand_counts(tmp_path: Path) -> None:
+    """Rows of the two row-parallel weights travel, and nothing else: heads and other rows are whole on one rank."""
+    counted = _count(tmp_path, TWO_TENSOR_PARALLEL, dp=1, tp=2)
+    for stage in communication.STAGES:
+        assert counted[stage] == (0, 0, 1, 8 * (12 + 12)), stage
+
+
+def test_communication_of_two_billion_parameters_keeps_the_limit(tmp_path: Path) -> None:
+    """The corners of the promised range; the script itself covers all of it."""
+    text = run_benchmark("costs.communication", "--dp", 1, 1024, "--tp", 1, 8, "--out", tmp_path)
+    assert "PASS" in text and "FAIL" not in text
+    rows = read_csv(tmp_path / "communication.csv")
+    assert tuple(rows[0]) == communication.COLUMNS and len(rows) == 3 * 2 * 2
+    assert {row["model_parameters"] for row in rows} == {"2067130880"}
+    for row in rows:
+        assert communication.within_limits(row)
+        assert int(row["fp32_gradient_bytes"]) == 4 * int(row["local_parameters"])
+        sent = int(row["dp_bytes"]) + int(row["tp_bytes"])
+        assert float(row["share_of_fp32_gradient"]) == pytest.approx(sent / int(row["fp32_gradient_bytes"]), rel=1e-3)
+        assert (int(row["dp_messages"]) > 0) == (int(row["dp_bytes"]) > 0)
+
+
+def test_overhead_is_measured_on_real_ranks(tmp_path: Path) -> None:
+    """The script that times the reductions would fail where it is needed."""
+    run_benchmark("costs.communication_overhead", "--ranks", 2, "--size", "1M", "--rounds", 3, "--out", tmp_path)
+    rows = read_csv(tmp_path / "communication_overhead.csv")
+    assert tuple(rows[0]) == communication_overhead.COLUMNS
+    assert [row["what"] for row in rows] == ["step with reductions", "step without", "all-reduce alone"]
+    assert [row["bytes_sent"] for row in rows] == ["8", "0", "8"], "two ranks, one cut, one block"
+    assert all(float(row["median_ms"]) > 0 and row["threads_per_rank"] for row in rows)
+
+
+def test_end_to_end_reads_times_and_memory_of_a_real_run(tmp_path: Path) -> None:
+    """The wrapper around the main job would time nothing, or something else than a step."""
+    arguments = ("--arms", "blockwise_adam_mini", "--rounds", 1, "--steps", 5, "--drop", 1)
+    run_benchmark("costs.end_to_end", *arguments, "--work", tmp_path / "work", "--out", tmp_path)
+    (row,) = read_csv(tmp_path / "end_to_end.csv")
+    assert tuple(row) == end_to_end.COLUMNS
+    assert row["timed_steps"] == "4" and row["model_parameters"] == "40904448"
+    assert 0 < float(row["optimizer_ms"]) < float(row["step_ms"])
+    assert row["step_over_adamw"] == "", "its baseline was not run"
+    # 20M parameters of each rank: gradients, master weights and state of 4 bytes, besides the model's 164 MB
+    for rank in range(2):
+        assert 300 < float(row[f"peak_in_steps_mib_rank{rank}"]) <= float(row[f"peak_mib_rank{rank}"])
+    assert 4.0 <= float(row["state_bytes_per_parameter"]) < 4.02

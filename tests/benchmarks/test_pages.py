@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README's tables are those of the CSVs, the CSVs hold what was promised, and writing a table keeps the page."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("deepspeed", reason="the benchmarks cut shards with the DeepSpeed host: extra 'deepspeed'")
+pytest.importorskip("megatron.core", reason="the benchmarks count on Megatron-core's model: extra 'megatron'")
+
+from benchmarks.costs import communication, communication_overhead, end_to_end
+from benchmarks.provenance import between, read_csv, write_between
+from benchmarks.step import tables
+from benchmarks.step.shapes import LAYOUTS
+from tests.helpers import ROOT
+from tests.helpers.benchmark_runs import COMPILED
+
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def _kernels(rows: list[dict[str, str]]) -> str:
+    return tables.markdown(rows, f"docs/bench/kernels_{rows[0]['device']}.png")
+
+
+TABLES = {
+    "bench": ("kernels_cpu.csv", _kernels),
+    "communication": ("communication.csv", communication.markdown),
+    "communication-overhead": ("communication_overhead.csv", communication_overhead.markdown),
+    "end-to-end": ("end_to_end.csv", end_to_end.markdown),
+}
+
+
+@pytest.mark.parametrize("section", TABLES)
+def test_readme_shows_what_was_measured(section: str) -> None:
+    """A figure in the README that no file holds, or one that is older than its file."""
+    name, markdown = TABLES[section]
+    assert between(TEXT, section) == markdown(read_csv(ROOT / "docs/bench" / name))
+
+
+def test_readme_shows_gpu_figures_if_there_are_any() -> None:
+    """A table of a GPU that nobody measured, or figures that nobody sees."""
+    results = ROOT / "docs/bench/kernels_cuda.csv"
+    if results.is_file():
+        assert between(TEXT, "bench-gpu") == _kernels(read_csv(results))
+    else:
+        assert "<!-- bench-gpu:begin -->" not in TEXT
+
+
+def test_committed_figures_are_of_everything_that_was_promised() -> None:
+    """A table of fewer sizes, layouts or arms than issue 3 asks for."""
+    rows = read_csv(ROOT / "docs/bench/kernels_cpu.csv")
+    measured = {(row["size"], row["layout"]) for row in rows if row["contender"] == COMPILED and row["median_ms"]}
+    assert measured == {(s, layout) for s in ("1M", "5M", "25M", "67M", "200M") for layout in LAYOUTS}
+    counted = {(r["zero_stage"], r["dp"], r["tp"]) for r in read_csv(ROOT / "docs/bench/communication.csv")}
+    assert len(counted) == 3 * 11 * 4
+    assert all(communication.within_limits(row) for row in read_csv(ROOT / "docs/bench/communication.csv"))
+    assert {row["arm"] for row in read_csv(ROOT / "docs/bench/end_to_end.csv")} == set(end_to_end.ARMS)
+    with open(ROOT / "docs/bench/end_to_end.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    again = [dict(row) for row in rows]
+    end_to_end.compare(again)
+    assert again == rows, "the ratios are not those of the times"
+
+
+def test_writing_between_markers_keeps_the_rest(tmp_path: Path) -> None:
+    """A script would eat the README, or write nowhere and say nothing."""
+    path = tmp_path / "README.md"
+    path.write_text("before\n<!-- x:begin -->\nold\n<!-- x:end -->\nafter\n")
+    write_between(path, "x", r"new \1 line")
+    assert path.read_text() == "before\n<!-- x:begin -->\nnew \\1 line\n<!-- x:end -->\nafter\n"
+    with pytest.raises(ValueError, match="has no lines <!-- y:begin -->"):
+        write_between(path, "y", "text")
