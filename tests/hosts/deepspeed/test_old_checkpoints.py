@@ -13,7 +13,6 @@ from tests.data.checkpoints.format_1 import write as old
 from tests.helpers import ROOT
 from tests.helpers.deepspeed.engines import masters, open_engine, prepare_deepspeed
 from tests.helpers.distributed import RankContext, run_cases
-from tests.helpers.forked import forked_hosts
 from tests.helpers.oracle import Hyper, Oracle, assert_same_update
 from tests.helpers.tables.oracle_names import hf_llama_classes
 
@@ -59,7 +58,6 @@ def goes_on(context: RankContext, form: str) -> None:
 
 
 def test_an_old_checkpoint_goes_on_where_it_was() -> None:
-    with forked_hosts():
-        results = run_cases(goes_on, old.WORLD_SIZE, {form: form for form in ("deepspeed", "portable")})
+    results = run_cases(goes_on, old.WORLD_SIZE, {form: form for form in ("deepspeed", "portable")})
     failures = [f"{form}\n{text}" for form, text in results.items() if text is not None]
     assert not failures, "\n".join(failures)
