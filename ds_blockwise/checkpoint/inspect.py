@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -24,11 +25,7 @@ from ds_blockwise.checkpoint.folder import (
 from ds_blockwise.checkpoint.portable import INDEX, KINDS, Portable, save_portable
 
 UNIVERSAL = "zero"  # the folder in which DeepSpeed's universal checkpoints keep one folder per parameter
-
-
 _UNIVERSAL_FILES = ("fp32.pt", "exp_avg.pt", "exp_avg_sq.pt")
-
-
 CHECKPOINT_HELP = "a checkpoint (tag folder), or a folder of checkpoints, of which the one named by latest is taken"
 
 
@@ -193,10 +190,4 @@ def _in_universal(folder: Path, described: dict[str, Any], trust: bool) -> None:
 def _trained(described: dict[str, Any], record: Mapping[str, Any]) -> None:
     described |= {"optimizer": record["optimizer"], "settings": record["settings"]}
     described["parameters"] = len(record["parameters"])
-    elements = 0
-    for packed in record["parameters"].values():
-        numel = 1
-        for size in packed["shape"]:
-            numel *= size
-        elements += numel
-    described["elements"] = elements
+    described["elements"] = sum(math.prod(packed["shape"]) for packed in record["parameters"].values())

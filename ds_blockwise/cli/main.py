@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"ds-blockwise: error: {error}", file=sys.stderr)
         return 2
     try:
-        print(text)
+        print(text, flush=True)  # a closed pipe fails here, not at exit
     except BrokenPipeError:
         # the reader (head, less) has seen enough; leave without Python's own complaint at shutdown
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -67,13 +68,22 @@ def test_a_fault_of_our_own_is_not_called_a_missing_package() -> None:
         import ds_blockwise.nothing  # noqa: F401
 
 
-def test_a_reader_that_has_seen_enough(tmp_path: Path) -> None:
-    """``ds-blockwise ... | head -1`` ends without a complaint."""
+def test_a_reader_that_has_seen_enough() -> None:
+    """``ds-blockwise ... | head -1`` ends without a complaint, whether Python buffers its output or not."""
     code = "from ds_blockwise.cli.main import main; raise SystemExit(main())"
-    command = f"{sys.executable} -c '{code}' check {tmp_path} 2>&1; {sys.executable} -c '{code}' --help | true"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
-    assert "there is no checkpoint in" in done.stdout
-    assert "BrokenPipe" not in done.stdout + done.stderr
+    for unbuffered in ({}, {"PYTHONUNBUFFERED": "1"}):
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"} | unbuffered
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = subprocess.run(
+            [sys.executable, "-c", code, "check", RUN],
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            env=environment,
+            check=False,
+        )
+        os.close(writer)
+        assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:

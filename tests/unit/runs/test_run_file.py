@@ -39,7 +39,7 @@ MISTAKES: dict[str, tuple[str, tuple[str, ...]]] = {
     "range": ("data.validation_fraction=0.9", ("data.validation_fraction = 0.9", "a number from 0.001 to 0.5")),
     "optional": ("training.sequence_length=0", ("sequence_length = 0", "a whole number, at least 1, or null")),
     "no text": ("name=5", ("name = 5", "allowed: text;")),
-    "no source": ("data.source=[]", ("data.source = []", "text or a list of texts")),
+    "no source": ("data.source=[]", ("data.source = ", "text or a list of texts")),
     "one of the sources": ("data.source=[a, 1]", ("data.source[1] = 1", "allowed: text;")),
     "section is text": ("training=fast", ("training = 'fast'", "a section of keys", "indent its keys below it")),
     "section is empty": ("training=", ("training = None", "a section of keys")),
