@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The DeepSpeed host; the only folder that uses DeepSpeed and its private attributes."""
+"""The DeepSpeed host: the only folder of the package that imports DeepSpeed or uses its private attributes."""

@@ -35,6 +35,10 @@ from ds_blockwise.optimizers.base import BlockwiseOptimizer
 def stepped_tensors(engine: Engine, optimizer: BlockwiseOptimizer) -> Iterator[Stepped]:
     """Every tensor that the engine steps on this rank, with the parameters in it, in the engine's order.
 
+    Args:
+        engine: with its parameters tagged.
+        optimizer: its basic optimizer.
+
     Raises:
         ValueError: this DeepSpeed wraps the optimizer in a class that is not known here.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DeepSpeed's PipelineModule: the names and the tied weights of one stage, for the checks over all stages.
+"""DeepSpeed's PipelineModule: the names and the tied weights of one pipeline stage, for the checks over all.
 
 Facts of DeepSpeed 0.19.8, ``runtime/pipe/module.py`` (``tied_comms``).
 """
@@ -19,12 +19,12 @@ from ds_blockwise.tagging.names import canonical_fqn
 
 
 class TiedWeights(TypedDict):
-    """One entry of ``PipelineModule.tied_comms``: weights that several stages hold a copy of.
+    """One entry of ``PipelineModule.tied_comms``: weights that several pipeline stages hold a copy of.
 
     Attributes:
         ranks: global ranks that hold a copy.
         weight_attr: names of the weights in the module.
-        module: this stage's copy of the module.
+        module: this pipeline stage's copy of the module.
     """
 
     ranks: list[int]
@@ -44,7 +44,7 @@ def names_in(engine: Engine) -> Iterator[str]:
 
 
 def tied_copies(engine: Engine, optimizer: BlockwiseOptimizer, stepped: Sequence[Stepped]) -> list[TiedCopy]:
-    """This rank's copies of weights that other stages hold as well.
+    """This rank's copies of weights that other pipeline stages hold as well.
 
     Args:
         engine: a ``DeepSpeedEngine`` whose parameters are tagged.
