@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that are written whole or not at all, and their digests."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from ds_blockwise import atomic_files
+from ds_blockwise.atomic_files import replace_text, sha256_of
+
+
+def test_the_digest_is_sha_256(tmp_path: Path) -> None:
+    """The published digests of "abc" and of nothing (FIPS 180-2, appendix B), also over several reads."""
+    file = tmp_path / "file"
+    file.write_bytes(b"abc")
+    assert sha256_of(file) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    file.write_bytes(b"")
+    assert sha256_of(file) == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    file.write_bytes(b"a" * 1_000_000)
+    assert sha256_of(file) == "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0"
+
+
+def test_a_large_file_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(atomic_files, "_CHUNK", 7)
+    file = tmp_path / "file"
+    file.write_bytes(b"a" * 1_000_000)
+    assert sha256_of(file) == "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0"
+
+
+def test_text_is_replaced(tmp_path: Path) -> None:
+    file = tmp_path / "latest"
+    replace_text(file, "step_1")
+    replace_text(file, "step_2 ü")
+    assert file.read_text(encoding="utf-8") == "step_2 ü"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_full_disk_leaves_the_old_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "latest"
+    replace_text(file, "step_1")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        replace_text(file, "step_2")
+    assert file.read_text(encoding="utf-8") == "step_1"
+    assert list(tmp_path.iterdir()) == [file]
