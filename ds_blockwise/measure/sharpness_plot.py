@@ -70,13 +70,8 @@ def plot_over_time(reports: Sequence[SharpnessReport], title: str, path: Path) -
         ]
         if points:
             steps, values, errors = zip(*points, strict=True)
-            axes.errorbar(
-                *(steps, values, errors),
-                color=BLOCK_TYPE_COLOURS[block_type],
-                marker="o",
-                markersize=3,
-                label=block_type,
-            )
+            colour = BLOCK_TYPE_COLOURS[block_type]
+            axes.errorbar(steps, values, errors, color=colour, marker="o", markersize=3, label=block_type)
     axes.set_xlabel("optimizer step")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -11,12 +11,29 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Protocol, TypedDict, runtime_checkable
 
 import torch
 
 from ds_blockwise.kernels.param_groups import set_lr
 from ds_blockwise.values import as_count, number
+
+
+@runtime_checkable
+class WrapsOptimizer(Protocol):
+    """What DeepSpeed and others put around an optimizer; a wrapper may hold another one."""
+
+    @property
+    def optimizer(self) -> object:
+        """What is wrapped."""
+
+
+class ScheduleState(TypedDict, total=False):
+    """What a schedule saves; the last two only after a re-warming began."""
+
+    last_batch_iteration: int
+    rewarm_start: int
+    rewarm_num_steps: int
 
 
 class BlockwiseSchedule(ABC):
@@ -43,7 +60,7 @@ class BlockwiseSchedule(ABC):
 
     def __init__(
         self,
-        optimizer: Any,
+        optimizer: torch.optim.Optimizer | WrapsOptimizer,
         total_num_steps: int,
         warmup_num_steps: int = 0,
         min_lr: float = 0.0,
@@ -57,15 +74,8 @@ class BlockwiseSchedule(ABC):
         self.min_lr = number("min_lr", min_lr, low=0.0)
         if self.warmup_num_steps >= self.total_num_steps:
             raise ValueError(f"warmup_num_steps ({warmup_num_steps}) must be below total_num_steps ({total_num_steps})")
-        while not isinstance(optimizer, torch.optim.Optimizer):
-            if not hasattr(optimizer, "optimizer"):
-                raise TypeError(
-                    f"{type(self).__name__} needs a torch optimizer or a wrapper that has one in .optimizer, got "
-                    f"{type(optimizer).__name__}"
-                )
-            optimizer = optimizer.optimizer
-        self.optimizer = optimizer
-        self.base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
+        self.optimizer = self._unwrapped(optimizer)
+        self.base_lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
         for index, peak in enumerate(self.base_lrs):
             if self.min_lr > peak:
                 raise ValueError(
@@ -74,6 +84,16 @@ class BlockwiseSchedule(ABC):
                 )
         self.last_batch_iteration = last_batch_iteration
         self._set(last_batch_iteration + 1)
+
+    def _unwrapped(self, optimizer: object) -> torch.optim.Optimizer:
+        while not isinstance(optimizer, torch.optim.Optimizer):
+            if not isinstance(optimizer, WrapsOptimizer):
+                raise TypeError(
+                    f"{type(self).__name__} needs a torch optimizer or a wrapper that has one in .optimizer, got "
+                    f"{type(optimizer).__name__}"
+                )
+            optimizer = optimizer.optimizer
+        return optimizer
 
     @abstractmethod
     def _shape(self, update: int) -> float:
@@ -117,14 +137,15 @@ class BlockwiseSchedule(ABC):
         self.last_batch_iteration = last_batch_iteration
         self._set(last_batch_iteration + 1)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> ScheduleState:
         """What a resumed run needs: the number of updates; peaks and lengths are the new run's own."""
-        state: dict[str, Any] = {"last_batch_iteration": self.last_batch_iteration}
+        state: ScheduleState = {"last_batch_iteration": self.last_batch_iteration}
         if self._rewarm_start is not None:
-            state |= {"rewarm_start": self._rewarm_start, "rewarm_num_steps": self.rewarm_num_steps}
+            state["rewarm_start"] = self._rewarm_start
+            state["rewarm_num_steps"] = self.rewarm_num_steps
         return state
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: ScheduleState) -> None:
         """Continue after ``state_dict``'s update, with this schedule's own settings."""
         self.last_batch_iteration = int(state_dict["last_batch_iteration"])
         if state_dict.get("rewarm_num_steps", 0) == self.rewarm_num_steps:
@@ -168,7 +189,7 @@ class BlockwiseWSDLR(BlockwiseSchedule):
 
     def __init__(
         self,
-        optimizer: Any,
+        optimizer: torch.optim.Optimizer | WrapsOptimizer,
         total_num_steps: int,
         warmup_num_steps: int = 0,
         decay_num_steps: int | None = None,

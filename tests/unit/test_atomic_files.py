@@ -46,3 +46,22 @@ def test_a_full_disk_leaves_the_old_text(tmp_path: Path, monkeypatch: pytest.Mon
         replace_text(path, "new")
     assert path.read_text(encoding="utf-8") == "old"
     assert [found.name for found in tmp_path.iterdir()] == ["latest"]
+
+
+def test_the_digest_is_sha_256(tmp_path: Path) -> None:
+    """The published digests of "abc" and of nothing (FIPS 180-2, appendix B), also over several reads."""
+    file = tmp_path / "file"
+    file.write_bytes(b"abc")
+    assert sha256_of(file) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    file.write_bytes(b"")
+    assert sha256_of(file) == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    file.write_bytes(b"a" * 1_000_000)
+    assert sha256_of(file) == "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0"
+
+
+def test_text_is_replaced(tmp_path: Path) -> None:
+    file = tmp_path / "latest"
+    replace_text(file, "step_1")
+    replace_text(file, "step_2 ü")
+    assert file.read_text(encoding="utf-8") == "step_2 ü"
+    assert list(tmp_path.iterdir()) == [file]
