@@ -12,7 +12,6 @@ from random weights.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import sys
@@ -20,7 +19,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 import transformers
@@ -196,7 +195,7 @@ def _check_sizes(options: FineTuning, train: Sequences, held_out: Sequences) -> 
 
 
 def _model(options: FineTuning, shape: GPTShape | None, tokenizer: PreTrainedTokenizerFast) -> torch.nn.Module:
-    model: Any
+    model: torch.nn.Module
     if shape is None:
         model = AutoModelForCausalLM.from_pretrained(options.model)
     else:
@@ -231,18 +230,47 @@ def llama_config(shape: GPTShape, eos_token_id: int) -> LlamaConfig:
     )
 
 
+class _Summary(TypedDict):
+    """The content of `summary.json`: the options and the results; losses in nats per token."""
+
+    model: str
+    source: list[str]
+    tokenizer: str | None
+    text_key: str
+    sequence_length: int
+    validation_fraction: float
+    validation_sequences: int
+    lora_rank: int
+    optimizer: str
+    parameters: int
+    trained_parameters: int
+    steps: int
+    base_lr: float
+    loss_before: float
+    loss_after: float
+    seconds: float
+    output: str
+
+
 def _resume(training: TrainingArguments) -> str | bool | None:
     given = training.resume_from_checkpoint
     words = {"true": True, "false": None}
     return words.get(given.lower(), given) if isinstance(given, str) else given
 
 
-def _summary(options: FineTuning, trainer: Trainer, seconds: float) -> dict[str, Any]:
+def _summary(options: FineTuning, trainer: Trainer, seconds: float) -> _Summary:
     model, optimizer = trainer.model_wrapped.module, trainer.model_wrapped.basic_optimizer
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {
-        **dataclasses.asdict(options),
+        "model": options.model,
+        "source": options.source,
+        "tokenizer": options.tokenizer,
+        "text_key": options.text_key,
+        "sequence_length": options.sequence_length,
+        "validation_fraction": options.validation_fraction,
+        "validation_sequences": options.validation_sequences,
+        "lora_rank": options.lora_rank,
         "optimizer": type(optimizer).__name__,
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained_parameters": trained,
@@ -255,7 +283,7 @@ def _summary(options: FineTuning, trainer: Trainer, seconds: float) -> dict[str,
     }
 
 
-def _table(summary: dict[str, Any]) -> str:
+def _table(summary: _Summary) -> str:
     """The short table that ends a fine-tuning."""
     fell = summary["loss_before"] - summary["loss_after"]
     return boxed(
@@ -274,7 +302,7 @@ def _table(summary: dict[str, Any]) -> str:
     )
 
 
-def _plot_losses(history: list[dict[str, Any]], summary: dict[str, Any], path: Path) -> None:
+def _plot_losses(history: list[dict[str, float]], summary: _Summary, path: Path) -> None:
     """Draw training and validation loss over optimizer steps.
 
     Args:

@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.distributed.destroy_process_group()
 
 
-def _record(run: RunConfig, config: dict[str, Any], data: RunData | None, processes: Processes) -> dict[str, Any]:
+def _record(run: RunConfig, config: dict[str, Any], data: RunData | None, processes: Processes) -> dict[str, object]:
     """Everything that decides the result of a run; folders are left out, because a result doesn't depend on them."""
     training = dataclasses.asdict(run.training)
     engine = {

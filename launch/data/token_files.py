@@ -100,33 +100,18 @@ def prepare(
         return metadata
     directory.mkdir(parents=True, exist_ok=True)
     with _alone_in(directory):
-        for path in (*directory.glob("*.partial"), *directory.glob(f"{METADATA}.new")):  # a killed process left them
-            path.unlink()
-        folder = directory / PARTS
-        if force:
-            shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(exist_ok=True)
-        _explain(folder, recipe)
+        folder = _parts_folder(directory, recipe, force)
         parts = corpus.parts(part_bytes)
         tokenizer = _tokenizer(folder, data, vocab_size, corpus, parts, named_in, fingerprint)
         settings = PartSettings(folder, data.text_key, data.validation_fraction, tokenizer)
         versions = {package: importlib.metadata.version(package) for package in _VERSIONED}
         keys = [settings.key(part, versions) for part in parts]
-        records = _finished_parts(settings, keys)
-        missing = [(part, key) for part, key in zip(parts, keys, strict=True) if key not in records]
-        if missing:
-            logger.info("writing tokens to %s: %d parts, %d to do", directory, len(parts), len(missing))
-            write_parts(settings, missing, workers)
-            records |= {key: read_record(settings, key) for _, key in missing}
+        records = _make_parts(settings, parts, keys, workers)
         skipped = {name for record in records.values() for name in record["skipped"]}
         kept = [key for key in keys if not skipped.issuperset(records[key]["files"])]
         _check_split(data, [records[key] for key in kept], named_in, problems)
         problems.raise_if_any()
-        # From here on the old token files are replaced.
-        (directory / METADATA).unlink(missing_ok=True)
-        # Megatron finds its sample indices by path and length, not by content: it would use the old ones
-        # for the new tokens without an error.
-        shutil.rmtree(directory / CACHE, ignore_errors=True)
+        _remove_old(directory)
         metadata = {
             "format": FORMAT,
             "fingerprint": fingerprint,
@@ -153,6 +138,38 @@ def prepare(
         replace_text(directory / METADATA, json.dumps(metadata, indent=2) + "\n")
         shutil.rmtree(folder)
     return metadata
+
+
+def _parts_folder(directory: Path, recipe: _Recipe, force: bool) -> Path:
+    """The folder of finished parts, with a note of what they are made for; unfinished files are removed."""
+    for path in (*directory.glob("*.partial"), *directory.glob(f"{METADATA}.new")):  # a killed process left them
+        path.unlink()
+    folder = directory / PARTS
+    if force:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(exist_ok=True)
+    _explain(folder, recipe)
+    return folder
+
+
+def _make_parts(
+    settings: PartSettings, parts: Sequence[tuple[Span, ...]], keys: Sequence[str], workers: int
+) -> dict[str, PartRecord]:
+    """The records of all parts; those that are not finished are tokenized."""
+    records = _finished_parts(settings, keys)
+    missing = [(part, key) for part, key in zip(parts, keys, strict=True) if key not in records]
+    if missing:
+        logger.info("writing tokens to %s: %d parts, %d to do", settings.folder.parent, len(parts), len(missing))
+        write_parts(settings, missing, workers)
+    return records | {key: read_record(settings, key) for _, key in missing}
+
+
+def _remove_old(directory: Path) -> None:
+    """Remove what does not belong to the new token files: their old description first."""
+    (directory / METADATA).unlink(missing_ok=True)
+    # Megatron finds its sample indices by path and length, not by content: it would use the old ones for the new
+    # tokens without an error.
+    shutil.rmtree(directory / CACHE, ignore_errors=True)
 
 
 def check_directory(directory: Path) -> Metadata:

@@ -7,7 +7,7 @@ import logging
 import os
 import random
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import deepspeed
 import numpy
@@ -19,6 +19,19 @@ import megatron_patch
 from data.pool import usable_cores
 from ds_blockwise.runs.run_file import ParallelConfig
 from ds_blockwise.runs.strict_files import Problems
+
+
+class _RandomStatesOfGpu(TypedDict, total=False):
+    cuda: torch.Tensor
+    megatron: dict[str, torch.Tensor]  # of the tracker, by the name of the random state
+
+
+class RandomStates(_RandomStatesOfGpu):
+    """A process's random states, in plain containers and tensors: they load with `weights_only`."""
+
+    python: tuple[object, ...]
+    numpy: tuple[str, torch.Tensor, int, int, float]
+    torch: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -121,12 +134,20 @@ def agree(problems: Problems) -> None:
     problems.raise_if_any()
 
 
-def random_states() -> dict[str, Any]:
-    """This process's random states, in plain containers and tensors: they load with `weights_only`."""
-    name, keys, *rest = numpy.random.get_state()
-    states: dict[str, Any] = {
+def random_states() -> RandomStates:
+    """The random states of this process."""
+    state = numpy.random.get_state(legacy=False)
+    keys, position = state["state"]["key"], state["state"]["pos"]
+    states: RandomStates = {
         "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(keys.astype(numpy.int64)), *rest),
+        # the order of numpy's older format, which `restore_random_states` gives back
+        "numpy": (
+            state["bit_generator"],
+            torch.from_numpy(keys.astype(numpy.int64)),
+            position,
+            state["has_gauss"],
+            state["gauss"],
+        ),
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
@@ -135,11 +156,11 @@ def random_states() -> dict[str, Any]:
     return states
 
 
-def restore_random_states(states: dict[str, Any]) -> None:
+def restore_random_states(states: RandomStates) -> None:
     """Set this process's random states to what `random_states` returned."""
     random.setstate(states["python"])
-    name, keys, *rest = states["numpy"]
-    numpy.random.set_state((name, keys.numpy().astype(numpy.uint32), *rest))
+    name, keys, position, has_gauss, gauss = states["numpy"]
+    numpy.random.set_state((name, keys.numpy().astype(numpy.uint32), position, has_gauss, gauss))
     torch.set_rng_state(states["torch"])
     if torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])

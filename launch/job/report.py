@@ -6,10 +6,10 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import matplotlib
 
@@ -50,6 +50,32 @@ _TELEMETRY_TITLES = {
 _LINEAR = ("lr_multiplier", "clip_factor")
 _OF_THE_WHOLE_MODEL = ("grad_norm", "clip_factor")
 _PACKAGES = ("torch", "deepspeed", "megatron-core", "ds_blockwise", "tokenizers")
+
+
+class Summary(TypedDict):
+    """The content of `summary.json`; losses in nats per token."""
+
+    run: str
+    completed: bool
+    optimizer: str
+    zero_stage: int
+    processes: int
+    data_parallel: int
+    tensor_parallel: int
+    parameters: int
+    steps: int
+    tokens: int
+    initial_validation_loss: float
+    final_validation_loss: float
+    validation_loss_fell_by: float
+    final_train_loss: float | None
+    tokens_per_second: float | None
+    train_seconds: float
+    wall_seconds: float
+    optimizer_state_bytes_per_parameter: float
+    adamw_state_bytes_per_parameter: float
+    versions: dict[str, str]
+    config_sha256: str
 
 
 def state_bytes_per_parameter(
@@ -96,8 +122,8 @@ def summarize(
     zero_stage: int,
     state_bytes: float,
     config_sha256: str,
-) -> dict[str, Any]:
-    """The figures of a run, as they stand in `summary.json`."""
+) -> Summary:
+    """The results of a run."""
     tokens = state.step * run.tokens_per_step
     initial, final = state.validation_curve[0][1], state.validation_curve[-1][1]
     return {
@@ -128,12 +154,12 @@ def summarize(
     }
 
 
-def write_summary(summary: dict[str, Any], path: Path) -> None:
-    """Write the figures as JSON."""
+def write_summary(summary: Mapping[str, object], path: Path) -> None:
+    """Write the results as JSON."""
     replace_text(path, json.dumps(summary, indent=2) + "\n")
 
 
-def table(summary: dict[str, Any], output: Path) -> str:
+def table(summary: Summary, output: Path) -> str:
     """The short table that ends a run."""
     rate = summary["tokens_per_second"]
     rows = [
@@ -186,7 +212,9 @@ def plot_loss(run: RunConfig, state: TrainerState, optimizer: str, path: Path) -
 
 
 @contextmanager
-def loss_axes(path: Path, train: list[tuple[int, float]], validation: list[tuple[int, float]]) -> Iterator[Axes]:
+def loss_axes(
+    path: Path, train: Sequence[tuple[float, float]], validation: Sequence[tuple[float, float]]
+) -> Iterator[Axes]:
     """Axes with both curves over optimizer steps; the figure is written when the block ends.
 
     Args:

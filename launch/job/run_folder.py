@@ -12,7 +12,6 @@ import json
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -84,7 +83,7 @@ def _broken(folder: Path) -> list[str]:
 
 def check_output(
     run: RunConfig,
-    record: dict[str, Any],
+    record: dict[str, object],
     checkpoint: Checkpoint | None,
     options: argparse.Namespace,
     problems: Problems,
@@ -128,7 +127,7 @@ def check_output(
             logger.info("resuming with another %s: %s was %s", key, new, old)
 
 
-def _read_record(run: RunConfig, checkpoint: Checkpoint, problems: Problems) -> dict[str, Any] | None:
+def _read_record(run: RunConfig, checkpoint: Checkpoint, problems: Problems) -> dict[str, object] | None:
     path = run.output / RUN_RECORD
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
@@ -144,7 +143,7 @@ def _read_record(run: RunConfig, checkpoint: Checkpoint, problems: Problems) -> 
     return None
 
 
-def check_source(init_from: str | None, record: dict[str, Any], problems: Problems) -> Path | None:
+def check_source(init_from: str | None, record: dict[str, object], problems: Problems) -> Path | None:
     """Check the checkpoint that a new run begins with.
 
     Args:
@@ -169,7 +168,9 @@ def check_source(init_from: str | None, record: dict[str, Any], problems: Proble
     return source
 
 
-def prepare_output(run: RunConfig, record: dict[str, Any], processes: Processes, checkpoint: Checkpoint | None) -> None:
+def prepare_output(
+    run: RunConfig, record: dict[str, object], processes: Processes, checkpoint: Checkpoint | None
+) -> None:
     """Prepare the folder, and log what was found in it; nothing was changed before.
 
     A new run starts with empty curves: monitors append to what they find.

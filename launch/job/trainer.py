@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 import deepspeed
 import torch
@@ -192,7 +192,7 @@ class Trainer:
         losses: torch.Tensor = self._engine(batch.tokens, batch.position_ids, None, labels=batch.labels)
         return losses
 
-    def _log(self, bar: tqdm[Any]) -> None:
+    def _log(self, bar: tqdm[NoReturn]) -> None:
         loss = self._processes.mean(self._loss_sum, self._loss_count)
         self._loss_sum.zero_()
         self._loss_count.zero_()
@@ -214,7 +214,7 @@ class Trainer:
         )
         bar.set_postfix(loss=f"{loss:.3f}", lr=f"{learning_rate:.1e}", refresh=False)
 
-    def _validate(self, bar: tqdm[Any] | None = None) -> None:
+    def _validate(self, bar: tqdm[NoReturn] | None = None) -> None:
         total = torch.zeros((), dtype=torch.float64, device=self._processes.device)
         count = torch.zeros_like(total)
         self._engine.eval()
@@ -247,7 +247,7 @@ class Trainer:
         self.state.wall_seconds = time.perf_counter() - self._started
 
     @contextmanager
-    def _progress_bar(self) -> Iterator[tqdm[Any]]:
+    def _progress_bar(self) -> Iterator[tqdm[NoReturn]]:
         with tqdm(
             total=self._run.training.steps,
             initial=self.state.step,
