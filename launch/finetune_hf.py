@@ -12,7 +12,6 @@ from random weights.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import sys
@@ -20,7 +19,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 import transformers
@@ -38,10 +37,10 @@ from transformers import (
 import ds_blockwise  # noqa: F401 - makes both optimizers known to DeepSpeed
 from data.corpus import Corpus, find_corpus, is_validation
 from ds_blockwise.runs.strict_files import Problems
-from finetune_report import plot_losses, table
 from job import quiet  # noqa: F401
 from job.process_groups import prepare_process
-from job.rendezvous import Place
+from job.rendezvous import RankInfo
+from job.report import boxed, loss_axes, write_summary
 from megatron_patch import GPTShape
 
 _END = "<|endoftext|>"
@@ -104,7 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
         ValueError: Lists what is wrong with the options or the text, before the model is built.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    Place.of_this_process()  # a start without a launcher needs its variables
+    RankInfo.from_environment()  # sets a launcher's variables if there is no launcher
     prepare_process()
     if not torch.cuda.is_available():
         arguments += ["--accelerator_config", json.dumps(_join_without_gpu())]
@@ -134,10 +133,10 @@ def main(arguments: list[str] | None = None) -> None:
     if trainer.is_world_process_zero():
         summary = _summary(options, trainer, seconds)
         folder = Path(training.output_dir)
-        (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        plot_losses(trainer.state.log_history, summary, folder / "loss.png")
-        print(table(summary), flush=True)
-    trainer.accelerator.wait_for_everyone()  # who goes on from here finds everything written
+        write_summary(summary, folder / SUMMARY)
+        _plot_losses(trainer.state.log_history, summary, folder / "loss.png")
+        print(_table(summary), flush=True)
+    trainer.accelerator.wait_for_everyone()  # every rank returns after all files are written
 
 
 def parse(arguments: list[str]) -> tuple[FineTuning, Arguments]:
@@ -196,13 +195,13 @@ def _check_sizes(options: FineTuning, train: Sequences, held_out: Sequences) -> 
 
 
 def _model(options: FineTuning, shape: GPTShape | None, tokenizer: PreTrainedTokenizerFast) -> torch.nn.Module:
-    model: Any
+    model: torch.nn.Module
     if shape is None:
         model = AutoModelForCausalLM.from_pretrained(options.model)
     else:
         model = LlamaForCausalLM(llama_config(shape, tokenizer.eos_token_id))
     if options.lora_rank:
-        import peft  # only who asks for adapters needs it
+        import peft  # needed with --lora_rank only
 
         model = peft.get_peft_model(
             model,
@@ -231,18 +230,47 @@ def llama_config(shape: GPTShape, eos_token_id: int) -> LlamaConfig:
     )
 
 
+class _Summary(TypedDict):
+    """The content of `summary.json`: the options and the results; losses in nats per token."""
+
+    model: str
+    source: list[str]
+    tokenizer: str | None
+    text_key: str
+    sequence_length: int
+    validation_fraction: float
+    validation_sequences: int
+    lora_rank: int
+    optimizer: str
+    parameters: int
+    trained_parameters: int
+    steps: int
+    base_lr: float
+    loss_before: float
+    loss_after: float
+    seconds: float
+    output: str
+
+
 def _resume(training: TrainingArguments) -> str | bool | None:
     given = training.resume_from_checkpoint
     words = {"true": True, "false": None}
     return words.get(given.lower(), given) if isinstance(given, str) else given
 
 
-def _summary(options: FineTuning, trainer: Trainer, seconds: float) -> dict[str, Any]:
+def _summary(options: FineTuning, trainer: Trainer, seconds: float) -> _Summary:
     model, optimizer = trainer.model_wrapped.module, trainer.model_wrapped.basic_optimizer
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {
-        **dataclasses.asdict(options),
+        "model": options.model,
+        "source": options.source,
+        "tokenizer": options.tokenizer,
+        "text_key": options.text_key,
+        "sequence_length": options.sequence_length,
+        "validation_fraction": options.validation_fraction,
+        "validation_sequences": options.validation_sequences,
+        "lora_rank": options.lora_rank,
         "optimizer": type(optimizer).__name__,
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained_parameters": trained,
@@ -253,6 +281,40 @@ def _summary(options: FineTuning, trainer: Trainer, seconds: float) -> dict[str,
         "seconds": seconds,
         "output": trainer.args.output_dir,
     }
+
+
+def _table(summary: _Summary) -> str:
+    """The short table that ends a fine-tuning."""
+    fell = summary["loss_before"] - summary["loss_after"]
+    return boxed(
+        [
+            ("model", summary["model"]),
+            ("optimizer", f"{summary['optimizer']}, base lr {summary['base_lr']:g}"),
+            ("parameters", f"{summary['parameters']:,}, of which {summary['trained_parameters']:,} are trained"),
+            ("text", f"{' '.join(summary['source'])}, {summary['steps']:,} steps"),
+            (
+                "validation loss",
+                f"{summary['loss_before']:.4f} -> {summary['loss_after']:.4f} (fell by {fell:.4f} nats)",
+            ),
+            ("training time", f"{summary['seconds']:.0f} s"),
+            ("written to", summary["output"]),
+        ]
+    )
+
+
+def _plot_losses(history: list[dict[str, float]], summary: _Summary, path: Path) -> None:
+    """Draw training and validation loss over optimizer steps.
+
+    Args:
+        history: Trainer's log, entries with ``step`` and ``loss`` or ``eval_loss``.
+        summary: For the title.
+        path: PNG file to write.
+    """
+    curves = (
+        [(entry["step"], float(entry[key])) for entry in history if key in entry] for key in ("loss", "eval_loss")
+    )
+    with loss_axes(path, *curves) as axes:
+        axes.set_title(f"{summary['model']} on {' '.join(summary['source'])}, {summary['optimizer']}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check that all hosts of a job see the same thing, before anything is built. The main job begins with it.
+"""Check that all hosts of a job have the same code, configuration and data. The main job begins with it.
 
 By itself, under the launcher and with the command line of the main job:
     PROGRAM=launch/preflight.py HOSTFILE=hostfile launch/cluster/ssh.sh configs/run/tiny.yaml
 
 Compared: package versions, this project's code, command line, run file, model file, DeepSpeed JSON, the prepared
-data, the layout of the ranks; and each GPU's free memory with LAUNCH_FREE_GPU_FRACTION of its whole.
+data, the layout of the ranks. A GPU needs LAUNCH_FREE_GPU_FRACTION of its memory free.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import importlib.metadata
 import os
 import platform
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -26,13 +26,14 @@ from ds_blockwise.runs.engine_json import compose
 from ds_blockwise.runs.run_file import RunConfig, check_run, load_run
 from ds_blockwise.runs.strict_files import Problems
 from job.options import job_options
-from job.rendezvous import Host, Place, connect, exit_status, meet, ranks_text
+from job.rendezvous import Host, RankInfo, connect, exit_status, join, ranks_text
 
 FREE_GPU_FRACTION = 0.9  # a GPU that another job uses holds more than a tenth
 _PACKAGES = ("torch", "deepspeed", "megatron-core", "ds-blockwise", "numpy", "triton", "tokenizers", "transformers")
-_CODE = ("ds_blockwise", "megatron_patch", "launch")
-_EDGE = 1 << 20  # bytes at both ends of a token file that its sum is made of; the whole would take minutes
-# what kind of fact -> what to do about a difference
+_CODE = ("ds_blockwise", "megatron_patch", "launch")  # with all folders below them
+_CODE_SUFFIXES = (".py", ".cpp", ".h", ".sh", ".sbatch")
+_EDGE = 1 << 20  # bytes at each end of a token file that are hashed; the whole file would take minutes
+# kind of fact -> what to do about a difference
 _REMEDIES = {
     "package": "install the same versions on every host (make setup takes them from constraints.txt)",
     "code": "bring every host to the same commit",
@@ -43,53 +44,61 @@ _REMEDIES = {
 }
 
 
-def facts_of(options: argparse.Namespace, run: RunConfig | None, problems: Problems, place: Place) -> dict[str, Any]:
-    """What this process found; files that are not there count as found missing.
+class Facts(TypedDict):
+    """What one rank found."""
+
+    compared: list[tuple[str, str, str]]  # kind, name, value: must be the same on every rank
+    problems: list[str]
+    gpu: tuple[int, int] | None  # free and total bytes of its memory
+
+
+def collect_facts(options: argparse.Namespace, run: RunConfig | None, problems: Problems, this_rank: RankInfo) -> Facts:
+    """What this process found; a missing file is a fact, too.
 
     Args:
         options: The command line.
         run: The run; None if its files don't describe one.
         problems: Found so far.
-        place: Where this process stands.
+        this_rank: This process.
     """
     compared = {("package", name): version for name, version in _versions().items()}
     compared["code", "ds_blockwise, megatron_patch and launch"] = _code()
     for name, value in vars(options).items():
-        if name not in ("run", "deepspeed_config", "local_rank"):  # files are compared by what stands in them
+        if name not in ("run", "deepspeed_config", "local_rank"):  # files are compared by their content
             compared["option", f"--{name.replace('_', '-')}"] = repr(value)
-    compared["file", f"run file {options.run}"] = _sum(Path(options.run))
+    compared["file", f"run file {options.run}"] = _describe(Path(options.run))
     if run is not None:
-        compared["file", f"model file {run.model_file}"] = _sum(run.model_file)
-        compared["file", f"DeepSpeed JSON {run.deepspeed_file}"] = _sum(run.deepspeed_file)
+        compared["file", f"model file {run.model_file}"] = _describe(run.model_file)
+        compared["file", f"DeepSpeed JSON {run.deepspeed_file}"] = _describe(run.deepspeed_file)
         for folder, _ in run.data.read_blend(run.file, Problems()):
             for path in _data_files(Path(folder)):
-                compared["data", str(path)] = _sum(path)
-    compared["layout", "WORLD_SIZE"] = str(place.world_size)
+                compared["data", str(path)] = _describe(path)
+    compared["layout", "WORLD_SIZE"] = str(this_rank.world_size)
     return {
-        "compared": [[kind, name, value] for (kind, name), value in compared.items()],
+        "compared": [(kind, name, value) for (kind, name), value in compared.items()],
         "problems": problems.lines,
-        "gpu": _free_gpu_memory(place.local_rank),
+        "gpu": _free_gpu_memory(this_rank.local_rank),
     }
 
 
-def judge(places: list[Place], facts: list[Mapping[str, Any]]) -> list[str]:
-    """What is wrong, a line each, with the hosts and ranks it is wrong on.
+def compare(ranks: list[RankInfo], facts: list[Facts]) -> list[str]:
+    """What is wrong, a line each, with the hosts and ranks that it concerns.
 
     Args:
-        places: Of all ranks.
-        facts: From `facts_of`, in the same order.
+        ranks: All ranks.
+        facts: From `collect_facts`, in the same order.
     """
     return [
-        *_problems(places, facts),
-        *_layout(places),
-        *_differences(places, facts),
-        *_busy_gpus(places, facts),
+        *_problems(ranks, facts),
+        *_layout(ranks),
+        *_differences(ranks, facts),
+        *_busy_gpus(ranks, facts),
     ]
 
 
 def check_together(
     options: argparse.Namespace,
-    place: Place,
+    this_rank: RankInfo,
     store: torch.distributed.Store,
     run: RunConfig | None,
     problems: Problems,
@@ -100,11 +109,11 @@ def check_together(
         TimeoutError: Ranks did not come up.
         ValueError: Lists what is wrong, with hosts and ranks.
     """
-    return meet(place, store, facts_of(options, run, problems, place), judge)
+    return join(this_rank, store, collect_facts(options, run, problems, this_rank), compare)
 
 
 def load_and_check(
-    options: argparse.Namespace, place: Place, store: torch.distributed.Store
+    options: argparse.Namespace, this_rank: RankInfo, store: torch.distributed.Store
 ) -> tuple[RunConfig, dict[str, Any], tuple[Host, ...]]:
     """Read the run and go through the pre-flight check; all processes must call.
 
@@ -118,49 +127,48 @@ def load_and_check(
     run, problems = load_run(options.run, overrides=options.set, deepspeed_file=options.deepspeed_config)
     config: dict[str, Any] = {}
     if run is not None:
-        check_run(run, place.world_size, problems)
+        check_run(run, this_rank.world_size, problems)
         config = compose(run, problems)
-    hosts = check_together(options, place, store, run, problems)
+    hosts = check_together(options, this_rank, store, run, problems)
     assert run is not None  # else there were problems
     return run, config, hosts
 
 
-def _problems(places: list[Place], facts: list[Mapping[str, Any]]) -> list[str]:
-    found: dict[str, list[Place]] = {}
-    for place, fact in zip(places, facts, strict=True):
+def _problems(ranks: list[RankInfo], facts: list[Facts]) -> list[str]:
+    found: dict[str, list[RankInfo]] = {}
+    for info, fact in zip(ranks, facts, strict=True):
         for line in fact["problems"]:
-            found.setdefault(line, []).append(place)
-    everybody = len(places)
-    return [line if len(who) == everybody else f"{line} [only {_on(who)}]" for line, who in found.items()]
+            found.setdefault(line, []).append(info)
+    return [line if len(who) == len(ranks) else f"{line} [only {_on(who)}]" for line, who in found.items()]
 
 
-def _layout(places: list[Place]) -> list[str]:
+def _layout(ranks: list[RankInfo]) -> list[str]:
     lines = []
-    seen: dict[tuple[str, int], Place] = {}
-    for place in places:
-        other = seen.setdefault((place.host, place.local_rank), place)
-        if other is not place:
+    seen: dict[tuple[str, int], RankInfo] = {}
+    for info in ranks:
+        other = seen.setdefault((info.host, info.local_rank), info)
+        if other is not info:
             lines.append(
-                f"ranks {other.rank} and {place.rank} both are local rank {place.local_rank} of {place.host}: allowed: "
+                f"ranks {other.rank} and {info.rank} both are local rank {info.local_rank} of {info.host}: allowed: "
                 f"one launcher for each host, and hosts with different names; stop one of the two, or set "
                 f"SLURMD_NODENAME to tell hosts of one name apart"
             )
-    for host in dict.fromkeys(place.host for place in places):
-        ranks = [place.rank for place in places if place.host == host]
-        if ranks != list(range(ranks[0], ranks[0] + len(ranks))):
+    for host in dict.fromkeys(info.host for info in ranks):
+        here = [info.rank for info in ranks if info.host == host]
+        if here != list(range(here[0], here[0] + len(here))):
             lines.append(
-                f"{ranks_text(ranks)} are on {host}: allowed: ranks that follow each other, because tensor-parallel "
+                f"{ranks_text(here)} are on {host}: allowed: ranks that follow each other, because tensor-parallel "
                 f"ranks do; start them host by host (srun: --distribution=block)"
             )
     return lines
 
 
-def _differences(places: list[Place], facts: list[Mapping[str, Any]]) -> list[str]:
-    values: dict[tuple[str, str], dict[str, list[Place]]] = {}
+def _differences(ranks: list[RankInfo], facts: list[Facts]) -> list[str]:
+    values: dict[tuple[str, str], dict[str, list[RankInfo]]] = {}
     by_rank = [{(kind, name): value for kind, name, value in fact["compared"]} for fact in facts]
     for key in dict.fromkeys(key for compared in by_rank for key in compared):
-        for place, compared in zip(places, by_rank, strict=True):
-            values.setdefault(key, {}).setdefault(compared.get(key, "not there"), []).append(place)
+        for info, compared in zip(ranks, by_rank, strict=True):
+            values.setdefault(key, {}).setdefault(compared.get(key, "not there"), []).append(info)
     return [
         f"{name} differs: {'; '.join(f'{value} {_on(who)}' for value, who in groups.items())}: {_REMEDIES[kind]}"
         for (kind, name), groups in values.items()
@@ -168,26 +176,26 @@ def _differences(places: list[Place], facts: list[Mapping[str, Any]]) -> list[st
     ]
 
 
-def _busy_gpus(places: list[Place], facts: list[Mapping[str, Any]]) -> list[str]:
+def _busy_gpus(ranks: list[RankInfo], facts: list[Facts]) -> list[str]:
     fraction = float(os.environ.get("LAUNCH_FREE_GPU_FRACTION", FREE_GPU_FRACTION))
     lines = []
-    for place, fact in zip(places, facts, strict=True):
+    for info, fact in zip(ranks, facts, strict=True):
         if fact["gpu"] is None:
             continue
         free, total = fact["gpu"]
         if free < fraction * total:
             lines.append(
-                f"GPU {place.local_rank} of {place.host} (rank {place.rank}) has {free / 2**30:.1f} of "
-                f"{total / 2**30:.1f} GiB free: allowed: at least {fraction:.0%} (LAUNCH_FREE_GPU_FRACTION); end what "
-                f"else runs there (nvidia-smi names it)"
+                f"GPU {info.local_rank} of {info.host} (rank {info.rank}) has {free / 2**30:.1f} of "
+                f"{total / 2**30:.1f} GiB free: allowed: at least {fraction:.0%} (LAUNCH_FREE_GPU_FRACTION); end the "
+                f"other programs there (nvidia-smi lists them)"
             )
     return lines
 
 
-def _on(places: Iterable[Place]) -> str:
+def _on(ranks: Iterable[RankInfo]) -> str:
     hosts: dict[str, list[int]] = {}
-    for place in places:
-        hosts.setdefault(place.host, []).append(place.rank)
+    for info in ranks:
+        hosts.setdefault(info.host, []).append(info.rank)
     return "on " + ", ".join(f"{host} ({ranks_text(ranks)})" for host, ranks in hosts.items())
 
 
@@ -207,7 +215,7 @@ def _versions() -> dict[str, str]:
 def _code() -> str:
     root = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256()
-    for path in sorted(p for folder in _CODE for p in (root / folder).rglob("*") if p.suffix in (".py", ".cpp", ".sh")):
+    for path in sorted(p for folder in _CODE for p in (root / folder).rglob("*") if p.suffix in _CODE_SUFFIXES):
         digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -216,8 +224,8 @@ def _data_files(directory: Path) -> list[Path]:
     return sorted(p for p in directory.glob("*") if p.name == "metadata.json" or p.suffix in (".idx", ".bin"))
 
 
-def _sum(path: Path) -> str:
-    """Size and sum of a file; of a long one, of both its ends."""
+def _describe(path: Path) -> str:
+    """Size and digest of a file; of a long one the digest of both ends."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -230,12 +238,12 @@ def _sum(path: Path) -> str:
 
 
 def _free_gpu_memory(local_rank: int) -> tuple[int, int] | None:
-    """Free and whole memory of this rank's GPU in bytes; None without CUDA."""
+    """Free and total memory of this rank's GPU in bytes; None without CUDA."""
     return torch.cuda.mem_get_info(local_rank) if torch.cuda.is_available() else None
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The check by itself.
+    """Run the check without training.
 
     Args:
         arguments: Command line of the main job, without the program's name; default `sys.argv`.
@@ -245,13 +253,13 @@ def main(arguments: list[str] | None = None) -> None:
         ValueError: Lists what is wrong, with hosts and ranks.
     """
     options = job_options(arguments, __doc__.splitlines()[0])
-    place = Place.of_this_process()
-    store = connect(place)
-    run, _, hosts = load_and_check(options, place, store)
+    this_rank = RankInfo.from_environment()
+    store = connect(this_rank)
+    run, _, hosts = load_and_check(options, this_rank, store)
     store.add("done", 1)
-    if place.rank == 0:
+    if this_rank.rank == 0:
         print(f"pre-flight check passed for {run.file}: {', '.join(map(str, hosts))}", flush=True)
-        while store.add("done", 0) < place.world_size:  # the store ends with this process
+        while store.add("done", 0) < this_rank.world_size:  # the store ends with this process
             time.sleep(0.02)
 
 

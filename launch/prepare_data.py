@@ -5,8 +5,8 @@ python launch/prepare_data.py --run configs/run/tiny.yaml
 python launch/prepare_data.py --run configs/run/tiny.yaml --source texts/ 'more/*.jsonl.gz' --workers 8
 python launch/prepare_data.py --run configs/run/tiny.yaml --check
 
-The text is cut into parts, which processes tokenize side by side. After an interruption, start it again: what
-is finished is kept. The files are the same for any number of processes and of interruptions.
+The text is cut into parts, which several processes tokenize. After an interruption, start the same command again:
+finished parts are kept. The files are the same for any number of processes and interruptions.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import time
 from pathlib import Path
 
 from data.corpus import PART_BYTES
+from data.metadata import SPLITS
 from data.pool import usable_cores
-from data.token_files import SPLITS, check_directory, prepare
+from data.token_files import check_directory, prepare
 from ds_blockwise.runs.run_file import load_run
 from job import quiet  # noqa: F401
 
@@ -46,9 +47,9 @@ def main(arguments: list[str] | None = None) -> None:
         "--part-megabytes",
         type=float,
         default=PART_BYTES / (1 << 20),
-        help="about how much of the source is one part: what an interruption may cost; %(default)g",
+        help="about how much of the source is one part; an interruption loses unfinished parts; %(default)g",
     )
-    parser.add_argument("--check", action="store_true", help="prepare nothing; read the token files and check them all")
+    parser.add_argument("--check", action="store_true", help="prepare nothing; read and check all token files")
     parser.add_argument("--force", action="store_true", help="prepare even if up to date, from the beginning")
     options = parser.parse_args(arguments)
     if options.workers < 1 or options.part_megabytes <= 0:
@@ -67,13 +68,13 @@ def main(arguments: list[str] | None = None) -> None:
     folders = [folder for folder, _ in data.read_blend(run.file, problems)]
     if data.blend and options.directory is None and not options.check:
         allowed = "one folder at a time: --directory with its --source"
-        remedy = "prepare each of them so, all with the same --tokenizer (the folder of the first)"
+        remedy = "prepare each folder by itself, all with the same --tokenizer (the folder of the first)"
         problems.add(run.file, "data.blend", list(data.blend), allowed, remedy)
     problems.raise_if_any()
     if options.check:
         for folder in folders if options.directory is None else [options.directory]:
             check_directory(Path(folder))
-            logging.info("%s: every token is as metadata.json says", folder)
+            logging.info("%s: no damage found; every token was read", folder)
         return
     start = time.perf_counter()
     metadata = prepare(

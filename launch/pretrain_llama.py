@@ -3,16 +3,14 @@
 
 deepspeed --num_gpus 2 launch/pretrain_llama.py --run configs/run/tiny.yaml
 
-The run file says everything; the DeepSpeed JSON that it names decides the optimizer, and
-`--deepspeed-config` swaps it. `--resume` continues from the newest checkpoint, bit for bit;
+The run file names the model, the data and the DeepSpeed JSON, which decides the optimizer;
+`--deepspeed-config` takes another JSON. `--resume` continues from the newest checkpoint, bit for bit;
 `--auto-resume` does so if there is one, for schedulers that start a failed job again.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import logging
 import time
 from typing import Any
@@ -24,15 +22,15 @@ from ds_blockwise.optimizers.registry import OPTIMIZERS
 from ds_blockwise.runs.engine_json import optimizer_type, zero_stage
 from ds_blockwise.runs.run_file import RunConfig
 from ds_blockwise.runs.strict_files import Problems
-from job import quiet  # noqa: F401
-from job.batches import check_data
-from job.heartbeat import Watch, naming_hosts
+from job import quiet, run_folder  # noqa: F401
+from job.batches import RunData, check_data
+from job.heartbeat import HeartbeatMonitor, name_lost_host
 from job.options import job_options
 from job.process_groups import Processes, agree
 from job.rendezvous import exit_status
 from job.report import plot_loss, plot_telemetry, state_bytes_per_parameter, summarize, table, write_summary
-from job.run_folder import check_output, check_source, find_checkpoint, prepare_output
-from job.start import begin, build
+from job.run_folder import check_output, check_source, find_checkpoint, json_digest, prepare_output
+from job.start import build_engine, start_job
 from job.trainer import Trainer
 
 
@@ -49,19 +47,20 @@ def main(arguments: list[str] | None = None) -> None:
     """
     started = time.perf_counter()
     options = job_options(arguments, __doc__.splitlines()[0])
-    job = begin(options)
-    logging.getLogger("run_folder").setLevel(logging.INFO)
+    job = start_job(options)
+    logging.getLogger(run_folder.__name__).setLevel(logging.INFO)
     run, config, processes = job.run, job.config, job.processes
     problems = Problems()
-    metadata = check_data(run, problems)
-    record = _record(run, config, metadata, processes)
+    data = check_data(run, problems)
+    record = _record(run, config, data, processes)
     checkpoint = find_checkpoint(run, problems) if options.resume or options.auto_resume else None
     check_output(run, record, checkpoint, options, problems)
     source = check_source(options.init_from, record, problems) if checkpoint is None else None
     agree(problems)
+    assert data is not None  # else there was a problem
     prepare_output(run, record, processes, checkpoint)
 
-    engine, batches = build(job, metadata)
+    engine, batches = build_engine(job, data)
     name = optimizer_type(config)
     if processes.rank == 0 and name in OPTIMIZERS:
         print(block_report(engine.module), flush=True)
@@ -70,33 +69,33 @@ def main(arguments: list[str] | None = None) -> None:
         trainer.resume()
     elif source is not None:
         trainer.start_from(source)
-    with Watch(job.place, job.hosts, job.store), naming_hosts(job.hosts):
+    with HeartbeatMonitor(job.this_rank, job.hosts, job.store), name_lost_host(job.hosts):
         trainer.train(options.stop_at_step, options.stop_after_minutes)
 
     stage = zero_stage(config)
     state_bytes = state_bytes_per_parameter(engine.basic_optimizer, engine.module, processes, zero_stage=stage)
-    progress = trainer.finish()
+    state = trainer.finish()
     if processes.rank == 0:
         summary = summarize(
             run,
-            progress,
+            state,
             processes,
             optimizer=name,
             zero_stage=stage,
             state_bytes=state_bytes,
-            config_sha256=_digest(record),
+            config_sha256=json_digest(record),
         )
         write_summary(summary, run.output / "summary.json")
-        plot_loss(run, progress, name, run.output / "loss.png")
-        if progress.telemetry:
-            plot_telemetry(run, progress, run.output / "telemetry.png")
+        plot_loss(run, state, name, run.output / "loss.png")
+        if state.telemetry:
+            plot_telemetry(run, state, run.output / "telemetry.png")
         print(table(summary, run.output), flush=True)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def _record(run: RunConfig, config: dict[str, Any], metadata: dict[str, Any], processes: Processes) -> dict[str, Any]:
-    """What decides the result of a run, without the folders that it happens to use."""
+def _record(run: RunConfig, config: dict[str, Any], data: RunData | None, processes: Processes) -> dict[str, object]:
+    """Everything that decides the result of a run; folders are left out, because a result doesn't depend on them."""
     training = dataclasses.asdict(run.training)
     engine = {
         f"deepspeed.{key}": value
@@ -107,15 +106,11 @@ def _record(run: RunConfig, config: dict[str, Any], metadata: dict[str, Any], pr
         "model": dataclasses.asdict(run.shape),
         "parallel": dataclasses.asdict(run.parallel),
         "processes": processes.world_size,
-        # Not the fingerprint: it holds file times, and the same text elsewhere is the same run.
-        "data": {"tokenizer": metadata.get("tokenizer"), "splits": metadata.get("splits")},
+        # Not the fingerprint of the data, which depends on file times: a copy of the same text is the same data.
+        "data": data or {"tokenizer": None, "splits": None},
         **training,
         **engine,
     }
-
-
-def _digest(record: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 if __name__ == "__main__":

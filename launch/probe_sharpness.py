@@ -25,9 +25,9 @@ from job.batches import check_data
 from job.options import run_options
 from job.process_groups import agree
 from job.rendezvous import exit_status
-from job.run_folder import checkpoints_of, place_of
+from job.run_folder import checkpoints_of, folder_and_tag
 from job.sharpness import measure
-from job.start import begin, build
+from job.start import build_engine, start_job
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -42,13 +42,13 @@ def main(arguments: list[str] | None = None) -> None:
         FloatingPointError: No gradient was finite.
     """
     options = _options(arguments)
-    job = begin(options)
+    job = start_job(options)
     run, problems = job.run, Problems()
-    metadata = check_data(run, problems)
+    data = check_data(run, problems)
     count = run.training.sharpness_batches if options.batches is None else options.batches
     check_sharpness(run, job.processes.dp_size, count, "--batches or training.sharpness_batches", problems)
     named = options.checkpoint
-    folder, tag = (checkpoints_of(run), None) if named is None else place_of(Path(named))
+    folder, tag = (checkpoints_of(run), None) if named is None else folder_and_tag(Path(named))
     try:
         found = resolve_tag(folder, tag)
         remedy = "train first, or give --checkpoint with a folder of checkpoints, or one of them"
@@ -57,10 +57,11 @@ def main(arguments: list[str] | None = None) -> None:
     if found is None:
         problems.add(run.file, "--checkpoint", named or str(folder), "a complete checkpoint", remedy)
     agree(problems)
+    assert data is not None  # else there was a problem
 
     # a monitor would write into the folder of the run
     config = {key: value for key, value in job.config.items() if key not in ("csv_monitor", "tensorboard", "wandb")}
-    engine, batches = build(dataclasses.replace(job, config=config), metadata)
+    engine, batches = build_engine(dataclasses.replace(job, config=config), data)
     _, state = load_checkpoint(engine, folder, tag)
     step = int(state["progress"]["step"]) if state and "progress" in state else int(engine.global_steps)
     report = measure(

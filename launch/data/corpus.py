@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which documents a run learns from, and which of them it never sees before validation.
 
-A document is one text file, a piece of a very long one, one line of JSON lines or one row of parquet.
-The order is that of the sorted file names, so that every machine with the same files gets the same
-documents. A corpus is cut into parts by the sizes of its files alone: whoever tokenizes them, in whatever
-order, the parts are the same.
+A document is one text file, a section of a very long one, one line of JSON lines or one row of parquet.
+The order is that of the sorted file names, so every machine with the same files gets the same documents.
+A corpus is cut into parts by the sizes of its files alone, so the parts do not depend on how many processes
+tokenize them.
 """
 
 from __future__ import annotations
@@ -17,13 +17,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.documents import COMPRESSIONS, JSON_LINES, PARQUET, PYDOC_TOPICS, TEXT, NotText, Span, documents, kind_of
-from data.documents import row_group_bytes as row_group_bytes_of
+from data.documents import (
+    COMPRESSIONS,
+    JSON_LINES,
+    PARQUET,
+    PYDOC_TOPICS,
+    TEXT,
+    NotText,
+    Span,
+    documents,
+    kind_of,
+    row_group_bytes,
+)
 from ds_blockwise.runs.strict_files import Problems
 
 STDLIB = "stdlib"
 PYDOC = "pydoc"  # the chapters of the language reference that every Python brings for help()
-# What a folder is searched for; the first two of them also compressed.
+# What a folder is searched for; text and JSON lines also compressed.
 _TEXTS = (".txt", ".md", ".rst", ".py")
 _JSONS = (".jsonl", ".ndjson")
 FOLDER_SUFFIXES = (
@@ -110,7 +120,7 @@ def _cut(name: str, path: Path, text_key: str, part_bytes: int) -> Iterator[Span
     size = stat.st_size
     if kind == PARQUET:
         first, held = 0, 0
-        groups = row_group_bytes_of(name, path, text_key)
+        groups = row_group_bytes(name, path, text_key)
         for index, group_bytes in enumerate(groups):
             held += group_bytes
             if held >= part_bytes or index + 1 == len(groups):
@@ -118,9 +128,9 @@ def _cut(name: str, path: Path, text_key: str, part_bytes: int) -> Iterator[Span
                 first, held = index + 1, 0
         return
     whole = kind not in (TEXT, JSON_LINES) or path.suffix in COMPRESSIONS
-    pieces = 1 if whole else max(1, -(-size // part_bytes))
-    for piece in range(pieces):
-        start, end = size * piece // pieces, size * (piece + 1) // pieces
+    count = 1 if whole else max(1, -(-size // part_bytes))
+    for number in range(count):
+        start, end = size * number // count, size * (number + 1) // count
         yield Span(name, path, kind, start, end, end - start, size, stat.st_mtime_ns)
 
 
@@ -170,8 +180,8 @@ def _python_files(root: Path) -> Iterator[tuple[str, Path]]:
                 yield f"{STDLIB}/{path.relative_to(root).as_posix()}", path
 
 
-def digest(text: str) -> bytes:
-    """Identity of a document: equal texts are one document for the split."""
+def text_digest(text: str) -> bytes:
+    """Identity of a document, 8 bytes: equal texts are one document for the split."""
     return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
 
@@ -185,4 +195,4 @@ def is_validation(text: str, fraction: float) -> bool:
         text: The document.
         fraction: Share of the distinct documents that is kept.
     """
-    return int.from_bytes(digest(text), "big") < fraction * 2.0**64
+    return int.from_bytes(text_digest(text), "big") < fraction * 2.0**64

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Documents of a span of one file, read one at a time: text, JSON lines and parquet.
 
-No more of a file is in memory than the document at hand and a buffer. What a span holds is decided by its
-bounds alone: it owns the lines that begin within them, so that spans which touch share nothing and miss
-nothing.
+Only the current document and a buffer are in memory. A span holds the lines that begin within its bounds, so
+adjacent spans share no line and lose none.
 """
 
 from __future__ import annotations
@@ -17,7 +16,8 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from types import ModuleType
+from typing import IO
 
 TEXT = "text"
 JSON_LINES = "JSON lines"
@@ -26,7 +26,7 @@ PYDOC_TOPICS = "pydoc topics"
 COMPRESSIONS = (".gz", ".zst")
 # A longer text file becomes several documents: one book must not be all of the validation set.
 _LONGEST_TEXT = 1 << 18  # characters
-_LONGEST_LINE = 1 << 28  # bytes; what is longer is no file of JSON lines
+_LONGEST_LINE = 1 << 28  # bytes; a longer line means that the file does not hold JSON lines
 _BLOCK = 1 << 20
 _ROWS = 64  # of parquet at a time
 
@@ -37,7 +37,7 @@ class NotText(Exception):
 
 @dataclass(frozen=True)
 class Span:
-    """A run of one file.
+    """A consecutive range of one file.
 
     Attributes:
         name: The file's name in messages.
@@ -45,7 +45,7 @@ class Span:
         kind: How it is read.
         start: First byte (of parquet: row group).
         end: Byte or row group after the last.
-        bytes: On disk, for the progress.
+        bytes: On disk, for the line of progress.
         size: Of the whole file when it was found, in bytes.
         mtime_ns: Of the file when it was found.
     """
@@ -63,7 +63,7 @@ class Span:
         """Raise if the file is not the one that was found.
 
         Raises:
-            ValueError: Its size or time is another.
+            ValueError: Its size or modification time has changed.
         """
         stat = self.path.stat()
         if (stat.st_size, stat.st_mtime_ns) != (self.size, self.mtime_ns):
@@ -74,7 +74,7 @@ class Span:
 
 
 def kind_of(path: Path) -> str:
-    """How a file is read, by its name; what is not known is text."""
+    """How a file is read, by its name; an unknown suffix means text."""
     suffixes = path.suffixes
     packed = bool(suffixes) and suffixes[-1] in COMPRESSIONS
     last = suffixes[-2:-1] if packed else suffixes[-1:]
@@ -122,7 +122,7 @@ def _open(span: Span) -> IO[bytes]:
 
 
 def _bounds(span: Span, stream: IO[bytes]) -> tuple[int, int | None]:
-    """Go to the first of the lines that begin within a span; its place and the one after the last, None: the end."""
+    """Seek to the first line that begins within a span; its offset and that of the first line after (None: the end)."""
     end = None if span.end >= span.size else _line_start(stream, span.end)
     start = _line_start(stream, span.start)
     if span.size > 0 and (span.start, end) != (0, None):
@@ -131,17 +131,17 @@ def _bounds(span: Span, stream: IO[bytes]) -> tuple[int, int | None]:
 
 
 def _line_start(stream: IO[bytes], offset: int) -> int:
-    """Where the first line begins that does not begin before ``offset``."""
+    """Offset of the first line that begins at ``offset`` or later."""
     if offset == 0:
         return 0
-    at = offset - 1
-    stream.seek(at)
+    position = offset - 1
+    stream.seek(position)
     while block := stream.read(_BLOCK):
         found = block.find(b"\n")
         if found >= 0:
-            return at + found + 1
-        at += len(block)
-    return at
+            return position + found + 1
+        position += len(block)
+    return position
 
 
 def _blocks(span: Span) -> Iterator[bytes]:
@@ -208,13 +208,13 @@ def _json_text(span: Span, at: int, line: bytes, text_key: str) -> str:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            remedy = "allowed: pairs of surrogates; correct the line"
-            raise ValueError(f"{_where(span, at)}: half a character: {error}; {remedy}") from error
+            remedy = "allowed: whole characters; correct the line"
+            raise ValueError(f"{_where(span, at)}: half of a surrogate pair: {error}; {remedy}") from error
     return text
 
 
 def _where(span: Span, at: int) -> str:
-    """File and line of a byte, counted only when somebody has to look there."""
+    """File and line of a byte, for an error message."""
     line, left = 1, at
     with _open(span) as stream:
         while left and (block := stream.read(min(_BLOCK, left))):
@@ -233,7 +233,7 @@ def _topics(span: Span, text_key: str) -> Iterator[str]:
 # --------------------------------------------------------------------------------------- parquet
 
 
-def import_pyarrow(name: str) -> Any:
+def import_pyarrow(name: str) -> ModuleType:
     """The package that reads parquet and zstd.
 
     Args:
@@ -243,14 +243,15 @@ def import_pyarrow(name: str) -> Any:
         ValueError: It isn't installed.
     """
     try:
-        import pyarrow  # only who has such files needs it
+        import pyarrow  # needed for such files only
         import pyarrow.parquet
     except ModuleNotFoundError as error:
         raise ValueError(
             f"{name}: .parquet and .zst files need the package pyarrow, which is not installed; "
             "run: pip install pyarrow (the extra 'data' of ds_blockwise)"
         ) from error
-    return pyarrow
+    found: ModuleType = pyarrow
+    return found
 
 
 def row_group_bytes(name: str, path: Path, text_key: str) -> list[int]:

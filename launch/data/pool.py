@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work on many parts in several processes, with a line of progress."""
+"""Several processes tokenize the parts, with a line of progress."""
 
 from __future__ import annotations
 
@@ -15,16 +15,30 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 from data.documents import Span
-from data.parts import Job, write_part
+from data.parts import PartSettings, write_part
+
+if TYPE_CHECKING:  # not a class that can be indexed at run time
+    from multiprocessing.sharedctypes import SynchronizedArray
+
+    SharedCounts = SynchronizedArray[int]
 
 logger = logging.getLogger(__name__)
 
 _ON_TERMINAL_S, _IN_LOG_S = 2.0, 30.0
-_counters: Any = None  # in a worker: shared with whoever started it
+_shared: SharedCounts | None = None  # in a worker: documents, bytes of text and tokens of all workers
+
+
+class Counts(Protocol):
+    """Documents, bytes of text and tokens so far."""
+
+    def __getitem__(self, index: int, /) -> int: ...
+
+    def __setitem__(self, index: int, value: int, /) -> None: ...
 
 
 def usable_cores() -> int:
@@ -32,49 +46,49 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
-def write_parts(job: Job, parts: Sequence[tuple[tuple[Span, ...], str]], workers: int) -> None:
+def write_parts(settings: PartSettings, parts: Sequence[tuple[tuple[Span, ...], str]], workers: int) -> None:
     """Make every part; the result does not depend on the number of workers.
 
     Args:
-        job: What all parts share.
+        settings: What all parts share.
         parts: Parts with their keys.
-        workers: Processes; one works in this process.
+        workers: Processes; with 1 the work is done in this process.
 
     Raises:
-        ValueError: See `data_readers.documents`. Finished parts stay, and are not made again.
+        ValueError: See `documents.documents`. Finished parts stay, and are not made again.
         RuntimeError: A worker was killed.
     """
     workers = min(workers, len(parts))
     total = sum(span.bytes for part, _ in parts for span in part)
     if workers <= 1:
-        progress = Progress([0, 0, 0], total)
+        progress = ProgressLine([0, 0, 0], total)
         for part, key in parts:
-            write_part(job, part, key, progress.count)
+            write_part(settings, part, key, progress.count)
             progress.finish(part)
         progress.close()
         return
     context = forkserver()
     counters = context.Array("q", 3)
-    progress = Progress(counters.get_obj(), total)
+    progress = ProgressLine(counters.get_obj(), total)
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(counters,))
     try:
-        _wait({pool.submit(_work, job, part, key): part for part, key in parts}, progress)
-    except BaseException as error:  # also Ctrl-C: nobody goes on with a part that may take hours; raised again
+        _wait({pool.submit(_work, settings, part, key): part for part, key in parts}, progress)
+    except BaseException as error:  # also Ctrl-C: no worker goes on with its part; raised again
         for process in set(multiprocessing.active_children()) - others:
             process.kill()
         pool.shutdown(cancel_futures=True)
         if isinstance(error, BrokenProcessPool):
             raise RuntimeError(
-                "a worker was killed, perhaps for want of memory; finished parts are kept: start again, "
-                f"with fewer than --workers {workers} if it happens again"
+                "a worker was killed, perhaps because memory ran out; finished parts are kept: start the same command "
+                f"again, with fewer than --workers {workers} if it happens again"
             ) from error
         raise
     pool.shutdown()
     progress.close()
 
 
-def _wait(futures: dict[Future[None], tuple[Span, ...]], progress: Progress) -> None:
+def _wait(futures: dict[Future[None], tuple[Span, ...]], progress: ProgressLine) -> None:
     left = set(futures)
     while left:
         done, left = wait(left, timeout=progress.interval, return_when=FIRST_COMPLETED)
@@ -84,8 +98,8 @@ def _wait(futures: dict[Future[None], tuple[Span, ...]], progress: Progress) -> 
         progress.show()
 
 
-def forkserver() -> Any:
-    """A context whose processes are forked from one that has imported the packages: once, not in each of them."""
+def forkserver() -> ForkServerContext:
+    """A context whose processes are forked from one server, so that the packages are imported once."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["job.quiet", "data.pool"])
     before = os.environ.get("PYTHONPATH")
@@ -102,10 +116,10 @@ def forkserver() -> Any:
     return context
 
 
-def _begin(counters: Any) -> None:
-    """Of every worker: one core each, silent on Ctrl-C, and gone when the parent is gone."""
-    global _counters
-    _counters = counters
+def _begin(counters: SharedCounts) -> None:
+    """Each worker uses one core, ignores Ctrl-C, and ends when the parent has ended."""
+    global _shared
+    _shared = counters
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -118,25 +132,30 @@ def _begin(counters: Any) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _work(job: Job, part: tuple[Span, ...], key: str) -> None:
-    write_part(job, part, key, _count)
+def _work(settings: PartSettings, part: tuple[Span, ...], key: str) -> None:
+    write_part(settings, part, key, _count)
 
 
 def _count(documents: int, text_bytes: int, tokens: int) -> None:
-    with _counters.get_lock():
-        for place, more in enumerate((documents, text_bytes, tokens)):
-            _counters[place] += more
+    assert _shared is not None  # `_begin` came first
+    with _shared.get_lock():
+        _add(_shared, documents, text_bytes, tokens)
 
 
-class Progress:
-    """A line on how far the work is, now and then: more often on a terminal than in a log.
+def _add(counts: Counts, *more: int) -> None:
+    for index, number in enumerate(more):
+        counts[index] += number
+
+
+class ProgressLine:
+    """A line that says how much is done: every 2 s on a terminal, every 30 s in a log.
 
     Args:
-        counts: Documents, bytes of text and tokens so far; other processes may count them up.
+        counts: Documents, bytes of text and tokens so far; other processes may add to them.
         total: Bytes on disk of all parts.
     """
 
-    def __init__(self, counts: Any, total: int) -> None:
+    def __init__(self, counts: Counts, total: int) -> None:
         self._counts = counts
         self._total = total
         self._finished = 0
@@ -146,8 +165,7 @@ class Progress:
 
     def count(self, documents: int, text_bytes: int, tokens: int) -> None:
         """Add what was done in this process."""
-        for place, more in enumerate((documents, text_bytes, tokens)):
-            self._counts[place] += more
+        _add(self._counts, documents, text_bytes, tokens)
         self.show()
 
     def finish(self, part: tuple[Span, ...]) -> None:
@@ -166,9 +184,9 @@ class Progress:
             logger.info("%s", self.line(now))
 
     def line(self, now: float) -> str:
-        """Documents, rates and the time left at ``now``, in the clock's seconds."""
+        """Documents, rates and the time left at ``now``, in seconds of `time.monotonic`."""
         seconds = max(now - self._started, 1e-9)
-        documents, text, tokens = self._counts[:3]
+        documents, text, tokens = (self._counts[index] for index in range(3))
         left = "-"
         if self._finished:
             whole = int(seconds * (self._total - self._finished) / self._finished)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The prepared data: a tokenizer and Megatron's `.bin`/`.idx` token files, with their description.
 
-`metadata.json` is written last, so its presence says that everything beside it is complete. Until then the
-work is in the folder `parts`, and what is finished there is not done again.
+Until `metadata.json` is written, finished parts are in the folder `parts` and are not made again.
 """
 
 from __future__ import annotations
@@ -17,31 +16,49 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
-import numpy
-
-from data.check import INDEX_TYPES, Index, check, write_header
+from data.check import find_damage
 from data.corpus import PART_BYTES, Corpus, find_corpus
 from data.documents import Span
-from data.parts import SPLITS, Job, files_of, finished, replace, write_json
+from data.index_file import join_indices
+from data.metadata import (
+    CACHE,
+    FORMAT,
+    METADATA,
+    SPLITS,
+    TOKENIZER,
+    Metadata,
+    Sample,
+    SplitEntry,
+    read_metadata,
+    token_files_of,
+    token_prefix,
+)
+from data.parts import PartRecord, PartSettings, publish, read_if_intact, read_record
 from data.pool import write_parts
-from data.tokenizer import TOKENIZER, TOKENIZER_CONFIG, TRAIN_TOKENIZER, Vocabulary, given_file, provide, provided
-from ds_blockwise.atomic_files import sha256_of
+from data.tokenizer import (
+    TOKENIZER_CONFIG,
+    TRAIN_TOKENIZER,
+    TokenizerFile,
+    given_file,
+    read_tokenizer,
+    write_tokenizer,
+)
+from ds_blockwise.atomic_files import replace_text, sha256_of
 from ds_blockwise.runs.run_file import DataConfig
 from ds_blockwise.runs.strict_files import Problems
 
 logger = logging.getLogger(__name__)
 
-METADATA = "metadata.json"
-CACHE = "cache"  # Megatron's sample indices
 PARTS = "parts"
-_PLAN = "plan.json"
-_FORMAT = 2
-_READABLE = (1, 2)  # 1 has no sums
+_RECIPE = "recipe.json"
+_TRAINED_FOR = "trained_for.json"
 _SAMPLES = 64
 _BLOCK = 1 << 20
 _VERSIONED = ("tokenizers", "megatron-core")
+
+_Recipe: TypeAlias = dict[str, str | int | float | list[str]]
 
 
 def prepare(
@@ -52,7 +69,7 @@ def prepare(
     force: bool = False,
     workers: int = 1,
     part_bytes: int = PART_BYTES,
-) -> dict[str, Any]:
+) -> Metadata:
     """Turn the text into token files, unless they are up to date.
 
     Args:
@@ -68,7 +85,7 @@ def prepare(
 
     Raises:
         ValueError: Nothing to read, a text key that isn't there, a tokenizer that doesn't fit, a split
-            without documents, or somebody else at work in the folder.
+            without documents, or another process at work in the folder.
     """
     problems = Problems()
     directory = Path(data.directory)
@@ -83,84 +100,79 @@ def prepare(
         return metadata
     directory.mkdir(parents=True, exist_ok=True)
     with _alone_in(directory):
-        for path in directory.glob("*.partial"):  # of somebody who was killed
-            path.unlink()
-        folder = directory / PARTS
-        if force:
-            shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(exist_ok=True)
-        _explain(folder, recipe)
+        folder = _parts_folder(directory, recipe, force)
         parts = corpus.parts(part_bytes)
-        vocabulary = _vocabulary(folder, data, vocab_size, corpus, parts, named_in, fingerprint)
-        job = Job(folder, data.text_key, data.validation_fraction, vocabulary)
+        tokenizer = _tokenizer(folder, data, vocab_size, corpus, parts, named_in, fingerprint)
+        settings = PartSettings(folder, data.text_key, data.validation_fraction, tokenizer)
         versions = {package: importlib.metadata.version(package) for package in _VERSIONED}
-        keys = [job.key(part, versions) for part in parts]
-        records = _finished_parts(job, keys)
-        missing = [(part, key) for part, key in zip(parts, keys, strict=True) if key not in records]
-        if missing:
-            logger.info("writing tokens to %s: %d parts, %d to do", directory, len(parts), len(missing))
-            write_parts(job, missing, workers)
-            records |= {key: json.loads(job.record(key).read_text(encoding="utf-8")) for _, key in missing}
+        keys = [settings.key(part, versions) for part in parts]
+        records = _make_parts(settings, parts, keys, workers)
         skipped = {name for record in records.values() for name in record["skipped"]}
         kept = [key for key in keys if not skipped.issuperset(records[key]["files"])]
         _check_split(data, [records[key] for key in kept], named_in, problems)
         problems.raise_if_any()
-        # From here on the old files go.
-        (directory / METADATA).unlink(missing_ok=True)
-        # Megatron finds its sample indices by path and length, not by content: stale ones would be
-        # used for the new tokens without a word.
-        shutil.rmtree(directory / CACHE, ignore_errors=True)
+        _remove_old(directory)
         metadata = {
-            "format": _FORMAT,
+            "format": FORMAT,
             "fingerprint": fingerprint,
             "source": list(data.source),
             "files": len(corpus.files),
             "files_skipped_not_utf8": sorted(skipped),
             "tokenizer": {
                 "file": TOKENIZER,
-                "sha256": vocabulary.sha256,
-                "vocab_size": vocabulary.size,
-                "end_of_document": vocabulary.end_of_document,
-                "exact": vocabulary.exact,
+                "sha256": tokenizer.sha256,
+                "vocab_size": tokenizer.vocab_size,
+                "end_of_document": tokenizer.end_of_document,
+                "exact": tokenizer.exact,
             },
-            "splits": {split: _merge(directory, job, kept, records, split) for split in SPLITS},
+            "splits": {split: _join(directory, settings, kept, records, split) for split in SPLITS},
             "samples": {split: list(_samples(kept, records, split)) for split in SPLITS},
             "versions": {"python": platform.python_version(), **versions},
         }
         for name in (TOKENIZER, TOKENIZER_CONFIG):
             shutil.copyfile(folder / name, directory / f"{name}.partial")
-            replace(directory / f"{name}.partial", directory / name)
-        _raise_if_wrong(check(directory, metadata, every_token=False))
-        if not vocabulary.exact:
-            logger.info("%s changes text (normalizer, spaces): what it decodes to is not compared", data.tokenizer)
-        write_json(directory / METADATA, metadata)
+            publish(directory / f"{name}.partial", directory / name)
+        _raise_if_damaged(find_damage(directory, metadata, every_token=False))
+        if not tokenizer.exact:
+            logger.info("%s changes text (normalizer, spaces): the decoded text is not compared", data.tokenizer)
+        replace_text(directory / METADATA, json.dumps(metadata, indent=2) + "\n")
         shutil.rmtree(folder)
     return metadata
 
 
-def read_metadata(directory: Path) -> dict[str, Any] | None:
-    """The description of prepared data, or None if there is none or a file is missing or cut."""
-    try:
-        metadata: dict[str, Any] = json.loads((directory / METADATA).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return None
-    if metadata.get("format") not in _READABLE or not (directory / TOKENIZER).is_file():
-        return None
-    for split in SPLITS:
-        tokens, index = files_of(token_prefix(directory, split))
-        if not tokens.is_file() or tokens.stat().st_size != metadata["splits"][split]["bin_bytes"]:
-            return None
-        if not index.is_file():
-            return None
-    return metadata
+def _parts_folder(directory: Path, recipe: _Recipe, force: bool) -> Path:
+    """The folder of finished parts, with a note of what they are made for; unfinished files are removed."""
+    for path in (*directory.glob("*.partial"), *directory.glob(f"{METADATA}.new")):  # a killed process left them
+        path.unlink()
+    folder = directory / PARTS
+    if force:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(exist_ok=True)
+    _explain(folder, recipe)
+    return folder
 
 
-def token_prefix(directory: Path, split: str) -> Path:
-    """Path of a split's token files without their suffixes."""
-    return directory / split
+def _make_parts(
+    settings: PartSettings, parts: Sequence[tuple[Span, ...]], keys: Sequence[str], workers: int
+) -> dict[str, PartRecord]:
+    """The records of all parts; those that are not finished are tokenized."""
+    records = _finished_parts(settings, keys)
+    missing = [(part, key) for part, key in zip(parts, keys, strict=True) if key not in records]
+    if missing:
+        logger.info("writing tokens to %s: %d parts, %d to do", settings.folder.parent, len(parts), len(missing))
+        write_parts(settings, missing, workers)
+    return records | {key: read_record(settings, key) for _, key in missing}
 
 
-def check_directory(directory: Path) -> dict[str, Any]:
+def _remove_old(directory: Path) -> None:
+    """Remove what does not belong to the new token files: their old description first."""
+    (directory / METADATA).unlink(missing_ok=True)
+    # Megatron finds its sample indices by path and length, not by content: it would use the old ones for the new
+    # tokens without an error.
+    shutil.rmtree(directory / CACHE, ignore_errors=True)
+
+
+def check_directory(directory: Path) -> Metadata:
     """Read prepared data token by token and compare it with its description.
 
     Args:
@@ -174,38 +186,41 @@ def check_directory(directory: Path) -> dict[str, Any]:
     """
     metadata = read_metadata(directory)
     if metadata is None:
-        raise ValueError(f"{directory}: no prepared data, or files that are missing or cut; run prepare_data.py")
-    _raise_if_wrong(check(directory, metadata, every_token=True))
+        raise ValueError(f"{directory}: no prepared data, or files are missing or cut short; run prepare_data.py")
+    _raise_if_damaged(find_damage(directory, metadata, every_token=True))
     return metadata
 
 
-def _raise_if_wrong(found: list[str]) -> None:
+def _raise_if_damaged(found: list[str]) -> None:
     if found:
         raise ValueError("\n- ".join(["the token files are damaged; prepare them again with --force:", *found]))
 
 
 @contextmanager
 def _alone_in(directory: Path) -> Iterator[None]:
-    """Hold the folder: two preparations at once would take each other's parts for their own."""
+    """Lock the folder: two preparations at once would use each other's parts."""
     with (directory / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(
-                f"data.directory = '{directory}': another prepare_data.py is at work there; wait for it or end it"
+                f"data.directory = '{directory}': another prepare_data.py is at work there; "
+                "wait until it has finished, or end it"
             ) from error
         except OSError as error:
-            logger.warning("%s can't be locked (%s): see to it that nobody else prepares data there", directory, error)
+            logger.warning(
+                "%s can't be locked (%s): make sure that no other process prepares data there", directory, error
+            )
         yield
 
 
-def _recipe(data: DataConfig, vocab_size: int, part_bytes: int, corpus: Corpus, named_in: str | Path) -> dict[str, Any]:
-    """All that decides the token files, by the names that a user knows."""
+def _recipe(data: DataConfig, vocab_size: int, part_bytes: int, corpus: Corpus, named_in: str | Path) -> _Recipe:
+    """Everything that decides the token files, under the names that a user knows."""
     tokenizer = data.tokenizer
     if tokenizer != TRAIN_TOKENIZER:
-        tokenizer = hashlib.sha256(given_file(data, named_in).read_bytes()).hexdigest()
+        tokenizer = sha256_of(given_file(data, named_in))
     return {
-        "format": _FORMAT,
+        "format": FORMAT,
         "data.source": list(data.source),
         "data.text_key": data.text_key,
         "data.validation_fraction": data.validation_fraction,
@@ -216,26 +231,26 @@ def _recipe(data: DataConfig, vocab_size: int, part_bytes: int, corpus: Corpus, 
     }
 
 
-def _sweep(folder: Path, recipe: dict[str, Any]) -> None:
-    """Remove what is left of parts that were joined already; others' unfinished work stays."""
-    plan = folder / _PLAN
-    if folder.is_dir() and (not plan.is_file() or json.loads(plan.read_text(encoding="utf-8")) == recipe):
+def _sweep(folder: Path, recipe: _Recipe) -> None:
+    """Remove parts that were joined already; an unfinished preparation with another recipe stays."""
+    file = folder / _RECIPE
+    if folder.is_dir() and (not file.is_file() or json.loads(file.read_text(encoding="utf-8")) == recipe):
         with _alone_in(folder.parent):
             shutil.rmtree(folder)
 
 
-def _explain(folder: Path, recipe: dict[str, Any]) -> None:
-    """Say what has changed since an unfinished preparation, and remember the recipe."""
-    plan = folder / _PLAN
-    if plan.is_file():
-        old = json.loads(plan.read_text(encoding="utf-8"))
-        changed = [name for name in recipe if old.get(name) != recipe[name]]
+def _explain(folder: Path, recipe: _Recipe) -> None:
+    """Log what has changed since an unfinished preparation, and save the recipe."""
+    file = folder / _RECIPE
+    if file.is_file():
+        old = json.loads(file.read_text(encoding="utf-8"))
+        changed = [name for name, value in recipe.items() if old.get(name) != value]
         if changed:
             logger.info("an unfinished preparation was found, but %s changed since", ", ".join(changed))
-    write_json(plan, recipe)
+    replace_text(file, json.dumps(recipe, indent=2) + "\n")
 
 
-def _vocabulary(
+def _tokenizer(
     folder: Path,
     data: DataConfig,
     vocab_size: int,
@@ -243,43 +258,44 @@ def _vocabulary(
     parts: Sequence[tuple[Span, ...]],
     named_in: str | Path,
     fingerprint: str,
-) -> Vocabulary:
+) -> TokenizerFile:
     """The tokenizer, trained once for all attempts at the same preparation."""
-    note = folder / "trained_for.json"
+    note = folder / _TRAINED_FOR
     if data.tokenizer == TRAIN_TOKENIZER and note.is_file():
         trained = json.loads(note.read_text(encoding="utf-8"))
         if trained["fingerprint"] == fingerprint:
-            vocabulary = provided(folder, data, vocab_size, named_in)
-            if vocabulary.sha256 == trained["sha256"]:
-                return vocabulary
+            tokenizer = read_tokenizer(folder, data, vocab_size, named_in)
+            if tokenizer.sha256 == trained["sha256"]:
+                return tokenizer
     note.unlink(missing_ok=True)
-    vocabulary = provide(folder, data, vocab_size, corpus, parts, named_in)
-    write_json(note, {"fingerprint": fingerprint, "sha256": vocabulary.sha256})
-    return vocabulary
+    tokenizer = write_tokenizer(folder, data, vocab_size, corpus, parts, named_in)
+    replace_text(note, json.dumps({"fingerprint": fingerprint, "sha256": tokenizer.sha256}) + "\n")
+    return tokenizer
 
 
-def _finished_parts(job: Job, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Records of the parts that need not be made; what belongs to no part goes."""
-    records = {key: record for key in keys if (record := finished(job, key)) is not None}
-    names = {path.name for key in records for path in _files_of_part(job, key)}
-    others = [path for path in job.folder.iterdir() if path.suffix in (".bin", ".idx", ".json", ".partial")]
-    keep = {TOKENIZER, TOKENIZER_CONFIG, _PLAN, "trained_for.json", *names}
-    dropped = [path for path in others if path.name not in keep]
+def _finished_parts(settings: PartSettings, keys: Sequence[str]) -> dict[str, PartRecord]:
+    """Records of the parts that need not be made; files that belong to no such part are removed."""
+    records = {key: record for key in keys if (record := read_if_intact(settings, key)) is not None}
+    names = {path.name for key in records for path in _files_of_part(settings, key)}
+    files = [p for p in settings.folder.iterdir() if p.suffix in (".bin", ".idx", ".json", ".partial", ".new")]
+    keep = {TOKENIZER, TOKENIZER_CONFIG, _RECIPE, _TRAINED_FOR, *names}
+    dropped = [path for path in files if path.name not in keep]
     for path in dropped:
         path.unlink()
     if records:
         logger.info("going on: %d of %d parts are finished", len(records), len(keys))
     stale = sum(path.suffix == ".json" for path in dropped)
     if stale:
-        logger.info("%d finished parts are of no use: their text, settings or files changed", stale)
+        logger.info("%d finished parts can't be used: their text, settings or files changed", stale)
     return records
 
 
-def _files_of_part(job: Job, key: str) -> list[Path]:
-    return [job.record(key), *(path for split in SPLITS for path in files_of(job.prefix(key, split)))]
+def _files_of_part(settings: PartSettings, key: str) -> list[Path]:
+    prefixes = (settings.prefix(key, split) for split in SPLITS)
+    return [settings.record(key), *(path for prefix in prefixes for path in token_files_of(prefix))]
 
 
-def _check_split(data: DataConfig, records: Sequence[dict[str, Any]], named_in: str | Path, problems: Problems) -> None:
+def _check_split(data: DataConfig, records: Sequence[PartRecord], named_in: str | Path, problems: Problems) -> None:
     train, validation = (sum(record["splits"][split]["documents"] for record in records) for split in SPLITS)
     if train == 0 or validation == 0:
         allowed = "at least one document for training and another one for validation"
@@ -288,59 +304,43 @@ def _check_split(data: DataConfig, records: Sequence[dict[str, Any]], named_in: 
         problems.add(named_in, "data.validation_fraction", value, allowed, remedy)
 
 
-def _merge(
-    directory: Path, job: Job, keys: Sequence[str], records: dict[str, dict[str, Any]], split: str
-) -> dict[str, Any]:
-    """Join the parts' files of one split: what Megatron's `add_index` does, without lists of all documents."""
-    parts = [(job.prefix(key, split), records[key]["splits"][split]) for key in keys]
-    counts: dict[str, Any] = {
-        name: sum(part[name] for _, part in parts) for name in ("documents", "characters", "tokens", "bin_bytes")
-    }
-    final = files_of(token_prefix(directory, split))
-    partial = [path.with_name(f"{path.name}.partial") for path in final]
-    total = hashlib.sha256()
-    with partial[0].open("wb") as file:
-        for prefix, part in parts:
+def _join(
+    directory: Path, settings: PartSettings, keys: Sequence[str], records: dict[str, PartRecord], split: str
+) -> SplitEntry:
+    """Join the parts' files of one split: the same bytes as Megatron's `add_index`, in constant memory."""
+    parts = [(token_files_of(settings.prefix(key, split)), records[key]["splits"][split]) for key in keys]
+    tokens, index = token_files_of(token_prefix(directory, split))
+    partial_tokens, partial_index = (path.with_name(f"{path.name}.partial") for path in (tokens, index))
+    whole = hashlib.sha256()
+    with partial_tokens.open("wb") as file:
+        for (path, _), entry in parts:
             own = hashlib.sha256()
-            with files_of(prefix)[0].open("rb") as tokens:
-                while block := tokens.read(_BLOCK):
-                    total.update(block)
+            with path.open("rb") as part:
+                while block := part.read(_BLOCK):
+                    whole.update(block)
                     own.update(block)
                     file.write(block)
-            if own.hexdigest() != part["bin_sha256"]:
-                raise ValueError(f"{files_of(prefix)[0]} was changed since it was written; start again")
-    counts["bin_sha256"] = total.hexdigest()
-    counts["idx_sha256"] = _merge_indices(partial[1], [files_of(prefix)[1] for prefix, _ in parts], job, counts)
-    for path, name in zip(partial, final, strict=True):
-        replace(path, name)
-    return counts
+            if own.hexdigest() != entry["bin_sha256"]:
+                raise ValueError(f"{path} has changed since it was written; start the same command again")
+    join_indices(partial_index, [path for (_, path), _ in parts], settings.dtype)
+    publish(partial_tokens, tokens)
+    publish(partial_index, index)
+    return {
+        "documents": sum(entry["documents"] for _, entry in parts),
+        "characters": sum(entry["characters"] for _, entry in parts),
+        "tokens": sum(entry["tokens"] for _, entry in parts),
+        "bin_bytes": sum(entry["bin_bytes"] for _, entry in parts),
+        "bin_sha256": whole.hexdigest(),
+        "idx_sha256": sha256_of(index),
+    }
 
 
-def _merge_indices(path: Path, parts: Sequence[Path], job: Job, counts: dict[str, Any]) -> str:
-    indices = [Index.read(part) for part in parts]
-    with path.open("wb") as file:
-        write_header(file, job.dtype, counts["documents"], counts["documents"] + 1)
-        for column, dtype in enumerate(INDEX_TYPES):
-            offset = 0
-            if column == 2:
-                file.write(numpy.zeros(1, dtype).tobytes())
-            for index in indices:
-                # Every index has its own bound 0; of them only the first is kept.
-                for entries in index.entries(column, start=1 if column == 2 else 0):
-                    file.write((entries + offset if column else entries).astype(dtype).tobytes())
-                if column == 1:
-                    offset += files_of(index.path.with_name(index.path.stem))[0].stat().st_size
-                elif column == 2:
-                    offset += index.sequences
-    return sha256_of(path)
-
-
-def _samples(keys: Sequence[str], records: dict[str, dict[str, Any]], split: str) -> Iterator[dict[str, Any]]:
-    """First documents of evenly spaced parts, with the sums of their texts as they were read."""
+def _samples(keys: Sequence[str], records: dict[str, PartRecord], split: str) -> Iterator[Sample]:
+    """First documents of evenly spaced parts, with the digests of their texts as they were read."""
     step = max(1, -(-len(keys) // _SAMPLES))
     document = 0
     for number, key in enumerate(keys):
-        counts = records[key]["splits"][split]
-        if number % step == 0 and counts["documents"]:
-            yield {"document": document, "text": counts["first"]}
-        document += counts["documents"]
+        entry = records[key]["splits"][split]
+        if number % step == 0 and entry["documents"]:
+            yield {"document": document, "text": entry["first"]}
+        document += entry["documents"]

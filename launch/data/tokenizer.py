@@ -1,55 +1,74 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tokenizer of a corpus: trained on a sample of it, or given as Hugging Face saves one.
 
-In the folder of the tokens it is two files, so that the folder itself is a tokenizer that can be given:
-`tokenizer.json`, byte for byte what was given, and `tokenizer_config.json`, which names the token that ends
-a document.
+In the folder of the token files it is two files: `tokenizer.json`, byte for byte what was given, and
+`tokenizer_config.json`, which names the token that ends a document. So the folder itself can be given as a tokenizer.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data.corpus import Corpus, is_validation
 from data.documents import NotText, Span, documents
+from data.metadata import TOKENIZER
+from ds_blockwise.atomic_files import replace_text, sha256_of
 from ds_blockwise.runs.run_file import DataConfig
 from ds_blockwise.runs.strict_files import Problems
 
 logger = logging.getLogger(__name__)
 
-TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TRAIN_TOKENIZER = "train"
-# For a tokenizer.json that comes alone, and names its tokens but not what they are for.
+# For a tokenizer.json without a configuration: it lists its tokens, but does not say which one ends a document.
 _END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 _SAMPLE_CHARACTERS = 32 << 20
 _SAMPLE_PARTS = 1024
 
 
+class _Step(TypedDict, total=False):
+    type: str
+    behavior: str
+    add_prefix_space: bool
+    pretokenizers: list[_Step]
+
+
+class _AddedToken(TypedDict):
+    lstrip: bool
+    rstrip: bool
+    special: bool
+
+
+class _TokenizerJson(TypedDict, total=False):
+    normalizer: object
+    pre_tokenizer: _Step | None
+    decoder: _Step | None
+    added_tokens: list[_AddedToken]
+
+
 @dataclass(frozen=True)
-class Vocabulary:
-    """A tokenizer that is on disk.
+class TokenizerFile:
+    """A tokenizer on disk.
 
     Attributes:
         file: Its `tokenizer.json`.
         sha256: Of that file.
-        size: One more than the largest number of a token.
+        vocab_size: One more than the largest token.
         end_of_document: The token that ends every document.
         exact: Whether decoding gives back any text, byte for byte.
     """
 
     file: Path
     sha256: str
-    size: int
+    vocab_size: int
     end_of_document: int
     exact: bool
 
@@ -57,8 +76,8 @@ class Vocabulary:
 def load(file: Path) -> Tokenizer:
     """The tokenizer of a `tokenizer.json`, for whole documents.
 
-    A file may ask to cut or to fill up what is tokenized, which is for batches of a model. And text that
-    spells a special token is text: it must not end a document.
+    Truncation and padding that the file asks for are switched off. Text that spells a special token is
+    tokenized as text: it must not end a document.
 
     Args:
         file: The file.
@@ -70,14 +89,14 @@ def load(file: Path) -> Tokenizer:
     return tokenizer
 
 
-def provide(
+def write_tokenizer(
     folder: Path,
     data: DataConfig,
     vocab_size: int,
     corpus: Corpus,
     parts: Sequence[tuple[Span, ...]],
     named_in: str | Path,
-) -> Vocabulary:
+) -> TokenizerFile:
     """Write the tokenizer into ``folder``: a copy of the given one, or one trained on a sample.
 
     Args:
@@ -89,24 +108,26 @@ def provide(
         named_in: The run file, for messages.
 
     Raises:
-        ValueError: No such tokenizer, or one that doesn't fit the model or ends no document.
+        ValueError: No such tokenizer, one that doesn't fit the model, or one without a token that ends a document.
     """
     if data.tokenizer == TRAIN_TOKENIZER:
         _train(data, vocab_size, corpus, parts, named_in).save(str(folder / TOKENIZER))
-        config: dict[str, Any] = {"eos_token": _END_OF_DOCUMENT[0]}
+        eos_token: str | None = _END_OF_DOCUMENT[0]
     else:
         file = given_file(data, named_in)
         shutil.copyfile(file, folder / TOKENIZER)
-        config = {"eos_token": _named_end(file.parent, data, named_in)}
-    vocabulary = _read(folder / TOKENIZER, config["eos_token"], data, vocab_size, named_in)
-    config = {"eos_token": load(folder / TOKENIZER).id_to_token(vocabulary.end_of_document)}
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    (folder / TOKENIZER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return vocabulary
+        eos_token = _named_end(file.parent, data, named_in)
+    found = _read(folder / TOKENIZER, eos_token, data, vocab_size, named_in)
+    config = {
+        "eos_token": load(folder / TOKENIZER).id_to_token(found.end_of_document),
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    replace_text(folder / TOKENIZER_CONFIG, json.dumps(config, indent=2) + "\n")
+    return found
 
 
-def provided(folder: Path, data: DataConfig, vocab_size: int, named_in: str | Path) -> Vocabulary:
-    """The tokenizer that `provide` has written into ``folder``; arguments and errors as there."""
+def read_tokenizer(folder: Path, data: DataConfig, vocab_size: int, named_in: str | Path) -> TokenizerFile:
+    """The tokenizer that `write_tokenizer` has written into ``folder``; arguments and errors as there."""
     return _read(folder / TOKENIZER, _named_end(folder, data, named_in), data, vocab_size, named_in)
 
 
@@ -131,7 +152,7 @@ def given_file(data: DataConfig, named_in: str | Path) -> Path:
 
 
 def _named_end(folder: Path, data: DataConfig, named_in: str | Path) -> str | None:
-    """The end token that the configuration beside a tokenizer names; None: no configuration, or it names none."""
+    """The `eos_token` of the configuration beside a tokenizer; None without a configuration or without that entry."""
     for name in (TOKENIZER_CONFIG, "special_tokens_map.json"):
         file = folder / name
         if not file.is_file():
@@ -148,7 +169,7 @@ def _named_end(folder: Path, data: DataConfig, named_in: str | Path) -> str | No
     return None
 
 
-def _read(file: Path, named_end: str | None, data: DataConfig, vocab_size: int, named_in: str | Path) -> Vocabulary:
+def _read(file: Path, named_end: str | None, data: DataConfig, vocab_size: int, named_in: str | Path) -> TokenizerFile:
     problems = Problems()
     try:
         tokenizer = load(file)
@@ -167,22 +188,21 @@ def _read(file: Path, named_end: str | None, data: DataConfig, vocab_size: int, 
         remedy = f"add such a special token, or name the right one as eos_token in {TOKENIZER_CONFIG}"
         problems.add(named_in, "data.tokenizer", data.tokenizer, allowed, remedy)
     problems.raise_if_any()
-    recipe = json.loads(file.read_text(encoding="utf-8"))
-    return Vocabulary(
+    return TokenizerFile(
         file=file,
-        sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
-        size=size,
+        sha256=sha256_of(file),
+        vocab_size=size,
         end_of_document=int(numbers[0]),
-        exact=_is_exact(recipe),
+        exact=_is_exact(json.loads(file.read_text(encoding="utf-8"))),
     )
 
 
-def _is_exact(recipe: dict[str, Any]) -> bool:
-    """Whether every byte of a text becomes a character of the model's, and none is added or dropped."""
-    steps, decoder = recipe.get("pre_tokenizer"), recipe.get("decoder")
-    if recipe.get("normalizer") is not None or steps is None or decoder is None or decoder["type"] != "ByteLevel":
+def _is_exact(content: _TokenizerJson) -> bool:
+    """Whether decoding gives back any text: every byte becomes one character, and none is added or dropped."""
+    steps, decoder = content.get("pre_tokenizer"), content.get("decoder")
+    if content.get("normalizer") is not None or steps is None or decoder is None or decoder["type"] != "ByteLevel":
         return False
-    if any((token["lstrip"] or token["rstrip"]) and not token["special"] for token in recipe.get("added_tokens", ())):
+    if any((token["lstrip"] or token["rstrip"]) and not token["special"] for token in content.get("added_tokens", [])):
         return False
     *before, last = steps["pretokenizers"] if steps["type"] == "Sequence" else [steps]
     kept = all(step["type"] in ("Split", "Digits") and step.get("behavior") != "Removed" for step in before)
@@ -230,7 +250,7 @@ def sample(
     count = min(len(parts), _SAMPLE_PARTS)
     left = 0
     for index in range(count):
-        left += characters // count  # what a short part leaves over goes to the next
+        left += characters // count  # a short part leaves the rest of its share to the next one
         for text in _training_texts(parts[index * len(parts) // count], data, corpus):
             yield text[:left]
             left -= len(text[:left])

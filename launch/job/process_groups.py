@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Start-up of the processes: threads, process groups, agreement on problems, random states."""
+"""What every process of a job sets up: threads, process groups, random states; and collectives on small values."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import os
 import random
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import deepspeed
 import numpy
@@ -16,21 +16,35 @@ from deepspeed.accelerator import get_accelerator
 from megatron.core import parallel_state, tensor_parallel
 
 import megatron_patch
+from data.pool import usable_cores
 from ds_blockwise.runs.run_file import ParallelConfig
 from ds_blockwise.runs.strict_files import Problems
 
 
+class _RandomStatesOfGpu(TypedDict, total=False):
+    cuda: torch.Tensor
+    megatron: dict[str, torch.Tensor]  # of the tracker, by the name of the random state
+
+
+class RandomStates(_RandomStatesOfGpu):
+    """A process's random states, in plain containers and tensors: they load with `weights_only`."""
+
+    python: tuple[object, ...]
+    numpy: tuple[str, torch.Tensor, int, int, float]
+    torch: torch.Tensor
+
+
 @dataclass(frozen=True)
 class Processes:
-    """Where this process stands.
+    """This process's ranks, and its data-parallel group.
 
     Attributes:
         rank: Global rank.
-        world_size: All processes.
-        dp_rank: Place in the data-parallel group.
-        dp_size: Number of copies of the model.
+        world_size: Number of processes.
+        dp_rank: Rank in the data-parallel group.
+        dp_size: Size of the data-parallel group: copies of the model.
         dp_group: The data-parallel group.
-        device: Where this process computes.
+        device: Of this process's tensors.
     """
 
     rank: int
@@ -41,7 +55,7 @@ class Processes:
     device: torch.device
 
     def mean(self, total: torch.Tensor, count: torch.Tensor) -> float:
-        """Sum of the totals over the data-parallel ranks, divided by that of the counts."""
+        """Sum of the totals over the data-parallel ranks, divided by the sum of the counts."""
         summed, counted = self.sums(total, count)
         return summed / counted
 
@@ -62,13 +76,13 @@ class Processes:
         return int(total)
 
 
-def start(parallel: ParallelConfig, seed: int, store: torch.distributed.Store) -> Processes:
-    """Join the other processes and seed the initial weights.
+def make_process_groups(parallel: ParallelConfig, seed: int, store: torch.distributed.Store) -> Processes:
+    """Make torch's, DeepSpeed's and Megatron's process groups, and seed the initial weights.
 
     Args:
         parallel: Sizes of the groups.
         seed: Of the weights; equal on all ranks of a data-parallel group by construction.
-        store: Where the processes met.
+        store: From `rendezvous.connect`.
     """
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     timeout = deepspeed.constants.default_pg_timeout  # DEEPSPEED_TIMEOUT
@@ -99,17 +113,17 @@ def start(parallel: ParallelConfig, seed: int, store: torch.distributed.Store) -
 
 
 def prepare_process() -> None:
-    """What comes before the first collective: quiet logs, a share of the cores."""
+    """Set log levels and threads; call it before the first collective."""
     deepspeed.utils.logger.setLevel(logging.WARNING)
     if not torch.cuda.is_available():
         _share_cores()
-        # DeepSpeed would compile a shared-memory all-reduce at every first start; only its
-        # inference path uses it, and a compilation that was killed leaves a lock that hangs.
+        # DeepSpeed would compile a shared-memory all-reduce at every first start. Only its inference path
+        # uses it, and a compilation that was killed leaves a lock on which the next start hangs.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def agree(problems: Problems) -> None:
-    """Raise on every rank if any rank has found a problem, with everybody's findings.
+    """Raise on every rank if any rank has found a problem, with the problems of all ranks.
 
     Raises:
         ValueError: Lists each different problem once.
@@ -120,12 +134,20 @@ def agree(problems: Problems) -> None:
     problems.raise_if_any()
 
 
-def random_states() -> dict[str, Any]:
-    """This process's random states, in plain containers and tensors: they load with `weights_only`."""
-    name, keys, *rest = numpy.random.get_state()
-    states: dict[str, Any] = {
+def random_states() -> RandomStates:
+    """The random states of this process."""
+    state = numpy.random.get_state(legacy=False)
+    keys, position = state["state"]["key"], state["state"]["pos"]
+    states: RandomStates = {
         "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(keys.astype(numpy.int64)), *rest),
+        # the order of numpy's older format, which `restore_random_states` gives back
+        "numpy": (
+            state["bit_generator"],
+            torch.from_numpy(keys.astype(numpy.int64)),
+            position,
+            state["has_gauss"],
+            state["gauss"],
+        ),
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
@@ -134,11 +156,11 @@ def random_states() -> dict[str, Any]:
     return states
 
 
-def restore_random_states(states: dict[str, Any]) -> None:
-    """Go on with the random numbers that would have come after `random_states`."""
+def restore_random_states(states: RandomStates) -> None:
+    """Set this process's random states to what `random_states` returned."""
     random.setstate(states["python"])
-    name, keys, *rest = states["numpy"]
-    numpy.random.set_state((name, keys.numpy().astype(numpy.uint32), *rest))
+    name, keys, position, has_gauss, gauss = states["numpy"]
+    numpy.random.set_state((name, keys.numpy().astype(numpy.uint32), position, has_gauss, gauss))
     torch.set_rng_state(states["torch"])
     if torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
@@ -149,6 +171,4 @@ def _share_cores() -> None:
     """Give each process its share of the cores; torch would give all of them to each."""
     if "OMP_NUM_THREADS" not in os.environ:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
-        # A container may own fewer cores than the machine has; only Linux tells.
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, (cores or 1) // local))
+        torch.set_num_threads(max(1, usable_cores() // local))

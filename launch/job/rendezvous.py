@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the processes of a job find each other, before torch's process groups and before anything is built.
+"""The rendezvous of a job: its processes find each other before torch's process groups are made.
 
-Each process writes into a store on rank 0 who it is and what it found; rank 0 waits for all of them and answers all.
-So a process that does not come up, and whatever differs between hosts, is named on every rank, without a collective
-that could hang. Two variables, in seconds: LAUNCH_JOIN_SECONDS (how long to wait for others) and, for `silence.py`,
-LAUNCH_SILENCE_SECONDS. LAUNCH_HOSTS ("node1:8,node2:8", from the launchers) names hosts that never came.
+Each process writes its rank, its host and its facts into a store on rank 0. Rank 0 waits for all ranks, compares the
+facts and writes the answer, which every rank reads. So a rank that does not come up, or a fact that differs between
+hosts, is named on every rank, without a collective that could hang. LAUNCH_JOIN_SECONDS limits the wait for other
+ranks; LAUNCH_HOSTS ("node1:8,node2:8", from the launchers) names the hosts of ranks that did not come up.
 """
 
 from __future__ import annotations
@@ -15,23 +15,25 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict, TypeVar
 
 import psutil
 import torch.distributed as dist
 
+Facts = TypeVar("Facts")
+
 JOIN_SECONDS = 300.0
 REFUSED = 2  # exit status: the same command would fail again, so launchers do not repeat it
-_ANSWER_SECONDS = 30.0  # that rank 0 may need to compare and answer, after all have come
-_PORT_SECONDS = 20.0  # that the port of an earlier start may need to become free
-_READ_SECONDS = 10.0  # that rank 0 stays after a refusal, so that the others can read it
+_ANSWER_SECONDS = 30.0  # for rank 0 to compare and answer, after all ranks have come up
+_PORT_SECONDS = 20.0  # for the port of an earlier start to become free
+_READ_SECONDS = 10.0  # rank 0 stays so long after a refusal, so that the others can read it
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where this process stands, as its launcher said."""
+class RankInfo:
+    """One process of the job, as its launcher numbered it."""
 
     rank: int
     world_size: int
@@ -40,14 +42,14 @@ class Place:
     host: str
 
     @classmethod
-    def of_this_process(cls) -> Place:
-        """Read the launcher's variables; without a launcher this is a job of one process."""
+    def from_environment(cls) -> RankInfo:
+        """This process, from the launcher's variables; without a launcher this is a job of one process."""
         env = os.environ
         if "RANK" not in env:
             env.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
         local = int(env["LOCAL_RANK"])
         size = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", str(local + 1))))
-        # Slurm's name of the node: in a container the other one may be the same everywhere
+        # Slurm's name of the node: in containers all hosts may have one hostname
         host = env.get("SLURMD_NODENAME") or socket.gethostname()
         return cls(int(env["RANK"]), int(env["WORLD_SIZE"]), local, size, host)
 
@@ -62,6 +64,23 @@ class Host:
 
     def __str__(self) -> str:
         return f"{self.name} ({ranks_text(self.ranks)})"
+
+
+class _Entry(TypedDict):
+    """What each rank writes into the store."""
+
+    rank: dict[str, Any]  # fields of `RankInfo`
+    addresses: list[str]
+    facts: Any  # the caller's own type
+
+
+class _Answer(TypedDict):
+    """What rank 0 writes into the store for all ranks."""
+
+    came: int
+    missing: str
+    problems: list[str]
+    hosts: list[tuple[str, list[int], list[str]]]  # name, ranks, addresses
 
 
 def ranks_text(ranks: Iterable[int]) -> str:
@@ -92,50 +111,50 @@ def seconds(name: str, default: float) -> float:
     return value
 
 
-def connect(place: Place) -> dist.Store:
+def connect(this_rank: RankInfo) -> dist.Store:
     """The store on rank 0.
 
     Args:
-        place: Where this process stands.
+        this_rank: This process.
 
     Raises:
         TimeoutError: Rank 0 was not reached within LAUNCH_JOIN_SECONDS.
-        ValueError: Rank 0 cannot have the port, or a time limit is no number.
+        ValueError: The port is in use on the host of rank 0, or a time limit is no number.
     """
     limit = seconds("LAUNCH_JOIN_SECONDS", JOIN_SECONDS)
-    if dist.is_initialized():  # by the caller, with a store of its own
+    if dist.is_initialized():  # the caller made process groups, with a store of its own
         return dist.PrefixStore("launch", dist.distributed_c10d._get_default_store())
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # torchrun's store outlives the ranks of an attempt, and torch knows how to keep attempts apart in it
+        # torchrun's store outlives the ranks of one attempt; torch keeps the attempts apart in it
         timeout = datetime.timedelta(seconds=limit)
-        store, _, _ = next(iter(dist.rendezvous("env://", place.rank, place.world_size, timeout=timeout)))
+        store, _, _ = next(iter(dist.rendezvous("env://", this_rank.rank, this_rank.world_size, timeout=timeout)))
         return store
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    deadline = time.monotonic() + (min(limit, _PORT_SECONDS) if place.rank == 0 else limit)
+    deadline = time.monotonic() + (min(limit, _PORT_SECONDS) if this_rank.rank == 0 else limit)
     while True:
         left = max(1.0, deadline - time.monotonic())
         try:
             store = dist.TCPStore(
                 address,
                 port,
-                is_master=place.rank == 0,
+                is_master=this_rank.rank == 0,
                 timeout=datetime.timedelta(seconds=left),
                 wait_for_workers=False,
             )
-            if store.add(f"came/{place.rank}", 1) == 1:
+            if store.add(f"came/{this_rank.rank}", 1) == 1:
                 return store
             cause = "a job that was started earlier still runs there"
         except dist.DistError as error:
             cause = str(error).splitlines()[0]
         if time.monotonic() >= deadline:
-            if place.rank == 0:
+            if this_rank.rank == 0:
                 raise ValueError(
-                    f"MASTER_PORT = {port}: allowed: a port that is free on {place.host}, the host of rank 0; "
-                    f"end what uses it or set another ({cause})"
+                    f"MASTER_PORT = {port}: allowed: a port that is free on {this_rank.host}, the host of rank 0; "
+                    f"end the program that uses it, or set another port ({cause})"
                 )
             first = expected_hosts().get(0)
             raise TimeoutError(
-                f"rank {place.rank} on {place.host} has not reached rank 0{f' on {first}' if first else ''} at "
+                f"rank {this_rank.rank} on {this_rank.host} has not reached rank 0{f' on {first}' if first else ''} at "
                 f"{address}:{port} within {limit:.0f} s (LAUNCH_JOIN_SECONDS): {cause}. Either rank 0 has not come up, "
                 f"or MASTER_ADDR or a firewall keeps the two hosts apart."
             )
@@ -152,33 +171,34 @@ def expected_hosts() -> dict[int, str]:
     return hosts
 
 
-def meet(
-    place: Place,
+def join(
+    this_rank: RankInfo,
     store: dist.Store,
-    facts: Mapping[str, Any],
-    judge: Callable[[list[Place], list[Mapping[str, Any]]], list[str]],
+    facts: Facts,
+    compare: Callable[[list[RankInfo], list[Facts]], list[str]],
 ) -> tuple[Host, ...]:
-    """Wait for all processes and compare what they found; all of them must call.
+    """Wait for all processes and compare their facts; all of them must call.
 
     Args:
-        place: Where this process stands.
+        this_rank: This process.
         store: From `connect`.
-        facts: What this process found; anything that JSON holds.
-        judge: Called on rank 0 with the places and facts of all ranks; returns what is wrong, a line each.
+        facts: What this process found, as JSON can hold it.
+        compare: Called on rank 0 with all ranks and their facts, in the same order; returns what is wrong, a line
+            each.
 
     Returns:
         The hosts, in the order of their first ranks.
 
     Raises:
         TimeoutError: Ranks did not come up within LAUNCH_JOIN_SECONDS, or rank 0 was lost.
-        ValueError: What `judge` returned, the same on every rank.
+        ValueError: What `compare` returned, the same on every rank.
     """
     limit = seconds("LAUNCH_JOIN_SECONDS", JOIN_SECONDS)
-    mine = {"place": vars(place), "addresses": _addresses(), "facts": facts}
+    mine = {"rank": vars(this_rank), "addresses": _addresses(), "facts": facts}
     try:
-        store.set(f"facts/{place.rank}", json.dumps(mine))
-        if place.rank == 0:
-            answer = _answer(place, store, limit, judge)
+        store.set(f"facts/{this_rank.rank}", json.dumps(mine))
+        if this_rank.rank == 0:
+            answer = _answer(this_rank, store, limit, compare)
             store.set("answer", json.dumps(answer))
         else:
             store.wait(["answer"], datetime.timedelta(seconds=limit + _ANSWER_SECONDS))
@@ -186,10 +206,10 @@ def meet(
             store.add("read", 1)
     except dist.DistError as error:
         raise TimeoutError(
-            f"rank {place.rank} on {place.host} has lost rank 0 at {os.environ.get('MASTER_ADDR')} before training "
-            f"began: {str(error).splitlines()[0]}. See what rank 0 wrote."
+            f"rank {this_rank.rank} on {this_rank.host} has lost rank 0 at {os.environ.get('MASTER_ADDR')} before "
+            f"training began: {str(error).splitlines()[0]}. See what rank 0 wrote."
         ) from error
-    if place.rank == 0 and (answer["missing"] or answer["problems"]):
+    if this_rank.rank == 0 and (answer["missing"] or answer["problems"]):
         deadline = time.monotonic() + _READ_SECONDS
         while store.add("read", 0) < answer["came"] - 1 and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -203,68 +223,69 @@ def meet(
 
 
 def _answer(
-    place: Place,
+    this_rank: RankInfo,
     store: dist.Store,
     limit: float,
-    judge: Callable[[list[Place], list[Mapping[str, Any]]], list[str]],
-) -> dict[str, Any]:
+    compare: Callable[[list[RankInfo], list[Facts]], list[str]],
+) -> _Answer:
     deadline = time.monotonic() + limit
-    came: dict[int, dict[str, Any]] = {}
-    for rank in range(place.world_size):
+    came: dict[int, _Entry] = {}
+    for rank in range(this_rank.world_size):
         try:
             left = max(0.001, deadline - time.monotonic())
             store.wait([f"facts/{rank}"], datetime.timedelta(seconds=left))
         except dist.DistError:
             continue
         came[rank] = json.loads(store.get(f"facts/{rank}"))
-    places = [Place(**entry["place"]) for entry in came.values()]
-    answer = {"came": len(came), "missing": "", "problems": [], "hosts": _hosts(places, list(came.values()))}
-    if len(came) < place.world_size:
-        answer["missing"] = _missing(places, place.world_size, limit)
-    else:
-        answer["problems"] = judge(places, [entry["facts"] for entry in came.values()])
-    return answer
+    ranks = [RankInfo(**entry["rank"]) for entry in came.values()]
+    complete = len(came) == this_rank.world_size
+    return {
+        "came": len(came),
+        "missing": "" if complete else _missing(ranks, this_rank.world_size, limit),
+        "problems": compare(ranks, [entry["facts"] for entry in came.values()]) if complete else [],
+        "hosts": _hosts(ranks, list(came.values())),
+    }
 
 
-def _hosts(places: list[Place], entries: list[dict[str, Any]]) -> list[tuple[str, list[int], list[str]]]:
+def _hosts(ranks: list[RankInfo], entries: list[_Entry]) -> list[tuple[str, list[int], list[str]]]:
     hosts: dict[str, tuple[str, list[int], list[str]]] = {}
-    for place, entry in zip(places, entries, strict=True):
-        hosts.setdefault(place.host, (place.host, [], entry["addresses"]))[1].append(place.rank)
+    for info, entry in zip(ranks, entries, strict=True):
+        hosts.setdefault(info.host, (info.host, [], entry["addresses"]))[1].append(info.rank)
     return list(hosts.values())
 
 
-def _missing(places: list[Place], world_size: int, limit: float) -> str:
+def _missing(ranks: list[RankInfo], world_size: int, limit: float) -> str:
     names = expected_hosts()
-    for place in places:  # the neighbours of a rank that came share its host
-        first = place.rank - place.local_rank
-        names.update(dict.fromkeys(range(first, first + place.local_world_size), place.host))
-    absent = sorted(set(range(world_size)) - {place.rank for place in places})
+    for info in ranks:  # the local ranks beside a rank that came up are on its host
+        first = info.rank - info.local_rank
+        names.update(dict.fromkeys(range(first, first + info.local_world_size), info.host))
+    absent = sorted(set(range(world_size)) - {info.rank for info in ranks})
     by_host: dict[str, list[int]] = {}
     for rank in absent:
         by_host.setdefault(names.get(rank, "an unknown host"), []).append(rank)
     came: dict[str, list[int]] = {}
-    for place in places:
-        came.setdefault(place.host, []).append(place.rank)
+    for info in ranks:
+        came.setdefault(info.host, []).append(info.rank)
 
     def text(hosts: dict[str, list[int]]) -> str:
         return "; ".join(f"{name} ({ranks_text(ranks)})" for name, ranks in hosts.items())
 
     return (
         f"{len(absent)} of {world_size} ranks have not come up within {limit:.0f} s (LAUNCH_JOIN_SECONDS): "
-        f"{text(by_host)}. These came: {text(came)}. See what the missing ones wrote, and whether their host is up."
+        f"{text(by_host)}. These came: {text(came)}. See what the missing ranks wrote, and whether their hosts are up."
     )
 
 
 def exit_status(main: Callable[[], None]) -> None:
-    """Run a program of this folder; a mistake of the user's ends it with the status that launchers do not repeat."""
+    """Run a program of this folder; a `ValueError` ends it with the status after which launchers do not restart."""
     try:
         main()
     except ValueError:
-        sys.excepthook(*sys.exc_info())  # as if it had not been caught
+        sys.excepthook(*sys.exc_info())  # prints what an uncaught exception prints
         sys.exit(REFUSED)
 
 
 def _addresses() -> list[str]:
-    """Addresses of this host by which others may know it."""
+    """Addresses of this host that an error on another host may name."""
     found = (a.address for addresses in psutil.net_if_addrs().values() for a in addresses)
     return sorted({a.partition("%")[0] for a in found if a.count(".") == 3 or ":" in a} - {"127.0.0.1", "::1"})

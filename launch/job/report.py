@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run leaves behind for people: `loss.png`, `summary.json` and a table in the terminal."""
+"""The report of a run: `loss.png`, `telemetry.png`, `summary.json` and a table in the terminal."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import matplotlib
 
@@ -20,10 +20,10 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ds_blockwise.blocks.defaults import BLOCK_TYPE_COLOURS
+from ds_blockwise.atomic_files import replace_text
 from ds_blockwise.runs.run_file import RunConfig
 from job.process_groups import Processes
-from job.trainer import Progress
+from job.trainer import TrainerState
 
 ADAMW_STATE_BYTES = 8.0  # two fp32 moments for each parameter
 _VALIDATION_COLOUR = "#0b5394"
@@ -43,6 +43,32 @@ _OF_THE_WHOLE_MODEL = ("grad_norm", "clip_factor")
 _PACKAGES = ("torch", "deepspeed", "megatron-core", "ds_blockwise", "tokenizers")
 
 
+class Summary(TypedDict):
+    """The content of `summary.json`; losses in nats per token."""
+
+    run: str
+    completed: bool
+    optimizer: str
+    zero_stage: int
+    processes: int
+    data_parallel: int
+    tensor_parallel: int
+    parameters: int
+    steps: int
+    tokens: int
+    initial_validation_loss: float
+    final_validation_loss: float
+    validation_loss_fell_by: float
+    final_train_loss: float | None
+    tokens_per_second: float | None
+    train_seconds: float
+    wall_seconds: float
+    optimizer_state_bytes_per_parameter: float
+    adamw_state_bytes_per_parameter: float
+    versions: dict[str, str]
+    config_sha256: str
+
+
 def state_bytes_per_parameter(
     optimizer: torch.optim.Optimizer,
     model: torch.nn.Module,
@@ -55,7 +81,7 @@ def state_bytes_per_parameter(
     Args:
         optimizer: The optimizer that holds the state (`engine.basic_optimizer`).
         model: This rank's part of the model.
-        processes: Where this process stands; all must call.
+        processes: All must call.
         zero_stage: At 0 every data-parallel rank holds a whole copy of the state.
     """
     held = sum(
@@ -80,35 +106,35 @@ def _stored_bytes(tensor: torch.Tensor) -> int:
 
 def summarize(
     run: RunConfig,
-    progress: Progress,
+    state: TrainerState,
     processes: Processes,
     *,
     optimizer: str,
     zero_stage: int,
     state_bytes: float,
     config_sha256: str,
-) -> dict[str, Any]:
-    """The figures of a run, as they stand in `summary.json`."""
-    tokens = progress.step * run.tokens_per_step
-    initial, final = progress.validation_curve[0][1], progress.validation_curve[-1][1]
+) -> Summary:
+    """The results of a run."""
+    tokens = state.step * run.tokens_per_step
+    initial, final = state.validation_curve[0][1], state.validation_curve[-1][1]
     return {
         "run": run.name,
-        "completed": progress.step == run.training.steps,
+        "completed": state.step == run.training.steps,
         "optimizer": optimizer,
         "zero_stage": zero_stage,
         "processes": processes.world_size,
         "data_parallel": processes.dp_size,
         "tensor_parallel": run.parallel.tensor,
         "parameters": run.shape.count_parameters(),
-        "steps": progress.step,
+        "steps": state.step,
         "tokens": tokens,
         "initial_validation_loss": initial,
         "final_validation_loss": final,
         "validation_loss_fell_by": initial - final,
-        "final_train_loss": progress.train_curve[-1][1] if progress.train_curve else None,
-        "tokens_per_second": tokens / progress.train_seconds if progress.train_seconds else None,
-        "train_seconds": progress.train_seconds,
-        "wall_seconds": progress.wall_seconds,
+        "final_train_loss": state.train_curve[-1][1] if state.train_curve else None,
+        "tokens_per_second": tokens / state.train_seconds if state.train_seconds else None,
+        "train_seconds": state.train_seconds,
+        "wall_seconds": state.wall_seconds,
         "optimizer_state_bytes_per_parameter": state_bytes,
         "adamw_state_bytes_per_parameter": ADAMW_STATE_BYTES,
         "versions": {
@@ -119,12 +145,12 @@ def summarize(
     }
 
 
-def write_summary(summary: dict[str, Any], path: Path) -> None:
-    """Write the figures as JSON."""
-    path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+def write_summary(summary: Mapping[str, object], path: Path) -> None:
+    """Write the results as JSON."""
+    replace_text(path, json.dumps(summary, indent=2) + "\n")
 
 
-def table(summary: dict[str, Any], output: Path) -> str:
+def table(summary: Summary, output: Path) -> str:
     """The short table that ends a run."""
     rate = summary["tokens_per_second"]
     rows = [
@@ -161,23 +187,25 @@ def boxed(rows: list[tuple[str, str]]) -> str:
     return "\n".join([rule, *lines, rule])
 
 
-def plot_loss(run: RunConfig, progress: Progress, optimizer: str, path: Path) -> None:
+def plot_loss(run: RunConfig, state: TrainerState, optimizer: str, path: Path) -> None:
     """Draw both curves over optimizer steps, with tokens on a second axis.
 
     Args:
         run: For the title and the number of tokens in a step.
-        progress: The curves.
+        state: The curves.
         optimizer: Name for the title.
         path: PNG file to write.
     """
-    with loss_axes(path, progress.train_curve, progress.validation_curve) as axes:
+    with loss_axes(path, state.train_curve, state.validation_curve) as axes:
         _token_axis(axes, run.tokens_per_step)
         millions = run.shape.count_parameters() / 1e6
         axes.set_title(f"LLaMA {run.name}, {millions:,.2f}M parameters, {optimizer}")
 
 
 @contextmanager
-def loss_axes(path: Path, train: list[tuple[int, float]], validation: list[tuple[int, float]]) -> Iterator[Axes]:
+def loss_axes(
+    path: Path, train: Sequence[tuple[float, float]], validation: Sequence[tuple[float, float]]
+) -> Iterator[Axes]:
     """Axes with both curves over optimizer steps; the figure is written when the block ends.
 
     Args:
@@ -213,23 +241,23 @@ def loss_axes(path: Path, train: list[tuple[int, float]], validation: list[tuple
     pyplot.close(figure)
 
 
-def plot_telemetry(run: RunConfig, progress: Progress, path: Path) -> None:
+def plot_telemetry(run: RunConfig, state: TrainerState, path: Path) -> None:
     """Draw every quantity that telemetry read over optimizer steps, a line per block type.
 
     Args:
         run: For the title.
-        progress: With at least one reading.
+        state: With at least one reading of telemetry.
         path: PNG file to write.
     """
-    kinds = [kind for kind in BLOCK_TYPE_COLOURS if kind in progress.telemetry[0][1]]
-    names = [name for name in _TELEMETRY_TITLES if any(name in values[kinds[0]] for _, values in progress.telemetry)]
+    kinds = [kind for kind in BLOCK_TYPE_COLOURS if kind in state.telemetry[0][1]]
+    names = [name for name in _TELEMETRY_TITLES if any(name in values[kinds[0]] for _, values in state.telemetry)]
     rows = -(-len(names) // 2)
     figure, grid = pyplot.subplots(
         rows, 2, figsize=(10.0, 2.6 * rows), sharex=True, squeeze=False, layout="constrained"
     )
     for axes, name in zip(grid.flat, names, strict=False):
         for kind in kinds:
-            points = [(step, values[kind][name]) for step, values in progress.telemetry if name in values[kind]]
+            points = [(step, values[kind][name]) for step, values in state.telemetry if name in values[kind]]
             axes.plot(*zip(*points, strict=True), color=BLOCK_TYPE_COLOURS[kind], label=kind)
             if name in _OF_THE_WHOLE_MODEL:
                 break
@@ -249,5 +277,5 @@ def plot_telemetry(run: RunConfig, progress: Progress, path: Path) -> None:
 
 def _token_axis(axes: Axes, tokens_per_step: int) -> None:
     scale = tokens_per_step / 1e6
-    second = axes.secondary_xaxis("top", functions=(lambda s: s * scale, lambda t: t / scale))
+    second = axes.secondary_xaxis("top", functions=(lambda steps: steps * scale, lambda millions: millions / scale))
     second.set_xlabel("tokens (millions)")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder of a run: which checkpoint it would go on from, and whether it is still the same run.
+"""The output folder of a run: the checkpoint to resume from, and whether it is still the same run.
 
-Everything here happens before the model is built; only rank 0 changes anything.
+This happens before the model is built; only rank 0 changes files.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import json
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -37,12 +36,12 @@ logger = logging.getLogger(__name__)
 SHARPNESS_CSV = "sharpness.csv"
 FIGURES = ("sharpness.png", "sharpness_blocks.png")
 CHECKPOINTS = "checkpoints"  # below the run's output folder
-RUN_RECORD = "run.json"  # what a run was started with
-INIT_FROM = "init_from"  # key of the record: sums of the files that a run began with
-# A resumed run with another value of these would not be the same run: other data, other weights.
+RUN_RECORD = "run.json"  # the settings that a run was started with
+INIT_FROM = "init_from"  # key of the record: digest of the checkpoint that a run began with
+# With another value of one of these a resumed run would have other data or other weights.
 _FIXED = ("model", "parallel", "processes", "data", "steps", "global_batch_size", "seed")
 _OF_TOPOLOGY = ("parallel", "processes")  # a portable checkpoint goes on under any
-# Nothing that a result depends on: changing these needs no mention.
+# No result depends on these: a change is not reported.
 _UNIMPORTANT = ("keep_checkpoints", "checkpoint_interval", "sharpness_interval", "sharpness_batches")
 
 
@@ -51,8 +50,8 @@ def checkpoints_of(run: RunConfig) -> Path:
     return run.output / CHECKPOINTS
 
 
-def place_of(source: Path) -> tuple[Path, str | None]:
-    """Folder of checkpoints and tag for a path that is either such a folder or one checkpoint in it."""
+def folder_and_tag(source: Path) -> tuple[Path, str | None]:
+    """Folder of checkpoints, and tag (None: the newest), for a path to such a folder or to one checkpoint in it."""
     is_folder = (source / LATEST).is_file() or newest_complete(source) is not None
     return (source, None) if is_folder else (source.parent, source.name)
 
@@ -62,7 +61,7 @@ def find_checkpoint(run: RunConfig, problems: Problems) -> Checkpoint | None:
 
     Args:
         run: The run.
-        problems: Notes damage that leaves it open which checkpoint is meant.
+        problems: Notes damage after which the checkpoint to resume from is not certain.
     """
     folder = checkpoints_of(run)
     try:
@@ -84,19 +83,19 @@ def _broken(folder: Path) -> list[str]:
 
 def check_output(
     run: RunConfig,
-    record: dict[str, Any],
+    record: dict[str, object],
     checkpoint: Checkpoint | None,
     options: argparse.Namespace,
     problems: Problems,
 ) -> None:
-    """Check that a run may start in its folder, or go on there.
+    """Check that a run may start or resume in its folder.
 
     Args:
         run: The run.
-        record: What decides its result; gets the earlier record's entry about where it began.
+        record: What decides its result; receives the earlier record's entry about the checkpoint it began with.
         checkpoint: From `find_checkpoint`; None if none was asked for or there is none.
         options: The command line.
-        problems: Notes checkpoints that would be lost, and entries that may not change.
+        problems: Notes checkpoints that would be deleted, and entries that may not change.
     """
     if checkpoint is None:
         if options.resume:
@@ -128,14 +127,14 @@ def check_output(
             logger.info("resuming with another %s: %s was %s", key, new, old)
 
 
-def _read_record(run: RunConfig, checkpoint: Checkpoint, problems: Problems) -> dict[str, Any] | None:
+def _read_record(run: RunConfig, checkpoint: Checkpoint, problems: Problems) -> dict[str, object] | None:
     path = run.output / RUN_RECORD
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         if checkpoint.kind == "portable":
             if is_first_rank():
-                logger.info("%s is missing: nobody checks that model, data, steps and seed are those of before", path)
+                logger.info("%s is missing: that model, data, steps and seed are unchanged can't be checked", path)
             return None
         remedy = "restore it, or copy it from a run with the same files"
     except ValueError as error:
@@ -144,18 +143,18 @@ def _read_record(run: RunConfig, checkpoint: Checkpoint, problems: Problems) -> 
     return None
 
 
-def check_source(init_from: str | None, record: dict[str, Any], problems: Problems) -> Path | None:
+def check_source(init_from: str | None, record: dict[str, object], problems: Problems) -> Path | None:
     """Check the checkpoint that a new run begins with.
 
     Args:
         init_from: The option's value.
-        record: Gets the sums of its files.
+        record: Receives the digest of its files.
         problems: Notes a folder without a complete checkpoint.
     """
     if init_from is None:
         return None
     source = Path(init_from)
-    folder, tag = place_of(source)
+    folder, tag = folder_and_tag(source)
     try:
         checkpoint = resolve_tag(folder, tag)
         remedy = "give a folder of checkpoints, or one of them"
@@ -165,20 +164,22 @@ def check_source(init_from: str | None, record: dict[str, Any], problems: Proble
         problems.add("--init-from", "FOLDER", init_from, "a folder with a complete checkpoint", remedy)
         return None
     listed = (checkpoint.manifest or {}).get("files", checkpoint.tag)
-    record[INIT_FROM] = hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
+    record[INIT_FROM] = json_digest(listed)
     return source
 
 
-def prepare_output(run: RunConfig, record: dict[str, Any], processes: Processes, checkpoint: Checkpoint | None) -> None:
-    """Tidy the folder up, and say what was found in it; the first to change anything.
+def prepare_output(
+    run: RunConfig, record: dict[str, object], processes: Processes, checkpoint: Checkpoint | None
+) -> None:
+    """Prepare the folder, and log what was found in it; nothing was changed before.
 
     A new run starts with empty curves: monitors append to what they find.
 
     Args:
         run: The run.
         record: What decides its result; written to the folder.
-        processes: Where this process stands; all must call.
-        checkpoint: Where the run goes on; None if it is a new one.
+        processes: All must call.
+        checkpoint: The one to resume from; None for a new run.
 
     Raises:
         CheckpointError: The processes found different checkpoints.
@@ -207,6 +208,11 @@ def prepare_output(run: RunConfig, record: dict[str, Any], processes: Processes,
         run.output.mkdir(parents=True, exist_ok=True)
         replace_text(run.output / RUN_RECORD, json.dumps(record, indent=2) + "\n")
     torch.distributed.barrier()
+
+
+def json_digest(content: object) -> str:
+    """SHA-256 of anything that JSON can hold, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def remove_old(folder: Path, keep: int) -> None:

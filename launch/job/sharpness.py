@@ -16,7 +16,7 @@ from ds_blockwise.measure.sharpness_plot import draw
 from ds_blockwise.measure.sharpness_report import SharpnessReport, read_csv, write_csv
 from ds_blockwise.parallel.agree import raise_together
 from ds_blockwise.runs.run_file import RunConfig
-from job.batches import Batches
+from job.batches import BatchLoader
 from job.process_groups import Processes
 from job.run_folder import SHARPNESS_CSV
 
@@ -24,7 +24,7 @@ from job.run_folder import SHARPNESS_CSV
 def measure(
     engine: deepspeed.DeepSpeedEngine,
     run: RunConfig,
-    batches: Batches,
+    batches: BatchLoader,
     step: int,
     *,
     estimator: str = "gauss_newton",
@@ -50,7 +50,7 @@ def measure(
     return probe_engine(engine, chosen, megatron_gpt, estimator=estimator, draws=draws, seed=step, step=step)
 
 
-def _fields(batches: Batches, count: int) -> Iterator[dict[str, torch.Tensor]]:
+def _fields(batches: BatchLoader, count: int) -> Iterator[dict[str, torch.Tensor]]:
     for batch in itertools.islice(batches.validation(), count):
         yield {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
 
@@ -62,14 +62,14 @@ class SharpnessCurve:
         engine: What `deepspeed.initialize` returned.
         run: The run.
         batches: Its data.
-        processes: Where this process stands.
+        processes: This process's ranks, and its data-parallel group.
 
     Raises:
         ValueError: Such an engine cannot be measured.
     """
 
     def __init__(
-        self, engine: deepspeed.DeepSpeedEngine, run: RunConfig, batches: Batches, processes: Processes
+        self, engine: deepspeed.DeepSpeedEngine, run: RunConfig, batches: BatchLoader, processes: Processes
     ) -> None:
         self._engine = engine
         self._run = run
@@ -86,12 +86,12 @@ class SharpnessCurve:
         return bool(interval) and (step % interval == 0 or step == self._run.training.steps)
 
     def resume(self, step: int) -> None:
-        """Go on from a checkpoint: later measurements belong to steps that are done again."""
+        """Resume from a checkpoint: drop the measurements after it, because their steps are done again."""
         failure: Exception | None = None
         if self._rank == 0 and self._csv.is_file():
             try:
                 self._reports = [r for r in read_csv(self._csv) if r.step is not None and r.step <= step]
-            except (ValueError, OSError) as error:  # the other ranks must hear of it
+            except (ValueError, OSError) as error:  # raised on all ranks below
                 failure = error
         raise_together(failure)
 

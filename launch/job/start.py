@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a command line to a model in its engine: what the main job and the probe of its checkpoints do alike."""
+"""From a command line to a model in its engine: shared by the main job and by the sharpness probe."""
 
 from __future__ import annotations
 
@@ -15,58 +15,58 @@ import torch
 import megatron_patch
 from ds_blockwise.runs.engine_json import parameter_dtype
 from ds_blockwise.runs.run_file import RunConfig
-from job.batches import Batches
-from job.process_groups import Processes, prepare_process, start
-from job.rendezvous import Host, Place, connect
+from job.batches import BatchLoader, RunData
+from job.process_groups import Processes, make_process_groups, prepare_process
+from job.rendezvous import Host, RankInfo, connect
 from preflight import load_and_check
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run whose processes have met.
+    """One execution of a run, after the rendezvous.
 
     Attributes:
         run: The run, checked.
         config: DeepSpeed's configuration for it.
-        place: Where this process was started.
-        store: Where the processes met.
+        this_rank: This process, as its launcher numbered it.
+        store: From the rendezvous.
         hosts: All hosts.
-        processes: Where this process stands.
+        processes: This process's ranks, and its data-parallel group.
     """
 
     run: RunConfig
     config: dict[str, Any]
-    place: Place
+    this_rank: RankInfo
     store: torch.distributed.Store
     hosts: tuple[Host, ...]
     processes: Processes
 
 
-def begin(options: argparse.Namespace) -> Job:
-    """Meet the other processes, check the run with them, make the process groups.
+def start_job(options: argparse.Namespace) -> Job:
+    """Rendezvous with the other processes, compare the run with theirs, make the process groups.
 
     Raises:
         ValueError: Lists what is wrong with the configuration or differs between hosts.
         TimeoutError: Ranks did not come up.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
-    place = Place.of_this_process()
+    this_rank = RankInfo.from_environment()
     prepare_process()
-    store = connect(place)
-    run, config, hosts = load_and_check(options, place, store)
-    processes = start(run.parallel, run.training.seed, store)
-    return Job(run, config, place, store, hosts, processes)
+    store = connect(this_rank)
+    run, config, hosts = load_and_check(options, this_rank, store)
+    processes = make_process_groups(run.parallel, run.training.seed, store)
+    return Job(run, config, this_rank, store, hosts, processes)
 
 
-def build(job: Job, metadata: dict[str, Any]) -> tuple[deepspeed.DeepSpeedEngine, Batches]:
+def build_engine(job: Job, data: RunData) -> tuple[deepspeed.DeepSpeedEngine, BatchLoader]:
     """The engine around a new model, and its data.
 
     Args:
         job: The run and its processes.
-        metadata: Description of the prepared data, checked by `check_data`.
+        data: The prepared data, from `check_data`.
     """
     run, processes = job.run, job.processes
-    batches = Batches(run, metadata, dp_rank=processes.dp_rank, dp_size=processes.dp_size, device=processes.device)
+    batches = BatchLoader(run, data, dp_rank=processes.dp_rank, dp_size=processes.dp_size, device=processes.device)
     model = megatron_patch.build_gpt(
         run.shape, dtype=parameter_dtype(job.config), activation_checkpointing=run.training.activation_checkpointing
     )

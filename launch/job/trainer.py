@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 import deepspeed
 import torch
@@ -21,15 +21,15 @@ from ds_blockwise.hosts.deepspeed.checkpoint.load import load_checkpoint, load_r
 from ds_blockwise.measure.readings import Readings
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.runs.run_file import RunConfig
-from job.batches import Batch, Batches
+from job.batches import BatchLoader, MicroBatch
 from job.process_groups import Processes, random_states, restore_random_states
-from job.run_folder import checkpoints_of, place_of, remove_old
+from job.run_folder import checkpoints_of, folder_and_tag, remove_old
 from job.sharpness import SharpnessCurve
 
 
 @dataclass
-class Progress:
-    """How far a run is; saved with every checkpoint.
+class TrainerState:
+    """Steps, curves and times of a run; saved with every checkpoint.
 
     Attributes:
         step: Optimizer steps done.
@@ -55,7 +55,7 @@ class Trainer:
         engine: What `deepspeed.initialize` returned.
         run: The run.
         batches: Its data.
-        processes: Where this process stands.
+        processes: This process's ranks, and its data-parallel group.
         started: `time.perf_counter()` at the start of the program.
     """
 
@@ -63,12 +63,12 @@ class Trainer:
         self,
         engine: deepspeed.DeepSpeedEngine,
         run: RunConfig,
-        batches: Batches,
+        batches: BatchLoader,
         processes: Processes,
         *,
         started: float,
     ) -> None:
-        self.progress = Progress()
+        self.state = TrainerState()
         self._engine = engine
         self._run = run
         self._batches = batches
@@ -91,34 +91,34 @@ class Trainer:
         Raises:
             FloatingPointError: The loss is no longer finite (on every rank at the same step).
         """
-        training, progress = self._run.training, self.progress
+        training, state = self._run.training, self.state
         last = min(training.steps, stop_at or training.steps)
-        if not progress.validation_curve:
+        if not state.validation_curve:
             self._validate()
-        saved = progress.step
+        saved = state.step
         with self._progress_bar() as bar:
-            while progress.step < last:
+            while state.step < last:
                 begin = time.perf_counter()
                 self._one_step()
-                progress.step += 1
-                if progress.step % training.log_interval == 0 or progress.step == training.steps:
+                state.step += 1
+                if state.step % training.log_interval == 0 or state.step == training.steps:
                     self._log(bar)
-                progress.train_seconds += time.perf_counter() - begin
+                state.train_seconds += time.perf_counter() - begin
                 bar.update()
-                final = progress.step == training.steps
-                if final or progress.step % training.validation_interval == 0:
+                final = state.step == training.steps
+                if final or state.step % training.validation_interval == 0:
                     self._validate(bar)
-                if self._sharpness.due(progress.step):
-                    self._sharpness.measure(progress.step)
+                if self._sharpness.due(state.step):
+                    self._sharpness.measure(state.step)
                 interval = training.checkpoint_interval
-                if interval and progress.step % interval == 0:
+                if interval and state.step % interval == 0:
                     self.save()
-                    saved = progress.step
-                if stop_after is not None and progress.step % training.log_interval == 0:
-                    # clocks differ, and a rank that stopped alone would leave the others waiting
+                    saved = state.step
+                if stop_after is not None and state.step % training.log_interval == 0:
+                    # clocks differ: a rank that stopped alone would leave the others waiting
                     if self._processes.any(time.perf_counter() - self._program_started > 60 * stop_after):
                         break
-        if saved != progress.step:
+        if saved != state.step:
             self.save()
 
     def save(self) -> None:
@@ -129,26 +129,26 @@ class Trainer:
         """
         self._count_wall_time()
         state = {
-            "progress": dataclasses.asdict(self.progress),
+            "progress": dataclasses.asdict(self.state),
             # of all ranks together, for a run that goes on with another number of them
             "loss_since_last_point": self._processes.sums(self._loss_sum, self._loss_count),
         }
         mine = {"random": random_states(), "loss_since_last_point": (float(self._loss_sum), float(self._loss_count))}
         folder = checkpoints_of(self._run)
-        save_checkpoint(self._engine, folder, f"step_{self.progress.step:07d}", client_state=state, rank_state=mine)
+        save_checkpoint(self._engine, folder, f"step_{self.state.step:07d}", client_state=state, rank_state=mine)
         if self._processes.rank == 0:
             remove_old(folder, self._run.training.keep_checkpoints)
 
     def resume(self) -> None:
-        """Load the newest checkpoint; the next step is the one that would have come.
+        """Load the newest checkpoint; training goes on with the step after it.
 
         Raises:
             CheckpointError: Files of it are damaged (all are named).
         """
         path, state = load_checkpoint(self._engine, checkpoints_of(self._run))
-        assert path is not None  # the caller has seen one
+        assert path is not None  # the caller has found one
         assert state is not None
-        self.progress = Progress(**state["progress"])
+        self.state = TrainerState(**state["progress"])
         mine = load_rank_state(path)
         if mine is None:  # saved with another number of ranks, then converted
             total, count = (value / self._processes.dp_size for value in state["loss_since_last_point"])
@@ -157,8 +157,8 @@ class Trainer:
             restore_random_states(mine["random"])
         self._loss_sum.fill_(total)
         self._loss_count.fill_(count)
-        self._sharpness.resume(self.progress.step)
-        self._started = time.perf_counter() - self.progress.wall_seconds
+        self._sharpness.resume(self.state.step)
+        self._started = time.perf_counter() - self.state.wall_seconds
 
     def start_from(self, source: Path) -> None:
         """Take weights and optimizer state from another run's checkpoint; steps and schedule begin at 0.
@@ -170,13 +170,13 @@ class Trainer:
             CheckpointError: There is no checkpoint, or files of it are damaged (all are named).
             ValueError: It does not fit the model, or was saved by another number of ranks and not converted.
         """
-        folder, tag = place_of(source)
+        folder, tag = folder_and_tag(source)
         load_checkpoint(self._engine, folder, tag, load_lr_scheduler_states=False)
         for counter in ("global_steps", "global_samples", "skipped_steps"):
             setattr(self._engine, counter, 0)
 
     def _one_step(self) -> None:
-        for batch in self._batches.micro_batches(self.progress.step):
+        for batch in self._batches.micro_batches(self.state.step):
             loss = self._forward(batch).mean()
             self._engine.backward(loss)
             self._engine.step()
@@ -185,23 +185,24 @@ class Trainer:
 
     def _note(self, readings: Readings) -> None:
         values: dict[str, dict[str, float]] = {kind: reading.quantities() for kind, reading in readings.items()}
-        self.progress.telemetry.append((self.progress.step + 1, values))
+        self.state.telemetry.append((self.state.step + 1, values))
 
-    def _forward(self, batch: Batch) -> torch.Tensor:
+    def _forward(self, batch: MicroBatch) -> torch.Tensor:
         """Loss of each token, [sequences, sequence length]."""
-        return self._engine(batch.tokens, batch.position_ids, None, labels=batch.labels)
+        losses: torch.Tensor = self._engine(batch.tokens, batch.position_ids, None, labels=batch.labels)
+        return losses
 
-    def _log(self, bar: tqdm[Any]) -> None:
+    def _log(self, bar: tqdm[NoReturn]) -> None:
         loss = self._processes.mean(self._loss_sum, self._loss_count)
         self._loss_sum.zero_()
         self._loss_count.zero_()
-        step = self.progress.step
+        step = self.state.step
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"the training loss is {loss} at step {step}: lower optimizer.params.lr in "
                 f"{self._run.deepspeed_file} (a blockwise optimizer multiplies it)"
             )
-        self.progress.train_curve.append((step, loss))
+        self.state.train_curve.append((step, loss))
         rate = self.tokens_per_second()
         learning_rate = self._engine.get_lr()[0]
         self._engine.monitor.write_events(
@@ -213,7 +214,7 @@ class Trainer:
         )
         bar.set_postfix(loss=f"{loss:.3f}", lr=f"{learning_rate:.1e}", refresh=False)
 
-    def _validate(self, bar: tqdm[Any] | None = None) -> None:
+    def _validate(self, bar: tqdm[NoReturn] | None = None) -> None:
         total = torch.zeros((), dtype=torch.float64, device=self._processes.device)
         count = torch.zeros_like(total)
         self._engine.eval()
@@ -224,8 +225,8 @@ class Trainer:
                 count += losses.numel()
         self._engine.train()
         loss = self._processes.mean(total, count)
-        step = self.progress.step
-        self.progress.validation_curve.append((step, loss))
+        step = self.state.step
+        self.state.validation_curve.append((step, loss))
         self._engine.monitor.write_events([("loss/validation", loss, step)])
         if self._processes.rank == 0:
             text = f"step {step:6d}  validation loss {loss:.4f}"
@@ -233,23 +234,23 @@ class Trainer:
 
     def tokens_per_second(self) -> float:
         """Training tokens per second of training time, all ranks together."""
-        tokens = self.progress.step * self._run.tokens_per_step
-        return tokens / self.progress.train_seconds if self.progress.train_seconds else 0.0
+        tokens = self.state.step * self._run.tokens_per_step
+        return tokens / self.state.train_seconds if self.state.train_seconds else 0.0
 
-    def finish(self) -> Progress:
-        """The progress with its times brought up to date; draws the figures of the sharpness, if it was measured."""
+    def finish(self) -> TrainerState:
+        """The state with its final times; draws the figures of the sharpness, if it was measured."""
         self._sharpness.finish()
         self._count_wall_time()
-        return self.progress
+        return self.state
 
     def _count_wall_time(self) -> None:
-        self.progress.wall_seconds = time.perf_counter() - self._started
+        self.state.wall_seconds = time.perf_counter() - self._started
 
     @contextmanager
-    def _progress_bar(self) -> Iterator[tqdm[Any]]:
+    def _progress_bar(self) -> Iterator[tqdm[NoReturn]]:
         with tqdm(
             total=self._run.training.steps,
-            initial=self.progress.step,
+            initial=self.state.step,
             desc=self._run.name,
             unit="step",
             disable=self._processes.rank != 0,

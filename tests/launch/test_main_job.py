@@ -71,6 +71,15 @@ def whole_run(prepared: Path) -> tuple[Path, dict[str, Any]]:
     return _results(prepared / "whole" / "mini")
 
 
+@pytest.fixture(scope="module")
+def stopped_run(prepared: Path) -> Path:
+    """The output folder of the same run, stopped after three steps."""
+    folder, summary = _finished(prepared, "parts", "--stop-at-step", "3")
+    assert summary["completed"] is False
+    assert summary["steps"] == 3
+    return folder
+
+
 def test_run_leaves_the_promised_files_and_figures(whole_run: tuple[Path, dict[str, Any]]) -> None:
     folder, summary = whole_run
     assert (folder / "loss.png").stat().st_size > 10_000
@@ -89,12 +98,12 @@ def test_run_leaves_the_promised_files_and_figures(whole_run: tuple[Path, dict[s
     assert summary["adamw_state_bytes_per_parameter"] == 8.0
 
 
-def test_resumed_run_is_bitwise_the_uninterrupted_one(prepared: Path, whole_run: tuple[Path, dict[str, Any]]) -> None:
+def test_resumed_run_is_bitwise_the_uninterrupted_one(
+    prepared: Path, whole_run: tuple[Path, dict[str, Any]], stopped_run: Path
+) -> None:
     """Weights, optimizer state, schedule and curves: stopping between two log points, too."""
-    folder, stopped = _finished(prepared, "parts", "--stop-at-step", "3")
-    assert stopped["completed"] is False
-    assert stopped["steps"] == 3
-    _, resumed = _finished(prepared, "parts", "--resume")
+    shutil.copytree(stopped_run, prepared / "resumed" / "mini")
+    folder, resumed = _finished(prepared, "resumed", "--resume")
     whole_folder, whole = whole_run
     for key in ("steps", "final_validation_loss", "final_train_loss", "config_sha256"):
         assert resumed[key] == whole[key], key
@@ -223,20 +232,19 @@ def test_a_new_run_begins_with_the_weights_of_another(prepared: Path, whole_run:
 
 
 def test_a_converted_checkpoint_goes_on_with_another_number_of_ranks(
-    prepared: Path, whole_run: tuple[Path, dict[str, Any]]
+    prepared: Path, whole_run: tuple[Path, dict[str, Any]], stopped_run: Path
 ) -> None:
     """DeepSpeed's own files are refused there; the portable form resumes the same run on one rank."""
     from ds_blockwise.cli.main import main
 
     output = prepared / "alone" / "mini"
-    _start(prepared, "pair", "--stop-at-step", "3").succeed()
-    shutil.copytree(prepared / "pair" / "mini", output)
+    shutil.copytree(stopped_run, output)
     arguments = ("--run", str(prepared / "run.yaml"), "--set", f"output={prepared / 'alone'}", "--resume")
     refused = jobs().start(prepared / "logs" / "refused", *arguments, world_size=1).fail()
     for fragment in ("processes = 1: allowed: 2", "ds-blockwise convert"):
         assert fragment in refused
     shutil.rmtree(output / "checkpoints")
-    assert main(["convert", str(prepared / "pair" / "mini" / "checkpoints"), str(output / "checkpoints")]) == 0
+    assert main(["convert", str(stopped_run / "checkpoints"), str(output / "checkpoints")]) == 0
     log = jobs().start(prepared / "logs" / "alone", *arguments, world_size=1).succeed().log(0)
     assert "resuming with another processes: 1 was 2" in log
     _, summary = _results(output)

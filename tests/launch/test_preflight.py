@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The check before training: what differs between hosts and who is missing, named on every rank within seconds."""
+"""The check before training names what differs between hosts, on every rank, before anything is built."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
 import shutil
-import socket
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,15 +14,12 @@ import pytest
 pytest.importorskip("deepspeed", reason="the main job needs the extra 'deepspeed'")
 pytest.importorskip("megatron.core", reason="the main job needs the extra 'megatron'")
 
-from tests.helpers.launch.host_ranks import LIMIT_S, free_port, start
-from tests.helpers.launch.job_server import jobs
-from tests.helpers.launch.project import make_project, prepare_project, token_files
-
-# isort: split
 import preflight
-from job import rendezvous as meeting
-
-QUICK_S = 60.0  # a second on idle cores; a wait for something would last LAUNCH_JOIN_SECONDS, 300
+from data import token_files
+from job import rendezvous
+from tests.helpers.launch.host_ranks import start
+from tests.helpers.launch.job_server import jobs
+from tests.helpers.launch.project import make_project, prepare_project
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +49,8 @@ def _check(hosts: Path, edit: Callable[[int], None] = lambda rank: None, argumen
 
 def _refused(hosts: Path, edit: Callable[[int], None], **more) -> str:
     """What every one of two ranks on two hosts says alike."""
-    before = time.monotonic()
     results = start(hosts, _check(hosts, edit), **more).wait()
-    assert time.monotonic() - before < QUICK_S
-    assert {status for status, _ in results.values()} == {meeting.REFUSED}, results
+    assert {status for status, _ in results.values()} == {rendezvous.REFUSED}, results
     texts = {text[text.rindex("ValueError: ") :] for _, text in results.values()}
     assert len(texts) == 1, texts
     return texts.pop()
@@ -107,7 +100,7 @@ def test_another_command_line_is_named(hosts: Path) -> None:
 
     results = start(hosts, body).wait()
     for status, text in results.values():
-        assert status == meeting.REFUSED
+        assert status == rendezvous.REFUSED
         assert "--set differs: ['data.directory=data', 'training.seed=0'] on node1 (rank 0); " in text
         assert "start every host with the same command line" in text
 
@@ -138,7 +131,7 @@ def test_mistakes_of_all_hosts_are_named_once(hosts: Path) -> None:
     arguments = [*ARGUMENTS, "--set", "training.global_batch_size=7"]
     results = start(hosts, _check(hosts, arguments=arguments)).wait()
     for status, text in results.values():
-        assert status == meeting.REFUSED
+        assert status == rendezvous.REFUSED
         assert "1 problem in" in text
         assert "training.global_batch_size = 7: allowed: a multiple of 4" in text
         assert "only on" not in text
@@ -159,7 +152,7 @@ def test_gpus_that_are_in_use_are_named(hosts: Path) -> None:
 def test_two_launchers_on_one_host_are_named(hosts: Path) -> None:
     results = start(hosts, _check(hosts), env={"SLURMD_NODENAME": "node1"}).wait()
     for status, text in results.values():
-        assert status == meeting.REFUSED
+        assert status == rendezvous.REFUSED
         assert "ranks 0 and 1 both are local rank 0 of node1: allowed: one launcher for each host" in text
 
 
@@ -169,74 +162,9 @@ def test_ranks_that_jump_between_hosts_are_named(hosts: Path) -> None:
 
     results = start(hosts, _check(hosts), world_size=4, env_of=env_of).wait()
     for status, text in results.values():
-        assert status == meeting.REFUSED
+        assert status == rendezvous.REFUSED
         assert "ranks 0, 2 are on node1: allowed: ranks that follow each other" in text
         assert "--distribution=block" in text
-
-
-@pytest.mark.parametrize("told", [True, False], ids=["hosts-told", "hosts-unknown"])
-def test_a_rank_that_does_not_come_up_is_named_with_its_host(hosts: Path, told: bool) -> None:
-    """Ranks 1 and 3 to 5 stay away: 1 has a neighbour, node3 was never seen."""
-    env = {"LAUNCH_JOIN_SECONDS": "5"} | ({"LAUNCH_HOSTS": "node1:2,node2:2,node3:2"} if told else {})
-    results = start(hosts, _check(hosts), world_size=6, per_host=2, absent=(1, 3, 4, 5), env=env).wait()
-    third = "node3 (ranks 4-5)" if told else "an unknown host (ranks 4-5)"
-    for status, text in results.values():
-        assert status == 1  # worth another try
-        assert "TimeoutError: 4 of 6 ranks have not come up within 5 s (LAUNCH_JOIN_SECONDS): " in text
-        assert f"node1 (rank 1); node2 (rank 3); {third}. " in text
-        assert "These came: node1 (rank 0); node2 (rank 2)" in text
-
-
-def test_a_missing_rank_0_is_named_with_its_host(hosts: Path) -> None:
-    env = {"LAUNCH_JOIN_SECONDS": "5", "LAUNCH_HOSTS": "node1:1,node2:1"}
-    results = start(hosts, _check(hosts), absent=(0,), env=env).wait()
-    status, text = results[1]
-    assert status == 1
-    assert "TimeoutError: rank 1 on node2 has not reached rank 0 on node1 at 127.0.0.1:" in text
-    assert "within 5 s (LAUNCH_JOIN_SECONDS)" in text
-
-
-def test_a_new_start_does_not_meet_the_ranks_of_an_old_one(hosts: Path) -> None:
-    """Host 2 was started again while rank 0 of the first start was still there: it waits for the next one."""
-
-    def first_start(rank: int) -> None:
-        store = meeting.connect(meeting.Place.of_this_process())
-        store.add("came/1", 1)  # rank 1 came as well, and has ended
-        print("is there", flush=True)
-        time.sleep(LIMIT_S)
-
-    env = {"MASTER_PORT": str(free_port())}
-    old = start(hosts / "node3", first_start, absent=(1,), env=env)
-    deadline = time.monotonic() + QUICK_S
-    while "is there" not in old.logs[0].read_text(encoding="utf-8") and time.monotonic() < deadline:
-        time.sleep(0.02)
-    second = start(hosts, _check(hosts), absent=(0,), env=env)
-    time.sleep(1.5)
-    assert second.processes[1].is_alive(), second.wait()
-    old.kill()
-    first = start(hosts, _check(hosts), absent=(1,), env=env)
-    assert first.wait()[0][0] == 0
-    assert second.wait()[1][0] == 0
-
-
-def test_a_port_in_use_is_named(hosts: Path) -> None:
-    def impatient(rank: int) -> None:
-        meeting._PORT_SECONDS = 1.0
-
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = str(taken.getsockname()[1])
-        results = start(hosts, _check(hosts, impatient), world_size=1, env={"MASTER_PORT": port}).wait()
-    status, text = results[0]
-    assert status == meeting.REFUSED
-    assert f"MASTER_PORT = {port}: allowed: a port that is free on node1" in text
-
-
-def test_a_time_limit_that_is_no_number_is_named(hosts: Path) -> None:
-    results = start(hosts, _check(hosts), world_size=1, env={"LAUNCH_JOIN_SECONDS": "soon"}).wait()
-    assert results[0][0] == meeting.REFUSED
-    assert "LAUNCH_JOIN_SECONDS = 'soon': allowed: seconds, more than 0" in results[0][1]
 
 
 def test_the_main_job_ends_before_anything_is_built(hosts: Path) -> None:
@@ -249,9 +177,7 @@ os.environ.update(SLURMD_NODENAME=f"node{{rank + 1}}", LOCAL_RANK="0", LOCAL_WOR
 os.chdir(f"{hosts}/node{{rank + 1}}")
 """
     job = jobs().start(hosts / "logs", *ARGUMENTS, "--set", "output=runs", prelude=prelude)
-    before = time.monotonic()
     text = job.fail()
-    assert time.monotonic() - before < QUICK_S
     assert text.count("ValueError: ") == 2, text
     assert text.count("- data/metadata.json differs: ") == 2, text
     assert "on node1 (rank 0); " in text

@@ -13,8 +13,10 @@ pytest.importorskip("deepspeed", reason="the main job needs the extra 'deepspeed
 pytest.importorskip("megatron.core", reason="the main job needs the extra 'megatron'")
 
 from ds_blockwise.runs.check import check_run_file
+from ds_blockwise.runs.engine_json import compose
+from ds_blockwise.runs.run_file import load_run
 from tests.helpers.launch.job_server import jobs
-from tests.helpers.launch.project import assert_same_checkpoint, compose, load_run, prepare_project, write_json
+from tests.helpers.launch.project import assert_same_checkpoint, prepare_project, write_json
 
 STEPS, STOP = 24, 15  # measured at step 10, ramped in until step 20
 SETTINGS = {"lr_multipliers": {"auto": {"ramp": 0.4, "not_before": 1}, "head": 2}, "telemetry": {"interval": 3}}

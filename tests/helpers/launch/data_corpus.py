@@ -18,7 +18,9 @@ from typing import Any
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tokenizers import Tokenizer
 
-from tests.helpers.launch.project import DataConfig, data_pool, token_files
+from data import pool, token_files
+from data.metadata import TOKENIZER, Metadata
+from ds_blockwise.runs.run_file import DataConfig
 
 WORDS = [f"{a}{b}{c}" for a in "bdgkmnprst" for b in "aeiou" for c in ("", "n", "r", "ss", "lé")]
 VOCABULARY = 320
@@ -76,13 +78,13 @@ def data_config(folder: Path, source: Path | str, **changes: Any) -> DataConfig:
     )
 
 
-def prepare(data: DataConfig, **options: Any) -> dict[str, Any]:
+def prepare(data: DataConfig, **options: Any) -> Metadata:
     return token_files.prepare(data, VOCABULARY, "run.yaml", **{"part_bytes": PART, **options})
 
 
 def documents_of(folder: Path, split: str) -> list[str]:
     """The texts in token files, read with Megatron's own class."""
-    tokenizer = Tokenizer.from_file(str(folder / token_files.TOKENIZER))
+    tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
     dataset = IndexedDataset(str(folder / split))
     return [tokenizer.decode(dataset[i][:-1].tolist(), skip_special_tokens=False) for i in range(len(dataset))]
 
@@ -94,7 +96,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def start(target: Callable[..., None], *arguments: Any) -> BaseProcess:
     """A process that begins with everything imported, and can be killed."""
-    process: BaseProcess = data_pool.forkserver().Process(target=target, args=arguments)
+    process: BaseProcess = pool.forkserver().Process(target=target, args=arguments)
     process.start()
     return process
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks that believe to be on different hosts: processes with a name, a folder and a real TCP store."""
+"""Ranks that take themselves to be on different hosts: processes with a host name and a real TCP store."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pathlib import Path
 import cloudpickle
 import torch
 
-from data import pool as data_pool
-from job import rendezvous as meeting
+from data import pool
+from job import rendezvous
 
-LIMIT_S = 90.0  # a rank needs less than a second on an idle core
+LIMIT_S = 240.0  # a hang; a rank needs less than a second on an idle core, LAUNCH_JOIN_SECONDS is 300
 
 
 def free_port() -> int:
@@ -29,7 +29,7 @@ def free_port() -> int:
 
 @dataclass
 class Ranks:
-    """Processes started by `start`, one on each host `node1`, `node2`, ...; ranks that are None stay away."""
+    """Processes started by `start`, by rank, and what each of them writes."""
 
     processes: dict[int, BaseProcess]
     logs: dict[int, Path]
@@ -47,6 +47,13 @@ class Ranks:
         }
         assert not hanging, f"ranks {hanging} hang: {results}"
         return results
+
+    def wait_for(self, text: str) -> None:
+        """Wait until every rank has written a text."""
+        deadline = time.monotonic() + LIMIT_S
+        while not all(text in log.read_text(encoding="utf-8") for log in self.logs.values()):
+            assert time.monotonic() < deadline, self.wait()
+            time.sleep(0.02)
 
     def kill(self) -> None:
         for process in self.processes.values():
@@ -79,12 +86,12 @@ def start(
         env_of: more variables of one rank.
     """
     port = str(free_port())
-    context = data_pool.forkserver()
+    context = pool.forkserver()
     ranks = Ranks({}, {})
     for rank in range(world_size):
         if rank in absent:
             continue
-        place = {
+        variables = {
             "RANK": str(rank),
             "WORLD_SIZE": str(world_size),
             "LOCAL_RANK": str(rank % per_host),
@@ -96,7 +103,7 @@ def start(
         }
         ranks.logs[rank] = folder / f"log.{rank}"
         ranks.logs[rank].touch()
-        arguments = (cloudpickle.dumps(body), rank, ranks.logs[rank], place | dict(env or {}) | dict(env_of(rank)))
+        arguments = (cloudpickle.dumps(body), rank, ranks.logs[rank], variables | dict(env or {}) | dict(env_of(rank)))
         ranks.processes[rank] = context.Process(target=_run, args=arguments)
         ranks.processes[rank].start()
     return ranks
@@ -111,7 +118,7 @@ def _run(body: bytes, rank: int, log: Path, env: Mapping[str, str]) -> None:
     os.environ.update(env)
     status = 1
     try:
-        meeting.exit_status(lambda: cloudpickle.loads(body)(rank))
+        rendezvous.exit_status(lambda: cloudpickle.loads(body)(rank))
         status = 0
     except SystemExit as end:
         status = int(end.code or 0)

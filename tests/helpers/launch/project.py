@@ -10,47 +10,12 @@ from typing import Any
 
 import torch
 
-from data import check as data_check
-from data import (
-    corpus,
-    token_files,
-)
-from data import documents as data_readers
-from data import pool as data_pool
-from data import tokenizer as data_tokenizer
+from data import token_files
 from ds_blockwise.runs.engine_json import compose
-from ds_blockwise.runs.run_file import DataConfig, RunConfig, check_run, load_run
-from job import batches
-from job.batches import Batches, check_data
+from ds_blockwise.runs.run_file import RunConfig, check_run, load_run
 from tests.helpers import ROOT
 
 LAUNCH = ROOT / "launch"
-
-__all__ = [
-    "LAUNCH",
-    "MODEL",
-    "ROOT",
-    "Batches",
-    "DataConfig",
-    "RunConfig",
-    "assert_same_checkpoint",
-    "batches",
-    "check_data",
-    "check_run",
-    "compose",
-    "corpus",
-    "data_check",
-    "data_pool",
-    "data_readers",
-    "data_tokenizer",
-    "load",
-    "load_run",
-    "make_project",
-    "prepare_project",
-    "token_files",
-    "write_json",
-]
-
 MODEL = """\
 num_layers: 2
 hidden_size: 48

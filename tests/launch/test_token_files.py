@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token files are the same for any number of processes, kills and orders; memory does not grow with the text."""
+"""Token files hold every document once, are the same for any number of processes and kills, in constant memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
 import random
 import resource
@@ -15,11 +14,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,7 +26,12 @@ pytest.importorskip("megatron.core", reason="the token files need the extra 'meg
 pytest.importorskip("tokenizers", reason="the token files need the extra 'launch'")
 
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from tokenizers import Tokenizer
 
+from data import corpus, pool, token_files
+from data.check import find_damage
+from data.documents import documents
+from ds_blockwise.runs.run_file import DataConfig
 from tests.helpers.launch.data_corpus import (
     PART,
     begin,
@@ -42,16 +46,7 @@ from tests.helpers.launch.data_corpus import (
     text,
     write_lines,
 )
-from tests.helpers.launch.project import (
-    LAUNCH,
-    DataConfig,
-    corpus,
-    data_check,
-    data_pool,
-    data_readers,
-    make_project,
-    token_files,
-)
+from tests.helpers.launch.project import LAUNCH, load, make_project
 
 MIB = 1 << 20
 
@@ -63,6 +58,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[st
     expected = make_corpus(folder / "texts")
     prepare(data_config(folder / "data", folder / "texts"))
     return folder / "texts", folder / "data", expected
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder with a run file, a model file, a JSON and text; nothing is prepared yet."""
+    return make_project(tmp_path)
 
 
 def test_three_workers_write_the_bytes_of_one(whole: tuple[Path, Path, list[str]], tmp_path: Path) -> None:
@@ -103,7 +104,7 @@ def test_every_document_is_there_once_on_the_side_that_its_text_decides(
         for part in corpus.Corpus([(str(path), path) for path in sorted(texts.iterdir())], "text").parts(PART)
         for span in part
         if span.path.name != "picture.txt"
-        for document in data_readers.documents(span, "text")
+        for document in documents(span, "text")
     ]
     assert train == [document for document in read if not kept(document)]  # in the order of the names
     assert validation == [document for document in read if kept(document)]
@@ -126,16 +127,6 @@ def test_split_and_tokenizer_depend_on_no_name_and_no_order(
     for split in token_files.SPLITS:
         assert sorted(documents_of(tmp_path / "data", split)) == sorted(documents_of(data, split))
     assert metadata["splits"]["train"]["bin_sha256"] != token_files.read_metadata(data)["splits"]["train"]["bin_sha256"]
-
-
-def test_share_of_validation_is_the_fraction() -> None:
-    for fraction in (0.01, 0.3):
-        count = sum(corpus.is_validation(f"document {n}", fraction) for n in range(20_000))
-        deviation = (20_000 * fraction * (1 - fraction)) ** 0.5
-        assert abs(count - 20_000 * fraction) < 4 * deviation
-
-
-# ------------------------------------------------------------------------------- interruptions
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(
@@ -197,7 +188,7 @@ def _session(leader: int) -> list[int]:
 
 def _interrupt(data: DataConfig, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     """Prepare until ``after`` parts are written."""
-    write, done = data_pool.write_part, []
+    write, done = pool.write_part, []
 
     def limited(*arguments):
         if len(done) == after:
@@ -205,7 +196,7 @@ def _interrupt(data: DataConfig, monkeypatch: pytest.MonkeyPatch, after: int) ->
         done.append(write(*arguments))
 
     with monkeypatch.context() as patch:
-        patch.setattr(data_pool, "write_part", limited)
+        patch.setattr(pool, "write_part", limited)
         with pytest.raises(KeyboardInterrupt):
             prepare(data)
 
@@ -234,7 +225,7 @@ def test_damaged_and_outdated_parts_are_made_again_and_it_says_so(
     _interrupt(given, monkeypatch, 6)
     prepare(dataclasses.replace(given, validation_fraction=0.3))
     assert "data.validation_fraction changed since" in caplog.text
-    assert "6 finished parts are of no use" in caplog.text
+    assert "6 finished parts can't be used" in caplog.text
     assert "going on" not in caplog.text
 
 
@@ -267,7 +258,7 @@ def test_old_token_files_stay_until_the_new_ones_are_made(
         (data / "metadata.json").read_text().replace('"fingerprint": "', '"fingerprint": "x')
     )
     _interrupt(data_config(folder, texts), monkeypatch, 3)
-    assert data_check.check(folder, token_files.read_metadata(folder), every_token=True) == []
+    assert find_damage(folder, token_files.read_metadata(folder), every_token=True) == []
 
 
 def test_half_written_files_of_a_killed_run_go(whole: tuple[Path, Path, list[str]], tmp_path: Path) -> None:
@@ -298,26 +289,6 @@ def test_error_in_a_worker_is_the_users_to_read_and_finished_parts_stay(
         prepare(data_config(tmp_path / "data", texts, tokenizer=given), workers=2)
     assert not (tmp_path / "data" / "metadata.json").exists()
     assert finished_parts(tmp_path / "data")
-
-
-def test_killed_worker_is_reported(tmp_path: Path) -> None:
-    """The system kills for want of memory; waiting for such a worker would never end."""
-    make_corpus(tmp_path / "texts")
-    before = set(multiprocessing.active_children())
-
-    def kill_one() -> None:
-        while not (children := set(multiprocessing.active_children()) - before):
-            time.sleep(0.001)
-        children.pop().kill()
-
-    killer = threading.Thread(target=kill_one)
-    killer.start()
-    with pytest.raises(RuntimeError, match="a worker was killed, perhaps for want of memory; finished parts are kept"):
-        prepare(data_config(tmp_path / "data", tmp_path / "texts"), workers=2)
-    killer.join()
-
-
-# -------------------------------------------------------------------------- memory and progress
 
 
 def _peaks(send: Connection, folder: Path, sizes: list[int], tokenizer: str, part: int) -> None:
@@ -358,32 +329,109 @@ def test_memory_does_not_grow_with_200_megabytes(tmp_path: Path) -> None:
     assert _growth(tmp_path, [40, 200], "train", corpus.PART_BYTES) < 6
 
 
-def test_progress_is_rare_in_a_log_and_counts_right(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    clock = [100.0]
-    monkeypatch.setattr(data_pool.time, "monotonic", lambda: clock[0])
-    progress = data_pool.Progress([0, 0, 0], 400)
-    span = data_readers.Span("a", Path("a"), "text", 0, 100, 100, 100, 0)
-    for _ in range(29):
-        clock[0] += 1.0
-        progress.count(2, 1_000_000, 50)
-    assert caplog.messages == []
-    progress.finish((span,))
-    clock[0] += 1.0
-    progress.count(2, 1_000_000, 50)
-    (line,) = caplog.messages
-    assert line.startswith("60 documents, 1.00 MB/s, 50 tokens/s, 25% ")
-    assert line.endswith("0:01:30 left")
-    clock[0] += 20.0
-    progress.show()
-    assert len(caplog.messages) == 1
-
-
 def test_no_validation_document_is_an_error(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", [text(n, 9) for n in range(4)])
     with pytest.raises(
         ValueError, match=r"data\.validation_fraction = '0\.001 \(0 of 4 documents\)'.*raise the fraction"
     ):
         prepare(data_config(tmp_path / "data", tmp_path / "a.jsonl", validation_fraction=0.001))
+
+
+def _data(project: Path, **changes: Any) -> DataConfig:
+    run, text = load(project)
+    assert run is not None, text
+    return dataclasses.replace(run.data, **changes)
+
+
+def _documents(folder: Path, split: str) -> list[str]:
+    tokenizer = Tokenizer.from_file(str(folder / token_files.TOKENIZER))
+    dataset = IndexedDataset(str(token_files.token_prefix(folder, split)))
+    texts = []
+    for index in range(len(dataset)):
+        tokens = dataset[index].tolist()
+        assert tokens[-1] == tokenizer.token_to_id("<|endoftext|>")
+        texts.append(tokenizer.decode(tokens[:-1]))
+    return texts
+
+
+def test_text_and_json_lines_become_tokens_and_back(project: Path) -> None:
+    data = _data(project)
+    metadata = token_files.prepare(data, 320, "run.yaml")
+    folder = Path(data.directory)
+    train, validation = (_documents(folder, split) for split in token_files.SPLITS)
+    files = [path.read_text(encoding="utf-8") for path in sorted((project / "texts").glob("*.txt"))]
+    lines = (project / "texts" / "more.jsonl").read_text(encoding="utf-8").splitlines()
+    expected = files + [json.loads(line)["text"] for line in lines]
+    assert sorted(train + validation) == sorted(expected)
+    assert validation
+    assert sorted(validation) == sorted(text for text in expected if corpus.is_validation(text, 0.2))
+    assert metadata["splits"]["train"]["documents"] == len(train)
+    assert metadata["tokenizer"]["vocab_size"] == 320
+
+
+def test_no_validation_text_is_trained_on_even_when_files_are_copied(project: Path) -> None:
+    """Copies are common in crawled text: a split by file would train on validation documents."""
+    for path in sorted((project / "texts").glob("*.txt")):
+        shutil.copy(path, path.with_name(f"copy_{path.name}"))
+    data = _data(project)
+    token_files.prepare(data, 320, "run.yaml")
+    train, validation = (set(_documents(Path(data.directory), split)) for split in token_files.SPLITS)
+    assert validation
+    assert not train & validation
+
+
+def test_preparation_is_repeated_only_when_something_changed(project: Path) -> None:
+    data = _data(project)
+    first = token_files.prepare(data, 320, "run.yaml")
+    folder = Path(data.directory)
+    before = (folder / "train.bin").stat().st_mtime_ns
+    assert token_files.prepare(data, 320, "run.yaml") == first
+    assert (folder / "train.bin").stat().st_mtime_ns == before
+
+    (folder / token_files.CACHE).mkdir()  # Megatron's sample indices of the old tokens
+    (project / "texts" / "00.txt").write_text("new words " * 200, encoding="utf-8")
+    second = token_files.prepare(data, 320, "run.yaml")
+    assert second["fingerprint"] != first["fingerprint"]
+    assert not (folder / token_files.CACHE).exists()
+    (folder / "train.bin").write_bytes(b"cut")  # as if the disk had been full
+    assert token_files.read_metadata(folder) is None
+
+
+def test_given_tokenizer_is_used_and_must_fit(project: Path) -> None:
+    data = _data(project)
+    token_files.prepare(data, 320, "run.yaml")
+    given = str(Path(data.directory) / token_files.TOKENIZER)
+    other = dataclasses.replace(data, directory=str(project / "other"), tokenizer=given)
+    first = token_files.read_metadata(Path(data.directory))
+    assert first is not None
+    second = token_files.prepare(other, 320, "run.yaml")
+    assert second["tokenizer"]["sha256"] == first["tokenizer"]["sha256"]
+    with pytest.raises(ValueError, match=r"data\.tokenizer .*at most vocab_size = 300"):
+        token_files.prepare(other, 300, "run.yaml")
+
+
+def test_wrong_sources_are_named(project: Path) -> None:
+    with pytest.raises(ValueError, match=r"run\.yaml: data\.source = 'nowhere/\*'"):
+        token_files.prepare(_data(project, source=("nowhere/*",)), 320, "run.yaml")
+    with pytest.raises(ValueError, match=r"more\.jsonl, line 1: no text under the key 'body' \(found: text, id\)"):
+        token_files.prepare(_data(project, text_key="body"), 320, "run.yaml")
+    (project / "one").mkdir()
+    (project / "one" / "a.txt").write_text("alone", encoding="utf-8")
+    with pytest.raises(ValueError, match="at least one document for training and another one for validation"):
+        token_files.prepare(_data(project, source=(str(project / "one"),)), 320, "run.yaml")
+
+
+def test_file_that_is_not_text_is_left_out_and_reported(project: Path) -> None:
+    (project / "texts" / "picture.txt").write_bytes(b"\xff\xfe\x00\x80")
+    metadata = token_files.prepare(_data(project), 320, "run.yaml")
+    assert [Path(name).name for name in metadata["files_skipped_not_utf8"]] == ["picture.txt"]
+
+
+def test_parquet_and_zstd_become_the_same_tokens_with_three_workers(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow", reason="parquet and zstd need the extra 'data'")
+    expected = make_corpus(tmp_path / "texts", parquet=True)
+    for workers in (1, 3):
+        prepare(data_config(tmp_path / f"data{workers}", tmp_path / "texts"), workers=workers)
+    assert contents(tmp_path / "data1") == contents(tmp_path / "data3")
+    found = [document for split in token_files.SPLITS for document in documents_of(tmp_path / "data1", split)]
+    assert len({*expected} - {*found}) <= 5  # long texts are cut at lines

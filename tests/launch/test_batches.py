@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several prepared folders as one data set: shares, validation from each, one tokenizer."""
+"""BatchLoader are a function of the step; several prepared folders are one data set, each with its share."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("megatron.core", reason="the blend needs the extra 'megatron'")
+pytest.importorskip("megatron.core", reason="the data sets need the extra 'megatron'")
 pytest.importorskip("tokenizers", reason="the token files need the extra 'launch'")
 
+from data import token_files
+from ds_blockwise.runs.run_file import RunConfig, load_run
 from ds_blockwise.runs.strict_files import Problems
+from job import batches
+from job.batches import BatchLoader, check_data
 from tests.helpers.launch.data_corpus import data_config, text, write_lines
-from tests.helpers.launch.project import Batches, RunConfig, batches, check_data, load_run, make_project, token_files
+from tests.helpers.launch.project import load, make_project, prepare_project
 
 WORDS = {"web": "internet", "books": "chapter", "code": "function"}
 
@@ -63,10 +67,11 @@ def _origins(rows: list[list[int]], project: Path) -> dict[str, int]:
 
 def _rows(run: RunConfig, dp_size: int = 1, step: int | None = None) -> list[list[int]]:
     """Sequences of validation, of one step, or (step -1) of the whole training."""
-    metadata = check_data(run, Problems())
+    data = check_data(run, Problems())
+    assert data is not None
     found = []
     for dp_rank in range(dp_size):
-        loader = Batches(run, metadata, dp_rank=dp_rank, dp_size=dp_size, device=torch.device("cpu"))
+        loader = BatchLoader(run, data, dp_rank=dp_rank, dp_size=dp_size, device=torch.device("cpu"))
         steps = range(run.training.steps) if step == -1 else [step]
         for each in steps:
             for batch in loader.validation() if each is None else loader.micro_batches(each):
@@ -105,10 +110,12 @@ def test_blend_of_one_folder_is_that_folder(project: Path) -> None:
 
 def test_record_of_a_blend_changes_with_any_of_its_parts(project: Path) -> None:
     """What a resumed run compares: another share or another text is another run."""
-    records = [
+    found = [
         check_data(_run(project, f"{share} {project / 'web'}", f"1 {project / other}")[0], Problems())
         for share, other in ((1, "books"), (2, "books"), (1, "code"))
     ]
+    records = [record for record in found if record is not None]
+    assert len(records) == 3
     assert all(record["tokenizer"] == records[0]["tokenizer"] for record in records)
     assert records[0]["splits"] != records[1]["splits"]
     assert records[0]["splits"] != records[2]["splits"]
@@ -132,7 +139,7 @@ def test_folders_with_different_tokenizers_are_refused(project: Path) -> None:
     other = project / "other"
     token_files.prepare(data_config(other, project / "code.jsonl"), 300, "run.yaml")
     run, problems = _run(project, f"1 {project / 'web'}", f"1 {other}")
-    assert check_data(run, problems) == {}
+    assert check_data(run, problems) is None
     (line,) = problems.lines
     assert f"data.blend = '{other}': allowed: folders that were prepared with one tokenizer" in line
     assert f"--directory {other} --tokenizer {project / 'web'}" in line
@@ -142,7 +149,7 @@ def test_every_mistake_in_a_blend_is_listed(project: Path) -> None:
     web, books = project / "web", project / "books"
     entries = [f"0 {web}", f"x {web}", "0.5", f"nan {web}", f"inf {web}", f"1 {web}", f"2 {web}/", f"1 {books}"]
     run, problems = _run(project, *entries, validation_sequences=100_000)
-    assert check_data(run, problems) == {}
+    assert check_data(run, problems) is None
     *mistakes, twice, first, second = problems.lines
     assert len(mistakes) == 5
     for line in mistakes:
@@ -154,13 +161,14 @@ def test_every_mistake_in_a_blend_is_listed(project: Path) -> None:
 
 def test_missing_folder_is_named_with_the_command_that_makes_it(project: Path) -> None:
     run, problems = _run(project, f"1 {project / 'web'}", f"1 {project / 'nowhere'}")
-    assert check_data(run, problems) == {}
+    assert check_data(run, problems) is None
     assert f"prepare_data.py --run {run.file} --directory {project / 'nowhere'}" in "\n".join(problems.lines)
 
 
 def test_share_that_is_not_drawn_is_an_error(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, _ = _run(project, f"9 {project / 'web'}", f"1 {project / 'books'}")
-    metadata = check_data(run, Problems())
+    data = check_data(run, Problems())
+    assert data is not None
     build = batches.BlendedMegatronDatasetBuilder.build
 
     def all_of_one(builder):
@@ -170,4 +178,50 @@ def test_share_that_is_not_drawn_is_an_error(project: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(batches.BlendedMegatronDatasetBuilder, "build", all_of_one)
     with pytest.raises(RuntimeError, match=r"web gives 48 of 48 samples, but its share is 0\.9"):
-        Batches(run, metadata, dp_rank=0, dp_size=1, device=torch.device("cpu"))
+        BatchLoader(run, data, dp_rank=0, dp_size=1, device=torch.device("cpu"))
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A project with data in one folder."""
+    return prepare_project(tmp_path)
+
+
+def test_prepared_data_must_fit_the_model_and_the_validation(small: Path) -> None:
+    model = small / "model.yaml"
+    model.write_text(model.read_text(encoding="utf-8").replace("vocab_size: 320", "vocab_size: 300"), encoding="utf-8")
+    run, problems = load_run(small / "run.yaml", overrides=["training.validation_sequences=100000"])
+    assert run is not None
+    check_data(run, problems)
+    vocabulary, sequences = problems.lines
+    assert "model.yaml: vocab_size = 300: allowed: at least 320" in vocabulary
+    assert "run.yaml: training.validation_sequences = 100000: allowed: at most" in sequences
+
+
+def test_batches_are_a_function_of_the_step_and_cover_each_sample_once(small: Path) -> None:
+    """Whatever the number of ranks, one optimizer step sees the same sequences, each once."""
+    run, _ = load(small)
+    assert run is not None
+    data = check_data(run, Problems())
+    assert data is not None
+
+    def rows(dp_size: int, step: int | None) -> list[tuple[int, ...]]:
+        found = []
+        for dp_rank in range(dp_size):
+            loader = BatchLoader(run, data, dp_rank=dp_rank, dp_size=dp_size, device=torch.device("cpu"))
+            for batch in loader.validation() if step is None else loader.micro_batches(step):
+                assert torch.equal(batch.tokens[:, 1:], batch.labels[:, :-1])
+                assert torch.equal(batch.position_ids[-1], torch.arange(run.shape.sequence_length))
+                found += [tuple(row) for row in batch.tokens.tolist()]
+        return sorted(found)
+
+    for step in (0, 5):
+        whole = rows(1, step)
+        assert len(whole) == run.training.global_batch_size
+        assert rows(2, step) == whole
+        assert rows(4, step) == whole
+    assert rows(1, 0) != rows(1, 5)
+    validation = rows(1, None)
+    assert len(validation) == run.training.validation_sequences
+    assert rows(2, None) == validation
+    assert rows(4, None) == validation
