@@ -49,10 +49,10 @@ class Monitor(Protocol):
 class Schedule(Protocol):
     """A learning rate schedule."""
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> Mapping[str, object]:
         """Its position."""
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Any) -> None:
         """Take a position."""
 
 
