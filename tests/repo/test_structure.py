@@ -21,7 +21,11 @@ SOURCES = sorted(
     for path in (ROOT / folder).rglob("*.py")
 )
 LONGEST = 400
-LONG_FOR_A_REASON = {"ds_blockwise/optimizers/base.py": "one class: its settings, what is bound to it, its step"}
+LONG_FOR_A_REASON = {
+    "ds_blockwise/optimizers/base.py": "one class: its settings, what is bound to it, its step",
+    "tests/hosts/deepspeed/test_checkpoint_guard.py": "the checks of one start of the ranks",
+    "tests/launch/test_token_files.py": "one set of prepared files, which all its tests compare with",
+}
 FULLEST = 12  # modules in a folder that a newcomer enters
 FULLEST_OF_TESTS = 22
 # what may be imported in a folder (or file) and below it, and nowhere else in ds_blockwise

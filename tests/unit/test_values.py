@@ -55,7 +55,7 @@ def test_numbers_inside_their_range() -> None:
         number("x", "auto", low=0.0)
 
 
-@pytest.mark.parametrize("value", [0, 1.0, True])
+@pytest.mark.parametrize("value", [0, 1.5, True, math.nan])
 def test_counts_are_whole_and_positive(value: object) -> None:
     with pytest.raises(ValueError, match=r"^x must be an integer >= 1, got "):
         as_count("x", value)
