@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ds_blockwise.atomic_files import replace_text
+from ds_blockwise.blocks.defaults import BLOCK_TYPE_COLOURS
 from ds_blockwise.runs.run_file import RunConfig
 from job.process_groups import Processes
 from job.trainer import TrainerState
