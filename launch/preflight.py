@@ -62,7 +62,7 @@ def collect_facts(options: argparse.Namespace, run: RunConfig | None, problems: 
         this_rank: This process.
     """
     compared = {("package", name): version for name, version in _versions().items()}
-    compared["code", "ds_blockwise, megatron_patch and launch"] = _code()
+    compared["code", "ds_blockwise, megatron_patch and launch"] = _code(Path(__file__).resolve().parent.parent)
     for name, value in vars(options).items():
         if name not in ("run", "deepspeed_config", "local_rank"):  # files are compared by their content
             compared["option", f"--{name.replace('_', '-')}"] = repr(value)
@@ -212,8 +212,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _code() -> str:
-    root = Path(__file__).resolve().parent.parent
+def _code(root: Path) -> str:
+    """Digest of this project's code: names and contents of its files, at any depth."""
     digest = hashlib.sha256()
     for path in sorted(p for folder in _CODE for p in (root / folder).rglob("*") if p.suffix in _CODE_SUFFIXES):
         digest.update(str(path.relative_to(root)).encode() + path.read_bytes())

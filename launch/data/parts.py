@@ -8,7 +8,6 @@ settings is never taken for this one.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -194,9 +193,13 @@ def _texts(part: tuple[Span, ...], text_key: str, skipped: list[str]) -> Iterato
             skipped.append(span.name)
 
 
-@functools.lru_cache(maxsize=1)  # a process works on many parts
+_TOKENIZERS: dict[str, Tokenizer] = {}  # by SHA-256: a process works on many parts
+
+
 def _loaded(tokenizer: TokenizerFile) -> Tokenizer:
-    return load(tokenizer.file)
+    if tokenizer.sha256 not in _TOKENIZERS:
+        _TOKENIZERS[tokenizer.sha256] = load(tokenizer.file)
+    return _TOKENIZERS[tokenizer.sha256]
 
 
 def publish(partial: Path, final: Path) -> None:

@@ -122,12 +122,14 @@ class HeartbeatMonitor:
 
     def _check_hosts(self) -> None:
         while not self._stopped.wait(self._limit / _BEATS):
-            now = time.monotonic()
-            lost = [i for i, (_, when) in self._last.items() if now - when > self._limit]
-            if now - self._reached > self._limit and self._mine != 0:
-                lost = [0]  # the store is on rank 0, so the other hosts' counters can't be read
-            if lost:
+            if lost := self._lost(time.monotonic()):
                 self._end([self._hosts[i] for i in lost])
+
+    def _lost(self, now: float) -> list[int]:
+        if now - self._reached > self._limit and self._mine != 0:
+            return [0]  # the store is on rank 0, so the other hosts' counters can't be read
+        # until the last answer only: without the store every counter stands still, whoever is lost
+        return [i for i, (_, when) in self._last.items() if self._reached - when > self._limit]
 
     def _end(self, lost: list[Host]) -> None:
         mine = self._hosts[self._mine or 0]

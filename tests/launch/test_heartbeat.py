@@ -62,6 +62,20 @@ def test_a_silent_host_is_named_and_the_job_ends(tmp_path: Path, gone: int) -> N
         ranks.kill()
 
 
+def test_without_the_store_only_its_host_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 has stopped: the counter of the third host, read a beat earlier, stands still as well."""
+    monkeypatch.setenv("LAUNCH_SILENCE_SECONDS", "6")
+    hosts = [rendezvous.Host(f"node{rank + 1}", (rank,), ()) for rank in range(3)]
+    monitor = heartbeat.HeartbeatMonitor(rendezvous.RankInfo(1, 3, 0, 1, "node2"), hosts, dist.HashStore())
+    monitor._reached = 101.0
+    monitor._last = {0: ("9", 101.0), 2: ("8", 100.0)}
+    assert monitor._lost(106.5) == []
+    assert monitor._lost(107.5) == [0]
+    monitor._reached = 107.0  # the store answers, and the third host has been silent for 7 s
+    monitor._last[0] = ("10", 107.0)
+    assert monitor._lost(107.5) == [2]
+
+
 def test_one_rank_speaks_for_its_host(tmp_path: Path) -> None:
     ranks = _start(tmp_path, {}, world_size=4, per_host=2)
     try:

@@ -78,6 +78,34 @@ def test_other_versions_and_other_code_are_named(hosts: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "name",
+    [
+        "launch/preflight.py",
+        "launch/cluster/slurm.sbatch",
+        "ds_blockwise/kernels/cpp/a.h",
+        "ds_blockwise/hosts/x/y/z.py",
+    ],
+)
+def test_code_is_compared_in_every_folder(name: str, tmp_path: Path) -> None:
+    for each in (
+        "launch/a.py",
+        "megatron_patch/b.py",
+        "ds_blockwise/c.py",
+        "docs/d.md",
+        "ds_blockwise/notes.txt",
+        name,
+    ):
+        path = tmp_path / each
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("first", encoding="utf-8")
+    before = preflight._code(tmp_path)
+    (tmp_path / "ds_blockwise" / "notes.txt").write_text("no code", encoding="utf-8")
+    assert preflight._code(tmp_path) == before
+    (tmp_path / name).write_text("other", encoding="utf-8")
+    assert preflight._code(tmp_path) != before
+
+
+@pytest.mark.parametrize(
     ("name", "says"),
     [("run.yaml", "run file run.yaml"), ("model.yaml", "model file model.yaml"), ("mini.json", "JSON")],
 )
