@@ -25,7 +25,7 @@ from data.documents import NotText, Span, documents
 from data.index_file import Integers, TokenType, token_type
 from data.metadata import SPLITS, token_files_of
 from data.tokenizer import TokenizerFile, load
-from ds_blockwise.atomic_files import replace_text, sha256_of, sync
+from ds_blockwise.atomic_files import replace_file, replace_text, sha256_of
 
 CountDone = Callable[[int, int, int], None]  # told documents, bytes of text and tokens as they are done
 
@@ -146,7 +146,7 @@ class _SplitWriter:
         if self._first is not None:
             entry["first"] = self._first
         for path, final in zip((tokens, index), token_files_of(self._prefix), strict=True):
-            publish(path, final)
+            replace_file(path, final)
         return entry
 
 
@@ -200,9 +200,3 @@ def _loaded(tokenizer: TokenizerFile) -> Tokenizer:
     if tokenizer.sha256 not in _TOKENIZERS:
         _TOKENIZERS[tokenizer.sha256] = load(tokenizer.file)
     return _TOKENIZERS[tokenizer.sha256]
-
-
-def publish(partial: Path, final: Path) -> None:
-    """Give a file its name once its bytes are on the disk: also after a power cut, a name means a whole file."""
-    sync(partial)
-    partial.replace(final)

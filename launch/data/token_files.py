@@ -35,7 +35,7 @@ from data.metadata import (
     token_files_of,
     token_prefix,
 )
-from data.parts import PartRecord, PartSettings, publish, read_if_intact, read_record
+from data.parts import PartRecord, PartSettings, read_if_intact, read_record
 from data.pool import write_parts
 from data.tokenizer import (
     TOKENIZER_CONFIG,
@@ -45,7 +45,7 @@ from data.tokenizer import (
     read_tokenizer,
     write_tokenizer,
 )
-from ds_blockwise.atomic_files import replace_text, sha256_of
+from ds_blockwise.atomic_files import replace_file, replace_text, sha256_of
 from ds_blockwise.runs.run_file import DataConfig
 from ds_blockwise.runs.strict_files import Problems
 
@@ -131,7 +131,7 @@ def prepare(
         }
         for name in (TOKENIZER, TOKENIZER_CONFIG):
             shutil.copyfile(folder / name, directory / f"{name}.partial")
-            publish(directory / f"{name}.partial", directory / name)
+            replace_file(directory / f"{name}.partial", directory / name)
         _raise_if_damaged(find_damage(directory, metadata, every_token=False))
         if not tokenizer.exact:
             logger.info("%s changes text (normalizer, spaces): the decoded text is not compared", data.tokenizer)
@@ -323,8 +323,8 @@ def _join(
             if own.hexdigest() != entry["bin_sha256"]:
                 raise ValueError(f"{path} has changed since it was written; start the same command again")
     join_indices(partial_index, [path for (_, path), _ in parts], settings.dtype)
-    publish(partial_tokens, tokens)
-    publish(partial_index, index)
+    replace_file(partial_tokens, tokens)
+    replace_file(partial_index, index)
     return {
         "documents": sum(entry["documents"] for _, entry in parts),
         "characters": sum(entry["characters"] for _, entry in parts),
