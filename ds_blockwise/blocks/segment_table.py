@@ -255,9 +255,10 @@ class _SlotBuilder:
         if self.same_windows and placement.shard is not None and placement.shard.dim != spec.axis:
             # the tensor-parallel peers hold other columns of exactly these rows, so no other rank needs the sums
             over_tp &= slot_of.keys()
-        elif placement.cuts:
+        elif placement.cuts or not self.same_windows:
             # The local parts of a block cut by tensor parallelism may lie on different data-parallel ranks of the
             # tensor-parallel peers, so every rank must know the whole data-parallel sum before the second reduction.
+            # Without cuts this happens only if the windows differ: a peer's part then lies in another rank's window.
             over_dp |= over_tp
         if not over_dp and not over_tp:
             return

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The block report: blocks and state bytes counted by hand on a small attention layer with grouped queries."""
+
+import json
+
+import pytest
+from torch import nn
+
+from ds_blockwise import block_report, tag_parameters
+from ds_blockwise.tagging.report import ReportRow
+
+
+class Attention(nn.Module):
+    """4 query heads and 2 key and value heads of 2 rows, hidden size 3."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.num_key_value_heads, self.head_dim = 4, 2, 2
+        self.q_proj, self.k_proj = nn.Linear(3, 8, bias=False), nn.Linear(3, 4, bias=False)
+        self.v_proj, self.o_proj = nn.Linear(3, 4), nn.Linear(8, 3, bias=False)
+
+
+def model():
+    return nn.ModuleDict({"self_attn": Attention(), "norm": nn.RMSNorm(3)})
+
+
+ROWS = [  # name, shape, role, type, multiplier, granularity, blocks, elements
+    ("self_attn.q_proj.weight", (8, 3), "query", "qk", 8, "head", 4, 24),
+    ("self_attn.k_proj.weight", (4, 3), "key", "qk", 8, "head", 2, 12),
+    ("self_attn.v_proj.weight", (4, 3), "value", "vo", 4, "row", 4, 12),
+    ("self_attn.v_proj.bias", (4,), "value bias", "vo", 4, "element", 4, 4),
+    ("self_attn.o_proj.weight", (3, 8), "attn_out", "vo", 4, "row", 3, 24),
+    ("norm.weight", (3,), "norm", "norm", 1, "element", 3, 3),
+]
+
+
+def test_rows_and_totals():
+    """fp32 momentum for each element and one fp32 value for each block, beside the two of AdamW."""
+    report = tag_parameters(model())
+    assert list(report.rows) == [
+        ReportRow(fqn, shape, role, kind, rate, 1.0, cut, blocks, numel, 4 * (numel + blocks))
+        for fqn, shape, role, kind, rate, cut, blocks, numel in ROWS
+    ]
+    assert report.totals == {
+        "parameters": 79,
+        "num_blocks": 20,
+        "adam_mini_state_bytes": 4 * 99,
+        "adam_mini_state_bytes_per_parameter": 4 * 99 / 79,
+        "adamw_state_bytes": 8 * 79,
+        "adamw_state_bytes_per_parameter": 8,
+    }
+
+
+def test_the_table_and_the_json_say_the_same():
+    """One is for people, the other for scripts."""
+    report = tag_parameters(model(), lr_multipliers={"auto": {}, "vo": 3})
+    lines = str(report).splitlines()
+    assert len(lines) == 2 + len(ROWS) + 1 and lines[-1].startswith("total: 79 parameters, 20 blocks; ")
+    assert lines[2].split() == ["self_attn.q_proj.weight", "8x3", "query", "qk", "auto", "1", "head", "4", "112"]
+    assert "396 bytes (5.013 per parameter), of AdamW 632 (8.000)" in lines[-1]
+    found = json.loads(json.dumps(report.to_dict()))
+    assert [row["is_measured"] for row in found["parameters"]] == [True, True, False, False, False, True]
+    assert found["totals"] == report.totals
+
+
+def test_a_fused_weight_has_a_row_for_each_role():
+    """A role that recurs in every query group is one row; a block of the whole role counts once."""
+    fused = nn.Module()
+    fused.qkv = nn.Linear(3, 16, bias=False)
+    rule = {"match": "qkv", "role": "qkv", "layout": "grouped", "num_heads": 4, "num_kv_heads": 2}
+    report = tag_parameters(fused, rules=[rule], granularity={"value": "tensor"})
+    assert [(r.role, r.num_blocks, r.numel) for r in report.rows] == [
+        ("query", 4, 24),
+        ("key", 2, 12),
+        ("value", 1, 12),
+    ]
+
+
+def test_a_model_without_tags_is_an_error_and_frozen_parameters_are_left_out():
+    """A report that skipped parameters would show a smaller model."""
+    untagged = model()
+    untagged["self_attn"].requires_grad_(False)
+    with pytest.raises(ValueError, match=r"'norm.weight' of shape \(3,\) is not tagged.*tag_parameters\(model\)"):
+        block_report(untagged)
+    assert [row.fqn for row in tag_parameters(untagged).rows] == ["norm.weight"]
