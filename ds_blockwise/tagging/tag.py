@@ -65,10 +65,11 @@ def tag_with_settings(
     names: Mapping[torch.Tensor, str] | None = None,
     *,
     is_stage: bool = False,
+    by_host: bool = False,
 ) -> None:
-    """Set the tags that `read_tags` finds, which has the same arguments and errors."""
+    """Set the tags that `read_tags` finds, which has the same arguments and errors; ``by_host``: see `set_tags`."""
     for param, spec, shard in read_tags(model, block_settings, names, is_stage=is_stage):
-        set_tags(param, spec, shard)
+        set_tags(param, spec, shard, by_host=by_host)
 
 
 def read_tags(
