@@ -39,6 +39,12 @@ def tags_of(tensor: torch.Tensor) -> TaggedParameter | None:
     return tensor if is_tagged(tensor) else None
 
 
+def shard_of(tagged: TaggedParameter) -> TensorShard | None:
+    """What this tensor-parallel rank holds; None also where somebody copied ``block_spec`` alone to a tensor."""
+    shard: TensorShard | None = getattr(tagged, "block_shard", None)
+    return shard
+
+
 def as_tagged(tensor: object) -> TaggedParameter:
     """The tensor, which must have been tagged by now; setting an attribute sets the tensor's."""
     assert is_tagged(tensor), "the tensor has not been tagged"

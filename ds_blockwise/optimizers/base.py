@@ -21,7 +21,7 @@ from torch.optim.optimizer import ParamsT
 from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.segment_table import Placement, SegmentTable, whole_placement
 from ds_blockwise.blocks.spec import BlockSpec, apply_settings
-from ds_blockwise.blocks.tagged_parameter import is_tagged_by_host, tags_of
+from ds_blockwise.blocks.tagged_parameter import is_tagged_by_host, shard_of, tags_of
 from ds_blockwise.checkpoint.record import differences, settings_of
 from ds_blockwise.checkpoint.record_types import Record
 from ds_blockwise.kernels.base import Item, Kernels, StepState, wide_dtype
@@ -220,7 +220,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         tags = tags_of(tensor)
         if tags is None:
             return None
-        spec, shard = self.spec_of(tags.block_spec), tags.block_shard
+        spec, shard = self.spec_of(tags.block_spec), shard_of(tags)
         if shard is not None and len(shard.chunks) > 1:
             raise ValueError(
                 f"parameter {spec.fqn!r} is split over {len(shard.chunks)} tensor-parallel ranks, but no host has "
@@ -234,7 +234,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         if found is not None:
             return found.table.placements
         tags = tags_of(tensor)
-        return None if tags is None else (whole_placement(self.spec_of(tags.block_spec), tags.block_shard),)
+        return None if tags is None else (whole_placement(self.spec_of(tags.block_spec), shard_of(tags)),)
 
     def backend_of(self, tensor: torch.Tensor) -> str | None:
         """Name of the backend that steps a tensor; None if the tensor is unknown."""

@@ -269,6 +269,20 @@ def test_settings_of_an_earlier_optimizer_in_a_hosts_tags_are_not_taken_over(cls
 
 
 @BOTH
+def test_a_copied_block_spec_is_enough_for_a_whole_tensor(cls):
+    """Whoever replaces a parameter copies its tags; ``block_shard`` says something under tensor parallelism only."""
+    tagged = tiny().lm_head.weight
+    copy = nn.Parameter(tagged.detach().clone())
+    copy.block_spec = tagged.block_spec
+    optimizers = [cls([param], lr=1e-3) for param in (tagged, copy)]
+    for param, optimizer in zip((tagged, copy), optimizers, strict=True):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    assert torch.equal(tagged, copy)
+    assert optimizers[0].state_dict()["ds_blockwise"] == optimizers[1].state_dict()["ds_blockwise"]
+
+
+@BOTH
 def test_two_runs_are_bitwise_equal(cls):
     """Determinism: no atomics, no order that depends on timing."""
     model, other = tiny(), tiny()
