@@ -21,7 +21,7 @@ from torch.optim.optimizer import ParamsT
 from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.segment_table import Placement, SegmentTable, whole_placement
 from ds_blockwise.blocks.spec import BlockSpec, apply_settings
-from ds_blockwise.blocks.tagged_parameter import tags_of
+from ds_blockwise.blocks.tagged_parameter import is_tagged_by_host, shard_of, tags_of
 from ds_blockwise.checkpoint.record import differences, settings_of
 from ds_blockwise.checkpoint.record_types import Record
 from ds_blockwise.kernels.base import Item, Kernels, StepState, wide_dtype
@@ -108,11 +108,16 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         self.overflow = False  # DeepSpeed reads it after each step, counts the skipped one and holds the schedule
 
     def _settings_of_tags(self) -> BlockSettings:
-        """The settings that were given to ``tag_parameters``; they are passed on to an optimizer without its own."""
-        tensors = (tensor for group in self.param_groups for tensor in group["params"])
-        tagged = [tags for tensor in tensors if (tags := tags_of(tensor)) is not None]
-        given = [tags.block_spec.block_settings for tags in tagged if not tags.block_spec.block_settings.is_default]
-        return given[0] if given and all(settings == given[0] for settings in given) else self.block_settings
+        """The settings that were given to ``tag_parameters``; they are passed on to an optimizer without its own.
+
+        Not those of an earlier optimizer, with which a host tagged the same model. Parameters that were tagged with
+        different settings keep theirs.
+        """
+        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
+        given = [tags.block_spec.block_settings for tensor in tensors if (tags := tags_of(tensor)) is not None]
+        if not given or any(is_tagged_by_host(tensor) for tensor in tensors):
+            return self.block_settings
+        return given[0] if all(settings == given[0] for settings in given) else self.block_settings
 
     @property
     def shares_second_moment(self) -> bool:
@@ -215,7 +220,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         tags = tags_of(tensor)
         if tags is None:
             return None
-        spec, shard = self.spec_of(tags.block_spec), tags.block_shard
+        spec, shard = self.spec_of(tags.block_spec), shard_of(tags)
         if shard is not None and len(shard.chunks) > 1:
             raise ValueError(
                 f"parameter {spec.fqn!r} is split over {len(shard.chunks)} tensor-parallel ranks, but no host has "
@@ -229,7 +234,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         if found is not None:
             return found.table.placements
         tags = tags_of(tensor)
-        return None if tags is None else (whole_placement(self.spec_of(tags.block_spec), tags.block_shard),)
+        return None if tags is None else (whole_placement(self.spec_of(tags.block_spec), shard_of(tags)),)
 
     def backend_of(self, tensor: torch.Tensor) -> str | None:
         """Name of the backend that steps a tensor; None if the tensor is unknown."""

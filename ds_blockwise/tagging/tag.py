@@ -43,7 +43,8 @@ def tag_parameters(
 
     Args:
         model: any module; its trainable parameters may be on the meta device or ZeRO-3 placeholders.
-        lr_multipliers: per block type or role, or ``"auto"``; see `BlockwiseAdamW`, which must then be given it too.
+        lr_multipliers: per block type or role, or ``"auto"``; see `BlockwiseAdamW`. An optimizer that is built later
+            and has no settings of its own takes these over, and so all below.
         rules: list of ``{"match": regex, ...}`` for single parameters.
         granularity: per block type, role or ``"bias"``; or ``"published"``, see `BlockwiseAdamMini`.
         weight_decay_multipliers: per block type or role.
@@ -65,10 +66,11 @@ def tag_with_settings(
     names: Mapping[torch.Tensor, str] | None = None,
     *,
     is_stage: bool = False,
+    by_host: bool = False,
 ) -> None:
-    """Set the tags that `read_tags` finds, which has the same arguments and errors."""
+    """Set the tags that `read_tags` finds, which has the same arguments and errors; ``by_host``: see `set_tags`."""
     for param, spec, shard in read_tags(model, block_settings, names, is_stage=is_stage):
-        set_tags(param, spec, shard)
+        set_tags(param, spec, shard, by_host=by_host)
 
 
 def read_tags(

@@ -23,7 +23,7 @@ from torch import nn
 from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.roles import Role
 from ds_blockwise.blocks.segment_table import whole_placement
-from ds_blockwise.blocks.tagged_parameter import tags_of
+from ds_blockwise.blocks.tagged_parameter import shard_of, tags_of
 from ds_blockwise.tagging.module_reader import READERS
 from ds_blockwise.tagging.names import match_name
 from ds_blockwise.tagging.tag import ParameterTags, read_tags
@@ -194,7 +194,7 @@ def _may_be_attention(fqn: str) -> bool:
 def _tags(model: nn.Module, rules: Iterable[Mapping[str, object]] | None) -> list[ParameterTags]:
     """The tags of the trainable parameters: those that they carry, or those that ``rules`` would give them."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    carried = [(p, t.block_spec, t.block_shard) for p in trainable if (t := tags_of(p)) is not None]
+    carried = [(p, t.block_spec, shard_of(t)) for p in trainable if (t := tags_of(p)) is not None]
     if rules is None and len(carried) == len(trainable):
         return carried
     return read_tags(model, BlockSettings.parse(rules=rules))

@@ -127,7 +127,8 @@ def _tagged(engine: Engine, optimizer: BlockwiseOptimizer) -> list[nn.Parameter]
     params = [p for p in module.parameters() if p.requires_grad]
     tagged = [p for p in params if is_tagged(p)]
     if not tagged or module in _TAGGED_HERE:
-        tag_with_settings(module, optimizer.block_settings, engine.param_names, is_stage=is_staged(engine))
+        settings, names = optimizer.block_settings, engine.param_names
+        tag_with_settings(module, settings, names, is_stage=is_staged(engine), by_host=True)
         _TAGGED_HERE.add(module)
     elif len(tagged) < len(params):
         missing = next(engine.param_names.get(p) for p in params if not is_tagged(p))

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from ds_blockwise import BlockwiseAdamMini, BlockwiseAdamW, tag_parameters
+from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.optimizers import adam_mini
 from ds_blockwise.optimizers.registry import OPTIMIZERS
+from ds_blockwise.tagging.tag import tag_with_settings
 
 BOTH = pytest.mark.parametrize("cls", OPTIMIZERS.values())
 
@@ -243,6 +245,41 @@ def test_tied_weights_are_updated_once(cls):
         optimizer.step()
     assert torch.equal(tied.embed_tokens.weight, plain.embed_tokens.weight)
     assert optimizer.step_calls == 1
+
+
+@BOTH
+def test_models_with_different_tags_keep_their_own_settings_under_one_optimizer(cls):
+    """The settings of one model must not reach the blocks of another that was tagged without any."""
+    ruled, plain = tiny(), tiny()
+    tag_parameters(ruled, lr_multipliers={"head": 3})
+    optimizer = cls([*ruled.parameters(), *plain.parameters()], lr=1e-3)
+    for param in (*ruled.parameters(), *plain.parameters()):
+        (placement,) = optimizer.placements_in(param)
+        assert placement.spec is param.block_spec
+
+
+@BOTH
+def test_settings_of_an_earlier_optimizer_in_a_hosts_tags_are_not_taken_over(cls):
+    """A host tags with its optimizer's settings; the next optimizer of that model has its own, or the defaults."""
+    model = tiny()
+    tag_with_settings(model, BlockSettings.parse({"head": 3}), by_host=True)
+    assert cls(model.parameters()).block_settings.is_default
+    tag_parameters(model, lr_multipliers={"head": 3})
+    assert cls(model.parameters()).block_settings.lr_multipliers == {"head": 3.0}
+
+
+@BOTH
+def test_a_copied_block_spec_is_enough_for_a_whole_tensor(cls):
+    """Whoever replaces a parameter copies its tags; ``block_shard`` says something under tensor parallelism only."""
+    tagged = tiny().lm_head.weight
+    copy = nn.Parameter(tagged.detach().clone())
+    copy.block_spec = tagged.block_spec
+    optimizers = [cls([param], lr=1e-3) for param in (tagged, copy)]
+    for param, optimizer in zip((tagged, copy), optimizers, strict=True):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    assert torch.equal(tagged, copy)
+    assert optimizers[0].state_dict()["ds_blockwise"] == optimizers[1].state_dict()["ds_blockwise"]
 
 
 @BOTH
