@@ -13,45 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ds_blockwise.atomic_files import replace_text, sha256_of, sync
-from ds_blockwise.checkpoint.manifest import (
-    FORMAT,
-    MANIFEST,
-    CheckpointError,
-    files_in,
-    listed_files,
-    read_manifest,
-    sums_of,
-    verify,
-    write_manifest,
-)
-
-__all__ = [
-    "FORMAT",
-    "LATEST",
-    "LATEST_UNIVERSAL",
-    "MANIFEST",
-    "PARTIAL",
-    "REPLACED",
-    "Checkpoint",
-    "CheckpointError",
-    "files_in",
-    "listed_files",
-    "newest_complete",
-    "open_checkpoint",
-    "partial_folders",
-    "publish",
-    "read_manifest",
-    "remove_checkpoint",
-    "remove_unfinished",
-    "resolve_tag",
-    "sha256_of",
-    "start_partial",
-    "sums_of",
-    "verify",
-    "write_latest",
-    "write_manifest",
-]
+from ds_blockwise.atomic_files import replace_text, sync
+from ds_blockwise.checkpoint.manifest import CheckpointError, files_in, read_manifest, verify
 
 LATEST = "latest"
 LATEST_UNIVERSAL = "latest_universal"

@@ -12,16 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ds_blockwise.checkpoint.folder import (
-    LATEST_UNIVERSAL,
-    MANIFEST,
-    Checkpoint,
-    CheckpointError,
-    open_checkpoint,
-    partial_folders,
-    resolve_tag,
-    verify,
-)
+from ds_blockwise.checkpoint.folder import LATEST_UNIVERSAL, Checkpoint, open_checkpoint, partial_folders, resolve_tag
+from ds_blockwise.checkpoint.manifest import MANIFEST, CheckpointError, verify
 from ds_blockwise.checkpoint.portable import INDEX, KINDS, Portable, save_portable
 
 UNIVERSAL = "zero"  # the folder in which DeepSpeed's universal checkpoints keep one folder per parameter

@@ -21,15 +21,8 @@ import torch
 from ds_blockwise.blocks.ranges import TensorShard
 from ds_blockwise.blocks.segment_table import SegmentTable, build_table, whole_placement
 from ds_blockwise.blocks.spec import BlockSpec
-from ds_blockwise.checkpoint.folder import (
-    CheckpointError,
-    files_in,
-    publish,
-    start_partial,
-    sums_of,
-    write_latest,
-    write_manifest,
-)
+from ds_blockwise.checkpoint.folder import publish, start_partial, write_latest
+from ds_blockwise.checkpoint.manifest import CheckpointError, files_in, sums_of, write_manifest
 from ds_blockwise.checkpoint.record import spec_of
 from ds_blockwise.kernels.update import block_sums
 

@@ -11,8 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from ds_blockwise.atomic_files import sha256_of
 from ds_blockwise.checkpoint import folder as files
-from ds_blockwise.checkpoint.folder import CheckpointError
+from ds_blockwise.checkpoint.manifest import (
+    MANIFEST,
+    CheckpointError,
+    files_in,
+    listed_files,
+    read_manifest,
+    sums_of,
+    verify,
+    write_manifest,
+)
 
 TOPOLOGY = {"world_size": 2, "dp": 2}
 
@@ -22,10 +32,8 @@ def save(folder: Path, tag: str, steps: int, *, latest: bool = True, publish: bo
     (partial / "deep").mkdir()
     torch.save({"weight": torch.arange(100.0) + steps}, partial / "mp_rank_00_model_states.pt")
     (partial / "deep" / "note.txt").write_text(f"step {steps}", encoding="utf-8")
-    sums = files.sums_of(partial, files.files_in(partial))
-    files.write_manifest(
-        partial, kind="deepspeed", tag=tag, global_steps=steps, topology=TOPOLOGY, settings=None, files=sums
-    )
+    sums = sums_of(partial, files_in(partial))
+    write_manifest(partial, kind="deepspeed", tag=tag, global_steps=steps, topology=TOPOLOGY, settings=None, files=sums)
     if not publish:
         return partial
     final = files.publish(partial)
@@ -59,8 +67,8 @@ def test_a_saved_checkpoint_is_found_and_whole(tmp_path: Path) -> None:
     assert found.manifest is not None
     assert found.manifest["topology"] == TOPOLOGY
     assert sorted(found.manifest["files"]) == ["deep/note.txt", "mp_rank_00_model_states.pt"]
-    assert files.listed_files(final) == ["mp_rank_00_model_states.pt", "deep/note.txt"]  # the largest first
-    assert files.verify(final) == []
+    assert listed_files(final) == ["mp_rank_00_model_states.pt", "deep/note.txt"]  # the largest first
+    assert verify(final) == []
     assert (tmp_path / "latest").read_text(encoding="utf-8") == "step_2"
     assert {p.name for p in tmp_path.iterdir()} == {"step_2", "latest"}
 
@@ -71,25 +79,25 @@ def test_every_kind_of_damage_is_named(tmp_path: Path) -> None:
     weights, note = final / "mp_rank_00_model_states.pt", final / "deep" / "note.txt"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1])
-    (problem,) = files.verify(final)
+    (problem,) = verify(final)
     assert problem.startswith("mp_rank_00_model_states.pt: ")
     assert f"{len(whole) - 1} bytes instead of {len(whole)}" in problem
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1
     weights.write_bytes(flipped)
-    (problem,) = files.verify(final)
+    (problem,) = verify(final)
     assert "contents have changed" in problem
-    assert files.verify(final, contents=False) == []
-    assert files.verify(final, ["deep/note.txt"]) == []
+    assert verify(final, contents=False) == []
+    assert verify(final, ["deep/note.txt"]) == []
     note.unlink()
-    assert files.verify(final, ["deep/note.txt"]) == ["deep/note.txt: missing"]
-    assert len(files.verify(final)) == 2
+    assert verify(final, ["deep/note.txt"]) == ["deep/note.txt: missing"]
+    assert len(verify(final)) == 2
 
 
 @pytest.mark.parametrize("damage", ["cut", "bit", "format", "list"])
 def test_a_damaged_manifest_is_an_error_of_its_own(tmp_path: Path, damage: str) -> None:
     final = save(tmp_path, "step_2", 2)
-    path = final / files.MANIFEST
+    path = final / MANIFEST
     text = path.read_text(encoding="utf-8")
     changed = {
         "cut": text[: len(text) // 2],
@@ -100,7 +108,7 @@ def test_a_damaged_manifest_is_an_error_of_its_own(tmp_path: Path, damage: str) 
     assert changed != text
     path.write_text(changed, encoding="utf-8")
     expected = "reads format 1" if damage == "format" else "Restore the file from a copy"
-    for use in (files.read_manifest, files.verify, files.open_checkpoint):
+    for use in (read_manifest, verify, files.open_checkpoint):
         with pytest.raises(CheckpointError, match=expected) as caught:
             use(final)
         assert str(path) in str(caught.value)
@@ -176,7 +184,7 @@ def test_a_tag_saved_again_replaces_the_old_one(tmp_path: Path) -> None:
     save(tmp_path, "best", 1)
     final = save(tmp_path, "best", 2)
     assert files.open_checkpoint(final).global_steps == 2
-    assert files.verify(final) == []
+    assert verify(final) == []
     (tmp_path / "best.replaced").mkdir()  # killed before it was deleted
     assert [p.name for p in files.partial_folders(tmp_path)] == ["best.replaced"]
     save(tmp_path, "best", 3)
@@ -205,10 +213,10 @@ def test_checkpoints_without_a_manifest(tmp_path: Path) -> None:
     assert newest.tag == "ours"
     path = old / "mp_rank_00_model_states.pt"
     whole = path.read_bytes()
-    assert files.verify(old) == []
+    assert verify(old) == []
     for content, expected in ((whole[: len(whole) // 2], "cut off"), (b"", "empty")):
         path.write_bytes(content)
-        (problem,) = files.verify(old)
+        (problem,) = verify(old)
         assert problem == f"mp_rank_00_model_states.pt: {expected}"
     (tmp_path / "no_model_states").mkdir()
     assert files._complete(tmp_path / "no_model_states") is None
@@ -225,7 +233,7 @@ def test_a_flipped_bit_in_a_file_without_manifest_is_noticed_or_harmless(tmp_pat
         flipped = bytearray(whole)
         flipped[generator.randrange(len(whole))] ^= 1 << generator.randrange(8)
         path.write_bytes(flipped)
-        if files.verify(path.parent, [path.name]):
+        if verify(path.parent, [path.name]):
             noticed += 1
             continue
         try:
@@ -250,8 +258,8 @@ def test_writing_leaves_nothing_half_done_on_a_full_disk(tmp_path: Path, monkeyp
 
 def test_the_manifest_is_plain_json(tmp_path: Path) -> None:
     final = save(tmp_path, "step_2", 2)
-    manifest = json.loads((final / files.MANIFEST).read_text(encoding="utf-8"))
+    manifest = json.loads((final / MANIFEST).read_text(encoding="utf-8"))
     assert manifest["files"]["deep/note.txt"] == {
         "bytes": len("step 2"),
-        "sha256": files.sha256_of(final / "deep" / "note.txt"),
+        "sha256": sha256_of(final / "deep" / "note.txt"),
     }

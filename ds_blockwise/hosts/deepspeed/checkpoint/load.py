@@ -16,7 +16,8 @@ from typing import Any
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from ds_blockwise.checkpoint import folder as files
-from ds_blockwise.checkpoint.folder import Checkpoint, CheckpointError
+from ds_blockwise.checkpoint.folder import Checkpoint
+from ds_blockwise.checkpoint.manifest import CheckpointError, listed_files, verify
 from ds_blockwise.checkpoint.record import KEY, differences, settings_of
 from ds_blockwise.hosts.deepspeed.checkpoint.load_portable import load_portable
 from ds_blockwise.hosts.deepspeed.checkpoint.save import load_rank_state, save_checkpoint
@@ -112,7 +113,7 @@ def _find(engine: Engine, folder: Path, tag: str | None) -> Checkpoint | None:
     if leads(engine):
         try:
             found = files.resolve_tag(folder, tag)
-            said = (found, [] if found is None else files.listed_files(found.folder), None)
+            said = (found, [] if found is None else listed_files(found.folder), None)
         except (CheckpointError, OSError) as error:
             said = (None, [], str(error))
     gathered: list[_Found | None] = gather(said)
@@ -140,7 +141,7 @@ def _verify(engine: Engine, checkpoint: Checkpoint, names: list[str]) -> None:
     peers = [rank for rank, node in enumerate(gather(node_of(engine))) if node == node_of(engine)]
     mine = names[peers.index(engine.global_rank) :: len(peers)]
     try:
-        problems = files.verify(checkpoint.folder, mine)
+        problems = verify(checkpoint.folder, mine)
         if checkpoint.manifest is None:
             problems += _absent(engine, checkpoint)
     except (CheckpointError, OSError) as error:

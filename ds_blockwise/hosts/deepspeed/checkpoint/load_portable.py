@@ -20,7 +20,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
-from ds_blockwise.checkpoint.folder import CheckpointError
+from ds_blockwise.checkpoint.manifest import CheckpointError
 from ds_blockwise.checkpoint.portable import Portable
 from ds_blockwise.checkpoint.record import KEY
 from ds_blockwise.hosts.deepspeed.engine import Engine, Loaded, Wrapper, ZeroStage3, is_partitioned, whole_numel

@@ -19,7 +19,7 @@ import torch
 
 from ds_blockwise.blocks.segment_table import Placement, build_table
 from ds_blockwise.blocks.spec import BlockSpec
-from ds_blockwise.checkpoint.folder import CheckpointError, read_manifest
+from ds_blockwise.checkpoint.manifest import CheckpointError, read_manifest
 from ds_blockwise.checkpoint.portable import TRAINED, per_block, whole_of
 from ds_blockwise.checkpoint.record import PER_BLOCK_KEY, numel_of, placements_of, record_in, spec_of
 from ds_blockwise.hosts.deepspeed.checkpoint.tag_folder import ModelFile, TagFolder, foreign_globals, load_file

@@ -36,7 +36,8 @@ import torch.distributed as dist
 from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
 
 from ds_blockwise.checkpoint import folder as files
-from ds_blockwise.checkpoint.folder import PARTIAL, CheckpointError
+from ds_blockwise.checkpoint.folder import PARTIAL
+from ds_blockwise.checkpoint.manifest import CheckpointError, files_in, sums_of, write_manifest
 from ds_blockwise.checkpoint.record import KEY, settings_of
 from ds_blockwise.hosts.deepspeed.checkpoint.topology import Topology, leads, node_of, topology_of
 from ds_blockwise.hosts.deepspeed.checkpoint.universal import universal_checkpoint_info
@@ -313,11 +314,11 @@ class _Save:
         names = self.written - earlier
         if self.leads:  # files that DeepSpeed wrote by other ways than its checkpoint engine
             claimed = set().union(*(written for node, written in said if node == said[rank][0]))
-            names = names | (set(files.files_in(self.partial)) - claimed)
-        self.sums = files.sums_of(self.partial, sorted(names))
+            names = names | (set(files_in(self.partial)) - claimed)
+        self.sums = sums_of(self.partial, sorted(names))
 
     def _publish(self, own: OwnEntry, sums: dict[str, dict[str, object]]) -> None:
-        files.write_manifest(
+        write_manifest(
             self.partial,
             kind="deepspeed",
             tag=self.tag,

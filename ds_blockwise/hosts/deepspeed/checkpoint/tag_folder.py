@@ -19,7 +19,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from ds_blockwise.checkpoint.folder import CheckpointError
+from ds_blockwise.checkpoint.manifest import CheckpointError
 
 logger = logging.getLogger(__name__)
 
