@@ -11,10 +11,9 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ds_blockwise.atomic_files import replace_text, sync
-from ds_blockwise.checkpoint.manifest import CheckpointError, files_in, read_manifest, verify
+from ds_blockwise.checkpoint.manifest import CheckpointError, Manifest, files_in, read_manifest, verify
 
 LATEST = "latest"
 LATEST_UNIVERSAL = "latest_universal"
@@ -33,7 +32,7 @@ class Checkpoint:
     """
 
     folder: Path
-    manifest: dict[str, Any] | None
+    manifest: Manifest | None
     notes: tuple[str, ...] = ()
 
     @property
@@ -44,12 +43,12 @@ class Checkpoint:
     @property
     def kind(self) -> str:
         """``deepspeed`` or ``portable``; a checkpoint without a manifest is DeepSpeed's."""
-        return "deepspeed" if self.manifest is None else str(self.manifest["kind"])
+        return "deepspeed" if self.manifest is None else self.manifest["kind"]
 
     @property
     def global_steps(self) -> int | None:
         """Optimizer steps before it was saved; None without a manifest."""
-        return None if self.manifest is None else int(self.manifest["global_steps"])
+        return None if self.manifest is None else self.manifest["global_steps"]
 
 
 # --------------------------------------------------------------------------- finding them

@@ -41,6 +41,8 @@ class ModelFile(TypedDict, total=False):
     frozen_param_fragments: dict[str, torch.Tensor]
     lr_scheduler: dict[str, object] | None
     global_steps: int
+    global_samples: int
+    skipped_steps: int
     dp_world_size: int
     mp_world_size: int
     ds_config: dict[str, dict[str, Any]]
