@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints as folders and files: which ones are complete, which one is the newest, and whether a file changed.
+"""Checkpoints as folders: which ones are complete, which one is the newest, and how a new one is published.
 
 A checkpoints folder holds one folder per tag and ``latest``, a file with the tag to resume from. A checkpoint is
-written into ``<tag>.partial``; one rename makes it ``<tag>``, so a folder without that suffix is complete. Knows
-neither tensors nor processes.
+written into ``<tag>.partial``; one rename makes it ``<tag>``, so a folder without that suffix is complete. This
+file knows neither tensors nor processes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Checkpoint:
     Attributes:
         folder: the tag folder.
         manifest: what its manifest says; None if another program wrote the checkpoint.
-        notes: what is worth telling the user about how it was found, a sentence each.
+        notes: what the user should know about how it was found, a sentence each.
     """
 
     folder: Path
@@ -66,10 +66,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def newest_complete(folder: Path) -> Checkpoint | None:
-    """The complete checkpoint of a checkpoints folder with the most steps, or None.
+    """The complete checkpoint with the most steps in a checkpoints folder, or None.
 
-    Complete means: not being written, every listed file there in its size. Checkpoints without a manifest come after
-    all others, by their time; they need files of model states that are whole zip files.
+    A checkpoint is complete if it is not being written and every listed file is there with its size. Checkpoints
+    without a manifest are taken only if no other is complete, the latest by file time first. They must hold model
+    state files, and these must be whole zip files.
     """
     found = [candidate for path in _tag_folders(folder) if (candidate := _complete(path)) is not None]
     return max(found, key=_age, default=None)
@@ -148,7 +149,7 @@ def _complete(folder: Path) -> Checkpoint | None:
             return None
         return None if verify(folder, contents=False) else checkpoint
     except (CheckpointError, OSError):
-        return None  # asked for by its tag it would be an error; as a substitute it is no candidate
+        return None  # an error if the user named this tag; here it is only not a candidate
 
 
 def _age(checkpoint: Checkpoint) -> tuple[bool, int, float]:

@@ -20,8 +20,8 @@ from ds_blockwise.checkpoint.folder import (
     resolve_tag,
 )
 from ds_blockwise.checkpoint.manifest import MANIFEST, CheckpointError, NoRecordError, Topology, verify
-from ds_blockwise.checkpoint.portable import INDEX, KINDS, Portable, Source, save_portable
-from ds_blockwise.checkpoint.portable_types import Origin
+from ds_blockwise.checkpoint.portable import INDEX, KINDS, Portable, save_portable
+from ds_blockwise.checkpoint.portable_types import Origin, Source
 from ds_blockwise.checkpoint.record_types import PortableRecord, Settings
 
 CHECKPOINT_HELP = "a checkpoint (tag folder), or a folder of checkpoints, of which the one named by latest is taken"

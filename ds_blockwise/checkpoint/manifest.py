@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The manifest of a checkpoint: every file in it with its size and SHA-256, and what must fit to load it.
 
-Without one (another program wrote the checkpoint) the sums inside torch's own zip files are all there is to check.
+A checkpoint that another program wrote has no manifest. Then only the sums inside torch's own zip files are checked.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import contextlib
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -24,9 +24,8 @@ from ds_blockwise.blocks.segment_table import SegmentTable, build_table, whole_p
 from ds_blockwise.blocks.spec import BlockSpec
 from ds_blockwise.checkpoint.folder import publish, start_partial, write_latest
 from ds_blockwise.checkpoint.manifest import CheckpointError, files_in, sums_of, write_manifest
-from ds_blockwise.checkpoint.portable_types import Origin, PortableIndex, StoredTensor, TrainingState
+from ds_blockwise.checkpoint.portable_types import PortableIndex, Source, StoredTensor, TrainingState
 from ds_blockwise.checkpoint.record import spec_of
-from ds_blockwise.checkpoint.record_types import PortableRecord
 from ds_blockwise.kernels.update import block_sums
 
 FORMAT = 1
@@ -35,48 +34,6 @@ TRAINING_STATE = "training_state.pt"
 TRAINED = ("weights", "exp_avg", "exp_avg_sq")  # one tensor of each per trained parameter
 KINDS = (*TRAINED, "frozen", "buffers")
 SHARD_BYTES = 1 << 30  # a file is written at once, so this is also what a conversion holds in memory
-
-
-class Source(Protocol):
-    """What a portable checkpoint is made from; tensors are asked for one at a time."""
-
-    @property
-    def record(self) -> PortableRecord:
-        """The optimizer's record."""
-        ...
-
-    @property
-    def steps(self) -> Mapping[str, int]:
-        """Per trained parameter, the updates that its state has seen."""
-        ...
-
-    @property
-    def group_of(self) -> Mapping[str, int]:
-        """Per trained parameter, the index of its param group."""
-        ...
-
-    @property
-    def param_groups(self) -> Sequence[Mapping[str, object]]:
-        """The groups' hyper-parameters, as JSON holds them."""
-        ...
-
-    @property
-    def origin(self) -> Origin:
-        """Tag, step and topology."""
-        ...
-
-    @property
-    def training_state(self) -> TrainingState:
-        """Schedule, counters, loss scale and client state."""
-        ...
-
-    def names(self, kind: str) -> Iterable[str]:
-        """Names of the tensors of one of `KINDS`."""
-        ...
-
-    def tensor(self, kind: str, name: str) -> torch.Tensor:
-        """One tensor in unsharded form."""
-        ...
 
 
 class Rows(Protocol):

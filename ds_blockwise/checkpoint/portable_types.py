@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a portable checkpoint looks like: its index ``portable.json`` and its ``training_state.pt``."""
+"""What a portable checkpoint is made from, and what its ``portable.json`` and ``training_state.pt`` hold."""
 
 from __future__ import annotations
 
-from typing import TypedDict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol, TypedDict
+
+import torch
 
 from ds_blockwise.checkpoint.manifest import Topology
 from ds_blockwise.checkpoint.record_types import PortableRecord
@@ -57,3 +60,45 @@ class TrainingState(TypedDict):
     counters: dict[str, int]
     loss_scale: dict[str, object]
     client_state: dict[str, object]
+
+
+class Source(Protocol):
+    """What a portable checkpoint is made from; tensors are asked for one at a time."""
+
+    @property
+    def record(self) -> PortableRecord:
+        """The optimizer's record."""
+        ...
+
+    @property
+    def steps(self) -> Mapping[str, int]:
+        """Per trained parameter, the updates that its state has seen."""
+        ...
+
+    @property
+    def group_of(self) -> Mapping[str, int]:
+        """Per trained parameter, the index of its param group."""
+        ...
+
+    @property
+    def param_groups(self) -> Sequence[Mapping[str, object]]:
+        """The groups' hyper-parameters, as JSON holds them."""
+        ...
+
+    @property
+    def origin(self) -> Origin:
+        """Tag, step and topology."""
+        ...
+
+    @property
+    def training_state(self) -> TrainingState:
+        """Schedule, counters, loss scale and client state."""
+        ...
+
+    def names(self, kind: str) -> Iterable[str]:
+        """Names of the tensors of one of `portable.KINDS`."""
+        ...
+
+    def tensor(self, kind: str, name: str) -> torch.Tensor:
+        """One tensor in unsharded form."""
+        ...

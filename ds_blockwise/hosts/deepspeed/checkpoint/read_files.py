@@ -61,7 +61,7 @@ class _Piece:
 
 
 class DeepSpeedFiles:
-    """One tag folder, opened for reading; a `portable.Source`.
+    """One tag folder, opened for reading; a `portable_types.Source`.
 
     Args:
         folder: the tag folder.
