@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from ds_blockwise.checkpoint.folder import CheckpointError, resolve_tag
+from ds_blockwise.checkpoint.folder import resolve_tag
+from ds_blockwise.checkpoint.manifest import CheckpointError
 from ds_blockwise.hosts.deepspeed.checkpoint.load import load_checkpoint
 from ds_blockwise.measure.sharpness_report import LEVELS, write_csv
 from ds_blockwise.runs.run_file import check_sharpness

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints as folders and files: which ones are complete, which one is the newest, and whether a file changed.
+"""Checkpoints as folders: which ones are complete, which one is the newest, and how a new one is published.
 
 A checkpoints folder holds one folder per tag and ``latest``, a file with the tag to resume from. A checkpoint is
-written into ``<tag>.partial``; one rename makes it ``<tag>``, so a folder without that suffix is complete. Knows
-neither tensors nor processes.
+written into ``<tag>.partial``; one rename makes it ``<tag>``, so a folder without that suffix is complete. This
+file knows neither tensors nor processes.
 """
 
 from __future__ import annotations
@@ -11,47 +11,9 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ds_blockwise.atomic_files import replace_text, sha256_of, sync
-from ds_blockwise.checkpoint.manifest import (
-    FORMAT,
-    MANIFEST,
-    CheckpointError,
-    files_in,
-    listed_files,
-    read_manifest,
-    sums_of,
-    verify,
-    write_manifest,
-)
-
-__all__ = [
-    "FORMAT",
-    "LATEST",
-    "LATEST_UNIVERSAL",
-    "MANIFEST",
-    "PARTIAL",
-    "REPLACED",
-    "Checkpoint",
-    "CheckpointError",
-    "files_in",
-    "listed_files",
-    "newest_complete",
-    "open_checkpoint",
-    "partial_folders",
-    "publish",
-    "read_manifest",
-    "remove_checkpoint",
-    "remove_unfinished",
-    "resolve_tag",
-    "sha256_of",
-    "start_partial",
-    "sums_of",
-    "verify",
-    "write_latest",
-    "write_manifest",
-]
+from ds_blockwise.atomic_files import replace_text, sync
+from ds_blockwise.checkpoint.manifest import CheckpointError, Manifest, files_in, read_manifest, verify
 
 LATEST = "latest"
 LATEST_UNIVERSAL = "latest_universal"
@@ -66,11 +28,11 @@ class Checkpoint:
     Attributes:
         folder: the tag folder.
         manifest: what its manifest says; None if another program wrote the checkpoint.
-        notes: what is worth telling the user about how it was found, a sentence each.
+        notes: what the user should know about how it was found, a sentence each.
     """
 
     folder: Path
-    manifest: dict[str, Any] | None
+    manifest: Manifest | None
     notes: tuple[str, ...] = ()
 
     @property
@@ -81,12 +43,12 @@ class Checkpoint:
     @property
     def kind(self) -> str:
         """``deepspeed`` or ``portable``; a checkpoint without a manifest is DeepSpeed's."""
-        return "deepspeed" if self.manifest is None else str(self.manifest["kind"])
+        return "deepspeed" if self.manifest is None else self.manifest["kind"]
 
     @property
     def global_steps(self) -> int | None:
         """Optimizer steps before it was saved; None without a manifest."""
-        return None if self.manifest is None else int(self.manifest["global_steps"])
+        return None if self.manifest is None else self.manifest["global_steps"]
 
 
 # --------------------------------------------------------------------------- finding them
@@ -104,10 +66,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def newest_complete(folder: Path) -> Checkpoint | None:
-    """The complete checkpoint of a checkpoints folder with the most steps, or None.
+    """The complete checkpoint with the most steps in a checkpoints folder, or None.
 
-    Complete means: not being written, every listed file there in its size. Checkpoints without a manifest come after
-    all others, by their time; they need files of model states that are whole zip files.
+    A checkpoint is complete if it is not being written and every listed file is there with its size. Checkpoints
+    without a manifest are taken only if no other is complete, the latest by file time first. They must hold model
+    state files, and these must be whole zip files.
     """
     found = [candidate for path in _tag_folders(folder) if (candidate := _complete(path)) is not None]
     return max(found, key=_age, default=None)
@@ -186,7 +149,7 @@ def _complete(folder: Path) -> Checkpoint | None:
             return None
         return None if verify(folder, contents=False) else checkpoint
     except (CheckpointError, OSError):
-        return None  # asked for by its tag it would be an error; as a substitute it is no candidate
+        return None  # an error if the user named this tag; here it is only not a candidate
 
 
 def _age(checkpoint: Checkpoint) -> tuple[bool, int, float]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint is and holds, in a few lines; and its conversion into the portable form."""
+"""Description of a checkpoint of any kind, and its conversion into the portable form."""
 
 from __future__ import annotations
 
@@ -8,25 +8,68 @@ import importlib
 import math
 import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Protocol, TypedDict
 
 from ds_blockwise.checkpoint.folder import (
+    LATEST,
     LATEST_UNIVERSAL,
-    MANIFEST,
     Checkpoint,
-    CheckpointError,
     open_checkpoint,
     partial_folders,
     resolve_tag,
-    verify,
 )
+from ds_blockwise.checkpoint.manifest import MANIFEST, CheckpointError, NoRecordError, Topology, verify
 from ds_blockwise.checkpoint.portable import INDEX, KINDS, Portable, save_portable
+from ds_blockwise.checkpoint.portable_types import Origin, Source
+from ds_blockwise.checkpoint.record_types import PortableRecord, Settings
 
-UNIVERSAL = "zero"  # the folder in which DeepSpeed's universal checkpoints keep one folder per parameter
-_UNIVERSAL_FILES = ("fp32.pt", "exp_avg.pt", "exp_avg_sq.pt")
 CHECKPOINT_HELP = "a checkpoint (tag folder), or a folder of checkpoints, of which the one named by latest is taken"
+_UNIVERSAL = "zero"  # the folder in which DeepSpeed's universal checkpoints keep one folder per parameter
+_UNIVERSAL_FILES = ("fp32.pt", "exp_avg.pt", "exp_avg_sq.pt")
+
+
+class CheckpointDescription(TypedDict):
+    """What `describe_checkpoint` finds; None where something is not known.
+
+    Attributes:
+        checkpoint: the tag folder.
+        kind: ``deepspeed``, ``portable`` or ``universal``.
+        global_steps: optimizer steps before it was saved.
+        optimizer: class name of the optimizer.
+        topology: of the run that saved it; for a portable checkpoint, of the run that it was made from.
+        settings: of the optimizer.
+        parameters: number of trained parameters; of a universal checkpoint, of all.
+        elements: of all trained parameters.
+        bytes: per kind of content, ``other`` and ``total`` included.
+        notes: what is worth knowing, a sentence each.
+        problems: what is missing, damaged or unreadable, a line each; empty if the checkpoint is sound.
+    """
+
+    checkpoint: str
+    kind: str
+    global_steps: int | None
+    optimizer: str | None
+    topology: Topology | None
+    settings: Settings | None
+    parameters: int | None
+    elements: int | None
+    bytes: dict[str, int]
+    notes: list[str]
+    problems: list[str]
+
+
+class DeepSpeedSource(Source, Protocol):
+    """The files of a DeepSpeed checkpoint, opened for reading."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know about what was read."""
+        ...
+
+    def content_bytes(self) -> dict[str, int]:
+        """Bytes of the tensors in the files, per kind of content."""
+        ...
 
 
 def convert_checkpoint(
@@ -59,11 +102,11 @@ def convert_checkpoint(
     if problems:
         listed = "".join(f"\n  - {problem}" for problem in problems)
         raise CheckpointError(f"{checkpoint.folder} is damaged, nothing was written:{listed}")
-    files = _deepspeed_files().DeepSpeedFiles(checkpoint.folder, trust=trust)
+    files = _open_deepspeed(checkpoint.folder, trust)
     return save_portable(files, output), [*checkpoint.notes, *files.notes]
 
 
-def describe_checkpoint(source: Path, *, tag: str | None = None, trust: bool = False) -> dict[str, Any]:
+def describe_checkpoint(source: Path, *, tag: str | None = None, trust: bool = False) -> CheckpointDescription:
     """What is inside a checkpoint, and what is wrong with it.
 
     Args:
@@ -71,38 +114,33 @@ def describe_checkpoint(source: Path, *, tag: str | None = None, trust: bool = F
         tag: which checkpoint of ``source``; default what its ``latest`` says.
         trust: also load files that hold arbitrary Python objects, which can run code.
 
-    Returns:
-        ``checkpoint kind global_steps optimizer topology settings parameters elements bytes notes problems``; what is
-        not known is None. ``bytes`` is per kind of content.
-
     Raises:
         CheckpointError: there is no such checkpoint.
         ValueError: the folder holds none.
     """
     checkpoint = _found(source, tag)
-    kind = _kind(checkpoint)
-    manifest = checkpoint.manifest or {}
+    manifest = checkpoint.manifest
+    settings = None if manifest is None else manifest["settings"]
     left = partial_folders(checkpoint.folder.parent)
-    described: dict[str, Any] = {
+    described: CheckpointDescription = {
         "checkpoint": str(checkpoint.folder),
-        "kind": kind,
+        "kind": _kind(checkpoint),
         "global_steps": checkpoint.global_steps,
-        "optimizer": (manifest.get("settings") or {}).get("optimizer"),
-        "topology": manifest.get("topology"),
-        "settings": manifest.get("settings"),
+        "optimizer": None if settings is None else settings.get("optimizer"),
+        "topology": None if manifest is None else manifest["topology"],
+        "settings": settings,
         "parameters": None,
         "elements": None,
         "bytes": {},
         "notes": [*checkpoint.notes, *(f"{path} was left by a save that did not finish" for path in left)],
         "problems": [],
     }
-    if not manifest:
+    if manifest is None:
         described["notes"].append(f"no {MANIFEST}: only the sums inside the files themselves could be checked")
     try:
         described["problems"] += verify(checkpoint.folder)
         if not described["problems"]:
-            reader = {"portable": _in_portable, "universal": _in_universal, "deepspeed": _in_deepspeed}[kind]
-            reader(checkpoint.folder, described, trust)
+            _look_inside(checkpoint.folder, described, trust)
     except CheckpointError as error:
         described["problems"].append(str(error))
     total = sum(path.stat().st_size for path in checkpoint.folder.rglob("*") if path.is_file())
@@ -115,79 +153,90 @@ def _found(source: Path, tag: str | None) -> Checkpoint:
         raise ValueError(f"{source} is not a folder. Give {CHECKPOINT_HELP}.")
     if tag is None and _is_checkpoint(source):
         return open_checkpoint(source)
-    universal_only = (source / LATEST_UNIVERSAL).is_file() and not (source / "latest").is_file()
-    latest = {"latest": LATEST_UNIVERSAL} if universal_only else {}
-    checkpoint = resolve_tag(source, tag, **latest)
+    universal_only = (source / LATEST_UNIVERSAL).is_file() and not (source / LATEST).is_file()
+    checkpoint = resolve_tag(source, tag, latest=LATEST_UNIVERSAL if universal_only else LATEST)
     if checkpoint is None or not _is_checkpoint(checkpoint.folder):
         raise ValueError(f"there is no checkpoint in {source}. Give {CHECKPOINT_HELP}.")
     return checkpoint
 
 
 def _is_checkpoint(folder: Path) -> bool:
-    marks = (MANIFEST, INDEX, UNIVERSAL)
+    marks = (MANIFEST, INDEX, _UNIVERSAL)
     return any((folder / mark).exists() for mark in marks) or any(folder.glob("*_model_states.pt"))
 
 
 def _kind(checkpoint: Checkpoint) -> str:
     if checkpoint.manifest is None and (checkpoint.folder / INDEX).is_file():
         return "portable"
-    return "universal" if (checkpoint.folder / UNIVERSAL).is_dir() else checkpoint.kind
+    return "universal" if (checkpoint.folder / _UNIVERSAL).is_dir() else checkpoint.kind
 
 
-def _deepspeed_files() -> Any:
-    """The module that reads DeepSpeed's files; what DeepSpeed prints while it is imported goes to stderr."""
+def _open_deepspeed(folder: Path, trust: bool) -> DeepSpeedSource:
+    """The files of DeepSpeed's checkpoint. What DeepSpeed prints while it is imported goes to stderr.
+
+    Only these files need DeepSpeed, and its host folder stands above this one: so it is imported by name, and late.
+    """
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # files are read on the CPU, whatever the machine has
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            return importlib.import_module("ds_blockwise.hosts.deepspeed.checkpoint.read_files")
+            module = importlib.import_module("ds_blockwise.hosts.deepspeed.checkpoint.read_files")
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "deepspeed":
             raise
         raise ImportError("DeepSpeed's checkpoints need deepspeed: pip install 'ds_blockwise[deepspeed]'") from error
+    files: DeepSpeedSource = module.DeepSpeedFiles(folder, trust=trust)
+    return files
 
 
-def _in_deepspeed(folder: Path, described: dict[str, Any], trust: bool) -> None:
-    module = _deepspeed_files()
+def _look_inside(folder: Path, described: CheckpointDescription, trust: bool) -> None:
+    if described["kind"] == "portable":
+        _in_portable(folder, described)
+    elif described["kind"] == "universal":
+        _in_universal(folder, described)
+    else:
+        _in_deepspeed(folder, described, trust)
+
+
+def _in_deepspeed(folder: Path, described: CheckpointDescription, trust: bool) -> None:
     try:
-        files = module.DeepSpeedFiles(folder, trust=trust)
-    except module.NoRecordError as error:
+        files = _open_deepspeed(folder, trust)
+    except NoRecordError as error:
         described["notes"].append(str(error))
         return
     except ValueError as error:  # a kind that is not converted: its files were verified nevertheless
         described["notes"].append(f"its contents were not looked at: {error}")
         return
-    described |= {"global_steps": files.origin["global_steps"], "topology": files.origin["topology"]}
     described["bytes"] |= files.content_bytes()
     described["notes"] += files.notes
-    _trained(described, files.record)
+    _add_facts(described, files.origin, files.record)
 
 
-def _in_portable(folder: Path, described: dict[str, Any], trust: bool) -> None:
+def _in_portable(folder: Path, described: CheckpointDescription) -> None:
     portable = Portable(folder)
     portable.training_state()
     described["problems"] += portable.problems()
-    described |= {"global_steps": portable.origin["global_steps"], "topology": portable.origin["topology"]}
     described["bytes"] |= {kind: portable.bytes_of(kind) for kind in KINDS if portable.tensors[kind]}
-    _trained(described, portable.record)
+    _add_facts(described, portable.origin, portable.record)
 
 
-def _in_universal(folder: Path, described: dict[str, Any], trust: bool) -> None:
-    params = sorted(path for path in (folder / UNIVERSAL).iterdir() if path.is_dir())
+def _in_universal(folder: Path, described: CheckpointDescription) -> None:
+    params = sorted(path for path in (folder / _UNIVERSAL).iterdir() if path.is_dir())
     described["parameters"] = len(params)
     for path in params:
         found = [name for name in _UNIVERSAL_FILES if (path / name).is_file()]
         needed = _UNIVERSAL_FILES[:1] if len(found) < 2 else _UNIVERSAL_FILES  # a frozen parameter has no moments
         missing = [name for name in needed if name not in found]
-        described["problems"] += [f"{UNIVERSAL}/{path.name}/{name}: missing" for name in missing]
+        described["problems"] += [f"{_UNIVERSAL}/{path.name}/{name}: missing" for name in missing]
     if not params:
-        described["problems"].append(f"{UNIVERSAL}: holds no parameters")
+        described["problems"].append(f"{_UNIVERSAL}: holds no parameters")
     for name in _UNIVERSAL_FILES:
         described["bytes"][name.removesuffix(".pt")] = sum(
             (path / name).stat().st_size for path in params if (path / name).is_file()
         )
 
 
-def _trained(described: dict[str, Any], record: Mapping[str, Any]) -> None:
-    described |= {"optimizer": record["optimizer"], "settings": record["settings"]}
+def _add_facts(described: CheckpointDescription, origin: Origin, record: PortableRecord) -> None:
+    described["global_steps"], described["topology"] = origin["global_steps"], origin["topology"]
+    described["optimizer"], described["settings"] = record["optimizer"], record["settings"]
     described["parameters"] = len(record["parameters"])
     described["elements"] = sum(math.prod(packed["shape"]) for packed in record["parameters"].values())

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The manifest of a checkpoint: every file in it with its size and SHA-256, and what must fit to load it.
 
-Without one (another program wrote the checkpoint) the sums inside torch's own zip files are all there is to check.
+A checkpoint that another program wrote has no manifest. Then only the sums inside torch's own zip files are checked.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias, TypedDict, TypeGuard
 
 from ds_blockwise.atomic_files import replace_text, sha256_of, sync
+from ds_blockwise.checkpoint.record_types import Settings
 
 FORMAT = 1
 MANIFEST = "ds_blockwise.json"
@@ -23,24 +24,58 @@ _REQUIRED = ("format", "kind", "tag", "global_steps", "topology", "settings", "f
 _ANOTHER = "Restore the file from a copy, or load another checkpoint by its tag."
 
 
+Topology: TypeAlias = Mapping[str, int | str]
+"""Numbers of ranks, ZeRO stage, precision and what else must fit for files to be loaded as they are."""
+
+
+class FileFacts(TypedDict):
+    """What a manifest says about one file: its size in bytes and the SHA-256 of its contents, as hex digits."""
+
+    bytes: int
+    sha256: str
+
+
+class Manifest(TypedDict):
+    """A manifest as it is read from its file.
+
+    Attributes:
+        format: `FORMAT` of the version that wrote it.
+        kind: ``deepspeed`` or ``portable``.
+        tag: name of the tag folder.
+        global_steps: optimizer steps before it was saved.
+        topology: of the run that saved it.
+        settings: of the optimizer; None if it is not one of ours.
+        files: every file but the manifest, by its name relative to the tag folder, with forward slashes.
+    """
+
+    format: int
+    kind: str
+    tag: str
+    global_steps: int
+    topology: Topology
+    settings: Settings | None
+    files: dict[str, FileFacts]
+
+
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written or read; the text names the files, the cause and what to do."""
 
 
-def sums_of(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+class NoRecordError(CheckpointError):
+    """The checkpoint was not saved by one of our optimizers."""
+
+
+def sums_of(folder: Path, names: Iterable[str]) -> dict[str, FileFacts]:
     """Sizes and sums of files as a manifest lists them; the files are on the disk when this returns.
 
     Args:
         folder: a tag folder.
         names: relative to it, with forward slashes.
 
-    Returns:
-        ``{name: {"bytes": int, "sha256": str}}``.
-
     Raises:
         OSError: a file cannot be read.
     """
-    sums = {}
+    sums: dict[str, FileFacts] = {}
     for name in names:
         path = folder / name
         sync(path)
@@ -60,9 +95,9 @@ def write_manifest(
     kind: str,
     tag: str,
     global_steps: int,
-    topology: Mapping[str, Any],
-    settings: Mapping[str, Any] | None,
-    files: Mapping[str, Mapping[str, Any]],
+    topology: Topology,
+    settings: Mapping[str, object] | None,
+    files: Mapping[str, FileFacts],
 ) -> None:
     """Describe a checkpoint in its own folder; the last thing written before `publish`.
 
@@ -78,7 +113,7 @@ def write_manifest(
     Raises:
         OSError: the disk is full or the folder cannot be written.
     """
-    manifest = {
+    described = {
         "format": FORMAT,
         "kind": kind,
         "tag": tag,
@@ -87,12 +122,12 @@ def write_manifest(
         "settings": None if settings is None else dict(settings),
         "files": {name: dict(files[name]) for name in sorted(files)},
     }
-    manifest = json.loads(json.dumps(manifest))  # what a reader will see, so that the sum is of that
+    manifest = json.loads(json.dumps(described))  # what a reader will see, so that the sum is of that
     manifest[_OWN_SUM] = _digest(manifest)
     replace_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
+def read_manifest(folder: Path) -> Manifest | None:
     """The manifest of a tag folder, or None if it has none.
 
     Raises:
@@ -105,7 +140,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}. {_ANOTHER}") from error
-    if not isinstance(manifest, dict) or any(key not in manifest for key in _REQUIRED):
+    if not _has_all_keys(manifest):
         raise CheckpointError(f"{path} is not a whole manifest: it must have {', '.join(_REQUIRED)}. {_ANOTHER}")
     if manifest["format"] != FORMAT:
         raise CheckpointError(
@@ -117,7 +152,11 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def _digest(manifest: Mapping[str, Any]) -> str:
+def _has_all_keys(value: object) -> TypeGuard[Manifest]:
+    return isinstance(value, dict) and all(key in value for key in _REQUIRED)
+
+
+def _digest(manifest: Mapping[str, object]) -> str:
     rest = {key: value for key, value in manifest.items() if key != _OWN_SUM}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -130,7 +169,7 @@ def listed_files(folder: Path) -> list[str]:
     """
     manifest = read_manifest(folder)
     if manifest is not None:
-        sizes = {name: int(facts["bytes"]) for name, facts in manifest["files"].items()}
+        sizes = {name: facts["bytes"] for name, facts in manifest["files"].items()}
     else:
         sizes = {name: (folder / name).stat().st_size for name in files_in(folder) if _is_tensor_file(name)}
     return sorted(sizes, key=lambda name: (-sizes[name], name))
@@ -167,7 +206,7 @@ def verify(folder: Path, names: Iterable[str] | None = None, *, contents: bool =
     return problems
 
 
-def _listed_problem(path: Path, facts: Mapping[str, Any] | None, contents: bool) -> str | None:
+def _listed_problem(path: Path, facts: FileFacts | None, contents: bool) -> str | None:
     if facts is None:
         return f"not listed in {MANIFEST}"
     try:

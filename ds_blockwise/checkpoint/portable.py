@@ -1,35 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """The portable checkpoint: safetensors keyed by parameter name in unsharded form, readable at any topology.
 
-A folder holds ``portable.json`` (what there is), ``<kind>-NNNNN.safetensors`` (the tensors) and ``training_state.pt``
-(schedule, counters, the user's own state; loads with ``weights_only``). Knows no ranks, no DeepSpeed and no engine:
-readers ask for the window of a parameter that they hold, and only its rows are read from the file.
+A folder holds ``portable.json`` (the index), ``<kind>-NNNNN.safetensors`` (the tensors) and ``training_state.pt``
+(schedule, counters, the user's own state; loads with ``weights_only``). This file knows no ranks, no DeepSpeed and no
+engine. A reader asks for the window of a parameter that its rank holds, and only the rows of that window are read.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Protocol
 
 import torch
 
 from ds_blockwise.blocks.ranges import TensorShard
 from ds_blockwise.blocks.segment_table import SegmentTable, build_table, whole_placement
 from ds_blockwise.blocks.spec import BlockSpec
-from ds_blockwise.checkpoint.folder import (
-    CheckpointError,
-    files_in,
-    publish,
-    start_partial,
-    sums_of,
-    write_latest,
-    write_manifest,
-)
+from ds_blockwise.checkpoint.folder import publish, start_partial, write_latest
+from ds_blockwise.checkpoint.manifest import CheckpointError, files_in, sums_of, write_manifest
+from ds_blockwise.checkpoint.portable_types import PortableIndex, Source, StoredTensor, TrainingState
 from ds_blockwise.checkpoint.record import spec_of
 from ds_blockwise.kernels.update import block_sums
 
@@ -41,21 +36,22 @@ KINDS = (*TRAINED, "frozen", "buffers")
 SHARD_BYTES = 1 << 30  # a file is written at once, so this is also what a conversion holds in memory
 
 
-class Source(Protocol):
-    """What a portable checkpoint is made from; tensors are asked for one at a time."""
+class Rows(Protocol):
+    """A tensor, or a tensor in a file of which only some rows are read."""
 
-    record: Mapping[str, Any]
-    steps: Mapping[str, int]
-    group_of: Mapping[str, int]
-    param_groups: list[dict[str, Any]]
-    origin: Mapping[str, Any]
-    training_state: Mapping[str, Any]
+    def __getitem__(self, rows: slice, /) -> torch.Tensor: ...
 
-    def names(self, kind: str) -> Iterable[str]:
-        """Names of the tensors of one of `KINDS`."""
 
-    def tensor(self, kind: str, name: str) -> torch.Tensor:
-        """One tensor in unsharded form."""
+class _FileSlice(Rows, Protocol):
+    def get_shape(self) -> list[int]: ...
+
+
+class _TensorFile(Protocol):
+    """What ``safetensors.safe_open`` returns."""
+
+    def get_slice(self, name: str) -> _FileSlice: ...
+
+    def get_tensor(self, name: str) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -116,16 +112,20 @@ def save_portable(source: Source, output: Path, shard_bytes: int = SHARD_BYTES) 
         ValueError: there is a checkpoint of that tag already.
         CheckpointError, OSError: the disk is full or the folder cannot be written; what was written is removed.
     """
-    tag, steps = str(source.origin["tag"]), int(source.origin["global_steps"])
+    tag = source.origin["tag"]
     if (output / tag).exists():
         raise ValueError(f"{output / tag} exists already. Remove it, or give another OUTPUT.")
     partial = start_partial(output, tag)
     try:
         _write(source, partial, shard_bytes)
-        topology, settings = source.origin["topology"], source.record["settings"]
-        files = sums_of(partial, files_in(partial))
         write_manifest(
-            partial, kind="portable", tag=tag, global_steps=steps, topology=topology, settings=settings, files=files
+            partial,
+            kind="portable",
+            tag=tag,
+            global_steps=source.origin["global_steps"],
+            topology=source.origin["topology"],
+            settings=source.record["settings"],
+            files=sums_of(partial, files_in(partial)),
         )
     except BaseException:  # also when it is interrupted: nobody needs half a copy
         shutil.rmtree(partial, ignore_errors=True)
@@ -150,10 +150,10 @@ def _write(source: Source, folder: Path, shard_bytes: int) -> None:
     (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
-def _write_kind(source: Source, kind: str, folder: Path, shard_bytes: int) -> dict[str, dict[str, Any]]:
+def _write_kind(source: Source, kind: str, folder: Path, shard_bytes: int) -> dict[str, StoredTensor]:
     from safetensors.torch import save_file
 
-    stored: dict[str, dict[str, Any]] = {}
+    stored: dict[str, StoredTensor] = {}
     waiting: dict[str, torch.Tensor] = {}
     files = 0
 
@@ -189,7 +189,7 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 
 class Portable:
-    """A portable checkpoint that was opened for reading; files are mapped, not read.
+    """A portable checkpoint, opened for reading. Files are mapped into memory; a tensor is read when it is asked for.
 
     Attributes:
         folder: its folder.
@@ -211,28 +211,25 @@ class Portable:
             raise ImportError("portable checkpoints need safetensors: pip install 'ds_blockwise[deepspeed]'") from error
         self.folder = Path(folder)
         index = _read_index(self.folder / INDEX)
-        self.record: dict[str, Any] = index["record"]
-        self.parameters: dict[str, dict[str, int]] = index["parameters"]
-        self.param_groups: list[dict[str, Any]] = index["param_groups"]
-        self.origin: dict[str, Any] = index["origin"]
+        self.record = index["record"]
+        self.parameters = index["parameters"]
+        self.param_groups = index["param_groups"]
+        self.origin = index["origin"]
         self.tensors = {
             kind: {name: Stored(s["file"], tuple(s["shape"]), s["dtype"]) for name, s in index["tensors"][kind].items()}
             for kind in KINDS
         }
         self._open = safetensors.safe_open
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, _TensorFile] = {}
 
     @property
     def shares_second_moment(self) -> bool:
         """Whether ``exp_avg_sq`` is stored one value per block (`global_table`) or per element."""
-        return bool(self.record["shares_second_moment"])
+        return self.record["shares_second_moment"]
 
     def bytes_of(self, kind: str) -> int:
         """Bytes of the tensors of one of `KINDS`."""
-        return sum(
-            math.prod(s.shape) * cast("torch.dtype", getattr(torch, s.dtype)).itemsize
-            for s in self.tensors[kind].values()
-        )
+        return sum(math.prod(s.shape) * _dtype(s.dtype).itemsize for s in self.tensors[kind].values())
 
     def problems(self) -> list[str]:
         """Tensors that are not in the files as ``portable.json`` says, a line each; contents are not read."""
@@ -248,7 +245,7 @@ class Portable:
                 found.append(f"{stored.file}: {name!r} has shape {shape} instead of {stored.shape}")
         return found
 
-    def training_state(self) -> dict[str, Any]:
+    def training_state(self) -> TrainingState:
         """Schedule, counters, loss scale and client state.
 
         Raises:
@@ -256,14 +253,15 @@ class Portable:
         """
         path = self.folder / TRAINING_STATE
         try:
-            return cast("dict[str, Any]", torch.load(path, map_location="cpu", weights_only=True))
+            state: TrainingState = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises anything from KeyError to UnpicklingError for a damaged file
             raise CheckpointError(f"{path} cannot be read: {error}") from error
+        return state
 
     def tensor(self, kind: str, name: str) -> torch.Tensor:
         """A whole tensor as it is stored (``exp_avg_sq`` may be one value per block)."""
         with _named(self.folder / self.tensors[kind][name].file, name):
-            return cast("torch.Tensor", self._file(kind, name).get_tensor(name))
+            return self._file(kind, name).get_tensor(name)
 
     def window(self, kind: str, name: str, shard: TensorShard | None, start: int, numel: int) -> torch.Tensor:
         """Elements ``[start, start + numel)`` of the flattened tensor-parallel shard of a parameter.
@@ -287,32 +285,32 @@ class Portable:
         with _named(self.folder / stored.file, name):
             return window_of(self._file(kind, name).get_slice(name), stored.shape, shard, start, numel)
 
-    def _file(self, kind: str, name: str) -> Any:
+    def _file(self, kind: str, name: str) -> _TensorFile:
         file = self.tensors[kind][name].file
         if file not in self._files:
             self._files[file] = self._open(str(self.folder / file), framework="pt")
         return self._files[file]
 
 
-class _named:
+@contextlib.contextmanager
+def _named(path: Path, name: str) -> Iterator[None]:
     """Turns what safetensors raises for a damaged file into an error that names the file and the tensor."""
-
-    def __init__(self, path: Path, name: str) -> None:
-        self.path, self.name = path, name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception):
-            raise CheckpointError(f"{self.path}: {self.name!r} cannot be read: {error}") from error
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(f"{path}: {name!r} cannot be read: {error}") from error
 
 
-def window_of(whole: Any, shape: tuple[int, ...], shard: TensorShard | None, start: int, numel: int) -> torch.Tensor:
+def _dtype(name: str) -> torch.dtype:
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+def window_of(whole: Rows, shape: tuple[int, ...], shard: TensorShard | None, start: int, numel: int) -> torch.Tensor:
     """Elements ``[start, start + numel)`` of the flattened tensor-parallel shard of a tensor.
 
     Args:
-        whole: the unsharded tensor or anything whose ``[first:last]`` gives its rows (a safetensors slice).
+        whole: the unsharded tensor, or its slice object in a safetensors file.
         shape: unsharded shape, not a scalar's.
         shard: the tensor-parallel split; None for the whole tensor.
         start: first element.
@@ -324,7 +322,7 @@ def window_of(whole: Any, shape: tuple[int, ...], shard: TensorShard | None, sta
     local = shape if shard is None else shard.local_shape
     inner = math.prod(local[1:])
     if numel == 0 or inner == 0:
-        return cast("torch.Tensor", whole[0:0]).reshape(-1)
+        return whole[0:0].reshape(-1)
     first, last = start // inner, -(-(start + numel) // inner)
     if shard is None:
         rows = whole[first:last]
@@ -339,7 +337,7 @@ def window_of(whole: Any, shape: tuple[int, ...], shard: TensorShard | None, sta
     else:
         wide = whole[first:last]
         rows = torch.cat([wide.narrow(shard.dim, low, high - low) for low, high in shard.chunks[shard.rank]], shard.dim)
-    return cast("torch.Tensor", rows.reshape(-1)[start - first * inner : start - first * inner + numel])
+    return rows.reshape(-1)[start - first * inner : start - first * inner + numel]
 
 
 def whole_of(shard: TensorShard, shards: Mapping[int, torch.Tensor]) -> torch.Tensor:
@@ -358,9 +356,9 @@ def whole_of(shard: TensorShard, shards: Mapping[int, torch.Tensor]) -> torch.Te
     return whole
 
 
-def _read_index(path: Path) -> dict[str, Any]:
+def _read_index(path: Path) -> PortableIndex:
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index: PortableIndex = json.loads(path.read_text(encoding="utf-8"))
         missing = {"format", "record", "parameters", "param_groups", "origin", "tensors"} - set(index)
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}. A portable checkpoint has this file.") from error
@@ -371,4 +369,4 @@ def _read_index(path: Path) -> dict[str, Any]:
             f"{path} has format {index['format']!r}; this version of ds_blockwise reads {FORMAT}. Install a later "
             f"version, or convert the source again."
         )
-    return cast("dict[str, Any]", index)
+    return index

@@ -28,6 +28,7 @@ from ds_blockwise.checkpoint.record_types import (
     PackedMatrices,
     PackedPlacement,
     PackedShard,
+    PortableRecord,
     Record,
     Settings,
 )
@@ -228,7 +229,7 @@ def record_in(state_dict: Mapping[str, Any]) -> Record | None:
     return record
 
 
-def spec_of(record: Mapping[str, Any], fqn: str) -> BlockSpec:
+def spec_of(record: PortableRecord, fqn: str) -> BlockSpec:
     """The blocks of a parameter as they were when the record was written.
 
     Raises:
@@ -316,7 +317,7 @@ def same_blocks(one: Sequence[Placement], two: Sequence[Placement]) -> bool:
 # ------------------------------------------------------------------------------- comparing
 
 
-def differences(saved: Mapping[str, Any], own: Settings) -> list[str]:
+def differences(saved: Settings, own: Settings) -> list[str]:
     """What of ``settings_of`` changed between a checkpoint and the present run, a line each.
 
     Learning rates are left out (schedules move them), and so is the form of the files.
@@ -324,9 +325,12 @@ def differences(saved: Mapping[str, Any], own: Settings) -> list[str]:
     lines: list[str] = []
     for key in ("optimizer", "momentum_dtype"):
         lines += _changed(key, saved.get(key), own.get(key))
-    present: Mapping[str, Any] = own
-    for key in ("lr_multipliers", "weight_decay_multipliers", "granularity"):
-        was, now = saved.get(key, {}), present[key]
+    by_name: dict[str, tuple[Mapping[str, object], Mapping[str, object]]] = {
+        "lr_multipliers": (saved.get("lr_multipliers", {}), own["lr_multipliers"]),
+        "weight_decay_multipliers": (saved.get("weight_decay_multipliers", {}), own["weight_decay_multipliers"]),
+        "granularity": (saved.get("granularity", {}), own["granularity"]),
+    }
+    for key, (was, now) in by_name.items():
         for name in sorted({*was, *now}):
             lines += _changed(f"{key}.{name}", was.get(name), now.get(name))
     lines += _changed("rules", saved.get("rules"), own.get("rules"))

@@ -79,8 +79,8 @@ class Settings(_Settings, total=False):
     run: RunState
 
 
-class Record(TypedDict):
-    """What a state dict holds under `KEY`. ``tensors`` is in the order of the ids in ``state_dict()["state"]``."""
+class PortableRecord(TypedDict):
+    """What does not depend on the ranks of the run: a portable checkpoint holds this part of a `Record`."""
 
     format: int
     version: str
@@ -88,4 +88,9 @@ class Record(TypedDict):
     shares_second_moment: bool
     settings: Settings
     parameters: dict[str, PackedMatrices]
+
+
+class Record(PortableRecord):
+    """What a state dict holds under `KEY`. ``tensors`` is in the order of the ids in ``state_dict()["state"]``."""
+
     tensors: list[PackedTensor | None]

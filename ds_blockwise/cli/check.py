@@ -7,9 +7,8 @@ import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from ds_blockwise.checkpoint.inspect import CHECKPOINT_HELP, describe_checkpoint
+from ds_blockwise.checkpoint.inspect import CHECKPOINT_HELP, CheckpointDescription, describe_checkpoint
 from ds_blockwise.cli.convert import add_checkpoint_options
 from ds_blockwise.cli.extras import needs
 
@@ -52,7 +51,7 @@ def _check_run(args: argparse.Namespace) -> tuple[str, int]:
     return "\n".join([*(f"{name:<{width}}  {value}" for name, value in described), "no problems"]), 0
 
 
-def _text(found: Mapping[str, Any]) -> str:
+def _text(found: CheckpointDescription) -> str:
     lines = [f"{found['checkpoint']}: {found['kind']} checkpoint"]
 
     def line(name: str, value: object) -> None:
@@ -65,11 +64,12 @@ def _text(found: Mapping[str, Any]) -> str:
     if found["parameters"] is not None:
         elements = "" if found["elements"] is None else f", {found['elements']:,} elements"
         line("parameters", f"{found['parameters']:,}{elements}")
-    for key, value in (found["settings"] or {}).items():
-        if value not in ({}, [], "", None) and key not in ("optimizer", "groups", "layout"):
-            line("", f"{key}: {_short(value)}")
-    for index, group in enumerate((found["settings"] or {}).get("groups", [])):
-        line("", f"group {index}: {_short(group)}")
+    if found["settings"] is not None:
+        for key, value in found["settings"].items():
+            if value not in ({}, [], "", None) and key not in ("optimizer", "groups", "layout"):
+                line("", f"{key}: {_short(value)}")
+        for index, group in enumerate(found["settings"].get("groups", [])):
+            line("", f"group {index}: {_short(group)}")
     for kind, size in found["bytes"].items():
         line(f"bytes {kind}" if kind == "total" else "", f"{size:,}" if kind == "total" else f"{kind}: {size:,} bytes")
     lines += [f"  note: {note}" for note in found["notes"]]

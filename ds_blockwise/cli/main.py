@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ds_blockwise.checkpoint.folder import CheckpointError
+from ds_blockwise.checkpoint.manifest import CheckpointError
 from ds_blockwise.cli import blocks, check, convert, plan, sharpness
 
 _COMMANDS = {"blocks": blocks, "convert": convert, "check": check, "plan": plan, "sharpness": sharpness}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -55,19 +55,36 @@ class Predictions:
         return self.targets.numel() if self.mask is None else int(self.mask.sum())
 
 
-Forward = Callable[[Any, Any], Predictions]
+Model = TypeVar("Model")
+Batch = TypeVar("Batch")
+Forward = Callable[[Model, Batch], Predictions]
 """Runs a model, or an engine around it, on one batch."""
 
 
-def causal_lm(model: Any, batch: Any) -> Predictions:
+class WithLogits(Protocol):
+    """What Hugging Face's language models return."""
+
+    logits: torch.Tensor
+
+
+def causal_lm(model: Callable[..., WithLogits], batch: object) -> Predictions:
     """`Forward` for Hugging Face's causal language models.
 
     Args:
         model: called with ``input_ids`` and ``attention_mask``, returns an object with ``logits``.
         batch: ``{"input_ids": [sequences, length]}``, with ``attention_mask`` and ``labels`` (same shape, not shifted,
             -100 where nothing is to be predicted) if there are; or the ids alone.
+
+    Raises:
+        TypeError: the batch is neither a mapping nor a tensor.
     """
-    fields = batch if isinstance(batch, Mapping) else {"input_ids": batch}
+    fields: Mapping[str, torch.Tensor]
+    if isinstance(batch, Mapping):
+        fields = batch
+    elif isinstance(batch, torch.Tensor):
+        fields = {"input_ids": batch}
+    else:
+        raise TypeError(f'a batch must be {{"input_ids": tensor}} or a tensor of token ids, got {type(batch).__name__}')
     inputs = {key: fields[key] for key in ("input_ids", "attention_mask") if fields.get(key) is not None}
     logits = model(**inputs).logits[:, :-1]
     labels = fields.get("labels")
@@ -78,7 +95,7 @@ def causal_lm(model: Any, batch: Any) -> Predictions:
     return Predictions(logits, targets, mask)
 
 
-def megatron_gpt(model: Any, batch: Mapping[str, torch.Tensor]) -> Predictions:
+def megatron_gpt(model: Callable[..., torch.Tensor], batch: Mapping[str, torch.Tensor]) -> Predictions:
     """`Forward` for Megatron-core's ``GPTModel``; under tensor parallelism the logits of all ranks are gathered.
 
     Args:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What telemetry reports per block type, its settings, and the alarm on update ratios.
 
-Knows nothing of tensors or ranks: it gets sums over the whole model, the same on every rank, and so decides alike
-everywhere.
+This file knows neither tensors nor ranks. It gets sums over the whole model, which are the same on every rank, so every
+rank decides the same.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sums over what each role holds of each parameter, of the unsharded tensor, whatever part of it a rank steps.
 
-The one way in which sharpness, telemetry and measured multipliers look at gradients, states and updates: a host has
-already told the optimizer what lies in the tensors that it steps, so ZeRO's cuts and tensor-parallel shards, fused
-weights and padding are no concern of theirs.
+Sharpness, telemetry and measured multipliers look at gradients, states and updates through these sums only. The host
+has already told the optimizer what lies in the tensors that it steps. So they need not know ZeRO partitions,
+tensor-parallel shards, fused weights or padding.
 """
 
 from __future__ import annotations

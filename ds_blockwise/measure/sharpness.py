@@ -21,17 +21,16 @@ own trace, negative curvature included. The slow truth for small models.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, cast
 
 import torch
 from torch import nn
 
-from ds_blockwise.blocks.ranges import TensorShard
 from ds_blockwise.blocks.segment_table import build_table, whole_placement
-from ds_blockwise.blocks.spec import BlockSpec
+from ds_blockwise.blocks.tagged_parameter import tags_of
 from ds_blockwise.kernels.bindings import Binding
 from ds_blockwise.kernels.select import kernels_for
 from ds_blockwise.measure.predictions import (
+    Batch,
     Forward,
     Predictions,
     causal_lm,
@@ -51,8 +50,8 @@ _STEP = {torch.float64: 1e-5, torch.float32: 1e-3}  # of differences: larger one
 
 def measure_sharpness(
     model: nn.Module,
-    batches: Iterable[Any],
-    forward: Forward = causal_lm,
+    batches: Iterable[Batch],
+    forward: Forward[nn.Module, Batch] = causal_lm,
     *,
     estimator: str = "gauss_newton",
     draws: int = 1,
@@ -198,14 +197,13 @@ def _each_binding(model: nn.Module) -> Iterator[Binding]:
     for name, parameter in model.named_parameters():  # a tied weight comes once
         if not parameter.requires_grad:
             continue
-        spec = cast("BlockSpec | None", getattr(parameter, "block_spec", None))
-        if spec is None:
+        tags = tags_of(parameter)
+        if tags is None:
             raise ValueError(
                 f"parameter {name!r} is not tagged: call ds_blockwise.tag_parameters(model) first, after the last "
                 f"change to the model"
             )
-        shard = cast("TensorShard | None", getattr(parameter, "block_shard", None))
-        placement = whole_placement(spec, shard)
+        placement = whole_placement(tags.block_spec, tags.block_shard)
         if parameter.numel() != placement.numel:
             raise ValueError(
                 f"parameter {name!r} has {parameter.numel()} elements here, not its {placement.numel}: ZeRO-3 holds "
@@ -241,8 +239,8 @@ def _gradient(loss: torch.Tensor, parameters: Sequence[torch.Tensor]) -> list[to
 
 def _product(
     model: nn.Module,
-    batch: Any,
-    forward: Forward,
+    batch: Batch,
+    forward: Forward[nn.Module, Batch],
     parameters: Sequence[torch.Tensor],
     v: Sequence[torch.Tensor],
     size: float | None,
@@ -264,8 +262,8 @@ def _product(
 
 def _difference(
     model: nn.Module,
-    batch: Any,
-    forward: Forward,
+    batch: Batch,
+    forward: Forward[nn.Module, Batch],
     parameters: Sequence[torch.Tensor],
     v: Sequence[torch.Tensor],
     size: float,
@@ -291,7 +289,7 @@ def _difference(
     return count, [(a.double() - b.double()) / (2.0 * size) for a, b in zip(above, below, strict=True)]
 
 
-def _mean_loss(model: nn.Module, batch: Any, forward: Forward) -> tuple[torch.Tensor, int]:
+def _mean_loss(model: nn.Module, batch: Batch, forward: Forward[nn.Module, Batch]) -> tuple[torch.Tensor, int]:
     found = forward(model, batch)
     found.check()
     count = found.tokens

@@ -16,12 +16,13 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ds_blockwise.atomic_files import replace_text
 from ds_blockwise.blocks.roles import BLOCK_TYPES, BlockType, Role
 from ds_blockwise.measure.role_sums import RoleOf
 
+_SetKey = tuple[BlockType, Role | None, int | None, str | None]  # block type, role, layer, parameter
+_ReportKey = tuple[int | None, str, int, int, int]  # step, estimator, tokens, samples, skipped
 LEVELS = ("type", "role", "layer", "parameter")
 ESTIMATORS = ("gauss_newton", "fisher", "hutchinson")
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
@@ -97,7 +98,7 @@ class SharpnessReport:
         """Average sharpness by block type."""
         return {entry.block_type: entry.sharpness for entry in self.at("type")}
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[dict[str, object]]:
         """An entry each, with the measurement's own columns; None where a column does not apply."""
         own = {name: getattr(self, name) for name in ("step", "estimator", "tokens", "samples", "skipped")}
         return [{**own, **dataclasses.asdict(entry)} for entry in self.entries]
@@ -167,8 +168,8 @@ def build_report(
     total = sum(sample.tokens for sample in samples)
     weights = [sample.tokens / total for sample in samples]
 
-    def entries(level: str, key_of: Callable[[RoleOf], tuple[Any, ...]]) -> Iterable[SharpnessEntry]:
-        sets: dict[tuple[Any, ...], list[RoleOf]] = {}
+    def entries(level: str, key_of: Callable[[RoleOf], _SetKey]) -> Iterable[SharpnessEntry]:
+        sets: dict[_SetKey, list[RoleOf]] = {}
         for of in numels:
             sets.setdefault(key_of(of), []).append(of)
         for (block_type, role, layer, parameter), members in sets.items():
@@ -195,7 +196,7 @@ def _mean_and_error(values: Sequence[float], weights: Sequence[float]) -> tuple[
     return mean, math.sqrt(spread * len(values) / (len(values) - 1))
 
 
-def _order(entry: SharpnessEntry) -> tuple[Any, ...]:
+def _order(entry: SharpnessEntry) -> tuple[int, int, float, str, str]:
     role = "" if entry.role is None else entry.role.value
     layer = math.inf if entry.layer is None else entry.layer
     return (LEVELS.index(entry.level), BLOCK_TYPES.index(entry.block_type), layer, entry.parameter or "", role)
@@ -229,7 +230,7 @@ def write_csv(reports: Iterable[SharpnessReport], path: str | Path) -> None:
     for report in reports:
         for row in report.rows():
             role = row["role"]
-            writer.writerow({**row, "role": None if role is None else role.value})
+            writer.writerow({**row, "role": role.value if isinstance(role, Role) else None})
     replace_text(Path(path), text.getvalue())
 
 
@@ -240,7 +241,7 @@ def read_csv(path: str | Path) -> list[SharpnessReport]:
         ValueError: the file is no such CSV, or a row of it cannot be read; names the line.
         OSError: the file cannot be read.
     """
-    found: dict[tuple[Any, ...], dict[tuple[Any, ...], SharpnessEntry]] = {}
+    found: dict[_ReportKey, dict[tuple[object, ...], SharpnessEntry]] = {}
     with Path(path).open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != _COLUMNS:
@@ -263,7 +264,7 @@ def read_csv(path: str | Path) -> list[SharpnessReport]:
     ]
 
 
-def _read_row(row: Mapping[str, str]) -> tuple[tuple[Any, ...], SharpnessEntry]:
+def _read_row(row: Mapping[str, str]) -> tuple[_ReportKey, SharpnessEntry]:
     if row["level"] not in LEVELS or row["block_type"] not in BLOCK_TYPES:
         raise ValueError(f"unknown level {row['level']!r} or block type {row['block_type']!r}")
     entry = SharpnessEntry(

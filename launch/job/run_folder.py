@@ -19,13 +19,13 @@ from ds_blockwise.atomic_files import replace_text
 from ds_blockwise.checkpoint.folder import (
     LATEST,
     Checkpoint,
-    CheckpointError,
     newest_complete,
     partial_folders,
     remove_checkpoint,
     remove_unfinished,
     resolve_tag,
 )
+from ds_blockwise.checkpoint.manifest import CheckpointError
 from ds_blockwise.parallel.agree import is_first_rank
 from ds_blockwise.runs.run_file import RunConfig
 from ds_blockwise.runs.strict_files import Problems

@@ -17,7 +17,7 @@ import torch
 
 from ds_blockwise.hosts.deepspeed.engine import Engine, sequence_parallel_size
 from ds_blockwise.kernels.bindings import Binding, Work
-from ds_blockwise.measure.predictions import Forward, Predictions, causal_lm, summed_loss
+from ds_blockwise.measure.predictions import Batch, Forward, Predictions, causal_lm, summed_loss
 from ds_blockwise.measure.role_sums import RoleSums
 from ds_blockwise.measure.sharpness import check_arguments, finish, labels_for
 from ds_blockwise.measure.sharpness_report import SharpnessReport
@@ -31,8 +31,8 @@ _SCALERS = ("loss_scaler", "loss_scale_config")  # their scale and counters move
 
 def probe_engine(
     engine: Engine,
-    batches: Iterable[object],
-    forward: Forward = causal_lm,
+    batches: Iterable[Batch],
+    forward: Forward[Engine, Batch] = causal_lm,
     *,
     estimator: str = "gauss_newton",
     draws: int = 1,
@@ -87,8 +87,8 @@ def probe_engine(
 
 
 def _checked(
-    engine: Engine, batches: Iterable[object], estimator: str, draws: int
-) -> tuple[BlockwiseOptimizer, list[object]]:
+    engine: Engine, batches: Iterable[Batch], estimator: str, draws: int
+) -> tuple[BlockwiseOptimizer, list[Batch]]:
     check_arguments(estimator, draws)
     return check_engine(engine, estimator), list(batches)
 

@@ -142,7 +142,7 @@ def _opened(config: dict[str, Any], model: nn.Module) -> None:
 
 def check_checkpoint(context: RankContext, what: tuple[str, dict[str, Any]]) -> None:
     """Resumed bitwise; a damaged layer file is named on every rank; `convert` refuses, `check` looks at all files."""
-    from ds_blockwise.checkpoint.folder import CheckpointError, read_manifest
+    from ds_blockwise.checkpoint.manifest import CheckpointError, read_manifest
     from ds_blockwise.cli.main import main
 
     prepare_deepspeed()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ds_blockwise.checkpoint import folder as files
+from ds_blockwise.checkpoint.manifest import read_manifest, verify
 from tests.helpers.launch.job_server import Job, jobs
 
 ALONE_S = 240.0  # a hang; after a kill the other ranks end by themselves, two seconds later on idle cores
@@ -66,7 +67,7 @@ class Run:
         expected = self.expectation()
         job = self.start().succeed()
         expected(job.log(0))
-        assert files.verify(self.last) == []
+        assert verify(self.last) == []
         return self.last
 
     def kill_at(self, chance: random.Random) -> bool:
@@ -121,8 +122,8 @@ class Run:
         unfinished = files.partial_folders(self.checkpoints)
         whole = [p for p in self.checkpoints.glob("step_*") if p.is_dir() and p not in unfinished]
         for path in whole:
-            assert files.read_manifest(path) is not None, path
-            assert files.verify(path) == [], path
+            assert read_manifest(path) is not None, path
+            assert verify(path) == [], path
         if latest.exists():
             assert self.checkpoints / latest.read_text(encoding="utf-8") in whole
         newest = files.newest_complete(self.checkpoints)

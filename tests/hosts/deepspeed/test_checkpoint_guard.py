@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from ds_blockwise.checkpoint import folder as files
+from ds_blockwise.checkpoint.manifest import MANIFEST, files_in, read_manifest, verify, write_manifest
 from tests.helpers.deepspeed.compared import assert_same
 from tests.helpers.deepspeed.engine_cases import Case
 from tests.helpers.deepspeed.engines import engine_config, masters, prepare_deepspeed
@@ -51,10 +52,10 @@ def check_round_trip(context: RankContext, case: Case | dict[str, Any]) -> None:
         "global_step1",
         "two",
     }
-    manifest = files.read_manifest(folder / "two")
+    manifest = read_manifest(folder / "two")
     assert manifest is not None
-    assert sorted(manifest["files"]) == files.files_in(folder / "two")
-    assert files.verify(folder / "two") == []
+    assert sorted(manifest["files"]) == files_in(folder / "two")
+    assert verify(folder / "two") == []
     assert manifest["global_steps"] == 2
     assert manifest["topology"]["dp"] == context.world_size
     ours = isinstance(case, Case)
@@ -74,7 +75,7 @@ def check_round_trip(context: RankContext, case: Case | dict[str, Any]) -> None:
 
 def check_full_disk(context: RankContext, what: tuple[int, int]) -> None:
     """A write that fails on one rank: all raise, nothing else changes, and the next save works."""
-    from ds_blockwise.checkpoint.folder import CheckpointError
+    from ds_blockwise.checkpoint.manifest import CheckpointError
 
     stage, full = what
     folder = context.tmp_path / "full"
@@ -106,7 +107,7 @@ def check_full_disk(context: RankContext, what: tuple[int, int]) -> None:
 
 def check_not_collected(context: RankContext, what: tuple[int, int]) -> None:
     """A rank that cannot collect its state never comes to DeepSpeed's last collectives, where the others wait."""
-    from ds_blockwise.checkpoint.folder import CheckpointError
+    from ds_blockwise.checkpoint.manifest import CheckpointError
 
     stage, failing = what
     folder = context.tmp_path / "not_collected"
@@ -136,7 +137,7 @@ def _no_memory() -> dict[str, Any]:
 
 def check_script_not_copied(context: RankContext, _: None) -> None:
     """What DeepSpeed copies past its checkpoint engine fails on rank 0 alone."""
-    from ds_blockwise.checkpoint.folder import CheckpointError
+    from ds_blockwise.checkpoint.manifest import CheckpointError
 
     folder = context.tmp_path / "script"
     with engine_of(nano(2)) as run:
@@ -149,7 +150,7 @@ def check_script_not_copied(context: RankContext, _: None) -> None:
 
 def check_latest_not_written(context: RankContext, _: None) -> None:
     """The last thing that can fail: the checkpoint is complete, and the error says so."""
-    from ds_blockwise.checkpoint.folder import CheckpointError
+    from ds_blockwise.checkpoint.manifest import CheckpointError
 
     folder = context.tmp_path / "latest_not_written"
     with engine_of(nano(1)) as run:
@@ -157,11 +158,11 @@ def check_latest_not_written(context: RankContext, _: None) -> None:
         text = raised(lambda: run.engine.save_checkpoint(str(folder)), CheckpointError)
         assert "global_step0' in" in text
         assert "is complete, but 'latest' still names another" in text
-        assert files.verify(folder / "global_step0") == []
+        assert verify(folder / "global_step0") == []
 
 
 def check_bad_folder(context: RankContext, _: None) -> None:
-    from ds_blockwise.checkpoint.folder import CheckpointError
+    from ds_blockwise.checkpoint.manifest import CheckpointError
 
     file = context.tmp_path / "a_file"
     file.write_text("", encoding="utf-8")
@@ -180,7 +181,7 @@ def check_bad_folder(context: RankContext, _: None) -> None:
 
 def check_damage(context: RankContext, what: tuple[int, bool]) -> None:
     """Each kind of file cut, flipped and missing: an error that names it on every rank, before anything changes."""
-    from ds_blockwise.checkpoint.folder import CheckpointError
+    from ds_blockwise.checkpoint.manifest import CheckpointError
     from ds_blockwise.hosts.deepspeed.checkpoint.load import save_checkpoint
 
     stage, manifest = what
@@ -189,7 +190,7 @@ def check_damage(context: RankContext, what: tuple[int, bool]) -> None:
         train(run, context, 0)
         save_checkpoint(run.engine, folder, "saved", rank_state=[context.rank])
         if context.rank == 0 and not manifest:
-            (folder / "saved" / files.MANIFEST).unlink()
+            (folder / "saved" / MANIFEST).unlink()
         context.barrier()
         train(run, context, 1)
         wanted = everything(run)
@@ -203,7 +204,7 @@ def check_damage(context: RankContext, what: tuple[int, bool]) -> None:
                 if context.rank == 0:
                     spoil(path, damage)
                 context.barrier()
-                if damage == "missing" and name == files.MANIFEST:
+                if damage == "missing" and name == MANIFEST:
                     pass  # a checkpoint of DeepSpeed alone, and a sound one
                 else:
                     text = raised(lambda: run.engine.load_checkpoint(str(folder)), CheckpointError)
@@ -238,10 +239,10 @@ def check_topology(context: RankContext, _: None) -> None:
         saved = masters(run)
     if context.rank == 0:
         shutil.copytree(folder / "one", folder / "four")
-        manifest = json.loads((folder / "four" / files.MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((folder / "four" / MANIFEST).read_text(encoding="utf-8"))
         manifest["topology"] |= {"dp": 4, "world_size": 4}
         keys = ("kind", "global_steps", "topology", "settings")
-        files.write_manifest(folder / "four", tag="four", files=manifest["files"], **{k: manifest[k] for k in keys})
+        write_manifest(folder / "four", tag="four", files=manifest["files"], **{k: manifest[k] for k in keys})
     context.barrier()
     for stage, dtype, tag, reason in (
         (3, "fp32", "one", "wrapper was DeepSpeedZeroOptimizer, is DeepSpeedZeroOptimizer_Stage3"),
@@ -263,7 +264,7 @@ def check_topology(context: RankContext, _: None) -> None:
 
 
 def check_latest(context: RankContext, _: None) -> None:
-    from ds_blockwise.checkpoint.folder import CheckpointError
+    from ds_blockwise.checkpoint.manifest import CheckpointError
 
     folder = context.tmp_path / "latest"
     with engine_of(nano(2)) as run:
@@ -304,10 +305,10 @@ def check_node_local(context: RankContext, stage: int) -> None:
             run.engine.save_checkpoint(str(folder))
             wanted = everything(run)
         assert (folder / "latest").read_text(encoding="utf-8") == "global_step1"
-        assert files.verify(folder / "global_step1") == []
-        mine = {n for n in files.files_in(folder / "global_step1") if f"zero_pp_rank_{context.rank}_" in n}
+        assert verify(folder / "global_step1") == []
+        mine = {n for n in files_in(folder / "global_step1") if f"zero_pp_rank_{context.rank}_" in n}
         assert mine
-        assert not [n for n in files.files_in(folder / "global_step1") if f"zero_pp_rank_{1 - context.rank}_" in n]
+        assert not [n for n in files_in(folder / "global_step1") if f"zero_pp_rank_{1 - context.rank}_" in n]
         with engine_of(case) as run:
             run.engine.load_checkpoint(str(folder))
             assert_same(everything(run), wanted)

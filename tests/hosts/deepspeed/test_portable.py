@@ -275,7 +275,7 @@ class Custom:
 
 def trusted_files(context: RankContext) -> None:
     """A file that can run code must not be loaded unasked; if it is, the copy must be free of it."""
-    from ds_blockwise.checkpoint.folder import CheckpointError
+    from ds_blockwise.checkpoint.manifest import CheckpointError
     from ds_blockwise.checkpoint.portable import Portable
 
     folder, _ = saved(context, "trust", client_state={"object": Custom(), "plain": 5}, stage=2)
@@ -293,7 +293,7 @@ def trusted_files(context: RankContext) -> None:
 
 def damaged_sources(context: RankContext) -> None:
     """Files that are missing, cut, or of another step or optimizer must be named."""
-    from ds_blockwise.checkpoint.folder import MANIFEST, CheckpointError
+    from ds_blockwise.checkpoint.manifest import MANIFEST, CheckpointError
     from ds_blockwise.hosts.deepspeed.checkpoint.read_files import DeepSpeedFiles, NoRecordError
 
     folder, _ = saved(context, "whole", stage=2)

@@ -20,7 +20,8 @@ from ds_blockwise.blocks.roles import Role
 from ds_blockwise.blocks.spec import apply_settings
 from ds_blockwise.blocks.structure import HeadGeometry, fused_qkv, whole_tensor
 from ds_blockwise.checkpoint import portable
-from ds_blockwise.checkpoint.folder import CheckpointError, open_checkpoint, partial_folders, verify
+from ds_blockwise.checkpoint.folder import open_checkpoint, partial_folders
+from ds_blockwise.checkpoint.manifest import CheckpointError, verify
 from ds_blockwise.checkpoint.portable import Portable, per_block, per_element, save_portable, whole_of, window_of
 
 pytest.importorskip("safetensors", reason="portable checkpoints are safetensors files")

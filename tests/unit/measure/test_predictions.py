@@ -126,3 +126,8 @@ def test_a_megatron_batch_is_shifted_already():
     assert found.targets.tolist() == [[1, 0]] and found.mask is None
     masked = megatron_gpt(model, {**batch, "loss_mask": torch.tensor([[1.0, 0.0]])})
     assert masked.mask is not None and masked.mask.tolist() == [[True, False]]
+
+
+def test_a_batch_that_is_neither_a_mapping_nor_a_tensor_is_named() -> None:
+    with pytest.raises(TypeError, match=r'must be \{"input_ids": tensor\} or a tensor of token ids, got list'):
+        causal_lm(torch.nn.Identity(), [[1, 2, 3]])

@@ -16,12 +16,14 @@ from typing import Any
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from ds_blockwise.checkpoint import folder as files
-from ds_blockwise.checkpoint.folder import Checkpoint, CheckpointError
+from ds_blockwise.checkpoint.folder import Checkpoint
+from ds_blockwise.checkpoint.manifest import CheckpointError, Topology, listed_files, verify
 from ds_blockwise.checkpoint.record import KEY, differences, settings_of
+from ds_blockwise.checkpoint.record_types import Settings
 from ds_blockwise.hosts.deepspeed.checkpoint.load_portable import load_portable
 from ds_blockwise.hosts.deepspeed.checkpoint.save import load_rank_state, save_checkpoint
 from ds_blockwise.hosts.deepspeed.checkpoint.tag_folder import universal_misfit
-from ds_blockwise.hosts.deepspeed.checkpoint.topology import Topology, leads, node_of, topology_of
+from ds_blockwise.hosts.deepspeed.checkpoint.topology import leads, node_of, topology_of
 from ds_blockwise.hosts.deepspeed.engine import Engine, Loaded, LoadOptions, Schedule
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.optimizers.schedules import BlockwiseSchedule
@@ -112,7 +114,7 @@ def _find(engine: Engine, folder: Path, tag: str | None) -> Checkpoint | None:
     if leads(engine):
         try:
             found = files.resolve_tag(folder, tag)
-            said = (found, [] if found is None else files.listed_files(found.folder), None)
+            said = (found, [] if found is None else listed_files(found.folder), None)
         except (CheckpointError, OSError) as error:
             said = (None, [], str(error))
     gathered: list[_Found | None] = gather(said)
@@ -140,7 +142,7 @@ def _verify(engine: Engine, checkpoint: Checkpoint, names: list[str]) -> None:
     peers = [rank for rank, node in enumerate(gather(node_of(engine))) if node == node_of(engine)]
     mine = names[peers.index(engine.global_rank) :: len(peers)]
     try:
-        problems = files.verify(checkpoint.folder, mine)
+        problems = verify(checkpoint.folder, mine)
         if checkpoint.manifest is None:
             problems += _absent(engine, checkpoint)
     except (CheckpointError, OSError) as error:
@@ -202,7 +204,7 @@ def _check_topology(engine: Engine, checkpoint: Checkpoint, *, optimizer: bool, 
         return
     # manifests of older versions know no experts
     saved, own = {"ep": 1, **checkpoint.manifest["topology"]}, topology_of(engine)
-    whole = (optimizer and not module_only) or "Stage3" in saved["wrapper"] + own["wrapper"]
+    whole = (optimizer and not module_only) or "Stage3" in f"{saved['wrapper']} {own['wrapper']}"
     keys = _RIGID if whole and not (partitioned and not optimizer) else _OF_WEIGHTS
     different = [f"{key} was {saved[key]}, is {own[key]}" for key in keys if saved[key] != own[key]]
     if different:
@@ -211,7 +213,7 @@ def _check_topology(engine: Engine, checkpoint: Checkpoint, *, optimizer: bool, 
             f", or a universal one with DeepSpeed's ds_to_universal and load that with "
             f'"checkpoint": {{"load_universal": true}}.'
         )
-        if saved["pp"] > 1:  # `ds-blockwise convert` does not read layer files
+        if saved["pp"] != 1:  # `ds-blockwise convert` does not read layer files
             way_out = "Those of a pipeline cannot be converted: resume it with the ranks and stages that saved it."
         raise ValueError(
             f"checkpoint {checkpoint.folder} was saved by {_described(saved)}; this engine has {_described(own)} "
@@ -245,14 +247,16 @@ def _load_into_groups(
     path, client_state = _load_together(engine, load)
     saved = _take_own_entry(client_state)
     if ours is not None and path is not None:
-        settings = saved.get("settings") or {}
-        _restore_groups(ours, engine.lr_scheduler if scheduled else None, own, settings.get("groups", []))
+        settings: Settings | None = saved.get("settings") or None
+        groups = [] if settings is None else settings.get("groups", [])
+        _restore_groups(ours, engine.lr_scheduler if scheduled else None, own, groups)
         if tell and settings and is_first_rank() and (changed := differences(settings, settings_of(ours))):
             logger.warning(
                 "the checkpoint was saved under other settings; the present ones are used:\n  %s", "\n  ".join(changed)
             )
         # a run that starts anew from another one's state measures anew
-        run, steps = (settings.get("run"), int(engine.global_steps)) if scheduled and moments else (own_run, 0)
+        saved_run = None if settings is None else settings.get("run")
+        run, steps = (saved_run, int(engine.global_steps)) if scheduled and moments else (own_run, 0)
         ours.load_run_state(run, steps)
         ours.settle()
     return path, client_state

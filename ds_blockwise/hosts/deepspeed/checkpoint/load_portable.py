@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,8 +19,9 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
-from ds_blockwise.checkpoint.folder import CheckpointError
+from ds_blockwise.checkpoint.manifest import CheckpointError
 from ds_blockwise.checkpoint.portable import Portable
+from ds_blockwise.checkpoint.portable_types import TrainingState
 from ds_blockwise.checkpoint.record import KEY
 from ds_blockwise.hosts.deepspeed.engine import Engine, Loaded, Wrapper, ZeroStage3, is_partitioned, whole_numel
 from ds_blockwise.kernels.base import wide_dtype
@@ -120,7 +120,7 @@ def _ours(engine: Engine, custom_load_fn: object) -> BlockwiseOptimizer:
     raise ValueError(problem)
 
 
-def _opened(folder: Path) -> tuple[Portable, dict[str, Any]]:
+def _opened(folder: Path) -> tuple[Portable, TrainingState]:
     """The checkpoint and its training state, opened on every rank or on none."""
     failure: CheckpointError | ImportError | None = None
     try:

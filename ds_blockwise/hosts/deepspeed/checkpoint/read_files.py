@@ -19,11 +19,12 @@ import torch
 
 from ds_blockwise.blocks.segment_table import Placement, build_table
 from ds_blockwise.blocks.spec import BlockSpec
-from ds_blockwise.checkpoint.folder import CheckpointError, read_manifest
+from ds_blockwise.checkpoint.manifest import CheckpointError, NoRecordError, Topology, read_manifest
 from ds_blockwise.checkpoint.portable import TRAINED, per_block, whole_of
+from ds_blockwise.checkpoint.portable_types import Origin, TrainingState
 from ds_blockwise.checkpoint.record import PER_BLOCK_KEY, numel_of, placements_of, record_in, spec_of
+from ds_blockwise.checkpoint.record_types import Record
 from ds_blockwise.hosts.deepspeed.checkpoint.tag_folder import ModelFile, TagFolder, foreign_globals, load_file
-from ds_blockwise.hosts.deepspeed.checkpoint.topology import Topology
 
 # keys of a model file that are DeepSpeed's; everything else is the user's client_state
 _DEEPSPEED_KEYS = frozenset(
@@ -34,10 +35,6 @@ _DEEPSPEED_KEYS = frozenset(
 _LOSS_SCALE_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 _State = Mapping[str, Any]  # of one stepped tensor: step and moments
-
-
-class NoRecordError(CheckpointError):
-    """The checkpoint was not saved by one of our optimizers."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +61,13 @@ class _Piece:
 
 
 class DeepSpeedFiles:
-    """One tag folder, opened for reading; a `portable.Source`.
+    """One tag folder, opened for reading; a `portable_types.Source`.
 
     Args:
         folder: the tag folder.
         trust: see `load_file`.
 
     Attributes:
-        record: the optimizer's record (of the first file; equal parameters in all).
         steps: per parameter, updates that its state has seen.
         group_of: per parameter, index of its param group.
         param_groups: the groups' hyper-parameters.
@@ -89,10 +85,10 @@ class DeepSpeedFiles:
         self.notes: list[str] = []
         self._trust = trust
         self._pieces: dict[str, list[_Piece]] = {}
-        self.record: dict[str, Any] = {}
+        self._record: Record | None = None
         self.steps: dict[str, int] = {}
         self.group_of: dict[str, int] = {}
-        self.param_groups: list[dict[str, Any]] = []
+        self.param_groups: list[dict[str, object]] = []
         self._files = files = TagFolder(self.folder, trust=trust)
         loss_scale: Mapping[str, object] = {}
         for (mp_rank, _), path in sorted(files.optim_paths.items()):
@@ -108,8 +104,18 @@ class DeepSpeedFiles:
         self._check_coverage()
         self._frozen, self._buffers = self._fixed_names()
         topology = _said_topology(self.folder) or files.topology
-        self.origin = {"tag": self.folder.name, "global_steps": int(files.first["global_steps"]), "topology": topology}
+        self.origin: Origin = {
+            "tag": self.folder.name,
+            "global_steps": int(files.first["global_steps"]),
+            "topology": topology,
+        }
         self.training_state = self._training_state(files.first, loss_scale)
+
+    @property
+    def record(self) -> Record:
+        """The optimizer's record: of the first file, with the parameters of all."""
+        assert self._record is not None, "a file without a record is refused when it is opened"
+        return self._record
 
     def names(self, kind: str) -> list[str]:
         """Names of the tensors of one of `portable.KINDS`."""
@@ -160,8 +166,8 @@ class DeepSpeedFiles:
                 f"{path} has no record of ds_blockwise: its optimizer was another one. Load it through the engine "
                 f"(engine.load_checkpoint at the topology that saved it), and save again."
             )
-        if not self.record:
-            self.record = {**record, "parameters": dict(record["parameters"])}
+        if self._record is None:
+            self._record = {**record, "parameters": dict(record["parameters"])}
             self.param_groups = [_plain_group(group) for group in base["param_groups"]]
         for name, packed in record["parameters"].items():
             if self.record["parameters"].setdefault(name, packed) != packed:
@@ -278,20 +284,21 @@ class DeepSpeedFiles:
                         f"missing or there twice: files are missing, or of different runs."
                     )
 
-    def _training_state(self, first: Mapping[str, object], loss_scale: Mapping[str, object]) -> dict[str, object]:
+    def _training_state(self, first: ModelFile, loss_scale: Mapping[str, object]) -> TrainingState:
         client_state = {key: value for key, value in first.items() if key not in _DEEPSPEED_KEYS}
-        state = {
-            "lr_scheduler": first["lr_scheduler"],
+        schedule = {"lr_scheduler": first["lr_scheduler"]}
+        for holder in (client_state, schedule):
+            for key, value in holder.items():
+                foreign = foreign_globals(_pickled(value)) if self._trust else []
+                if foreign:
+                    self.notes.append(f"{key!r} is left out: it holds Python objects ({', '.join(foreign)})")
+                    holder[key] = None
+        return {
+            "lr_scheduler": schedule["lr_scheduler"],
             "counters": {key: first[key] for key in ("global_steps", "global_samples", "skipped_steps")},
             "loss_scale": {key: loss_scale[key] for key in _LOSS_SCALE_KEYS if loss_scale.get(key) is not None},
             "client_state": client_state,
         }
-        for holder, key in [(client_state, key) for key in list(client_state)] + [(state, "lr_scheduler")]:
-            foreign = foreign_globals(_pickled(holder[key])) if self._trust else []
-            if foreign:
-                self.notes.append(f"{key!r} is left out: it holds Python objects ({', '.join(foreign)})")
-                holder[key] = None
-        return state
 
 
 def _check_sizes(
@@ -349,7 +356,7 @@ def _plain_group(group: Mapping[str, object]) -> dict[str, object]:
 def _said_topology(folder: Path) -> Topology | None:
     """The topology in the folder's manifest, if it has one."""
     manifest = read_manifest(folder)
-    return None if manifest is None else manifest.get("topology")
+    return None if manifest is None else manifest["topology"]
 
 
 def _pickled(value: object) -> io.BytesIO:

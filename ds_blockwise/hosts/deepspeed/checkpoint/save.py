@@ -36,9 +36,11 @@ import torch.distributed as dist
 from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
 
 from ds_blockwise.checkpoint import folder as files
-from ds_blockwise.checkpoint.folder import PARTIAL, CheckpointError
+from ds_blockwise.checkpoint.folder import PARTIAL
+from ds_blockwise.checkpoint.manifest import CheckpointError, FileFacts, Topology, files_in, sums_of, write_manifest
 from ds_blockwise.checkpoint.record import KEY, settings_of
-from ds_blockwise.hosts.deepspeed.checkpoint.topology import Topology, leads, node_of, topology_of
+from ds_blockwise.checkpoint.record_types import Settings
+from ds_blockwise.hosts.deepspeed.checkpoint.topology import leads, node_of, topology_of
 from ds_blockwise.hosts.deepspeed.checkpoint.universal import universal_checkpoint_info
 from ds_blockwise.hosts.deepspeed.engine import CheckpointEngine, Engine
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
@@ -58,7 +60,7 @@ class OwnEntry(TypedDict):
         added: other keys that were added to the client state.
     """
 
-    settings: Mapping[str, object] | None
+    settings: Settings | None
     topology: Topology
     added: list[str]
 
@@ -240,7 +242,7 @@ class _Save:
     tag: str
     problems: list[str] = field(default_factory=list)
     written: set[str] = field(default_factory=set)
-    sums: dict[str, dict[str, object]] = field(default_factory=dict)
+    sums: dict[str, FileFacts] = field(default_factory=dict)
 
     @property
     def partial(self) -> Path:
@@ -313,11 +315,11 @@ class _Save:
         names = self.written - earlier
         if self.leads:  # files that DeepSpeed wrote by other ways than its checkpoint engine
             claimed = set().union(*(written for node, written in said if node == said[rank][0]))
-            names = names | (set(files.files_in(self.partial)) - claimed)
-        self.sums = files.sums_of(self.partial, sorted(names))
+            names = names | (set(files_in(self.partial)) - claimed)
+        self.sums = sums_of(self.partial, sorted(names))
 
-    def _publish(self, own: OwnEntry, sums: dict[str, dict[str, object]]) -> None:
-        files.write_manifest(
+    def _publish(self, own: OwnEntry, sums: dict[str, FileFacts]) -> None:
+        write_manifest(
             self.partial,
             kind="deepspeed",
             tag=self.tag,

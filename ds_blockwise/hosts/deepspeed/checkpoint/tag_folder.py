@@ -19,7 +19,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from ds_blockwise.checkpoint.folder import CheckpointError
+from ds_blockwise.checkpoint.manifest import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,8 @@ class ModelFile(TypedDict, total=False):
     frozen_param_fragments: dict[str, torch.Tensor]
     lr_scheduler: dict[str, object] | None
     global_steps: int
+    global_samples: int
+    skipped_steps: int
     dp_world_size: int
     mp_world_size: int
     ds_config: dict[str, dict[str, Any]]

@@ -3,16 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TypeAlias
-
 import torch.distributed as dist
 from deepspeed.utils import groups
 from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size, bwc_tensor_model_parallel_world_size
 
+from ds_blockwise.checkpoint.manifest import Topology
 from ds_blockwise.hosts.deepspeed.engine import Engine, is_wrapped, offload_device, tensor_parallel_mpu
-
-Topology: TypeAlias = Mapping[str, int | str]
 
 
 def topology_of(engine: Engine) -> Topology:

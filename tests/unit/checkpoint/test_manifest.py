@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The manifest: what it lists, and which damage of which file it shows."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from ds_blockwise.atomic_files import sha256_of
+from ds_blockwise.checkpoint.manifest import MANIFEST, CheckpointError, listed_files, read_manifest, verify
+from tests.helpers.checkpoint_folders import foreign, save
+
+
+def test_every_kind_of_damage_is_named(tmp_path: Path) -> None:
+    """A load that noticed nothing would train on from other weights."""
+    final = save(tmp_path, "step_2", 2)
+    weights, note = final / "mp_rank_00_model_states.pt", final / "deep" / "note.txt"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    (problem,) = verify(final)
+    assert problem.startswith("mp_rank_00_model_states.pt: ")
+    assert f"{len(whole) - 1} bytes instead of {len(whole)}" in problem
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    weights.write_bytes(flipped)
+    (problem,) = verify(final)
+    assert "contents have changed" in problem
+    assert verify(final, contents=False) == []
+    assert verify(final, ["deep/note.txt"]) == []
+    note.unlink()
+    assert verify(final, ["deep/note.txt"]) == ["deep/note.txt: missing"]
+    assert len(verify(final)) == 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "bit", "format", "list"])
+def test_a_damaged_manifest_is_an_error_of_its_own(tmp_path: Path, damage: str) -> None:
+    final = save(tmp_path, "step_2", 2)
+    path = final / MANIFEST
+    text = path.read_text(encoding="utf-8")
+    changed = {
+        "cut": text[: len(text) // 2],
+        "bit": text.replace('"world_size": 2', '"world_size": 3'),
+        "format": text.replace('"format": 1', '"format": 9'),
+        "list": "[]",
+    }[damage]
+    assert changed != text
+    path.write_text(changed, encoding="utf-8")
+    expected = "reads format 1" if damage == "format" else "Restore the file from a copy"
+    for use in (read_manifest, verify, listed_files):
+        with pytest.raises(CheckpointError, match=expected) as caught:
+            use(final)
+        assert str(path) in str(caught.value)
+
+
+def test_files_without_a_manifest_are_checked_by_the_sums_inside_them(tmp_path: Path) -> None:
+    old = foreign(tmp_path, "global_step10", age=2)
+    path = old / "mp_rank_00_model_states.pt"
+    whole = path.read_bytes()
+    assert verify(old) == []
+    for content, expected in ((whole[: len(whole) // 2], "cut off"), (b"", "empty")):
+        path.write_bytes(content)
+        (problem,) = verify(old)
+        assert problem == f"mp_rank_00_model_states.pt: {expected}"
+
+
+def test_a_flipped_bit_in_a_file_without_manifest_is_noticed_or_harmless(tmp_path: Path) -> None:
+    """Zip sums cover the tensors; what they leave out must not change them, whatever the bit does to the header."""
+    path = foreign(tmp_path, "global_step1", age=0) / "mp_rank_00_model_states.pt"
+    whole = path.read_bytes()
+    weight = torch.load(path, weights_only=True)["weight"]
+    generator = random.Random(3)
+    noticed = 0
+    for _ in range(300):
+        flipped = bytearray(whole)
+        flipped[generator.randrange(len(whole))] ^= 1 << generator.randrange(8)
+        path.write_bytes(flipped)
+        if verify(path.parent, [path.name]):
+            noticed += 1
+            continue
+        try:
+            assert torch.equal(torch.load(path, weights_only=True)["weight"], weight)
+        except RuntimeError:
+            pass  # torch refuses it: an error, not another weight
+    assert noticed > 200
+
+
+def test_the_manifest_is_plain_json(tmp_path: Path) -> None:
+    final = save(tmp_path, "step_2", 2)
+    assert listed_files(final) == ["mp_rank_00_model_states.pt", "deep/note.txt"]  # the largest first
+    manifest = json.loads((final / MANIFEST).read_text(encoding="utf-8"))
+    assert manifest["files"]["deep/note.txt"] == {
+        "bytes": len("step 2"),
+        "sha256": sha256_of(final / "deep" / "note.txt"),
+    }
