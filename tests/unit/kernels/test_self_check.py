@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The check that a backend passes before it steps anybody's weights."""
+
+import pytest
+import torch
+
+from ds_blockwise.kernels.base import ReferenceKernels
+from ds_blockwise.kernels.select import kernels_for
+from ds_blockwise.kernels.self_check import disagreement
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("backend", ["cpp", "triton", "reference"])
+def test_working_backends_pass_their_check(backend):
+    """A check that good kernels fail would put every GPU on the slow reference."""
+    assert disagreement(kernels_for(backend, CPU), CPU) is None
+
+
+class Altered(ReferenceKernels):
+    """The reference with one thing spoilt after every step."""
+
+    name = "altered"
+
+    def __init__(self, spoil, only_shared=None):
+        self.spoil, self.only_shared = spoil, only_shared
+
+    def step_(self, items):
+        super().step_(items)
+        for item in items:
+            if self.only_shared in (None, item.table.shares_second_moment):
+                self.spoil(item)
+
+
+def scaled(key, at):
+    def spoil(item):
+        tensor = item.param if key == "parameters" else item.state[key]
+        tensor.view(-1)[at] *= 1.01
+
+    return spoil
+
+
+@pytest.mark.parametrize("at", [0, -1])
+@pytest.mark.parametrize("key", ["parameters", "exp_avg", "exp_avg_sq"])
+def test_one_wrong_value_is_found(key, at):
+    """A wrong edge of a tile shows in one element only, and a wrong state in the next step."""
+    assert "the altered kernels differ from the reference by" in disagreement(Altered(scaled(key, at)), CPU)
+
+
+@pytest.mark.parametrize(("shared", "form"), [(False, "AdamW"), (True, "Adam-mini")])
+def test_both_optimizers_are_checked(shared, form):
+    """Kernels may be right for one form of the second moment and wrong for the other."""
+    assert disagreement(Altered(scaled("exp_avg_sq", 0), shared), CPU).endswith(f" of {form}")
+
+
+def test_a_nan_is_a_difference():
+    """A comparison with NaN is false, so `error > limit` would let it through."""
+    assert "nan in parameters" in disagreement(Altered(lambda item: item.param.view(-1)[3].fill_(float("nan"))), CPU)
+
+
+def test_rounding_is_not_a_difference():
+    """Compilers contract and reorder; a check that no other machine passes would put it on the slow reference."""
+
+    def spoil(item):
+        item.param.mul_(1 + 2.0**-23)
+        item.state["exp_avg"].mul_(1 + 2.0**-22)
+
+    assert disagreement(Altered(spoil), CPU) is None
