@@ -5,7 +5,7 @@ Raises:
     ImportError: such a package is installed.
 """
 
-from ds_blockwise.kernels.nvidia_fused import foreign_apex
+from ds_blockwise.kernels.foreign_apex import foreign_apex
 
 _problem = foreign_apex()
 if _problem is not None:

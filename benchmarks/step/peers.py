@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.step.shapes import Case
-from ds_blockwise.kernels.nvidia_fused import FUSED, foreign_apex
+from ds_blockwise.kernels.foreign_apex import foreign_apex
 from ds_blockwise.kernels.select import kernels_for
 from ds_blockwise.optimizers.registry import OPTIMIZERS
 from ds_blockwise.optimizers.settings import BACKENDS
@@ -92,8 +92,6 @@ def _ours(device: torch.device) -> Iterator[Contender | Missing]:
     for cls in OPTIMIZERS.values():
         family = ADAM_MINI if cls.shares_second_moment else ADAMW
         for backend in (name for name in BACKENDS if name != "auto"):
-            if family == ADAM_MINI and backend in FUSED:
-                continue  # they know one second moment per element only
             problem = _problem(backend, device)
             if problem is None:
                 yield _our_contender(cls, family, backend, "fp32")

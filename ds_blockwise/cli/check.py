@@ -8,9 +8,9 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from ds_blockwise.checkpoint.inspect import CHECKPOINT_HELP, CheckpointDescription, describe_checkpoint
 from ds_blockwise.cli.convert import add_checkpoint_options
 from ds_blockwise.cli.extras import needs
+from ds_blockwise.hosts.deepspeed.checkpoint.inspect import CHECKPOINT_HELP, CheckpointDescription, describe_checkpoint
 
 HELP = "verify a checkpoint or a run file, and print what it holds"
 

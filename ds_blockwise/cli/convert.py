@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ds_blockwise.checkpoint.inspect import CHECKPOINT_HELP, convert_checkpoint
+from ds_blockwise.hosts.deepspeed.checkpoint.inspect import CHECKPOINT_HELP, convert_checkpoint
 
 HELP = "bring a DeepSpeed checkpoint into a portable form that loads at any ZeRO stage, dp and tp"
 

@@ -12,8 +12,6 @@ import torch
 
 from ds_blockwise.kernels.base import Kernels, ReferenceKernels
 from ds_blockwise.kernels.cpp.build import BuildError, library_path, missing_tool
-from ds_blockwise.kernels.nvidia_fused import FUSED, FusedAdamKernels
-from ds_blockwise.kernels.nvidia_fused import unavailable as fused_unavailable
 from ds_blockwise.kernels.self_check import disagreement
 
 logger = logging.getLogger(__name__)
@@ -41,11 +39,6 @@ def _triton() -> Kernels:
     from ds_blockwise.kernels.triton.backend import TritonKernels
 
     return TritonKernels()
-
-
-@functools.cache
-def _fused(name: str) -> Kernels:
-    return FusedAdamKernels(name)
 
 
 def _triton_unavailable(device: torch.device) -> str | None:
@@ -104,7 +97,7 @@ def kernels_for(backend: str, device: torch.device) -> Kernels:
 
     Args:
         backend: ``"auto"`` (C++ on the CPU, Triton elsewhere, the reference with a warning where they cannot be had),
-            ``"cpp"``, ``"triton"``, ``"apex"``, ``"te"`` (BlockwiseAdamW only) or ``"reference"``.
+            ``"cpp"``, ``"triton"`` or ``"reference"``.
         device: where the stepped tensor lies.
 
     Raises:
@@ -117,22 +110,10 @@ def kernels_for(backend: str, device: torch.device) -> Kernels:
             return _cpp()
         except BuildError as error:
             raise ValueError(f'backend "cpp" cannot be had: {error}. Or use "auto" or "reference".') from error
-    if backend == "triton" or backend in FUSED:
-        problem = _triton_unavailable(device) if backend == "triton" else fused_unavailable(backend, device)
+    if backend == "triton":
+        problem = _triton_unavailable(device)
         if problem is not None:
-            raise ValueError(f'backend "{backend}" cannot be had: {problem}. Or use "auto" or "reference".')
-        return _triton() if backend == "triton" else _fused(backend)
+            raise ValueError(f'backend "triton" cannot be had: {problem}. Or use "auto" or "reference".')
+        return _triton()
+    assert backend == "reference", "settings.check_backend refuses others"
     return _reference()
-
-
-def available(device: torch.device) -> dict[str, str | None]:
-    """Every backend with the reason why it cannot step tensors of a device, or None if it can."""
-    problems: dict[str, str | None] = {"reference": None}
-    for name in ("cpp", "triton", *FUSED):
-        try:
-            kernels = kernels_for(name, device)
-        except ValueError as error:
-            problems[name] = str(error)
-        else:
-            problems[name] = None if name != "cpp" or device.type == "cpu" else f"{kernels.name} steps CPU tensors"
-    return problems

@@ -28,8 +28,7 @@ class BlockwiseAdamW(BlockwiseOptimizer):
         granularity: accepted so that one JSON serves both optimizers; second moments are element-wise.
         rules: list of ``{"match": regex, "role" | "lr_multiplier" | ...}`` for single parameters.
         momentum_dtype: ``"fp32"`` or ``"bf16"``: storage of ``exp_avg``. Arithmetic is fp32 (fp64 for fp64 parameters).
-        backend: ``"auto"`` (C++ for CPU tensors, Triton for CUDA), ``"cpp"``, ``"triton"``, ``"apex"``, ``"te"``
-            (NVIDIA's fused Adam, where it is installed) or ``"reference"``.
+        backend: ``"auto"`` (C++ for CPU tensors, Triton for CUDA), ``"cpp"``, ``"triton"`` or ``"reference"``.
         checkpoint_format: accepted so that one JSON serves both optimizers; second moments are element-wise.
         telemetry: ``{"interval": 100, ...}``; see `ds_blockwise.measure.readings.TelemetrySettings`. Default: off.
 

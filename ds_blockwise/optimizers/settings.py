@@ -12,7 +12,8 @@ MomentumDtype = Literal["fp32", "bf16"]
 MOMENTUM_DTYPES: tuple[MomentumDtype, ...] = ("fp32", "bf16")
 CheckpointFormat = Literal["expanded", "compact"]
 CHECKPOINT_FORMATS: tuple[CheckpointFormat, ...] = ("expanded", "compact")
-BACKENDS = ("auto", "cpp", "triton", "apex", "te", "reference")
+BACKENDS = ("auto", "cpp", "triton", "reference")
+_FORMER_BACKENDS = ("apex", "te")
 
 OPTIMIZER_KEYS = (
     "lr",
@@ -82,6 +83,11 @@ def check_backend(value: object) -> str:
     """
     if isinstance(value, str) and value in BACKENDS:
         return value
+    if value in _FORMER_BACKENDS:
+        raise ValueError(
+            f'backend {value!r} is not offered any more. Write "backend": "auto", which takes Triton on a GPU. '
+            f"Allowed: {', '.join(BACKENDS)}"
+        )
     raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {value!r}{suggest(value, BACKENDS)}")
 
 

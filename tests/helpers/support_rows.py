@@ -303,15 +303,4 @@ ROWS: tuple[Row, ...] = (
         KERNELS, "Triton, in its interpreter", "unit/kernels/test_base.py::*[triton-*", "unit/kernels/test_triton.py::*"
     ),
     untested(KERNELS, "Triton, on a GPU", _NO_GPU),
-    Row(
-        KERNELS,
-        "NVIDIA apex, Transformer Engine",
-        (
-            Works(("unit/kernels/test_nvidia_fused.py::test_slices_make_the_steps_of_the_reference*",)),
-            Refused(
-                "keeps one second moment per element",
-                ("unit/kernels/test_nvidia_fused.py::test_adam_mini_is_refused*",),
-            ),
-        ),
-    ),
 )

@@ -116,7 +116,7 @@ def resumes_bitwise(context: RankContext, use: Use) -> None:
 
 def moves_to_another_size(context: RankContext, use: Use) -> None:
     """`ds-blockwise convert`, then an engine of another tensor-parallel size with the very same state."""
-    from ds_blockwise.checkpoint.inspect import convert_checkpoint, describe_checkpoint
+    from ds_blockwise.hosts.deepspeed.checkpoint.inspect import convert_checkpoint, describe_checkpoint
 
     assert use.target is not None
     plan = GradientPlan(context.world_size // use.case.tp, 1, DTYPES[use.case.dtype])

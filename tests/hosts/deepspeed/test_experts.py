@@ -168,7 +168,7 @@ def check_trains(context: RankContext, case: Case) -> None:
 
 
 def check_resumes(context: RankContext, case: Case) -> None:
-    from ds_blockwise.checkpoint.inspect import convert_checkpoint, describe_checkpoint
+    from ds_blockwise.hosts.deepspeed.checkpoint.inspect import convert_checkpoint, describe_checkpoint
 
     folder = context.tmp_path / f"moe-{case.stage}-{case.ep}-{case.optimizer}"
 

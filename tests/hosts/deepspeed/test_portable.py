@@ -70,7 +70,7 @@ def train(run: SimpleNamespace, context: RankContext, steps: int) -> None:
 
 def convert(context: RankContext, folder: Path, *, trust: bool = False) -> tuple[Path, list[str]]:
     """Rank 0 converts; every rank gets the folder."""
-    from ds_blockwise.checkpoint.inspect import convert_checkpoint
+    from ds_blockwise.hosts.deepspeed.checkpoint.inspect import convert_checkpoint
 
     output, notes = folder.with_name(folder.name + ".portable"), []
     if context.rank == 0:

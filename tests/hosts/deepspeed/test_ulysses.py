@@ -174,7 +174,7 @@ def check_resumes(context: RankContext, case: Case) -> None:
             yield run
 
     def look() -> None:
-        from ds_blockwise.checkpoint.inspect import describe_checkpoint
+        from ds_blockwise.hosts.deepspeed.checkpoint.inspect import describe_checkpoint
 
         found = describe_checkpoint(folder)
         assert found["problems"] == [], found["problems"]

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 import ds_blockwise
-from ds_blockwise.checkpoint.inspect import convert_checkpoint, describe_checkpoint
 from ds_blockwise.checkpoint.portable import Portable
+from ds_blockwise.hosts.deepspeed.checkpoint.inspect import convert_checkpoint, describe_checkpoint
 from tests.data.checkpoints.format_1 import write as old
 from tests.helpers import ROOT
 from tests.helpers.oracle import Hyper, Oracle, assert_same_update

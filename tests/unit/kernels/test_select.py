@@ -46,7 +46,7 @@ def test_asking_for_cpp_without_a_compiler_is_an_error(tmp_path):
 @pytest.mark.parametrize("backend", ["cuda", "c++", 1, None])
 def test_unknown_backends_are_refused(backend):
     """A misspelt backend would be ignored."""
-    with pytest.raises(ValueError, match=r"backend must be one of auto, cpp, triton, apex, te, reference, got"):
+    with pytest.raises(ValueError, match=r"backend must be one of auto, cpp, triton, reference, got"):
         BlockwiseAdamW(tiny().parameters(), backend=backend)
 
 
@@ -95,3 +95,9 @@ def test_kernels_that_do_not_compile_are_replaced_and_said(monkeypatch, caplog):
     assert kernels_for("auto", torch.device("meta")).name == "reference"
     assert "RuntimeError: Failed to find C compiler" in caplog.text
     backends._chosen.cache_clear()
+
+
+@pytest.mark.parametrize("former", ["apex", "te"])
+def test_a_former_backend_is_refused_with_the_line_to_write(former: str) -> None:
+    with pytest.raises(ValueError, match=rf"backend '{former}' is not offered any more. Write \"backend\": \"auto\""):
+        BlockwiseAdamW([torch.nn.Parameter(torch.ones(1))], lr=1e-3, backend=former)

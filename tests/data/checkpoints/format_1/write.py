@@ -157,7 +157,10 @@ def write_deepspeed(rank: int, folder: str, rendezvous: str) -> None:
 
 def write_portable(source: Path, output: Path) -> None:
     """The portable form of a DeepSpeed checkpoint."""
-    for name in ("ds_blockwise.checkpoint.inspect", "ds_blockwise.cli_checkpoint"):  # now, and when it was written
+    for name in (
+        "ds_blockwise.hosts.deepspeed.checkpoint.inspect",
+        "ds_blockwise.cli_checkpoint",
+    ):  # now, and when it was written
         try:
             convert = importlib.import_module(name).convert_checkpoint
         except ModuleNotFoundError:

@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import math
 import os
 import sys
 from pathlib import Path
-from typing import Protocol, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from ds_blockwise.checkpoint.folder import (
     LATEST,
@@ -21,8 +20,11 @@ from ds_blockwise.checkpoint.folder import (
 )
 from ds_blockwise.checkpoint.manifest import MANIFEST, CheckpointError, NoRecordError, Topology, verify
 from ds_blockwise.checkpoint.portable import INDEX, KINDS, Portable, save_portable
-from ds_blockwise.checkpoint.portable_types import Origin, Source
+from ds_blockwise.checkpoint.portable_types import Origin
 from ds_blockwise.checkpoint.record_types import PortableRecord, Settings
+
+if TYPE_CHECKING:
+    from ds_blockwise.hosts.deepspeed.checkpoint.read_files import DeepSpeedFiles
 
 CHECKPOINT_HELP = "a checkpoint (tag folder), or a folder of checkpoints, of which the one named by latest is taken"
 _UNIVERSAL = "zero"  # the folder in which DeepSpeed's universal checkpoints keep one folder per parameter
@@ -57,19 +59,6 @@ class CheckpointDescription(TypedDict):
     bytes: dict[str, int]
     notes: list[str]
     problems: list[str]
-
-
-class DeepSpeedSource(Source, Protocol):
-    """The files of a DeepSpeed checkpoint, opened for reading."""
-
-    @property
-    def notes(self) -> list[str]:
-        """What a user should know about what was read."""
-        ...
-
-    def content_bytes(self) -> dict[str, int]:
-        """Bytes of the tensors in the files, per kind of content."""
-        ...
 
 
 def convert_checkpoint(
@@ -171,21 +160,20 @@ def _kind(checkpoint: Checkpoint) -> str:
     return "universal" if (checkpoint.folder / _UNIVERSAL).is_dir() else checkpoint.kind
 
 
-def _open_deepspeed(folder: Path, trust: bool) -> DeepSpeedSource:
+def _open_deepspeed(folder: Path, trust: bool) -> DeepSpeedFiles:
     """The files of DeepSpeed's checkpoint. What DeepSpeed prints while it is imported goes to stderr.
 
-    Only these files need DeepSpeed, and its host folder stands above this one: so it is imported by name, and late.
+    The other kinds of checkpoints are read without DeepSpeed, so it is imported here.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # files are read on the CPU, whatever the machine has
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            module = importlib.import_module("ds_blockwise.hosts.deepspeed.checkpoint.read_files")
+            from ds_blockwise.hosts.deepspeed.checkpoint.read_files import DeepSpeedFiles
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "deepspeed":
             raise
         raise ImportError("DeepSpeed's checkpoints need deepspeed: pip install 'ds_blockwise[deepspeed]'") from error
-    files: DeepSpeedSource = module.DeepSpeedFiles(folder, trust=trust)
-    return files
+    return DeepSpeedFiles(folder, trust=trust)
 
 
 def _look_inside(folder: Path, described: CheckpointDescription, trust: bool) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_blockwise.checkpoint.inspect import convert_checkpoint, describe_checkpoint
+from ds_blockwise.hosts.deepspeed.checkpoint.inspect import convert_checkpoint, describe_checkpoint
 from tests.helpers import ROOT
 
 PORTABLE = ROOT / "tests/data/checkpoints/format_1/portable"
