@@ -90,7 +90,7 @@ def build_ours(cls: type, case: Case, **settings: object) -> torch.optim.Optimiz
 
 def _ours(device: torch.device) -> Iterator[Contender | Missing]:
     for cls in OPTIMIZERS.values():
-        family = ADAM_MINI if cls.shares_second_moment else ADAMW
+        family = ADAM_MINI if cls.second_moment == "block" else ADAMW
         for backend in (name for name in BACKENDS if name != "auto"):
             problem = _problem(backend, device)
             if problem is None:

@@ -93,7 +93,7 @@ def layout_is_verified(context: RankContext, use: Use) -> None:
         found = verify_layout(run.engine.module)
         assert found.num_checks > 0 and any("query_key_value" in name for name in found.parameters)
         wrong = [{"match": "query_key_value", "role": "qkv", "layout": "concat", "num_heads": 4, "num_kv_heads": 4}]
-        with pytest.raises(ValueError, match="Say how it is split"):
+        with pytest.raises(ValueError, match="Describe the split in"):
             verify_layout(run.engine.module, rules=wrong)
 
 
@@ -221,7 +221,7 @@ def _uses() -> dict[str, tuple[int, Use]]:
     )
     refused = {
         "head_norms": (Case(model="unsummed"), ("q_norm.weight", "drift apart", '"grad_allreduce": true')),
-        "persimmon": (Case(model="persimmon"), ("query_key_value.weight", "does not compute attention")),
+        "persimmon": (Case(model="persimmon"), ("query_key_value.weight", "would compute another attention")),
         "nothing_split": (Case(model="nothing"), ("no parameter is known to be split", "partition_config")),
         "empty_z3": (Case(stage=3, model="mqa"), ("self_attn.q_proj.weight", "ZeRO stage 2")),
         "clip_z0": (Case(stage=0, dtype="bf16", clip=1.0), ("gradient_clipping", "ZeRO stage 1")),
