@@ -27,6 +27,7 @@ from ds_blockwise.checkpoint.record_types import Record
 from ds_blockwise.kernels.base import Item, Kernels, StepState, wide_dtype
 from ds_blockwise.kernels.bindings import Binding, Bindings, StepObserver, Work, by_kernels, non_finite
 from ds_blockwise.kernels.param_groups import NO_HYPER, ParamGroup, StateDict, hyper_of
+from ds_blockwise.kernels.tensor_checks import check_plain, check_states, check_stepped, check_whole, dense, make_dense
 from ds_blockwise.measure.auto_multipliers import MeasuredMultipliers, RunState
 from ds_blockwise.measure.meter import Listener, Meter
 from ds_blockwise.measure.readings import Readings, TelemetrySettings
@@ -226,6 +227,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
                 f"parameter {spec.fqn!r} is split over {len(shard.chunks)} tensor-parallel ranks, but no host has "
                 f"told {type(self).__name__} their process group. Train it through deepspeed.initialize(mpu=...)."
             )
+        check_whole(spec, shard, tensor)
         return self._bindings.bind(tensor, [whole_placement(spec, shard)], LOCAL)
 
     def placements_in(self, tensor: torch.Tensor) -> tuple[Placement, ...] | None:
@@ -310,17 +312,16 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
                 if binding is None:
                     # DeepSpeed's 16-bit wrappers step once with zero gradients inside their constructor
                     if bool(grad.any()):
+                        check_plain(tensor)
                         raise ValueError(self._unknown(tensor))
                     continue
-                if grad.is_sparse:
-                    raise ValueError(
-                        f"{type(self).__name__} does not support sparse gradients (shape {tuple(grad.shape)}). "
-                        f"Build the embedding with sparse=False."
-                    )
-                state = self._state_of(tensor, binding)
                 copy = self._copies.get(id(tensor))
-                item = Item(binding.table, binding.plan, tensor, state, hyper, grad.contiguous(), None, copy)
-                work.append(Work(binding, item))
+                work.append(Work(binding, Item(binding.table, binding.plan, tensor, {}, hyper, grad, None, copy)))
+        stepped = [w for w in work if w.item.grad is not None]
+        check_stepped([w.item for w in stepped], [w.binding.shape for w in stepped])
+        for w in stepped:
+            w.item.state = self._state_of(w.item.param, w.binding)
+            make_dense(w.item)
         for binding in self._bindings.absent:
             if binding.table.has_split_blocks:
                 work.append(Work(binding, Item(binding.table, binding.plan, binding.tensor, {}, NO_HYPER)))
@@ -335,11 +336,13 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         return not self.overflow and all([observer.before_update(work) for observer in self._observers])
 
     def _update(self, work: Sequence[Work]) -> None:
+        check_states([w.item for w in work])
         scattered: list[tuple[Item, torch.Tensor]] = []
         for w in work:
-            if not w.item.param.is_contiguous():
+            param = dense(w.item.param)
+            if param is not w.item.param:
                 scattered.append((w.item, w.item.param))
-                w.item.param = w.item.param.contiguous()
+                w.item.param = param
         for kernels, items in by_kernels(work):
             self.update_(kernels, items)
         for item, original in scattered:

@@ -24,7 +24,7 @@ from ds_blockwise.blocks.tagged_parameter import set_tags
 from ds_blockwise.tagging.module_facts import NUM_HEADS, fused_qkv_layout, generic_heads, num_experts_in, storage_of
 from ds_blockwise.tagging.module_reader import READERS
 from ds_blockwise.tagging.names import NameMatch, is_bias_name, match_name, merge_tied
-from ds_blockwise.tagging.registered import RegisteredParameter, Registration, registered_parameters
+from ds_blockwise.tagging.registered import RegisteredParameter, Registration, check_plain, registered_parameters
 from ds_blockwise.tagging.report import BlockReport, block_report
 from ds_blockwise.tagging.tensor_parallel_cuts import check_cut, cut_by_role
 
@@ -92,6 +92,7 @@ def read_tags(
     Raises:
         ValueError: as `tag_parameters`; every problem of the model in one message.
     """
+    check_plain(model)
     problems: list[str] = []
     found: list[ParameterTags] = []
     every = registered_parameters(model, names)
