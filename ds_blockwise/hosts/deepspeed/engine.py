@@ -232,6 +232,8 @@ class ZeroStage3(Wrapper, Protocol):
     get_local_fp32_param: Callable[..., torch.Tensor | None]
     set_local_hp_param: Callable[..., None]
     get_hp_param_device: Callable[..., torch.device | None]
+    set_fp32_grad_for_param: Callable[..., None]
+    update_fp32_grad_for_param_vectorized: Callable[..., None]
     offload_states: Callable[..., None]
 
     def unflatten(self, flat: torch.Tensor, like: Sequence[PartitionedParameter]) -> Sequence[torch.Tensor]:

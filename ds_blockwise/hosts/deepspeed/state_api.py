@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import deepspeed
@@ -63,6 +63,8 @@ _ON_THE_WRAPPER = (  # what it calls on ZeRO-3's wrapper
     "get_local_fp32_param",
     "set_local_hp_param",
     "get_hp_param_device",
+    "set_fp32_grad_for_param",
+    "update_fp32_grad_for_param_vectorized",
     "offload_states",
 )
 
@@ -268,6 +270,17 @@ class _Stage3Methods:
             return self._own.get_hp_param_device(self._wrapper, param, optim_state_key)
         return self._states.device(param, optim_state_key)
 
+    def set_fp32_grad_for_param(self, value: torch.Tensor, param: nn.Parameter) -> None:
+        self._own.set_fp32_grad_for_param(self._wrapper, _padded(value, param), param)
+
+    def update_fp32_grad_for_param_vectorized(
+        self, update_func: Callable[[torch.Tensor, nn.Parameter], torch.Tensor], param_list: Sequence[nn.Parameter]
+    ) -> None:
+        def padded(gradient: torch.Tensor, param: nn.Parameter) -> torch.Tensor:
+            return _padded(update_func(gradient, param), param)
+
+        self._own.update_fp32_grad_for_param_vectorized(self._wrapper, padded, param_list)
+
     def offload_states(
         self,
         include: Collection[OffloadStateTypeEnum] | None = None,
@@ -295,6 +308,19 @@ class _Stage3Methods:
 
 def _piece_numel(param: nn.Parameter) -> int:
     return param.partition_numel() if is_partitioned(param) else param.numel()
+
+
+def _padded(value: torch.Tensor, param: nn.Parameter) -> torch.Tensor:
+    """A whole gradient in as many elements as all ranks' pieces have; DeepSpeed's last rank fails on fewer."""
+    if not is_partitioned(param):
+        return value
+    if value.numel() != param.ds_numel:
+        raise ValueError(
+            f"the gradient of a parameter of shape {tuple(param.ds_shape)} must have {param.ds_numel} elements, got "
+            f"one of shape {tuple(value.shape)}."
+        )
+    whole = param.partition_numel() * dist.get_world_size(param.ds_process_group)
+    return nn.functional.pad(value.reshape(-1), (0, whole - param.ds_numel))
 
 
 def _on_host(tensor: torch.Tensor, pin_memory: bool) -> torch.Tensor:
@@ -339,7 +365,7 @@ def _put_on_parameters(wrapper: Wrapper, states: _States) -> None:
 def _refuse_gradient(*_args: object) -> None:
     raise ValueError(
         f"DeepSpeed {deepspeed.__version__} mixes up gradients of different parameters under round_robin_gradients, "
-        f'with any optimizer. Set "round_robin_gradients": false to see or set them; weights and moments are right anyway.'
+        f'with any optimizer. Set "round_robin_gradients": false to see or set them. Weights and moments are right.'
     )
 
 
