@@ -23,6 +23,7 @@ from ds_blockwise.hosts.deepspeed.engine import Engine, is_wrapped, tensor_paral
 from ds_blockwise.hosts.deepspeed.monitor import connect
 from ds_blockwise.hosts.deepspeed.partitions import or_world, stepped_tensors
 from ds_blockwise.hosts.deepspeed.pipeline import is_staged, names_in, tied_copies
+from ds_blockwise.hosts.deepspeed.state_api import show_state
 from ds_blockwise.hosts.pipeline_stages import TiedCopy, check_rules, check_tied, rules_matched
 from ds_blockwise.hosts.stepped_tensors import Stepped, check_agreement
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
@@ -63,6 +64,7 @@ def attach(engine: Engine) -> None:
     peers = if_many(or_world(engine.seq_data_parallel_group))
     check_agreement(optimizer, stepped, peers, found.tp_group, "JSON")
     guard(engine)
+    show_state(engine, optimizer, found.params)
     if not is_wrapped(engine):
         # DeepSpeed's wrappers skip a step with NaN on all ranks; without a wrapper nobody looks
         everyone = or_world(None)  # the other stages of a pipeline must skip it too

@@ -128,6 +128,7 @@ class Engine(Protocol):
     mp_world_size: int
     has_moe_layers: bool
     pipeline_parallelism: bool
+    destroy: Callable[..., None]
     save_checkpoint: Callable[..., bool]
     load_checkpoint: Callable[..., Loaded]
     _is_gradient_accumulation_boundary: bool | None
@@ -169,8 +170,11 @@ class ZeroStages1And2(Wrapper, Protocol):
     bit16_groups_flat: Sequence[torch.Tensor]
     single_partition_of_fp32_groups: Sequence[torch.Tensor]
     partition_size: Sequence[int]
+    offload_states: Callable[..., None]
+    reload_states: Callable[..., None]
     real_dp_process_group: Sequence[dist.ProcessGroup | None]
     _hp_optimizer_states_linked: bool
+    _link_all_hp_params: Callable[..., None]
 
     def update_lp_params(self) -> None:
         """Round the fp32 weights into the model's; a collective."""
@@ -183,6 +187,7 @@ class BF16Optimizer(Wrapper, Protocol):
     fp32_groups_flat_partition: Sequence[torch.Tensor]
     real_dp_process_group: Sequence[dist.ProcessGroup | None]
     _hp_optimizer_states_linked: bool
+    _link_all_hp_params: Callable[..., None]
 
     def update_lp_params(self) -> None:
         """Round the fp32 weights into the model's; a collective."""
@@ -193,6 +198,7 @@ class PartitionedParameter(Protocol):
 
     data: torch.Tensor
     ds_numel: int
+    ds_shape: torch.Size
     ds_tensor: torch.Tensor
     ds_process_group: dist.ProcessGroup
 
@@ -218,6 +224,17 @@ class ZeroStage3(Wrapper, Protocol):
     fp16_partitioned_groups_flat: Sequence[torch.Tensor]
     fp32_partitioned_groups_flat: Sequence[torch.Tensor]
     dp_process_group: dist.ProcessGroup | None
+    swap_optimizer: bool
+    offloaded_states: set[object]
+    hp_params_pin_buffers: Sequence[torch.Tensor]
+    get_full_hp_param: Callable[..., torch.Tensor | None]
+    set_full_hp_param: Callable[..., None]
+    get_local_fp32_param: Callable[..., torch.Tensor | None]
+    set_local_hp_param: Callable[..., None]
+    get_hp_param_device: Callable[..., torch.device | None]
+    set_fp32_grad_for_param: Callable[..., None]
+    update_fp32_grad_for_param_vectorized: Callable[..., None]
+    offload_states: Callable[..., None]
 
     def unflatten(self, flat: torch.Tensor, like: Sequence[PartitionedParameter]) -> Sequence[torch.Tensor]:
         """Views of a flat tensor, one for each piece."""

@@ -258,7 +258,7 @@ def _refresh(wrapper: object, optimizer: BlockwiseOptimizer) -> None:
                 half.data.copy_(master.data)
     elif isinstance(wrapper, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
         wrapper.update_lp_params()
-        # what safe_get_full_optimizer_state shows is linked anew after the next step
+        # DeepSpeed's views of the old moments are let go of after the next step
         wrapper._hp_optimizer_states_linked = False
     elif isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
         _refresh_stage_3(wrapper)
