@@ -17,7 +17,12 @@ from torch import nn
 from ds_blockwise.blocks.tagged_parameter import as_tagged
 from ds_blockwise.hosts.deepspeed.autotp import check_splits, with_empty_shards
 from ds_blockwise.hosts.deepspeed.checkpoint.load import guard
-from ds_blockwise.hosts.deepspeed.checks import check_clipping, check_config, check_sequence_parallel
+from ds_blockwise.hosts.deepspeed.checks import (
+    check_clipping,
+    check_config,
+    check_sequence_parallel,
+    refuse_empty_in_forward,
+)
 from ds_blockwise.hosts.deepspeed.engine import Engine, is_wrapped, tensor_parallel_mpu
 from ds_blockwise.hosts.deepspeed.monitor import connect
 from ds_blockwise.hosts.deepspeed.never_stepped import refuse_when_trained, trains_nothing
@@ -107,6 +112,7 @@ def _check(engine: Engine, optimizer: BlockwiseOptimizer) -> None:
     """Refuse what cannot work, whatever the model is."""
     check_config(engine, type(optimizer).__name__)
     check_sequence_parallel(engine)
+    refuse_empty_in_forward(engine)
 
 
 def _tagged_together(engine: Engine, optimizer: BlockwiseOptimizer) -> list[nn.Parameter] | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ds_blockwise.hosts.deepspeed.checkpoint.load import guard, load_checkpoint
+from ds_blockwise.hosts.deepspeed.checks import refuse_empty_in_forward
 from ds_blockwise.hosts.deepspeed.engine import Engine, FrozenEngineOptimizer, Loaded, set_optimizers, whole_numel
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.parallel.agree import gather, is_first_rank
@@ -46,6 +47,7 @@ def configure_frozen(
         set_optimizers(engine, optimizer, wrapper)
     else:
         set_optimizers(engine, optimizer, optimizer)
+    refuse_empty_in_forward(engine)
     _refuse(
         engine,
         optimizer,
