@@ -62,6 +62,8 @@ class TensorStructure:
         matrices: if the tensor holds several matrices, each with blocks of its own (experts): their number, rows and
             columns in the order in which the elements are stored, which the registered shape may not show. ``axis``
             then is a dimension of these three.
+        other_names: further names that the user's rules may match: those of a tied weight, those of the module tree
+            behind a host's own.
     """
 
     fqn: str
@@ -70,6 +72,7 @@ class TensorStructure:
     spans: tuple[RoleSpan, ...]
     is_bias: bool
     matrices: tuple[int, int, int] | None = None
+    other_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         at = 0
@@ -78,6 +81,11 @@ class TensorStructure:
             assert span.start == at and span.end > span.start, (self.fqn, self.spans)
             at = span.end
         assert at == self.axis_size, (self.fqn, self.shape, self.spans)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names, ``fqn`` first."""
+        return (self.fqn, *self.other_names)
 
     @property
     def axis_size(self) -> int:

@@ -147,7 +147,8 @@ class Bindings:
 
 def _with_multipliers(placement: Placement, settings: BlockSettings) -> Placement:
     spec = placement.spec
-    rates = [settings.resolve(spec.fqn, part.role, spec.structure.is_bias).lr_multiplier for part in spec.parts]
+    of = spec.structure
+    rates = [settings.resolve(of.fqn, p.role, of.is_bias, of.other_names).lr_multiplier for p in spec.parts]
     if rates == [part.lr_multiplier for part in spec.parts]:
         return placement
     parts = tuple(replace(part, lr_multiplier=rate) for part, rate in zip(spec.parts, rates, strict=True))

@@ -8,6 +8,7 @@ attributes have another meaning, such as tensor-parallel layers.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -41,11 +42,17 @@ def tag_parameters(
 ) -> BlockReport:
     """Find out what each trainable parameter is and set ``param.block_spec`` (and ``param.block_shard``) on it.
 
+    These tags are yours: every optimizer and every engine over these parameters takes them, until you call this again.
+    Call it after the last change to the model. An engine does the same for itself where you did not, and its tags are
+    its own: the next engine, also over a wrapper of the model, makes them anew, and no other optimizer takes them.
+    Frozen parameters and those without elements get no tags.
+
     Args:
         model: any module; its trainable parameters may be on the meta device or ZeRO-3 placeholders.
         lr_multipliers: per block type or role, or ``"auto"``; see `BlockwiseAdamW`. An optimizer that is built later
             and has no settings of its own takes these over, and so all below.
-        rules: list of ``{"match": regex, ...}`` for single parameters.
+        rules: list of ``{"match": regex, ...}`` for single parameters; each must match one, unless it has
+            ``"optional": True``.
         granularity: per block type, role or ``"bias"``; or ``"published"``, see `BlockwiseAdamMini`.
         weight_decay_multipliers: per block type or role.
 
@@ -96,14 +103,18 @@ def read_tags(
     problems: list[str] = []
     found: list[ParameterTags] = []
     every = registered_parameters(model, names)
-    for rule in () if is_stage else block_settings.rules:
-        if not any(rule.matches(fqn) for named in every for fqn in named.fqns):
-            problems.append(f"rule {rule.match!r} matches no parameter of the model")
+    if not is_stage:
+        problems += [
+            f"rule {rule.match!r} matches no parameter of the model. Correct its pattern, or give it "
+            f'"optional": true if models that lack such a parameter share these settings'
+            for rule in block_settings.unmatched_rules(fqn for named in every for fqn in named.fqns)
+        ]
     for named in every:
-        if not named.param.requires_grad:
-            continue  # a frozen parameter is never stepped, so its role does not matter
         try:
+            if not is_stepped(named):
+                continue  # its role does not matter
             structure, shard = _structure_of(named, block_settings)
+            structure = replace(structure, other_names=tuple(fqn for fqn in named.fqns if fqn != structure.fqn))
             found.append((named.param, apply_settings(structure, block_settings), shard))
         except ValueError as error:
             problems.append(str(error))
@@ -114,9 +125,28 @@ def read_tags(
     return found
 
 
+def is_stepped(named: RegisteredParameter) -> bool:
+    """Whether a parameter is trained and has elements, on this tensor-parallel rank or on another one.
+
+    Raises:
+        ValueError: it has no shape yet.
+    """
+    if not named.param.requires_grad:
+        return False
+    if isinstance(named.param, nn.parameter.UninitializedParameter):
+        raise ValueError(
+            f"parameter {named.fqn!r} has no shape before the first forward pass ({type(named.first.owner).__name__}). "
+            f"Run one on a small input first."
+        )
+    if math.prod(named.shape):
+        return True
+    shard, _ = _shard(named)
+    return shard is not None and math.prod(shard.global_shape) > 0
+
+
 def _structure_of(named: RegisteredParameter, settings: BlockSettings) -> tuple[TensorStructure, TensorShard | None]:
     fqn, owner = named.fqn, named.first.owner
-    rule = next((r for f in named.fqns if (r := settings.rule_for(f)) is not None), None)
+    rule = settings.rule_for(*named.fqns)
     match = _match(named, rule)
     shard, exact = _shard(named)
     local = named.shape
