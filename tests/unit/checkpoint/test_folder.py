@@ -83,7 +83,7 @@ def test_nothing_to_load(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no checkpoint 'step_1' in .*Complete checkpoints there: none"):
         files.resolve_tag(tmp_path, "step_1")
     files.write_latest(tmp_path, "step_1")
-    with pytest.raises(CheckpointError, match=r"names 'step_1', which is not there.*Unfinished: step_1\.partial"):
+    with pytest.raises(CheckpointError, match=r"names 'step_1', which is not there.*Unfinished: step_1\..+\.partial"):
         files.resolve_tag(tmp_path)
     save(tmp_path, "step_2", 2, latest=False)
     with pytest.raises(CheckpointError, match="Complete checkpoints there: step_2"):

@@ -17,9 +17,18 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from ds_blockwise.checkpoint import folder as files
 from ds_blockwise.checkpoint.folder import Checkpoint
-from ds_blockwise.checkpoint.manifest import CheckpointError, Topology, listed_files, verify
+from ds_blockwise.checkpoint.manifest import (
+    CheckpointError,
+    ReplacedError,
+    Topology,
+    check_version,
+    listed_files,
+    once_more,
+    verify,
+)
 from ds_blockwise.checkpoint.record import KEY, differences, settings_of
 from ds_blockwise.checkpoint.record_types import Settings
+from ds_blockwise.checkpoint.tags import agreed_tag
 from ds_blockwise.hosts.deepspeed.checkpoint.load_portable import load_portable
 from ds_blockwise.hosts.deepspeed.checkpoint.save import load_rank_state, save_checkpoint
 from ds_blockwise.hosts.deepspeed.checkpoint.tag_folder import universal_misfit
@@ -52,7 +61,7 @@ def guard(engine: Engine) -> None:
 def load_checkpoint(
     engine: Engine,
     load_dir: str | Path,
-    tag: str | None = None,
+    tag: str | int | None = None,
     load_module_strict: bool = True,
     load_optimizer_states: bool = True,
     load_lr_scheduler_states: bool = True,
@@ -79,9 +88,12 @@ def load_checkpoint(
 
     Raises:
         CheckpointError: on every rank, before anything is loaded: no such checkpoint, or damaged files (all named).
-        ValueError: on every rank, before anything is loaded: it was saved by another number of ranks, another ZeRO
-            wrapper or precision.
+        ReplacedError: on every rank: a save replaced the checkpoint while it was loaded, and so it did again when the
+            load was repeated.
+        ValueError: on every rank, before anything is loaded: the tag breaks the rule of `checkpoint.tags`, the ranks'
+            tags differ, or the checkpoint was saved by another number of ranks, another ZeRO wrapper or precision.
     """
+    agreed = agreed_tag(tag)
     if load_module_only and isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
         load_optimizer_states = False  # else DeepSpeed loads nothing at all there: the weights are in the ZeRO files
     options: LoadOptions = {
@@ -95,17 +107,24 @@ def load_checkpoint(
     scheduled = load_lr_scheduler_states and not load_module_only
     moments = load_optimizer_states and not load_module_only
     if engine.load_universal_checkpoint():
-        _check_universal(engine, Path(load_dir), tag)
-        return _load_into_groups(engine, functools.partial(original, tag), scheduled, tell=True, moments=moments)
-    checkpoint = _find(engine, Path(load_dir), tag)
-    if checkpoint is None:
-        return original(tag)
-    if checkpoint.kind == "portable":
-        portable = functools.partial(load_portable, engine, checkpoint.folder, **options)
-        return _load_into_groups(engine, portable, scheduled, tell=True, moments=moments)
-    _check_topology(engine, checkpoint, optimizer=load_optimizer_states, module_only=load_module_only)
-    rigid = functools.partial(original, checkpoint.tag)
-    return _load_into_groups(engine, rigid, scheduled, tell=False, moments=moments)
+        _check_universal(engine, Path(load_dir), agreed)
+        return _load_into_groups(engine, functools.partial(original, agreed), scheduled, tell=True, moments=moments)
+
+    def one_version() -> Loaded:
+        checkpoint = _find(engine, Path(load_dir), agreed)
+        if checkpoint is None:
+            return original(agreed)
+        if checkpoint.kind == "portable":
+            portable = functools.partial(load_portable, engine, checkpoint.folder, **options)
+            loaded = _load_into_groups(engine, portable, scheduled, tell=True, moments=moments)
+        else:
+            _check_topology(engine, checkpoint, optimizer=load_optimizer_states, module_only=load_module_only)
+            rigid = functools.partial(original, checkpoint.tag)
+            loaded = _load_into_groups(engine, rigid, scheduled, tell=False, moments=moments)
+        _check_not_replaced(engine, checkpoint)
+        return loaded
+
+    return once_more(one_version)
 
 
 def _find(engine: Engine, folder: Path, tag: str | None) -> Checkpoint | None:
@@ -141,12 +160,18 @@ def _find(engine: Engine, folder: Path, tag: str | None) -> Checkpoint | None:
 def _verify(engine: Engine, checkpoint: Checkpoint, names: list[str]) -> None:
     peers = [rank for rank, node in enumerate(gather(node_of(engine))) if node == node_of(engine)]
     mine = names[peers.index(engine.global_rank) :: len(peers)]
+    replaced: str | None = None
     try:
-        problems = verify(checkpoint.folder, mine)
+        problems = verify(checkpoint.folder, mine, version=checkpoint.version)
         if checkpoint.manifest is None:
             problems += _absent(engine, checkpoint)
+    except ReplacedError as error:
+        problems, replaced = [], str(error)
     except (CheckpointError, OSError) as error:
         problems = [str(error)]
+    replaced = first_error(replaced)
+    if replaced is not None:
+        raise ReplacedError(replaced)
     bad = [problem for found in gather(problems) for problem in found]
     if bad:
         listed = "\n  - ".join(dict.fromkeys(bad))
@@ -166,6 +191,19 @@ def _absent(engine: Engine, checkpoint: Checkpoint) -> list[str]:
     path = Path(engine._get_zero_ckpt_name(load_dir, tag))
     name = path.name
     return [] if path.is_file() else [f"{name}: missing (or saved with fewer ranks, or another precision)"]
+
+
+def _check_not_replaced(engine: Engine, checkpoint: Checkpoint) -> None:
+    """All ranks raise if a save replaced the checkpoint while its files were read."""
+    replaced: ReplacedError | None = None
+    if leads(engine):
+        try:
+            check_version(checkpoint.folder, checkpoint.version)
+        except ReplacedError as error:
+            replaced = error
+    message = first_error(None if replaced is None else str(replaced))
+    if message is not None:
+        raise ReplacedError(message)
 
 
 def _check_universal(engine: Engine, folder: Path, tag: str | None) -> None:

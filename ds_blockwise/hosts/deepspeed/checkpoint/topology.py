@@ -8,6 +8,7 @@ from deepspeed.utils import groups
 from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size, bwc_tensor_model_parallel_world_size
 
 from ds_blockwise.checkpoint.manifest import Topology
+from ds_blockwise.checkpoint.tags import Validation
 from ds_blockwise.hosts.deepspeed.engine import Engine, is_wrapped, offload_device, tensor_parallel_mpu
 
 
@@ -24,6 +25,15 @@ def topology_of(engine: Engine) -> Topology:
         "offload": offload_device(engine),
         "ep": int(groups._get_max_expert_size() or 1) if engine.has_moe_layers else 1,
     }
+
+
+def tag_validation(engine: Engine) -> Validation:
+    """What the JSON's ``"checkpoint": {"tag_validation": ...}`` says; ``fail`` without it.
+
+    DeepSpeed's own default is to warn, and to let every rank write under its own tag.
+    """
+    said = str((engine._config._param_dict.get("checkpoint") or {}).get("tag_validation", "fail")).lower()
+    return "warn" if said == "warn" else "ignore" if said == "ignore" else "fail"
 
 
 def node_of(engine: Engine) -> int:
