@@ -8,6 +8,7 @@ it ``<tag>``, so a folder without that suffix is complete. This file knows neith
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import glob
 import logging
@@ -243,13 +244,17 @@ def start_partial(folder: Path, tag: str, mark: str | None = None) -> Path:
 
 def _refuse_to_replace(final: Path) -> None:
     """A user's own folder or file must not be taken for an older version of the checkpoint."""
-    if final.is_dir():
-        own = next(final.iterdir(), None) is None or (final / MANIFEST).exists() or any(final.glob("*states.pt"))
-        what = "a folder, but no checkpoint"
+    try:
+        names = os.listdir(final)
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        what = "no folder"
     else:
-        own, what = not final.exists(), "no folder"
-    if not own:
-        raise ValueError(f"{final} is there and {what}: it would be replaced. Give another tag, or move it away.")
+        if not names or MANIFEST in names or any(name.endswith("states.pt") for name in names):
+            return
+        what = "a folder, but no checkpoint"
+    raise ValueError(f"{final} is there and {what}: it would be replaced. Give another tag, or move it away.")
 
 
 def _is_abandoned(path: Path) -> bool:
@@ -266,7 +271,7 @@ def publish(partial: Path) -> Path:
     final = partial.with_name(_tag_of(partial))
     sync(partial)
     for _ in range(_RENAMES):
-        if os.path.lexists(final):
+        with contextlib.suppress(FileNotFoundError):  # there is none, or another job has just moved it
             final.rename(final.with_name(f"{final.name}.{own_mark()}{REPLACED}"))
         try:
             partial.rename(final)
@@ -284,10 +289,11 @@ def publish(partial: Path) -> Path:
 
 
 def _delete(path: Path) -> None:
-    if path.is_symlink() or not path.is_dir():
-        path.unlink()
-    else:
-        shutil.rmtree(path)
+    with contextlib.suppress(FileNotFoundError):  # without locks another job may delete it too
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
 
 
 def _delete_or_warn(older: Path) -> None:

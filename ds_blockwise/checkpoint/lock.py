@@ -37,6 +37,7 @@ LOCK = ".ds_blockwise.lock"
 PATIENCE_S = 10.0
 """How long a lock is waited for: a process that was killed needs seconds to give back gigabytes and its locks."""
 
+_NAME_S = 1.0  # how much longer to wait for the name of a holder that has only just taken it
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _RECORD_BYTES = 4096
 _COMMAND_CHARACTERS = 200
@@ -171,7 +172,7 @@ def _take(folder: Path) -> _Held:
             return held
         holder = _holder_in(descriptor)
         os.close(descriptor)
-        if time.monotonic() > deadline:
+        if time.monotonic() > deadline + (_NAME_S if holder is None else 0.0):
             who = "another process writes checkpoints there" if holder is None else str(holder)
             raise FolderInUseError(
                 f"{folder} is in use: {who}. Two jobs in one folder would replace each other's checkpoints. Give this "

@@ -180,6 +180,11 @@ def test_resume_under_another_run_is_refused(prepared: Path, whole_run: tuple[Pa
 
 def test_earlier_run_is_not_overwritten_by_accident(prepared: Path, whole_run: tuple[Path, dict[str, Any]]) -> None:
     assert "--overwrite" in _start(prepared, "whole").fail()
+    impatient = "from ds_blockwise.checkpoint import lock\nlock.PATIENCE_S = 0.0"
+    with holding(whole_run[0] / "checkpoints"):  # as a job that still runs
+        text = _start(prepared, "whole", "--overwrite", prelude=impatient).fail()
+    assert text.count(f"{whole_run[0] / 'checkpoints'} is in use: process {os.getpid()} on host ") >= 2, text
+    assert (whole_run[0] / "checkpoints" / "step_0000006").is_dir()
     assert (whole_run[0] / "summary.json").is_file()
 
 
