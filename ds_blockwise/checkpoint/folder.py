@@ -23,8 +23,10 @@ from ds_blockwise.checkpoint.manifest import (
     MANIFEST,
     CheckpointError,
     Manifest,
+    ReplacedError,
     files_in,
     once_more,
+    read_manifest,
     read_version,
     verify,
 )
@@ -35,6 +37,7 @@ __all__ = ["LATEST", "LATEST_UNIVERSAL", "PARTIAL", "REPLACED"]  # they are read
 logger = logging.getLogger(__name__)
 
 _LATEST_BYTES = 4096  # that the file may have; a tag has at most 190
+_LOOKS = 5  # for a checkpoint that a save moves aside and replaces at the same moment
 _RENAMES = 100  # attempts to publish where another job publishes the same tag
 
 
@@ -139,8 +142,18 @@ def partial_folders(folder: Path) -> list[Path]:
     return [
         path
         for path in _subfolders(folder)
-        if path.name.endswith(PARTIAL) or (path.name.endswith(REPLACED) and (folder / _tag_of(path)).is_dir())
+        if (path.name.endswith(PARTIAL) or (path.name.endswith(REPLACED) and (folder / _tag_of(path)).is_dir()))
+        and not _is_finished(path)
     ]
+
+
+def _is_finished(path: Path) -> bool:
+    """Whether it is a whole checkpoint of exactly that name; earlier versions allowed such tags."""
+    try:
+        manifest = read_manifest(path) if path.is_dir() else None
+    except CheckpointError:
+        return False
+    return manifest is not None and manifest["tag"] == path.name
 
 
 def _tag_of(temporary: Path) -> str:
@@ -151,7 +164,8 @@ def _tag_of(temporary: Path) -> str:
 def _of_tag(folder: Path, tag: str, suffix: str) -> list[Path]:
     """What saves of one tag left with that suffix."""
     named = folder.glob(f"{glob.escape(tag)}.*") if folder.is_dir() else ()
-    return sorted(path for path in named if path.name.endswith(suffix) and _tag_of(path) == tag)
+    found = sorted(path for path in named if path.name.endswith(suffix) and _tag_of(path) == tag)
+    return [path for path in found if not _is_finished(path)]
 
 
 def _named(folder: Path, tag: str) -> Checkpoint:
@@ -163,13 +177,13 @@ def _named(folder: Path, tag: str) -> Checkpoint:
 
 def _named_or_none(folder: Path, tag: str) -> Checkpoint | None:
     path = folder / tag
-    older = None if path.is_dir() else next((p for p in _of_tag(folder, tag, REPLACED) if p.is_dir()), None)
-    if path.is_dir():  # a save may have published it after the first look
-        return open_checkpoint(path)
-    if older is None:
-        return None
-    note = f"{path} is missing: a save was stopped while it replaced that checkpoint; using the older {older}"
-    return replace(open_checkpoint(older), notes=(note,))
+    for _ in range(_LOOKS):
+        for found in (path, *_of_tag(folder, tag, REPLACED)):
+            with contextlib.suppress(ReplacedError):  # look again
+                if found.is_dir():
+                    note = f"{path} is missing: a save was stopped while it replaced that checkpoint; using the older "
+                    return Checkpoint(found, *read_version(found), () if found == path else (f"{note}{found}",))
+    return None
 
 
 def _complete(folder: Path) -> Checkpoint | None:
@@ -183,7 +197,10 @@ def _complete(folder: Path) -> Checkpoint | None:
 
 
 def _age(checkpoint: Checkpoint) -> tuple[bool, int, float]:
-    time = max((path.stat().st_mtime for path in checkpoint.folder.iterdir()), default=0.0)
+    try:
+        time = max((path.stat().st_mtime for path in checkpoint.folder.iterdir()), default=0.0)
+    except FileNotFoundError:  # it is being replaced
+        time = 0.0
     return checkpoint.manifest is not None, checkpoint.global_steps or 0, time
 
 

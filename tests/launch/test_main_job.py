@@ -21,6 +21,7 @@ import torch
 pytest.importorskip("deepspeed", reason="the main job needs the extra 'deepspeed'")
 pytest.importorskip("megatron.core", reason="the main job needs the extra 'megatron'")
 
+from ds_blockwise.checkpoint.lock import holding
 from tests.helpers.launch.job_server import Job, jobs
 from tests.helpers.launch.project import LAUNCH, ROOT, assert_same_checkpoint, prepare_project
 
@@ -49,9 +50,10 @@ def _train(project: Path, output: str, *arguments: str) -> subprocess.CompletedP
     return subprocess.run(command, capture_output=True, text=True, timeout=START_S, env=env, cwd=project, check=False)
 
 
-def _start(project: Path, output: str, *arguments: str) -> Job:
+def _start(project: Path, output: str, *arguments: str, prelude: str = "") -> Job:
     log = project / "logs" / f"{output}-{sum(1 for _ in project.glob(f'logs/{output}-*'))}"
-    return jobs().start(log, "--run", str(project / "run.yaml"), "--set", f"output={project / output}", *arguments)
+    given = ("--run", str(project / "run.yaml"), "--set", f"output={project / output}", *arguments)
+    return jobs().start(log, *given, prelude=prelude)
 
 
 def _finished(project: Path, output: str, *arguments: str, json_name: str = "mini") -> tuple[Path, dict[str, Any]]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""engine.save_checkpoint and load_checkpoint: tags that are none, ranks that disagree, and another job in the folder."""
+"""engine.save_checkpoint and load_checkpoint: what is no tag, ranks that disagree, another job in the folder."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def check_in_use(context: RankContext, _: None) -> None:
 
 
 def check_replaced(context: RankContext, times: int) -> None:
-    """The checkpoint is replaced while DeepSpeed loads it: once, and the new one is loaded; twice, and all ranks say so."""
+    """Replaced while DeepSpeed loads it: once, and the new one is loaded; twice, and all ranks say so."""
     folder = context.tmp_path / "replaced"
     with engine_of(nano(2)) as run:
         versions = []

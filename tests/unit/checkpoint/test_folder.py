@@ -133,6 +133,17 @@ def test_starting_again_keeps_the_only_copy(tmp_path: Path) -> None:
     assert (found.tag, found.global_steps) == ("best", 1)
 
 
+def test_a_whole_checkpoint_whose_tag_was_allowed_once_is_not_removed(tmp_path: Path) -> None:
+    """Earlier versions saved under tags with the suffixes of unfinished ones, and deleted what they had saved."""
+    for tag in ("x.partial", "step_1.replaced"):
+        save(tmp_path, tag, 1)
+    save(tmp_path, "step_1", 1)
+    assert files.partial_folders(tmp_path) == []
+    assert files.remove_unfinished(tmp_path) == []
+    with pytest.raises(CheckpointError, match=r"no checkpoint 'y'.*step_1, step_1\.replaced, x\.partial"):
+        files.resolve_tag(tmp_path, "y")
+
+
 def test_checkpoints_without_a_manifest(tmp_path: Path) -> None:
     """DeepSpeed's own: the file times tell their order."""
     foreign(tmp_path, "global_step9", age=1)

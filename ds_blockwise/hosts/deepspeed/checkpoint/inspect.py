@@ -145,7 +145,10 @@ def _describe(source: Path, tag: str | None, trust: bool) -> CheckpointDescripti
         "parameters": None,
         "elements": None,
         "bytes": {},
-        "notes": [*checkpoint.notes, *(f"{path} was left by a save that did not finish" for path in left)],
+        "notes": [
+            *checkpoint.notes,
+            *(f"{path} was left by a save that did not finish, or is being written" for path in left),
+        ],
         "problems": [],
     }
     if manifest is None:

@@ -23,6 +23,7 @@ from ds_blockwise.checkpoint.manifest import (
     Topology,
     check_version,
     listed_files,
+    of_one_version,
     once_more,
     verify,
 )
@@ -132,8 +133,7 @@ def _find(engine: Engine, folder: Path, tag: str | None) -> Checkpoint | None:
     said: _Found | None = None
     if leads(engine):
         try:
-            found = files.resolve_tag(folder, tag)
-            said = (found, [] if found is None else listed_files(found.folder), None)
+            said = (*once_more(lambda: _resolved(folder, tag)), None)
         except (CheckpointError, OSError) as error:
             said = (None, [], str(error))
     gathered: list[_Found | None] = gather(said)
@@ -155,6 +155,14 @@ def _find(engine: Engine, folder: Path, tag: str | None) -> Checkpoint | None:
             logger.warning("%s", note)
     _verify(engine, checkpoint, names)
     return checkpoint
+
+
+def _resolved(folder: Path, tag: str | None) -> tuple[Checkpoint | None, list[str]]:
+    found = files.resolve_tag(folder, tag)
+    if found is None:
+        return None, []
+    with of_one_version(found.folder, found.version):
+        return found, listed_files(found.folder)
 
 
 def _verify(engine: Engine, checkpoint: Checkpoint, names: list[str]) -> None:
