@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ds_blockwise.atomic_files import marked, own_mark, read_small_text, replace_text, sync
-from ds_blockwise.checkpoint.lock import LOCK, is_exclusive
+from ds_blockwise.checkpoint.folder_rules.lock import LOCK, is_exclusive
+from ds_blockwise.checkpoint.folder_rules.tags import LATEST, LATEST_UNIVERSAL, PARTIAL, REPLACED, checked_tag
 from ds_blockwise.checkpoint.manifest import (
     MANIFEST,
     CheckpointError,
@@ -30,7 +31,6 @@ from ds_blockwise.checkpoint.manifest import (
     read_version,
     verify,
 )
-from ds_blockwise.checkpoint.tags import LATEST, LATEST_UNIVERSAL, PARTIAL, REPLACED, checked_tag
 
 __all__ = ["LATEST", "LATEST_UNIVERSAL", "PARTIAL", "REPLACED"]  # they are read as this file's own
 

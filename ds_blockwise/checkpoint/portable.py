@@ -23,11 +23,11 @@ from ds_blockwise.blocks.ranges import TensorShard
 from ds_blockwise.blocks.segment_table import SegmentTable, build_table, whole_placement
 from ds_blockwise.blocks.spec import BlockSpec
 from ds_blockwise.checkpoint.folder import publish, start_partial, write_latest
-from ds_blockwise.checkpoint.lock import holding
+from ds_blockwise.checkpoint.folder_rules.lock import holding
+from ds_blockwise.checkpoint.folder_rules.tags import checked_tag
 from ds_blockwise.checkpoint.manifest import CheckpointError, files_in, sums_of, write_manifest
 from ds_blockwise.checkpoint.portable_types import PortableIndex, Source, StoredTensor, TrainingState
 from ds_blockwise.checkpoint.record import spec_of
-from ds_blockwise.checkpoint.tags import checked_tag
 from ds_blockwise.kernels.update import block_sums
 
 FORMAT = 1

@@ -26,7 +26,7 @@ from ds_blockwise.checkpoint.folder import (
     remove_unfinished,
     resolve_tag,
 )
-from ds_blockwise.checkpoint.lock import hold_until_exit
+from ds_blockwise.checkpoint.folder_rules.lock import hold_until_exit
 from ds_blockwise.checkpoint.manifest import CheckpointError, once_more
 from ds_blockwise.parallel.agree import is_first_rank, together
 from ds_blockwise.runs.run_file import RunConfig

@@ -14,9 +14,9 @@ from typing import Literal
 
 from ds_blockwise.checkpoint import folder as files
 from ds_blockwise.checkpoint.folder import Checkpoint
-from ds_blockwise.checkpoint.lock import holding
+from ds_blockwise.checkpoint.folder_rules.lock import holding
+from ds_blockwise.checkpoint.folder_rules.tags import agreed_tag, checked_tag
 from ds_blockwise.checkpoint.manifest import CheckpointError, files_in, sums_of, write_manifest
-from ds_blockwise.checkpoint.tags import agreed_tag, checked_tag
 from ds_blockwise.hosts.deepspeed.checkpoint.inspect import convert_checkpoint, describe_checkpoint
 from tests.helpers.attacks import Input, attack, number_of_inputs
 from tests.helpers.checkpoint_folders import TOPOLOGY

@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 
 from ds_blockwise.checkpoint import folder as files
-from ds_blockwise.checkpoint import lock
-from ds_blockwise.checkpoint.lock import FolderInUseError, hold, holding, let_go
+from ds_blockwise.checkpoint.folder_rules import lock
+from ds_blockwise.checkpoint.folder_rules.lock import FolderInUseError, hold, holding, let_go
 from ds_blockwise.checkpoint.manifest import (
     CheckpointError,
     ReplacedError,

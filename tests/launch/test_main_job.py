@@ -21,7 +21,7 @@ import torch
 pytest.importorskip("deepspeed", reason="the main job needs the extra 'deepspeed'")
 pytest.importorskip("megatron.core", reason="the main job needs the extra 'megatron'")
 
-from ds_blockwise.checkpoint.lock import holding
+from ds_blockwise.checkpoint.folder_rules.lock import holding
 from tests.helpers.launch.job_server import Job, jobs
 from tests.helpers.launch.project import LAUNCH, ROOT, assert_same_checkpoint, prepare_project
 
@@ -182,7 +182,7 @@ def test_resume_under_another_run_is_refused(prepared: Path, whole_run: tuple[Pa
 
 def test_earlier_run_is_not_overwritten_by_accident(prepared: Path, whole_run: tuple[Path, dict[str, Any]]) -> None:
     assert "--overwrite" in _start(prepared, "whole").fail()
-    impatient = "from ds_blockwise.checkpoint import lock\nlock.PATIENCE_S = 0.0"
+    impatient = "from ds_blockwise.checkpoint.folder_rules import lock\nlock.PATIENCE_S = 0.0"
     with holding(whole_run[0] / "checkpoints"):  # as a job that still runs
         text = _start(prepared, "whole", "--overwrite", prelude=impatient).fail()
     assert text.count(f"{whole_run[0] / 'checkpoints'} is in use: process {os.getpid()} on host ") >= 2, text

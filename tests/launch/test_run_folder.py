@@ -13,8 +13,8 @@ import pytest
 pytest.importorskip("deepspeed", reason="the main job needs the extra 'deepspeed'")
 pytest.importorskip("megatron.core", reason="the main job needs the extra 'megatron'")
 
-from ds_blockwise.checkpoint import lock
-from ds_blockwise.checkpoint.lock import LOCK, FolderInUseError
+from ds_blockwise.checkpoint.folder_rules import lock
+from ds_blockwise.checkpoint.folder_rules.lock import LOCK, FolderInUseError
 from job import run_folder
 from job.run_folder import folder_and_tag
 from tests.helpers.checkpoint_folders import save

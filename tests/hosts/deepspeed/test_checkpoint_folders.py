@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from ds_blockwise.checkpoint import lock
-from ds_blockwise.checkpoint.lock import LOCK, FolderInUseError, holding
+from ds_blockwise.checkpoint.folder_rules import lock
+from ds_blockwise.checkpoint.folder_rules.lock import LOCK, FolderInUseError, holding
 from ds_blockwise.checkpoint.manifest import CheckpointError, ReplacedError, verify
 from tests.helpers.deepspeed.compared import assert_same
 from tests.helpers.deepspeed.engines import prepare_deepspeed
@@ -71,7 +71,7 @@ def check_tag_validation(context: RankContext, said: str) -> None:
     """DeepSpeed's setting: rank 0's tag for all, with a warning or without."""
     folder = context.tmp_path / "validation"
     with engine_of(nano(1, config={"checkpoint": {"tag_validation": said}})) as run:
-        with warnings_of("ds_blockwise.checkpoint.tags") as lines:
+        with warnings_of("ds_blockwise.checkpoint.folder_rules.tags") as lines:
             run.engine.save_checkpoint(str(folder), tag=f"rank{context.rank}")
         assert len(lines) == (said == "Warn" and context.rank == 0)
         assert all("('rank0', 'rank1'): rank 0's, 'rank0', is taken" in line.replace("\n", " ") for line in lines)
@@ -94,6 +94,25 @@ def check_other_folder(context: RankContext, _: None) -> None:
         assert "use_node_local_storage" in text
     context.barrier()
     assert [path.name for path in context.tmp_path.rglob("*")] == ["of_rank_0"]
+
+
+def check_patterns(context: RankContext, stage: int) -> None:
+    """DeepSpeed looks for the files of a checkpoint with glob: a folder called a[1] was saved into and never loaded."""
+    folder, link = context.tmp_path / "lr=[1e-3]", context.tmp_path / "link"
+    with engine_of(nano(stage)) as run:
+        train(run, context, 0)
+        with warnings_of("ds_blockwise.hosts.deepspeed.checkpoint.save") as lines:
+            run.engine.save_checkpoint(str(folder))
+        assert len(lines) == (context.rank == 0)
+        wanted = everything(run)
+        if context.rank == 0:
+            link.symlink_to(folder)
+        context.barrier()
+    with engine_of(nano(stage)) as run:
+        text = raised(lambda: run.engine.load_checkpoint(str(folder)), ValueError)
+        assert "load through a link to it" in text
+        run.engine.load_checkpoint(str(link))
+        assert_same(everything(run), wanted)
 
 
 def check_in_use(context: RankContext, _: None) -> None:
@@ -182,6 +201,7 @@ TABLE: dict[str, tuple[str, Any]] = {
     "tag_validation-warn": ("tag_validation", "Warn"),
     "tag_validation-ignore": ("tag_validation", "Ignore"),
     "other_folder": ("other_folder", None),
+    "patterns-z1": ("patterns", 1),
     "in_use": ("in_use", None),
     "replaced-once": ("replaced", 1),
     "replaced-twice": ("replaced", 2),

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from ds_blockwise.checkpoint import folder as files
-from ds_blockwise.checkpoint.lock import LOCK
+from ds_blockwise.checkpoint.folder_rules.lock import LOCK
 from ds_blockwise.checkpoint.manifest import MANIFEST, files_in, read_manifest, verify, write_manifest
 from tests.helpers.deepspeed.compared import assert_same
 from tests.helpers.deepspeed.engine_cases import Case

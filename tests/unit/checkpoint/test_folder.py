@@ -11,7 +11,7 @@ import pytest
 from ds_blockwise.atomic_files import this_host
 from ds_blockwise.checkpoint import folder as files
 from ds_blockwise.checkpoint import manifest
-from ds_blockwise.checkpoint.lock import holding
+from ds_blockwise.checkpoint.folder_rules.lock import holding
 from ds_blockwise.checkpoint.manifest import MANIFEST, CheckpointError, ReplacedError, verify
 from tests.helpers.checkpoint_folders import TOPOLOGY, foreign, save
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
-from ds_blockwise.checkpoint import lock
-from ds_blockwise.checkpoint.lock import LOCK, FolderInUseError, hold, holding, is_exclusive, let_go
+from ds_blockwise.checkpoint.folder_rules import lock
+from ds_blockwise.checkpoint.folder_rules.lock import LOCK, FolderInUseError, hold, holding, is_exclusive, let_go
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from ds_blockwise.checkpoint import folder as files
+from ds_blockwise.checkpoint.folder_rules.tags import MAX_BYTES, agreed_tag, checked_tag
 from ds_blockwise.checkpoint.manifest import CheckpointError
-from ds_blockwise.checkpoint.tags import MAX_BYTES, agreed_tag, checked_tag
 from tests.helpers.checkpoint_folders import save
 
 REFUSED = {

@@ -17,23 +17,26 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from ds_blockwise.checkpoint import folder as files
 from ds_blockwise.checkpoint.folder import Checkpoint
+from ds_blockwise.checkpoint.folder_rules.tags import agreed_tag, refuse_patterns
 from ds_blockwise.checkpoint.manifest import (
     CheckpointError,
     ReplacedError,
     Topology,
-    check_version,
-    listed_files,
-    of_one_version,
     once_more,
     verify,
 )
 from ds_blockwise.checkpoint.record import KEY, differences, settings_of
 from ds_blockwise.checkpoint.record_types import Settings
-from ds_blockwise.checkpoint.tags import agreed_tag
 from ds_blockwise.hosts.deepspeed.checkpoint.load_portable import load_portable
 from ds_blockwise.hosts.deepspeed.checkpoint.save import load_rank_state, save_checkpoint
 from ds_blockwise.hosts.deepspeed.checkpoint.tag_folder import universal_misfit
-from ds_blockwise.hosts.deepspeed.checkpoint.topology import leads, node_of, topology_of
+from ds_blockwise.hosts.deepspeed.checkpoint.topology import (
+    check_not_replaced,
+    find_together,
+    node_of,
+    raise_replaced,
+    topology_of,
+)
 from ds_blockwise.hosts.deepspeed.engine import Engine, Loaded, LoadOptions, Schedule
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.optimizers.schedules import BlockwiseSchedule
@@ -46,7 +49,6 @@ logger = logging.getLogger(__name__)
 _RIGID = ("world_size", "dp", "tp", "pp", "ep", "wrapper", "dtype")  # of a topology: what DeepSpeed's files depend on
 _OF_WEIGHTS = ("tp", "pp")  # what the files of the weights alone depend on, below ZeRO-3
 _Groups = list[dict[str, object]]
-_Found = tuple[Checkpoint | None, list[str], str | None]  # on one storage: the checkpoint, its files, an error
 
 
 def guard(engine: Engine) -> None:
@@ -91,7 +93,7 @@ def load_checkpoint(
         CheckpointError: on every rank, before anything is loaded: no such checkpoint, or damaged files (all named).
         ReplacedError: on every rank: a save replaced the checkpoint while it was loaded, and so it did again when the
             load was repeated.
-        ValueError: on every rank, before anything is loaded: the tag breaks the rule of `checkpoint.tags`, the ranks'
+        ValueError: on every rank, before anything is loaded: the tag breaks the rule of `folder_rules.tags`, the ranks'
             tags differ, or the checkpoint was saved by another number of ranks, another ZeRO wrapper or precision.
     """
     agreed = agreed_tag(tag)
@@ -108,6 +110,7 @@ def load_checkpoint(
     scheduled = load_lr_scheduler_states and not load_module_only
     moments = load_optimizer_states and not load_module_only
     if engine.load_universal_checkpoint():
+        refuse_patterns(load_dir)
         _check_universal(engine, Path(load_dir), agreed)
         return _load_into_groups(engine, functools.partial(original, agreed), scheduled, tell=True, moments=moments)
 
@@ -119,10 +122,11 @@ def load_checkpoint(
             portable = functools.partial(load_portable, engine, checkpoint.folder, **options)
             loaded = _load_into_groups(engine, portable, scheduled, tell=True, moments=moments)
         else:
+            refuse_patterns(load_dir)
             _check_topology(engine, checkpoint, optimizer=load_optimizer_states, module_only=load_module_only)
             rigid = functools.partial(original, checkpoint.tag)
             loaded = _load_into_groups(engine, rigid, scheduled, tell=False, moments=moments)
-        _check_not_replaced(engine, checkpoint)
+        check_not_replaced(engine, checkpoint)
         return loaded
 
     return once_more(one_version)
@@ -130,24 +134,7 @@ def load_checkpoint(
 
 def _find(engine: Engine, folder: Path, tag: str | None) -> Checkpoint | None:
     """The checkpoint that all ranks will load, with every file verified."""
-    said: _Found | None = None
-    if leads(engine):
-        try:
-            said = (*once_more(lambda: _resolved(folder, tag)), None)
-        except (CheckpointError, OSError) as error:
-            said = (None, [], str(error))
-    gathered: list[_Found | None] = gather(said)
-    by_node = {rank: answer for rank, answer in enumerate(gathered) if answer is not None}
-    errors = dict.fromkeys(error for _, _, error in by_node.values() if error is not None)
-    if errors:
-        raise CheckpointError("\n".join(errors))
-    tags = {node: None if found is None else found.tag for node, (found, _, _) in by_node.items()}
-    if len(set(tags.values())) > 1:
-        listed = ", ".join(f"rank {rank}: {name}" for rank, name in tags.items())
-        raise CheckpointError(
-            f"the nodes would load different checkpoints from {folder} ({listed}). Name one that all have by its tag."
-        )
-    checkpoint, names, _ = by_node[node_of(engine)]
+    checkpoint, names = find_together(engine, folder, tag)
     if checkpoint is None:
         return None
     if is_first_rank():
@@ -155,14 +142,6 @@ def _find(engine: Engine, folder: Path, tag: str | None) -> Checkpoint | None:
             logger.warning("%s", note)
     _verify(engine, checkpoint, names)
     return checkpoint
-
-
-def _resolved(folder: Path, tag: str | None) -> tuple[Checkpoint | None, list[str]]:
-    found = files.resolve_tag(folder, tag)
-    if found is None:
-        return None, []
-    with of_one_version(found.folder, found.version):
-        return found, listed_files(found.folder)
 
 
 def _verify(engine: Engine, checkpoint: Checkpoint, names: list[str]) -> None:
@@ -177,9 +156,7 @@ def _verify(engine: Engine, checkpoint: Checkpoint, names: list[str]) -> None:
         problems, replaced = [], str(error)
     except (CheckpointError, OSError) as error:
         problems = [str(error)]
-    replaced = first_error(replaced)
-    if replaced is not None:
-        raise ReplacedError(replaced)
+    raise_replaced(replaced)
     bad = [problem for found in gather(problems) for problem in found]
     if bad:
         listed = "\n  - ".join(dict.fromkeys(bad))
@@ -199,19 +176,6 @@ def _absent(engine: Engine, checkpoint: Checkpoint) -> list[str]:
     path = Path(engine._get_zero_ckpt_name(load_dir, tag))
     name = path.name
     return [] if path.is_file() else [f"{name}: missing (or saved with fewer ranks, or another precision)"]
-
-
-def _check_not_replaced(engine: Engine, checkpoint: Checkpoint) -> None:
-    """All ranks raise if a save replaced the checkpoint while its files were read."""
-    replaced: ReplacedError | None = None
-    if leads(engine):
-        try:
-            check_version(checkpoint.folder, checkpoint.version)
-        except ReplacedError as error:
-            replaced = error
-    message = first_error(None if replaced is None else str(replaced))
-    if message is not None:
-        raise ReplacedError(message)
 
 
 def _check_universal(engine: Engine, folder: Path, tag: str | None) -> None:

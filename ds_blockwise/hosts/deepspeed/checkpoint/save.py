@@ -38,11 +38,11 @@ from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
 
 from ds_blockwise.atomic_files import own_mark
 from ds_blockwise.checkpoint import folder as files
-from ds_blockwise.checkpoint.lock import FolderInUseError, hold, let_go
+from ds_blockwise.checkpoint.folder_rules.lock import FolderInUseError, hold, let_go
+from ds_blockwise.checkpoint.folder_rules.tags import PARTIAL, agreed_tag, has_patterns
 from ds_blockwise.checkpoint.manifest import CheckpointError, FileFacts, Topology, files_in, sums_of, write_manifest
 from ds_blockwise.checkpoint.record import KEY, settings_of
 from ds_blockwise.checkpoint.record_types import Settings
-from ds_blockwise.checkpoint.tags import PARTIAL, agreed_tag
 from ds_blockwise.hosts.deepspeed.checkpoint.recording import recorded_by
 from ds_blockwise.hosts.deepspeed.checkpoint.topology import leads, node_of, tag_validation, topology_of
 from ds_blockwise.hosts.deepspeed.checkpoint.universal import universal_checkpoint_info
@@ -85,7 +85,7 @@ def save_checkpoint(
     Args:
         engine: any ``DeepSpeedEngine``.
         save_dir: the checkpoints folder; made if it is missing.
-        tag: name of the checkpoint, by the rule of `checkpoint.tags`; default ``global_step<N>``.
+        tag: name of the checkpoint, by the rule of `folder_rules.tags`; default ``global_step<N>``.
         client_state: what the caller wants back from `load_checkpoint`.
         save_latest: let ``latest`` name this checkpoint afterwards.
         exclude_frozen_parameters: as DeepSpeed's.
@@ -123,6 +123,8 @@ def save_checkpoint(
     if engine.checkpoint_engine.is_decoupled():
         _warn_decoupled(engine)
         return original(tag=agreed, save_latest=save_latest)
+    if is_first_rank() and has_patterns(save_dir):
+        logger.warning("DeepSpeed cannot load from a path with * ? [ in it: rename %s before you load", save_dir)
     save = _Save(engine, Path(save_dir), agreed, gather(own_mark())[0])
     save.start()
     with recorded_by(engine, save):

@@ -6,6 +6,7 @@ A tag is checked before anything is written and before anything is read, a tag t
 
 from __future__ import annotations
 
+import glob
 import logging
 import numbers
 import os
@@ -99,6 +100,24 @@ def proper_tag(text: str) -> str:
     for suffix in (PARTIAL, REPLACED):
         near = near[: -len(suffix)] if near.casefold().endswith(suffix) else near
     return near if near and _misfit(near) is None else "step_100"
+
+
+def has_patterns(path: str | PurePath) -> bool:
+    """Whether glob would take a part of the path for a pattern."""
+    return glob.escape(str(path)) != str(path)
+
+
+def refuse_patterns(load_dir: str | PurePath) -> None:
+    """Refuse what DeepSpeed would not find: it looks for files by patterns that hold the path as it is.
+
+    Raises:
+        ValueError: glob would take a part of the path for a pattern.
+    """
+    if has_patterns(load_dir):
+        raise ValueError(
+            f"load_dir {str(load_dir)!r} has one of * ? [ in it, which DeepSpeed takes for a pattern of names. Rename "
+            f"that folder, or load through a link to it that has another name."
+        )
 
 
 def agreed_tag(tag: object, validation: Validation = "fail") -> str | None:
