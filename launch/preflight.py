@@ -22,9 +22,9 @@ from typing import Any, TypedDict
 
 import torch
 
-from ds_blockwise.runs.engine_json import compose
-from ds_blockwise.runs.run_file import RunConfig, check_run, load_run
-from ds_blockwise.runs.strict_files import Problems
+from ds_blockwise.runs.check import check_and_compose
+from ds_blockwise.runs.reading.problems import Problems
+from ds_blockwise.runs.run_file import RunConfig, load_run
 from job.options import job_options
 from job.rendezvous import Host, RankInfo, connect, exit_status, join, ranks_text
 
@@ -127,8 +127,7 @@ def load_and_check(
     run, problems = load_run(options.run, overrides=options.set, deepspeed_file=options.deepspeed_config)
     config: dict[str, Any] = {}
     if run is not None:
-        check_run(run, this_rank.world_size, problems)
-        config = compose(run, problems)
+        config = check_and_compose(run, this_rank.world_size, problems)
     hosts = check_together(options, this_rank, store, run, problems)
     assert run is not None  # else there were problems
     return run, config, hosts

@@ -77,7 +77,10 @@ def _attaching(
     def configure_and_attach(self: Engine, client_optimizer: object, model_parameters: _Parameters) -> None:
         from ds_blockwise.hosts.deepspeed.attach import attach
         from ds_blockwise.hosts.deepspeed.checks import check_client, check_config, check_experts
+        from ds_blockwise.hosts.deepspeed.json_of_engine import check_json
 
+        if isinstance(client_optimizer, BlockwiseOptimizer) or (client_optimizer is None and _is_named(self)):
+            check_json(self)
         if isinstance(client_optimizer, BlockwiseOptimizer):
             check_config(self, type(client_optimizer).__name__)
             check_experts(self, client_optimizer.param_groups if self.zero_optimization() else None)
