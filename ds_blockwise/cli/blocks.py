@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_blockwise.cli.models import MODEL_HELP, load_model
-from ds_blockwise.hosts.deepspeed.json_check import json_mistakes
+from ds_blockwise.hosts.deepspeed.config.check import json_mistakes
 from ds_blockwise.optimizers.registry import OPTIMIZERS
 from ds_blockwise.optimizers.settings import OPTIMIZER_KEYS, check_extra_keys
 from ds_blockwise.runs.reading.problems import Problems

@@ -11,7 +11,7 @@ from pathlib import Path
 from ds_blockwise.cli.convert import add_checkpoint_options
 from ds_blockwise.cli.extras import needs
 from ds_blockwise.hosts.deepspeed.checkpoint.inspect import CHECKPOINT_HELP, CheckpointDescription, describe_checkpoint
-from ds_blockwise.hosts.deepspeed.json_check import is_deepspeed_installed
+from ds_blockwise.hosts.deepspeed.config.check import is_deepspeed_installed
 
 HELP = "verify a checkpoint or a run file, and print what it holds"
 

@@ -8,7 +8,7 @@ import copy
 import torch
 
 from ds_blockwise.blocks.auto_settings import AUTO
-from ds_blockwise.hosts.deepspeed.json_check import json_mistakes
+from ds_blockwise.hosts.deepspeed.config.check import json_mistakes
 from ds_blockwise.runs.reading.problems import Problems
 from ds_blockwise.runs.reading.whole_files import JsonObject
 from ds_blockwise.runs.run_file import RunConfig

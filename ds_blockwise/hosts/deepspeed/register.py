@@ -77,7 +77,7 @@ def _attaching(
     def configure_and_attach(self: Engine, client_optimizer: object, model_parameters: _Parameters) -> None:
         from ds_blockwise.hosts.deepspeed.attach import attach
         from ds_blockwise.hosts.deepspeed.checks import check_client, check_config, check_experts
-        from ds_blockwise.hosts.deepspeed.json_of_engine import check_json
+        from ds_blockwise.hosts.deepspeed.config.in_engine import check_json
 
         if isinstance(client_optimizer, BlockwiseOptimizer) or (client_optimizer is None and _is_named(self)):
             check_json(self)

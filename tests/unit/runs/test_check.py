@@ -147,7 +147,7 @@ BROKEN: dict[str, tuple[str, str, Any, tuple[str, ...]]] = {
         {"tag_validatoin": "Fail"},
         ("checkpoint.tag_validatoin", "did you mean 'tag_validation'?"),
     ),
-    "unknown key": ("engine", "my_own", 1, ("my_own = 1", "DeepSpeed's keys", "remove it")),
+    "unknown key": ("engine", "qqqqq", 1, ("qqqqq = 1", "DeepSpeed's keys", "remove it")),
     "misspelt clipping": ("engine", "gradient_cliping", 1.0, ("did you mean 'gradient_clipping'?",)),
     "negative clipping": ("engine", "gradient_clipping", -1, ("gradient_clipping = -1", "a finite number, at least 0")),
     "clipping to NaN": ("engine", "gradient_clipping", float("nan"), ("gradient_clipping = nan", "a finite number")),

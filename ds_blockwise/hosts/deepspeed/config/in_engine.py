@@ -7,9 +7,9 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from ds_blockwise.hosts.deepspeed.config.check import clipping_mistake
+from ds_blockwise.hosts.deepspeed.config.models import unread
 from ds_blockwise.hosts.deepspeed.engine import Engine
-from ds_blockwise.hosts.deepspeed.json_check import clipping_mistake
-from ds_blockwise.hosts.deepspeed.json_models import unread
 
 logger = logging.getLogger(__name__)
 

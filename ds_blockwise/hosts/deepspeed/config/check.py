@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything wrong in a DeepSpeed JSON, before anything is built: misspelt keys, wrong kinds, unknown names.
 
-DeepSpeed's part is asked of the installed DeepSpeed (`json_models`); without it, the top-level keys are compared with a
+DeepSpeed's part is asked of the installed DeepSpeed (`models`); without it, the top-level keys are compared with a
 record. Optimizer, schedule, batch and clipping, which DeepSpeed takes as they come, are checked here.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ds_blockwise.hosts.deepspeed.json_words import AUTO, BATCH_KEYS, Mistake, correction, keys_allowed
+from ds_blockwise.hosts.deepspeed.config.words import AUTO, BATCH_KEYS, Mistake, correction, keys_allowed
 from ds_blockwise.optimizers.registry import OPTIMIZERS, SCHEDULES
 from ds_blockwise.values import nearest
 
@@ -53,7 +53,7 @@ def json_mistakes(config: Mapping[str, Any], *, may_be_auto: bool = False) -> li
     found += _named(config, "scheduler", ("type", "params"), may_be_auto)
     if is_deepspeed_installed():
         with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints while it is imported
-            from ds_blockwise.hosts.deepspeed.json_models import mistakes
+            from ds_blockwise.hosts.deepspeed.config.models import mistakes
         known = {mistake.key for mistake in found} | ({"(whole)"} if found else set())
         return [*found, *(m for m in mistakes(config, may_be_auto=may_be_auto) if m.key not in known)]
     for key, value in config.items():
@@ -179,8 +179,8 @@ def _parameters(section: str, name: str) -> Mapping[str, object] | None:
         cls, more = SCHEDULES.get(name) or getattr(torch.optim.lr_scheduler, name, None), {}
         if cls is None and is_deepspeed_installed():
             with contextlib.redirect_stdout(sys.stderr):
-                from deepspeed.runtime import lr_schedules
-            cls = getattr(lr_schedules, name)
+                from ds_blockwise.hosts.deepspeed.config.models import schedule_class
+            cls = schedule_class(name)
     if not isinstance(cls, type):
         return None
     given = inspect.signature(cls).parameters.values()

@@ -10,13 +10,13 @@ pytest.importorskip("deepspeed")
 from deepspeed.runtime import constants, lr_schedules
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 
-from ds_blockwise.hosts.deepspeed.json_check import (
+from ds_blockwise.hosts.deepspeed.config.check import (
     OPTIMIZERS_OF_DEEPSPEED,
     SCHEDULES_OF_DEEPSPEED,
     TOP_LEVEL_KEYS,
     json_mistakes,
 )
-from ds_blockwise.hosts.deepspeed.json_models import MODELS, known_keys, mistakes, unread
+from ds_blockwise.hosts.deepspeed.config.models import MODELS, known_keys, mistakes, unread
 
 
 def test_the_records_are_of_the_installed_deepspeed() -> None:

@@ -19,6 +19,7 @@ from deepspeed.compile.config import CompileConfig
 from deepspeed.inference.config import WeightQuantConfig
 from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
 from deepspeed.runtime import config as deepspeed_config
+from deepspeed.runtime import lr_schedules
 from deepspeed.runtime.config import DeepSpeedConfig, HybridEngineConfig
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.tensor_parallel.config import TPTrainingConfig
@@ -26,7 +27,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 from pydantic import BaseModel, ValidationError
 
-from ds_blockwise.hosts.deepspeed.json_words import AUTO, BATCH_KEYS, Mistake, correction, keys_allowed, word_for
+from ds_blockwise.hosts.deepspeed.config.words import AUTO, BATCH_KEYS, Mistake, correction, keys_allowed, word_for
 
 MODELS: Mapping[str, type[BaseModel]] = {
     "bf16": DeepSpeedBF16Config,
@@ -122,6 +123,11 @@ def known_keys() -> Mapping[str, Mapping[str, object]]:
         found[section]["params"] = None
     top = {key: default for key, default in found[""].items() if key not in _REMOVED}
     return {**found, "": {**top, **dict.fromkeys(_ELSEWHERE)}}
+
+
+def schedule_class(name: str) -> object:
+    """DeepSpeed's schedule of a name."""
+    return getattr(lr_schedules, name)
 
 
 def mistakes(config: Mapping[str, Any], *, may_be_auto: bool = False) -> list[Mistake]:
