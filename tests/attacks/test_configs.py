@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mutations of the shipped run files, model shapes, DeepSpeed JSONs and of ``--set``, as ``ds-blockwise check`` does it.
+"""Mutations of shipped run files, model shapes, DeepSpeed JSONs and of ``--set``, as ``ds-blockwise check`` sees them.
 
 What must come of an input follows from its mutation: a misspelt key, a wrong kind of value or an unreadable file must
 be refused with the name of the entry; another spelling of the same values must be accepted.
