@@ -26,10 +26,10 @@ def check_json(engine: Engine) -> None:
     Raises:
         ValueError: ``"gradient_clipping"`` is no finite number of at least 0.
     """
-    norm = engine.gradient_clipping()
-    if (allowed := clipping_mistake(norm)) is not None:
-        raise ValueError(f'"gradient_clipping": {norm!r}: allowed: {allowed}; correct the DeepSpeed JSON')
     if engine.global_rank == 0:
         read: Mapping[str, Any] = getattr(getattr(engine, "_config", None), "_param_dict", {})
         for key, _, _, remedy in unread(read):
             logger.warning('DeepSpeed ignores "%s" in its JSON: it has no such key; %s', key, remedy)
+    norm = engine.gradient_clipping()
+    if (allowed := clipping_mistake(norm)) is not None:
+        raise ValueError(f'"gradient_clipping": {norm!r}: allowed: {allowed}; correct the DeepSpeed JSON')
