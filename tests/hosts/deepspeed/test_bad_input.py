@@ -262,10 +262,10 @@ def refused_engine(context, case):
     finally:
         forget_groups()
     assert words in str(caught.value), str(caught.value)
-    ignored = [
+    ignored = (
         "DeepSpeed ignores \"gradient_cliping\" in its JSON: it has no such key; did you mean 'gradient_clipping'?"
-    ]
-    assert warned == (ignored if "gradient_cliping" in config and context.rank == 0 else [])
+    )
+    assert warned == ([ignored] if "gradient_cliping" in config and context.rank == 0 else [])
 
 
 def warnings_of(logger):
