@@ -262,9 +262,8 @@ def refused_engine(context, case):
     finally:
         forget_groups()
     assert words in str(caught.value), str(caught.value)
-    ignored = (
-        "DeepSpeed ignores \"gradient_cliping\" in its JSON: it has no such key; did you mean 'gradient_clipping'?"
-    )
+    hint = "did you mean 'gradient_clipping'?"
+    ignored = f'DeepSpeed ignores "gradient_cliping" in its JSON: it has no such key; {hint}'
     assert warned == ([ignored] if "gradient_cliping" in config and context.rank == 0 else [])
 
 
