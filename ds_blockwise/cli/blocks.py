@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ds_blockwise.cli.models import MODEL_HELP, load_model
+from ds_blockwise.hosts.deepspeed.config.check import json_mistakes
 from ds_blockwise.optimizers.registry import OPTIMIZERS
 from ds_blockwise.optimizers.settings import OPTIMIZER_KEYS, check_extra_keys
+from ds_blockwise.runs.reading.problems import Problems
+from ds_blockwise.runs.reading.whole_files import read_json
 from ds_blockwise.tagging.names import canonical_fqn
 from ds_blockwise.tagging.tag import tag_parameters
 from ds_blockwise.tagging.verify_layout import LayoutReport, verify_layout
@@ -65,14 +68,14 @@ def read_optimizer_settings(path: Path) -> dict[str, Any]:
     """Read the block settings (multipliers, granularity, rules) from a DeepSpeed JSON.
 
     Raises:
-        ValueError: not JSON, no optimizer of ours, or an unknown key.
-        OSError: the file cannot be read.
+        ValueError: every mistake in the JSON, no optimizer of ours, or an unknown key.
     """
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    optimizer = config.get("optimizer", {}) if isinstance(config, dict) else {}
+    problems = Problems()
+    config = read_json(path, problems)
+    for mistake in json_mistakes(config, may_be_auto=True):
+        problems.add(path, *mistake)
+    problems.raise_if_any()
+    optimizer = config.get("optimizer", {})
     name = optimizer.get("type")
     if name not in OPTIMIZERS:
         raise ValueError(f'{path}: "optimizer": {{"type": {name!r}}} is not one of {", ".join(OPTIMIZERS)}')

@@ -77,10 +77,13 @@ def _attaching(
     def configure_and_attach(self: Engine, client_optimizer: object, model_parameters: _Parameters) -> None:
         from ds_blockwise.hosts.deepspeed.attach import attach
         from ds_blockwise.hosts.deepspeed.checks import check_client, check_config, check_experts
+        from ds_blockwise.hosts.deepspeed.config.in_engine import check_json
         from ds_blockwise.hosts.deepspeed.never_stepped import configure_frozen, trains_nothing
 
         client = client_optimizer if isinstance(client_optimizer, BlockwiseOptimizer) else None
         named = client_optimizer is None and _is_named(self)
+        if client is not None or named:
+            check_json(self)
         if client is not None:
             check_config(self, type(client).__name__)
             check_experts(self, client.param_groups if self.zero_optimization() else None)

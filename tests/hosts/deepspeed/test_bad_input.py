@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Wrong settings and models: one clear error each, within seconds, before the first step, on every rank."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -191,6 +192,12 @@ ENGINES = {
         {"zero": {"stage": 2}, "bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
         "bf16_master_weights_and_grads",
     ),
+    "clipping to NaN": (
+        {"gradient_clipping": float("nan"), "gradient_cliping": 1.0},
+        '"gradient_clipping": nan: allowed: a finite number, at least 0',
+    ),
+    "negative clipping": ({"gradient_clipping": -1}, '"gradient_clipping": -1: allowed: a finite number, at least 0'),
+    "clipping to text": ({"gradient_clipping": "x"}, "\"gradient_clipping\": 'x': allowed: a finite number"),
     "bad schedule": ({"scheduler": {"type": "BlockwiseCosineLR", "params": {"total_num_steps": 0}}}, "total_num_steps"),
     "sharded model without its host": ({"mpu": True}, "import megatron_patch before"),
     "model tagged in part": ({"half_tagged": True}, "is not tagged although others are"),
@@ -248,12 +255,25 @@ def refused_engine(context, case):
         **changes,
     }
     deepspeed.init_distributed("gloo")
+    warned = warnings_of("ds_blockwise.hosts.deepspeed.config.in_engine")
     try:
         with pytest.raises((ValueError, TypeError)) as caught:
             deepspeed.initialize(model=network, model_parameters=network.parameters(), config=config, mpu=mpu)
     finally:
         forget_groups()
     assert words in str(caught.value), str(caught.value)
+    hint = "did you mean 'gradient_clipping'?"
+    ignored = f'DeepSpeed ignores "gradient_cliping" in its JSON: it has no such key; {hint}'
+    assert warned == ([ignored] if "gradient_cliping" in config and context.rank == 0 else [])
+
+
+def warnings_of(logger):
+    """A list that fills with a logger's messages."""
+    found = []
+    handler = logging.Handler()
+    handler.emit = lambda record: found.append(record.getMessage())
+    logging.getLogger(logger).addHandler(handler)
+    return found
 
 
 SUITE = Suite(refused_engine, {name: (2, case) for name, case in ENGINES.items()})
