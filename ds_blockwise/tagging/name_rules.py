@@ -3,7 +3,8 @@
 
 A rule's ``module`` is matched against the END of the path of the module that owns the parameter, its ``leaf`` against
 the whole last component. A dialect lists only names that its model code registers. A name on which two rules disagree
-is an error: the order of the rules has no meaning. Sources: the model classes of transformers 5, Megatron-core 0.16,
+is an error: the order of the rules has no meaning. No name gives the order of rows in a fused weight: the class of the
+module does (`module_facts`), or a user's rule. Sources: the model classes of transformers 5, Megatron-core 0.16,
 Megatron-LM (legacy models), Megatron-DeepSpeed and GPT-NeoX.
 """
 
@@ -66,14 +67,16 @@ NAME_RULES: tuple[NameRule, ...] = (
     NameRule("hf", rf"{_ATTENTION}\.(?:o_proj|out_proj|dense)", Role.ATTN_OUT),
     NameRule("hf", r"self_attn", Role.NORM, leaf="sinks"),
     NameRule("hf", r"decoder\.project_(?:in|out)", Role.OTHER),
-    # Hugging Face: fused projections whose name has one layout
-    NameRule("hf", r"self_attn\.qkv_proj", qkv_layout="concat"),
-    NameRule("hf", r"attn\.Wqkv", qkv_layout="concat"),
+    # Fused projections
+    NameRule("hf", r"(?:self_attn|attn|attention)\.(?:qkv_proj|qkv|Wqkv|wqkv|W_pack|to_qkv)", qkv_layout="unknown"),
+    NameRule("hf", r"attention\.self\.(?:qkv_linear|in_proj)", qkv_layout="unknown"),
+    NameRule("hf", r"self_attention\.kv_proj", qkv_layout="unknown_key_value"),
+    NameRule("hf", r"self_attn\.output_gate", Role.ATTN_OUT),
     # Hugging Face: multi-head latent attention (DeepSeek-V2, V3)
     NameRule("hf", r"self_attn\.q_a_proj", Role.QUERY, headless=True),
     NameRule("hf", r"self_attn\.q_b_proj", Role.QUERY),
-    NameRule("hf", r"self_attn\.kv_a_proj_with_mqa", qkv_layout="latent_rope"),
-    NameRule("hf", r"self_attn\.kv_b_proj", qkv_layout="key_value"),
+    NameRule("hf", r"self_attn\.kv_a_proj_with_mqa", qkv_layout="unknown_latent"),
+    NameRule("hf", r"self_attn\.kv_b_proj", qkv_layout="unknown_key_value"),
     # Hugging Face: FFN, experts, routers
     NameRule("hf", r"(?:mlp|feed_forward|ffn|shared_experts?)\.(?:gate|up|down|gate_up)_proj", Role.FFN),
     NameRule("hf", r"experts\.\d+\.(?:gate_proj|up_proj|down_proj|w[123])", Role.FFN),
@@ -90,22 +93,22 @@ NAME_RULES: tuple[NameRule, ...] = (
     NameRule("hf", r"mixer|mamba|linear_attn", Role.OTHER, leaf="dt_bias|A_log|D"),
     # GPT-2 (Hugging Face, transposed Conv1D) and nanoGPT (nn.Linear) share their names
     NameRule("gpt2", r"wte|wpe", Role.EMBEDDING),
-    NameRule("gpt2", r"attn\.c_attn", qkv_layout="concat"),
-    NameRule("gpt2", r"crossattention\.c_attn", qkv_layout="key_value_concat"),
+    NameRule("gpt2", r"attn\.c_attn", qkv_layout="unknown"),
+    NameRule("gpt2", r"crossattention\.c_attn", qkv_layout="unknown_key_value"),
     NameRule("gpt2", r"crossattention\.q_attn", Role.QUERY),
     NameRule("gpt2", r"(?:attn|crossattention)\.c_proj", Role.ATTN_OUT),
     NameRule("gpt2", r"mlp\.(?:c_fc|c_proj)", Role.FFN),
     # Megatron-core: embeddings, attention
     NameRule("megatron", r"embedding\.(?:word|position|tokentype)_embeddings", Role.EMBEDDING),
     NameRule("megatron", r"output_layer", Role.OUTPUT),
-    NameRule("megatron", r"self_attention\.linear_qkv", qkv_layout="grouped"),
+    NameRule("megatron", r"self_attention\.linear_qkv", qkv_layout="unknown"),
     NameRule("megatron", r"(?:self_attention|cross_attention)\.linear_proj", Role.ATTN_OUT),
     NameRule("megatron", r"cross_attention\.linear_q", Role.QUERY),
-    NameRule("megatron", r"cross_attention\.linear_kv", qkv_layout="key_value"),
+    NameRule("megatron", r"cross_attention\.linear_kv", qkv_layout="unknown_key_value"),
     NameRule("megatron", r"self_attention\.(?:linear_q_proj|linear_q_up_proj)", Role.QUERY),
     NameRule("megatron", r"self_attention\.linear_q_down_proj", Role.QUERY, headless=True),
-    NameRule("megatron", r"self_attention\.linear_kv_down_proj", qkv_layout="latent_rope"),
-    NameRule("megatron", r"self_attention\.linear_kv_up_proj", qkv_layout="key_value"),
+    NameRule("megatron", r"self_attention\.linear_kv_down_proj", qkv_layout="unknown_latent"),
+    NameRule("megatron", r"self_attention\.linear_kv_up_proj", qkv_layout="unknown_key_value"),
     NameRule("megatron", r"core_attention", Role.NORM, leaf="softmax_offset"),
     # Transformer Engine fuses a norm into the linear that follows it
     NameRule("megatron", r".+", Role.NORM, leaf="layer_norm_weight|layer_norm_bias"),
@@ -123,7 +126,7 @@ NAME_RULES: tuple[NameRule, ...] = (
     NameRule("megatron-legacy", r"word_embeddings|embed\.(?:position|tokentype)_embeddings", Role.EMBEDDING),
     NameRule("megatron-legacy", r"(?:self_attention|self_attn|attention)\.query_key_value", qkv_layout="unknown"),
     NameRule("megatron-legacy", r"inter_attention\.query", Role.QUERY),
-    NameRule("megatron-legacy", r"inter_attention\.key_value", qkv_layout="key_value"),
+    NameRule("megatron-legacy", r"inter_attention\.key_value", qkv_layout="unknown_key_value"),
     NameRule("megatron-legacy", r"(?:self_attention|inter_attention)\.dense", Role.ATTN_OUT),
     NameRule("megatron-legacy", r"(?:mlp|deepspeed_experts\.\d+)\.(?:dense_h_to_4h|dense_4h_to_h)", Role.FFN),
     NameRule("megatron-legacy", r"mlp\.(?:linear1|linear2)", Role.FFN),

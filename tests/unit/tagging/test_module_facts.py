@@ -34,7 +34,14 @@ def module(name, **attributes):
         (module("ParallelAttention"), "query_key_value", None),
         (module("Qwen3NextAttention"), "q_proj", "query_gate"),
         (module("Qwen3NextAttention"), "k_proj", None),
-        (module("GPT2Attention"), "c_attn", None),
+        (module("GPT2Attention", is_cross_attention=False), "c_attn", "concat"),
+        (module("GPT2Attention", is_cross_attention=True), "c_attn", "key_value_concat"),
+        (module("GPTBigCodeAttention", multi_query=False, is_cross_attention=True), "c_attn", None),
+        (module("MiniMaxLightningAttention"), "qkv_proj", "grouped"),
+        (module("Phi3Attention"), "qkv_proj", "concat"),
+        (module("Attention"), "c_attn", None),
+        (module("VisionAttention"), "qkv", None),
+        (module("MyAttention"), "qkv_proj", None),
     ],
 )
 def test_the_class_fixes_the_order_of_rows(attention, linear, layout):
