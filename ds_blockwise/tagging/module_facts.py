@@ -192,7 +192,7 @@ def generic_heads(attention: nn.Module, *, config_first: bool = False) -> HeadGe
         config_first: read the config before the module's own attributes, for a module whose attributes a
             tensor-parallel wrapper has divided by the number of ranks. Such wrappers do not change the config.
     """
-    config = getattr(attention, "config", None)
+    config = _config_of(attention)
     sources = (config, attention) if config_first else (attention, config)
     num_heads, said_by = _count(sources, NUM_HEADS)
     if num_heads is None:
@@ -209,6 +209,18 @@ def generic_heads(attention: nn.Module, *, config_first: bool = False) -> HeadGe
     value_dim, _ = _count(sources, _VALUE_DIM)
     query_dim = None if key_dim is None else key_dim + rope_dim
     return HeadGeometry(num_heads, num_heads, query_dim, said_by, key_dim, value_dim, rope_dim)
+
+
+def _config_of(attention: nn.Module) -> object:
+    """The config of an attention module's layer: in some models (Gemma 4, Step 3.7) the layers differ in their heads.
+
+    Such a config raises RuntimeError where a value that differs is read from the whole model.
+    """
+    config = getattr(attention, "config", None)
+    if not getattr(config, "is_heterogeneous", False):
+        return config
+    layer = getattr(attention, "layer_idx", None)
+    return getattr(config, "per_layer_config", {})[layer] if isinstance(layer, int) else None
 
 
 def _is_multi_head(attention: nn.Module) -> bool:

@@ -38,7 +38,8 @@ class NameRule:
     storage: Storage | None = None
 
 
-_ATTENTION = r"(?:self_attn|attn|attention|cross_attn|encoder_attn)"
+_SELF_ATTENTION = r"self_attn(?:\.\d+)?"  # LongCat's layers have two
+_ATTENTION = rf"(?:{_SELF_ATTENTION}|attn|attention|cross_attn|encoder_attn)"
 _LAYER = r"(?:layers|h)\.\d+"
 
 NAME_RULES: tuple[NameRule, ...] = (
@@ -73,10 +74,10 @@ NAME_RULES: tuple[NameRule, ...] = (
     NameRule("hf", r"self_attention\.kv_proj", qkv_layout="unknown_key_value"),
     NameRule("hf", r"self_attn\.output_gate", Role.ATTN_OUT),
     # Hugging Face: multi-head latent attention (DeepSeek-V2, V3)
-    NameRule("hf", r"self_attn\.q_a_proj", Role.QUERY, headless=True),
-    NameRule("hf", r"self_attn\.q_b_proj", Role.QUERY),
-    NameRule("hf", r"self_attn\.kv_a_proj_with_mqa", qkv_layout="unknown_latent"),
-    NameRule("hf", r"self_attn\.kv_b_proj", qkv_layout="unknown_key_value"),
+    NameRule("hf", rf"{_SELF_ATTENTION}\.q_a_proj", Role.QUERY, headless=True),
+    NameRule("hf", rf"{_SELF_ATTENTION}\.q_b_proj", Role.QUERY),
+    NameRule("hf", rf"{_SELF_ATTENTION}\.kv_a_proj_with_mqa", qkv_layout="unknown_latent"),
+    NameRule("hf", rf"{_SELF_ATTENTION}\.kv_b_proj", qkv_layout="unknown_key_value"),
     # Hugging Face: FFN, experts, routers
     NameRule("hf", r"(?:mlp|feed_forward|ffn|shared_experts?)\.(?:gate|up|down|gate_up)_proj", Role.FFN),
     NameRule("hf", r"experts\.\d+\.(?:gate_proj|up_proj|down_proj|w[123])", Role.FFN),

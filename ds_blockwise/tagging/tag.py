@@ -278,9 +278,7 @@ def _bare_norm(named: RegisteredParameter, registration: Registration) -> NameMa
     return NameMatch(Role.NORM, None, False, "pipeline") if is_norm and bare else None
 
 
-def _unknown_layout(
-    named: RegisteredParameter, registration: Registration, layout: QKVLayout, dialect: str
-) -> str:
+def _unknown_layout(named: RegisteredParameter, registration: Registration, layout: QKVLayout, dialect: str) -> str:
     heads = "" if _find_heads(named) is not None else ', "num_heads": N, "num_kv_heads": N'
     choices = "".join(
         f'\n      "rules": [{{"match": "{named.fqn}", "role": "qkv", "layout": "{choice}"{heads}}}] for '

@@ -161,6 +161,8 @@ def _tag(named: RegisteredParameter, settings: BlockSettings) -> str:
         structure, _ = _structure_of(named, settings)
     except ValueError as error:
         return next((short for words, short in _KNOWN_ERRORS if words in str(error)), f"error {error}")
+    except Exception as error:  # written down, so that the other families are surveyed; the test allows none
+        return f"crash {type(error).__name__}"
     return describe(structure)
 
 
@@ -168,7 +170,9 @@ def describe(structure: TensorStructure) -> str:
     """The roles of the rows in their order, and how the matrix is stored if it is not ``[outputs, inputs]``."""
     roles = [span.role.value for span in structure.spans]
     unit = next(n for n in range(1, len(roles) + 1) if len(roles) % n == 0 and roles == roles[:n] * (len(roles) // n))
-    runs = [role if n == 1 else f"{role}*" for role, n in ((r, len(list(g))) for r, g in itertools.groupby(roles[:unit]))]
+    runs = [
+        role if n == 1 else f"{role}*" for role, n in ((r, len(list(g))) for r, g in itertools.groupby(roles[:unit]))
+    ]
     text = " ".join(runs)
     if len(roles) > unit:
         text = f"per head: {text}"

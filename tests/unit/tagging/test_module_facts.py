@@ -105,3 +105,23 @@ def test_number_of_experts():
     assert num_experts_in(module("GroupedMLP", num_local_experts=3)) == 3
     assert num_experts_in(module("TEGroupedLinear", num_gemms=2)) == 2
     assert num_experts_in(nn.Linear(2, 2)) is None
+
+
+class PerLayer(SimpleNamespace):
+    """A config as transformers has where layers differ: the whole model's value raises RuntimeError."""
+
+    is_heterogeneous = True
+
+    def __getattribute__(self, name):
+        if name == "num_key_value_heads":
+            raise RuntimeError("ambiguous")
+        return super().__getattribute__(name)
+
+
+def test_heads_of_a_layer_whose_config_differs_from_its_neighbours():
+    """Gemma 4's full and sliding layers differ in their key heads; asking the whole model's config raises."""
+    layers = [SimpleNamespace(num_attention_heads=8, num_key_value_heads=n, head_dim=16) for n in (4, 1)]
+    config = PerLayer(num_attention_heads=8, per_layer_config=layers)
+    counts = [generic_heads(module("Attention", config=config, layer_idx=i)).num_kv_heads for i in (0, 1)]
+    assert counts == [4, 1]
+    assert generic_heads(module("Attention", config=config)) is None
