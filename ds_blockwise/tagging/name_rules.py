@@ -65,7 +65,9 @@ NAME_RULES: tuple[NameRule, ...] = (
     NameRule("hf", rf"{_ATTENTION}\.q_proj", Role.QUERY),
     NameRule("hf", rf"{_ATTENTION}\.k_proj", Role.KEY),
     NameRule("hf", rf"{_ATTENTION}\.v_proj", Role.VALUE),
-    NameRule("hf", rf"{_ATTENTION}\.(?:o_proj|out_proj|dense)", Role.ATTN_OUT),
+    NameRule("hf", rf"{_ATTENTION}\.(?:o_proj|out_proj)", Role.ATTN_OUT),
+    # MobileBERT's bottleneck.attention.dense makes the inputs of queries and keys narrow
+    NameRule("hf", rf"(?<!bottleneck\.){_ATTENTION}\.dense", Role.ATTN_OUT),
     NameRule("hf", r"self_attn", Role.NORM, leaf="sinks"),
     NameRule("hf", r"decoder\.project_(?:in|out)", Role.OTHER),
     # Fused projections
@@ -101,7 +103,8 @@ NAME_RULES: tuple[NameRule, ...] = (
     NameRule("gpt2", r"mlp\.(?:c_fc|c_proj)", Role.FFN),
     # Megatron-core: embeddings, attention
     NameRule("megatron", r"embedding\.(?:word|position|tokentype)_embeddings", Role.EMBEDDING),
-    NameRule("megatron", r"output_layer", Role.OUTPUT),
+    # TimesFM's feed-forward layers end with this name
+    NameRule("megatron", r"(?<![\w.])output_layer|(?:language_model|lm_head)\.output_layer", Role.OUTPUT),
     NameRule("megatron", r"self_attention\.linear_qkv", qkv_layout="unknown"),
     NameRule("megatron", r"(?:self_attention|cross_attention)\.linear_proj", Role.ATTN_OUT),
     NameRule("megatron", r"cross_attention\.linear_q", Role.QUERY),

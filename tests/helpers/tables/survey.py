@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,6 +47,10 @@ _SETTINGS: dict[str, tuple[dict[str, object], ...]] = {
     "NemotronConfig": ({"head_dim": 128},),
     "MiniMaxConfig": ({"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2},),
 }
+_NUM_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "encoder_layers", "decoder_layers", "num_decoder_layers")
+import os
+_LONG = "LONG" in os.environ
+_FEW = 6  # dense layers before those with experts, and the attention layer among state-space ones, are within
 _KNOWN_ERRORS = (
     ("no naming rule matches", "unknown"),
     ("is a fused query, key and value weight", "layout?"),
@@ -111,16 +116,41 @@ def survey(file: str) -> Family:
         if cls.config_class is None:
             continue
         for settings in _SETTINGS.get(cls.config_class.__name__, ({},)):
-            try:
-                with torch.device("meta"):
-                    model = cls(cls.config_class(**settings))
-            except Exception as error:  # a class that can't be built by itself; the record says why
-                family.failed[name] = _reason(error)
+            model = _build(cls, settings)
+            if isinstance(model, Exception):
+                family.failed[name] = _reason(model)
                 continue
             family.built.add(name)
             for kind, tag in tags_by_kind(model, cls.base_model_prefix):
                 family.kinds.setdefault(kind, set()).add(tag)
     return family
+
+
+def _build(cls: Any, settings: dict[str, object]) -> nn.Module | Exception:
+    """A model with few layers, or with all that its config asks for; the exception if it can't be built by itself."""
+    for few in (True, False):
+        try:
+            config = cls.config_class(**settings)
+            if few:
+                _take_few_layers(config)
+            with torch.device("meta"):
+                return cls(config)
+        except Exception as error:
+            failure = error
+    return failure
+
+
+def _take_few_layers(config: Any) -> None:
+    # where a list says what each layer is, the number of layers stays
+    values = vars(config)
+    lengths = {len(value) for value in values.values() if isinstance(value, (list, tuple))}
+    for name in _NUM_LAYERS:
+        number = values.get(name)
+        if isinstance(number, int) and number > _FEW and number not in lengths:
+            setattr(config, name, _FEW)
+    for value in values.values():
+        if hasattr(value, "model_type"):
+            _take_few_layers(value)
 
 
 def tags_by_kind(model: nn.Module, prefix: str) -> Iterator[tuple[str, str]]:
@@ -141,7 +171,7 @@ def tags_by_kind(model: nn.Module, prefix: str) -> Iterator[tuple[str, str]]:
             continue
         seen.add(key)
         tag = _tag(named, settings)
-        of_class = " " in tag or "?" in tag
+        of_class = " " in tag or "?" in tag or _LONG
         yield (f"{end} in {parent}" if of_class else end), tag
 
 
@@ -151,7 +181,7 @@ def _end(fqn: str) -> str:
     names = 0
     for at in range(len(parts) - 1, -1, -1):
         names += parts[at] != "#"
-        if names == 4:
+        if names == 3:
             return ".".join(parts[at:])
     return ".".join(parts)
 
@@ -160,7 +190,7 @@ def _tag(named: RegisteredParameter, settings: BlockSettings) -> str:
     try:
         structure, _ = _structure_of(named, settings)
     except ValueError as error:
-        return next((short for words, short in _KNOWN_ERRORS if words in str(error)), f"error {error}")
+        return next((short for words, short in _KNOWN_ERRORS if words in str(error)), f"error {error}"[:60])
     except Exception as error:  # written down, so that the other families are surveyed; the test allows none
         return f"crash {type(error).__name__}"
     return describe(structure)
@@ -197,6 +227,27 @@ def record_lines(families: Iterable[Family]) -> list[str]:
     for family in families:
         lines += family.lines()
     return lines
+
+
+def read_record() -> tuple[str, dict[str, list[str]]]:
+    """The version of transformers that was recorded, and the lines of each family."""
+    families: dict[str, list[str]] = {}
+    version = ""
+    for line in RECORD.read_text(encoding="utf-8").splitlines():
+        if line.startswith("# transformers "):
+            version = line.removeprefix("# transformers ")
+        elif line.startswith("== "):
+            families[line.removeprefix("== ")] = [line]
+        elif not line.startswith("#"):
+            families[next(reversed(families))].append(line)
+    return version, families
+
+
+def is_incomplete(lines: list[str]) -> bool:
+    """Whether a class of a family could not be built for want of another package, here or where it was recorded."""
+    return any(
+        line.startswith("  not built: ") and ("ImportError" in line or "NotFoundError" in line) for line in lines
+    )
 
 
 def main() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classes in the table of fused weights whose small model can be run: their own forward says whether it is right.
+"""Classes in the table of fused weights, beside those of `test_families`: their own forward says whether it is right.
 
 The other classes of the table share their code with one of these (`tests/data/names/transformers.txt` lists all).
 """
@@ -22,7 +22,6 @@ TEXT = {
     "max_position_embeddings": 64,
     "pad_token_id": 0,
 }
-GQA = {**TEXT, "num_key_value_heads": 2}
 GPT = {"n_embd": 48, "n_head": 4, "n_layer": 1, "vocab_size": 97, "n_positions": 64}
 LATENT = {
     **TEXT,
@@ -41,14 +40,6 @@ LATENT = {
     "topk_group": 1,
 }
 VISION = {"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 1, "image_size": 16, "patch_size": 4}
-MINIMAX = {
-    **GQA,
-    "head_dim": 12,
-    "num_local_experts": 3,
-    "layer_types": ["linear_attention", "full_attention"],
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 
 
 def image(size=16):
@@ -72,8 +63,6 @@ def first(result):
 
 # model class -> (config class, its settings, the fused weights and their roles in the order of rows, how to run it)
 MODELS = {
-    "MiniMaxForCausalLM": ("MiniMaxConfig", MINIMAX, {"qkv_proj": "qkv" * 4}, None),
-    "MiniMaxModel": ("MiniMaxConfig", {**MINIMAX, "num_key_value_heads": 4}, {"qkv_proj": "qkv" * 4}, None),
     "DbrxForCausalLM": (
         "DbrxConfig",
         {
