@@ -84,7 +84,8 @@ NAME_RULES: tuple[NameRule, ...] = (
     NameRule("hf", r"(?:mlp|feed_forward|ffn|shared_experts?)\.(?:gate|up|down|gate_up)_proj", Role.FFN),
     NameRule("hf", r"experts\.\d+\.(?:gate_proj|up_proj|down_proj|w[123])", Role.FFN),
     NameRule("hf", r"experts", Role.FFN, leaf="gate_up_proj|down_proj|gate_up_proj_bias|down_proj_bias"),
-    NameRule("hf", r"mlp\.(?:fc1|fc2|fc_in|fc_out)|feed_forward\.w[123]", Role.FFN),
+    # a norm's own mlp (A.X K2) computes a gate
+    NameRule("hf", r"(?<!norm\.)mlp\.(?:fc1|fc2|fc_in|fc_out)|feed_forward\.w[123]", Role.FFN),
     NameRule("hf", rf"{_LAYER}\.fc[12]", Role.FFN),
     NameRule("hf", r"(?:mlp|block_sparse_moe|feed_forward)\.(?:gate|router)|mlp\.shared_expert_gate", Role.ROUTER),
     # Hugging Face: state-space mixers

