@@ -43,11 +43,21 @@ BLOCK_TYPE_OF: dict[Role, BlockType] = {
 }
 
 QKVLayout = Literal[
-    "concat", "grouped", "grouped_gate", "query_gate", "key_value", "key_value_concat", "latent_rope", "unknown"
+    "concat",
+    "grouped",
+    "grouped_gate",
+    "query_gate",
+    "key_value",
+    "key_value_concat",
+    "latent_rope",
+    "unknown",
+    "unknown_key_value",
+    "unknown_latent",
 ]
 """The order of rows in a weight that holds several attention roles; `QKV_LAYOUT_MEANING` explains each.
 
-``unknown``: the name is used for several layouts, so the module or a rule must give it.
+Those that begin with ``unknown`` say that a name is known to be fused: the module's class or a rule must give the order
+(`LAYOUT_CHOICES`).
 """
 
 QKV_LAYOUT_MEANING: dict[QKVLayout, str] = {
@@ -65,7 +75,12 @@ QKV_LAYOUT_MEANING: dict[QKVLayout, str] = {
 }
 QKV_LAYOUTS: tuple[QKVLayout, ...] = tuple(QKV_LAYOUT_MEANING)
 SELF_ATTENTION_LAYOUTS: tuple[QKVLayout, ...] = ("grouped", "concat")
-"""The choices that an error offers for a fused self-attention weight of unknown layout."""
+LAYOUT_CHOICES: dict[QKVLayout, tuple[QKVLayout, ...]] = {
+    "unknown": SELF_ATTENTION_LAYOUTS,
+    "unknown_key_value": ("key_value", "key_value_concat"),
+    "unknown_latent": ("latent_rope",),
+}
+"""The choices that an error offers for a fused weight of unknown layout."""
 
 Storage = Literal["out_in", "in_out", "grouped_in_out"]
 """How a matrix is stored: ``out_in`` is ``nn.Linear``'s [outputs, inputs], ``in_out`` its transpose (Conv1D).

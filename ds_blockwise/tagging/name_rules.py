@@ -3,7 +3,8 @@
 
 A rule's ``module`` is matched against the END of the path of the module that owns the parameter, its ``leaf`` against
 the whole last component. A dialect lists only names that its model code registers. A name on which two rules disagree
-is an error: the order of the rules has no meaning. Sources: the model classes of transformers 5, Megatron-core 0.16,
+is an error: the order of the rules has no meaning. No name gives the order of rows in a fused weight: the class of the
+module does (`module_facts`), or a user's rule. Sources: the model classes of transformers 5, Megatron-core 0.16,
 Megatron-LM (legacy models), Megatron-DeepSpeed and GPT-NeoX.
 """
 
@@ -37,7 +38,8 @@ class NameRule:
     storage: Storage | None = None
 
 
-_ATTENTION = r"(?:self_attn|attn|attention|cross_attn|encoder_attn)"
+_SELF_ATTENTION = r"self_attn(?:\.\d+)?"  # LongCat's layers have two
+_ATTENTION = rf"(?:{_SELF_ATTENTION}|attn|attention|cross_attn|encoder_attn)"
 _LAYER = r"(?:layers|h)\.\d+"
 
 NAME_RULES: tuple[NameRule, ...] = (
@@ -63,22 +65,27 @@ NAME_RULES: tuple[NameRule, ...] = (
     NameRule("hf", rf"{_ATTENTION}\.q_proj", Role.QUERY),
     NameRule("hf", rf"{_ATTENTION}\.k_proj", Role.KEY),
     NameRule("hf", rf"{_ATTENTION}\.v_proj", Role.VALUE),
-    NameRule("hf", rf"{_ATTENTION}\.(?:o_proj|out_proj|dense)", Role.ATTN_OUT),
+    NameRule("hf", rf"{_ATTENTION}\.(?:o_proj|out_proj)", Role.ATTN_OUT),
+    # MobileBERT's bottleneck.attention.dense makes the inputs of queries and keys narrow
+    NameRule("hf", rf"(?<!bottleneck\.){_ATTENTION}\.dense", Role.ATTN_OUT),
     NameRule("hf", r"self_attn", Role.NORM, leaf="sinks"),
     NameRule("hf", r"decoder\.project_(?:in|out)", Role.OTHER),
-    # Hugging Face: fused projections whose name has one layout
-    NameRule("hf", r"self_attn\.qkv_proj", qkv_layout="concat"),
-    NameRule("hf", r"attn\.Wqkv", qkv_layout="concat"),
+    # Fused projections
+    NameRule("hf", r"(?:self_attn|attn|attention)\.(?:qkv_proj|qkv|Wqkv|wqkv|W_pack|to_qkv)", qkv_layout="unknown"),
+    NameRule("hf", r"attention\.self\.(?:qkv_linear|in_proj)", qkv_layout="unknown"),
+    NameRule("hf", r"self_attention\.kv_proj", qkv_layout="unknown_key_value"),
+    NameRule("hf", r"self_attn\.output_gate", Role.ATTN_OUT),
     # Hugging Face: multi-head latent attention (DeepSeek-V2, V3)
-    NameRule("hf", r"self_attn\.q_a_proj", Role.QUERY, headless=True),
-    NameRule("hf", r"self_attn\.q_b_proj", Role.QUERY),
-    NameRule("hf", r"self_attn\.kv_a_proj_with_mqa", qkv_layout="latent_rope"),
-    NameRule("hf", r"self_attn\.kv_b_proj", qkv_layout="key_value"),
+    NameRule("hf", rf"{_SELF_ATTENTION}\.q_a_proj", Role.QUERY, headless=True),
+    NameRule("hf", rf"{_SELF_ATTENTION}\.q_b_proj", Role.QUERY),
+    NameRule("hf", rf"{_SELF_ATTENTION}\.kv_a_proj_with_mqa", qkv_layout="unknown_latent"),
+    NameRule("hf", rf"{_SELF_ATTENTION}\.kv_b_proj", qkv_layout="unknown_key_value"),
     # Hugging Face: FFN, experts, routers
     NameRule("hf", r"(?:mlp|feed_forward|ffn|shared_experts?)\.(?:gate|up|down|gate_up)_proj", Role.FFN),
     NameRule("hf", r"experts\.\d+\.(?:gate_proj|up_proj|down_proj|w[123])", Role.FFN),
     NameRule("hf", r"experts", Role.FFN, leaf="gate_up_proj|down_proj|gate_up_proj_bias|down_proj_bias"),
-    NameRule("hf", r"mlp\.(?:fc1|fc2|fc_in|fc_out)|feed_forward\.w[123]", Role.FFN),
+    # a norm's own mlp (A.X K2) computes a gate
+    NameRule("hf", r"(?<!norm\.)mlp\.(?:fc1|fc2|fc_in|fc_out)|feed_forward\.w[123]", Role.FFN),
     NameRule("hf", rf"{_LAYER}\.fc[12]", Role.FFN),
     NameRule("hf", r"(?:mlp|block_sparse_moe|feed_forward)\.(?:gate|router)|mlp\.shared_expert_gate", Role.ROUTER),
     # Hugging Face: state-space mixers
@@ -90,22 +97,23 @@ NAME_RULES: tuple[NameRule, ...] = (
     NameRule("hf", r"mixer|mamba|linear_attn", Role.OTHER, leaf="dt_bias|A_log|D"),
     # GPT-2 (Hugging Face, transposed Conv1D) and nanoGPT (nn.Linear) share their names
     NameRule("gpt2", r"wte|wpe", Role.EMBEDDING),
-    NameRule("gpt2", r"attn\.c_attn", qkv_layout="concat"),
-    NameRule("gpt2", r"crossattention\.c_attn", qkv_layout="key_value_concat"),
+    NameRule("gpt2", r"attn\.c_attn", qkv_layout="unknown"),
+    NameRule("gpt2", r"crossattention\.c_attn", qkv_layout="unknown_key_value"),
     NameRule("gpt2", r"crossattention\.q_attn", Role.QUERY),
     NameRule("gpt2", r"(?:attn|crossattention)\.c_proj", Role.ATTN_OUT),
     NameRule("gpt2", r"mlp\.(?:c_fc|c_proj)", Role.FFN),
     # Megatron-core: embeddings, attention
     NameRule("megatron", r"embedding\.(?:word|position|tokentype)_embeddings", Role.EMBEDDING),
-    NameRule("megatron", r"output_layer", Role.OUTPUT),
-    NameRule("megatron", r"self_attention\.linear_qkv", qkv_layout="grouped"),
+    # TimesFM's feed-forward layers end with this name
+    NameRule("megatron", r"(?<![\w.])output_layer|(?:language_model|lm_head)\.output_layer", Role.OUTPUT),
+    NameRule("megatron", r"self_attention\.linear_qkv", qkv_layout="unknown"),
     NameRule("megatron", r"(?:self_attention|cross_attention)\.linear_proj", Role.ATTN_OUT),
     NameRule("megatron", r"cross_attention\.linear_q", Role.QUERY),
-    NameRule("megatron", r"cross_attention\.linear_kv", qkv_layout="key_value"),
+    NameRule("megatron", r"cross_attention\.linear_kv", qkv_layout="unknown_key_value"),
     NameRule("megatron", r"self_attention\.(?:linear_q_proj|linear_q_up_proj)", Role.QUERY),
     NameRule("megatron", r"self_attention\.linear_q_down_proj", Role.QUERY, headless=True),
-    NameRule("megatron", r"self_attention\.linear_kv_down_proj", qkv_layout="latent_rope"),
-    NameRule("megatron", r"self_attention\.linear_kv_up_proj", qkv_layout="key_value"),
+    NameRule("megatron", r"self_attention\.linear_kv_down_proj", qkv_layout="unknown_latent"),
+    NameRule("megatron", r"self_attention\.linear_kv_up_proj", qkv_layout="unknown_key_value"),
     NameRule("megatron", r"core_attention", Role.NORM, leaf="softmax_offset"),
     # Transformer Engine fuses a norm into the linear that follows it
     NameRule("megatron", r".+", Role.NORM, leaf="layer_norm_weight|layer_norm_bias"),
@@ -123,7 +131,7 @@ NAME_RULES: tuple[NameRule, ...] = (
     NameRule("megatron-legacy", r"word_embeddings|embed\.(?:position|tokentype)_embeddings", Role.EMBEDDING),
     NameRule("megatron-legacy", r"(?:self_attention|self_attn|attention)\.query_key_value", qkv_layout="unknown"),
     NameRule("megatron-legacy", r"inter_attention\.query", Role.QUERY),
-    NameRule("megatron-legacy", r"inter_attention\.key_value", qkv_layout="key_value"),
+    NameRule("megatron-legacy", r"inter_attention\.key_value", qkv_layout="unknown_key_value"),
     NameRule("megatron-legacy", r"(?:self_attention|inter_attention)\.dense", Role.ATTN_OUT),
     NameRule("megatron-legacy", r"(?:mlp|deepspeed_experts\.\d+)\.(?:dense_h_to_4h|dense_4h_to_h)", Role.FFN),
     NameRule("megatron-legacy", r"mlp\.(?:linear1|linear2)", Role.FFN),

@@ -18,7 +18,7 @@ from torch import nn
 
 from ds_blockwise.blocks.block_settings import BlockSettings, Rule
 from ds_blockwise.blocks.ranges import TensorShard
-from ds_blockwise.blocks.roles import QKV_LAYOUT_MEANING, SELF_ATTENTION_LAYOUTS, Role, Storage
+from ds_blockwise.blocks.roles import LAYOUT_CHOICES, QKV_LAYOUT_MEANING, QKVLayout, Role, Storage
 from ds_blockwise.blocks.spec import BlockSpec, apply_settings
 from ds_blockwise.blocks.structure import HeadGeometry, TensorStructure, fused_qkv, whole_tensor
 from ds_blockwise.blocks.tagged_parameter import set_tags
@@ -289,8 +289,8 @@ def _match_as_registered(named: RegisteredParameter, registration: Registration)
         layout = fused_qkv_layout(registration.parent, registration.linear)
         if layout is not None:
             match = replace(match, role=None, qkv_layout=layout)
-    if match.qkv_layout == "unknown":
-        raise ValueError(_unknown_layout(named, registration))
+    if match.qkv_layout in LAYOUT_CHOICES:
+        raise ValueError(_unknown_layout(named, registration, match.qkv_layout, match.dialect))
     if registration.is_low_rank_input:
         if match.role is None:
             raise ValueError(
@@ -309,17 +309,19 @@ def _bare_norm(named: RegisteredParameter, registration: Registration) -> NameMa
     return NameMatch(Role.NORM, None, False, "pipeline") if is_norm and bare else None
 
 
-def _unknown_layout(named: RegisteredParameter, registration: Registration) -> str:
+def _unknown_layout(named: RegisteredParameter, registration: Registration, layout: QKVLayout, dialect: str) -> str:
+    heads = "" if _find_heads(named) is not None else ', "num_heads": N, "num_kv_heads": N'
     choices = "".join(
-        f'\n      "rules": [{{"match": "{named.fqn}", "role": "qkv", "layout": "{layout}", "num_heads": N, '
-        f'"num_kv_heads": N}}] for {QKV_LAYOUT_MEANING[layout]}'
-        for layout in SELF_ATTENTION_LAYOUTS
+        f'\n      "rules": [{{"match": "{named.fqn}", "role": "qkv", "layout": "{choice}"{heads}}}] for '
+        f"{QKV_LAYOUT_MEANING[choice]}"
+        for choice in LAYOUT_CHOICES[layout]
     )
+    megatron = " For a Megatron-core model import megatron_patch." if dialect == "megatron" else ""
     return (
         f"parameter {named.fqn!r} of shape {named.shape} is a fused query, key and value weight, and neither its name "
-        f"nor {type(registration.parent).__name__} tells the order of its rows. A wrong order trains values at the "
-        f"learning rate of queries, and no error or loss curve shows it. Choose the order by a rule, and check the "
-        f"choice with ds_blockwise.verify_layout(model, rules=[...]):{choices}"
+        f"nor {type(registration.parent).__name__} tells the order of its rows.{megatron} A wrong order trains values "
+        f"at the learning rate of queries, and no error or loss curve shows it. Choose the order by a rule, and check "
+        f"the choice with ds_blockwise.verify_layout(model, rules=[...]):{choices}"
     )
 
 
