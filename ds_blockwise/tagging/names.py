@@ -20,7 +20,7 @@ _COMPILED = tuple((rule, re.compile(rf"(?:^|\.)(?:{rule.module})$"), re.compile(
 _WRAPPER_PREFIX = re.compile(r"^(?:module\.)+")
 # PEFT puts the wrapped linear, and the two factors beside it, one or two modules below the linear's own name
 _ADAPTER = re.compile(r"\.(?:base_layer|original_module|modules_to_save\.[^.]+|(?P<factor>lora_[AB])\.[^.]+)$")
-_BIAS = re.compile(r"bias\d*|.*_proj_bias")
+_BIAS = re.compile(r"bias\d*|.*_proj_bias|[qkv]_bias")
 _PEFT_PREFIX = re.compile(r"^base_model\.model\.")
 
 
