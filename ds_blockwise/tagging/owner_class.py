@@ -36,9 +36,10 @@ _ATTENTION_PARTS: dict[str, Role] = {
 }
 
 
-# Layers that mix tokens by a recurrence or a short convolution instead of softmax attention
+# Layers that mix tokens by a recurrence or a short convolution instead of softmax attention. KimiLinearAttention is the
+# softmax attention of Kimi Linear.
 _RECURRENT = re.compile(
-    r"(?:GatedDeltaNet|DeltaAttention|LightningAttention|LinearAttention|ForgetGate|ShortConv|ShortConvolution"
+    r"(?:GatedDeltaNet|DeltaAttention|LightningAttention|(?<!^Kimi)LinearAttention|ForgetGate|ShortConv|ShortConvolution"
     r"|Mamba2?Mixer|BambaMixer|FalconH1Mixer|MambaLayer|Rglru|RecurrentBlock|RwkvSelfAttention|xLSTMLayer)$"
 )
 # BertLMPredictionHead, RobertaLMHead, AlbertMLMHead: they register the bias of their ``decoder`` themselves
