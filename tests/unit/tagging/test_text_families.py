@@ -5,9 +5,12 @@ import pytest
 
 pytest.importorskip("transformers", reason="the models are transformers' own")
 
-from tests.helpers.tables.text import TEXT
+from tests.helpers.tables.text import ENCODERS
 from tests.helpers.tables.text_families import TEXT_FAMILIES, build_text
+from tests.helpers.tables.text_hybrids import DECODERS
 from tests.unit.tagging.test_families import tags_of
+
+TEXT = ENCODERS | DECODERS
 
 
 @pytest.mark.parametrize("model", TEXT)
