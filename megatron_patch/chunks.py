@@ -62,7 +62,9 @@ def tag(models: Sequence[nn.Module], optimizer: BlockwiseOptimizer) -> None:
         ValueError: see `ds_blockwise.tag_parameters`; a model that is tagged in part.
     """
     # a rule may match another stage only; `pipeline_stages.check_rules` looks at all
-    tag_for(optimizer, [(model, _tied(model)) for model in models], is_stage=True, what_tags="convert_")
+    tag_for(
+        optimizer, [(model, _tied(model)) for model in models], is_stage=True, what_tags="convert_", place="megatron"
+    )
 
 
 def tied_copies(

@@ -24,6 +24,7 @@ from ds_blockwise.blocks.defaults import (
     Granularity,
 )
 from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, BLOCK_TYPES, QKV_LAYOUTS, STORAGES, QKVLayout, Role, Storage
+from ds_blockwise.blocks.rule_needed import RuleNeeded
 from ds_blockwise.values import as_count, as_mapping, as_multiplier, check_keys, if_given, suggest, unknown
 
 _Setting = TypeVar("_Setting")
@@ -239,15 +240,16 @@ class BlockSettings:
             names: all names of the parameter; a tied weight has several.
 
         Raises:
-            ValueError: several rules match it, by one name or by different ones.
+            RuleNeeded: several rules match it, by one name or by different ones.
         """
         found = [rule for rule in self.rules if any(rule.matches(name) for name in names)]
         if len(found) > 1:
             patterns = " and ".join(repr(rule.match) for rule in found)
             also = "" if len(names) == 1 else f" (one weight, also called {', '.join(map(repr, names[1:]))})"
-            raise ValueError(
-                f'parameter {names[0]!r}{also} is matched by {len(found)} rules: {patterns}. Change their "match" so '
-                f"that only one rule matches it."
+            raise RuleNeeded(
+                f'{{parameter}}{also} is matched by {len(found)} rules: {patterns}. Change their "match" so that only '
+                f"one rule matches it.",
+                names[0],
             )
         return found[0] if found else None
 
@@ -266,7 +268,7 @@ class BlockSettings:
             other_names: further names of the parameter, which rules may match as well.
 
         Raises:
-            ValueError: several rules match the parameter, or the granularity is not allowed for the role.
+            RuleNeeded: several rules match the parameter, or the granularity is not allowed for the role.
         """
         rule = self.rule_for(fqn, *other_names) or Rule(match="")
         block_type = BLOCK_TYPE_OF[role]
@@ -282,9 +284,10 @@ class BlockSettings:
             granularity = pick(rule.granularity, self.granularity, DEFAULT_GRANULARITY[role])
         if granularity == "head" and (role not in HEAD_ROLES or is_bias):
             what = "a bias" if is_bias else f"role {role.value!r}"
-            raise ValueError(
-                f'parameter {fqn!r}: granularity "head" is for query, key and value weights, not for {what}. '
-                f'Use "row", "tensor" or "element".'
+            raise RuleNeeded(
+                f'{{parameter}}: granularity "head" is for query, key and value weights, not for {what}. '
+                f'Use "row", "tensor" or "element".',
+                fqn,
             )
         unset = DEFAULT_LR_MULTIPLIERS[block_type] if self.auto is None else 1.0  # nothing is measured yet
         return Resolved(

@@ -15,6 +15,7 @@ from torch import nn
 from ds_blockwise.blocks.tagged_parameter import set_tags, user_tags_of
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.tagging.registered import RegisteredParameter, registered_parameters
+from ds_blockwise.tagging.rule_hints import Place
 from ds_blockwise.tagging.tag import is_stepped, read_tags
 
 Named = tuple[nn.Module, Mapping[torch.Tensor, str] | None]
@@ -22,7 +23,7 @@ Named = tuple[nn.Module, Mapping[torch.Tensor, str] | None]
 
 
 def tag_for(
-    optimizer: BlockwiseOptimizer, models: Sequence[Named], *, is_stage: bool, what_tags: str
+    optimizer: BlockwiseOptimizer, models: Sequence[Named], *, is_stage: bool, what_tags: str, place: Place
 ) -> list[nn.Parameter]:
     """Tag the trained parameters of a host's models with an optimizer's settings.
 
@@ -31,6 +32,7 @@ def tag_for(
         models: the models that it trains.
         is_stage: they are a part of a larger model: a rule may match nothing in them.
         what_tags: the user's call that comes here, for messages.
+        place: where the user writes rules, for messages.
 
     Returns:
         The tagged parameters; frozen ones and those without elements are left out.
@@ -45,7 +47,7 @@ def tag_for(
         read = [
             tags
             for model, names in models
-            for tags in read_tags(model, optimizer.block_settings, names, is_stage=is_stage)
+            for tags in read_tags(model, optimizer.block_settings, names, is_stage=is_stage, place=place)
         ]
         for param, spec, shard in read:
             set_tags(param, spec, shard, by_host=True)

@@ -123,7 +123,7 @@ def _tagged_together(engine: Engine, optimizer: BlockwiseOptimizer) -> list[nn.P
     failure: ValueError | None = None
     try:
         models = [(engine.module, engine.param_names)]
-        params = tag_for(optimizer, models, is_stage=is_staged(engine), what_tags="deepspeed.initialize")
+        params = tag_for(optimizer, models, is_stage=is_staged(engine), what_tags="deepspeed.initialize", place="json")
     except ValueError as error:  # a mistake in the model or in the settings; all ranks hear of it
         failure = error
     message = first_error(None if failure is None else str(failure))

@@ -37,7 +37,7 @@ class Wrapped(nn.Module):
 def host(model, *, cls=BlockwiseAdamMini, names=None, is_stage=False, **settings):
     """What a host does: its optimizer, and the model tagged for that."""
     optimizer = cls([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0, **settings)
-    tag_for(optimizer, [(model, names)], is_stage=is_stage, what_tags="host()")
+    tag_for(optimizer, [(model, names)], is_stage=is_stage, what_tags="host()", place="json")
     return optimizer
 
 
