@@ -53,6 +53,11 @@ def _parallel_attention(attention: nn.Module) -> QKVLayout | None:
     return "grouped" if hasattr(attention, "num_query_groups_per_partition") else None
 
 
+def _qwen2_vl(attention: nn.Module) -> QKVLayout | None:
+    # a class name that several towers share; this one was read in Qwen2-VL's code
+    return "concat" if any("qwen2_vl" in cls.__module__ for cls in type(attention).__mro__) else None
+
+
 def _always(layout: QKVLayout) -> Callable[[nn.Module], QKVLayout]:
     return lambda attention: layout
 
@@ -68,6 +73,20 @@ _FUSED: dict[tuple[str, str], Callable[[nn.Module], QKVLayout | None]] = {
     ("Qwen3NextAttention", "q_proj"): _always("query_gate"),
     ("Qwen3_5Attention", "q_proj"): _always("query_gate"),
     ("Qwen3_5MoeAttention", "q_proj"): _always("query_gate"),
+    # vision towers: their code reshapes to [.., 3, heads, head_dim]
+    ("VisionAttention", "qkv"): _qwen2_vl,
+    ("Qwen2_5_VLVisionAttention", "qkv"): _always("concat"),
+    ("Qwen3VLVisionAttention", "qkv"): _always("concat"),
+    ("Qwen3VLMoeVisionAttention", "qkv"): _always("concat"),
+    ("Qwen3_5VisionAttention", "qkv"): _always("concat"),
+    ("Qwen3_5MoeVisionAttention", "qkv"): _always("concat"),
+    ("Qwen3OmniMoeVisionAttention", "qkv"): _always("concat"),
+    ("Glm4vVisionAttention", "qkv"): _always("concat"),
+    ("Glm4vMoeVisionAttention", "qkv"): _always("concat"),
+    ("Ernie4_5_VLMoeVisionAttention", "qkv"): _always("concat"),
+    ("BlipAttention", "qkv"): _always("concat"),
+    ("Blip2Attention", "qkv"): _always("concat"),
+    ("InstructBlipAttention", "qkv"): _always("concat"),
 }
 # Their fused weight has as many key heads as query heads, even if the config gives another number of key heads.
 _MULTI_HEAD = ("BloomAttention", "GPTNeoXAttention", "PersimmonAttention")
