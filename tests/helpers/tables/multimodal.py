@@ -77,7 +77,7 @@ _QWEN3_TOWER = under(
 QWEN3_VL = language(text.QWEN3) | _QWEN3_TOWER
 QWEN3_VL_MOE = language(experts.QWEN3_MOE) | _QWEN3_TOWER
 INTERNVL = (
-    language(text.QWEN2)
+    tied(language(text.QWEN2))
     | _TO_TEXT
     | both({"model.multi_modal_projector.layer_norm.*": NORM})
     | under(
