@@ -112,7 +112,7 @@ def _tag_model(model: nn.Module, block_settings: BlockSettings) -> None:
     tied: dict[torch.Tensor, str] = {
         param: _EMBEDDING for name, param in model.named_parameters() if _is_tied_copy(name, param)
     }
-    tag_with_settings(model, replace(block_settings, rules=used), tied, by_host=True)
+    tag_with_settings(model, replace(block_settings, rules=used), tied, by_host=True, place="megatron")
 
 
 def _is_tied_copy(name: str, param: nn.Parameter) -> bool:

@@ -24,6 +24,7 @@ from ds_blockwise.blocks.defaults import (
     Granularity,
 )
 from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, BLOCK_TYPES, QKV_LAYOUTS, STORAGES, QKVLayout, Role, Storage
+from ds_blockwise.blocks.rule_needed import RuleNeeded
 from ds_blockwise.values import as_count, as_mapping, as_multiplier, check_keys, if_given, suggest, unknown
 
 _Setting = TypeVar("_Setting")
@@ -224,14 +225,15 @@ class BlockSettings:
         """The user's rule for a parameter; None if no rule matches its name.
 
         Raises:
-            ValueError: several rules match it.
+            RuleNeeded: several rules match it.
         """
         found = [rule for rule in self.rules if rule.matches(fqn)]
         if len(found) > 1:
             patterns = " and ".join(repr(rule.match) for rule in found)
-            raise ValueError(
-                f'parameter {fqn!r} is matched by {len(found)} rules: {patterns}. Change their "match" so that only '
-                f"one rule matches it."
+            raise RuleNeeded(
+                f'{{parameter}} is matched by {len(found)} rules: {patterns}. Change their "match" so that only '
+                f"one rule matches it.",
+                fqn,
             )
         return found[0] if found else None
 
@@ -239,7 +241,7 @@ class BlockSettings:
         """Settings of ``role`` in parameter ``fqn``: user rule, then role key, then block-type key, then default.
 
         Raises:
-            ValueError: several rules match ``fqn``, or the granularity is not allowed for the role.
+            RuleNeeded: several rules match ``fqn``, or the granularity is not allowed for the role.
         """
         rule = self.rule_for(fqn) or Rule(match="")
         block_type = BLOCK_TYPE_OF[role]
@@ -255,9 +257,10 @@ class BlockSettings:
             granularity = pick(rule.granularity, self.granularity, DEFAULT_GRANULARITY[role])
         if granularity == "head" and (role not in HEAD_ROLES or is_bias):
             what = "a bias" if is_bias else f"role {role.value!r}"
-            raise ValueError(
-                f'parameter {fqn!r}: granularity "head" is for query, key and value weights, not for {what}. '
-                f'Use "row", "tensor" or "element".'
+            raise RuleNeeded(
+                f'{{parameter}}: granularity "head" is for query, key and value weights, not for {what}. '
+                f'Use "row", "tensor" or "element".',
+                fqn,
             )
         unset = DEFAULT_LR_MULTIPLIERS[block_type] if self.auto is None else 1.0  # nothing is measured yet
         return Resolved(

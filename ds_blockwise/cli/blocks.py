@@ -10,11 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.cli.models import MODEL_HELP, load_model
 from ds_blockwise.optimizers.registry import OPTIMIZERS
 from ds_blockwise.optimizers.settings import OPTIMIZER_KEYS, check_extra_keys
 from ds_blockwise.tagging.names import canonical_fqn
-from ds_blockwise.tagging.tag import tag_parameters
+from ds_blockwise.tagging.report import block_report
+from ds_blockwise.tagging.tag import tag_with_settings
 from ds_blockwise.tagging.verify_layout import LayoutReport, verify_layout
 
 HELP = "print each parameter's role, multiplier, blocks and optimizer-state bytes"
@@ -38,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run_blocks(args: argparse.Namespace) -> tuple[str, int]:
     """Tag the model, verify it if asked, and return the text to print with the exit status."""
     settings = {} if args.ds_config is None else read_optimizer_settings(args.ds_config)
-    report = tag_parameters(load_model(args.model), **settings)
+    model = load_model(args.model)
+    tag_with_settings(model, BlockSettings.parse(**settings))  # its message has rules in the form of the JSON
+    report = block_report(model)
     verified = _verify(args.model, settings.get("rules", ())) if args.verify else None
     if args.json:
         found = report.to_dict()

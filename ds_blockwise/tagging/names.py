@@ -12,6 +12,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from ds_blockwise.blocks.roles import QKVLayout, Role, Storage
+from ds_blockwise.blocks.rule_needed import CHOOSE, ROLE_CHOICES, RuleNeeded
 from ds_blockwise.tagging.name_rules import NAME_RULES, NameRule
 
 _COMPILED = tuple((rule, re.compile(rf"(?:^|\.)(?:{rule.module})$"), re.compile(rule.leaf)) for rule in NAME_RULES)
@@ -85,7 +86,7 @@ def match_name(fqn: str) -> NameMatch | None:
         What the name says; None if no naming rule matches it.
 
     Raises:
-        ValueError: several naming rules match and disagree.
+        RuleNeeded: several naming rules match and disagree.
     """
     path, _, leaf = canonical_fqn(fqn).rpartition(".")
     module, adapter = _adapter(_PEFT_PREFIX.sub("", path))
@@ -100,23 +101,27 @@ def match_name(fqn: str) -> NameMatch | None:
         return None
     rule = next(iter(found.values()))
     if len(found) > 1:
-        readings = ", ".join(f"{_reading(r)} ({r.dialect})" for r in found.values())
-        raise ValueError(
-            f"parameter {fqn!r} matches naming rules that disagree: {readings}. Give its role in the optimizer's JSON: "
-            f'"rules": [{{"match": "{re.escape(canonical_fqn(fqn))}", "role": "..."}}]'
+        readings = ", ".join(f"{meaning_of(r)} ({r.dialect})" for r in found.values())
+        raise RuleNeeded(
+            f"{{parameter}} matches naming rules that disagree: {readings}. Give its role.",
+            canonical_fqn(fqn),
+            None,
+            {"role": CHOOSE},
+            {"role": ROLE_CHOICES},
         )
     is_bias = rule.role is not Role.NORM and is_bias_name(leaf)
     storage = "in_out" if adapter["columns"] else rule.storage
     return NameMatch(rule.role, rule.qkv_layout, is_bias, rule.dialect, rule.headless, storage)
 
 
+def meaning_of(read: NameMatch | NameRule) -> str:
+    """The role, or the QKV layout of several, in a word for messages."""
+    return read.role.value if read.role else f"qkv/{read.qkv_layout}"
+
+
 def is_bias_name(leaf: str) -> bool:
     """Whether a parameter's own name is that of a linear's bias; experts have ``bias0`` or ``gate_up_proj_bias``."""
     return _BIAS.fullmatch(leaf) is not None
-
-
-def _reading(rule: NameRule) -> str:
-    return rule.role.value if rule.role else f"qkv/{rule.qkv_layout}"
 
 
 def merge_tied(fqns: Collection[str], roles: set[Role]) -> Role:
@@ -125,14 +130,17 @@ def merge_tied(fqns: Collection[str], roles: set[Role]) -> Role:
     An output layer that shares its weight with the embedding counts as an embedding: block type ``emb``.
 
     Raises:
-        ValueError: the names disagree in any other way.
+        RuleNeeded: the names disagree in any other way.
     """
     if roles == {Role.EMBEDDING, Role.OUTPUT}:
         return Role.EMBEDDING
     if len(roles) == 1:
         return next(iter(roles))
-    raise ValueError(
-        f"one parameter has the names {sorted(fqns)}, and by these names several roles: "
-        f"{', '.join(sorted(r.value for r in roles))}. Give its role by a rule that matches one of the names: "
-        f'"rules": [{{"match": "{min(fqns)}", "role": "..."}}]'
+    raise RuleNeeded(
+        f"{{parameter}} has the names {sorted(fqns)}, and by these names several roles: "
+        f"{', '.join(sorted(r.value for r in roles))}. Give its role.",
+        min(fqns),
+        None,
+        {"role": CHOOSE},
+        {"role": ROLE_CHOICES},
     )

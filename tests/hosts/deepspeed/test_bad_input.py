@@ -107,11 +107,20 @@ MODELS = {
         r"'lm_head.weight' is matched by 2 rules",
     ),
     "head granularity on rows": (model, {"granularity": {"output": "head"}}, r'granularity "head" is for query'),
-    "norm that is a matrix": (lambda: named("norm", nn.Linear(2, 2)), {}, r"a norm weight is a vector"),
-    "query that is a vector": (
-        lambda: nn.ModuleDict({"lm_head": nn.LayerNorm(4)}),
+    "norm that is a matrix": (
+        lambda: named("norm", nn.Linear(2, 2)),
         {},
-        r"matches role 'output' by name but has shape \(4,\)",
+        r"its name says norm, but it belongs to a Linear",
+    ),
+    "head that is a norm": (
+        lambda: named("lm_head", nn.LayerNorm(4)),
+        {},
+        r"its name says output, but its LayerNorm says norm",
+    ),
+    "matrix that a rule calls a norm": (
+        lambda: named("lm_head", nn.Linear(2, 2)),
+        {"rules": [{"match": "head", "role": "norm"}]},
+        r"rule 'head' gives the role norm to parameter 'lm_head.weight' of shape \(2, 2\), a matrix of a Linear",
     ),
 }
 
