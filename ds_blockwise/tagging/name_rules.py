@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from ds_blockwise.blocks.roles import QKVLayout, Role, Storage
 
 LINEAR = "weight|bias"
+OWN_SHAPES = ("towers", "peft")
+"""Dialects whose parameters may have any number of dimensions: ``(1, tokens, width)``, or ``(rows, 1)`` for a scale."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +151,8 @@ NAME_RULES: tuple[NameRule, ...] = (
     NameRule("towers", r".*", Role.NORM, leaf="logit_scale|logit_bias"),
     NameRule("towers", r"layer_scale[12]|layer\.\d+", Role.NORM, leaf="lambda_?[12]"),
     NameRule("towers", r"\w+_positional_embedding", Role.NORM, leaf="gate"),
+    NameRule("towers", r"conv\.parametrizations\.weight", Role.NORM, leaf="original0"),  # weight norm: the length
+    NameRule("towers", r"conv\.parametrizations\.weight", Role.OTHER, leaf="original1"),  # and the direction
     NameRule("towers", r"layers\.\d+", Role.NORM, leaf="gate_attn|gate_ffn|cross_attn_attn_gate|cross_attn_mlp_gate"),
     # Towers: attention and FFN
     NameRule("towers", r"(?:attn|self_attn)\.qkv", qkv_layout="unknown"),

@@ -7,6 +7,7 @@ Entries and sizes as in `huggingface`. The low rank is 8 unless a config says ot
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -47,7 +48,7 @@ _LOW_RANK_QUERY = {
 }
 _PROMPT = {"prompt_encoder.default.embedding.weight": "embedding row 5"}
 
-# config class, settings, table; the model is a LLaMA unless `_MODELS` names another
+# config class, settings, table
 ADAPTERS: dict[str, tuple[str, dict[str, Any], Table]] = {
     "LoRA": (
         "LoraConfig",
@@ -71,6 +72,11 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any], Table]] = {
         },
     ),
     "LoRA, tokens trained whole": (
+        "LoraConfig",
+        {"r": 8, "target_modules": ["q_proj"], "trainable_token_indices": [1, 2, 3]},
+        _LOW_RANK_QUERY | {f"{_EMBED}token_adapter.trainable_tokens_delta.default": "embedding row 3"},
+    ),
+    "LoRA, tokens of a tied table trained whole": (
         "LoraConfig",
         {"r": 8, "target_modules": ["q_proj"], "trainable_token_indices": [1, 2, 3]},
         _LOW_RANK_QUERY | {f"{_EMBED}token_adapter.trainable_tokens_delta.default": "embedding row 3"},
@@ -263,16 +269,17 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any], Table]] = {
 }
 
 
+_BASES: dict[str, Callable[[], nn.Module]] = {
+    "LoRA, tokens of a tied table trained whole": lambda: build("Llama", tie_word_embeddings=True),
+    "LoRA on experts' weights": lambda: build("Mixtral"),
+    "DoRA on a convolution": lambda: build_tower("CLIP"),
+}
+
+
 def adapted_model(kind: str) -> nn.Module:
-    """A small model with an adapter of a kind, on the default device."""
+    """A small model with an adapter of a kind, on the default device; a LLaMA unless `_BASES` names another."""
     peft = importlib.import_module("peft")
     config, settings, _ = ADAPTERS[kind]
-    base = (
-        build("Mixtral")
-        if kind == "LoRA on experts' weights"
-        else build_tower("CLIP")
-        if kind == "DoRA on a convolution"
-        else build("Llama")
-    )
+    base = _BASES.get(kind, lambda: build("Llama"))()
     adapted: nn.Module = peft.get_peft_model(base, getattr(peft, config)(**settings))
     return adapted
