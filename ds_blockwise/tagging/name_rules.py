@@ -39,7 +39,7 @@ class NameRule:
     storage: Storage | None = None
 
 
-_ATTENTION = r"(?:self_attn|attn|attention|cross_attn|encoder_attn)"
+_ATTENTION = r"(?:self_attn|attn|attention|cross_attn|encoder_attn|temporal_block)"
 _LAYER = r"(?:layers|h)\.\d+"
 
 NAME_RULES: tuple[NameRule, ...] = (
@@ -79,11 +79,60 @@ NAME_RULES: tuple[NameRule, ...] = (
     # Hugging Face: FFN, experts, routers
     NameRule("hf", r"(?:mlp|feed_forward|ffn|shared_experts?)\.(?:gate|up|down|gate_up)_proj", Role.FFN),
     NameRule("hf", r"experts\.\d+\.(?:gate_proj|up_proj|down_proj|w[123])", Role.FFN),
-    NameRule("hf", r"experts", Role.FFN, leaf="gate_up_proj|down_proj|gate_up_proj_bias|down_proj_bias"),
+    NameRule("hf", r"experts", Role.FFN, leaf="(?:gate_up|up|down)_proj|(?:gate_up|down)_proj_bias"),
     NameRule("hf", r"mlp\.(?:fc1|fc2|fc_in|fc_out)|feed_forward\.w[123]", Role.FFN),
     NameRule("hf", rf"{_LAYER}\.fc[12]", Role.FFN),
-    NameRule("hf", r"(?:mlp|block_sparse_moe|feed_forward)\.(?:gate|router)|mlp\.shared_expert_gate", Role.ROUTER),
-    # Hugging Face: state-space mixers
+    NameRule("hf", r"(?:mlp|block_sparse_moe|feed_forward|mixer)\.(?:gate|router)", Role.ROUTER),
+    NameRule("hf", r"mlp\.shared_expert_gate", Role.ROUTER),
+    NameRule("hf", r"mlp_block\.(?:gate|up|down)_proj|shared_mlp\.(?:input|output)_linear", Role.FFN),
+    NameRule("hf", r"ffn\.proj_(?:up|up_gate|up_gate_z|down)", Role.FFN),
+    # Hugging Face: encoders with BERT's names; their heads stand under "heads"
+    NameRule("bert", r"(?:attention|crossattention)\.self\.(?:query|query_proj|pos_q_proj|pos_query_proj)", Role.QUERY),
+    NameRule("bert", r"(?:attention|crossattention)\.self\.(?:key|key_proj|pos_proj|pos_key_proj)", Role.KEY),
+    NameRule("bert", r"(?:attention|crossattention)\.self\.(?:value|value_proj)", Role.VALUE),
+    NameRule("bert", r"attention\.self", Role.QUERY, leaf="q_bias"),
+    NameRule("bert", r"attention\.self", Role.VALUE, leaf="v_bias"),
+    NameRule("bert", r"(?:attention|crossattention)\.output\.dense|attn\.Wo|attention\.out_lin", Role.ATTN_OUT),
+    NameRule("bert", r"layer\.\d+\.(?:intermediate|output)\.dense|mlp\.(?:Wi|Wo)|ffn\.lin[12]", Role.FFN),
+    NameRule("bert", r"(?:attention\.q_lin|albert_layers\.\d+\.attention\.query|attention\.attn\.q)", Role.QUERY),
+    NameRule("bert", r"(?:attention\.k_lin|albert_layers\.\d+\.attention\.key|attention\.attn\.k)", Role.KEY),
+    NameRule("bert", r"(?:attention\.v_lin|albert_layers\.\d+\.attention\.value|attention\.attn\.v)", Role.VALUE),
+    NameRule("bert", r"attention\.attn\.o", Role.ATTN_OUT),
+    NameRule("bert", r"albert_layers\.\d+\.(?:ffn|ffn_output)", Role.FFN),
+    NameRule("bert", r"embeddings_project|encoder\.embedding_hidden_mapping_in|albert\.pooler", Role.OTHER),
+    NameRule("bert", r"generator_lm_head|vocab_projector", Role.OUTPUT),
+    NameRule(
+        "bert",
+        r"cls\.predictions\.transform\.dense|predictions\.dense|(?:generator|discriminator)_predictions\.dense"
+        r"|discriminator_predictions\.dense_prediction|vocab_transform|head\.dense",
+        Role.OTHER,
+    ),
+    # Hugging Face: T5 and its relatives
+    NameRule("t5", r"(?:SelfAttention|EncDecAttention|LocalSelfAttention|TransientGlobalSelfAttention)\.q", Role.QUERY),
+    NameRule("t5", r"(?:SelfAttention|EncDecAttention|LocalSelfAttention|TransientGlobalSelfAttention)\.k", Role.KEY),
+    NameRule("t5", r"(?:SelfAttention|EncDecAttention|LocalSelfAttention|TransientGlobalSelfAttention)\.v", Role.VALUE),
+    NameRule(
+        "t5", r"(?:SelfAttention|EncDecAttention|LocalSelfAttention|TransientGlobalSelfAttention)\.o", Role.ATTN_OUT
+    ),
+    NameRule("t5", r"DenseReluDense\.(?:wi|wi_0|wi_1|wo)", Role.FFN),
+    # Heads that are no output layer over the vocabulary: classes, spans, rewards, values, and the layers before them
+    NameRule(
+        "heads",
+        r"score|classifier|qa_outputs|pre_classifier|(?:classifier|classification_head)\.(?:dense|out_proj)"
+        r"|cls\.seq_relationship|multiple_choice_head\.summary|v_head(?:\.summary)?|value_head|reward_head",
+        Role.OTHER,
+    ),
+    # Gemma 3n: what it adds to a transformer layer beside attention and FFN
+    NameRule(
+        "gemma3n",
+        r"altup\.(?:correction_coefs|prediction_coefs|modality_router)|laurel\.linear_(?:left|right)"
+        r"|altup_projections\.\d+|altup_unembed_projections\.\d+"
+        r"|per_layer_input_gate|per_layer_projection|per_layer_model_projection",
+        Role.OTHER,
+    ),
+    NameRule("gemma3n", r"altup", Role.OTHER, leaf="correct_output_scale"),
+    # Hugging Face: state-space mixers (known by their classes too), and RWKV's shifts of tokens
+    NameRule("hf", r"attention|feed_forward", Role.OTHER, leaf=r"time_mix_\w+"),
     NameRule(
         "hf",
         r"(?:mixer|mamba|linear_attn)\.(?:in_proj|x_proj|dt_proj|out_proj|conv1d|in_proj_(?:qkvz|ba|qkv|z|b|a))",

@@ -28,7 +28,7 @@ _FACTOR = (
     r"|lora_B|hada_w[12]_a|trainable_tokens_delta)(?P<module>\.[^.]+)?"
 )
 _ADAPTER = re.compile(rf"(?:{_WRAPPED})*(?:{_FACTOR})?$")
-_BIAS = re.compile(r"bias\d*|.*_proj_bias")
+_BIAS = re.compile(r"bias\d*|.*_proj_bias|[qkv]_bias")
 _PEFT_PREFIX = re.compile(r"^base_model\.model\.")
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from ds_blockwise.blocks.roles import Role
+from ds_blockwise.blocks.roles import QKVLayout, Role
 from ds_blockwise.blocks.rule_needed import CHOOSE, ROLE_CHOICES, RuleNeeded
 from ds_blockwise.tagging.module_facts import class_names, generic_heads
 from ds_blockwise.tagging.names import NameMatch, is_bias_name, match_name, meaning_of
@@ -34,6 +34,30 @@ _ATTENTION_PARTS: dict[str, Role] = {
     "bias_k": Role.OTHER,
     "bias_v": Role.OTHER,
 }
+
+
+# Layers that mix tokens by a recurrence or a short convolution instead of softmax attention. KimiLinearAttention is the
+# softmax attention of Kimi Linear.
+_RECURRENT = re.compile(
+    r"(?:GatedDeltaNet|DeltaAttention|LightningAttention|(?<!^Kimi)LinearAttention|ForgetGate|ShortConv|ShortConvolution"
+    r"|Mamba2?Mixer|BambaMixer|FalconH1Mixer|MambaLayer|Rglru|RecurrentBlock|RwkvSelfAttention|xLSTMLayer)$"
+)
+# BertLMPredictionHead, RobertaLMHead, AlbertMLMHead: they register the bias of their ``decoder`` themselves
+_VOCABULARY_HEAD = r"(?:LMHead|LMPredictionHead|MLMHead)$"
+# Linears whose names mean something else elsewhere: the class that holds them, the name, the role or QKV layout
+_CHILDREN: tuple[tuple[str, str, Role | QKVLayout], ...] = (
+    (r"(?:ForMaskedLM|ForCausalLM)$", r"decoder|head", Role.OUTPUT),
+    (_VOCABULARY_HEAD, r"decoder", Role.OUTPUT),
+    # per head its query, key and value rows: the forward pass splits heads first, then each head in three
+    (r"^DisentangledSelfAttention$", r"in_proj", "grouped"),
+    (r"^NemotronHAttention$", r"q_proj", Role.QUERY),
+    (r"^NemotronHAttention$", r"k_proj", Role.KEY),
+    (r"^NemotronHAttention$", r"v_proj", Role.VALUE),
+    (r"^NemotronHAttention$", r"o_proj", Role.ATTN_OUT),
+    (r"^NemotronHMLP$", r"(?:up|down)_proj", Role.FFN),
+    (r"^NemotronHMoE$", r"fc[12]_latent_proj", Role.FFN),
+    (r"^RwkvFeedForward$", r"key|value|receptance", Role.FFN),
+)
 
 
 def read_class_and_name(registration: Registration, shape: tuple[int, ...]) -> NameMatch | None:
@@ -82,11 +106,30 @@ def match_class(registration: Registration) -> NameMatch | None:
         if leaf in _ATTENTION_PARTS:
             return NameMatch(_ATTENTION_PARTS[leaf], None, False, DIALECT)
     bias = is_bias_name(leaf)
+    if bias and hasattr(owner, "decoder") and any(re.search(_VOCABULARY_HEAD, name) for name in class_names(owner)):
+        return NameMatch(Role.OUTPUT, None, True, DIALECT)
+    if is_recurrent(owner) or (parent is not None and is_recurrent(parent)):
+        return NameMatch(Role.OTHER, None, bias, DIALECT)
     if isinstance(parent, nn.MultiheadAttention) and child == "out_proj":
         return NameMatch(Role.ATTN_OUT, None, bias, DIALECT)
     if isinstance(parent, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)) and child in ("linear1", "linear2"):
         return NameMatch(Role.FFN, None, bias, DIALECT)
+    above = () if parent is None or not isinstance(owner, nn.Linear) else class_names(parent)
+    for of, pattern, what in _CHILDREN:
+        if re.fullmatch(pattern, child) and any(re.search(of, name) for name in above):
+            if isinstance(what, Role):
+                return NameMatch(what, None, bias, DIALECT)
+            return NameMatch(None, what, bias, DIALECT)
     return None
+
+
+def is_recurrent(module: nn.Module) -> bool:
+    """Whether a module mixes tokens without softmax attention: linear attention, state spaces, short convolutions.
+
+    Its projections are `Role.OTHER`, whatever they are called. arXiv 2502.19002 measured softmax attention only: the
+    sharpness behind the multipliers of queries, keys and values is that of a softmax over their products.
+    """
+    return any(_RECURRENT.search(name) for name in class_names(module))
 
 
 def attention_of(registration: Registration) -> nn.Module | None:
@@ -129,7 +172,8 @@ def _contradiction(owner: nn.Module, by_name: NameMatch) -> str | None:
 
 def _disagreement(owner: nn.Module, by_class: NameMatch, by_name: NameMatch) -> str | None:
     same = (by_class.role, by_class.qkv_layout) == (by_name.role, by_name.qkv_layout)
-    if same or by_name.dialect == "deepspeed":  # that rule is about all that an expert holds, whatever it is
+    # that dialect's rule is about all that an expert holds, and linear attention has the names of attention
+    if same or by_name.dialect == "deepspeed" or by_class.role is Role.OTHER:
         return None
     return f"its name says {meaning_of(by_name)}, but its {type(owner).__name__} says {meaning_of(by_class)}"
 
@@ -179,7 +223,8 @@ def proposed_role(owner: nn.Module, shape: tuple[int, ...], leaf: str) -> Role |
     if named_like_a_norm(owner) and not is_matrix(owner):
         return Role.NORM
     of_a_matrix = is_bias_name(leaf) and any(len(shape_of(p)) > 1 for p in owner.parameters(recurse=False))
-    return Role.OTHER if len(shape) <= 1 and not of_a_matrix else None
+    is_vector = sum(size > 1 for size in shape) <= 1 and not (is_matrix(owner) and len(shape) > 1)
+    return Role.OTHER if is_vector and not of_a_matrix else None
 
 
 def shape_of(param: nn.Parameter) -> tuple[int, ...]:

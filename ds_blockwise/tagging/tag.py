@@ -279,7 +279,7 @@ def _match_as_registered(named: RegisteredParameter, registration: Registration)
         return None
     if match.dialect == "hf" and match.role is Role.ROUTER and not hasattr(registration.parent, "experts"):
         return None  # without experts beside it, ``mlp.gate`` is half of a gated FFN, not a router
-    if match.dialect != "megatron" and registration.parent is not None:
+    if match.dialect not in ("megatron", "class") and registration.parent is not None:
         layout = fused_qkv_layout(registration.parent, registration.linear)
         if layout is not None:
             match = replace(match, role=None, qkv_layout=layout)

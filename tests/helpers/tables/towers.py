@@ -57,7 +57,7 @@ VIT = under(
     under("embeddings.patch_embeddings.projection.", PATCHES),
     under("layers.0.", VIT_LAYER),
     norms("layernorm", bias=True),
-) | both({"classifier.*": "output row 2"})
+) | both({"classifier.*": "other row 2"})
 VIT_MASKED = {n: w for n, w in VIT.items() if "classifier" not in n} | both(
     {"vit.embeddings.mask_token": TOKEN, "decoder.0.*": "other row 48"}
 )
@@ -134,7 +134,7 @@ DINOV2 = under(
         both({"mlp.fc1.*": "ffn row 96", "mlp.fc2.*": "ffn row 48"}),
     ),
     norms("layernorm", bias=True),
-) | both({"classifier.*": "output row 2"})
+) | both({"classifier.*": "other row 2"})
 DINOV2_REGISTERS = (
     {
         "embeddings.cls_token": TOKEN,
