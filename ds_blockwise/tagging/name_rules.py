@@ -217,7 +217,6 @@ NAME_RULES: tuple[NameRule, ...] = (
         "towers", r"embeddings\.patch_embedding|patch_embedding\.linear|feature_projection\.projection", Role.OTHER
     ),
     NameRule("towers", r"visual_projection|text_projection|text_model\.head", Role.OTHER),
-    NameRule("towers", r"(?<![\w.])proj_out", Role.OUTPUT),  # Whisper's output layer; many modules end with this name
     # PEFT: what scales the outputs, the inputs or the rank of a linear, element by element
     NameRule("peft", r"lora_magnitude_vector(?:\.[^.]+)?|lora_E|vera_lambda_[bd]|ia3_l|boft_s", Role.NORM, leaf=".+"),
     # PEFT: rotations of a linear's inputs, one in each row

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `docs/support.md` claims, row by row; see `support`."""
 
+from tests.helpers import support_families
 from tests.helpers.support import Refused, Row, Untested, Works, refused, untested, works
 
 _NO_GPU = "needs a GPU; the tests are there (`make test-gpu`)"
@@ -298,6 +299,7 @@ ROWS: tuple[Row, ...] = (
         "hosts/megatron/test_refusals.py::test_refused_on_every_rank[cpu_offload]",
     ),
     refused(MEGATRON, "Megatron-FSDP", "FSDP", "hosts/megatron/test_refusals.py::test_refused_on_every_rank[fsdp]"),
+    *support_families.ROWS,
     works(KERNELS, "C++ (CPU)", "unit/kernels/test_base.py::*[cpp-*", "unit/kernels/test_cpp.py::*"),
     works(
         KERNELS, "Triton, in its interpreter", "unit/kernels/test_base.py::*[triton-*", "unit/kernels/test_triton.py::*"

@@ -64,6 +64,8 @@ def test_an_output_layer_of_whisper_of_its_own() -> None:
     """`proj_out` is the embedding unless the config unties them; inside other models the name means other things."""
     with torch.device("meta"):
         assert tags_of(build_tower("Whisper", tie_word_embeddings=False)) == towers.WHISPER_UNTIED
+    with pytest.raises(ValueError, match="no naming rule matches parameter 'proj_out"):
+        tags_of(nn.ModuleDict({"proj_out": nn.Linear(4, 4)}))
 
 
 # ------------------------------------------------------- fused weights, asked by function instead of by name
