@@ -17,7 +17,10 @@ CHOOSE = "?"
 """Stands in a proposed rule for what the user has to choose. No setting allows it, so that a rule which is pasted
 without a choice is refused."""
 
-ROLE_CHOICES: dict[str, str] = {role.value: ROLE_MEANING[role] for role in Role}
+ROLE_CHOICES: dict[str, str] = {
+    **{role.value: ROLE_MEANING[role] for role in Role},
+    "qkv": 'rows of several of these in one weight; give "layout", "num_heads" and "num_kv_heads" beside it',
+}
 """The roles that a rule may give, with one line on each."""
 
 
