@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from tests.helpers.tables.families import build
+from tests.helpers.tables.families import FAMILIES, build
 from tests.helpers.tables.huggingface import LAYER, NORM, Table, under
 from tests.helpers.tables.tower_models import build_tower
 
@@ -104,6 +104,20 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any], Table]] = {
             f"{_AT}self_attn.modules_to_save.default.k_proj.weight": "key head 2",
             f"{_AT}self_attn.modules_to_save.default.v_proj.weight": "value row 24",
             f"{_AT}self_attn.modules_to_save.default.o_proj.weight": "attn_out row 48",
+        },
+    ),
+    "LoRA, classifier trained whole": (
+        "LoraConfig",
+        {"r": 8, "target_modules": ["q_proj"], "task_type": "SEQ_CLS"},
+        _LOW_RANK_QUERY | {"base_model.model.score.modules_to_save.default.weight": "other row 2"},
+    ),
+    "LoRA on a LLaVA's tower and text": (
+        "LoraConfig",
+        {"r": 8, "target_modules": ["q_proj"]},
+        {
+            f"base_model.model.model.{layer}.self_attn.q_proj.lora_{leaf}": what
+            for layer in ("vision_tower.encoder.layers.0", "language_model.layers.0")
+            for leaf, what in (("A.default.weight", "query row 8"), ("B.default.weight", "query head 4"))
         },
     ),
     # 3 experts times rank 2; a row of B is an output of all experts
@@ -269,8 +283,16 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any], Table]] = {
 }
 
 
+def _classifier() -> nn.Module:
+    transformers = importlib.import_module("transformers")
+    made: nn.Module = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**FAMILIES["Llama"]))
+    return made
+
+
 _BASES: dict[str, Callable[[], nn.Module]] = {
     "LoRA, tokens of a tied table trained whole": lambda: build("Llama", tie_word_embeddings=True),
+    "LoRA, classifier trained whole": _classifier,
+    "LoRA on a LLaVA's tower and text": lambda: build_tower("LLaVA"),
     "LoRA on experts' weights": lambda: build("Mixtral"),
     "DoRA on a convolution": lambda: build_tower("CLIP"),
 }
