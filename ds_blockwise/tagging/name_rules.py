@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from ds_blockwise.blocks.roles import QKVLayout, Role, Storage
 
 LINEAR = "weight|bias"
+OWN_SHAPES = ("towers", "peft")
+"""Dialects whose parameters may have any number of dimensions: ``(1, tokens, width)``, or ``(rows, 1)`` for a scale."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,4 +191,46 @@ NAME_RULES: tuple[NameRule, ...] = (
     NameRule("deepspeed", r"deepspeed_experts\.\d+(?:\.(?!ln|\w*norm)\w+)*", Role.FFN),
     NameRule("megatron-legacy", r"input_norm|post_attention_norm|post_inter_attention_norm|final_norm", Role.NORM),
     NameRule("megatron-legacy", r"final_linear", Role.OUTPUT),
+    # Vision and audio towers: vectors that stand in the sequence beside tokens and patches, one in each row
+    NameRule(
+        "towers",
+        r".*",
+        Role.EMBEDDING,
+        leaf="cls_token|class_embedding|mask_token|register_tokens|query_tokens|image_newline|masked_spec_embed"
+        "|positional_embedding_vlm",
+        storage="out_in",
+    ),
+    NameRule("towers", r"embeddings", Role.EMBEDDING, leaf="position_embeddings?", storage="out_in"),
+    NameRule("towers", r"head", Role.EMBEDDING, leaf="probe", storage="out_in"),
+    NameRule("towers", r"perceiver_resampler", Role.EMBEDDING, leaf="latents", storage="out_in"),
+    NameRule("towers", r"gated_positional_embedding", Role.EMBEDDING, leaf="embedding", storage="out_in"),
+    # Towers: numbers that scale a whole layer, a feature or all logits
+    NameRule("towers", r".*", Role.NORM, leaf="logit_scale|logit_bias"),
+    NameRule("towers", r"layer_scale[12]|layer\.\d+", Role.NORM, leaf="lambda_?[12]"),
+    NameRule("towers", r"\w+_positional_embedding", Role.NORM, leaf="gate"),
+    NameRule("towers", r"conv\.parametrizations\.weight", Role.NORM, leaf="original0"),  # weight norm: the length
+    NameRule("towers", r"conv\.parametrizations\.weight", Role.OTHER, leaf="original1"),  # and the direction
+    NameRule("towers", r"layers\.\d+", Role.NORM, leaf="gate_attn|gate_ffn|cross_attn_attn_gate|cross_attn_mlp_gate"),
+    # Towers: attention and FFN
+    NameRule("towers", r"(?:attn|self_attn)\.qkv", qkv_layout="unknown"),
+    NameRule("towers", r"blocks\.\d+\.attn\.proj|self_attn\.projection|attention\.projection_layer", Role.ATTN_OUT),
+    NameRule("towers", r"feed_forward\.(?:intermediate|output)_dense", Role.FFN),
+    # From a tower to the language model
+    NameRule("towers", r"multi_modal_projector(?:\.linear(?:_[12])?|\.patch_merger\.merging_layer)?", Role.FFN),
+    NameRule("towers", r"multi_modal_projector", Role.FFN, leaf="mm_input_projection_weight", storage="in_out"),
+    NameRule("towers", r"merger\.mlp\.[02]|(?:merger|deepstack_merger_list\.\d+)\.linear_fc[12]", Role.FFN),
+    NameRule("towers", r"modality_projection\.(?:proj|gate_proj|up_proj|down_proj)|language_projection", Role.FFN),
+    # Single linears between widths: from pixels or features into a tower, from a tower to what is compared
+    NameRule(
+        "towers", r"embeddings\.patch_embedding|patch_embedding\.linear|feature_projection\.projection", Role.OTHER
+    ),
+    NameRule("towers", r"visual_projection|text_projection|text_model\.head", Role.OTHER),
+    # PEFT: what scales the outputs, the inputs or the rank of a linear, element by element
+    NameRule("peft", r"lora_magnitude_vector(?:\.[^.]+)?|lora_E|vera_lambda_[bd]|ia3_l|boft_s", Role.NORM, leaf=".+"),
+    # PEFT: rotations of a linear's inputs, one in each row
+    NameRule("peft", r"oft_R(?:\.[^.]+)?|boft_R", Role.OTHER, leaf=".+"),
+    # PEFT: LoRA on the weights of all experts; what computes prompts and prefixes
+    NameRule("peft", r"experts", Role.FFN, leaf="weight"),
+    NameRule("peft", r"prompt_encoder\.[^.]+\.(?:transform|mlp_head)\.\d+", Role.FFN),
+    NameRule("peft", r"prompt_encoder\.[^.]+\.lstm_head", Role.OTHER, leaf=r"(?:weight|bias)_[ih]h_l\d+(?:_reverse)?"),
 )

@@ -18,8 +18,16 @@ from ds_blockwise.tagging.name_rules import NAME_RULES, NameRule
 _COMPILED = tuple((rule, re.compile(rf"(?:^|\.)(?:{rule.module})$"), re.compile(rule.leaf)) for rule in NAME_RULES)
 
 _WRAPPER_PREFIX = re.compile(r"^(?:module\.)+")
-# PEFT puts the wrapped linear, and the two factors beside it, one or two modules below the linear's own name
-_ADAPTER = re.compile(r"\.(?:base_layer|original_module|modules_to_save\.[^.]+|(?P<factor>lora_[AB])\.[^.]+)$")
+# PEFT puts what it wraps, and what it adds, one or two modules below the wrapped module's own name, and may do so twice
+_WRAPPED = r"\.(?:base_layer|original_module|modules_to_save\.[^.]+|token_adapter)"
+_INSIDE = re.compile(rf"{_WRAPPED}(?=\.|$)")
+# Rows of a factor are the outputs of the adapted linear, tokens of the adapted table, or neither (``low_rank``); tokens
+# may be columns. A factor of LoRA is a module for each adapter, those of others parameters of the adapter's name
+_FACTOR = (
+    r"\.(?P<factor>(?P<low_rank>lora_A|hada_w[12]_b|lokr_w[12](?:_[ab])?|lora_embedding_B)|(?P<columns>lora_embedding_A)"
+    r"|lora_B|hada_w[12]_a|trainable_tokens_delta)(?P<module>\.[^.]+)?"
+)
+_ADAPTER = re.compile(rf"(?:{_WRAPPED})*(?:{_FACTOR})?$")
 _BIAS = re.compile(r"bias\d*|.*_proj_bias|[qkv]_bias")
 _PEFT_PREFIX = re.compile(r"^base_model\.model\.")
 
@@ -52,14 +60,19 @@ def canonical_fqn(name: str) -> str:
 
 
 def adapted_path(path: str) -> str:
-    """The path of the linear that a PEFT adapter wraps, from the path of the wrapped module or of a factor."""
-    return _ADAPTER.sub("", path)
+    """The path of the module that a PEFT adapter wraps, from the path of the wrapped module or of a factor."""
+    return _adapter(path)[0]
 
 
 def is_low_rank_input(path: str) -> bool:
-    """Whether a module path is that of LoRA's A, whose rows are the low rank and not the layer's outputs."""
-    adapter = _ADAPTER.search(path)
-    return adapter is not None and adapter["factor"] == "lora_A"
+    """Whether a module path is that of a factor, such as LoRA's A, whose rows are not the layer's outputs."""
+    return _adapter(path)[1]["low_rank"] is not None
+
+
+def _adapter(path: str) -> tuple[str, re.Match[str]]:
+    found = _ADAPTER.search(path)
+    assert found is not None  # it matches the empty end
+    return path[: found.start()], found
 
 
 def match_name(fqn: str) -> NameMatch | None:
@@ -76,7 +89,10 @@ def match_name(fqn: str) -> NameMatch | None:
         RuleNeeded: several naming rules match and disagree.
     """
     path, _, leaf = canonical_fqn(fqn).rpartition(".")
-    module = adapted_path(_PEFT_PREFIX.sub("", path))
+    module, adapter = _adapter(_PEFT_PREFIX.sub("", path))
+    module = _INSIDE.sub("", module)
+    if adapter["factor"] and not adapter["module"]:
+        leaf = "weight"  # the parameter has the adapter's name
     found: dict[tuple[object, ...], NameRule] = {}
     for rule, pattern, leaves in _COMPILED:
         if leaves.fullmatch(leaf) and pattern.search(module):
@@ -94,7 +110,8 @@ def match_name(fqn: str) -> NameMatch | None:
             {"role": ROLE_CHOICES},
         )
     is_bias = rule.role is not Role.NORM and is_bias_name(leaf)
-    return NameMatch(rule.role, rule.qkv_layout, is_bias, rule.dialect, rule.headless, rule.storage)
+    storage = "in_out" if adapter["columns"] else rule.storage
+    return NameMatch(rule.role, rule.qkv_layout, is_bias, rule.dialect, rule.headless, storage)
 
 
 def meaning_of(read: NameMatch | NameRule) -> str:

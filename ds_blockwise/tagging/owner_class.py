@@ -48,6 +48,7 @@ _VOCABULARY_HEAD = r"(?:LMHead|LMPredictionHead|MLMHead)$"
 _CHILDREN: tuple[tuple[str, str, Role | QKVLayout], ...] = (
     (r"(?:ForMaskedLM|ForCausalLM)$", r"decoder|head", Role.OUTPUT),
     (_VOCABULARY_HEAD, r"decoder", Role.OUTPUT),
+    (r"^Whisper(?:ForConditionalGeneration|ForCausalLM)$", r"proj_out", Role.OUTPUT),
     # per head its query, key and value rows: the forward pass splits heads first, then each head in three
     (r"^DisentangledSelfAttention$", r"in_proj", "grouped"),
     (r"^NemotronHAttention$", r"q_proj", Role.QUERY),

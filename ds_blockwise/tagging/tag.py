@@ -24,6 +24,7 @@ from ds_blockwise.blocks.structure import HeadGeometry, TensorStructure, fused_q
 from ds_blockwise.blocks.tagged_parameter import set_tags
 from ds_blockwise.tagging.module_facts import NUM_HEADS, fused_qkv_layout, generic_heads, num_experts_in, storage_of
 from ds_blockwise.tagging.module_reader import READERS
+from ds_blockwise.tagging.name_rules import OWN_SHAPES
 from ds_blockwise.tagging.names import NameMatch, is_bias_name, merge_tied
 from ds_blockwise.tagging.owner_class import (
     attention_of,
@@ -213,7 +214,7 @@ def _shard(named: RegisteredParameter) -> tuple[TensorShard | None, bool]:
 
 
 def _check_dims(named: RegisteredParameter, shape: tuple[int, ...], match: NameMatch) -> None:
-    if match.role in (Role.OTHER, Role.ROUTER) or match.dialect in ("rule", "class"):
+    if match.role in (Role.OTHER, Role.ROUTER) or match.dialect in ("rule", "class", *OWN_SHAPES):
         return
     expected = 1 if match.is_bias or match.role is Role.NORM else 2
     of_experts = match.role is Role.FFN and len(shape) == expected + 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run tests with the C++ kernels under AddressSanitizer: ``python -m tests.helpers.asan tests/unit/kernels/test_cpp.py``.
+"""Run tests with the C++ kernels under AddressSanitizer: ``python -m tests.helpers.asan TESTS``.
 
 The library is compiled anew with the sanitizer, which must be loaded before anything else; so this module starts itself
 a second time with it preloaded. Any access outside a tensor ends the process with the sanitizer's report.
