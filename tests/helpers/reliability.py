@@ -3,24 +3,19 @@
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
 import json
-import os
-import platform
-import subprocess
 from collections.abc import Sequence
 
+from benchmarks.provenance import provenance
 from tests.helpers import ROOT
 from tests.helpers.attacks import COUNTS, HANG_S, Tally
 
 PAGE = ROOT / "docs" / "reliability.md"
-_PACKAGES = ("torch", "deepspeed", "transformers")
 _HEAD = f"""# What wrong inputs do
 
-Written by `make reliability`. Each row is one attack: inputs made from fixed seeds, most of them wrong. An input may end in
-two ways. It is refused with an error that names the input, says what is allowed and what to write; or it is accepted and
-the result is right. The last four columns count everything else, and a test fails if one of them is not 0:
+Written by `make reliability`. Each row is one attack: inputs made from fixed seeds, most of them wrong. An input may end
+in two ways. It is refused with an error that names the input, says what is allowed and what to write. Or it is accepted
+and the result is right. Four columns count everything else, and a test fails if one of them is not 0:
 
 - *internal errors*: an exception that is not meant for users,
 - *hangs*: more than {HANG_S:.0f} s,
@@ -36,23 +31,14 @@ _TAIL = """
 | kills during saves, full disks, dead ranks | `make test-faults` |
 | lost hosts and connections between two real hosts | `make test-hosts` |
 
-What this does not show: files that an attacker made with a manifest to match (see `docs/checkpoints.md`), networks that are not
-trusted (see `docs/launch.md`), and GPUs.
+What this does not show: files that an attacker made with a manifest to match (`docs/checkpoints.md`), networks that are
+not trusted (`docs/launch.md`), and GPUs.
 """
-
-
-def _commit() -> str:
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-    changed = git("status", "--porcelain", "--", ".", f":!{PAGE.relative_to(ROOT)}")
-    return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
 
 
 def page(tallies: Sequence[Tally]) -> str:
     """The page's text."""
     total = sum(tally.inputs for tally in tallies)
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES)
     rows = [
         "| attacked | inputs | refused | accepted | internal errors | hangs | silent | unhelpful | slowest, s |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -60,9 +46,10 @@ def page(tallies: Sequence[Tally]) -> str:
     for t in sorted(tallies, key=lambda tally: tally.what):
         wrong = " | ".join(str(len(found)) for found in (t.tracebacks, t.hangs, t.silent, t.unfit))
         rows.append(f"| {t.what} | {t.inputs} | {t.refused} | {t.accepted} | {wrong} | {t.slowest_s:.1f} |")
+    of = provenance()
     machine = (
-        f"{total:,} inputs. {platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores, Python "
-        f"{platform.python_version()}, {versions}, {datetime.date.today().isoformat()}, commit {_commit()}."
+        f"{total:,} inputs. {of['cpu']}, {of['cores']} cores, Python {of['python']}, torch {of['torch']}, DeepSpeed "
+        f"{of['deepspeed']}, {of['date']}, commit {of['commit']}."
     )
     return "\n".join([_HEAD, *rows, "", machine]) + "\n" + _TAIL
 
