@@ -183,6 +183,13 @@ def inputs_of(options: FineTuning) -> tuple[PreTrainedTokenizerFast, GPTShape | 
     problems = Problems()
     here = "command line"
     corpus = find_corpus(tuple(options.source), options.text_key, here, problems)
+    for name, least in (("sequence_length", 1), ("validation_sequences", 1), ("lora_rank", 0)):
+        number = getattr(options, name)
+        if number < least:
+            problems.add(here, f"--{name}", number, f"a whole number, at least {least}", "correct it")
+    if not 0.0 < options.validation_fraction < 1.0:
+        fraction = options.validation_fraction
+        problems.add(here, "--validation_fraction", fraction, "a number between 0 and 1", "correct it")
     path = Path(options.model)
     shape = GPTShape.read(path, problems) if path.suffix in (".yaml", ".yml") else None
     tokenizer_file = Path(options.tokenizer) if options.tokenizer else path / "tokenizer.json"

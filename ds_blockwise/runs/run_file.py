@@ -236,7 +236,8 @@ def load_run(
     paths = {key: Path(values[key]) for key in _RELATIVE if isinstance(values.get(key), str)}
     if deepspeed_file:
         paths["deepspeed"] = Path(deepspeed_file)
-    top = read_section(_RunFile, values, file=file, problems=problems)
+    overridden = [override.partition("=")[0] for override in overrides]
+    top = read_section(_RunFile, values, file=file, problems=problems, overridden=overridden)
     shape = GPTShape.read(paths["model"], problems) if "model" in paths else None
     deepspeed = read_json(paths["deepspeed"], problems) if "deepspeed" in paths else {}
     if top is None or shape is None:

@@ -41,7 +41,12 @@ class StrictSection:
 
 
 def read_section(
-    cls: type[Section], values: Mapping[Any, Any], *, file: str | Path, problems: Problems
+    cls: type[Section],
+    values: Mapping[Any, Any],
+    *,
+    file: str | Path,
+    problems: Problems,
+    overridden: Sequence[str] = (),
 ) -> Section | None:
     """Build the frozen dataclass ``cls`` from ``values``.
 
@@ -50,6 +55,7 @@ def read_section(
         values: The mapping found in the file.
         file: Named in the messages.
         problems: Every mistake is noted here.
+        overridden: Dotted keys that ``--set`` gave; it is named for mistakes in them.
 
     Returns:
         The dataclass, or None if a problem was noted.
@@ -69,7 +75,12 @@ def read_section(
                 remedy = _REMEDIES.get(kind) or _remedy(value)
             shown = None if kind == "missing" else value  # pydantic shows the whole section
             key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)[1:]
-            problems.add(file, key, shown, allowed, remedy)
+            unknown = kind == "unexpected_keyword_argument"
+            from_command = any(
+                f"{key}.".startswith((f"{given}.", f"{given}[")) or (unknown and given.startswith(f"{key}."))
+                for given in overridden
+            )
+            problems.add("--set" if from_command else file, key, shown, allowed, remedy)
         return None
 
 

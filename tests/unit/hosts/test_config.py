@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 
 pytest.importorskip("deepspeed")
@@ -90,3 +92,11 @@ def test_keys_without_an_effect() -> None:
         "optimizer.parms": "did you mean 'params'?",
         "checkpoint.parallel_write.pipeline_stages": "did you mean 'pipeline_stage'?",
     }
+
+
+def test_the_json_stays_as_it_is() -> None:
+    """DeepSpeed writes defaults into the sections that it is given; ours go into a run's record."""
+    config = {"data_efficiency": {"data_sampling": {}}, "zero_optimization": {"stage": 1}}
+    before = copy.deepcopy(config)
+    assert json_mistakes(config) == []
+    assert config == before

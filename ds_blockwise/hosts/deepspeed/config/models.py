@@ -7,6 +7,7 @@ configuration class a mapping that notes what is asked of it; `mistakes` gives e
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import types
@@ -140,7 +141,8 @@ def mistakes(config: Mapping[str, Any], *, may_be_auto: bool = False) -> list[Mi
     found = [*_by_hand("", config, may_be_auto), *_in_models(config, may_be_auto)]
     if found:
         return found
-    whole = {key: value for key, value in config.items() if key not in BATCH_KEYS}
+    # DeepSpeed writes defaults into sections
+    whole = copy.deepcopy({key: value for key, value in config.items() if key not in BATCH_KEYS})
     try:
         DeepSpeedConfig({**whole, **_ANY_BATCH})
     except Exception as error:  # DeepSpeed refuses with any type: of its own, AssertionError, TypeError, ...
