@@ -13,9 +13,9 @@ from tests.helpers.attacks import COUNTS, HANG_S, Tally
 PAGE = ROOT / "docs" / "reliability.md"
 _HEAD = f"""# What wrong inputs do
 
-Written by `make reliability`. Each row is one attack: inputs made from fixed seeds, most of them wrong. An input may end
-in two ways. It is refused with an error that names the input, says what is allowed and what to write. Or it is accepted
-and the result is right. Four columns count everything else, and a test fails if one of them is not 0:
+Written by `make reliability`. Each row is one attack: inputs made from fixed seeds, most of them wrong. An input may
+end in two ways. It is refused with an error that names the input, says what is allowed and what to write. Or it is
+accepted and the result is right. Four columns count everything else, and a test fails if one of them is not 0:
 
 - *internal errors*: an exception that is not meant for users,
 - *hangs*: more than {HANG_S:.0f} s,

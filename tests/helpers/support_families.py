@@ -8,6 +8,10 @@ from tests.helpers.tables.tower_models import MODELS
 FAMILIES = "Model families of transformers, known without a rule (roles and blocks against tables written by hand)"
 _DECODERS = "unit/tagging/test_families.py::test_every_parameter_is_what_the_model_code_makes_of_it"
 _TEXT = "unit/tagging/test_text_families.py::test_every_parameter_is_what_the_model_code_makes_of_it"
+_TOWERS = "unit/tagging/test_towers.py"
+PEFT = "PEFT's adapters, known without a rule (roles and blocks against tables written by hand, and values)"
+_ADAPTERS = "unit/tagging/test_adapters.py::test"
+FROZEN = "Models of which a part is frozen (DeepSpeed)"
 
 
 def _text(layout: str, *models: str) -> Row:
@@ -45,21 +49,21 @@ FAMILY_ROWS: tuple[Row, ...] = (
         *(f"{_TEXT}[{model}]" for model in ("LlamaFor*", "GPT2DoubleHeadsModel")),
     ),
     works(FAMILIES, "PyTorch's own layers (`nn.TransformerEncoder`)", "unit/tagging/test_owner_class.py::*"),
-)
-
-KNOWN = "Known without a rule: towers, multimodal models, PEFT (tags against tables by hand)"
-_TOWERS = "unit/tagging/test_towers.py"
-_ADAPTERS = "unit/tagging/test_adapters.py::test"
-
-TOWER_ROWS: tuple[Row, ...] = (
-    works(KNOWN, "; ".join(MODELS), f"{_TOWERS}::test_every_parameter_is_what_the_model_code_makes_of_it*"),
-    works(KNOWN, "order of rows in fused vision attention", f"{_TOWERS}::test_fused_attention_of_towers*"),
     works(
-        KNOWN, "; ".join(ADAPTERS), f"{_ADAPTERS}_every_trained_parameter*", f"{_ADAPTERS}_updates_of_an_adapter*{{O}}*"
+        FAMILIES,
+        f"towers and multimodal models: {', '.join(MODELS)}",
+        f"{_TOWERS}::test_every_parameter_is_what_the_model_code_makes_of_it*",
+    ),
+    works(FAMILIES, "order of rows in fused vision attention", f"{_TOWERS}::test_fused_attention_of_towers*"),
+    works(
+        PEFT,
+        "; ".join(ADAPTERS),
+        f"{_ADAPTERS}_every_trained_parameter*",
+        f"{_ADAPTERS}_updates_of_an_adapter*{{O}}*",
     ),
     *(
-        works(KNOWN, f"{what}, ZeRO-{stage}", f"hosts/huggingface/test_frozen_parts.py::*[{case}-z{stage}-{{o}}]")
-        for case, what in (("dora", "DoRA on a LLaMA"), ("llava", "LLaVA with its tower frozen"))
+        works(FROZEN, f"{what}, ZeRO-{stage}", f"hosts/huggingface/test_frozen_parts.py::*[{case}-z{stage}-{{o}}]")
+        for case, what in (("dora", "a LLaMA with DoRA"), ("llava", "a LLaVA with its tower frozen"))
         for stage in (2, 3)
     ),
 )

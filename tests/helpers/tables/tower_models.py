@@ -85,7 +85,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
     "ViT": ("ViTForImageClassification", "ViTConfig", _IMAGES),
-    "ViT, masked": ("ViTForMaskedImageModeling", "ViTConfig", {**_IMAGES, "encoder_stride": 4}),
+    "ViT for masked images": ("ViTForMaskedImageModeling", "ViTConfig", {**_IMAGES, "encoder_stride": 4}),
     "CLIP": (
         "CLIPModel",
         "CLIPConfig",
@@ -189,7 +189,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "downsample_ratio": 0.5,
         },
     ),
-    "Idefics3, SmolVLM": (
+    "Idefics3 and SmolVLM": (
         "Idefics3ForConditionalGeneration",
         "Idefics3Config",
         {"vision_config": _IMAGES, "text_config": _text("llama"), "image_token_id": 5, "scale_factor": 2},
@@ -222,12 +222,12 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "hidden_size": 48,
         },
     ),
-    "Gemma3, with images": (
+    "Gemma 3 with images": (
         "Gemma3ForConditionalGeneration",
         "Gemma3Config",
         {"vision_config": _IMAGES, "text_config": {**_TEXT, "head_dim": 16}, "mm_tokens_per_image": 4},
     ),
-    "Mistral3 (Pixtral)": (
+    "Mistral 3 (Pixtral)": (
         "Mistral3ForConditionalGeneration",
         "Mistral3Config",
         {
@@ -236,7 +236,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "image_token_index": 5,
         },
     ),
-    "Llama 4, with images": (
+    "Llama 4 with images": (
         "Llama4ForConditionalGeneration",
         "Llama4Config",
         {
