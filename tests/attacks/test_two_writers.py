@@ -136,14 +136,14 @@ class Fleet:
     def start_writer(self, name: str) -> ForkProcess:
         return self.start(writer, name, self.rounds, self.locks)
 
-    def finish(self) -> Tally:
-        """Wait for all, and count."""
+    def finish(self, what: str) -> Tally:
+        """Wait for all, and count what became of the saves and reads."""
         for process in self.writers:
             process.join(12 * HANG_S)
         self.stop.set()
         for process in self.readers:
             process.join(3 * HANG_S)
-        tally = Tally("saves and reads in one folder at once")
+        tally = Tally(f"saves and reads at once in one folder, {what}")
         for process in (*self.writers, *self.readers):
             if process.is_alive():
                 process.kill()
@@ -175,7 +175,7 @@ def test_jobs_that_begin_in_one_folder_are_refused_or_save(tmp_path: Path, monke
     """Each takes the folder for one save, so that they meet often."""
     monkeypatch.setattr(lock, "PATIENCE_S", 0.0)
     folder = tmp_path / "checkpoints"
-    tally = Fleet(folder, 3, number_of_inputs(40), locks=True).finish()
+    tally = Fleet(folder, 3, number_of_inputs(40), locks=True).finish("by jobs that meet")
     tally.keep("two_writers")
     assert tally.refused, "they never met"
     at_rest(folder)
@@ -185,7 +185,7 @@ def test_jobs_on_hosts_whose_locks_do_not_work(tmp_path: Path, monkeypatch: pyte
     """Both write the same tag and never see each other: still no complete checkpoint is lost, and no save fails."""
     monkeypatch.setattr(files, "is_exclusive", lambda _: False)
     folder = tmp_path / "checkpoints"
-    Fleet(folder, 2, number_of_inputs(40), locks=False).finish().keep("two_writers_without_locks")
+    Fleet(folder, 2, number_of_inputs(40), locks=False).finish("without locks").keep("two_writers_without_locks")
     at_rest(folder)
 
 
@@ -202,6 +202,6 @@ def test_jobs_that_are_killed_are_replaced_at_once(tmp_path: Path) -> None:
         os.kill(process.pid, signal.SIGKILL)
         process.join()
     fleet.writers = [fleet.start(writer, "last", 3, True)]
-    fleet.finish().keep("two_writers_killed")
+    fleet.finish("by jobs that are killed").keep("two_writers_killed")
     at_rest(folder)
     assert read(folder, "last_2") is None

@@ -12,6 +12,7 @@ import pytest
 from ds_blockwise.checkpoint import folder as files
 from ds_blockwise.checkpoint.folder_rules.tags import MAX_BYTES, agreed_tag, checked_tag
 from ds_blockwise.checkpoint.manifest import CheckpointError
+from ds_blockwise.hosts.deepspeed.checkpoint import inspect
 from tests.helpers.checkpoint_folders import save
 
 REFUSED = {
@@ -98,6 +99,16 @@ def test_the_same_rule_where_a_checkpoint_is_looked_for(tmp_path: Path) -> None:
         files.write_latest(folder, tag)
         with pytest.raises(CheckpointError, match=r"latest names no checkpoint: .*Write the tag to load into it\."):
             files.resolve_tag(folder)
+
+
+def test_a_checkpoint_named_by_a_dot_keeps_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``ds-blockwise convert . OUTPUT`` in a tag folder."""
+    final = save(tmp_path, "step_1", 1)
+    (final / "below").mkdir()
+    monkeypatch.chdir(final / "below")
+    assert inspect._found(Path(".."), None).folder == final
+    monkeypatch.chdir(final)
+    assert inspect._found(Path("."), None).tag == "step_1"
 
 
 def test_latest_that_is_no_small_file(tmp_path: Path) -> None:

@@ -171,6 +171,7 @@ def _describe(source: Path, tag: str | None, trust: bool) -> CheckpointDescripti
 def _found(source: Path, tag: str | None) -> Checkpoint:
     if not source.is_dir():
         raise ValueError(f"{source} is not a folder. Give {CHECKPOINT_HELP}.")
+    source = source.resolve() if source.name in ("", "..") else source  # its name becomes a tag
     if tag is None and _is_checkpoint(source):
         return open_checkpoint(source)
     universal_only = (source / LATEST_UNIVERSAL).is_file() and not (source / LATEST).is_file()
