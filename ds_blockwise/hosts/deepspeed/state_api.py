@@ -11,9 +11,7 @@ those of ZeRO-3's wrapper. Checked with DeepSpeed 0.19.8.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
 
 import deepspeed
 import torch
@@ -26,8 +24,6 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
-from ds_blockwise.blocks.segment_table import Placement
-from ds_blockwise.blocks.tagged_parameter import as_tagged
 from ds_blockwise.hosts.deepspeed.engine import (
     BF16Optimizer,
     Engine,
@@ -36,19 +32,9 @@ from ds_blockwise.hosts.deepspeed.engine import (
     ZeroStages1And2,
     is_partitioned,
 )
-from ds_blockwise.kernels.base import wide_dtype
-from ds_blockwise.kernels.bindings import Binding
+from ds_blockwise.hosts.parameter_states import ParameterStates
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
-from ds_blockwise.optimizers.parameter_state import (
-    has_state,
-    is_set_together,
-    is_settable,
-    read_state,
-    state_keys,
-    write_state,
-)
 from ds_blockwise.optimizers.second_moment import mark_settled, unsettled
-from ds_blockwise.parallel.agree import any_rank
 
 _ON_A_PARAMETER = (  # what the API looks for on a parameter outside ZeRO-3
     "_hp_mapping",
@@ -77,7 +63,8 @@ def show_state(engine: Engine, optimizer: BlockwiseOptimizer, params: Iterable[n
         optimizer: its basic optimizer, with every tensor bound.
         params: the trained parameters, tagged.
     """
-    wrapper, states = engine.optimizer, _States(optimizer, params)
+    shapes = {param: param.ds_shape if is_partitioned(param) else param.shape for param in params}
+    wrapper, states = engine.optimizer, ParameterStates(optimizer, shapes)
     if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
         methods = _Stage3Methods(wrapper, states)
         for name in _ON_THE_WRAPPER:
@@ -92,157 +79,10 @@ def show_state(engine: Engine, optimizer: BlockwiseOptimizer, params: Iterable[n
         wrapper.reload_states = _keeping_form(optimizer, type(wrapper).reload_states, wrapper)
 
 
-# ------------------------------------------------------------------------------------------- reading and setting
-
-
-@dataclass(frozen=True)
-class _Part:
-    """What a rank holds of a parameter.
-
-    Attributes:
-        name: of the parameter.
-        tensor: stepped tensor in which it lies.
-        index: its place among that tensor's placements.
-        shape: of the whole (tensor-parallel local) parameter.
-    """
-
-    name: str
-    tensor: torch.Tensor
-    index: int
-    shape: torch.Size
-
-
-class _States:
-    """State of the parameters of one engine, one value per element.
-
-    As DeepSpeed's own, each method is to be called by all ranks that share the parameter.
-    """
-
-    def __init__(self, optimizer: BlockwiseOptimizer, params: Iterable[nn.Parameter]) -> None:
-        places = {
-            placement.spec.fqn: (binding.tensor, index)
-            for binding in optimizer.bindings()
-            for index, placement in enumerate(binding.table.placements)
-        }
-        self.optimizer = optimizer
-        self.parts: dict[nn.Parameter, _Part] = {}
-        for param in params:
-            name = as_tagged(param).block_spec.fqn
-            if name in places:
-                shape = param.ds_shape if is_partitioned(param) else param.shape
-                self.parts[param] = _Part(name, *places[name], shape)
-
-    def full(self, param: nn.Parameter, key: str | None = None) -> torch.Tensor:
-        """The whole parameter's state, or its fp32 weight without a key; a collective over its data-parallel ranks."""
-        self._check_key(key)
-        part, (binding, placement) = self.parts[param], self._bound(param)
-        known = key is None or has_state(self.optimizer, binding)
-        numel, start = math.prod(part.shape), placement.param_start
-        # one more element, by which a rank that has nothing to show tells the others
-        whole = torch.zeros(numel + 1, dtype=wide_dtype(part.tensor.dtype), device=self._device(binding))
-        whole[numel] = not known
-        if known:
-            whole[start : start + placement.numel] = self._own(param, key)
-        if binding.groups.dp_group is not None:
-            dist.all_reduce(whole, group=binding.groups.dp_group)
-        if whole[numel]:
-            raise ValueError(_no_state(part.name))
-        return whole[:numel].view(part.shape)
-
-    def piece(self, param: nn.Parameter, key: str, numel: int) -> torch.Tensor:
-        """The state of this rank's piece of a parameter, as many elements as ZeRO-3 pads it to."""
-        self._check_key(key)
-        binding, placement = self._bound(param)
-        if not has_state(self.optimizer, binding):
-            raise ValueError(_no_state(self.parts[param].name))
-        padded = torch.zeros(numel, dtype=wide_dtype(binding.tensor.dtype), device=self._device(binding))
-        padded[: placement.numel] = self._own(param, key)
-        return padded
-
-    def set_full(self, param: nn.Parameter, value: torch.Tensor, key: str | None = None) -> None:
-        """Set the whole parameter's state, or its fp32 weight without a key, from the same value on every rank."""
-        _, placement = self._bound(param)
-        self._set(param, value, key, math.prod(self.parts[param].shape), placement.param_start)
-
-    def set_piece(self, param: nn.Parameter, value: torch.Tensor, key: str | None, numel: int) -> None:
-        """Set the state of this rank's piece of a parameter, or its fp32 weight; of ``numel`` with ZeRO-3's padding."""
-        self._set(param, value, key, numel, 0)
-
-    def _set(self, param: nn.Parameter, value: torch.Tensor, key: str | None, numel: int, start: int) -> None:
-        self._check_key(key, to_be_set=True)
-        part, (binding, placement) = self.parts[param], self._bound(param)
-        problem = None
-        if key is not None and not has_state(self.optimizer, binding):
-            problem = _no_state(part.name)
-        elif not isinstance(value, torch.Tensor) or value.numel() != numel:
-            problem = (
-                f"the value for {key or 'the weight'} of parameter {part.name!r} must be a tensor of {numel} elements, "
-                f"got {f'one of shape {tuple(value.shape)}' if isinstance(value, torch.Tensor) else repr(value)}."
-            )
-        if key is not None and is_set_together(self.optimizer, key):
-            somewhere = any_rank(problem is not None, [binding.groups], self._device(binding))
-            if somewhere and problem is None:
-                problem = f"{key} of parameter {part.name!r} was not set: another rank's error says why."
-        if problem is not None:
-            raise ValueError(problem)
-        own = value.detach().reshape(-1).narrow(0, start, placement.numel)
-        if key is None:
-            self._own(param, None).copy_(own)
-        else:
-            write_state(self.optimizer, binding, part.index, key, own)
-
-    def device(self, param: nn.Parameter, key: str) -> torch.device:
-        """Where this rank keeps the state."""
-        self._check_key(key)
-        binding, _ = self._bound(param)
-        if not has_state(self.optimizer, binding):
-            raise ValueError(_no_state(self.parts[param].name))
-        return read_state(self.optimizer, binding, self.parts[param].index, key).device
-
-    def _own(self, param: nn.Parameter, key: str | None) -> torch.Tensor:
-        """This rank's elements: of the fp32 weight a view, of the state as `read_state`."""
-        binding, placement = self._bound(param)
-        if key is not None:
-            return read_state(self.optimizer, binding, self.parts[param].index, key)
-        return binding.tensor.detach().view(-1).narrow(0, placement.flat_start, placement.numel)
-
-    def _bound(self, param: nn.Parameter) -> tuple[Binding, Placement]:
-        part = self.parts[param]
-        binding = self.optimizer.bindings().of(part.tensor)
-        assert binding is not None, "a tensor stays bound"
-        return binding, binding.table.placements[part.index]
-
-    def _device(self, binding: Binding) -> torch.device:
-        return binding.groups.device or binding.tensor.device
-
-    def _check_key(self, key: str | None, *, to_be_set: bool = False) -> None:
-        keys = state_keys(self.optimizer)
-        if key is not None and key not in keys:
-            raise ValueError(
-                f"{type(self.optimizer).__name__} keeps {', '.join(map(repr, keys))} of a parameter, but no {key!r}. "
-                f"Ask for one of these."
-            )
-        if key is not None and to_be_set and not is_settable(key):
-            raise ValueError(
-                f"{key!r} counts the updates of all parameters that are stepped together, so it cannot be set for one. "
-                f"It changes when a checkpoint is loaded."
-            )
-
-
-def _no_state(name: str) -> str:
-    return (
-        f"there is no optimizer state of parameter {name!r} yet. It begins with the first engine.step() that is not "
-        f"skipped, or with a checkpoint that is loaded with its optimizer states."
-    )
-
-
-# ------------------------------------------------------------------------------------------- where DeepSpeed looks
-
-
 class _Stage3Methods:
     """What the API calls on ZeRO-3's wrapper. Frozen parameters, and state on NVMe, stay DeepSpeed's own."""
 
-    def __init__(self, wrapper: ZeroStage3, states: _States) -> None:
+    def __init__(self, wrapper: ZeroStage3, states: ParameterStates) -> None:
         self._wrapper, self._own, self._states = wrapper, type(wrapper), states
 
     def get_full_hp_param(self, param: nn.Parameter, optim_state_key: str | None = None) -> torch.Tensor | None:
@@ -345,7 +185,7 @@ def _nothing(*_args: object, **_options: object) -> None:
     """What there is to show or set without an engine."""
 
 
-def _put_on_parameters(wrapper: Wrapper, states: _States) -> None:
+def _put_on_parameters(wrapper: Wrapper, states: ParameterStates) -> None:
     is_linked = isinstance(wrapper, (DeepSpeedZeroOptimizer, BF16_Optimizer))
     for param in states.parts:
         methods: dict[str, Callable[..., torch.Tensor | None]] = {
@@ -369,13 +209,13 @@ def _refuse_gradient(*_args: object) -> None:
     )
 
 
-def _link_again(wrapper: ZeroStages1And2 | BF16Optimizer, states: _States) -> None:
+def _link_again(wrapper: ZeroStages1And2 | BF16Optimizer, states: ParameterStates) -> None:
     """Do what the wrapper's own method does at a load and after ``reload_states``; it puts DeepSpeed's methods back."""
     type(wrapper)._link_all_hp_params(wrapper)
     _put_on_parameters(wrapper, states)
 
 
-def _destroy(engine: Engine, states: _States) -> None:
+def _destroy(engine: Engine, states: ParameterStates) -> None:
     """As the engine's own; and its model's parameters forget it, so that its state can be freed."""
     for param in states.parts:
         for name in _ON_A_PARAMETER:
