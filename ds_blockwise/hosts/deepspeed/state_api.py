@@ -171,8 +171,8 @@ def _on_host(tensor: torch.Tensor, pin_memory: bool) -> torch.Tensor:
 class _ParameterMethod:
     """A method that the API calls on a parameter; a pickled model leaves the engine's state behind."""
 
-    def __init__(self, call: Callable[..., torch.Tensor | None]) -> None:
-        self._call = call
+    def __init__(self, call: Callable[..., torch.Tensor | None], of: ParameterStates | None = None) -> None:
+        self._call, self.of = call, of
 
     def __call__(self, *args: object, **options: object) -> torch.Tensor | None:
         return self._call(*args, **options)
@@ -199,7 +199,7 @@ def _put_on_parameters(wrapper: Wrapper, states: ParameterStates) -> None:
         elif getattr(wrapper, "round_robin_gradients", False):
             methods |= {"get_full_hp_grad": _refuse_gradient, "set_full_hp_grad": _refuse_gradient}
         for name, method in methods.items():
-            setattr(param, name, _ParameterMethod(method))
+            setattr(param, name, _ParameterMethod(method, states))
 
 
 def _refuse_gradient(*_args: object) -> None:
@@ -218,8 +218,11 @@ def _link_again(wrapper: ZeroStages1And2 | BF16Optimizer, states: ParameterState
 def _destroy(engine: Engine, states: ParameterStates) -> None:
     """As the engine's own; and its model's parameters forget it, so that its state can be freed."""
     for param in states.parts:
-        for name in _ON_A_PARAMETER:
-            vars(param).pop(name, None)
+        shown = vars(param).get("get_full_hp_param")
+        # another engine over the model may have come since
+        if isinstance(shown, _ParameterMethod) and shown.of is states:
+            for name in _ON_A_PARAMETER:
+                vars(param).pop(name, None)
     states.parts.clear()
     type(engine).destroy(engine)
 

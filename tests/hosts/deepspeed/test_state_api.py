@@ -264,6 +264,10 @@ def forgotten(context: RankContext, case: Case) -> None:
             torch.save(param, buffer)
             buffer.seek(0)
             assert safe_get_full_optimizer_state(torch.load(buffer, weights_only=False), "exp_avg") is None
+            with open_engine(config, lambda: model):
+                run.engine.destroy()  # of the earlier engine: what the later one shows stays
+                with pytest.raises(ValueError, match="no optimizer state"):
+                    safe_get_full_optimizer_state(param, "exp_avg")
     assert all(safe_get_full_optimizer_state(p, "exp_avg") is None for p in model.parameters())
 
 
