@@ -26,6 +26,21 @@ class Role(str, Enum):
     OTHER = "other"
 
 
+ROLE_MEANING: dict[Role, str] = {
+    Role.EMBEDDING: "a table with a row for each token or position; also an output layer that shares its weight",
+    Role.OUTPUT: "the output layer over the vocabulary, with a weight of its own",
+    Role.QUERY: "projects to attention's queries (needs the number of heads)",
+    Role.KEY: "projects to attention's keys (needs the number of heads)",
+    Role.VALUE: "projects to attention's values",
+    Role.ATTN_OUT: "attention's output projection",
+    Role.FFN: "a matrix of a feed-forward layer or of an expert",
+    Role.ROUTER: "chooses experts",
+    Role.NORM: "scale or offset of a norm",
+    Role.OTHER: "anything else: the smallest multiplier, that of norms, in blocks of rows",
+}
+"""One line on each role, for a user who has to choose one."""
+
+
 BlockType = Literal["emb", "head", "qk", "ffn", "vo", "norm", "other"]
 BLOCK_TYPES: tuple[BlockType, ...] = ("emb", "head", "qk", "ffn", "vo", "norm", "other")
 
@@ -43,11 +58,21 @@ BLOCK_TYPE_OF: dict[Role, BlockType] = {
 }
 
 QKVLayout = Literal[
-    "concat", "grouped", "grouped_gate", "query_gate", "key_value", "key_value_concat", "latent_rope", "unknown"
+    "concat",
+    "grouped",
+    "grouped_gate",
+    "query_gate",
+    "key_value",
+    "key_value_concat",
+    "latent_rope",
+    "unknown",
+    "unknown_key_value",
+    "unknown_latent",
 ]
 """The order of rows in a weight that holds several attention roles; `QKV_LAYOUT_MEANING` explains each.
 
-``unknown``: the name is used for several layouts, so the module or a rule must give it.
+Those that begin with ``unknown`` say that a name is known to be fused: the module's class or a rule must give the order
+(`LAYOUT_CHOICES`).
 """
 
 QKV_LAYOUT_MEANING: dict[QKVLayout, str] = {
@@ -65,7 +90,12 @@ QKV_LAYOUT_MEANING: dict[QKVLayout, str] = {
 }
 QKV_LAYOUTS: tuple[QKVLayout, ...] = tuple(QKV_LAYOUT_MEANING)
 SELF_ATTENTION_LAYOUTS: tuple[QKVLayout, ...] = ("grouped", "concat")
-"""The choices that an error offers for a fused self-attention weight of unknown layout."""
+LAYOUT_CHOICES: dict[QKVLayout, tuple[QKVLayout, ...]] = {
+    "unknown": SELF_ATTENTION_LAYOUTS,
+    "unknown_key_value": ("key_value", "key_value_concat"),
+    "unknown_latent": ("latent_rope",),
+}
+"""The choices that an error offers for a fused weight of unknown layout."""
 
 Storage = Literal["out_in", "in_out", "grouped_in_out"]
 """How a matrix is stored: ``out_in`` is ``nn.Linear``'s [outputs, inputs], ``in_out`` its transpose (Conv1D).
@@ -74,3 +104,7 @@ A 3-D tensor is one such matrix per expert. ``grouped_in_out``: experts' [inputs
 in a parameter that is registered with two dimensions (Megatron-core's legacy GroupedMLP).
 """
 STORAGES: tuple[Storage, ...] = ("out_in", "in_out")  # those that a rule may give
+STORAGE_MEANING: dict[str, str] = {
+    "out_in": "[outputs, inputs], of several experts [experts, outputs, inputs]",
+    "in_out": "[inputs, outputs], of several experts [experts, inputs, outputs]",
+}

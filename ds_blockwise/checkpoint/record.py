@@ -153,7 +153,8 @@ def _packed_group(group: ParamGroup) -> PackedGroup:
 
 
 def _packed_rule(rule: Rule) -> dict[str, object]:
-    values = {f.name: getattr(rule, f.name) for f in fields(rule)}
+    # whether a rule has to match says nothing about the model that was trained
+    values = {f.name: getattr(rule, f.name) for f in fields(rule) if f.name != "optional"}
     return {k: v.value if isinstance(v, Role) else v for k, v in values.items() if v is not None}
 
 

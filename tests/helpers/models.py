@@ -76,7 +76,7 @@ class NanoConfig:
     bias: bool = True
 
 
-class NanoAttention(nn.Module):
+class CausalSelfAttention(nn.Module):
     """Causal attention whose c_attn holds q, k, v one after the other."""
 
     def __init__(self, config: NanoConfig) -> None:
@@ -109,7 +109,7 @@ class NanoLayer(nn.Module):
     def __init__(self, config: NanoConfig) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
-        self.attn = NanoAttention(config)
+        self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = NanoMLP(config)
 

@@ -2,6 +2,7 @@
 """What `docs/support.md` claims, row by row; see `support`."""
 
 from tests.helpers.support import Refused, Row, Untested, Works, refused, untested, works
+from tests.helpers.support_families import FAMILY_ROWS, TOWER_ROWS
 
 _NO_GPU = "needs a GPU; the tests are there (`make test-gpu`)"
 _AUTOTP = "hosts/deepspeed/test_autotp.py::test_autotp_trains_like_whole_tensors"
@@ -298,9 +299,11 @@ ROWS: tuple[Row, ...] = (
         "hosts/megatron/test_refusals.py::test_refused_on_every_rank[cpu_offload]",
     ),
     refused(MEGATRON, "Megatron-FSDP", "FSDP", "hosts/megatron/test_refusals.py::test_refused_on_every_rank[fsdp]"),
+    *TOWER_ROWS,
     works(KERNELS, "C++ (CPU)", "unit/kernels/test_base.py::*[cpp-*", "unit/kernels/test_cpp.py::*"),
     works(
         KERNELS, "Triton, in its interpreter", "unit/kernels/test_base.py::*[triton-*", "unit/kernels/test_triton.py::*"
     ),
     untested(KERNELS, "Triton, on a GPU", _NO_GPU),
+    *FAMILY_ROWS,
 )

@@ -8,7 +8,7 @@ DeepSpeed 0.19.8; does not import it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, TypedDict, TypeGuard
 
@@ -93,6 +93,12 @@ class Wrapper(Protocol):
         """Forget the gradients."""
 
 
+class EngineConfig(Protocol):
+    """What ``deepspeed.initialize`` was given as JSON, parsed."""
+
+    _param_dict: Mapping[str, Any]
+
+
 class Engine(Protocol):
     """A ``DeepSpeedEngine`` or ``PipelineEngine``.
 
@@ -132,6 +138,7 @@ class Engine(Protocol):
     save_checkpoint: Callable[..., bool]
     load_checkpoint: Callable[..., Loaded]
     _is_gradient_accumulation_boundary: bool | None
+    _config: EngineConfig
 
     def __call__(self, *inputs: object, **options: object) -> Any: ...
     def optimizer_name(self) -> str | None: ...
@@ -158,9 +165,18 @@ class Engine(Protocol):
     def zero_round_robin_gradients(self) -> bool: ...
     def use_node_local_storage(self) -> bool: ...
     def load_universal_checkpoint(self) -> bool: ...
+    def _configure_basic_optimizer(self, model_parameters: Iterable[object] | None) -> Any: ...
+    def _configure_zero_optimizer(self, optimizer: None) -> Any: ...
     def _get_all_ckpt_names(self, checkpoints_path: str, tag: str) -> list[str]: ...
     def _get_zero_ckpt_name(self, checkpoints_path: str, tag: str) -> str | Path: ...
     def _get_buffer_names(self) -> list[str]: ...
+
+
+class FrozenEngineOptimizer(Wrapper, Protocol):
+    """``DeepSpeedZeRoOffload``, which is an engine's ``optimizer`` where it has none, with what we add to it."""
+
+    optimizer: object
+    param_groups: list[dict[str, Any]]
 
 
 class ZeroStages1And2(Wrapper, Protocol):
@@ -256,6 +272,11 @@ class UnfusedOptimizer(Wrapper, Protocol):
 def is_wrapped(engine: Engine) -> bool:
     """Whether DeepSpeed steps the basic optimizer through a wrapper of its own; not at ZeRO stage 0 in fp32."""
     return engine.optimizer is not engine.basic_optimizer
+
+
+def set_optimizers(engine: Engine, basic: object, optimizer: Any) -> None:
+    """Give an engine its optimizer, and the basic one inside that, as its ``_configure_optimizer`` does."""
+    engine.basic_optimizer, engine.optimizer = basic, optimizer
 
 
 def offload_device(engine: Engine) -> str:

@@ -2,7 +2,7 @@
 """Roles, block types and QKV layouts: each list is complete, so that no role is without a multiplier."""
 
 from ds_blockwise.blocks.defaults import DEFAULT_GRANULARITY, DEFAULT_LR_MULTIPLIERS, PUBLISHED_GRANULARITY
-from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, BLOCK_TYPES, QKV_LAYOUTS, SELF_ATTENTION_LAYOUTS, Role
+from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, BLOCK_TYPES, LAYOUT_CHOICES, QKV_LAYOUTS, Role
 
 # arXiv 2502.19002, section 3: what the paper calls Emb, QK, VO, FFN and Norm
 PAPER = {
@@ -28,5 +28,6 @@ def test_every_role_has_defaults():
 
 
 def test_the_layouts_that_an_error_offers_can_be_given():
-    """`unknown` is an answer of a naming rule, not a setting."""
-    assert "unknown" not in QKV_LAYOUTS and set(SELF_ATTENTION_LAYOUTS) <= set(QKV_LAYOUTS)
+    """That a layout is unknown is an answer of a naming rule, not a setting."""
+    assert not set(LAYOUT_CHOICES) & set(QKV_LAYOUTS)
+    assert all(set(choices) <= set(QKV_LAYOUTS) for choices in LAYOUT_CHOICES.values())

@@ -45,7 +45,10 @@ MISTAKES: dict[str, tuple[str, tuple[str, ...]]] = {
     "section is empty": ("training=", ("training = None", "a section of keys")),
     "override without value": ("training.steps", ("--set: training.steps", "section.key=value")),
     "override of no section": ("name.x=1", ("--set: name.x", "a key of a section")),
-    "override that is no YAML": ("name=[1", ("--set: name = '[1'", "a value in YAML", "put it in quotes")),
+    "override that is no YAML": (
+        "name=[1",
+        ("--set: name = '[1'", "a value in YAML", "in quotes if it is text"),
+    ),
 }
 
 

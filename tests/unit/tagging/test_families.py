@@ -32,6 +32,7 @@ EXPECTED = {
     "StableLm": tables.STABLELM,
     "Glm4": tables.GLM4,
     "Mixtral": experts.MIXTRAL,
+    "MiniMax": experts.MINIMAX,
     "GraniteMoe": experts.GRANITE_MOE,
     "Qwen2Moe": experts.QWEN2_MOE,
     "Qwen3Moe": experts.QWEN3_MOE,

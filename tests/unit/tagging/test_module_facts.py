@@ -34,7 +34,14 @@ def module(name, **attributes):
         (module("ParallelAttention"), "query_key_value", None),
         (module("Qwen3NextAttention"), "q_proj", "query_gate"),
         (module("Qwen3NextAttention"), "k_proj", None),
-        (module("GPT2Attention"), "c_attn", None),
+        (module("GPT2Attention", is_cross_attention=False), "c_attn", "concat"),
+        (module("GPT2Attention", is_cross_attention=True), "c_attn", "key_value_concat"),
+        (module("GPTBigCodeAttention", multi_query=False, is_cross_attention=True), "c_attn", None),
+        (module("MiniMaxLightningAttention"), "qkv_proj", "grouped"),
+        (module("Phi3Attention"), "qkv_proj", "concat"),
+        (module("Attention"), "c_attn", None),
+        (module("VisionAttention"), "qkv", None),
+        (module("MyAttention"), "qkv_proj", None),
     ],
 )
 def test_the_class_fixes_the_order_of_rows(attention, linear, layout):
@@ -98,3 +105,23 @@ def test_number_of_experts():
     assert num_experts_in(module("GroupedMLP", num_local_experts=3)) == 3
     assert num_experts_in(module("TEGroupedLinear", num_gemms=2)) == 2
     assert num_experts_in(nn.Linear(2, 2)) is None
+
+
+class PerLayer(SimpleNamespace):
+    """A config as transformers has where layers differ: the whole model's value raises RuntimeError."""
+
+    is_heterogeneous = True
+
+    def __getattribute__(self, name):
+        if name == "num_key_value_heads":
+            raise RuntimeError("ambiguous")
+        return super().__getattribute__(name)
+
+
+def test_heads_of_a_layer_whose_config_differs_from_its_neighbours():
+    """Gemma 4's full and sliding layers differ in their key heads; asking the whole model's config raises."""
+    layers = [SimpleNamespace(num_attention_heads=8, num_key_value_heads=n, head_dim=16) for n in (4, 1)]
+    config = PerLayer(num_attention_heads=8, per_layer_config=layers)
+    counts = [generic_heads(module("Attention", config=config, layer_idx=i)).num_kv_heads for i in (0, 1)]
+    assert counts == [4, 1]
+    assert generic_heads(module("Attention", config=config)) is None

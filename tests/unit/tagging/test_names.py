@@ -94,7 +94,7 @@ def test_gpt2_conv1d_blocks_run_along_the_output_columns():
     assert roles["transformer.ln_f.bias"] == ["norm"]
 
 
-class NanoAttention(nn.Module):
+class CausalSelfAttention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
         self.n_head, self.n_embd = heads, dim
@@ -105,7 +105,7 @@ class NanoBlock(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.attn = NanoAttention(dim, heads)
+        self.attn = CausalSelfAttention(dim, heads)
         self.mlp = nn.ModuleDict({"c_fc": nn.Linear(dim, 4 * dim), "c_proj": nn.Linear(4 * dim, dim)})
 
 
@@ -161,8 +161,10 @@ def test_names_survive_the_prefixes_of_wrappers(prefix):
         "decoder.layers.0.self_attention.linear_qkv_down_proj.weight",
         "decoder.layers.0.self_attention.linear_qkv.layer_norm",
         "encoder.layers.0.self_attn.in_proj_weight",
-        "transformer.h.0.attn.qkv_proj.weight",
-        "model.layers.0.self_attn.W_pack.weight",
+        "transformer.h.0.attn.qkv_projection.weight",
+        "encoder.layer.0.bottleneck.attention.dense.weight",
+        "horizon_ff_layer.output_layer.weight",
+        "model.layers.0.input_layernorm.mlp.fc1.weight",
         "model.layers.0.self_attn.lambda_q1",
         "model.layers.0.mlp.experts.gate_up_proj.weight",
         "layers.0.mlp.routers.weight",
@@ -183,15 +185,6 @@ def test_a_gate_without_experts_is_no_router():
         tag_parameters(model)
     model["mlp"].experts = nn.ModuleList()
     assert roles_of(model) == {"mlp.gate.weight": ["router"]}
-
-
-def test_all_unknown_parameters_are_listed_at_once():
-    """A user should mend a model in one go, not parameter by parameter."""
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    with pytest.raises(ValueError) as caught:
-        tag_parameters(model)
-    for name in ("'0.weight'", "'0.bias'", "'1.weight'", "'1.bias'", '"rules"'):
-        assert name in str(caught.value)
 
 
 def test_rules_give_roles_to_unknown_parameters_and_override_known_ones():

@@ -18,7 +18,17 @@ from ds_blockwise.checkpoint.folder import (
     partial_folders,
     resolve_tag,
 )
-from ds_blockwise.checkpoint.manifest import MANIFEST, CheckpointError, NoRecordError, Topology, verify
+from ds_blockwise.checkpoint.manifest import (
+    MANIFEST,
+    CheckpointError,
+    NoRecordError,
+    ReplacedError,
+    Topology,
+    check_version,
+    of_one_version,
+    once_more,
+    verify,
+)
 from ds_blockwise.checkpoint.portable import INDEX, KINDS, Portable, save_portable
 from ds_blockwise.checkpoint.portable_types import Origin
 from ds_blockwise.checkpoint.record_types import PortableRecord, Settings
@@ -77,9 +87,11 @@ def convert_checkpoint(
 
     Raises:
         CheckpointError: files of the source are missing, damaged, or not of one of our optimizers.
+        FolderInUseError: another job saves in the output.
+        ReplacedError: a save replaced the source while it was read; what was written is removed.
         ValueError: the source is of a kind that is not converted, or the output exists.
     """
-    checkpoint = _found(source, tag)
+    checkpoint, problems = once_more(lambda: _verified(source, tag))
     kind = _kind(checkpoint)
     if kind == "portable":
         raise ValueError(f"{checkpoint.folder} is portable already: it loads at any topology as it is.")
@@ -87,12 +99,19 @@ def convert_checkpoint(
         raise ValueError(
             f"{checkpoint.folder} is a universal checkpoint of DeepSpeed. Convert the checkpoint that it was made from."
         )
-    problems = verify(checkpoint.folder)
     if problems:
         listed = "".join(f"\n  - {problem}" for problem in problems)
         raise CheckpointError(f"{checkpoint.folder} is damaged, nothing was written:{listed}")
-    files = _open_deepspeed(checkpoint.folder, trust)
-    return save_portable(files, output), [*checkpoint.notes, *files.notes]
+    with of_one_version(checkpoint.folder, checkpoint.version):
+        files = _open_deepspeed(checkpoint.folder, trust)
+        written = save_portable(files, output, unchanged=lambda: check_version(checkpoint.folder, checkpoint.version))
+    return written, [*checkpoint.notes, *files.notes]
+
+
+def _verified(source: Path, tag: str | None) -> tuple[Checkpoint, list[str]]:
+    """A checkpoint and what is wrong with its files, both of one version."""
+    checkpoint = _found(source, tag)
+    return checkpoint, verify(checkpoint.folder, version=checkpoint.version)
 
 
 def describe_checkpoint(source: Path, *, tag: str | None = None, trust: bool = False) -> CheckpointDescription:
@@ -105,8 +124,13 @@ def describe_checkpoint(source: Path, *, tag: str | None = None, trust: bool = F
 
     Raises:
         CheckpointError: there is no such checkpoint.
+        ReplacedError: a save replaced it while it was read, twice.
         ValueError: the folder holds none.
     """
+    return once_more(lambda: _describe(source, tag, trust))
+
+
+def _describe(source: Path, tag: str | None, trust: bool) -> CheckpointDescription:
     checkpoint = _found(source, tag)
     manifest = checkpoint.manifest
     settings = None if manifest is None else manifest["settings"]
@@ -121,18 +145,25 @@ def describe_checkpoint(source: Path, *, tag: str | None = None, trust: bool = F
         "parameters": None,
         "elements": None,
         "bytes": {},
-        "notes": [*checkpoint.notes, *(f"{path} was left by a save that did not finish" for path in left)],
+        "notes": [
+            *checkpoint.notes,
+            *(f"{path} was left by a save that did not finish, or is being written" for path in left),
+        ],
         "problems": [],
     }
     if manifest is None:
         described["notes"].append(f"no {MANIFEST}: only the sums inside the files themselves could be checked")
     try:
-        described["problems"] += verify(checkpoint.folder)
-        if not described["problems"]:
-            _look_inside(checkpoint.folder, described, trust)
+        with of_one_version(checkpoint.folder, checkpoint.version):
+            described["problems"] += verify(checkpoint.folder)
+            if not described["problems"]:
+                _look_inside(checkpoint.folder, described, trust)
+    except ReplacedError:
+        raise
     except CheckpointError as error:
         described["problems"].append(str(error))
-    total = sum(path.stat().st_size for path in checkpoint.folder.rglob("*") if path.is_file())
+    with of_one_version(checkpoint.folder, checkpoint.version):
+        total = sum(path.stat().st_size for path in checkpoint.folder.rglob("*") if path.is_file())
     described["bytes"] |= {"other": total - sum(described["bytes"].values()), "total": total}
     return described
 

@@ -17,13 +17,26 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from ds_blockwise.checkpoint import folder as files
 from ds_blockwise.checkpoint.folder import Checkpoint
-from ds_blockwise.checkpoint.manifest import CheckpointError, Topology, listed_files, verify
+from ds_blockwise.checkpoint.folder_rules.tags import agreed_tag, refuse_patterns
+from ds_blockwise.checkpoint.manifest import (
+    CheckpointError,
+    ReplacedError,
+    Topology,
+    once_more,
+    verify,
+)
 from ds_blockwise.checkpoint.record import KEY, differences, settings_of
 from ds_blockwise.checkpoint.record_types import Settings
 from ds_blockwise.hosts.deepspeed.checkpoint.load_portable import load_portable
 from ds_blockwise.hosts.deepspeed.checkpoint.save import load_rank_state, save_checkpoint
 from ds_blockwise.hosts.deepspeed.checkpoint.tag_folder import universal_misfit
-from ds_blockwise.hosts.deepspeed.checkpoint.topology import leads, node_of, topology_of
+from ds_blockwise.hosts.deepspeed.checkpoint.topology import (
+    check_not_replaced,
+    find_together,
+    node_of,
+    raise_replaced,
+    topology_of,
+)
 from ds_blockwise.hosts.deepspeed.engine import Engine, Loaded, LoadOptions, Schedule
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.optimizers.schedules import BlockwiseSchedule
@@ -36,7 +49,6 @@ logger = logging.getLogger(__name__)
 _RIGID = ("world_size", "dp", "tp", "pp", "ep", "wrapper", "dtype")  # of a topology: what DeepSpeed's files depend on
 _OF_WEIGHTS = ("tp", "pp")  # what the files of the weights alone depend on, below ZeRO-3
 _Groups = list[dict[str, object]]
-_Found = tuple[Checkpoint | None, list[str], str | None]  # on one storage: the checkpoint, its files, an error
 
 
 def guard(engine: Engine) -> None:
@@ -52,7 +64,7 @@ def guard(engine: Engine) -> None:
 def load_checkpoint(
     engine: Engine,
     load_dir: str | Path,
-    tag: str | None = None,
+    tag: str | int | None = None,
     load_module_strict: bool = True,
     load_optimizer_states: bool = True,
     load_lr_scheduler_states: bool = True,
@@ -79,9 +91,12 @@ def load_checkpoint(
 
     Raises:
         CheckpointError: on every rank, before anything is loaded: no such checkpoint, or damaged files (all named).
-        ValueError: on every rank, before anything is loaded: it was saved by another number of ranks, another ZeRO
-            wrapper or precision.
+        ReplacedError: on every rank: a save replaced the checkpoint while it was loaded, and so it did again when the
+            load was repeated.
+        ValueError: on every rank, before anything is loaded: the tag breaks the rule of `folder_rules.tags`, the ranks'
+            tags differ, or the checkpoint was saved by another number of ranks, another ZeRO wrapper or precision.
     """
+    agreed = agreed_tag(tag)
     if load_module_only and isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
         load_optimizer_states = False  # else DeepSpeed loads nothing at all there: the weights are in the ZeRO files
     options: LoadOptions = {
@@ -95,40 +110,31 @@ def load_checkpoint(
     scheduled = load_lr_scheduler_states and not load_module_only
     moments = load_optimizer_states and not load_module_only
     if engine.load_universal_checkpoint():
-        _check_universal(engine, Path(load_dir), tag)
-        return _load_into_groups(engine, functools.partial(original, tag), scheduled, tell=True, moments=moments)
-    checkpoint = _find(engine, Path(load_dir), tag)
-    if checkpoint is None:
-        return original(tag)
-    if checkpoint.kind == "portable":
-        portable = functools.partial(load_portable, engine, checkpoint.folder, **options)
-        return _load_into_groups(engine, portable, scheduled, tell=True, moments=moments)
-    _check_topology(engine, checkpoint, optimizer=load_optimizer_states, module_only=load_module_only)
-    rigid = functools.partial(original, checkpoint.tag)
-    return _load_into_groups(engine, rigid, scheduled, tell=False, moments=moments)
+        refuse_patterns(load_dir)
+        _check_universal(engine, Path(load_dir), agreed)
+        return _load_into_groups(engine, functools.partial(original, agreed), scheduled, tell=True, moments=moments)
+
+    def one_version() -> Loaded:
+        checkpoint = _find(engine, Path(load_dir), agreed)
+        if checkpoint is None:
+            return original(agreed)
+        if checkpoint.kind == "portable":
+            portable = functools.partial(load_portable, engine, checkpoint.folder, **options)
+            loaded = _load_into_groups(engine, portable, scheduled, tell=True, moments=moments)
+        else:
+            refuse_patterns(load_dir)
+            _check_topology(engine, checkpoint, optimizer=load_optimizer_states, module_only=load_module_only)
+            rigid = functools.partial(original, checkpoint.tag)
+            loaded = _load_into_groups(engine, rigid, scheduled, tell=False, moments=moments)
+        check_not_replaced(engine, checkpoint)
+        return loaded
+
+    return once_more(one_version)
 
 
 def _find(engine: Engine, folder: Path, tag: str | None) -> Checkpoint | None:
     """The checkpoint that all ranks will load, with every file verified."""
-    said: _Found | None = None
-    if leads(engine):
-        try:
-            found = files.resolve_tag(folder, tag)
-            said = (found, [] if found is None else listed_files(found.folder), None)
-        except (CheckpointError, OSError) as error:
-            said = (None, [], str(error))
-    gathered: list[_Found | None] = gather(said)
-    by_node = {rank: answer for rank, answer in enumerate(gathered) if answer is not None}
-    errors = dict.fromkeys(error for _, _, error in by_node.values() if error is not None)
-    if errors:
-        raise CheckpointError("\n".join(errors))
-    tags = {node: None if found is None else found.tag for node, (found, _, _) in by_node.items()}
-    if len(set(tags.values())) > 1:
-        listed = ", ".join(f"rank {rank}: {name}" for rank, name in tags.items())
-        raise CheckpointError(
-            f"the nodes would load different checkpoints from {folder} ({listed}). Name one that all have by its tag."
-        )
-    checkpoint, names, _ = by_node[node_of(engine)]
+    checkpoint, names = find_together(engine, folder, tag)
     if checkpoint is None:
         return None
     if is_first_rank():
@@ -141,12 +147,16 @@ def _find(engine: Engine, folder: Path, tag: str | None) -> Checkpoint | None:
 def _verify(engine: Engine, checkpoint: Checkpoint, names: list[str]) -> None:
     peers = [rank for rank, node in enumerate(gather(node_of(engine))) if node == node_of(engine)]
     mine = names[peers.index(engine.global_rank) :: len(peers)]
+    replaced: str | None = None
     try:
-        problems = verify(checkpoint.folder, mine)
+        problems = verify(checkpoint.folder, mine, version=checkpoint.version)
         if checkpoint.manifest is None:
             problems += _absent(engine, checkpoint)
+    except ReplacedError as error:
+        problems, replaced = [], str(error)
     except (CheckpointError, OSError) as error:
         problems = [str(error)]
+    raise_replaced(replaced)
     bad = [problem for found in gather(problems) for problem in found]
     if bad:
         listed = "\n  - ".join(dict.fromkeys(bad))
