@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DeepSpeed's state API (``safe_get_full_optimizer_state`` and its like) and ``offload_states`` for our optimizers.
+"""DeepSpeed's state API (``safe_get_full_optimizer_state`` and its like) for our optimizers.
 
 DeepSpeed looks for state in the shape of its flat partitions, at the offsets of ``_hp_mapping`` (ZeRO 1 and 2) or of
 ZeRO-3's own pieces. That is wrong for one second moment per block, for ``round_robin_gradients`` and, where ZeRO-3 sets
@@ -11,15 +11,12 @@ those of ZeRO-3's wrapper. Checked with DeepSpeed 0.19.8.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum, OffloadStateTypeEnum
-from deepspeed.runtime.zero.offload_states import offload_adam_states
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
@@ -32,9 +29,9 @@ from ds_blockwise.hosts.deepspeed.engine import (
     ZeroStages1And2,
     is_partitioned,
 )
+from ds_blockwise.hosts.deepspeed.state_api.offload import move_at_stage_3, move_at_stages_1_and_2
 from ds_blockwise.hosts.parameter_states import ParameterStates
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
-from ds_blockwise.optimizers.second_moment import mark_settled, unsettled
 
 _ON_A_PARAMETER = (  # what the API looks for on a parameter outside ZeRO-3
     "_hp_mapping",
@@ -51,7 +48,6 @@ _ON_THE_WRAPPER = (  # what it calls on ZeRO-3's wrapper
     "get_hp_param_device",
     "set_fp32_grad_for_param",
     "update_fp32_grad_for_param_vectorized",
-    "offload_states",
 )
 
 
@@ -69,14 +65,14 @@ def show_state(engine: Engine, optimizer: BlockwiseOptimizer, params: Iterable[n
         methods = _Stage3Methods(wrapper, states)
         for name in _ON_THE_WRAPPER:
             setattr(wrapper, name, getattr(methods, name))
+        move_at_stage_3(wrapper, optimizer)
         return
     _put_on_parameters(wrapper, states)
     engine.destroy = functools.partial(_destroy, engine, states)
     if isinstance(wrapper, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
         wrapper._link_all_hp_params = functools.partial(_link_again, wrapper, states)
     if isinstance(wrapper, DeepSpeedZeroOptimizer):
-        wrapper.offload_states = _keeping_form(optimizer, type(wrapper).offload_states, wrapper)
-        wrapper.reload_states = _keeping_form(optimizer, type(wrapper).reload_states, wrapper)
+        move_at_stages_1_and_2(wrapper, optimizer)
 
 
 class _Stage3Methods:
@@ -121,27 +117,6 @@ class _Stage3Methods:
 
         self._own.update_fp32_grad_for_param_vectorized(self._wrapper, padded, param_list)
 
-    def offload_states(
-        self,
-        include: Collection[OffloadStateTypeEnum] | None = None,
-        device: OffloadDeviceEnum = OffloadDeviceEnum.cpu,
-        pin_memory: bool = True,
-        non_blocking: bool = False,
-    ) -> None:
-        """DeepSpeed moves weights and moments of its FusedAdam only, though nothing in it depends on that."""
-        wanted = set(OffloadStateTypeEnum if include is None else include)
-        done, wrapper = self._wrapper.offloaded_states, self._wrapper
-        moments, weights = OffloadStateTypeEnum.optim_states, OffloadStateTypeEnum.hp_params
-        if weights in wanted - done:
-            wrapper.hp_params_pin_buffers = [_on_host(t, pin_memory) for t in wrapper.fp32_partitioned_groups_flat]
-            for tensor, copy in zip(wrapper.fp32_partitioned_groups_flat, wrapper.hp_params_pin_buffers, strict=True):
-                tensor.data = copy
-            done.add(weights)
-        if moments in wanted - done:
-            offload_adam_states(self._states.optimizer, device.value, pin_memory=pin_memory, non_blocking=non_blocking)
-            done.add(moments)
-        self._own.offload_states(wrapper, wanted - {moments, weights}, device, pin_memory, non_blocking)
-
     def _is_ours(self, param: nn.Parameter) -> bool:
         return param in self._states.parts and not self._wrapper.swap_optimizer
 
@@ -161,11 +136,6 @@ def _padded(value: torch.Tensor, param: nn.Parameter) -> torch.Tensor:
         )
     whole = param.partition_numel() * dist.get_world_size(param.ds_process_group)
     return nn.functional.pad(value.reshape(-1), (0, whole - param.ds_numel))
-
-
-def _on_host(tensor: torch.Tensor, pin_memory: bool) -> torch.Tensor:
-    copy = tensor.data.to("cpu", copy=True)
-    return get_accelerator().pin_memory(copy) if pin_memory else copy
 
 
 class _ParameterMethod:
@@ -225,22 +195,3 @@ def _destroy(engine: Engine, states: ParameterStates) -> None:
                 vars(param).pop(name, None)
     states.parts.clear()
     type(engine).destroy(engine)
-
-
-def _keeping_form(
-    optimizer: BlockwiseOptimizer, move: Callable[..., None], wrapper: ZeroStages1And2
-) -> Callable[..., None]:
-    """``offload_states`` or ``reload_states`` of ZeRO 1 and 2, which put copies in the place of the state's tensors.
-
-    A copy has lost the mark of `second_moment.per_block`, so that its values could be taken for one per element.
-    """
-
-    @functools.wraps(move)
-    def moved(*args: object, **options: object) -> None:
-        bindings = list(optimizer.bindings())
-        foreign = {id(b) for b in unsettled(optimizer.state, bindings)}
-        move(wrapper, *args, **options)
-        if optimizer.shares_second_moment:
-            mark_settled(optimizer.state, [b for b in bindings if id(b) not in foreign])
-
-    return moved
