@@ -28,7 +28,7 @@ from ds_blockwise.hosts.deepspeed.monitor import connect
 from ds_blockwise.hosts.deepspeed.never_stepped import refuse_when_trained, trains_nothing
 from ds_blockwise.hosts.deepspeed.partitions import or_world, stepped_tensors
 from ds_blockwise.hosts.deepspeed.pipeline import is_staged, names_in, tied_copies
-from ds_blockwise.hosts.deepspeed.state_api import show_state
+from ds_blockwise.hosts.deepspeed.state_api.show import show_state
 from ds_blockwise.hosts.model_tags import tag_for
 from ds_blockwise.hosts.pipeline_stages import TiedCopy, check_rules, check_tied, rules_matched
 from ds_blockwise.hosts.stepped_tensors import Stepped, check_agreement

@@ -264,6 +264,10 @@ def forgotten(context: RankContext, case: Case) -> None:
             torch.save(param, buffer)
             buffer.seek(0)
             assert safe_get_full_optimizer_state(torch.load(buffer, weights_only=False), "exp_avg") is None
+            with open_engine(config, lambda: model):
+                run.engine.destroy()  # of the earlier engine: what the later one shows stays
+                with pytest.raises(ValueError, match="no optimizer state"):
+                    safe_get_full_optimizer_state(param, "exp_avg")
     assert all(safe_get_full_optimizer_state(p, "exp_avg") is None for p in model.parameters())
 
 
@@ -281,13 +285,20 @@ def _table() -> dict[str, tuple[int, Check]]:
         assert name not in table, name
         table[name] = (ranks, Check(run, case))
 
-    for optimizer, stage in product(("adamw", "mini"), range(4)):
-        add("values", values, Case(optimizer, stage, "fp32" if (stage + (optimizer == "mini")) % 2 else "bf16"))
-        add("adapters", adapters, Case(optimizer, stage))
-    for stage in (1, 2, 3):
+    for stage in range(4):
+        add("values", values, Case("mini", stage, "fp32" if stage % 2 else "bf16"))
+        add("adapters", adapters, Case("mini", stage))
+    add("values", values, Case("adamw", 1, "bf16"))
+    add("values", values, Case("adamw", 3))
+    add("adapters", adapters, Case("adamw", 3))
+    for stage in (2, 3):
         add("offload", values, Case("mini", stage, "bf16", zero=OFFLOAD))
+    for stage in (1, 3):
         add("vector", values, Case("mini", stage, model="slim", granularity="published", groups="vector"))
-    for model, stage in (("nano", 1), ("gpt2", 3), ("nano", 0), ("gpt2", 2)):
+        add("moved", moved, Case("mini", stage, "bf16"))
+        gather = {"stage3_gather_16bit_weights_on_model_save": True} if stage == 3 else {}
+        add("files", files, Case("mini", stage, "bf16", zero=gather, frozen=FROZEN))
+    for model, stage in (("nano", 0), ("nano", 1), ("gpt2", 3)):
         add("fused", values, Case("mini", stage, model=model))
     add("bf16_optimizer", values, Case("mini", 1, "bf16", config={"data_types": {"grad_accum_dtype": "fp32"}}))
     add("sub_groups", values, Case("mini", 3, zero={"sub_group_size": 700}, granularity="mixed"))
@@ -295,14 +306,9 @@ def _table() -> dict[str, tuple[int, Check]]:
     add("momentum", values, Case("mini", 2, params={"momentum_dtype": "bf16"}, groups="mixed", frozen=FROZEN))
     add("round_robin", values, Case("mini", 2, zero={"round_robin_gradients": True}))
     add("refused", gradients_are_refused, Case("adamw", 2, zero={"round_robin_gradients": True}))
-    for model, stage in (("mqa", 0), ("qwen3", 1), ("even", 3)):
+    for model, stage in (("mqa", 0), ("even", 3)):
         add("tensor_parallel", tensor_parallel, autotp_engines.Case("mini", stage, model=model))
     add("tensor_parallel", tensor_parallel, autotp_engines.Case("mini", 1), ranks=4)
-    for stage in (1, 2, 3):
-        add("moved", moved, Case("mini" if stage != 2 else "adamw", stage, "bf16"))
-        gather = {"stage3_gather_16bit_weights_on_model_save": True} if stage == 3 else {}
-        add("files", files, Case("mini", stage, "bf16", zero=gather, frozen=FROZEN))
-    add("moved", moved, Case("adamw", 3))
     for stage in (0, 1):
         add("forgotten", forgotten, Case("mini", stage))
     return table
