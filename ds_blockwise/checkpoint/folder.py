@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ds_blockwise.atomic_files import replace_text, sync
+from ds_blockwise.checkpoint.given_files import read_text
 from ds_blockwise.checkpoint.manifest import CheckpointError, Manifest, files_in, read_manifest, verify
 
 LATEST = "latest"
 LATEST_UNIVERSAL = "latest_universal"
+_LONGEST_TAG = 4096  # bytes of the file latest
 PARTIAL = ".partial"  # suffix of a checkpoint that is being written
 REPLACED = ".replaced"  # suffix of an older one with the same tag, while the new one takes its place
 
@@ -178,10 +180,10 @@ def _unfinished(folder: Path) -> str:
 
 def _read_latest(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8").strip()
+        return read_text(path, _LONGEST_TAG).strip()
     except FileNotFoundError:
         return ""
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}. Write the tag to load into it.") from error
 
 

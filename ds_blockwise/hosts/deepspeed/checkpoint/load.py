@@ -17,14 +17,16 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from ds_blockwise.checkpoint import folder as files
 from ds_blockwise.checkpoint.folder import Checkpoint
-from ds_blockwise.checkpoint.manifest import CheckpointError, Topology, listed_files, verify
+from ds_blockwise.checkpoint.manifest import CheckpointError, NotReadError, Topology, listed_files, verify
 from ds_blockwise.checkpoint.record import KEY, differences, settings_of
 from ds_blockwise.checkpoint.record_types import Settings
 from ds_blockwise.hosts.deepspeed.checkpoint.load_portable import load_portable
+from ds_blockwise.hosts.deepspeed.checkpoint.rehearse import misfits, model_file, universal_misfits
 from ds_blockwise.hosts.deepspeed.checkpoint.save import load_rank_state, save_checkpoint
-from ds_blockwise.hosts.deepspeed.checkpoint.tag_folder import universal_misfit
+from ds_blockwise.hosts.deepspeed.checkpoint.schedule import load_schedule, set_rates
+from ds_blockwise.hosts.deepspeed.checkpoint.tag_folder import ModelFile, that_run_code, universal_misfit
 from ds_blockwise.hosts.deepspeed.checkpoint.topology import leads, node_of, topology_of
-from ds_blockwise.hosts.deepspeed.engine import Engine, Loaded, LoadOptions, Schedule
+from ds_blockwise.hosts.deepspeed.engine import Engine, Loaded, LoadOptions, Schedule, trusts
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.optimizers.schedules import BlockwiseSchedule
 from ds_blockwise.parallel.agree import first_error, gather, is_first_rank
@@ -35,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 _RIGID = ("world_size", "dp", "tp", "pp", "ep", "wrapper", "dtype")  # of a topology: what DeepSpeed's files depend on
 _OF_WEIGHTS = ("tp", "pp")  # what the files of the weights alone depend on, below ZeRO-3
+_SHOWN = 16  # lines of an error
 _Groups = list[dict[str, object]]
 _Found = tuple[Checkpoint | None, list[str], str | None]  # on one storage: the checkpoint, its files, an error
 
@@ -45,6 +48,7 @@ def guard(engine: Engine) -> None:
     Args:
         engine: any ``DeepSpeedEngine``; only this object is changed.
     """
+    trusts(engine)  # a wrong value is refused before training, not after
     engine.save_checkpoint = functools.partial(save_checkpoint, engine)
     engine.load_checkpoint = functools.partial(load_checkpoint, engine)
 
@@ -78,9 +82,10 @@ def load_checkpoint(
         Path and client state as DeepSpeed's; ``(None, None)`` if there is no checkpoint and no tag was given.
 
     Raises:
-        CheckpointError: on every rank, before anything is loaded: no such checkpoint, or damaged files (all named).
+        CheckpointError: on every rank, before anything is loaded: no such checkpoint, damaged files (all named), or
+            files that hold Python objects, which can run code, without ``"checkpoint": {"trust": true}`` in the JSON.
         ValueError: on every rank, before anything is loaded: it was saved by another number of ranks, another ZeRO
-            wrapper or precision.
+            wrapper or precision, or is of another model, optimizer or schedule.
     """
     if load_module_only and isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
         load_optimizer_states = False  # else DeepSpeed loads nothing at all there: the weights are in the ZeRO files
@@ -91,29 +96,82 @@ def load_checkpoint(
         "load_module_only": load_module_only,
         "custom_load_fn": custom_load_fn,
     }
-    original = functools.partial(type(engine).load_checkpoint, engine, str(load_dir), **options)
+    universal = engine.load_universal_checkpoint()
+    checkpoint = _find(engine, Path(load_dir), tag, files.LATEST_UNIVERSAL if universal else files.LATEST)
+    if checkpoint is None:
+        if universal:
+            raise ValueError(f"there is no universal checkpoint in {load_dir}: {files.LATEST_UNIVERSAL} names none.")
+        if is_first_rank():
+            logger.warning("there is no checkpoint in %s: nothing was loaded", load_dir)
+        return None, None
     scheduled = load_lr_scheduler_states and not load_module_only
     moments = load_optimizer_states and not load_module_only
-    if engine.load_universal_checkpoint():
-        _check_universal(engine, Path(load_dir), tag)
-        return _load_into_groups(engine, functools.partial(original, tag), scheduled, tell=True, moments=moments)
-    checkpoint = _find(engine, Path(load_dir), tag)
-    if checkpoint is None:
-        return original(tag)
-    if checkpoint.kind == "portable":
+    if checkpoint.kind == "portable" and not universal:
         portable = functools.partial(load_portable, engine, checkpoint.folder, **options)
         return _load_into_groups(engine, portable, scheduled, tell=True, moments=moments)
-    _check_topology(engine, checkpoint, optimizer=load_optimizer_states, module_only=load_module_only)
-    rigid = functools.partial(original, checkpoint.tag)
-    return _load_into_groups(engine, rigid, scheduled, tell=False, moments=moments)
+    if universal:
+        _check_universal(engine, checkpoint)
+    else:
+        _check_topology(engine, checkpoint, optimizer=load_optimizer_states, module_only=load_module_only)
+    model = _rehearse(engine, checkpoint, options, universal=universal)
+    # DeepSpeed would load the schedule after the weights, and fail there on a checkpoint without one
+    undo = load_schedule(engine, model["lr_scheduler"], _updates_of(model)) if scheduled else None
+    without: LoadOptions = {**options, "load_lr_scheduler_states": False}
+    original = functools.partial(type(engine).load_checkpoint, engine, str(load_dir), checkpoint.tag, **without)
+    try:
+        load = functools.partial(_by_deepspeed, original)
+        path, client_state = _load_into_groups(engine, load, scheduled, tell=universal, moments=moments)
+    except Exception:
+        if undo is not None:
+            undo()
+        raise
+    if scheduled and model["lr_scheduler"] is None:
+        set_rates(engine)
+    if load_lr_scheduler_states and client_state is not None:
+        client_state.pop("lr_scheduler", None)  # as DeepSpeed leaves it out where it loads it
+    return path, client_state
 
 
-def _find(engine: Engine, folder: Path, tag: str | None) -> Checkpoint | None:
+def _updates_of(model: ModelFile) -> int:
+    return max(0, model["global_steps"] - model["skipped_steps"])
+
+
+def _rehearse(engine: Engine, checkpoint: Checkpoint, options: LoadOptions, *, universal: bool) -> ModelFile:
+    """Compare what DeepSpeed will read with the engine, on all ranks, before it changes anything.
+
+    Returns:
+        The contents of this rank's model file.
+    """
+    trust, folder = trusts(engine), checkpoint.folder
+    damage, found, model = None, [], None
+    try:
+        path, model = model_file(engine, folder, trust=trust)
+        if universal:
+            whole = engine.autotp_size() <= 1 and int(engine.mp_world_size) == 1
+            found = list(universal_misfits(engine, folder, whole=whole, trust=trust))
+        else:
+            found = misfits(engine, path, model, options, trust=trust)
+    except (CheckpointError, NotReadError) as error:
+        damage = str(error)
+    everywhere: list[tuple[str | None, list[str]]] = gather((damage, found))
+    damages = list(dict.fromkeys(said for said, _ in everywhere if said is not None))
+    if damages:
+        raise CheckpointError("\n".join([*damages, "Nothing was loaded."]))
+    lines = list(dict.fromkeys(line for _, each in everywhere for line in each))
+    if lines:
+        listed = "".join(f"\n  - {line}" for line in lines[:_SHOWN])
+        more = f"\n  - and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+        raise ValueError(f"checkpoint {folder} does not fit this engine; nothing was loaded:{listed}{more}")
+    assert model is not None, "a rank without a model file has said so"
+    return model
+
+
+def _find(engine: Engine, folder: Path, tag: str | None, latest: str) -> Checkpoint | None:
     """The checkpoint that all ranks will load, with every file verified."""
     said: _Found | None = None
     if leads(engine):
         try:
-            found = files.resolve_tag(folder, tag)
+            found = files.resolve_tag(folder, tag, latest=latest)
             said = (found, [] if found is None else listed_files(found.folder), None)
         except (CheckpointError, OSError) as error:
             said = (None, [], str(error))
@@ -145,6 +203,8 @@ def _verify(engine: Engine, checkpoint: Checkpoint, names: list[str]) -> None:
         problems = verify(checkpoint.folder, mine)
         if checkpoint.manifest is None:
             problems += _absent(engine, checkpoint)
+        if not problems and not trusts(engine):
+            problems += that_run_code(checkpoint.folder, mine)
     except (CheckpointError, OSError) as error:
         problems = [str(error)]
     bad = [problem for found in gather(problems) for problem in found]
@@ -168,22 +228,14 @@ def _absent(engine: Engine, checkpoint: Checkpoint) -> list[str]:
     return [] if path.is_file() else [f"{name}: missing (or saved with fewer ranks, or another precision)"]
 
 
-def _check_universal(engine: Engine, folder: Path, tag: str | None) -> None:
+def _check_universal(engine: Engine, checkpoint: Checkpoint) -> None:
     """Refuse a universal checkpoint that DeepSpeed would load wrongly or fail on half-way."""
-    try:
-        found = files.resolve_tag(folder, tag, latest=files.LATEST_UNIVERSAL)
-        misfit = (
-            None
-            if found is None
-            else universal_misfit(
-                found.folder,
-                partitions_weights=engine.zero_optimization_partition_weights(),
-                tp=1 if engine.autotp_size() > 1 else int(engine.mp_world_size),
-                round_robin=bool(getattr(engine.optimizer, "round_robin_gradients", False)),
-            )
-        )
-    except (CheckpointError, OSError) as error:
-        misfit = str(error)
+    misfit = universal_misfit(
+        checkpoint.folder,
+        partitions_weights=engine.zero_optimization_partition_weights(),
+        tp=1 if engine.autotp_size() > 1 else int(engine.mp_world_size),
+        round_robin=bool(getattr(engine.optimizer, "round_robin_gradients", False)),
+    )
     message = first_error(misfit)
     if message is not None:
         raise ValueError(message)
@@ -250,6 +302,8 @@ def _load_into_groups(
         settings: Settings | None = saved.get("settings") or None
         groups = [] if settings is None else settings.get("groups", [])
         _restore_groups(ours, engine.lr_scheduler if scheduled else None, own, groups)
+        if scheduled and saved.get("no_schedule"):
+            set_rates(engine)
         if tell and settings and is_first_rank() and (changed := differences(settings, settings_of(ours))):
             logger.warning(
                 "the checkpoint was saved under other settings; the present ones are used:\n  %s", "\n  ".join(changed)
@@ -280,6 +334,17 @@ def _load_together(engine: Engine, load: Callable[[], Loaded]) -> Loaded:
     if message is not None:
         raise CheckpointError(f"another rank could not load the checkpoint: {message}")
     return loaded
+
+
+def _by_deepspeed(load: Callable[[], Loaded]) -> Loaded:
+    """Say of whatever DeepSpeed raises that it may have changed weights; `_rehearse` leaves little of that."""
+    try:
+        return load()
+    except Exception as error:
+        raise CheckpointError(
+            f"DeepSpeed could not load it ({type(error).__name__}: {error}). The weights of this engine may be partly "
+            f"replaced: build it again before you load another checkpoint."
+        ) from error
 
 
 def _settings(group: Mapping[str, object]) -> dict[str, object]:
