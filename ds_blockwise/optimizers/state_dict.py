@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from ds_blockwise.checkpoint.record import (
     table_of,
 )
 from ds_blockwise.checkpoint.record_types import Record
+from ds_blockwise.checkpoint.state_dicts import check_state_dict
 from ds_blockwise.kernels.base import StepState, wide_dtype
 from ds_blockwise.kernels.bindings import Binding
 from ds_blockwise.kernels.param_groups import ParamGroup, StateDict
@@ -33,6 +34,7 @@ from ds_blockwise.optimizers.foreign_state import (
     step_of,
 )
 from ds_blockwise.optimizers.second_moment import SecondMoment, is_per_block, per_block, per_element
+from ds_blockwise.optimizers.settings import check_group
 
 
 class Stored(Recorded, Protocol):
@@ -110,6 +112,7 @@ def to_load(optimizer: Stored, state_dict: StateDict, device: torch.device | Non
     Raises:
         ValueError: the groups, the shapes or (compact state) the topology do not fit, or there are no first moments.
     """
+    check_state_dict(state_dict)
     if is_published_adam_mini(state_dict):
         names = [_name_of(optimizer, tensor) for group in optimizer.param_groups for tensor in group["params"]]
         state_dict = from_published_adam_mini(state_dict, optimizer.param_groups, names)
@@ -125,6 +128,7 @@ def to_load(optimizer: Stored, state_dict: StateDict, device: torch.device | Non
         group_to_load(saved, own, index)
         for index, (saved, own) in enumerate(zip(saved_groups, optimizer.param_groups, strict=True))
     ]
+    _check_groups(groups)
     tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
     ids = [(i, group) for group in saved_groups for i in group["params"]]
     states: dict[torch.Tensor, StepState] = {}
@@ -138,6 +142,15 @@ def to_load(optimizer: Stored, state_dict: StateDict, device: torch.device | Non
                 f"another kind of optimizer. Load weights only, and start with fresh optimizer state."
             )
     return Loaded(groups, states, record)
+
+
+def _check_groups(groups: Sequence[ParamGroup]) -> None:
+    """Refuse hyper-parameters that no optimizer can have: they would be stepped with as they are."""
+    for index, group in enumerate(groups):
+        try:
+            check_group(group, f"param_groups[{index}] of the state dict: ")
+        except TypeError as error:
+            raise ValueError(str(error)) from error
 
 
 def _state_to_load(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 
@@ -19,18 +19,9 @@ from ds_blockwise.checkpoint.manifest import CheckpointError, NotReadError
 from ds_blockwise.checkpoint.portable_index import TRAINED
 from ds_blockwise.checkpoint.record import PER_BLOCK_KEY, numel_of, table_of
 from ds_blockwise.checkpoint.record_types import Record
+from ds_blockwise.checkpoint.state_dicts import check_state_dict
 from ds_blockwise.checkpoint.typed_data import typed
 from ds_blockwise.hosts.deepspeed.checkpoint.tag_folder import ModelFile, load_file
-
-
-class _Group(TypedDict):
-    params: list[int]
-
-
-class _TypedBase(TypedDict):
-    state: dict[str, dict[str, Any]]
-    param_groups: list[_Group]
-
 
 BaseState = Mapping[str, Any]
 """The basic optimizer's state dict: ``state`` by number, ``param_groups``, and our record if it is one of ours."""
@@ -85,42 +76,26 @@ def unpartitioned(path: Path, model: ModelFile) -> OptimizerFile:
     if "fp32_groups" not in entries:
         return _checked(path, entries, [], {}, entries)
     groups = entries["fp32_groups"]
-    masters = [each for group in groups for each in group] if isinstance(groups, list) else groups
+    nested = isinstance(groups, list) and all(isinstance(group, list) for group in groups)
+    masters = [each for group in groups for each in group] if nested else groups
     return _checked(path, entries.get("optimizer_state_dict"), masters, entries, entries)
 
 
 def _checked(
-    path: Path, base: object, masters: object, loss_scale: Mapping[str, object], entries: Mapping[str, Any]
+    path: Path, base: object, masters: object, loss_scale: Mapping[str, object], all_entries: Mapping[str, Any]
 ) -> OptimizerFile:
     if isinstance(base, list):
         raise NotReadError(f"{path} is an elastic checkpoint, which cannot be read. Set elastic_checkpoint to false.")
     try:
         checked = typed(masters, list[torch.Tensor], "its weights")
-        if not isinstance(base, Mapping):
-            raise ValueError("it holds no state of an optimizer")
-        # numbers of tensors as strings, so that an error can name one
-        state = base.get("state")
-        named = {str(key): value for key, value in state.items()} if isinstance(state, Mapping) else state
-        typed({"state": named, "param_groups": base.get("param_groups")}, _TypedBase, "its optimizer state")
-        for number, each in (named or {}).items():
-            for key, value in each.items():
-                _check_entry(f"state[{number}][{key!r}]", key, value)
+        state = check_state_dict(base)
+        for number, entries in state["state"].items():
+            for key, value in entries.items():
+                if not isinstance(value, (torch.Tensor, int, float, str, list, tuple, type(None))):
+                    raise ValueError(f"state[{number}][{key!r}] is a {type(value).__name__}")
     except ValueError as error:
         raise CheckpointError(f"{path} is not a file that DeepSpeed wrote: {error}.") from error
-    return OptimizerFile(base, checked, loss_scale, entries)
-
-
-def _check_entry(where: str, key: object, value: object) -> None:
-    if isinstance(value, torch.Tensor):
-        typed(value, torch.Tensor, where)
-        if key == "step" and value.numel() != 1:
-            raise ValueError(f"{where} has {value.numel()} elements")
-    elif key == "step":
-        typed(value, float, where)
-    elif not isinstance(value, (int, float, str, bool, list, tuple, type(None))):
-        raise ValueError(f"{where} is a {type(value).__name__}")
-    if key in ("exp_avg", "exp_avg_sq", "exp_avg_sq_blocks") and not isinstance(value, torch.Tensor):
-        raise ValueError(f"{where} is not a tensor")
+    return OptimizerFile(state, checked, loss_scale, all_entries)
 
 
 def check_state(
