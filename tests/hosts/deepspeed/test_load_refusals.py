@@ -240,11 +240,37 @@ def weights_alone(context: RankContext, folder: Path, stage: int) -> None:
         )
 
 
+def counters(context: RankContext, folder: Path, _: None) -> None:
+    """What names an attribute of the engine in a portable checkpoint sets the three counters and nothing else."""
+    from ds_blockwise.hosts.deepspeed.checkpoint.inspect import convert_checkpoint
+
+    saved(context, folder, stage=2)
+    output = folder.with_name(f"{folder.name}-portable")
+    if context.rank == 0:
+        convert_checkpoint(folder, output)
+
+    def forge(state: Any) -> None:
+        state["counters"] |= {"training": 7, "optimizer": 1, "global_rank": 5}
+        state["loss_scale"] |= {"scale_factor": 0.0, "backward": 3}
+
+    context.barrier()
+    edit(context, output, "training_state.pt", forge)
+    with engine(stage=2) as run:
+        own = run.engine.optimizer
+        run.engine.load_checkpoint(str(output))
+        assert run.engine.optimizer is own and run.engine.global_rank == context.rank
+        assert run.engine.training in (True, False) and run.engine.global_steps == 2
+        train(run, context, 2)
+    edit(context, output, "training_state.pt", lambda state: state.update(counters={"global_steps": "two"}))
+    with engine(stage=2) as run:
+        refused(context, run, output, RuntimeError, "training_state.pt", "must be an integer of 0 or more, got 'two'")
+
+
 CHECKS: dict[str, Callable[[RankContext, Path, Any], None]] = {
     each.__name__: each
     for each in (
         *(other_models, other_optimizers, other_stages, from_adamw, from_adamw_with_a_schedule),
-        *(one_rank, code, weights_alone),
+        *(one_rank, code, weights_alone, counters),
     )
 }
 
@@ -262,7 +288,7 @@ def _cases() -> dict[str, tuple[int, tuple[str, Any]]]:
     for name, stages in (("other_models", (0, 2, 3)), ("from_adamw", (0, 2, 3)), ("one_rank", (1, 3))):
         table |= {f"{name}-z{stage}": (name, stage) for stage in stages}
     table |= {f"other_optimizers-z{stage}": ("other_optimizers", stage) for stage in (0, 2)}
-    table |= {name: (name, None) for name in ("other_stages", "from_adamw_with_a_schedule")}
+    table |= {name: (name, None) for name in ("other_stages", "from_adamw_with_a_schedule", "counters")}
     table |= {"code-manifest": ("code", True), "code-foreign": ("code", False), "weights_alone": ("weights_alone", 2)}
     return {name: (2, case) for name, case in table.items()}
 
