@@ -14,7 +14,8 @@ import os
 import pickle
 import stat
 import zipfile
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -154,3 +155,12 @@ def pickled(value: object) -> io.BytesIO:
     torch.save(value, file)
     file.seek(0)
     return file
+
+
+def is_plain(value: object) -> bool:
+    """Whether a value surely is tensors and plain containers, which ``weights_only`` loads without a list."""
+    if isinstance(value, Mapping):
+        return type(value) in (dict, OrderedDict) and all(is_plain(item) for pair in value.items() for item in pair)
+    if isinstance(value, (list, tuple)):
+        return type(value) in (list, tuple) and all(is_plain(item) for item in value)
+    return value is None or type(value) in (bool, int, float, str, torch.Tensor)

@@ -47,7 +47,11 @@ def engine(
     def build() -> torch.nn.Module:
         return models.set_small_weights(models.NanoGPT(models.NanoConfig(**(sizes or {}))))
 
-    with open_engine(engine_config(optimizer, **options), build) as run:
+    config = engine_config(optimizer, **options)
+    if optimizer == "SGD":
+        config["optimizer"]["params"] = {"lr": LR, "momentum": 0.9}
+        config["zero_allow_untested_optimizer"] = True
+    with open_engine(config, build) as run:
         yield run
 
 
@@ -102,11 +106,8 @@ def edit(
 def other_models(context: RankContext, folder: Path, stage: int) -> None:
     """More layers, fewer, other shapes: the weights were half replaced before the error came."""
     saved(context, folder, stage=stage)
-    for sizes, word in (
-        ({"n_layer": 3}, "transformer.h.2"),
-        ({"n_layer": 1}, "transformer.h.1"),
-        ({"n_embd": 18}, "18"),
-    ):
+    others = [({"n_layer": 3}, "transformer.h.2"), ({"n_layer": 1}, "transformer.h.1"), ({"n_embd": 18}, "18")]
+    for sizes, word in others[: 3 if stage == 2 else 1]:  # seconds each
         with engine(stage=stage, sizes=sizes) as run:
             train(run, context, 0)
             refused(context, run, folder, ValueError, word, "nothing was loaded")
@@ -119,7 +120,7 @@ def other_models(context: RankContext, folder: Path, stage: int) -> None:
 
 def other_optimizers(context: RankContext, folder: Path, stage: int) -> None:
     """SGD's momentum is no first moment; its state was passed over without a word."""
-    saved(context, folder, optimizer="SGD", stage=stage, params={"momentum": 0.9, "betas": 0, "eps": 0})
+    saved(context, folder, optimizer="SGD", stage=stage)
     with engine(stage=stage) as run:
         train(run, context, 0)
         refused(context, run, folder, ValueError, "no first moment", "momentum_buffer")
@@ -137,7 +138,7 @@ def from_adamw(context: RankContext, folder: Path, stage: int) -> None:
     """The migration that the README promises: moments are kept, the schedule goes on where the run was."""
     wanted = saved(context, folder, steps=3, optimizer="AdamW", stage=stage, **ADAMW)
     first = {k: v for k, v in wanted.items() if k.startswith("state") and k.endswith("exp_avg")}
-    for schedule in (None, COSINE, WARMUP):
+    for schedule in (None, COSINE, WARMUP) if stage == 2 else (COSINE,):  # seconds each
         with engine(stage=stage, **({"scheduler": schedule} if schedule else {})) as run:
             path, client_state = run.engine.load_checkpoint(str(folder))
             assert path is not None and client_state["mean"] == 0.25 and "lr_scheduler" not in client_state
@@ -232,7 +233,7 @@ class Harmless:
 
 def weights_alone(context: RankContext, folder: Path, stage: int) -> None:
     """Where moments are not asked for, those of another optimizer do not stand in the way."""
-    wanted = saved(context, folder, optimizer="SGD", stage=stage, params={"momentum": 0.9, "betas": 0, "eps": 0})
+    wanted = saved(context, folder, optimizer="SGD", stage=stage)
     with engine(stage=stage) as run:
         run.engine.load_checkpoint(str(folder), load_module_only=True)
         assert_same(
@@ -247,7 +248,9 @@ def counters(context: RankContext, folder: Path, _: None) -> None:
     saved(context, folder, stage=2)
     output = folder.with_name(f"{folder.name}-portable")
     if context.rank == 0:
-        convert_checkpoint(folder, output)
+        _, notes = convert_checkpoint(folder, output)
+        # what loads only with a list of harmless types does not fit a file that loads without one
+        assert sorted(note.split(" is left out")[0] for note in notes) == ["'args'", "'mean'"], notes
 
     def forge(state: Any) -> None:
         state["counters"] |= {"training": 7, "optimizer": 1, "global_rank": 5}

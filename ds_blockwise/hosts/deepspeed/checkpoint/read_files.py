@@ -19,7 +19,7 @@ import torch
 from ds_blockwise.blocks.segment_table import Placement, build_table
 from ds_blockwise.blocks.spec import BlockSpec
 from ds_blockwise.checkpoint.bad_values import bad_values
-from ds_blockwise.checkpoint.given_files import foreign_globals, pickled
+from ds_blockwise.checkpoint.given_files import foreign_globals, is_plain, pickled
 from ds_blockwise.checkpoint.manifest import CheckpointError, NoRecordError, Topology, read_manifest
 from ds_blockwise.checkpoint.portable import per_block, whole_of
 from ds_blockwise.checkpoint.portable_index import TRAINED
@@ -91,7 +91,6 @@ class DeepSpeedFiles:
     def __init__(self, folder: Path, *, trust: bool = False) -> None:
         self.folder = Path(folder)
         self.notes: list[str] = []
-        self._trust = trust
         self._pieces: dict[str, list[_Piece]] = {}
         self._record: Record | None = None
         self.steps: dict[str, int] = {}
@@ -342,7 +341,7 @@ class DeepSpeedFiles:
         schedule = {"lr_scheduler": first["lr_scheduler"]}
         for holder in (client_state, schedule):
             for key, value in holder.items():
-                foreign = foreign_globals(pickled(value)) if self._trust else []
+                foreign = [] if is_plain(value) else foreign_globals(pickled(value))
                 if foreign:
                     self.notes.append(f"{key!r} is left out: it holds Python objects ({', '.join(foreign)})")
                     holder[key] = None
