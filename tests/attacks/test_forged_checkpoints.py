@@ -280,7 +280,7 @@ def wrong(result: Any, original: dict[str, torch.Tensor], mode: str, folder: Pat
 
 @pytest.mark.parametrize("kind", INTERFACES)
 def test_forged_folders(tmp_path: Path, kind: str) -> None:
-    inputs = folder_inputs(tmp_path, kind, number_of_inputs(150))
+    inputs = folder_inputs(tmp_path, kind, number_of_inputs(100))
     tally = attack(f"forged {kind} checkpoints", inputs, refusals=REFUSALS)
     tally.keep(f"forged_{kind}_checkpoints")
 
@@ -306,7 +306,7 @@ def test_forged_state_dicts(tmp_path: Path) -> None:
                 wrong=lambda state, folder=folder: not_possible(state, marker_of(folder)),
             )
 
-    tally = attack("forged state dicts", inputs(number_of_inputs(150)), refusals=REFUSALS)
+    tally = attack("forged state dicts", inputs(number_of_inputs(100)), refusals=REFUSALS)
     tally.keep("forged_state_dicts")
 
 
