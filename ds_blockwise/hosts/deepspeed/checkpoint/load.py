@@ -98,26 +98,32 @@ def load_checkpoint(
     }
     universal = engine.load_universal_checkpoint()
     checkpoint = _find(engine, Path(load_dir), tag, files.LATEST_UNIVERSAL if universal else files.LATEST)
-    if checkpoint is None:
-        if universal:
-            raise ValueError(f"there is no universal checkpoint in {load_dir}: {files.LATEST_UNIVERSAL} names none.")
-        if is_first_rank():
-            logger.warning("there is no checkpoint in %s: nothing was loaded", load_dir)
-        return None, None
-    scheduled = load_lr_scheduler_states and not load_module_only
-    moments = load_optimizer_states and not load_module_only
+    if checkpoint is not None:
+        return _load_found(engine, checkpoint, options, universal=universal)
+    if universal:
+        raise ValueError(f"there is no universal checkpoint in {load_dir}: {files.LATEST_UNIVERSAL} names none.")
+    if is_first_rank():
+        logger.warning("there is no checkpoint in %s: nothing was loaded", load_dir)
+    return None, None
+
+
+def _load_found(engine: Engine, checkpoint: Checkpoint, options: LoadOptions, *, universal: bool) -> Loaded:
+    """Load a checkpoint whose files were verified, after everything in it was compared with the engine."""
+    moments = options["load_optimizer_states"] and not options["load_module_only"]
+    scheduled = options["load_lr_scheduler_states"] and not options["load_module_only"]
     if checkpoint.kind == "portable" and not universal:
         portable = functools.partial(load_portable, engine, checkpoint.folder, **options)
         return _load_into_groups(engine, portable, scheduled, tell=True, moments=moments)
     if universal:
         _check_universal(engine, checkpoint)
     else:
-        _check_topology(engine, checkpoint, optimizer=load_optimizer_states, module_only=load_module_only)
+        _check_topology(engine, checkpoint, options)
     model = _rehearse(engine, checkpoint, options, universal=universal)
     # DeepSpeed would load the schedule after the weights, and fail there on a checkpoint without one
     undo = load_schedule(engine, model["lr_scheduler"], _updates_of(model)) if scheduled else None
     without: LoadOptions = {**options, "load_lr_scheduler_states": False}
-    original = functools.partial(type(engine).load_checkpoint, engine, str(load_dir), checkpoint.tag, **without)
+    folder = str(checkpoint.folder.parent)
+    original = functools.partial(type(engine).load_checkpoint, engine, folder, checkpoint.tag, **without)
     try:
         load = functools.partial(_by_deepspeed, original)
         path, client_state = _load_into_groups(engine, load, scheduled, tell=universal, moments=moments)
@@ -127,7 +133,7 @@ def load_checkpoint(
         raise
     if scheduled and model["lr_scheduler"] is None:
         set_rates(engine)
-    if load_lr_scheduler_states and client_state is not None:
+    if options["load_lr_scheduler_states"] and client_state is not None:
         client_state.pop("lr_scheduler", None)  # as DeepSpeed leaves it out where it loads it
     return path, client_state
 
@@ -241,8 +247,9 @@ def _check_universal(engine: Engine, checkpoint: Checkpoint) -> None:
         raise ValueError(message)
 
 
-def _check_topology(engine: Engine, checkpoint: Checkpoint, *, optimizer: bool, module_only: bool) -> None:
+def _check_topology(engine: Engine, checkpoint: Checkpoint, options: LoadOptions) -> None:
     """Refuse what DeepSpeed would load wrongly or fail on half-way."""
+    optimizer, module_only = options["load_optimizer_states"], options["load_module_only"]
     partitioned = isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3)
     if partitioned and not optimizer:
         said = checkpoint.folder.parent / files.LATEST
