@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import stat
 import zipfile
 from collections import OrderedDict
@@ -120,7 +121,8 @@ def load_torch_file(
         with torch.serialization.safe_globals(list(harmless)):
             return torch.load(file, map_location="cpu", mmap=mmap or None, weights_only=not trust)
     except pickle.UnpicklingError as error:
-        needed = foreign_globals(file, harmless)
+        # of torch's older format only the first one is known, by the error
+        needed = foreign_globals(file, harmless) or re.findall(r"(?:GLOBAL|Unsupported global) (\S+) ", str(error))[:1]
         if not needed:
             raise ValueError(f"cannot be read: {_first_line(error)}") from error
         way_out = f" If you trust whoever wrote it, {how_to_trust}." if how_to_trust else ""
@@ -132,7 +134,9 @@ def load_torch_file(
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:300]
+    # what torch says before this is how to load it regardless
+    text = str(error).rpartition("WeightsUnpickler error: ")[2]
+    return (text.strip().splitlines() or [""])[0][:300]
 
 
 def foreign_globals(file: Path | BinaryIO, harmless: Sequence[Any] = ()) -> list[str]:
