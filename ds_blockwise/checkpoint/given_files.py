@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import os
 import pickle
 import re
 import stat
@@ -21,6 +20,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import torch
+
+from ds_blockwise.atomic_files import read_small_text
 
 logger = logging.getLogger(__name__)
 
@@ -62,35 +63,16 @@ def why_not_inside(folder: Path, name: object) -> str | None:
     return None
 
 
-def read_text(path: Path, limit: int = LARGEST_TEXT) -> str:
-    """The text of a regular file.
-
-    Args:
-        path: a UTF-8 file.
-        limit: bytes; more are refused.
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is not a regular file, too large, or not text.
-        OSError: it cannot be read.
+        OSError: it cannot be read, is no regular file, or too large.
+        ValueError: it is not JSON.
     """
-    problem = why_not_readable(path)
-    if problem == "missing":
-        raise FileNotFoundError(f"{path} is missing")
-    if problem is not None:
-        raise ValueError(f"it is {problem}")
-    # never waits, should it have become a pipe since
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:
-        raise ValueError(f"it has more than {limit} bytes")
-    return content.decode("utf-8")
-
-
-def read_json(path: Path) -> Any:
-    """What a JSON file holds; errors as `read_text`'s, and ValueError for what is not JSON."""
     try:
-        return json.loads(read_text(path))
+        return json.loads(read_small_text(path, LARGEST_TEXT))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

@@ -10,9 +10,10 @@ import hashlib
 import json
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeAlias, TypedDict
+from typing import TypeAlias, TypedDict, TypeVar
 
 from ds_blockwise.atomic_files import replace_text, sha256_of, sync
 from ds_blockwise.checkpoint.given_files import read_json, why_not_inside, why_not_readable
@@ -24,6 +25,7 @@ MANIFEST = "ds_blockwise.json"
 KINDS = ("deepspeed", "portable")
 _OWN_SUM = "manifest_sha256"  # of the manifest's other entries: a changed bit in it must not go unnoticed
 _REQUIRED = ("format", "kind", "tag", "global_steps", "topology", "settings", "files")
+_T = TypeVar("_T")
 _ANOTHER = "Restore the file from a copy, or load another checkpoint by its tag."
 
 
@@ -64,12 +66,86 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be written or read; the text names the files, the cause and what to do."""
 
 
+class ReplacedError(CheckpointError):
+    """A save replaced or removed the checkpoint while it was read: what was read may be of two versions."""
+
+
 class NoRecordError(CheckpointError):
     """The checkpoint was not saved by one of our optimizers."""
 
 
 class NotReadError(ValueError):
     """A kind of checkpoint whose contents are not read (a pipeline's, one with experts); the text says which."""
+
+
+def read_version(folder: Path) -> tuple[Manifest | None, str]:
+    """The manifest of a tag folder, and what tells this version from the next one of that tag.
+
+    Returns:
+        The manifest or None, and its sum; without a manifest, the number of the folder on its file system.
+
+    Raises:
+        CheckpointError: the manifest is damaged.
+        ReplacedError: a save is replacing the folder at this moment.
+    """
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        return manifest, _digest(manifest)
+    try:
+        found = folder.stat()
+    except FileNotFoundError as error:
+        raise _replaced(folder) from error
+    if (folder / MANIFEST).exists():  # it was not there between two renames of a save
+        raise _replaced(folder)
+    return None, f"{found.st_dev}:{found.st_ino}"
+
+
+def check_version(folder: Path, version: str) -> None:
+    """Raise if a tag folder is no longer of the version that it was.
+
+    Raises:
+        ReplacedError: it was replaced or removed.
+    """
+    try:
+        _, now = read_version(folder)
+    except CheckpointError as error:
+        raise _replaced(folder) from error
+    if now != version:
+        raise _replaced(folder)
+
+
+@contextmanager
+def of_one_version(folder: Path, version: str) -> Iterator[None]:
+    """What is read in here is of that version of a tag folder; an error that a replacement caused says so.
+
+    Raises:
+        ReplacedError: the folder was replaced or removed.
+    """
+    try:
+        yield
+    except (CheckpointError, OSError):
+        check_version(folder, version)
+        raise
+    check_version(folder, version)
+
+
+def _replaced(folder: Path) -> ReplacedError:
+    return ReplacedError(
+        f"{folder} is being replaced or removed by a job that saves there. Read it when that save is over, or read "
+        f"another checkpoint by its tag."
+    )
+
+
+def once_more(read: Callable[[], _T]) -> _T:
+    """What ``read`` returns; it is called again if a save replaced the checkpoint meanwhile.
+
+    Raises:
+        ReplacedError: it was replaced the second time too.
+    """
+    try:
+        return read()
+    except ReplacedError:
+        return read()
 
 
 def sums_of(folder: Path, names: Iterable[str]) -> dict[str, FileFacts]:
@@ -196,7 +272,9 @@ def listed_files(folder: Path) -> list[str]:
     return sorted(sizes, key=lambda name: (-sizes[name], name))
 
 
-def verify(folder: Path, names: Iterable[str] | None = None, *, contents: bool = True) -> list[str]:
+def verify(
+    folder: Path, names: Iterable[str] | None = None, *, contents: bool = True, version: str | None = None
+) -> list[str]:
     """Compare the files of a tag folder with its manifest.
 
     Without a manifest the sums inside torch's own (zip) files are checked instead; which files there should be is then
@@ -206,24 +284,28 @@ def verify(folder: Path, names: Iterable[str] | None = None, *, contents: bool =
         folder: the tag folder.
         names: the files to look at; default all.
         contents: whether to read them; False compares names and sizes only.
+        version: that it must be (`read_version`); default the one that is found.
 
     Returns:
         A line for each missing, cut or changed file, beginning with its name; empty if all is well.
 
     Raises:
         CheckpointError: the manifest itself is damaged.
+        ReplacedError: a save replaced or removed the checkpoint meanwhile.
     """
-    manifest = read_manifest(folder)
-    problems = [] if manifest is None else _listing_problems(folder, manifest)
-    names = listed_files(folder) if names is None else names
-    for name in names:
-        problem = (
-            _structural_problem(folder, name, contents)
-            if manifest is None
-            else _listed_problem(folder, name, manifest["files"].get(name), contents)
-        )
-        if problem is not None:
-            problems.append(f"{name}: {problem}")
+    manifest, found = read_version(folder)
+    problems = []
+    with of_one_version(folder, version or found):
+        if manifest is not None:
+            problems += _listing_problems(folder, manifest)
+        for name in listed_files(folder) if names is None else names:
+            problem = (
+                _structural_problem(folder, name, contents)
+                if manifest is None
+                else _listed_problem(folder, name, manifest["files"].get(name), contents)
+            )
+            if problem is not None:
+                problems.append(f"{name}: {problem}")
     return problems
 
 

@@ -12,7 +12,7 @@ import contextlib
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -24,6 +24,8 @@ from ds_blockwise.blocks.segment_table import SegmentTable, build_table, whole_p
 from ds_blockwise.blocks.spec import BlockSpec
 from ds_blockwise.checkpoint.bad_values import bad_values
 from ds_blockwise.checkpoint.folder import publish, start_partial, write_latest
+from ds_blockwise.checkpoint.folder_rules.lock import holding
+from ds_blockwise.checkpoint.folder_rules.tags import checked_tag
 from ds_blockwise.checkpoint.given_files import load_torch_file, why_not_inside, why_not_readable
 from ds_blockwise.checkpoint.manifest import CheckpointError, files_in, sums_of, write_manifest
 from ds_blockwise.checkpoint.portable_index import FORMAT, INDEX, KINDS, read_index
@@ -105,27 +107,37 @@ def per_element(values: torch.Tensor, spec: BlockSpec) -> torch.Tensor:
 # ------------------------------------------------------------------------------ writing
 
 
-def save_portable(source: Source, output: Path, shard_bytes: int = SHARD_BYTES) -> Path:
+def save_portable(
+    source: Source, output: Path, shard_bytes: int = SHARD_BYTES, *, unchanged: Callable[[], None] = lambda: None
+) -> Path:
     """Write a portable checkpoint as a complete tag folder, and let ``latest`` name it.
 
     Args:
         source: what to write; at most ``shard_bytes`` of its tensors (or one tensor) are in memory at a time.
         output: the checkpoints folder; the tag is the source's.
         shard_bytes: size of a file.
+        unchanged: called when all is written; raises if the source is no longer what it was.
 
     Returns:
         The tag folder.
 
     Raises:
-        ValueError: there is a checkpoint of that tag already.
+        ValueError: there is a checkpoint of that tag already, or it breaks the rule for tags.
+        FolderInUseError: another job saves there.
         CheckpointError, OSError: the disk is full or the folder cannot be written; what was written is removed.
     """
-    tag = source.origin["tag"]
+    tag = checked_tag(source.origin["tag"])
     if (output / tag).exists():
         raise ValueError(f"{output / tag} exists already. Remove it, or give another OUTPUT.")
+    with holding(output):
+        return _save(source, output, tag, shard_bytes, unchanged)
+
+
+def _save(source: Source, output: Path, tag: str, shard_bytes: int, unchanged: Callable[[], None]) -> Path:
     partial = start_partial(output, tag)
     try:
         _write(source, partial, shard_bytes)
+        unchanged()
         write_manifest(
             partial,
             kind="portable",

@@ -93,6 +93,12 @@ class Wrapper(Protocol):
         """Forget the gradients."""
 
 
+class EngineConfig(Protocol):
+    """What ``deepspeed.initialize`` was given as JSON, parsed."""
+
+    _param_dict: Mapping[str, Any]
+
+
 class Engine(Protocol):
     """A ``DeepSpeedEngine`` or ``PipelineEngine``.
 
@@ -131,7 +137,7 @@ class Engine(Protocol):
     save_checkpoint: Callable[..., bool]
     load_checkpoint: Callable[..., Loaded]
     _is_gradient_accumulation_boundary: bool | None
-    _config: Any
+    _config: EngineConfig
 
     def __call__(self, *inputs: object, **options: object) -> Any: ...
     def optimizer_name(self) -> str | None: ...

@@ -191,4 +191,4 @@ def test_latest_that_is_a_pipe(folder, capsys) -> None:
     (path / "latest").unlink()
     os.mkfifo(path / "latest")
     assert main(["check", str(path)]) == 2
-    assert "latest cannot be read: it is a pipe, not a file" in capsys.readouterr().err
+    assert "latest names no checkpoint: it is not a regular file" in capsys.readouterr().err

@@ -29,7 +29,11 @@ from ds_blockwise.checkpoint.manifest import (
     CheckpointError,
     NoRecordError,
     NotReadError,
+    ReplacedError,
     Topology,
+    check_version,
+    of_one_version,
+    once_more,
     tensor_files_in,
     verify,
 )
@@ -93,9 +97,11 @@ def convert_checkpoint(
 
     Raises:
         CheckpointError: files of the source are missing, damaged, or not of one of our optimizers.
+        FolderInUseError: another job saves in the output.
+        ReplacedError: a save replaced the source while it was read; what was written is removed.
         ValueError: the source is of a kind that is not converted, or the output exists.
     """
-    checkpoint = _found(source, tag)
+    checkpoint, problems = once_more(lambda: _verified(source, tag))
     kind = _kind(checkpoint)
     if kind == "portable":
         raise ValueError(f"{checkpoint.folder} is portable already: it loads at any topology as it is.")
@@ -103,13 +109,19 @@ def convert_checkpoint(
         raise ValueError(
             f"{checkpoint.folder} is a universal checkpoint of DeepSpeed. Convert the checkpoint that it was made from."
         )
-    problems = verify(checkpoint.folder)
     if problems:
         listed = "".join(f"\n  - {problem}" for problem in problems)
         raise CheckpointError(f"{checkpoint.folder} is damaged, nothing was written:{listed}")
-    files = _open_deepspeed(checkpoint.folder, trust)
-    folder = save_portable(files, output)
-    return folder, [*checkpoint.notes, *files.notes, *_copy_neighbours(checkpoint.folder.parent, output)]
+    with of_one_version(checkpoint.folder, checkpoint.version):
+        files = _open_deepspeed(checkpoint.folder, trust)
+        written = save_portable(files, output, unchanged=lambda: check_version(checkpoint.folder, checkpoint.version))
+    return written, [*checkpoint.notes, *files.notes, *_copy_neighbours(checkpoint.folder.parent, output)]
+
+
+def _verified(source: Path, tag: str | None) -> tuple[Checkpoint, list[str]]:
+    """A checkpoint and what is wrong with its files, both of one version."""
+    checkpoint = _found(source, tag)
+    return checkpoint, verify(checkpoint.folder, version=checkpoint.version)
 
 
 def _copy_neighbours(source: Path, output: Path) -> list[str]:
@@ -137,10 +149,17 @@ def describe_checkpoint(source: Path, *, tag: str | None = None, trust: bool = F
 
     Raises:
         CheckpointError: there is no such checkpoint.
+        ReplacedError: a save replaced it while it was read, twice.
         ValueError: the folder holds none.
     """
+    return once_more(lambda: _describe(source, tag, trust))
+
+
+def _describe(source: Path, tag: str | None, trust: bool) -> CheckpointDescription:
     try:
         checkpoint = _found(source, tag)
+    except ReplacedError:
+        raise
     except CheckpointError as error:
         damaged = source if tag is None else source / tag
         if not (damaged / MANIFEST).exists():
@@ -154,17 +173,19 @@ def describe_checkpoint(source: Path, *, tag: str | None = None, trust: bool = F
     described["optimizer"] = None if settings is None else settings.get("optimizer")
     described["topology"] = None if manifest is None else manifest["topology"]
     described["settings"] = settings
-    described["notes"] = [*checkpoint.notes, *(f"{path} was left by a save that did not finish" for path in left)]
+    unfinished = (f"{path} was left by a save that did not finish, or is being written" for path in left)
+    described["notes"] = [*checkpoint.notes, *unfinished]
     if manifest is None:
         described["notes"].append(f"no {MANIFEST}: only the sums inside the files themselves could be checked")
-    damaged_files = verify(checkpoint.folder)
-    described["problems"] += damaged_files
-    try:
-        _look_inside(checkpoint.folder, described, trust)
-    except CheckpointError as error:
-        if not any(_is_about(line, str(error)) for line in damaged_files):  # the same twice says no more
-            described["problems"].append(str(error))
-    total = sum(path.stat().st_size for path in checkpoint.folder.rglob("*") if path.is_file())
+    with of_one_version(checkpoint.folder, checkpoint.version):
+        damaged_files = verify(checkpoint.folder)
+        described["problems"] += damaged_files
+        try:
+            _look_inside(checkpoint.folder, described, trust)
+        except CheckpointError as error:
+            if not any(_is_about(line, str(error)) for line in damaged_files):  # the same twice says no more
+                described["problems"].append(str(error))
+        total = sum(path.stat().st_size for path in checkpoint.folder.rglob("*") if path.is_file())
     described["bytes"] |= {"other": total - sum(described["bytes"].values()), "total": total}
     return described
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,31 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from ds_blockwise.checkpoint import folder as files
 from ds_blockwise.checkpoint.folder import Checkpoint
-from ds_blockwise.checkpoint.manifest import CheckpointError, NotReadError, Topology, listed_files, verify
+from ds_blockwise.checkpoint.folder_rules.tags import agreed_tag, refuse_patterns
+from ds_blockwise.checkpoint.manifest import (
+    CheckpointError,
+    NotReadError,
+    ReplacedError,
+    Topology,
+    once_more,
+    verify,
+)
 from ds_blockwise.checkpoint.record import KEY, differences, settings_of
 from ds_blockwise.checkpoint.record_types import Settings
 from ds_blockwise.hosts.deepspeed.checkpoint.load_portable import load_portable
 from ds_blockwise.hosts.deepspeed.checkpoint.rehearse import misfits, model_file, universal_misfits
 from ds_blockwise.hosts.deepspeed.checkpoint.save import load_rank_state, save_checkpoint
-from ds_blockwise.hosts.deepspeed.checkpoint.schedule import load_schedule, set_rates
+from ds_blockwise.hosts.deepspeed.checkpoint.schedule import load_schedule, restore_groups, set_rates
 from ds_blockwise.hosts.deepspeed.checkpoint.tag_folder import ModelFile, that_run_code, universal_misfit
-from ds_blockwise.hosts.deepspeed.checkpoint.topology import leads, node_of, topology_of
-from ds_blockwise.hosts.deepspeed.engine import Engine, Loaded, LoadOptions, Schedule, trusts
+from ds_blockwise.hosts.deepspeed.checkpoint.topology import (
+    check_not_replaced,
+    find_together,
+    node_of,
+    raise_replaced,
+    topology_of,
+)
+from ds_blockwise.hosts.deepspeed.engine import Engine, Loaded, LoadOptions, trusts
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
-from ds_blockwise.optimizers.schedules import BlockwiseSchedule
 from ds_blockwise.parallel.agree import first_error, gather, is_first_rank
 
 __all__ = ["guard", "load_checkpoint", "load_rank_state", "save_checkpoint"]
@@ -38,8 +51,6 @@ logger = logging.getLogger(__name__)
 _RIGID = ("world_size", "dp", "tp", "pp", "ep", "wrapper", "dtype")  # of a topology: what DeepSpeed's files depend on
 _OF_WEIGHTS = ("tp", "pp")  # what the files of the weights alone depend on, below ZeRO-3
 _SHOWN = 16  # lines of an error
-_Groups = list[dict[str, object]]
-_Found = tuple[Checkpoint | None, list[str], str | None]  # on one storage: the checkpoint, its files, an error
 
 
 def guard(engine: Engine) -> None:
@@ -56,7 +67,7 @@ def guard(engine: Engine) -> None:
 def load_checkpoint(
     engine: Engine,
     load_dir: str | Path,
-    tag: str | None = None,
+    tag: str | int | None = None,
     load_module_strict: bool = True,
     load_optimizer_states: bool = True,
     load_lr_scheduler_states: bool = True,
@@ -84,9 +95,13 @@ def load_checkpoint(
     Raises:
         CheckpointError: on every rank, before anything is loaded: no such checkpoint, damaged files (all named), or
             files that hold Python objects, which can run code, without ``"checkpoint": {"trust": true}`` in the JSON.
-        ValueError: on every rank, before anything is loaded: it was saved by another number of ranks, another ZeRO
-            wrapper or precision, or is of another model, optimizer or schedule.
+        ReplacedError: on every rank: a save replaced the checkpoint while it was loaded, and so it did again when the
+            load was repeated.
+        ValueError: on every rank, before anything is loaded: the tag breaks the rule of `folder_rules.tags`, the ranks'
+            tags differ, or the checkpoint was saved by another number of ranks, another ZeRO wrapper or precision, or
+            is of another model, optimizer or schedule.
     """
+    agreed = agreed_tag(tag)
     if load_module_only and isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
         load_optimizer_states = False  # else DeepSpeed loads nothing at all there: the weights are in the ZeRO files
     options: LoadOptions = {
@@ -97,9 +112,20 @@ def load_checkpoint(
         "custom_load_fn": custom_load_fn,
     }
     universal = engine.load_universal_checkpoint()
-    checkpoint = _find(engine, Path(load_dir), tag, files.LATEST_UNIVERSAL if universal else files.LATEST)
-    if checkpoint is not None:
-        return _load_found(engine, checkpoint, options, universal=universal)
+    latest = files.LATEST_UNIVERSAL if universal else files.LATEST
+
+    def one_version() -> Loaded:
+        checkpoint = _find(engine, Path(load_dir), agreed, latest)
+        if checkpoint is None:
+            return _nothing(Path(load_dir), universal=universal)
+        loaded = _load_found(engine, checkpoint, options, universal=universal)
+        check_not_replaced(engine, checkpoint)
+        return loaded
+
+    return once_more(one_version)
+
+
+def _nothing(load_dir: Path, *, universal: bool) -> Loaded:
     if universal:
         raise ValueError(f"there is no universal checkpoint in {load_dir}: {files.LATEST_UNIVERSAL} names none.")
     if is_first_rank():
@@ -114,6 +140,7 @@ def _load_found(engine: Engine, checkpoint: Checkpoint, options: LoadOptions, *,
     if checkpoint.kind == "portable" and not universal:
         portable = functools.partial(load_portable, engine, checkpoint.folder, **options)
         return _load_into_groups(engine, portable, scheduled, tell=True, moments=moments)
+    refuse_patterns(checkpoint.folder.parent)
     if universal:
         _check_universal(engine, checkpoint)
     else:
@@ -174,25 +201,7 @@ def _rehearse(engine: Engine, checkpoint: Checkpoint, options: LoadOptions, *, u
 
 def _find(engine: Engine, folder: Path, tag: str | None, latest: str) -> Checkpoint | None:
     """The checkpoint that all ranks will load, with every file verified."""
-    said: _Found | None = None
-    if leads(engine):
-        try:
-            found = files.resolve_tag(folder, tag, latest=latest)
-            said = (found, [] if found is None else listed_files(found.folder), None)
-        except (CheckpointError, OSError) as error:
-            said = (None, [], str(error))
-    gathered: list[_Found | None] = gather(said)
-    by_node = {rank: answer for rank, answer in enumerate(gathered) if answer is not None}
-    errors = dict.fromkeys(error for _, _, error in by_node.values() if error is not None)
-    if errors:
-        raise CheckpointError("\n".join(errors))
-    tags = {node: None if found is None else found.tag for node, (found, _, _) in by_node.items()}
-    if len(set(tags.values())) > 1:
-        listed = ", ".join(f"rank {rank}: {name}" for rank, name in tags.items())
-        raise CheckpointError(
-            f"the nodes would load different checkpoints from {folder} ({listed}). Name one that all have by its tag."
-        )
-    checkpoint, names, _ = by_node[node_of(engine)]
+    checkpoint, names = find_together(engine, folder, tag, latest=latest)
     if checkpoint is None:
         return None
     if is_first_rank():
@@ -205,14 +214,18 @@ def _find(engine: Engine, folder: Path, tag: str | None, latest: str) -> Checkpo
 def _verify(engine: Engine, checkpoint: Checkpoint, names: list[str]) -> None:
     peers = [rank for rank, node in enumerate(gather(node_of(engine))) if node == node_of(engine)]
     mine = names[peers.index(engine.global_rank) :: len(peers)]
+    replaced: str | None = None
     try:
-        problems = verify(checkpoint.folder, mine)
+        problems = verify(checkpoint.folder, mine, version=checkpoint.version)
         if checkpoint.manifest is None:
             problems += _absent(engine, checkpoint)
         if not problems and not trusts(engine):
             problems += that_run_code(checkpoint.folder, mine)
+    except ReplacedError as error:
+        problems, replaced = [], str(error)
     except (CheckpointError, OSError) as error:
         problems = [str(error)]
+    raise_replaced(replaced)
     bad = [problem for found in gather(problems) for problem in found]
     if bad:
         listed = "\n  - ".join(dict.fromkeys(bad))
@@ -263,16 +276,16 @@ def _check_topology(engine: Engine, checkpoint: Checkpoint, options: LoadOptions
         return
     # manifests of older versions know no experts
     saved, own = {"ep": 1, **checkpoint.manifest["topology"]}, topology_of(engine)
-    whole = (optimizer and not module_only) or "Stage3" in f"{saved['wrapper']} {own['wrapper']}"
+    whole = (optimizer and not module_only) or "Stage3" in f"{saved.get('wrapper')} {own['wrapper']}"
     keys = _RIGID if whole and not (partitioned and not optimizer) else _OF_WEIGHTS
-    different = [f"{key} was {saved[key]}, is {own[key]}" for key in keys if saved[key] != own[key]]
+    different = [f"{key} was {saved.get(key)}, is {own[key]}" for key in keys if saved.get(key) != own[key]]
     if different:
         way_out = (
             f"Make a portable checkpoint of it, which loads anywhere (ds-blockwise convert {checkpoint.folder} OUTPUT)"
             f", or a universal one with DeepSpeed's ds_to_universal and load that with "
             f'"checkpoint": {{"load_universal": true}}.'
         )
-        if saved["pp"] != 1:  # `ds-blockwise convert` does not read layer files
+        if saved.get("pp", 1) != 1:  # `ds-blockwise convert` does not read layer files
             way_out = "Those of a pipeline cannot be converted: resume it with the ranks and stages that saved it."
         raise ValueError(
             f"checkpoint {checkpoint.folder} was saved by {_described(saved)}; this engine has {_described(own)} "
@@ -281,10 +294,8 @@ def _check_topology(engine: Engine, checkpoint: Checkpoint, options: LoadOptions
 
 
 def _described(topology: Topology) -> str:
-    return (
-        f"{topology['world_size']} ranks (dp {topology['dp']}, tp {topology['tp']}, pp {topology['pp']}) with ZeRO-"
-        f"{topology['zero_stage']} in {topology['dtype']}"
-    )
+    said = {key: topology.get(key, "?") for key in ("world_size", "dp", "tp", "pp", "zero_stage", "dtype")}
+    return "{world_size} ranks (dp {dp}, tp {tp}, pp {pp}) with ZeRO-{zero_stage} in {dtype}".format(**said)
 
 
 def _load_into_groups(
@@ -308,7 +319,7 @@ def _load_into_groups(
     if ours is not None and path is not None:
         settings: Settings | None = saved.get("settings") or None
         groups = [] if settings is None else settings.get("groups", [])
-        _restore_groups(ours, engine.lr_scheduler if scheduled else None, own, groups)
+        restore_groups(ours, engine.lr_scheduler if scheduled else None, own, groups)
         if scheduled and saved.get("no_schedule"):
             set_rates(engine)
         if tell and settings and is_first_rank() and (changed := differences(settings, settings_of(ours))):
@@ -366,25 +377,3 @@ def _take_own_entry(client_state: dict[str, object] | None) -> dict[str, Any]:
     for key in saved.get("added", ()):
         client_state.pop(key, None)
     return saved
-
-
-def _restore_groups(
-    optimizer: BlockwiseOptimizer, scheduler: Schedule | None, own: _Groups, saved: Sequence[Mapping[str, object]]
-) -> None:
-    """Undo what a load did to the groups; only the learning rate follows the loaded schedule.
-
-    Args:
-        optimizer: loaded.
-        scheduler: the schedule, loaded too; None if there is none or it was not loaded.
-        own: settings of the groups before.
-        saved: settings of the groups when the checkpoint was saved, empty if unknown.
-    """
-    for index, (group, settings) in enumerate(zip(optimizer.param_groups, own, strict=True)):
-        lr = group["lr"]
-        for key in set(group) - set(settings) - {"params"}:
-            del group[key]
-        group.update(settings)
-        if scheduler is not None and not isinstance(scheduler, BlockwiseSchedule):
-            group["lr"] = saved[index]["lr"] if index < len(saved) else lr
-    if isinstance(scheduler, BlockwiseSchedule):
-        scheduler.load_state_dict(scheduler.state_dict())  # sets the rate of its update in the restored groups

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from ds_blockwise.hosts.deepspeed.engine import Engine, Schedule
+from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.optimizers.schedules import BlockwiseSchedule
 from ds_blockwise.parallel.agree import first_error, is_first_rank
 
@@ -112,3 +113,28 @@ def _groups_of(engine: Engine) -> Sequence[MutableMapping[str, Any]]:
 
 def _rates(group: Mapping[str, object]) -> dict[str, object]:
     return {key: group[key] for key in ("lr", "lr_floor") if key in group}
+
+
+def restore_groups(
+    optimizer: BlockwiseOptimizer,
+    scheduler: Schedule | None,
+    own: Sequence[Mapping[str, object]],
+    saved: Sequence[Mapping[str, object]],
+) -> None:
+    """Undo what a load did to the groups; only the learning rate follows the loaded schedule.
+
+    Args:
+        optimizer: loaded.
+        scheduler: the schedule, loaded too; None if there is none or it was not loaded.
+        own: settings of the groups before.
+        saved: settings of the groups when the checkpoint was saved, empty if unknown.
+    """
+    for index, (group, settings) in enumerate(zip(optimizer.param_groups, own, strict=True)):
+        lr = group["lr"]
+        for key in set(group) - set(settings) - {"params"}:
+            del group[key]
+        group.update(settings)
+        if scheduler is not None and not isinstance(scheduler, BlockwiseSchedule):
+            group["lr"] = saved[index]["lr"] if index < len(saved) else lr
+    if isinstance(scheduler, BlockwiseSchedule):
+        scheduler.load_state_dict(scheduler.state_dict())  # sets the rate of its update in the restored groups
