@@ -73,6 +73,11 @@ def unpartitioned(path: Path, model: ModelFile) -> OptimizerFile:
     entries = model.get("optimizer")
     if entries is None:
         raise CheckpointError(f"{path} has no optimizer state. Was it saved with ZeRO, without its *_optim_states.pt?")
+    if "base_optimizer_state" in entries:
+        raise CheckpointError(
+            f"{path} was saved by BF16_Optimizer without ZeRO, and DeepSpeed cannot load its optimizer state. Load the "
+            f'weights alone (load_module_only=True), and save with "zero_optimization": {{"stage": 1}}.'
+        )
     if "fp32_groups" not in entries:
         return _checked(path, entries, [], {}, entries)
     groups = entries["fp32_groups"]
