@@ -314,11 +314,12 @@ def load_plain(optimizer: Any, path: Path) -> Any:
     saved = load_torch_file(path)
     if not isinstance(saved, dict) or not isinstance(saved.get("optimizer"), dict):
         raise ValueError("no state dict of an optimizer")
-    before = optimizer.state_dict()
+    before = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(saved["optimizer"])
     except ValueError:
-        assert repr(optimizer.state_dict()) == repr(before), "changed by a load that failed"
+        after = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+        assert not optimizer.state and after == before, "changed by a load that failed"
         raise
     return optimizer
 
