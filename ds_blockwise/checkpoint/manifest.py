@@ -13,13 +13,16 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeAlias, TypedDict, TypeGuard, TypeVar
+from typing import TypeAlias, TypedDict, TypeVar
 
 from ds_blockwise.atomic_files import replace_text, sha256_of, sync
+from ds_blockwise.checkpoint.given_files import read_json, why_not_inside, why_not_readable
 from ds_blockwise.checkpoint.record_types import Settings
+from ds_blockwise.checkpoint.typed_data import typed
 
 FORMAT = 1
 MANIFEST = "ds_blockwise.json"
+KINDS = ("deepspeed", "portable")
 _OWN_SUM = "manifest_sha256"  # of the manifest's other entries: a changed bit in it must not go unnoticed
 _REQUIRED = ("format", "kind", "tag", "global_steps", "topology", "settings", "files")
 _T = TypeVar("_T")
@@ -69,6 +72,10 @@ class ReplacedError(CheckpointError):
 
 class NoRecordError(CheckpointError):
     """The checkpoint was not saved by one of our optimizers."""
+
+
+class NotReadError(ValueError):
+    """A kind of checkpoint whose contents are not read (a pipeline's, one with experts); the text says which."""
 
 
 def read_version(folder: Path) -> tuple[Manifest | None, str]:
@@ -159,6 +166,11 @@ def sums_of(folder: Path, names: Iterable[str]) -> dict[str, FileFacts]:
     return sums
 
 
+def tensor_files_in(folder: Path) -> list[str]:
+    """Those of `files_in` that hold tensors; DeepSpeed and we look for more of them than a manifest may list."""
+    return [name for name in files_in(folder) if name.endswith((".pt", ".safetensors"))]
+
+
 def files_in(folder: Path) -> list[str]:
     """Names of all files below a tag folder but the manifest, relative to it, with forward slashes, sorted."""
     names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
@@ -211,25 +223,34 @@ def read_manifest(folder: Path) -> Manifest | None:
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        said = read_json(path)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}. {_ANOTHER}") from error
-    if not _has_all_keys(manifest):
+    if not isinstance(said, dict) or not all(key in said for key in _REQUIRED):
         raise CheckpointError(f"{path} is not a whole manifest: it must have {', '.join(_REQUIRED)}. {_ANOTHER}")
-    if manifest["format"] != FORMAT:
+    if said["format"] != FORMAT:
         raise CheckpointError(
-            f"{path} is of format {manifest['format']!r}; this version of ds_blockwise reads format {FORMAT}. Install "
+            f"{path} is of format {said['format']!r}; this version of ds_blockwise reads format {FORMAT}. Install "
             f"the version that wrote it or a later one."
         )
-    if _digest(manifest) != manifest.get(_OWN_SUM):
+    if not _has_own_sum(said):
         raise CheckpointError(f"{path} has changed since it was written (its own sum differs). {_ANOTHER}")
+    try:
+        manifest = typed(said, Manifest, MANIFEST)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not a manifest that ds_blockwise wrote: {error}. {_ANOTHER}") from error
+    if manifest["kind"] not in KINDS:
+        raise CheckpointError(f"{path} has the kind {manifest['kind']!r}, allowed are {', '.join(KINDS)}. {_ANOTHER}")
     return manifest
 
 
-def _has_all_keys(value: object) -> TypeGuard[Manifest]:
-    return isinstance(value, dict) and all(key in value for key in _REQUIRED)
+def _has_own_sum(manifest: Mapping[str, object]) -> bool:
+    try:
+        return _digest(manifest) == manifest.get(_OWN_SUM)
+    except RecursionError:  # nested more deeply than anything that we wrote
+        return False
 
 
 def _digest(manifest: Mapping[str, object]) -> str:
@@ -247,7 +268,7 @@ def listed_files(folder: Path) -> list[str]:
     if manifest is not None:
         sizes = {name: facts["bytes"] for name, facts in manifest["files"].items()}
     else:
-        sizes = {name: (folder / name).stat().st_size for name in files_in(folder) if _is_tensor_file(name)}
+        sizes = {name: (folder / name).stat().st_size for name in tensor_files_in(folder)}
     return sorted(sizes, key=lambda name: (-sizes[name], name))
 
 
@@ -275,34 +296,53 @@ def verify(
     manifest, found = read_version(folder)
     problems = []
     with of_one_version(folder, version or found):
+        if manifest is not None:
+            problems += _listing_problems(folder, manifest)
         for name in listed_files(folder) if names is None else names:
             problem = (
-                _structural_problem(folder / name, contents)
+                _structural_problem(folder, name, contents)
                 if manifest is None
-                else _listed_problem(folder / name, manifest["files"].get(name), contents)
+                else _listed_problem(folder, name, manifest["files"].get(name), contents)
             )
             if problem is not None:
                 problems.append(f"{name}: {problem}")
     return problems
 
 
-def _listed_problem(path: Path, facts: FileFacts | None, contents: bool) -> str | None:
+def _listing_problems(folder: Path, manifest: Manifest) -> list[str]:
+    """What the list of files says by itself: one without tensors is no checkpoint, and no file may be added."""
+    listed = manifest["files"]
+    if not any(name.endswith((".pt", ".safetensors")) for name in listed):
+        return [f"{MANIFEST}: lists no file with tensors, so it is not the manifest of a whole checkpoint"]
+    added = [name for name in tensor_files_in(folder) if name not in listed]
+    return [f"{name}: not listed in {MANIFEST}, it was put there later" for name in added]
+
+
+def _listed_problem(folder: Path, name: str, facts: FileFacts | None, contents: bool) -> str | None:
     if facts is None:
         return f"not listed in {MANIFEST}"
+    path = folder / name
+    problem = why_not_inside(folder, name) or why_not_readable(path)
+    if problem is not None:
+        return problem
     try:
         size = path.stat().st_size
         if size != facts["bytes"]:
             return f"{size} bytes instead of {facts['bytes']}, it was cut or overwritten"
         if contents and (found := sha256_of(path)) != facts["sha256"]:
             return f"its contents have changed (sha256 {found[:12]}..., {facts['sha256'][:12]}... was written)"
-    except FileNotFoundError:
-        return "missing"
     except OSError as error:
         return f"cannot be read: {error}"
     return None
 
 
-def _structural_problem(path: Path, contents: bool) -> str | None:
+def _structural_problem(folder: Path, name: str, contents: bool) -> str | None:
+    path = folder / name
+    problem = why_not_inside(folder, name) or why_not_readable(path)
+    if problem is not None:
+        return problem
+    if not _is_zip_file(name):
+        return None  # safetensors has no sums
     try:
         if path.stat().st_size == 0:
             return "empty"
@@ -312,15 +352,15 @@ def _structural_problem(path: Path, contents: bool) -> str | None:
                 return "cut off" if file.read(2) == b"PK" else None
         if contents:
             with zipfile.ZipFile(path) as archive:
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                    return "compressed, which torch never writes"
                 bad = archive.testzip()
             return None if bad is None else f"its part {bad} has changed (CRC-32 differs)"
-    except FileNotFoundError:
-        return "missing"
     except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, ValueError, EOFError) as error:
         # the last three: a flipped bit in a header can ask for a password, a compression or a name that cannot be had
         return f"cannot be read: {error}"
     return None
 
 
-def _is_tensor_file(name: str) -> bool:
+def _is_zip_file(name: str) -> bool:
     return name.endswith(".pt")

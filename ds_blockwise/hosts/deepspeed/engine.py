@@ -170,6 +170,7 @@ class Engine(Protocol):
     def _get_all_ckpt_names(self, checkpoints_path: str, tag: str) -> list[str]: ...
     def _get_zero_ckpt_name(self, checkpoints_path: str, tag: str) -> str | Path: ...
     def _get_buffer_names(self) -> list[str]: ...
+    def _get_zero_param_shapes(self) -> list[Mapping[str, Sequence[int]]]: ...
 
 
 class FrozenEngineOptimizer(Wrapper, Protocol):
@@ -297,3 +298,16 @@ def tensor_parallel_mpu(engine: Engine) -> object:
     model-parallel.
     """
     return None if hasattr(engine.mpu, "initialize_sequence_parallel") else engine.mpu
+
+
+def trusts(engine: Engine) -> bool:
+    """Whether the DeepSpeed JSON says ``"checkpoint": {"trust": true}``: load files that can run code.
+
+    Raises:
+        ValueError: it says something else than true or false.
+    """
+    section = engine._config._param_dict.get("checkpoint")
+    value = section.get("trust", False) if isinstance(section, Mapping) else False
+    if not isinstance(value, bool):
+        raise ValueError(f'"checkpoint": {{"trust": ...}} must be true or false, got {value!r}')
+    return value

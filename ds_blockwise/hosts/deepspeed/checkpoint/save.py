@@ -40,6 +40,7 @@ from ds_blockwise.atomic_files import own_mark
 from ds_blockwise.checkpoint import folder as files
 from ds_blockwise.checkpoint.folder_rules.lock import FolderInUseError, hold, let_go
 from ds_blockwise.checkpoint.folder_rules.tags import PARTIAL, agreed_tag, has_patterns
+from ds_blockwise.checkpoint.given_files import load_torch_file
 from ds_blockwise.checkpoint.manifest import CheckpointError, FileFacts, Topology, files_in, sums_of, write_manifest
 from ds_blockwise.checkpoint.record import KEY, settings_of
 from ds_blockwise.checkpoint.record_types import Settings
@@ -273,7 +274,7 @@ class _Save:
             buffer = io.BytesIO()
             torch.save(rank_state, buffer)
             buffer.seek(0)
-            torch.load(buffer, weights_only=True)  # what could not be read back must not be written
+            load_torch_file(buffer)  # what could not be read back must not be written
             path.write_bytes(buffer.getvalue())
             self.wrote(path)
 
@@ -351,10 +352,19 @@ def load_rank_state(path: str | Path) -> object:
 
     Args:
         path: the path that `load_checkpoint` returned (the tag folder or a file in it).
+
+    Raises:
+        CheckpointError: the file is damaged or holds more than plain containers and tensors.
     """
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     file = folder / _rank_file(dist.get_rank() if dist.is_initialized() else 0)
-    return torch.load(file, map_location="cpu", weights_only=True) if file.is_file() else None
+    if not file.exists():
+        return None
+    try:
+        rank_state: object = load_torch_file(file)
+    except ValueError as error:
+        raise CheckpointError(f"{file} {error}") from error
+    return rank_state
 
 
 def _rank_file(rank: int) -> str:
