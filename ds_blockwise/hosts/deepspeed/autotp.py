@@ -96,7 +96,7 @@ class AutoTPReader:
         if not local:
             raise ValueError(
                 f"{type(attention).__name__}: this tensor-parallel rank holds none of its {whole} rows, and the class "
-                f"keeps no config that says how many heads there are. Use at most as many tensor-parallel ranks as heads."
+                f"keeps no config that counts its heads. Use at most as many tensor-parallel ranks as heads."
             )
         return replace(
             heads,
