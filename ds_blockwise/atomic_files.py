@@ -78,6 +78,8 @@ def read_small_text(path: Path, limit: int) -> str:
         OSError: it cannot be read, is no regular file, or is larger.
         UnicodeDecodeError: it is not UTF-8.
     """
+    if path.is_dir():
+        raise OSError("it is a folder")
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # else to open a pipe waits for a writer
     with os.fdopen(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):

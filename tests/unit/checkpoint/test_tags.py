@@ -120,3 +120,7 @@ def test_latest_that_is_no_small_file(tmp_path: Path) -> None:
         make(latest)
         with pytest.raises(CheckpointError, match=r"latest names no checkpoint: it (is not a regular|has more)"):
             files.resolve_tag(tmp_path)
+    latest.unlink()
+    latest.mkdir()  # as earlier versions did for the tag "latest"
+    with pytest.raises(CheckpointError, match=r"latest names no checkpoint: it is a folder\. Write the tag"):
+        files.resolve_tag(tmp_path)

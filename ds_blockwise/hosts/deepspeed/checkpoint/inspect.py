@@ -23,6 +23,7 @@ from ds_blockwise.checkpoint.folder import (
     partial_folders,
     resolve_tag,
 )
+from ds_blockwise.checkpoint.folder_rules.lock import LOCK
 from ds_blockwise.checkpoint.given_files import why_not_inside, why_not_readable
 from ds_blockwise.checkpoint.manifest import (
     MANIFEST,
@@ -131,7 +132,7 @@ def _copy_neighbours(source: Path, output: Path) -> list[str]:
     """
     if not (source / _TRAINER_STATE).is_file():
         return []
-    ours = {LATEST, LATEST_UNIVERSAL}
+    ours = {LATEST, LATEST_UNIVERSAL, LOCK}
     names = sorted(p.name for p in source.iterdir() if p.name not in ours and why_not_readable(p) is None)
     copied = [name for name in names if not (output / name).exists() and why_not_inside(source, name) is None]
     for name in copied:
