@@ -144,3 +144,11 @@ def test_an_answer_of_a_stranger(value: bytes, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ValueError, match="node1:29500 is no answer of rank 0: something else writes") as error:
         rendezvous.join(rendezvous.RankInfo(**RANKS[1]), store, FACTS, compare, are_facts)
     assert type(error.value) is ValueError
+
+
+def test_the_answer_of_rank_0_is_read() -> None:
+    store = dist.HashStore()
+    store.set("facts/1", json.dumps(RIGHT))
+    store.add("read", 1)
+    hosts = [rendezvous.join(rendezvous.RankInfo(**rank), store, FACTS, compare, are_facts) for rank in RANKS]
+    assert hosts[0] == hosts[1] and hosts[0][0].ranks == (0, 1)
