@@ -100,3 +100,12 @@ def test_the_json_stays_as_it_is() -> None:
     before = copy.deepcopy(config)
     assert json_mistakes(config) == []
     assert config == before
+
+
+def test_our_own_key_of_checkpoints_is_known() -> None:
+    """The error of a load says to write it."""
+    assert mistakes({"checkpoint": {"trust": True}}) == []
+    (found,) = mistakes({"checkpoint": {"trust": "yes"}})
+    assert "checkpoint.trust" in str(found)
+    (found,) = mistakes({"checkpoint": {"trusted": True}})
+    assert "trust" in str(found)

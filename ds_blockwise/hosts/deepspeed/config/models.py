@@ -122,6 +122,7 @@ def known_keys() -> Mapping[str, Mapping[str, object]]:
     found["pipeline"] = dict.fromkeys(built.pipeline)
     for section in _CHECKED_BEFORE:
         found[section]["params"] = None
+    found["checkpoint"]["trust"] = False  # our own: `engine.trusts`
     top = {key: default for key, default in found[""].items() if key not in _REMOVED}
     return {**found, "": {**top, **dict.fromkeys(_ELSEWHERE)}}
 
