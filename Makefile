@@ -8,7 +8,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup train finetune compare test test-quick support test-slow test-faults test-hosts test-gpu checkpoint-matrix lint clean bench bench-kernels bench-gpu bench-communication bench-end-to-end bench-data
+.PHONY: setup train finetune compare test test-quick support test-slow test-faults test-hosts test-gpu test-asan reliability checkpoint-matrix lint clean bench bench-kernels bench-gpu bench-communication bench-end-to-end bench-data
 
 setup: $(STAMP)
 
@@ -82,6 +82,14 @@ test-hosts: setup
 
 test-gpu: setup
 	DS_ACCELERATOR=cuda $(BIN)/python -m pytest -m gpu tests $(ARGS)
+
+# The C++ kernels compiled with AddressSanitizer, on random segment tables and on replaced tensors; needs g++.
+test-asan: setup
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=2 $(BIN)/python -m tests.helpers.asan tests/unit/kernels/test_cpp.py tests/attacks/test_replaced_tensors.py $(ARGS)
+
+# The attacks of tests/attacks with five times as many inputs; writes docs/reliability.md.
+reliability: setup
+	ATTACK_TIMES=$(or $(TIMES),5) WRITE_RELIABILITY=1 $(PYTEST) tests/attacks $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -5,9 +5,87 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import secrets
+import socket
+import stat
+from dataclasses import dataclass
 from pathlib import Path
 
 _CHUNK = 1 << 22  # bytes
+_MADE_BY = re.compile(r"(?P<name>.+)\.(?P<host>\w{1,24})-(?P<pid>[0-9]{1,10})-[0-9a-f]{8}", re.ASCII | re.DOTALL)
+
+
+def this_host() -> str:
+    """Name of this machine as far as a file's name can hold it."""
+    return re.sub(r"\W", "_", socket.gethostname(), flags=re.ASCII)[:24] or "host"
+
+
+def own_mark() -> str:
+    """Text that no other process puts into the name of a temporary file: host, process id, and chance."""
+    return f"{this_host()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+@dataclass(frozen=True)
+class Marked:
+    """A name with an `own_mark`, taken apart.
+
+    Attributes:
+        name: what stands before the mark.
+        host: of the process that made the name; None if it has no mark.
+        pid: of that process.
+    """
+
+    name: str
+    host: str | None = None
+    pid: int | None = None
+
+    @property
+    def may_be_in_use(self) -> bool:
+        """False if the process that made it has surely ended, or is this one; True if that cannot be known."""
+        if self.host is None or self.pid is None:
+            return False
+        if self.host != this_host():
+            return True
+        return self.pid != os.getpid() and _is_running(self.pid)
+
+
+def marked(name: str) -> Marked:
+    """Take a name apart that may end in an `own_mark`."""
+    found = _MADE_BY.fullmatch(name)
+    return Marked(name) if found is None else Marked(found["name"], found["host"], int(found["pid"]))
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
+def read_small_text(path: Path, limit: int) -> str:
+    """The text of a file that should be small.
+
+    Args:
+        path: a regular file; a pipe or a device, which may never end, is an error.
+        limit: bytes that it may have.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        OSError: it cannot be read, is no regular file, or is larger.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # else to open a pipe waits for a writer
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError("it is not a regular file")
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(f"it has more than {limit} bytes")
+    return content.decode("utf-8")
 
 
 def sha256_of(path: Path) -> str:
@@ -41,13 +119,13 @@ def replace_file(partial: Path, final: Path) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Write a small file so that a reader sees the old text or the new one, never a part.
 
-    A process that is killed in between leaves ``<name>.<process id>.partial`` behind: two processes that write the same
-    file never write into each other's.
+    A process that is killed in between leaves ``<name>.<own mark>.partial`` behind: two processes that write the same
+    file, on two hosts too, never write into each other's.
 
     Raises:
         OSError: the disk is full or the folder cannot be written.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.{own_mark()}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
         replace_file(partial, path)

@@ -12,6 +12,7 @@ from random weights.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -36,7 +37,9 @@ from transformers import (
 
 import ds_blockwise  # noqa: F401 - makes both optimizers known to DeepSpeed
 from data.corpus import Corpus, find_corpus, is_validation
-from ds_blockwise.runs.strict_files import Problems
+from ds_blockwise.hosts.deepspeed.config.check import json_mistakes
+from ds_blockwise.runs.reading.problems import Problems
+from ds_blockwise.runs.reading.whole_files import read_json
 from job import quiet  # noqa: F401
 from job.process_groups import prepare_process
 from job.rendezvous import RankInfo
@@ -107,6 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
     prepare_process()
     if not torch.cuda.is_available():
         arguments += ["--accelerator_config", json.dumps(_join_without_gpu())]
+    check_engine_file(arguments)
     options, training = parse(arguments)
     transformers.set_seed(training.seed)
     tokenizer, shape, corpus = inputs_of(options)
@@ -145,6 +149,23 @@ def parse(arguments: list[str]) -> tuple[FineTuning, Arguments]:
     return options, training
 
 
+def check_engine_file(arguments: list[str]) -> None:
+    """Look at the JSON of ``--deepspeed`` before anything else does.
+
+    Raises:
+        ValueError: Lists every mistake in it.
+    """
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--deepspeed", type=Path)
+    file = parser.parse_known_args(arguments)[0].deepspeed
+    if file is None or file.suffix != ".json":  # HF takes JSON itself, too
+        return
+    problems = Problems()
+    for mistake in json_mistakes(read_json(file, problems), may_be_auto=True):
+        problems.add(file, *mistake)
+    problems.raise_if_any()
+
+
 def _join_without_gpu() -> dict[str, bool]:
     # Without a GPU Accelerate counts one process, whatever the launcher started, unless it is told the backend;
     # every rank would then learn from the same samples.
@@ -162,6 +183,13 @@ def inputs_of(options: FineTuning) -> tuple[PreTrainedTokenizerFast, GPTShape | 
     problems = Problems()
     here = "command line"
     corpus = find_corpus(tuple(options.source), options.text_key, here, problems)
+    for name, least in (("sequence_length", 1), ("validation_sequences", 1), ("lora_rank", 0)):
+        number = getattr(options, name)
+        if number < least:
+            problems.add(here, f"--{name}", number, f"a whole number, at least {least}", "correct it")
+    if not 0.0 < options.validation_fraction < 1.0:
+        fraction = options.validation_fraction
+        problems.add(here, "--validation_fraction", fraction, "a number between 0 and 1", "correct it")
     path = Path(options.model)
     shape = GPTShape.read(path, problems) if path.suffix in (".yaml", ".yml") else None
     tokenizer_file = Path(options.tokenizer) if options.tokenizer else path / "tokenizer.json"

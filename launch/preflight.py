@@ -22,9 +22,9 @@ from typing import Any, TypedDict
 
 import torch
 
-from ds_blockwise.runs.engine_json import compose
-from ds_blockwise.runs.run_file import RunConfig, check_run, load_run
-from ds_blockwise.runs.strict_files import Problems
+from ds_blockwise.runs.check import check_and_compose
+from ds_blockwise.runs.reading.problems import Problems
+from ds_blockwise.runs.run_file import RunConfig, load_run
 from job.options import job_options
 from job.rendezvous import Host, RankInfo, connect, exit_status, join, ranks_text
 
@@ -96,6 +96,25 @@ def compare(ranks: list[RankInfo], facts: list[Facts]) -> list[str]:
     ]
 
 
+def are_facts(found: object) -> bool:
+    """Whether something has the form of `Facts`, as JSON gives it back."""
+    if not isinstance(found, dict) or found.keys() != Facts.__annotations__.keys():
+        return False
+    compared, problems, gpu = found["compared"], found["problems"], found["gpu"]
+    return (
+        isinstance(compared, list)
+        and all(isinstance(fact, list) and len(fact) == 3 and _are_texts(fact) for fact in compared)
+        and all(fact[0] in _REMEDIES for fact in compared)
+        and isinstance(problems, list)
+        and _are_texts(problems)
+        and (gpu is None or (isinstance(gpu, list) and len(gpu) == 2 and all(type(size) is int for size in gpu)))
+    )
+
+
+def _are_texts(values: list[object]) -> bool:
+    return all(isinstance(text, str) for text in values)
+
+
 def check_together(
     options: argparse.Namespace,
     this_rank: RankInfo,
@@ -109,7 +128,7 @@ def check_together(
         TimeoutError: Ranks did not come up.
         ValueError: Lists what is wrong, with hosts and ranks.
     """
-    return join(this_rank, store, collect_facts(options, run, problems, this_rank), compare)
+    return join(this_rank, store, collect_facts(options, run, problems, this_rank), compare, are_facts)
 
 
 def load_and_check(
@@ -127,8 +146,7 @@ def load_and_check(
     run, problems = load_run(options.run, overrides=options.set, deepspeed_file=options.deepspeed_config)
     config: dict[str, Any] = {}
     if run is not None:
-        check_run(run, this_rank.world_size, problems)
-        config = compose(run, problems)
+        config = check_and_compose(run, this_rank.world_size, problems)
     hosts = check_together(options, this_rank, store, run, problems)
     assert run is not None  # else there were problems
     return run, config, hosts

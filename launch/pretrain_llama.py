@@ -20,8 +20,8 @@ import torch
 from ds_blockwise import block_report
 from ds_blockwise.optimizers.registry import OPTIMIZERS
 from ds_blockwise.runs.engine_json import optimizer_type, zero_stage
+from ds_blockwise.runs.reading.problems import Problems
 from ds_blockwise.runs.run_file import RunConfig
-from ds_blockwise.runs.strict_files import Problems
 from job import quiet, run_folder  # noqa: F401
 from job.batches import RunData, check_data
 from job.heartbeat import HeartbeatMonitor, name_lost_host

@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 
 from ds_blockwise.checkpoint.folder import resolve_tag
-from ds_blockwise.checkpoint.manifest import CheckpointError
+from ds_blockwise.checkpoint.manifest import CheckpointError, once_more
 from ds_blockwise.hosts.deepspeed.checkpoint.load import load_checkpoint
 from ds_blockwise.measure.sharpness_report import LEVELS, write_csv
+from ds_blockwise.runs.reading.problems import Problems
 from ds_blockwise.runs.run_file import check_sharpness
-from ds_blockwise.runs.strict_files import Problems
 from job import quiet  # noqa: F401
 from job.batches import check_data
 from job.options import run_options
@@ -51,9 +51,9 @@ def main(arguments: list[str] | None = None) -> None:
     named = options.checkpoint
     folder, tag = (checkpoints_of(run), None) if named is None else folder_and_tag(Path(named))
     try:
-        found = resolve_tag(folder, tag)
+        found = once_more(lambda: resolve_tag(folder, tag))
         remedy = "train first, or give --checkpoint with a folder of checkpoints, or one of them"
-    except CheckpointError as error:
+    except (CheckpointError, ValueError) as error:
         found, remedy = None, str(error)
     if found is None:
         problems.add(run.file, "--checkpoint", named or str(folder), "a complete checkpoint", remedy)

@@ -8,8 +8,6 @@ from 0 in every chunk, so the same name stands for another layer in each; nothin
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -17,16 +15,12 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.module import Float16Module
 from torch import nn
 
-from ds_blockwise.blocks.block_settings import BlockSettings
-from ds_blockwise.blocks.spec import apply_settings
-from ds_blockwise.blocks.tagged_parameter import as_tagged
-from ds_blockwise.hosts.pipeline_stages import TiedCopy, rules_matched, tied_copy
+from ds_blockwise.hosts.model_tags import tag_for
+from ds_blockwise.hosts.pipeline_stages import TiedCopy, tied_copy
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.tagging.names import canonical_fqn
-from ds_blockwise.tagging.tag import tag_with_settings
 
 _WRAPPERS = (DistributedDataParallel, Float16Module)
-_TAGGED_HERE: WeakSet[nn.Module] = WeakSet()
 _EMBEDDING = "embedding.word_embeddings.weight"
 
 
@@ -56,7 +50,7 @@ def names_in(models: Sequence[nn.Module]) -> Iterator[str]:
 
 
 def tag(models: Sequence[nn.Module], optimizer: BlockwiseOptimizer) -> None:
-    """Set ``block_spec`` and ``block_shard`` on every trainable parameter, or take the tags that it has.
+    """Set ``block_spec`` and ``block_shard`` on every trainable parameter, or take the tags that the user gave it.
 
     The last stage's copy of a tied embedding is tagged as an embedding: both copies must be stepped alike.
 
@@ -67,25 +61,10 @@ def tag(models: Sequence[nn.Module], optimizer: BlockwiseOptimizer) -> None:
     Raises:
         ValueError: see `ds_blockwise.tag_parameters`; a model that is tagged in part.
     """
-    params = [p for model in models for p in model.parameters() if p.requires_grad]
-    # tags that an earlier call made are not a user's wish and give way to the present settings
-    tagged = [] if all(m in _TAGGED_HERE for m in models) else [p for p in params if hasattr(p, "block_spec")]
-    if tagged and len(tagged) < len(params):
-        name = next(n for m in models for n, p in m.named_parameters() if p.requires_grad and p not in set(tagged))
-        raise ValueError(
-            f"parameter {name!r} is not tagged although others are. Call tag_parameters for every chunk after the "
-            f"last change to the model, or not at all (convert_ does it)."
-        )
-    if not tagged:
-        for model in models:
-            _tag_model(model, optimizer.block_settings)
-            _TAGGED_HERE.add(model)
-    for param in params:
-        tags = as_tagged(param)
-        if not tagged:
-            # a rule of another stage would be called unused in this one, so it was left out; it is part of the settings
-            tags.block_spec = apply_settings(tags.block_spec.structure, optimizer.block_settings)
-        tags.block_spec = optimizer.spec_of(tags.block_spec)
+    # a rule may match another stage only; `pipeline_stages.check_rules` looks at all
+    tag_for(
+        optimizer, [(model, _tied(model)) for model in models], is_stage=True, what_tags="convert_", place="megatron"
+    )
 
 
 def tied_copies(
@@ -106,13 +85,8 @@ def tied_copies(
     ]
 
 
-def _tag_model(model: nn.Module, block_settings: BlockSettings) -> None:
-    here = rules_matched(names_in([model]), block_settings)
-    used = tuple(rule for rule, matches in zip(block_settings.rules, here, strict=True) if matches)
-    tied: dict[torch.Tensor, str] = {
-        param: _EMBEDDING for name, param in model.named_parameters() if _is_tied_copy(name, param)
-    }
-    tag_with_settings(model, replace(block_settings, rules=used), tied, by_host=True)
+def _tied(model: nn.Module) -> dict[torch.Tensor, str]:
+    return {param: _EMBEDDING for name, param in model.named_parameters() if _is_tied_copy(name, param)}
 
 
 def _is_tied_copy(name: str, param: nn.Parameter) -> bool:

@@ -16,7 +16,7 @@ from megatron.core.transformer import TransformerConfig
 from torch.nn.functional import gelu, silu
 
 from ds_blockwise.runs.model_shape import GPT2, LLAMA, GPTShape
-from ds_blockwise.runs.strict_files import Problems
+from ds_blockwise.runs.reading.problems import Problems
 from megatron_patch.without_cuda import cpu_shims
 
 # Megatron-core's names for what a run file's `activation_checkpointing` asks for

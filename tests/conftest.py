@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.helpers import reliability
 from tests.helpers.support import OUTCOMES, PAGE, write
 from tests.helpers.support_rows import ROWS
 
@@ -24,6 +25,12 @@ if os.environ["DS_ACCELERATOR"] == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton kernels run on CPU tensors; read when triton is imported
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Counts of earlier attacks do not belong to this run."""
+    if os.environ.get("WRITE_RELIABILITY") and not hasattr(session.config, "workerinput"):
+        reliability.clear()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """First, so that ``-m`` sees the marker."""
@@ -39,9 +46,13 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """``make support``: the page about what works is written from this very run."""
-    if not os.environ.get("WRITE_SUPPORT") or hasattr(session.config, "workerinput"):
+    """``make support`` and ``make reliability``: pages are written from this very run."""
+    if hasattr(session.config, "workerinput"):
         return  # the workers of pytest-xdist see a part of the outcomes each
+    if os.environ.get("WRITE_RELIABILITY") and session.exitstatus == pytest.ExitCode.OK:
+        reliability.write()
+    if not os.environ.get("WRITE_SUPPORT"):
+        return
     problems = write(ROWS)
     print("\n" + "\n".join(problems or [f"{PAGE} is written"]))
     if problems:

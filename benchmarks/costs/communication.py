@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What BlockwiseAdamMini sends in one step for LLaMA 2B, counted from the real tables on no more than one machine.
 
-python -m benchmarks.costs.communication     # dp 1 to 1024 x tp 1 to 8 x ZeRO 0, 1/2 and 3; fails if a limit is broken
+python -m benchmarks.costs.communication     # dp 1 to 1024 x tp 1 to 4 x ZeRO 0, 1/2 and 3; fails if a limit is broken
 
 Model, placements and tables are those of a real run: Megatron-core builds the tensor-parallel rank's model on the meta
 device, the DeepSpeed host cuts it, and the optimizer's own reduction is called with a counter in the place of
@@ -36,17 +36,7 @@ from ds_blockwise.parallel.reduce import ReductionGroups, reduce_block_sums_
 from ds_blockwise.runs.model_shape import GPTShape
 from megatron_patch import build_gpt, cpu_shims
 
-# 2.07B parameters; the paper gives no sizes for its 2B model. Heads and FFN divide by 8.
-LLAMA_2B = GPTShape(
-    num_layers=24,
-    hidden_size=2560,
-    ffn_hidden_size=6912,
-    num_heads=32,
-    num_kv_heads=32,
-    head_dim=80,
-    vocab_size=32000,
-    sequence_length=2048,
-)
+LLAMA_2B = ROOT / "configs/model/llama_2b.yaml"  # its 20 heads divide by 1, 2 and 4
 LIMIT = 1e-3  # of the gradient's bytes
 STAGES = ("0", "1/2", "3")
 COLUMNS = (
@@ -90,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
         Exit status: 1 if a rank sends more than the limit, or more than one message per group.
     """
     options = _options(arguments)
-    shape = LLAMA_2B if options.model is None else GPTShape.load(options.model)
+    shape = GPTShape.load(options.model)
     facts = provenance()
     rows = []
     for tp in options.tp:
@@ -293,9 +283,9 @@ def markdown(rows: list[dict[str, str]]) -> str:
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, help="a model file such as configs/model/tiny.yaml; default: 2B")
+    parser.add_argument("--model", type=Path, default=LLAMA_2B, help="a model file such as configs/model/tiny.yaml")
     parser.add_argument("--dp", nargs="+", type=int, default=[1 << k for k in range(11)], metavar="N")
-    parser.add_argument("--tp", nargs="+", type=int, default=[1, 2, 4, 8], metavar="N")
+    parser.add_argument("--tp", nargs="+", type=int, default=[1, 2, 4], metavar="N")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/bench", help="folder of the CSV")
     parser.add_argument("--readme", action="store_true", help="also write the table into README.md")
     return parser.parse_args(arguments)

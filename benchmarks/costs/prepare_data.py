@@ -24,8 +24,8 @@ from pathlib import Path
 from benchmarks.provenance import PROVENANCE, ROOT, provenance, write_between, write_csv
 from data.corpus import Corpus, find_corpus
 from data.token_files import prepare
+from ds_blockwise.runs.reading.problems import Problems
 from ds_blockwise.runs.run_file import DataConfig
-from ds_blockwise.runs.strict_files import Problems
 from job import quiet  # noqa: F401
 
 MB = 10**6

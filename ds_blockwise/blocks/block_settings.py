@@ -24,6 +24,7 @@ from ds_blockwise.blocks.defaults import (
     Granularity,
 )
 from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, BLOCK_TYPES, QKV_LAYOUTS, STORAGES, QKVLayout, Role, Storage
+from ds_blockwise.blocks.rule_needed import RuleNeeded
 from ds_blockwise.values import as_count, as_mapping, as_multiplier, check_keys, if_given, suggest, unknown
 
 _Setting = TypeVar("_Setting")
@@ -40,6 +41,7 @@ _RULE_KEYS = (
     "weight_decay_multiplier",
     "granularity",
 )
+_OPTIONAL = "optional"
 
 
 def _checked(name: str, value: object, *extra: str) -> Mapping[str, object]:
@@ -69,6 +71,7 @@ class Rule:
         weight_decay_multiplier: factor on the weight decay.
         granularity: size of a block.
         storage: how the matrix is stored.
+        optional: the rule may match nothing, because engines of several models share the settings.
     """
 
     match: str
@@ -80,6 +83,7 @@ class Rule:
     weight_decay_multiplier: float | None = None
     granularity: Granularity | None = None
     storage: Storage | None = None
+    optional: bool = False
 
     def matches(self, fqn: str) -> bool:
         """True if the rule's regular expression is found anywhere in ``fqn``."""
@@ -89,7 +93,7 @@ class Rule:
 def _parse_rule(index: int, value: object) -> Rule:
     name = f"rules[{index}]"
     raw = as_mapping(name, value)
-    check_keys(name, raw, _RULE_KEYS)
+    check_keys(name, raw, (*_RULE_KEYS, _OPTIONAL))
     match = raw.get("match")
     if not isinstance(match, str) or not match:
         raise ValueError(f'{name} needs "match": a regular expression on parameter names, got {match!r}')
@@ -110,6 +114,9 @@ def _parse_rule(index: int, value: object) -> Rule:
     storage = raw.get("storage")
     if storage is not None and storage not in STORAGES:
         raise ValueError(f"{name}.storage must be one of {', '.join(STORAGES)}, got {storage!r}")
+    optional = raw.get(_OPTIONAL, False)
+    if not isinstance(optional, bool):
+        raise TypeError(f"{name}.optional must be true or false, got {optional!r}")
     rule = Rule(
         match=match,
         role=None if role is None else Role(role),
@@ -122,8 +129,9 @@ def _parse_rule(index: int, value: object) -> Rule:
         ),
         granularity=if_given(_granularity, f"{name}.granularity", raw.get("granularity")),
         storage=storage,
+        optional=optional,
     )
-    if rule == Rule(match):
+    if rule == Rule(match, optional=optional):
         raise ValueError(f"{name} ({match!r}) sets nothing. Give at least one of {', '.join(_RULE_KEYS[1:])}")
     return rule
 
@@ -212,36 +220,57 @@ class BlockSettings:
         checked = _parse_multipliers("lr_multipliers", multipliers)
         return replace(self, lr_multipliers={**self.lr_multipliers, **checked})
 
-    def is_measured(self, role: Role, fqn: str = "") -> bool:
-        """Whether the multiplier of a role is measured: ``"auto"`` is set, and no key and no rule fixes it."""
+    def is_measured(self, role: Role, *names: str) -> bool:
+        """Whether the multiplier of a role is measured: ``"auto"`` is set, and no key and no rule fixes it.
+
+        Args:
+            role: the role.
+            names: of the parameter, all of them.
+        """
         if self.auto is None or BLOCK_TYPE_OF[role] == "other":
             return False
-        rule = self.rule_for(fqn)
+        rule = self.rule_for(*names)
         pinned = role.value in self.lr_multipliers or BLOCK_TYPE_OF[role] in self.lr_multipliers
         return not pinned and (rule is None or rule.lr_multiplier is None)
 
-    def rule_for(self, fqn: str) -> Rule | None:
-        """The user's rule for a parameter; None if no rule matches its name.
+    def rule_for(self, *names: str) -> Rule | None:
+        """The user's rule for a parameter; None if no rule matches any of its names.
+
+        Args:
+            names: all names of the parameter; a tied weight has several.
 
         Raises:
-            ValueError: several rules match it.
+            RuleNeeded: several rules match it, by one name or by different ones.
         """
-        found = [rule for rule in self.rules if rule.matches(fqn)]
+        found = [rule for rule in self.rules if any(rule.matches(name) for name in names)]
         if len(found) > 1:
             patterns = " and ".join(repr(rule.match) for rule in found)
-            raise ValueError(
-                f'parameter {fqn!r} is matched by {len(found)} rules: {patterns}. Change their "match" so that only '
-                f"one rule matches it."
+            also = "" if len(names) == 1 else f" (one weight, also called {', '.join(map(repr, names[1:]))})"
+            raise RuleNeeded(
+                f'{{parameter}}{also} is matched by {len(found)} rules: {patterns}. Change their "match" so that only '
+                f"one rule matches it.",
+                names[0],
             )
         return found[0] if found else None
 
-    def resolve(self, fqn: str, role: Role, is_bias: bool) -> Resolved:
+    def unmatched_rules(self, names: Iterable[str]) -> list[Rule]:
+        """The rules that match none of a model's names, although they are not optional."""
+        known = list(names)
+        return [rule for rule in self.rules if not rule.optional and not any(map(rule.matches, known))]
+
+    def resolve(self, fqn: str, role: Role, is_bias: bool, other_names: tuple[str, ...] = ()) -> Resolved:
         """Settings of ``role`` in parameter ``fqn``: user rule, then role key, then block-type key, then default.
 
+        Args:
+            fqn: the parameter's name.
+            role: the role.
+            is_bias: bias of a linear.
+            other_names: further names of the parameter, which rules may match as well.
+
         Raises:
-            ValueError: several rules match ``fqn``, or the granularity is not allowed for the role.
+            RuleNeeded: several rules match the parameter, or the granularity is not allowed for the role.
         """
-        rule = self.rule_for(fqn) or Rule(match="")
+        rule = self.rule_for(fqn, *other_names) or Rule(match="")
         block_type = BLOCK_TYPE_OF[role]
 
         def pick(own: _Setting | None, chosen: Mapping[str, _Setting], default: _Setting) -> _Setting:
@@ -255,9 +284,10 @@ class BlockSettings:
             granularity = pick(rule.granularity, self.granularity, DEFAULT_GRANULARITY[role])
         if granularity == "head" and (role not in HEAD_ROLES or is_bias):
             what = "a bias" if is_bias else f"role {role.value!r}"
-            raise ValueError(
-                f'parameter {fqn!r}: granularity "head" is for query, key and value weights, not for {what}. '
-                f'Use "row", "tensor" or "element".'
+            raise RuleNeeded(
+                f'{{parameter}}: granularity "head" is for query, key and value weights, not for {what}. '
+                f'Use "row", "tensor" or "element".',
+                fqn,
             )
         unset = DEFAULT_LR_MULTIPLIERS[block_type] if self.auto is None else 1.0  # nothing is measured yet
         return Resolved(

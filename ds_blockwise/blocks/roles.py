@@ -26,6 +26,21 @@ class Role(str, Enum):
     OTHER = "other"
 
 
+ROLE_MEANING: dict[Role, str] = {
+    Role.EMBEDDING: "a table with a row for each token or position; also an output layer that shares its weight",
+    Role.OUTPUT: "the output layer over the vocabulary, with a weight of its own",
+    Role.QUERY: "projects to attention's queries (needs the number of heads)",
+    Role.KEY: "projects to attention's keys (needs the number of heads)",
+    Role.VALUE: "projects to attention's values",
+    Role.ATTN_OUT: "attention's output projection",
+    Role.FFN: "a matrix of a feed-forward layer or of an expert",
+    Role.ROUTER: "chooses experts",
+    Role.NORM: "scale or offset of a norm",
+    Role.OTHER: "anything else: the smallest multiplier, that of norms, in blocks of rows",
+}
+"""One line on each role, for a user who has to choose one."""
+
+
 BlockType = Literal["emb", "head", "qk", "ffn", "vo", "norm", "other"]
 BLOCK_TYPES: tuple[BlockType, ...] = ("emb", "head", "qk", "ffn", "vo", "norm", "other")
 
@@ -89,3 +104,7 @@ A 3-D tensor is one such matrix per expert. ``grouped_in_out``: experts' [inputs
 in a parameter that is registered with two dimensions (Megatron-core's legacy GroupedMLP).
 """
 STORAGES: tuple[Storage, ...] = ("out_in", "in_out")  # those that a rule may give
+STORAGE_MEANING: dict[str, str] = {
+    "out_in": "[outputs, inputs], of several experts [experts, outputs, inputs]",
+    "in_out": "[inputs, outputs], of several experts [experts, inputs, outputs]",
+}

@@ -188,6 +188,17 @@ class SegmentTable:
             run.of(flat).copy_(run.blocks_of(values).expand(run.shape))
         return flat
 
+    def part(self, index: int) -> SegmentTable:
+        """The table of one parameter's elements alone, as a tensor of their number; slots stay those of this table.
+
+        Args:
+            index: of the parameter in `placements`.
+        """
+        placement = self.placements[index]
+        start, end = placement.flat_start, placement.flat_start + placement.numel
+        runs = tuple(replace(run, start=run.start - start) for run in self.runs if start <= run.start < end)
+        return replace(self, numel=placement.numel, placements=(placement,), runs=runs, multiplier_runs=())
+
 
 class _SlotBuilder:
     """Collects the runs, slots and sums over ranks, parameter by parameter."""

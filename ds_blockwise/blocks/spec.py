@@ -14,6 +14,7 @@ from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.defaults import Granularity
 from ds_blockwise.blocks.ranges import AxisSpan, Batch
 from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, BlockType, Role
+from ds_blockwise.blocks.rule_needed import CHOOSE, RuleNeeded
 from ds_blockwise.blocks.structure import RoleSpan, TensorStructure
 
 STATE_BYTES_PER_VALUE = 4  # exp_avg and exp_avg_sq are fp32 unless momentum_dtype says otherwise
@@ -113,7 +114,7 @@ def apply_settings(structure: TensorStructure, block_settings: BlockSettings) ->
     whole_of_role: dict[Role, int] = {}
     num_blocks = 0
     for span in structure.spans:
-        settings = block_settings.resolve(structure.fqn, span.role, structure.is_bias)
+        settings = block_settings.resolve(structure.fqn, span.role, structure.is_bias, structure.other_names)
         size = span.end - span.start
         # where rows belong to no head (MLA's latent), granularity "head" means one block per row
         granularity = "row" if settings.granularity == "head" and span.head_rows == 1 else settings.granularity
@@ -149,9 +150,11 @@ def _rows_per_block(structure: TensorStructure, span: RoleSpan, granularity: Gra
     if granularity == "tensor":
         return span.end - span.start
     if span.head_rows is None:
-        raise ValueError(
-            f'parameter {structure.fqn!r} of shape {structure.shape} (role {span.role.value}) has granularity "head", '
-            f'but the number of its heads is not known. Give it: "rules": [{{"match": "{structure.fqn}", "role": '
-            f'"{span.role.value}", "num_heads": N}}]'
+        raise RuleNeeded(
+            f'{{parameter}} (role {span.role.value}) has granularity "head", but the number of its heads is not known. '
+            f"Give it.",
+            structure.fqn,
+            structure.shape,
+            {"role": span.role.value, "num_heads": CHOOSE},
         )
     return span.head_rows

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from ds_blockwise.blocks.roles import QKV_LAYOUT_MEANING, QKVLayout, Role
+from ds_blockwise.blocks.rule_needed import CHOOSE, RuleNeeded
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,8 @@ class TensorStructure:
         matrices: if the tensor holds several matrices, each with blocks of its own (experts): their number, rows and
             columns in the order in which the elements are stored, which the registered shape may not show. ``axis``
             then is a dimension of these three.
+        other_names: further names that the user's rules may match: those of a tied weight, those of the module tree
+            behind a host's own.
     """
 
     fqn: str
@@ -70,6 +73,7 @@ class TensorStructure:
     spans: tuple[RoleSpan, ...]
     is_bias: bool
     matrices: tuple[int, int, int] | None = None
+    other_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         at = 0
@@ -78,6 +82,11 @@ class TensorStructure:
             assert span.start == at and span.end > span.start, (self.fqn, self.spans)
             at = span.end
         assert at == self.axis_size, (self.fqn, self.shape, self.spans)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names, ``fqn`` first."""
+        return (self.fqn, *self.other_names)
 
     @property
     def axis_size(self) -> int:
@@ -128,22 +137,19 @@ def whole_tensor(
         matrices: see `TensorStructure`; ``axis`` counts in them.
 
     Raises:
-        ValueError: the rows do not divide into the heads, or a norm has more than one dimension.
+        RuleNeeded: the rows do not divide into the heads.
     """
     size = (matrices or shape)[axis] if shape else 1
-    if role is Role.NORM and len(shape) > 1:
-        raise ValueError(
-            f"parameter {fqn!r} has role norm but shape {shape}; a norm weight is a vector. Give its role by a rule: "
-            f'"rules": [{{"match": "{fqn}", "role": "..."}}]'
-        )
     head_rows = 1 if headless else None
     if num_heads is not None:
         if size % num_heads or (head_dim is not None and size != num_heads * head_dim):
             said = f" of {head_dim} rows" if head_dim is not None else ""
-            raise ValueError(
-                f"parameter {fqn!r} of shape {shape} has {size} rows, which do not divide into {num_heads} "
-                f"{role.value} heads{said} ({source}). Correct the head counts, or give them: "
-                f'"rules": [{{"match": "{fqn}", "role": "{role.value}", "num_heads": N}}]'
+            raise RuleNeeded(
+                f"{{parameter}} has {size} rows, which do not divide into {num_heads} {role.value} heads{said} "
+                f"({source}). Correct the head counts, or give them.",
+                fqn,
+                shape,
+                {"role": role.value, "num_heads": CHOOSE},
             )
         head_rows = size // num_heads
     return TensorStructure(fqn, shape, axis, (RoleSpan(0, size, role, head_rows),), is_bias, matrices)
@@ -169,7 +175,7 @@ def fused_qkv(
         axis: block axis.
 
     Raises:
-        ValueError: the rows do not divide into the heads, or the query heads into the query groups.
+        RuleNeeded: the rows do not divide into the heads, or the query heads into the query groups.
     """
     size = shape[axis]
     if layout == "latent_rope":
@@ -191,10 +197,12 @@ _Unit = tuple[tuple[Role, int, int | None], ...]
 """The rows that a fused weight repeats, as runs: role, rows, rows per head."""
 
 
-def _give_heads(fqn: str, layout: QKVLayout) -> str:
-    return (
-        f'Correct the head counts, or give them: "rules": [{{"match": "{fqn}", "role": "qkv", "layout": "{layout}", '
-        f'"num_heads": N, "num_kv_heads": N}}]'
+def _wrong_heads(fqn: str, shape: tuple[int, ...], layout: QKVLayout, problem: str) -> RuleNeeded:
+    return RuleNeeded(
+        f"{{parameter}} {problem}. Correct the head counts, or give them.",
+        fqn,
+        shape,
+        {"role": "qkv", "layout": layout, "num_heads": CHOOSE, "num_kv_heads": CHOOSE},
     )
 
 
@@ -207,16 +215,14 @@ def _query_key_value(
     head_dim = heads.head_dim if heads.head_dim is not None else size // units
     if head_dim * units != size or head_dim == 0:
         gated = f", {gates} gates" if gates else ""
-        raise ValueError(
-            f"parameter {fqn!r} of shape {shape} has {size} rows, but {num_heads} query heads{gated} and "
-            f"{num_kv_heads} key and value heads of {head_dim} rows make {head_dim * units} ({heads.source}). "
-            f"{_give_heads(fqn, layout)}"
+        problem = (
+            f"has {size} rows, but {num_heads} query heads{gated} and {num_kv_heads} key and value heads of "
+            f"{head_dim} rows make {head_dim * units} ({heads.source})"
         )
+        raise _wrong_heads(fqn, shape, layout, problem)
     if num_heads % num_kv_heads:
-        raise ValueError(
-            f"parameter {fqn!r} of shape {shape}: {num_heads} query heads do not divide into {num_kv_heads} query "
-            f"groups ({heads.source}). {_give_heads(fqn, layout)}"
-        )
+        problem = f"is wrong: {num_heads} query heads do not divide into {num_kv_heads} query groups ({heads.source})"
+        raise _wrong_heads(fqn, shape, layout, problem)
     groups = 1 if layout == "concat" else num_kv_heads
     query = (Role.QUERY, num_heads // groups * head_dim, head_dim)
     # a gate scales the attention's output, so it has the role of the output projection: one block per row
@@ -234,11 +240,11 @@ def _pairs(fqn: str, shape: tuple[int, ...], layout: QKVLayout, size: int, heads
     if first is None or second is None:
         first = second = size // (2 * count)
     if (first + second) * count != size or first == 0:
-        raise ValueError(
-            f"parameter {fqn!r} of shape {shape} has {size} rows, but {count} heads of {first} + {second} rows "
-            f'(layout "{layout}": {QKV_LAYOUT_MEANING[layout]}) make {(first + second) * count} ({heads.source}). '
-            f"{_give_heads(fqn, layout)}"
+        problem = (
+            f'has {size} rows, but {count} heads of {first} + {second} rows (layout "{layout}": '
+            f"{QKV_LAYOUT_MEANING[layout]}) make {(first + second) * count} ({heads.source})"
         )
+        raise _wrong_heads(fqn, shape, layout, problem)
     if layout == "query_gate":
         return ((Role.QUERY, first, first), (Role.ATTN_OUT, second, None)), count
     if layout == "key_value":
@@ -248,10 +254,12 @@ def _pairs(fqn: str, shape: tuple[int, ...], layout: QKVLayout, size: int, heads
 
 def _latent_rope(fqn: str, shape: tuple[int, ...], size: int, heads: HeadGeometry) -> _Unit:
     if heads.rope_dim is None or not 0 < heads.rope_dim < size:
-        raise ValueError(
-            f"parameter {fqn!r} of shape {shape} ends with the rows of a rotary key. Their number must be 1 to "
-            f"{size - 1}, but qk_rope_head_dim is {heads.rope_dim} ({heads.source}). Give the whole weight one role: "
-            f'"rules": [{{"match": "{fqn}", "role": "value"}}]'
+        raise RuleNeeded(
+            f"{{parameter}} ends with the rows of a rotary key. Their number must be 1 to {size - 1}, but "
+            f"qk_rope_head_dim is {heads.rope_dim} ({heads.source}). Give the whole weight one role.",
+            fqn,
+            shape,
+            {"role": Role.VALUE.value},
         )
     # Keys and values are both computed from the latent; it gets the smaller of their multipliers, that of values.
     # Its rows and the rotary key's belong to no single head.

@@ -3,6 +3,10 @@
 
 Tags are attributes because a tensor is all that ``torch.optim`` hands to an optimizer. PyTorch does not copy them:
 whoever replaces a parameter by another tensor sets them again.
+
+Tags belong to whoever made them. Those of a host (an engine, ``convert_``) hold the names and the settings of that
+host's optimizer and show what it does. Every later host makes them anew, and no other optimizer reads them. Those of
+the user's ``tag_parameters`` stay: a host writes its own over them, and they are kept beside these for the next host.
 """
 
 from __future__ import annotations
@@ -14,7 +18,11 @@ import torch
 from ds_blockwise.blocks.ranges import TensorShard
 from ds_blockwise.blocks.spec import BlockSpec
 
-_BY_HOST = "block_tags_by_host"
+_BY_HOST = "block_spec_by_host"
+_OF_USER = "block_tags_of_user"
+
+Tags = tuple[BlockSpec, TensorShard | None]
+"""The blocks of a parameter and what this tensor-parallel rank holds of it (None: it is whole)."""
 
 
 class TaggedParameter(Protocol):
@@ -30,12 +38,12 @@ class TaggedParameter(Protocol):
 
 
 def is_tagged(tensor: object) -> TypeGuard[TaggedParameter]:
-    """Whether a tensor has tags."""
+    """Whether a tensor has tags, whoever made them."""
     return isinstance(getattr(tensor, "block_spec", None), BlockSpec)
 
 
 def tags_of(tensor: torch.Tensor) -> TaggedParameter | None:
-    """The tensor as a tagged one; None if it has no tags."""
+    """The tensor as a tagged one, whoever tagged it last; None if it has no tags."""
     return tensor if is_tagged(tensor) else None
 
 
@@ -52,18 +60,32 @@ def as_tagged(tensor: object) -> TaggedParameter:
 
 
 def set_tags(tensor: torch.Tensor, spec: BlockSpec, shard: TensorShard | None, *, by_host: bool = False) -> None:
-    """Set both tags of a tensor, whatever it carried before.
+    """Set both tags of a tensor.
 
     Args:
         tensor: a parameter, or a view or copy that is stepped in its place.
         spec: the blocks of the unsharded parameter.
         shard: what this tensor-parallel rank holds of it; None if it is whole.
-        by_host: a host sets them, with the settings of an optimizer.
+        by_host: a host sets them, with the names and settings of its optimizer. The user's, if there are any, stay
+            what `user_tags_of` returns; else the new ones are the user's.
     """
-    for name, tag in (("block_spec", spec), ("block_shard", shard), (_BY_HOST, by_host)):
-        setattr(tensor, name, tag)
+    of_user = user_tags_of(tensor) if by_host else None
+    values = {"block_spec": spec, "block_shard": shard, _BY_HOST: spec if by_host else None, _OF_USER: of_user}
+    for name, value in values.items():
+        setattr(tensor, name, value)
 
 
-def is_tagged_by_host(tensor: torch.Tensor) -> bool:
-    """Whether a host set the tags: their settings are those of the optimizer that the host had then."""
-    return bool(getattr(tensor, _BY_HOST, False))
+def user_tags_of(tensor: torch.Tensor) -> Tags | None:
+    """The tags that the user gave a tensor, by ``tag_parameters`` or as attributes; None if only a host tagged it."""
+    if not is_tagged(tensor):
+        return None
+    if not is_tagged_by_host(tensor):
+        return tensor.block_spec, shard_of(tensor)
+    of_user: Tags | None = getattr(tensor, _OF_USER, None)
+    return of_user
+
+
+def is_tagged_by_host(tensor: object) -> bool:
+    """Whether the tags that a tensor shows are a host's: they hold for the optimizer that the host had then."""
+    # the object itself: who sets the attribute by hand afterwards sets a tag of the user's
+    return is_tagged(tensor) and getattr(tensor, _BY_HOST, None) is tensor.block_spec

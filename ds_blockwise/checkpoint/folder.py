@@ -2,23 +2,43 @@
 """Checkpoints as folders: which ones are complete, which one is the newest, and how a new one is published.
 
 A checkpoints folder holds one folder per tag and ``latest``, a file with the tag to resume from. A checkpoint is
-written into ``<tag>.partial``; one rename makes it ``<tag>``, so a folder without that suffix is complete. This
-file knows neither tensors nor processes.
+written into ``<tag>.<mark>.partial``, with a mark that no other process has (`atomic_files.own_mark`); one rename makes
+it ``<tag>``, so a folder without that suffix is complete. This file knows neither tensors nor processes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import glob
+import logging
+import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ds_blockwise.atomic_files import replace_text, sync
-from ds_blockwise.checkpoint.manifest import CheckpointError, Manifest, files_in, read_manifest, verify
+from ds_blockwise.atomic_files import marked, own_mark, read_small_text, replace_text, sync
+from ds_blockwise.checkpoint.folder_rules.lock import LOCK, is_exclusive
+from ds_blockwise.checkpoint.folder_rules.tags import LATEST, LATEST_UNIVERSAL, PARTIAL, REPLACED, checked_tag
+from ds_blockwise.checkpoint.manifest import (
+    MANIFEST,
+    CheckpointError,
+    Manifest,
+    ReplacedError,
+    files_in,
+    once_more,
+    read_manifest,
+    read_version,
+    verify,
+)
 
-LATEST = "latest"
-LATEST_UNIVERSAL = "latest_universal"
-PARTIAL = ".partial"  # suffix of a checkpoint that is being written
-REPLACED = ".replaced"  # suffix of an older one with the same tag, while the new one takes its place
+__all__ = ["LATEST", "LATEST_UNIVERSAL", "PARTIAL", "REPLACED"]  # they are read as this file's own
+
+logger = logging.getLogger(__name__)
+
+_LATEST_BYTES = 4096  # that the file may have; a tag has at most 190
+_LOOKS = 5  # for a checkpoint that a save moves aside and replaces at the same moment
+_RENAMES = 100  # attempts to publish where another job publishes the same tag
 
 
 @dataclass(frozen=True)
@@ -28,16 +48,18 @@ class Checkpoint:
     Attributes:
         folder: the tag folder.
         manifest: what its manifest says; None if another program wrote the checkpoint.
+        version: what tells it from the next one of its tag (`manifest.read_version`).
         notes: what the user should know about how it was found, a sentence each.
     """
 
     folder: Path
     manifest: Manifest | None
+    version: str
     notes: tuple[str, ...] = ()
 
     @property
     def tag(self) -> str:
-        """Name of the tag folder as it is on disk (with ``.replaced`` if that is what was found)."""
+        """Name of the tag folder as it is on disk (it ends in ``.replaced`` if that is what was found)."""
         return self.folder.name
 
     @property
@@ -62,7 +84,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     if not folder.is_dir():
         raise CheckpointError(f"there is no checkpoint {folder}. {_complete_ones(folder.parent)}")
-    return Checkpoint(folder, read_manifest(folder))
+    return Checkpoint(folder, *once_more(lambda: read_version(folder)))
 
 
 def newest_complete(folder: Path) -> Checkpoint | None:
@@ -90,11 +112,12 @@ def resolve_tag(folder: Path, tag: str | None = None, *, latest: str = LATEST) -
         None if no tag was asked for and there is nothing at all to load.
 
     Raises:
+        ValueError: the tag breaks the rule for tags.
         CheckpointError: the tag does not exist, ``latest`` names none and nothing complete is there, or the manifest
             is damaged.
     """
     if tag is not None:
-        return _named(folder, tag)
+        return _named(folder, checked_tag(tag))
     path = folder / latest
     said = _read_latest(path)
     if said:
@@ -108,7 +131,7 @@ def resolve_tag(folder: Path, tag: str | None = None, *, latest: str = LATEST) -
     if newest is not None:
         steps = "" if newest.global_steps is None else f" ({newest.global_steps} steps)"
         note = f"{what}: using the newest complete checkpoint, {newest.folder}{steps}"
-        return Checkpoint(newest.folder, newest.manifest, (note,))
+        return replace(newest, notes=(note,))
     if said:
         raise CheckpointError(f"{what}, and there is no complete checkpoint in {folder}.{_unfinished(folder)}")
     return None
@@ -119,9 +142,30 @@ def partial_folders(folder: Path) -> list[Path]:
     return [
         path
         for path in _subfolders(folder)
-        if path.name.endswith(PARTIAL)
-        or (path.name.endswith(REPLACED) and (folder / path.name.removesuffix(REPLACED)).is_dir())
+        if (path.name.endswith(PARTIAL) or (path.name.endswith(REPLACED) and (folder / _tag_of(path)).is_dir()))
+        and not _is_finished(path)
     ]
+
+
+def _is_finished(path: Path) -> bool:
+    """Whether it is a whole checkpoint of exactly that name; earlier versions allowed such tags."""
+    try:
+        manifest = read_manifest(path) if path.is_dir() else None
+    except CheckpointError:
+        return False
+    return manifest is not None and manifest["tag"] == path.name
+
+
+def _tag_of(temporary: Path) -> str:
+    """The tag of a folder that is being written or replaced."""
+    return marked(temporary.name.removesuffix(PARTIAL).removesuffix(REPLACED)).name
+
+
+def _of_tag(folder: Path, tag: str, suffix: str) -> list[Path]:
+    """What saves of one tag left with that suffix."""
+    named = folder.glob(f"{glob.escape(tag)}.*") if folder.is_dir() else ()
+    found = sorted(path for path in named if path.name.endswith(suffix) and _tag_of(path) == tag)
+    return [path for path in found if not _is_finished(path)]
 
 
 def _named(folder: Path, tag: str) -> Checkpoint:
@@ -133,13 +177,13 @@ def _named(folder: Path, tag: str) -> Checkpoint:
 
 def _named_or_none(folder: Path, tag: str) -> Checkpoint | None:
     path = folder / tag
-    if path.is_dir():
-        return open_checkpoint(path)
-    older = folder / (tag + REPLACED)
-    if not older.is_dir():
-        return None
-    note = f"{path} is missing: a save was stopped while it replaced that checkpoint; using the older {older}"
-    return Checkpoint(older, read_manifest(older), (note,))
+    for _ in range(_LOOKS):
+        for found in (path, *_of_tag(folder, tag, REPLACED)):
+            with contextlib.suppress(ReplacedError):  # look again
+                if found.is_dir():
+                    note = f"{path} is missing: a save was stopped while it replaced that checkpoint; using the older "
+                    return Checkpoint(found, *read_version(found), () if found == path else (f"{note}{found}",))
+    return None
 
 
 def _complete(folder: Path) -> Checkpoint | None:
@@ -147,13 +191,16 @@ def _complete(folder: Path) -> Checkpoint | None:
         checkpoint = open_checkpoint(folder)
         if checkpoint.manifest is None and not any(name.endswith("model_states.pt") for name in files_in(folder)):
             return None
-        return None if verify(folder, contents=False) else checkpoint
+        return None if once_more(lambda: verify(folder, contents=False)) else checkpoint
     except (CheckpointError, OSError):
         return None  # an error if the user named this tag; here it is only not a candidate
 
 
 def _age(checkpoint: Checkpoint) -> tuple[bool, int, float]:
-    time = max((path.stat().st_mtime for path in checkpoint.folder.iterdir()), default=0.0)
+    try:
+        time = max((path.stat().st_mtime for path in checkpoint.folder.iterdir()), default=0.0)
+    except FileNotFoundError:  # it is being replaced
+        time = 0.0
     return checkpoint.manifest is not None, checkpoint.global_steps or 0, time
 
 
@@ -178,48 +225,100 @@ def _unfinished(folder: Path) -> str:
 
 def _read_latest(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8").strip()
+        said = read_small_text(path, _LATEST_BYTES).strip()
+        return said and checked_tag(said)
     except FileNotFoundError:
         return ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}. Write the tag to load into it.") from error
+    except (OSError, ValueError) as error:
+        why = str(error).rstrip(".")
+        raise CheckpointError(f"{path} names no checkpoint: {why}. Write the tag to load into it.") from error
 
 
 # -------------------------------------------------------------------------- writing them
 
 
-def start_partial(folder: Path, tag: str) -> Path:
-    """Make an empty ``<tag>.partial``, tidying up what an earlier save of the same tag left.
+def start_partial(folder: Path, tag: str, mark: str | None = None) -> Path:
+    """Make an empty folder to write a checkpoint into, tidying up what an earlier save of the same tag left.
+
+    Args:
+        folder: the checkpoints folder.
+        tag: of the checkpoint, checked.
+        mark: default this process's own.
 
     Raises:
+        ValueError: what has the tag's name is no checkpoint, and would be replaced.
         OSError: the folder cannot be made.
     """
-    _restore_replaced(folder / tag)
-    partial = folder / (tag + PARTIAL)
-    if partial.exists():
-        shutil.rmtree(partial)
+    _refuse_to_replace(folder / tag)
+    _restore_replaced(folder, tag)
+    for left in _of_tag(folder, tag, PARTIAL):
+        if _is_abandoned(left):
+            _delete(left)
+    partial = folder / f"{tag}.{mark or own_mark()}{PARTIAL}"
     partial.mkdir(parents=True)
     return partial
 
 
+def _refuse_to_replace(final: Path) -> None:
+    """A user's own folder or file must not be taken for an older version of the checkpoint."""
+    try:
+        names = os.listdir(final)
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        what = "no folder"
+    else:
+        if not names or MANIFEST in names or any(name.endswith("states.pt") for name in names):
+            return
+        what = "a folder, but no checkpoint"
+    raise ValueError(f"{final} is there and {what}: it would be replaced. Give another tag, or move it away.")
+
+
+def _is_abandoned(path: Path) -> bool:
+    """Whether no process writes in what a save left; a folder that another host made, only if we hold the lock."""
+    return is_exclusive(path.parent) or not marked(path.name.removesuffix(PARTIAL).removesuffix(REPLACED)).may_be_in_use
+
+
 def publish(partial: Path) -> Path:
-    """Give a finished ``<tag>.partial`` its name; an older checkpoint of that tag is deleted afterwards.
+    """Give a finished checkpoint its name; an older one of that tag is deleted afterwards.
 
     Raises:
         OSError: it cannot be renamed.
     """
-    final = partial.with_name(partial.name.removesuffix(PARTIAL))
-    older = final.with_name(final.name + REPLACED)
+    final = partial.with_name(_tag_of(partial))
     sync(partial)
-    if final.exists():
-        if older.exists():
-            shutil.rmtree(older)
-        final.rename(older)
-    partial.rename(final)
+    for _ in range(_RENAMES):
+        with contextlib.suppress(FileNotFoundError):  # there is none, or another job has just moved it
+            final.rename(final.with_name(f"{final.name}.{own_mark()}{REPLACED}"))
+        try:
+            partial.rename(final)
+            break
+        except OSError as error:  # without locks another job can have published the same tag in between
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+    else:
+        raise OSError(f"{final} is replaced again and again by another job")
     sync(final.parent)
-    if older.exists():
-        shutil.rmtree(older)
+    for older in _of_tag(final.parent, final.name, REPLACED):
+        if _is_abandoned(older):
+            _delete_or_warn(older)
     return final
+
+
+def _delete(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):  # without locks another job may delete it too
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
+
+
+def _delete_or_warn(older: Path) -> None:
+    """The new checkpoint is complete: that an old one cannot be deleted must not look as if it were not."""
+    try:
+        _delete(older)
+    except OSError as error:
+        logger.warning("%s, which was replaced, could not be deleted: %s", older, error)
 
 
 def write_latest(folder: Path, tag: str, name: str = LATEST) -> None:
@@ -234,31 +333,44 @@ def write_latest(folder: Path, tag: str, name: str = LATEST) -> None:
 def remove_unfinished(folder: Path) -> list[str]:
     """Delete what a killed save left behind and put back a checkpoint that it had moved aside.
 
-    No save may be under way in that folder.
+    Call it with the folder's lock (`lock.hold`): else what another host may be writing stays.
 
     Returns:
         A sentence for each folder that was touched.
     """
     notes = []
     for path in _subfolders(folder):
-        if path.name.endswith(REPLACED) and _restore_replaced(path.with_name(path.name.removesuffix(REPLACED))):
+        if path.name.endswith(REPLACED) and _restore_replaced(folder, _tag_of(path)):
             notes.append(f"{path} was put back: a save was stopped while it replaced that checkpoint")
-    for path in partial_folders(folder):
-        shutil.rmtree(path)
-        notes.append(f"{path} was removed: a save was stopped before it was complete")
+    latest = [path for name in (LATEST, LATEST_UNIVERSAL) for path in _of_tag(folder, name, PARTIAL)]
+    for path in (*partial_folders(folder), *latest):
+        if _is_abandoned(path):
+            _delete(path)
+            notes.append(f"{path} was removed: a save was stopped before it was complete")
+        else:
+            notes.append(f"{path} was left: another process may be writing it")
     return notes
+
+
+def remove_all(folder: Path) -> None:
+    """Delete everything in a checkpoints folder but its lock."""
+    for path in folder.iterdir():
+        if path.name != LOCK:
+            _delete(path)
 
 
 def remove_checkpoint(folder: Path) -> None:
     """Delete a checkpoint; one whose deletion is interrupted counts as unfinished, not as damaged."""
-    doomed = folder.with_name(folder.name + PARTIAL)
+    doomed = folder.with_name(f"{folder.name}.{own_mark()}{PARTIAL}")
     folder.rename(doomed)
-    shutil.rmtree(doomed)
+    _delete(doomed)
 
 
-def _restore_replaced(final: Path) -> bool:
-    older = final.with_name(final.name + REPLACED)
-    if final.exists() or not older.is_dir():
+def _restore_replaced(folder: Path, tag: str) -> bool:
+    if os.path.lexists(folder / tag):
         return False
-    older.rename(final)
-    return True
+    for older in _of_tag(folder, tag, REPLACED):
+        if _is_abandoned(older):
+            older.rename(folder / tag)
+            return True
+    return False

@@ -10,17 +10,22 @@ import hashlib
 import json
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeAlias, TypedDict, TypeGuard
+from typing import TypeAlias, TypedDict, TypeVar
 
 from ds_blockwise.atomic_files import replace_text, sha256_of, sync
+from ds_blockwise.checkpoint.given_files import read_json, why_not_inside, why_not_readable
 from ds_blockwise.checkpoint.record_types import Settings
+from ds_blockwise.checkpoint.typed_data import typed
 
 FORMAT = 1
 MANIFEST = "ds_blockwise.json"
+KINDS = ("deepspeed", "portable")
 _OWN_SUM = "manifest_sha256"  # of the manifest's other entries: a changed bit in it must not go unnoticed
 _REQUIRED = ("format", "kind", "tag", "global_steps", "topology", "settings", "files")
+_T = TypeVar("_T")
 _ANOTHER = "Restore the file from a copy, or load another checkpoint by its tag."
 
 
@@ -61,8 +66,86 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be written or read; the text names the files, the cause and what to do."""
 
 
+class ReplacedError(CheckpointError):
+    """A save replaced or removed the checkpoint while it was read: what was read may be of two versions."""
+
+
 class NoRecordError(CheckpointError):
     """The checkpoint was not saved by one of our optimizers."""
+
+
+class NotReadError(ValueError):
+    """A kind of checkpoint whose contents are not read (a pipeline's, one with experts); the text says which."""
+
+
+def read_version(folder: Path) -> tuple[Manifest | None, str]:
+    """The manifest of a tag folder, and what tells this version from the next one of that tag.
+
+    Returns:
+        The manifest or None, and its sum; without a manifest, the number of the folder on its file system.
+
+    Raises:
+        CheckpointError: the manifest is damaged.
+        ReplacedError: a save is replacing the folder at this moment.
+    """
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        return manifest, _digest(manifest)
+    try:
+        found = folder.stat()
+    except FileNotFoundError as error:
+        raise _replaced(folder) from error
+    if (folder / MANIFEST).exists():  # it was not there between two renames of a save
+        raise _replaced(folder)
+    return None, f"{found.st_dev}:{found.st_ino}"
+
+
+def check_version(folder: Path, version: str) -> None:
+    """Raise if a tag folder is no longer of the version that it was.
+
+    Raises:
+        ReplacedError: it was replaced or removed.
+    """
+    try:
+        _, now = read_version(folder)
+    except CheckpointError as error:
+        raise _replaced(folder) from error
+    if now != version:
+        raise _replaced(folder)
+
+
+@contextmanager
+def of_one_version(folder: Path, version: str) -> Iterator[None]:
+    """What is read in here is of that version of a tag folder; an error that a replacement caused says so.
+
+    Raises:
+        ReplacedError: the folder was replaced or removed.
+    """
+    try:
+        yield
+    except (CheckpointError, OSError):
+        check_version(folder, version)
+        raise
+    check_version(folder, version)
+
+
+def _replaced(folder: Path) -> ReplacedError:
+    return ReplacedError(
+        f"{folder} is being replaced or removed by a job that saves there. Read it when that save is over, or read "
+        f"another checkpoint by its tag."
+    )
+
+
+def once_more(read: Callable[[], _T]) -> _T:
+    """What ``read`` returns; it is called again if a save replaced the checkpoint meanwhile.
+
+    Raises:
+        ReplacedError: it was replaced the second time too.
+    """
+    try:
+        return read()
+    except ReplacedError:
+        return read()
 
 
 def sums_of(folder: Path, names: Iterable[str]) -> dict[str, FileFacts]:
@@ -81,6 +164,11 @@ def sums_of(folder: Path, names: Iterable[str]) -> dict[str, FileFacts]:
         sync(path)
         sums[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     return sums
+
+
+def tensor_files_in(folder: Path) -> list[str]:
+    """Those of `files_in` that hold tensors; DeepSpeed and we look for more of them than a manifest may list."""
+    return [name for name in files_in(folder) if name.endswith((".pt", ".safetensors"))]
 
 
 def files_in(folder: Path) -> list[str]:
@@ -135,25 +223,34 @@ def read_manifest(folder: Path) -> Manifest | None:
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        said = read_json(path)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}. {_ANOTHER}") from error
-    if not _has_all_keys(manifest):
+    if not isinstance(said, dict) or not all(key in said for key in _REQUIRED):
         raise CheckpointError(f"{path} is not a whole manifest: it must have {', '.join(_REQUIRED)}. {_ANOTHER}")
-    if manifest["format"] != FORMAT:
+    if said["format"] != FORMAT:
         raise CheckpointError(
-            f"{path} is of format {manifest['format']!r}; this version of ds_blockwise reads format {FORMAT}. Install "
+            f"{path} is of format {said['format']!r}; this version of ds_blockwise reads format {FORMAT}. Install "
             f"the version that wrote it or a later one."
         )
-    if _digest(manifest) != manifest.get(_OWN_SUM):
+    if not _has_own_sum(said):
         raise CheckpointError(f"{path} has changed since it was written (its own sum differs). {_ANOTHER}")
+    try:
+        manifest = typed(said, Manifest, MANIFEST)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not a manifest that ds_blockwise wrote: {error}. {_ANOTHER}") from error
+    if manifest["kind"] not in KINDS:
+        raise CheckpointError(f"{path} has the kind {manifest['kind']!r}, allowed are {', '.join(KINDS)}. {_ANOTHER}")
     return manifest
 
 
-def _has_all_keys(value: object) -> TypeGuard[Manifest]:
-    return isinstance(value, dict) and all(key in value for key in _REQUIRED)
+def _has_own_sum(manifest: Mapping[str, object]) -> bool:
+    try:
+        return _digest(manifest) == manifest.get(_OWN_SUM)
+    except RecursionError:  # nested more deeply than anything that we wrote
+        return False
 
 
 def _digest(manifest: Mapping[str, object]) -> str:
@@ -171,11 +268,13 @@ def listed_files(folder: Path) -> list[str]:
     if manifest is not None:
         sizes = {name: facts["bytes"] for name, facts in manifest["files"].items()}
     else:
-        sizes = {name: (folder / name).stat().st_size for name in files_in(folder) if _is_tensor_file(name)}
+        sizes = {name: (folder / name).stat().st_size for name in tensor_files_in(folder)}
     return sorted(sizes, key=lambda name: (-sizes[name], name))
 
 
-def verify(folder: Path, names: Iterable[str] | None = None, *, contents: bool = True) -> list[str]:
+def verify(
+    folder: Path, names: Iterable[str] | None = None, *, contents: bool = True, version: str | None = None
+) -> list[str]:
     """Compare the files of a tag folder with its manifest.
 
     Without a manifest the sums inside torch's own (zip) files are checked instead; which files there should be is then
@@ -185,44 +284,65 @@ def verify(folder: Path, names: Iterable[str] | None = None, *, contents: bool =
         folder: the tag folder.
         names: the files to look at; default all.
         contents: whether to read them; False compares names and sizes only.
+        version: that it must be (`read_version`); default the one that is found.
 
     Returns:
         A line for each missing, cut or changed file, beginning with its name; empty if all is well.
 
     Raises:
         CheckpointError: the manifest itself is damaged.
+        ReplacedError: a save replaced or removed the checkpoint meanwhile.
     """
-    manifest = read_manifest(folder)
-    names = listed_files(folder) if names is None else names
+    manifest, found = read_version(folder)
     problems = []
-    for name in names:
-        problem = (
-            _structural_problem(folder / name, contents)
-            if manifest is None
-            else _listed_problem(folder / name, manifest["files"].get(name), contents)
-        )
-        if problem is not None:
-            problems.append(f"{name}: {problem}")
+    with of_one_version(folder, version or found):
+        if manifest is not None:
+            problems += _listing_problems(folder, manifest)
+        for name in listed_files(folder) if names is None else names:
+            problem = (
+                _structural_problem(folder, name, contents)
+                if manifest is None
+                else _listed_problem(folder, name, manifest["files"].get(name), contents)
+            )
+            if problem is not None:
+                problems.append(f"{name}: {problem}")
     return problems
 
 
-def _listed_problem(path: Path, facts: FileFacts | None, contents: bool) -> str | None:
+def _listing_problems(folder: Path, manifest: Manifest) -> list[str]:
+    """What the list of files says by itself: one without tensors is no checkpoint, and no file may be added."""
+    listed = manifest["files"]
+    if not any(name.endswith((".pt", ".safetensors")) for name in listed):
+        return [f"{MANIFEST}: lists no file with tensors, so it is not the manifest of a whole checkpoint"]
+    added = [name for name in tensor_files_in(folder) if name not in listed]
+    return [f"{name}: not listed in {MANIFEST}, it was put there later" for name in added]
+
+
+def _listed_problem(folder: Path, name: str, facts: FileFacts | None, contents: bool) -> str | None:
     if facts is None:
         return f"not listed in {MANIFEST}"
+    path = folder / name
+    problem = why_not_inside(folder, name) or why_not_readable(path)
+    if problem is not None:
+        return problem
     try:
         size = path.stat().st_size
         if size != facts["bytes"]:
             return f"{size} bytes instead of {facts['bytes']}, it was cut or overwritten"
         if contents and (found := sha256_of(path)) != facts["sha256"]:
             return f"its contents have changed (sha256 {found[:12]}..., {facts['sha256'][:12]}... was written)"
-    except FileNotFoundError:
-        return "missing"
     except OSError as error:
         return f"cannot be read: {error}"
     return None
 
 
-def _structural_problem(path: Path, contents: bool) -> str | None:
+def _structural_problem(folder: Path, name: str, contents: bool) -> str | None:
+    path = folder / name
+    problem = why_not_inside(folder, name) or why_not_readable(path)
+    if problem is not None:
+        return problem
+    if not _is_zip_file(name):
+        return None  # safetensors has no sums
     try:
         if path.stat().st_size == 0:
             return "empty"
@@ -232,15 +352,15 @@ def _structural_problem(path: Path, contents: bool) -> str | None:
                 return "cut off" if file.read(2) == b"PK" else None
         if contents:
             with zipfile.ZipFile(path) as archive:
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                    return "compressed, which torch never writes"
                 bad = archive.testzip()
             return None if bad is None else f"its part {bad} has changed (CRC-32 differs)"
-    except FileNotFoundError:
-        return "missing"
     except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, ValueError, EOFError) as error:
         # the last three: a flipped bit in a header can ask for a password, a compression or a name that cannot be had
         return f"cannot be read: {error}"
     return None
 
 
-def _is_tensor_file(name: str) -> bool:
+def _is_zip_file(name: str) -> bool:
     return name.endswith(".pt")

@@ -12,7 +12,7 @@ import contextlib
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -22,17 +22,25 @@ import torch
 from ds_blockwise.blocks.ranges import TensorShard
 from ds_blockwise.blocks.segment_table import SegmentTable, build_table, whole_placement
 from ds_blockwise.blocks.spec import BlockSpec
+from ds_blockwise.checkpoint.bad_values import bad_values
 from ds_blockwise.checkpoint.folder import publish, start_partial, write_latest
+from ds_blockwise.checkpoint.folder_rules.lock import holding
+from ds_blockwise.checkpoint.folder_rules.tags import checked_tag
+from ds_blockwise.checkpoint.given_files import load_torch_file, why_not_inside, why_not_readable
 from ds_blockwise.checkpoint.manifest import CheckpointError, files_in, sums_of, write_manifest
-from ds_blockwise.checkpoint.portable_types import PortableIndex, Source, StoredTensor, TrainingState
+from ds_blockwise.checkpoint.portable_index import FORMAT, INDEX, KINDS, read_index
+from ds_blockwise.checkpoint.portable_types import Source, StoredTensor, TrainingState
 from ds_blockwise.checkpoint.record import spec_of
+from ds_blockwise.checkpoint.typed_data import typed
 from ds_blockwise.kernels.update import block_sums
 
-FORMAT = 1
-INDEX = "portable.json"
 TRAINING_STATE = "training_state.pt"
-TRAINED = ("weights", "exp_avg", "exp_avg_sq")  # one tensor of each per trained parameter
-KINDS = (*TRAINED, "frozen", "buffers")
+# safetensors' own names of the dtypes that `save_portable` may meet
+_DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+    **{"BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+}
 SHARD_BYTES = 1 << 30  # a file is written at once, so this is also what a conversion holds in memory
 
 
@@ -44,6 +52,8 @@ class Rows(Protocol):
 
 class _FileSlice(Rows, Protocol):
     def get_shape(self) -> list[int]: ...
+
+    def get_dtype(self) -> str: ...
 
 
 class _TensorFile(Protocol):
@@ -97,27 +107,37 @@ def per_element(values: torch.Tensor, spec: BlockSpec) -> torch.Tensor:
 # ------------------------------------------------------------------------------ writing
 
 
-def save_portable(source: Source, output: Path, shard_bytes: int = SHARD_BYTES) -> Path:
+def save_portable(
+    source: Source, output: Path, shard_bytes: int = SHARD_BYTES, *, unchanged: Callable[[], None] = lambda: None
+) -> Path:
     """Write a portable checkpoint as a complete tag folder, and let ``latest`` name it.
 
     Args:
         source: what to write; at most ``shard_bytes`` of its tensors (or one tensor) are in memory at a time.
         output: the checkpoints folder; the tag is the source's.
         shard_bytes: size of a file.
+        unchanged: called when all is written; raises if the source is no longer what it was.
 
     Returns:
         The tag folder.
 
     Raises:
-        ValueError: there is a checkpoint of that tag already.
+        ValueError: there is a checkpoint of that tag already, or it breaks the rule for tags.
+        FolderInUseError: another job saves there.
         CheckpointError, OSError: the disk is full or the folder cannot be written; what was written is removed.
     """
-    tag = source.origin["tag"]
+    tag = checked_tag(source.origin["tag"])
     if (output / tag).exists():
         raise ValueError(f"{output / tag} exists already. Remove it, or give another OUTPUT.")
+    with holding(output):
+        return _save(source, output, tag, shard_bytes, unchanged)
+
+
+def _save(source: Source, output: Path, tag: str, shard_bytes: int, unchanged: Callable[[], None]) -> Path:
     partial = start_partial(output, tag)
     try:
         _write(source, partial, shard_bytes)
+        unchanged()
         write_manifest(
             partial,
             kind="portable",
@@ -210,7 +230,7 @@ class Portable:
         except ModuleNotFoundError as error:
             raise ImportError("portable checkpoints need safetensors: pip install 'ds_blockwise[deepspeed]'") from error
         self.folder = Path(folder)
-        index = _read_index(self.folder / INDEX)
+        index = read_index(self.folder / INDEX)
         self.record = index["record"]
         self.parameters = index["parameters"]
         self.param_groups = index["param_groups"]
@@ -231,18 +251,26 @@ class Portable:
         """Bytes of the tensors of one of `KINDS`."""
         return sum(math.prod(s.shape) * _dtype(s.dtype).itemsize for s in self.tensors[kind].values())
 
-    def problems(self) -> list[str]:
-        """Tensors that are not in the files as ``portable.json`` says, a line each; contents are not read."""
+    def problems(self, *, values: bool = False) -> list[str]:
+        """Tensors that are not in the files as ``portable.json`` says, a line each.
+
+        Args:
+            values: also read them all, and name those with values that no sound run has (`bad_values`).
+        """
         found = []
         for kind, name, stored in ((k, n, s) for k in KINDS for n, s in self.tensors[k].items()):
             try:
                 with _named(self.folder / stored.file, name):
-                    shape = tuple(self._file(kind, name).get_slice(name).get_shape())
+                    kept = self._file(kind, name).get_slice(name)
+                    shape, dtype = tuple(kept.get_shape()), _DTYPES.get(kept.get_dtype())
+                if shape != stored.shape:
+                    found.append(f"{stored.file}: {name!r} has shape {shape} instead of {stored.shape}")
+                elif dtype is not _dtype(stored.dtype):
+                    found.append(f"{stored.file}: {name!r} has dtype {kept.get_dtype()} instead of {stored.dtype}")
+                elif values and (problem := bad_values(kind, self.tensor(kind, name))) is not None:
+                    found.append(f"{stored.file}: {kind} of {name!r} {problem}")
             except CheckpointError as error:
                 found.append(str(error))
-                continue
-            if shape != stored.shape:
-                found.append(f"{stored.file}: {name!r} has shape {shape} instead of {stored.shape}")
         return found
 
     def training_state(self) -> TrainingState:
@@ -253,10 +281,9 @@ class Portable:
         """
         path = self.folder / TRAINING_STATE
         try:
-            state: TrainingState = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises anything from KeyError to UnpicklingError for a damaged file
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
-        return state
+            return typed(load_torch_file(path), TrainingState, "the training state")
+        except ValueError as error:
+            raise CheckpointError(f"{path} cannot be used: {error}") from error
 
     def tensor(self, kind: str, name: str) -> torch.Tensor:
         """A whole tensor as it is stored (``exp_avg_sq`` may be one value per block)."""
@@ -288,6 +315,9 @@ class Portable:
     def _file(self, kind: str, name: str) -> _TensorFile:
         file = self.tensors[kind][name].file
         if file not in self._files:
+            problem = why_not_inside(self.folder, file) or why_not_readable(self.folder / file)
+            if problem is not None:
+                raise ValueError(f"the file is {problem}")
             self._files[file] = self._open(str(self.folder / file), framework="pt")
         return self._files[file]
 
@@ -354,19 +384,3 @@ def whole_of(shard: TensorShard, shards: Mapping[int, torch.Tensor]) -> torch.Te
             whole.narrow(shard.dim, low, high - low).copy_(view.narrow(shard.dim, at, high - low))
             at += high - low
     return whole
-
-
-def _read_index(path: Path) -> PortableIndex:
-    try:
-        index: PortableIndex = json.loads(path.read_text(encoding="utf-8"))
-        missing = {"format", "record", "parameters", "param_groups", "origin", "tensors"} - set(index)
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}. A portable checkpoint has this file.") from error
-    if missing:
-        raise CheckpointError(f"{path} is incomplete: it lacks {', '.join(sorted(missing))}. Convert the source again.")
-    if index["format"] != FORMAT:
-        raise CheckpointError(
-            f"{path} has format {index['format']!r}; this version of ds_blockwise reads {FORMAT}. Install a later "
-            f"version, or convert the source again."
-        )
-    return index

@@ -11,6 +11,9 @@ import torch
 from ds_blockwise.checkpoint.manifest import Topology
 from ds_blockwise.checkpoint.record_types import PortableRecord
 
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # attributes of an engine, and nothing else of it
+LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # attributes of a loss scaler
+
 
 class Origin(TypedDict):
     """The checkpoint that a portable one was made from."""
@@ -51,8 +54,8 @@ class TrainingState(TypedDict):
 
     Attributes:
         lr_scheduler: what the schedule's ``state_dict()`` returned; None if there was no schedule.
-        counters: steps and samples so far, by the names of the engine's attributes.
-        loss_scale: of fp16 training, by the names of the loss scaler's attributes; empty without it.
+        counters: steps and samples so far, by the names of the engine's attributes (`COUNTERS`).
+        loss_scale: of fp16 training, by the names of the loss scaler's attributes (`LOSS_SCALE`); empty without it.
         client_state: what the user gave to ``save_checkpoint``.
     """
 

@@ -23,6 +23,7 @@ from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, Role
 from ds_blockwise.blocks.segment_table import Placement, SegmentTable, build_table
 from ds_blockwise.blocks.spec import BlockPart, BlockSpec
 from ds_blockwise.blocks.structure import RoleSpan, TensorStructure
+from ds_blockwise.checkpoint.record_check import check_record
 from ds_blockwise.checkpoint.record_types import (
     PackedGroup,
     PackedMatrices,
@@ -38,6 +39,8 @@ from ds_blockwise.measure.auto_multipliers import RunState
 KEY = "ds_blockwise"  # of the record in a state dict
 FORMAT = 1
 VERSION = "0.1.0"  # of this package
+_DAMAGED = "the state dict's entry 'ds_blockwise', which says what lies where, is damaged"
+_ANOTHER = "Restore the file from a copy, or load another checkpoint."
 PER_BLOCK_KEY = "exp_avg_sq_blocks"  # instead of exp_avg_sq in compact checkpoints: no other optimizer mistakes it
 
 
@@ -153,7 +156,8 @@ def _packed_group(group: ParamGroup) -> PackedGroup:
 
 
 def _packed_rule(rule: Rule) -> dict[str, object]:
-    values = {f.name: getattr(rule, f.name) for f in fields(rule)}
+    # whether a rule has to match says nothing about the model that was trained
+    values = {f.name: getattr(rule, f.name) for f in fields(rule) if f.name != "optional"}
     return {k: v.value if isinstance(v, Role) else v for k, v in values.items() if v is not None}
 
 
@@ -216,17 +220,22 @@ def record_in(state_dict: Mapping[str, Any]) -> Record | None:
     """The record in an optimizer's state dict; None if another optimizer wrote it.
 
     Raises:
-        ValueError: the record is of a later format than this version reads.
+        ValueError: the record is damaged, or of a later format than this version reads.
     """
-    record: Record | None = state_dict.get(KEY)
+    record = state_dict.get(KEY)
     if record is None:
         return None
+    if not isinstance(record, Mapping):
+        raise ValueError(f"{_DAMAGED} (it is a {type(record).__name__}, not a mapping). {_ANOTHER}")
     if record.get("format") != FORMAT:
         raise ValueError(
             f"the checkpoint was written in format {record.get('format')!r} by ds_blockwise {record.get('version')!r}; "
             f"this version reads format {FORMAT}. Install that version or a later one."
         )
-    return record
+    try:
+        return check_record(record)
+    except ValueError as error:
+        raise ValueError(f"{_DAMAGED}: {error}. {_ANOTHER}") from error
 
 
 def spec_of(record: PortableRecord, fqn: str) -> BlockSpec:

@@ -61,7 +61,7 @@ class PackedGroup(TypedDict):
     weight_decay: float
 
 
-class _Settings(TypedDict):
+class _Settings(TypedDict, total=False):  # a record of an earlier version may lack some
     optimizer: str
     lr_multipliers: dict[str, object]
     weight_decay_multipliers: dict[str, float]

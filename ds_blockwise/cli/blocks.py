@@ -10,11 +10,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.cli.models import MODEL_HELP, load_model
+from ds_blockwise.hosts.deepspeed.config.check import json_mistakes
 from ds_blockwise.optimizers.registry import OPTIMIZERS
 from ds_blockwise.optimizers.settings import OPTIMIZER_KEYS, check_extra_keys
+from ds_blockwise.runs.reading.problems import Problems
+from ds_blockwise.runs.reading.whole_files import read_json
 from ds_blockwise.tagging.names import canonical_fqn
-from ds_blockwise.tagging.tag import tag_parameters
+from ds_blockwise.tagging.report import block_report
+from ds_blockwise.tagging.tag import tag_with_settings
 from ds_blockwise.tagging.verify_layout import LayoutReport, verify_layout
 
 HELP = "print each parameter's role, multiplier, blocks and optimizer-state bytes"
@@ -38,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run_blocks(args: argparse.Namespace) -> tuple[str, int]:
     """Tag the model, verify it if asked, and return the text to print with the exit status."""
     settings = {} if args.ds_config is None else read_optimizer_settings(args.ds_config)
-    report = tag_parameters(load_model(args.model), **settings)
+    model = load_model(args.model)
+    tag_with_settings(model, BlockSettings.parse(**settings))  # its message has rules in the form of the JSON
+    report = block_report(model)
     verified = _verify(args.model, settings.get("rules", ())) if args.verify else None
     if args.json:
         found = report.to_dict()
@@ -65,14 +72,14 @@ def read_optimizer_settings(path: Path) -> dict[str, Any]:
     """Read the block settings (multipliers, granularity, rules) from a DeepSpeed JSON.
 
     Raises:
-        ValueError: not JSON, no optimizer of ours, or an unknown key.
-        OSError: the file cannot be read.
+        ValueError: every mistake in the JSON, no optimizer of ours, or an unknown key.
     """
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    optimizer = config.get("optimizer", {}) if isinstance(config, dict) else {}
+    problems = Problems()
+    config = read_json(path, problems)
+    for mistake in json_mistakes(config, may_be_auto=True):
+        problems.add(path, *mistake)
+    problems.raise_if_any()
+    optimizer = config.get("optimizer", {})
     name = optimizer.get("type")
     if name not in OPTIMIZERS:
         raise ValueError(f'{path}: "optimizer": {{"type": {name!r}}} is not one of {", ".join(OPTIMIZERS)}')

@@ -11,6 +11,7 @@ from pathlib import Path
 from ds_blockwise.cli.convert import add_checkpoint_options
 from ds_blockwise.cli.extras import needs
 from ds_blockwise.hosts.deepspeed.checkpoint.inspect import CHECKPOINT_HELP, CheckpointDescription, describe_checkpoint
+from ds_blockwise.hosts.deepspeed.config.check import is_deepspeed_installed
 
 HELP = "verify a checkpoint or a run file, and print what it holds"
 
@@ -48,7 +49,8 @@ def _check_run(args: argparse.Namespace) -> tuple[str, int]:
         listed = "\n".join(f"- {line}" for line in problems.lines)
         return f"{args.source}: {len(problems.lines)} problem(s)\n{listed}", 1
     width = max(len(name) for name, _ in described)
-    return "\n".join([*(f"{name:<{width}}  {value}" for name, value in described), "no problems"]), 0
+    unseen = "" if is_deepspeed_installed() else "DeepSpeed is not installed here: its sections were not looked into; "
+    return "\n".join([*(f"{name:<{width}}  {value}" for name, value in described), f"{unseen}no problems"]), 0
 
 
 def _text(found: CheckpointDescription) -> str:

@@ -27,14 +27,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RUN",
         help="a run file, or a folder with one for each number of nodes, such as configs/run/llama_2b",
     )
-    parser.add_argument("--nodes", type=int, help="default: the run file's cluster.nodes; of a folder: the largest")
-    parser.add_argument("--gpus-per-node", type=int, help="default: the run file's")
+    parser.add_argument("--nodes", type=_count, help="default: the run file's cluster.nodes; of a folder: the largest")
+    parser.add_argument("--gpus-per-node", type=_count, help="default: the run file's")
     parser.add_argument("--gpu", help="default: the run file's cluster.gpu")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change an entry")
     parser.add_argument("--deepspeed-config", type=Path, metavar="JSON", help="use it instead of the run file's")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="default: plan.png; an empty name writes none")
     parser.set_defaults(run=run_plan)
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) and len(text) <= 9):
+        raise argparse.ArgumentTypeError(f"{text!r}: allowed: a whole number, at least 1")
+    return int(text)
 
 
 def run_plan(args: argparse.Namespace) -> tuple[str, int]:
@@ -46,8 +52,8 @@ def run_plan(args: argparse.Namespace) -> tuple[str, int]:
     runs = read_runs(args.run_file, args.set, args.deepspeed_config)
     run = choose_run(runs, args.nodes)
     gpus, gpu = args.gpus_per_node or run.cluster.gpus_per_node, args.gpu or run.cluster.gpu
-    plan = make_plan(run, _count(run), args.nodes or run.cluster.nodes, gpus, gpu)
-    over_nodes = plan_over_nodes(runs, run, _count, gpus, gpu)
+    plan = make_plan(run, _held(run), args.nodes or run.cluster.nodes, gpus, gpu)
+    over_nodes = plan_over_nodes(runs, run, _held, gpus, gpu)
     path = Path("plan.png") if args.plot is None else args.plot
     drawn = str(path) not in ("", ".")
     if drawn:
@@ -61,7 +67,7 @@ def run_plan(args: argparse.Namespace) -> tuple[str, int]:
     return "\n".join([*plan_table(run, plan, over_nodes), *([f"figure: {path}"] if drawn else [])]), 0
 
 
-def _count(run: RunConfig) -> RankCounts:
+def _held(run: RunConfig) -> RankCounts:
     from ds_blockwise.runs.plan_memory import count_rank
 
     settings = block_settings(run.deepspeed["optimizer"].get("params", {}))

@@ -98,7 +98,7 @@ def rules_matched(names: Iterable[str], block_settings: BlockSettings) -> list[b
 
 
 def check_rules(matched: Sequence[bool], block_settings: BlockSettings, hint: str = "") -> None:
-    """Collective over all ranks: every rule must match a parameter of some stage.
+    """Collective over all ranks: every rule that is not optional must match a parameter of some stage.
 
     Args:
         matched: `rules_matched` of this rank's stage.
@@ -109,7 +109,7 @@ def check_rules(matched: Sequence[bool], block_settings: BlockSettings, hint: st
         ValueError: on every rank, naming the first rule that matches nothing anywhere.
     """
     for rule, found in zip(block_settings.rules, zip(*gather(list(matched)), strict=False), strict=False):
-        if not any(found):
+        if not rule.optional and not any(found):
             raise ValueError(
                 f"rule {rule.match!r} matches no parameter of any pipeline stage. Correct its pattern. {hint}".strip()
             )

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ds_blockwise.blocks.segment_table import Placement, fingerprint
-from ds_blockwise.blocks.tagged_parameter import as_tagged
+from ds_blockwise.blocks.tagged_parameter import is_tagged
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.parallel.agree import disagreement, first_error
 
@@ -50,9 +50,18 @@ def group_of(
 
 
 def tagged_placement(param: object, flat_start: int, param_start: int, numel: int, cuts: tuple[int, ...]) -> Placement:
-    """`Placement` of a range of a tagged parameter."""
-    tagged = as_tagged(param)
-    return Placement(tagged.block_spec, tagged.block_shard, flat_start, param_start, numel, cuts)
+    """`Placement` of a range of a tagged parameter.
+
+    Raises:
+        ValueError: the parameter is not one of the model's, which have been tagged.
+    """
+    if not is_tagged(param):
+        shape = tuple(getattr(param, "ds_shape", getattr(param, "shape", ())))
+        raise ValueError(
+            f"the optimizer was given a parameter of shape {shape} that is not in the model. Put the module that has "
+            f"it into the model (a wrapper around both), or train it by an optimizer of its own."
+        )
+    return Placement(param.block_spec, param.block_shard, flat_start, param_start, numel, cuts)
 
 
 def window(offset: int, numel: int, rank: int, world_size: int, size: int) -> tuple[int, int, tuple[int, ...]]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +13,7 @@ from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.segment_table import Placement, SegmentTable, build_table
 from ds_blockwise.kernels.base import Item, Kernels
 from ds_blockwise.kernels.select import kernels_for
+from ds_blockwise.kernels.tensor_checks import check_bindable
 from ds_blockwise.parallel.reduce import ReductionGroups
 
 
@@ -29,6 +30,7 @@ class Binding:
         kernels: the backend that steps it.
         plan: what the backend made of the table.
         is_absent: this rank holds none of these parameters and only takes part in their reductions.
+        shape: of the tensor when it was bound.
     """
 
     tensor: torch.Tensor
@@ -37,6 +39,10 @@ class Binding:
     kernels: Kernels
     plan: Any
     is_absent: bool = False
+    shape: torch.Size = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", self.tensor.shape)
 
 
 class Bindings:
@@ -96,6 +102,7 @@ class Bindings:
     ) -> Binding:
         placements = self._with_present_multipliers(placements)
         table = build_table(tensor.numel(), placements, shares_second_moment=self._shares_second_moment)
+        check_bindable(tensor, table)
         kernels = kernels_for(self._backend, tensor.device)
         binding = Binding(tensor, table, groups, kernels, kernels.plan(table, tensor.device), is_absent)
         self._by_id[id(tensor)] = binding
@@ -140,7 +147,8 @@ class Bindings:
 
 def _with_multipliers(placement: Placement, settings: BlockSettings) -> Placement:
     spec = placement.spec
-    rates = [settings.resolve(spec.fqn, part.role, spec.structure.is_bias).lr_multiplier for part in spec.parts]
+    of = spec.structure
+    rates = [settings.resolve(of.fqn, p.role, of.is_bias, of.other_names).lr_multiplier for p in spec.parts]
     if rates == [part.lr_multiplier for part in spec.parts]:
         return placement
     parts = tuple(replace(part, lr_multiplier=rate) for part, rate in zip(spec.parts, rates, strict=True))

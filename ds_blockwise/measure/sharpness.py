@@ -198,6 +198,8 @@ def _each_binding(model: nn.Module) -> Iterator[Binding]:
         if not parameter.requires_grad:
             continue
         tags = tags_of(parameter)
+        if tags is None and not parameter.numel() and not hasattr(parameter, "ds_shape"):
+            continue  # nothing in it
         if tags is None:
             raise ValueError(
                 f"parameter {name!r} is not tagged: call ds_blockwise.tag_parameters(model) first, after the last "

@@ -12,6 +12,7 @@ import logging
 from abc import ABC
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar
 from weakref import WeakSet
 
@@ -21,12 +22,13 @@ from torch.optim.optimizer import ParamsT
 from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.segment_table import Placement, SegmentTable, whole_placement
 from ds_blockwise.blocks.spec import BlockSpec, apply_settings
-from ds_blockwise.blocks.tagged_parameter import is_tagged_by_host, shard_of, tags_of
+from ds_blockwise.blocks.tagged_parameter import as_tagged, is_tagged_by_host, user_tags_of
 from ds_blockwise.checkpoint.record import differences, settings_of
 from ds_blockwise.checkpoint.record_types import Record
 from ds_blockwise.kernels.base import Item, Kernels, StepState, wide_dtype
 from ds_blockwise.kernels.bindings import Binding, Bindings, StepObserver, Work, by_kernels, non_finite
 from ds_blockwise.kernels.param_groups import NO_HYPER, ParamGroup, StateDict, hyper_of
+from ds_blockwise.kernels.tensor_checks import check_plain, check_states, check_stepped, check_whole, dense, make_dense
 from ds_blockwise.measure.auto_multipliers import MeasuredMultipliers, RunState
 from ds_blockwise.measure.meter import Listener, Meter
 from ds_blockwise.measure.readings import Readings, TelemetrySettings
@@ -104,6 +106,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         self._copies: dict[int, torch.Tensor] = {}
         self._finite_over: ReductionGroups | None = None
         self._observers: list[StepObserver] = []
+        self._refusal: str | None = None
         self._meter: Meter | None = None
         self.overflow = False  # DeepSpeed reads it after each step, counts the skipped one and holds the schedule
 
@@ -113,11 +116,13 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         Not those of an earlier optimizer, with which a host tagged the same model. Parameters that were tagged with
         different settings keep theirs.
         """
-        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
-        given = [tags.block_spec.block_settings for tensor in tensors if (tags := tags_of(tensor)) is not None]
-        if not given or any(is_tagged_by_host(tensor) for tensor in tensors):
+        given = [tags[0].block_settings for tensor in self._tensors() if (tags := user_tags_of(tensor)) is not None]
+        if not given:
             return self.block_settings
         return given[0] if all(settings == given[0] for settings in given) else self.block_settings
+
+    def _tensors(self) -> Iterator[torch.Tensor]:
+        return (tensor for group in self.param_groups for tensor in group["params"])
 
     @property
     def shares_second_moment(self) -> bool:
@@ -142,27 +147,47 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
                     f"only real floating-point parameters can be optimized"
                 )
 
-    def spec_of(self, spec: BlockSpec) -> BlockSpec:
-        """Return a tag's blocks with this optimizer's settings.
+    def spec_of(self, spec: BlockSpec, names: tuple[str, ...] = ()) -> BlockSpec:
+        """Return the blocks in a tag of the user's with this optimizer's settings.
+
+        Args:
+            spec: the tag.
+            names: all names that the parameter has now, the one to show first; empty: those of the tag.
 
         Raises:
-            ValueError: the parameter was tagged under settings that this optimizer does not have.
+            ValueError: the parameter was tagged under settings that this optimizer does not have, or the rules mean
+                something else for its present names.
         """
         own, tagged = self.block_settings, spec.block_settings
+        structure = spec.structure
+        if names:
+            structure = replace(structure, fqn=names[0], other_names=names[1:])
         if tagged == own or (own.is_default and tagged.auto is None):
-            return spec
+            if not names:
+                return spec
+            # the rules were given for the names of then
+            others = tuple(dict.fromkeys(name for name in (*names[1:], *spec.structure.names) if name != structure.fqn))
+            kept = apply_settings(replace(structure, other_names=others), tagged)
+            if kept.parts != spec.parts:
+                raise ValueError(
+                    f"parameter {spec.fqn!r} is called {structure.fqn!r} by now, and the rules set something else for "
+                    f"that name. Call tag_parameters(model, rules=[...]) after the last change to the model."
+                )
+            return kept
         if not tagged.is_default:
             raise ValueError(
-                f"parameter {spec.fqn!r} was tagged with other multipliers, rules or granularity than "
+                f"parameter {structure.fqn!r} was tagged with other multipliers, rules or granularity than "
                 f"{type(self).__name__} has. Give them in one place: the optimizer (tag_parameters(model) then needs "
                 f"none), or tag_parameters before the optimizer is built (the optimizer then takes them over)."
             )
-        if any(rule.role or rule.qkv_layout or rule.num_heads or rule.storage for rule in own.rules):
+        rule = own.rule_for(*structure.names)
+        if rule is not None and (rule.role or rule.qkv_layout or rule.num_heads or rule.storage):
             raise ValueError(
-                f"{type(self).__name__} was given rules that set roles, head counts or storage, but parameter "
-                f"{spec.fqn!r} is already tagged. Give these rules to tag_parameters(model, rules=[...])."
+                f"{type(self).__name__} was given the rule {rule.match!r}, which sets a role, head counts or storage, "
+                f"but parameter {structure.fqn!r} is already tagged. Give such rules to "
+                f"tag_parameters(model, rules=[...])."
             )
-        return apply_settings(spec.structure, own)
+        return apply_settings(structure, own)
 
     def __getstate__(self) -> dict[str, Any]:
         # bindings are made anew: they are found by the ids of tensors, which a copy does not share
@@ -213,19 +238,20 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         return self._bindings
 
     def binding_of(self, tensor: torch.Tensor) -> Binding | None:
-        """The binding of a stepped tensor; whole tagged parameters are bound on first sight."""
+        """The binding of a stepped tensor; whole parameters with tags of the user's are bound on first sight."""
         found = self._bindings.of(tensor)
         if found is not None:
             return found
-        tags = tags_of(tensor)
+        tags = user_tags_of(tensor)
         if tags is None:
             return None
-        spec, shard = self.spec_of(tags.block_spec), shard_of(tags)
+        spec, shard = self.spec_of(tags[0]), tags[1]
         if shard is not None and len(shard.chunks) > 1:
             raise ValueError(
                 f"parameter {spec.fqn!r} is split over {len(shard.chunks)} tensor-parallel ranks, but no host has "
                 f"told {type(self).__name__} their process group. Train it through deepspeed.initialize(mpu=...)."
             )
+        check_whole(spec, shard, tensor)
         return self._bindings.bind(tensor, [whole_placement(spec, shard)], LOCAL)
 
     def placements_in(self, tensor: torch.Tensor) -> tuple[Placement, ...] | None:
@@ -233,8 +259,8 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         found = self._bindings.of(tensor)
         if found is not None:
             return found.table.placements
-        tags = tags_of(tensor)
-        return None if tags is None else (whole_placement(self.spec_of(tags.block_spec), shard_of(tags)),)
+        tags = user_tags_of(tensor)
+        return None if tags is None else (whole_placement(self.spec_of(tags[0]), tags[1]),)
 
     def backend_of(self, tensor: torch.Tensor) -> str | None:
         """Name of the backend that steps a tensor; None if the tensor is unknown."""
@@ -282,6 +308,8 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._refusal is not None:
+            raise ValueError(self._refusal)
         work = self._collect()
         if not self._may_update(work):
             return loss
@@ -310,17 +338,16 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
                 if binding is None:
                     # DeepSpeed's 16-bit wrappers step once with zero gradients inside their constructor
                     if bool(grad.any()):
+                        check_plain(tensor)
                         raise ValueError(self._unknown(tensor))
                     continue
-                if grad.is_sparse:
-                    raise ValueError(
-                        f"{type(self).__name__} does not support sparse gradients (shape {tuple(grad.shape)}). "
-                        f"Build the embedding with sparse=False."
-                    )
-                state = self._state_of(tensor, binding)
                 copy = self._copies.get(id(tensor))
-                item = Item(binding.table, binding.plan, tensor, state, hyper, grad.contiguous(), None, copy)
-                work.append(Work(binding, item))
+                work.append(Work(binding, Item(binding.table, binding.plan, tensor, {}, hyper, grad, None, copy)))
+        stepped = [w for w in work if w.item.grad is not None]
+        check_stepped([w.item for w in stepped], [w.binding.shape for w in stepped])
+        for w in stepped:
+            w.item.state = self._state_of(w.item.param, w.binding)
+            make_dense(w.item)
         for binding in self._bindings.absent:
             if binding.table.has_split_blocks:
                 work.append(Work(binding, Item(binding.table, binding.plan, binding.tensor, {}, NO_HYPER)))
@@ -335,11 +362,13 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         return not self.overflow and all([observer.before_update(work) for observer in self._observers])
 
     def _update(self, work: Sequence[Work]) -> None:
+        check_states([w.item for w in work])
         scattered: list[tuple[Item, torch.Tensor]] = []
         for w in work:
-            if not w.item.param.is_contiguous():
+            param = dense(w.item.param)
+            if param is not w.item.param:
                 scattered.append((w.item, w.item.param))
-                w.item.param = w.item.param.contiguous()
+                w.item.param = param
         for kernels, items in by_kernels(work):
             self.update_(kernels, items)
         for item, original in scattered:
@@ -355,11 +384,32 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         kernels.step_(items)
 
     def _unknown(self, tensor: torch.Tensor) -> str:
+        shape, plain = tuple(tensor.shape), "ds_blockwise.tag_parameters(model)"
+        if is_tagged_by_host(tensor):
+            return (
+                f"{as_tagged(tensor).block_spec.fqn!r} of shape {shape} was tagged by an engine for the engine's own "
+                f"optimizer, and {type(self).__name__} is another one. Call {plain} to use it in plain PyTorch."
+            )
+        if any(self._bindings.of(known) is not None or user_tags_of(known) is not None for known in self._tensors()):
+            return (
+                f"{type(self).__name__} does not know {self._place_of(tensor)} of shape {shape}, although it knows "
+                f"others: that parameter was frozen, or not in the model, when they were tagged, or it has replaced "
+                f"one of them. In plain PyTorch call {plain} again, with the arguments of the first call; training "
+                f"then goes on as it was. An engine needs it unfrozen before deepspeed.initialize: build a new engine."
+            )
         return (
-            f"{type(self).__name__} does not know the parameters in a tensor of shape {tuple(tensor.shape)}. "
-            f"With plain PyTorch call ds_blockwise.tag_parameters(model) before the first step; with DeepSpeed import "
+            f"{type(self).__name__} does not know the parameters in a tensor of shape {shape}. "
+            f"With plain PyTorch call {plain} before the first step; with DeepSpeed import "
             f"ds_blockwise before deepspeed.initialize, or call ds_blockwise.attach(engine)."
         )
+
+    def _place_of(self, tensor: torch.Tensor) -> str:
+        for number, group in enumerate(self.param_groups):
+            for index, known in enumerate(group["params"]):
+                if known is tensor:
+                    names = group.get("param_names")  # where torch was given named parameters
+                    return repr(names[index]) if names else f"param_groups[{number}]['params'][{index}]"
+        return "a tensor"
 
     def skip_non_finite(self, groups: ReductionGroups) -> None:
         """Let `step` change nothing on any rank when a gradient of any rank is NaN or infinite (hosts only).
@@ -370,6 +420,15 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
             groups: ranks that must decide alike; every one of them steps every time.
         """
         self._finite_over = groups
+
+    def refuse_to_step(self, reason: str) -> None:
+        """Let every `step` raise a `ValueError`, on every rank alike: the optimizer of an engine that may never be
+        stepped, and cannot be (hosts only).
+
+        Args:
+            reason: the message.
+        """
+        self._refusal = reason
 
     def observe(self, observer: StepObserver) -> None:
         """Let ``observer`` see every step from now on; `unobserve` ends it. Costs nothing while nobody does."""

@@ -52,8 +52,13 @@ def group_to_load(saved: ParamGroup, own: ParamGroup, index: int) -> ParamGroup:
         )
     if saved.get("amsgrad"):
         logger.warning("param_groups[%d] used amsgrad: its running maximum (max_exp_avg_sq) is not loaded.", index)
-    kept = {key: value for key, value in saved.items() if key not in _ADAMW_SWITCHES}
+    kept = {key: _number(value) for key, value in saved.items() if key not in _ADAMW_SWITCHES}
     return {**{key: value for key, value in own.items() if key != "params"}, **kept}
+
+
+def _number(value: object) -> object:
+    """AdamW may keep its learning rate in a tensor, so that a captured graph sees it change."""
+    return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
 
 
 def step_of(saved: Mapping[str, Any], group: ParamGroup) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Protocol, TypedDict, runtime_checkable
 
 import torch
@@ -145,14 +146,44 @@ class BlockwiseSchedule(ABC):
             state["rewarm_num_steps"] = self.rewarm_num_steps
         return state
 
-    def load_state_dict(self, state_dict: ScheduleState) -> None:
-        """Continue after ``state_dict``'s update, with this schedule's own settings."""
-        self.last_batch_iteration = int(state_dict["last_batch_iteration"])
-        if state_dict.get("rewarm_num_steps", 0) == self.rewarm_num_steps:
-            self._rewarm_start = state_dict.get("rewarm_start")
+    def load_state_dict(self, state_dict: Mapping[str, object]) -> None:
+        """Continue after ``state_dict``'s update, with this schedule's own settings.
+
+        Args:
+            state_dict: of one of our schedules, of DeepSpeed's, or of torch's (``last_epoch``).
+
+        Raises:
+            ValueError: it is none of these; nothing has changed.
+        """
+        last, rewarmed = _last_update(state_dict), _count(state_dict, "rewarm_num_steps")
+        start = _count(state_dict, "rewarm_start") if "rewarm_start" in state_dict else None
+        self.last_batch_iteration = last
+        if rewarmed == self.rewarm_num_steps:
+            self._rewarm_start = start
         elif self.rewarm_num_steps:
             self._rewarm_start = self.last_batch_iteration + 1
         self._set(self.last_batch_iteration + 1)
+
+
+def _count(state_dict: Mapping[str, object], key: str) -> int:
+    value = state_dict.get(key, 0)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"the schedule's state has {key} {value!r}, which must be an integer of 0 or more")
+    return value
+
+
+def _last_update(state_dict: Mapping[str, object]) -> int:
+    """Number of the last update that a schedule's state has seen, from 0; -1 for none."""
+    if "last_batch_iteration" in state_dict:
+        last, what = state_dict["last_batch_iteration"], "last_batch_iteration"
+    elif "last_epoch" in state_dict:  # torch counts the calls of step()
+        last, what = state_dict["last_epoch"], "last_epoch"
+    else:
+        has = ", ".join(map(str, state_dict)) or "nothing"
+        raise ValueError(f"the schedule's state has no last_batch_iteration (it has {has}): it counts otherwise")
+    if isinstance(last, bool) or not isinstance(last, int) or not -1 <= last < 1 << 62:
+        raise ValueError(f"the schedule's state has {what} {last!r}, which must be an integer of -1 or more")
+    return last if what == "last_batch_iteration" else last - 1
 
 
 class BlockwiseCosineLR(BlockwiseSchedule):

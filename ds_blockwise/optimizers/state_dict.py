@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from ds_blockwise.checkpoint.record import (
     table_of,
 )
 from ds_blockwise.checkpoint.record_types import Record
+from ds_blockwise.checkpoint.state_dicts import check_state_dict
 from ds_blockwise.kernels.base import StepState, wide_dtype
 from ds_blockwise.kernels.bindings import Binding
 from ds_blockwise.kernels.param_groups import ParamGroup, StateDict
@@ -33,6 +34,7 @@ from ds_blockwise.optimizers.foreign_state import (
     step_of,
 )
 from ds_blockwise.optimizers.second_moment import SecondMoment, is_per_block, per_block, per_element
+from ds_blockwise.optimizers.settings import check_group
 
 
 class Stored(Recorded, Protocol):
@@ -96,14 +98,21 @@ def second_moment_to_save(optimizer: Stored, tensor: torch.Tensor, values: torch
     return {"exp_avg_sq": per_element(values, binding)}
 
 
-def to_load(optimizer: Stored, state_dict: StateDict) -> Loaded:
+def to_load(optimizer: Stored, state_dict: StateDict, device: torch.device | None = None) -> Loaded:
     """Read the state dict of one of ours, of AdamW (torch's or DeepSpeed's) or of the published Adam-mini.
 
     Changes nothing of the optimizer.
 
+    Args:
+        optimizer: one of ours.
+        state_dict: what to read.
+        device: of the states; default each stepped tensor's own. On "meta" they take no memory: to see whether the
+            state dict fits.
+
     Raises:
-        ValueError: the groups, the shapes or (compact state) the topology do not fit.
+        ValueError: the groups, the shapes or (compact state) the topology do not fit, or there are no first moments.
     """
+    check_state_dict(state_dict)
     if is_published_adam_mini(state_dict):
         names = [_name_of(optimizer, tensor) for group in optimizer.param_groups for tensor in group["params"]]
         state_dict = from_published_adam_mini(state_dict, optimizer.param_groups, names)
@@ -119,14 +128,29 @@ def to_load(optimizer: Stored, state_dict: StateDict) -> Loaded:
         group_to_load(saved, own, index)
         for index, (saved, own) in enumerate(zip(saved_groups, optimizer.param_groups, strict=True))
     ]
+    _check_groups(groups)
     tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
     ids = [(i, group) for group in saved_groups for i in group["params"]]
     states: dict[torch.Tensor, StepState] = {}
     for position, ((number, group), tensor) in enumerate(zip(ids, tensors, strict=True)):
         saved = state_dict["state"].get(number)
         if saved and "exp_avg" in saved:
-            states[tensor] = _state_to_load(optimizer, tensor, saved, group, record, position)
+            states[tensor] = _state_to_load(optimizer, tensor, saved, group, record, position, device or tensor.device)
+        elif any(key != "step" and isinstance(value, torch.Tensor) for key, value in (saved or {}).items()):
+            raise ValueError(
+                f"the state of tensor {position} has no first moment (it has {', '.join(sorted(saved))}): it is of "
+                f"another kind of optimizer. Load weights only, and start with fresh optimizer state."
+            )
     return Loaded(groups, states, record)
+
+
+def _check_groups(groups: Sequence[ParamGroup]) -> None:
+    """Refuse hyper-parameters that no optimizer can have: they would be stepped with as they are."""
+    for index, group in enumerate(groups):
+        try:
+            check_group(group, f"param_groups[{index}] of the state dict: ")
+        except TypeError as error:
+            raise ValueError(str(error)) from error
 
 
 def _state_to_load(
@@ -136,18 +160,19 @@ def _state_to_load(
     group: ParamGroup,
     record: Record | None,
     position: int,
+    device: torch.device,
 ) -> StepState:
     # torch casts floating state to the parameter's dtype, which would round fp32 moments of bf16 parameters
     state: StepState = {
         "step": step_of(saved, group),
-        "exp_avg": like("exp_avg", saved["exp_avg"], tensor, optimizer.momentum_dtype_of(tensor)),
+        "exp_avg": like("exp_avg", saved["exp_avg"], tensor, optimizer.momentum_dtype_of(tensor), device),
     }
     if optimizer.second_moment == "none":
         return state
     if record is not None and PER_BLOCK_KEY in saved:
-        state["exp_avg_sq"] = _from_blocks(optimizer, tensor, saved[PER_BLOCK_KEY], record, position)
+        state["exp_avg_sq"] = _from_blocks(optimizer, tensor, saved[PER_BLOCK_KEY], record, position, device)
     elif "exp_avg_sq" in saved:
-        state["exp_avg_sq"] = like("exp_avg_sq", saved["exp_avg_sq"], tensor, wide_dtype(tensor.dtype))
+        state["exp_avg_sq"] = like("exp_avg_sq", saved["exp_avg_sq"], tensor, wide_dtype(tensor.dtype), device)
     else:
         raise ValueError(
             f"the state of tensor {position} has no second moment (it has {', '.join(sorted(saved))}): the optimizer "
@@ -157,7 +182,12 @@ def _state_to_load(
 
 
 def _from_blocks(
-    optimizer: Stored, tensor: torch.Tensor, values: torch.Tensor, record: Record, position: int
+    optimizer: Stored,
+    tensor: torch.Tensor,
+    values: torch.Tensor,
+    record: Record,
+    position: int,
+    device: torch.device,
 ) -> torch.Tensor:
     """Second moments of a compact state: as they are if the blocks are the same, else one per element."""
     saved, own = placements_of(record, position), optimizer.placements_in(tensor)
@@ -175,12 +205,14 @@ def _from_blocks(
         )
     dtype = wide_dtype(tensor.dtype)
     if optimizer.shares_second_moment and same_blocks(saved, own):
-        return per_block(values.detach().to(tensor.device, dtype, copy=True).contiguous())
-    return like("exp_avg_sq", table.expand(values), tensor, dtype)
+        return per_block(values.detach().to(device, dtype, copy=True).contiguous())
+    return like("exp_avg_sq", table.expand(values), tensor, dtype, device)
 
 
-def like(key: str, values: torch.Tensor, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A copy of loaded values in the shape of a tensor, on its device.
+def like(
+    key: str, values: torch.Tensor, tensor: torch.Tensor, dtype: torch.dtype, device: torch.device | None = None
+) -> torch.Tensor:
+    """A copy of loaded values in the shape of a tensor, on its device or a given one.
 
     Raises:
         ValueError: they have another number of elements.
@@ -190,7 +222,7 @@ def like(key: str, values: torch.Tensor, tensor: torch.Tensor, dtype: torch.dtyp
             f"state {key!r} has {values.numel()} elements but its parameter has {tensor.numel()} (shape "
             f"{tuple(tensor.shape)}). The checkpoint is of another model or another partition."
         )
-    return values.detach().to(tensor.device, dtype, copy=True).reshape(tensor.shape).contiguous()
+    return values.detach().to(device or tensor.device, dtype, copy=True).reshape(tensor.shape).contiguous()
 
 
 def _name_of(optimizer: Stored, tensor: torch.Tensor) -> str | None:

@@ -14,12 +14,10 @@ import torch
 
 from ds_blockwise.hosts.deepspeed.refusals import facts_of_json, refusals
 from ds_blockwise.optimizers.registry import OPTIMIZERS, SCHEDULES
-from ds_blockwise.runs.engine_json import compose
+from ds_blockwise.runs.engine_json import compose, optimizer_type, parameter_dtype
+from ds_blockwise.runs.reading.problems import Problems
+from ds_blockwise.runs.reading.whole_files import JsonObject
 from ds_blockwise.runs.run_file import RunConfig, check_run, load_run
-from ds_blockwise.runs.strict_files import JsonObject, Problems
-
-_STAGES = (0, 1, 2, 3)
-_PRECISIONS = ("bf16", "fp16", "torch_autocast")
 
 
 def check_run_file(
@@ -38,13 +36,34 @@ def check_run_file(
     run, problems = load_run(file, overrides=overrides, deepspeed_file=deepspeed_file)
     if run is None:
         return None, problems
-    check_run(run, run.cluster.processes, problems)
+    check_and_compose(run, run.cluster.processes, problems)
+    return run, problems
+
+
+def check_and_compose(run: RunConfig, processes: int, problems: Problems) -> JsonObject:
+    """Check a run for a number of processes.
+
+    Args:
+        run: The run, from `load_run`.
+        processes: That the launcher starts.
+        problems: Every mistake is noted here.
+
+    Returns:
+        DeepSpeed's configuration for the run; complete unless a problem was noted.
+    """
+    if not run.deepspeed and problems:
+        return {}  # the JSON could not be read
+    check_run(run, processes, problems)
+    name = optimizer_type(run.deepspeed)
+    if name in OPTIMIZERS:
+        for refusal in refusals(facts_of_json(run.deepspeed)):
+            problems.refuse(run.deepspeed_file, "optimizer.type", name, refusal)
     known = len(problems.lines)
     config = compose(run, problems)
     if len(problems.lines) == known:
         _check_engine(run, config, problems)
         _check_optimizer(run, config, problems)
-    return run, problems
+    return config
 
 
 def describe_run(run: RunConfig) -> list[tuple[str, str]]:
@@ -68,26 +87,28 @@ def describe_run(run: RunConfig) -> list[tuple[str, str]]:
             f"{training.global_batch_size} sequences of {run.shape.sequence_length} tokens = micro batch "
             f"{training.micro_batch_size} x {copies} x {accumulation} accumulated",
         ),
+        ("clipping", _clipping(run.deepspeed)),
         ("activations", f"checkpointing: {training.activation_checkpointing}"),
         ("length", f"{training.steps:,} steps, {tokens / 1e6:,.1f}M tokens"),
     ]
 
 
+def _clipping(config: JsonObject) -> str:
+    norm = config.get("gradient_clipping")
+    if norm is None:
+        return "to a gradient norm of 1.0, DeepSpeed's default; set gradient_clipping in the JSON to change it"
+    return f"to a gradient norm of {norm}" if norm else "none"
+
+
 def _check_engine(run: RunConfig, config: JsonObject, problems: Problems) -> None:
     file = run.deepspeed_file
     zero = config.get("zero_optimization", {})
-    stage = zero.get("stage", 0) if isinstance(zero, dict) else None
-    if stage not in _STAGES or isinstance(stage, bool):
-        problems.add(file, "zero_optimization.stage", stage, "0, 1, 2 or 3", "correct it")
-        return
+    stage = zero.get("stage", 0)
     if stage > 1 and run.parallel.pipeline > 1:
         remedy = "lower the stage or set parallel.pipeline to 1"
         problems.add(file, "zero_optimization.stage", stage, "0 or 1 with parallel.pipeline > 1", remedy)
-    on = [name for name in _PRECISIONS if isinstance(config.get(name), dict) and config[name].get("enabled")]
-    if len(on) > 1:
-        problems.add(file, ", ".join(on), "enabled", "one precision at a time", "disable all but one")
     clip = config.get("gradient_clipping", 1.0)
-    if stage == 0 and {"bf16", "fp16"} & set(on) and run.parallel.tensor > 1 and clip:
+    if stage == 0 and parameter_dtype(config) != torch.float32 and run.parallel.tensor > 1 and clip:
         allowed = "0 at ZeRO stage 0 in 16 bit with parallel.tensor > 1: DeepSpeed's norm counts the first rank only"
         problems.add(file, "gradient_clipping", clip, allowed, "use ZeRO stage 1")
 
@@ -98,8 +119,6 @@ def _check_optimizer(run: RunConfig, config: JsonObject, problems: Problems) -> 
     cls = OPTIMIZERS.get(section["type"])
     if cls is None:
         return  # AdamW and others are DeepSpeed's business
-    for refusal in refusals(facts_of_json(config)):
-        problems.refuse(run.deepspeed_file, "optimizer.type", section["type"], refusal)
     try:
         optimizer = cls([torch.nn.Parameter(torch.zeros(1))], **section.get("params", {}))
     except (ValueError, TypeError) as error:

@@ -8,9 +8,10 @@ import copy
 import torch
 
 from ds_blockwise.blocks.auto_settings import AUTO
+from ds_blockwise.hosts.deepspeed.config.check import json_mistakes
+from ds_blockwise.runs.reading.problems import Problems
+from ds_blockwise.runs.reading.whole_files import JsonObject
 from ds_blockwise.runs.run_file import RunConfig
-from ds_blockwise.runs.strict_files import JsonObject, Problems
-from ds_blockwise.values import nearest
 
 # Keys that the launcher writes; in the JSON they would be a second place for the same number.
 _FROM_RUN_FILE = {
@@ -21,32 +22,6 @@ _FROM_RUN_FILE = {
 }
 _MONITORS = ("csv_monitor", "tensorboard")
 _MONITOR_KEYS = ("output_path", "job_name")
-# DeepSpeed ignores a top-level key that it doesn't know: "zero_optimisation" would train at stage 0.
-_KNOWN_KEYS = [
-    *_FROM_RUN_FILE,
-    *_MONITORS,
-    "activation_checkpointing",
-    "bf16",
-    "comms_logger",
-    "communication_data_type",
-    "data_types",
-    "dump_state",
-    "flops_profiler",
-    "fp16",
-    "gradient_clipping",
-    "gradient_predivide_factor",
-    "optimizer",
-    "prescale_gradients",
-    "scheduler",
-    "seq_parallel_communication_data_type",
-    "sparse_gradients",
-    "torch_autocast",
-    "wall_clock_breakdown",
-    "wandb",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-    "zero_optimization",
-]
 # What each schedule calls the number of warm-up steps and of all steps.
 _WARMUP, _TOTAL = "warmup_num_steps", "total_num_steps"
 _SCHEDULE_KEYS = {
@@ -64,27 +39,28 @@ def compose(run: RunConfig, problems: Problems) -> JsonObject:
 
     Args:
         run: The run, with the JSON as it stands in its file.
-        problems: Notes each key of the JSON that belongs into the run file, each misspelt one and
-            a missing optimizer.
+        problems: Notes each key of the JSON that belongs into the run file, everything that `json_mistakes` finds
+            in the others, and a missing optimizer.
 
     Returns:
         A new dict; complete unless a problem was noted.
     """
     file = run.deepspeed_file
     config = copy.deepcopy(run.deepspeed)
-    for key, value in config.items():
-        if key in _FROM_RUN_FILE:
-            remedy = f"remove it here and set {_FROM_RUN_FILE[key]} in {run.file}"
-            problems.add(file, key, value, "nothing, the launcher writes it", remedy)
-        elif key not in _KNOWN_KEYS:
-            near = nearest(key, _KNOWN_KEYS, likeness=0.6)
-            if near is not None:  # an exotic key is DeepSpeed's own business
-                problems.add(file, key, value, "DeepSpeed's configuration keys", f"did you mean {near!r}?")
+    for key in [key for key in _FROM_RUN_FILE if key in config]:
+        remedy = f"remove it here and set {_FROM_RUN_FILE[key]} in {run.file}"
+        problems.add(file, key, config.pop(key), "nothing, the launcher writes it", remedy)
+    mistakes = json_mistakes(config)
+    for mistake in mistakes:
+        problems.add(file, *mistake)
+    for broken in {mistake.key.partition(".")[0] for mistake in mistakes}:
+        config.pop(broken, None)  # what follows takes sections as they should be
     training = run.training
     config["train_batch_size"] = training.global_batch_size
     config["train_micro_batch_size_per_gpu"] = training.micro_batch_size
     config["steps_per_print"] = training.steps + 1  # the progress bar says it already
-    _check_optimizer(run, config, problems)
+    if "optimizer" in config or "optimizer" not in run.deepspeed:
+        _check_optimizer(run, config, problems)
     _fill_auto_multipliers(run, config, problems)
     _fill_schedule(run, config, problems)
     for monitor in _MONITORS:
@@ -102,8 +78,10 @@ def compose(run: RunConfig, problems: Problems) -> JsonObject:
 
 
 def optimizer_type(config: JsonObject) -> str:
-    """Name of the optimizer that the JSON chooses."""
-    return str(config["optimizer"]["type"])
+    """Name of the optimizer that the JSON chooses; empty if it chooses none."""
+    section = config.get("optimizer")
+    name = section.get("type") if isinstance(section, dict) else None
+    return name if isinstance(name, str) else ""
 
 
 def parameter_dtype(config: JsonObject) -> torch.dtype:
@@ -122,7 +100,7 @@ def zero_stage(config: JsonObject) -> int:
 
 def _check_optimizer(run: RunConfig, config: JsonObject, problems: Problems) -> None:
     section = config.get("optimizer")
-    if not isinstance(section, dict) or not isinstance(section.get("type"), str):
+    if section is None:
         allowed = 'an object such as {"type": "BlockwiseAdamMini", "params": {"lr": 5e-4}}'
         problems.add(run.deepspeed_file, "optimizer", section, allowed, "add it")
     if zero_stage(config) == 3 and run.parallel.tensor > 1:
@@ -154,10 +132,6 @@ def _fill_auto_multipliers(run: RunConfig, config: JsonObject, problems: Problem
 def _fill_schedule(run: RunConfig, config: JsonObject, problems: Problems) -> None:
     section = config.get("scheduler")
     if section is None:
-        return
-    if not isinstance(section, dict) or not isinstance(section.get("type"), str):
-        allowed = 'an object such as {"type": "BlockwiseCosineLR", "params": {"min_lr": 2.5e-5}}'
-        problems.add(run.deepspeed_file, "scheduler", section, allowed, "correct it")
         return
     params = section.setdefault("params", {})
     values = {_WARMUP: run.training.warmup_steps, _TOTAL: run.training.steps}

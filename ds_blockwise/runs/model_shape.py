@@ -12,19 +12,13 @@ from typing import Annotated
 
 from pydantic import Field
 
-from ds_blockwise.runs.strict_files import (
-    NUMBER,
-    AtLeastTwo,
-    Flag,
-    Positive,
-    Problems,
-    StrictSection,
-    correction,
-    read_section,
-    read_yaml,
-)
+from ds_blockwise.runs.reading.problems import Problems, correction
+from ds_blockwise.runs.reading.yaml_file import read_yaml
+from ds_blockwise.runs.strict_files import AtLeastTwo, Flag, Positive, StrictSection, read_section
 
-_NotNegativeNumber = Annotated[float, Field(strict=True, ge=0.0), NUMBER]
+_MOST_LAYERS = 10_000
+_MOST_PARAMETERS = 10**15
+_NotNegativeNumber = Annotated[float, Field(strict=True, ge=0.0)]
 LLAMA, GPT2 = "llama", "gpt2"
 ARCHITECTURES = (LLAMA, GPT2)
 
@@ -51,7 +45,7 @@ class GPTShape(StrictSection):
             get `init_std / sqrt(2 * num_layers)`, Megatron's rule.
     """
 
-    num_layers: Positive
+    num_layers: Annotated[int, Field(strict=True, ge=1, le=_MOST_LAYERS)]
     hidden_size: Positive
     ffn_hidden_size: Positive
     num_heads: Positive
@@ -59,10 +53,10 @@ class GPTShape(StrictSection):
     head_dim: AtLeastTwo
     vocab_size: AtLeastTwo
     sequence_length: Positive
-    num_parameters: Positive | None = None
+    num_parameters: Annotated[int, Field(strict=True, ge=1)] | None = None
     architecture: str = LLAMA
     tied_embeddings: Flag = False
-    rope_theta: Annotated[float, Field(strict=True, ge=1), NUMBER] = 10000.0
+    rope_theta: Annotated[float, Field(strict=True, ge=1)] = 10000.0
     norm_eps: _NotNegativeNumber = 1e-5
     init_std: _NotNegativeNumber = 0.02
 
@@ -89,8 +83,11 @@ class GPTShape(StrictSection):
         Returns:
             The shape, contradictions included; None if its sizes can't be read.
         """
+        known = len(problems.lines)
         values = read_yaml(path, problems)
-        shape = read_section(cls, values, file=path, problems=problems) if values else None
+        if not values and len(problems.lines) > known:
+            return None
+        shape = read_section(cls, values, file=path, problems=problems)
         if shape is not None:
             shape.check(path, problems)
         return shape
@@ -106,7 +103,10 @@ class GPTShape(StrictSection):
             return
         if self.architecture == LLAMA and self.head_dim % 2:
             problems.add(file, "head_dim", self.head_dim, "an even number", "RoPE rotates pairs")
-        if self.num_parameters not in (None, self.count_parameters()):
+        if self.count_parameters() > _MOST_PARAMETERS:
+            allowed = f"sizes that amount to at most {_MOST_PARAMETERS} parameters"
+            problems.add(file, "(sizes)", self.count_parameters(), allowed, "lower them")
+        elif self.num_parameters not in (None, self.count_parameters()):
             allowed = f"{self.count_parameters()}, what the sizes amount to"
             remedy = "state that number or correct the sizes"
             problems.add(file, "num_parameters", self.num_parameters, allowed, remedy)

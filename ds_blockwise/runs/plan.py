@@ -8,6 +8,7 @@ data-parallel traffic that is wholly hidden (best) or not at all (worst). Publis
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -157,6 +158,11 @@ def traffic(
     return over_data, rounds * message * 2 * (arrangement.tp - 1) / arrangement.tp
 
 
+def _divisors(number: int) -> list[int]:
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
+
+
 def make_plan(run: RunConfig, held: RankCounts, nodes: int, gpus_per_node: int, gpu: str) -> Plan:
     """Plan a run for a cluster.
 
@@ -189,8 +195,9 @@ def make_plan(run: RunConfig, held: RankCounts, nodes: int, gpus_per_node: int, 
     def fits(micro: int) -> bool:
         return needed(optimizer, micro).on_gpu <= _USABLE * machine.memory
 
-    micro = max(m for m in range(1, min(training.micro_batch_size, per_rank) + 1) if per_rank % m == 0)
-    possible = [m for m in range(1, per_rank + 1) if per_rank % m == 0 and fits(m)]
+    divisors = _divisors(per_rank)
+    micro = max(m for m in divisors if m <= training.micro_batch_size)
+    possible = [m for m in divisors if fits(m)]
     accumulation = per_rank // micro
     dp_bytes, tp_bytes = traffic(shape, held, arrangement, micro, accumulation)
     part = held.parameters / (arrangement.dp if arrangement.zero_stage else 1)

@@ -14,12 +14,13 @@ from typing import Any
 
 from torch import nn
 
+from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.ranges import TensorShard
 from ds_blockwise.blocks.segment_table import SegmentTable, build_table, whole_placement
 from ds_blockwise.blocks.spec import BlockSpec
 from ds_blockwise.runs.model_shape import GPT2, GPTShape
 from ds_blockwise.tagging.module_reader import TensorSplit, tensor_splits
-from ds_blockwise.tagging.tag import tag_parameters
+from ds_blockwise.tagging.tag import tag_with_settings
 
 MINI = "BlockwiseAdamMini"
 _FP32 = 4
@@ -69,12 +70,12 @@ def count_rank(model: nn.Module, tp: int, settings: Mapping[str, Any]) -> RankCo
     Args:
         model: the whole model, on any device, the meta device too; it is tagged.
         tp: tensor-parallel size.
-        settings: arguments of `tag_parameters`.
+        settings: block settings of the optimizer's JSON.
 
     Raises:
         ValueError: as `tag_parameters`; or a split dimension does not divide by ``tp``.
     """
-    tag_parameters(model, **settings)
+    tag_with_settings(model, BlockSettings.parse(**settings))
     splits = tensor_splits(model)
     alike: dict[tuple[object, ...], list[tuple[BlockSpec, TensorSplit | None]]] = {}
     for param in model.parameters():

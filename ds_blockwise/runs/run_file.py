@@ -13,24 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-import yaml
 from pydantic import Field
 
 from ds_blockwise.optimizers.registry import OPTIMIZERS
 from ds_blockwise.runs.model_shape import LLAMA, GPTShape
-from ds_blockwise.runs.strict_files import (
-    NUMBER,
-    JsonObject,
-    NotNegative,
-    Positive,
-    Problems,
-    StrictSection,
-    Texts,
-    correction,
-    read_json,
-    read_section,
-    read_yaml,
-)
+from ds_blockwise.runs.reading.problems import Problems, correction
+from ds_blockwise.runs.reading.whole_files import JsonObject, read_json
+from ds_blockwise.runs.reading.yaml_file import parse_value, read_yaml
+from ds_blockwise.runs.strict_files import NotNegative, Positive, StrictSection, Texts, read_section
 
 _DEEPEST = 8  # bases of bases
 ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
@@ -58,7 +48,7 @@ class DataConfig(StrictSection):
     source: Annotated[Texts, Field(min_length=1)] = ("stdlib",)
     text_key: str = "text"
     tokenizer: str = "train"
-    validation_fraction: Annotated[float, Field(strict=True, ge=0.001, le=0.5), NUMBER] = 0.05
+    validation_fraction: Annotated[float, Field(strict=True, ge=0.001, le=0.5)] = 0.05
     blend: Texts = ()
 
     def read_blend(self, file: str | Path, problems: Problems) -> tuple[tuple[str, float], ...]:
@@ -237,7 +227,7 @@ def load_run(
     file = Path(file)
     problems = Problems()
     values = _read_with_bases(file, problems)
-    if not values:
+    if not values and problems:
         return None, problems
     for override in overrides:
         _apply_override(values, override, problems)
@@ -246,7 +236,8 @@ def load_run(
     paths = {key: Path(values[key]) for key in _RELATIVE if isinstance(values.get(key), str)}
     if deepspeed_file:
         paths["deepspeed"] = Path(deepspeed_file)
-    top = read_section(_RunFile, values, file=file, problems=problems)
+    overridden = [override.partition("=")[0] for override in overrides]
+    top = read_section(_RunFile, values, file=file, problems=problems, overridden=overridden)
     shape = GPTShape.read(paths["model"], problems) if "model" in paths else None
     deepspeed = read_json(paths["deepspeed"], problems) if "deepspeed" in paths else {}
     if top is None or shape is None:
@@ -300,7 +291,7 @@ def _with_sequence_length(shape: GPTShape, length: int, file: Path, problems: Pr
 
 def _apply_override(values: JsonObject, override: str, problems: Problems) -> None:
     key, equals, text = override.partition("=")
-    if not equals:
+    if not equals or not all(key.split(".")):
         problems.add("--set", override, None, "section.key=value", "write both key and value")
         return
     target = values
@@ -310,10 +301,10 @@ def _apply_override(values: JsonObject, override: str, problems: Problems) -> No
         if not isinstance(target, dict):
             problems.add("--set", key, text, "a key of a section", "correct the dotted name")
             return
-    try:
-        target[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        problems.add("--set", key, text, "a value in YAML", "put it in quotes")
+    known = len(problems.lines)
+    value = parse_value("--set", key, text, problems)
+    if len(problems.lines) == known:
+        target[last] = value
 
 
 def check_run(run: RunConfig, world_size: int, problems: Problems) -> None:
@@ -376,8 +367,9 @@ def check_sharpness(run: RunConfig, copies: int, batches: int, key: str, problem
             f"data-parallel ranks take {training.micro_batch_size} each"
         )
         problems.add(run.file, key, batches, allowed, "change it or training.validation_sequences")
-    name = str(run.deepspeed.get("optimizer", {}).get("type"))
-    if name not in OPTIMIZERS:
+    section = run.deepspeed.get("optimizer")
+    name = section.get("type") if isinstance(section, dict) else None
+    if not isinstance(name, str) or name not in OPTIMIZERS:
         allowed = f"{' or '.join(OPTIMIZERS)} where sharpness is measured: others do not know the blocks"
         remedy = "BlockwiseAdamW with all lr_multipliers 1 is AdamW; or set training.sharpness_interval to 0"
         problems.add(run.deepspeed_file, "optimizer.type", name, allowed, remedy)

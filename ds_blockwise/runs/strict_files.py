@@ -7,28 +7,18 @@ whose fields carry their limits; each problem is then one line: file, key, value
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias, TypeVar
+from typing import Annotated, Any, TypeVar
 
-import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from ds_blockwise.values import nearest
+from ds_blockwise.runs.reading.problems import Problems, correction
+from ds_blockwise.runs.reading.whole_files import JsonObject
 
 Section = TypeVar("Section", bound="StrictSection")
-JsonObject: TypeAlias = dict[str, Any]
-
-
-def _number(value: object) -> object:
-    # YAML 1.1 reads 5e-4 (no dot) as text
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
+_LARGEST = 2**31 - 1
 
 
 def _texts(value: object) -> object:
@@ -36,10 +26,9 @@ def _texts(value: object) -> object:
 
 
 # Types of fields. A truth value is no number here, and 1 is no truth value.
-NUMBER = BeforeValidator(_number)
-NotNegative = Annotated[int, Field(strict=True, ge=0)]
-Positive = Annotated[int, Field(strict=True, ge=1)]
-AtLeastTwo = Annotated[int, Field(strict=True, ge=2)]
+NotNegative = Annotated[int, Field(strict=True, ge=0, le=_LARGEST)]
+Positive = Annotated[int, Field(strict=True, ge=1, le=_LARGEST)]
+AtLeastTwo = Annotated[int, Field(strict=True, ge=2, le=_LARGEST)]
 Flag = Annotated[bool, Field(strict=True)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_texts)]
 
@@ -51,84 +40,13 @@ class StrictSection:
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-class Problems:
-    """The mistakes found so far; raising waits until all are known."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def __bool__(self) -> bool:
-        return bool(self.lines)
-
-    def add(self, file: str | Path, key: str, value: object, allowed: str, remedy: str) -> None:
-        """Note one mistake.
-
-        Args:
-            file: File that the user has to edit.
-            key: Dotted name of the entry.
-            value: What was found.
-            allowed: What may stand there.
-            remedy: What to do, as an order.
-        """
-        self.refuse(file, key, value, f"allowed: {allowed}; {remedy}")
-
-    def refuse(self, file: str | Path, key: str, value: object, reason: str) -> None:
-        """Note one mistake with the words of the code that found it, which say what is allowed and what to do."""
-        text = repr(value)
-        shown = text if len(text) <= 120 else text[:117] + "..."
-        self.lines.append(f"{file}: {key} = {shown}: {reason}")
-
-    def raise_if_any(self) -> None:
-        """Raise one `ValueError` that lists everything noted.
-
-        Raises:
-            ValueError: At least one problem was noted.
-        """
-        if self.lines:
-            count = f"{len(self.lines)} problem" + ("s" if len(self.lines) > 1 else "")
-            raise ValueError(f"{count} in the configuration:\n- " + "\n- ".join(self.lines))
-
-
-def read_yaml(path: Path, problems: Problems) -> JsonObject:
-    """The mapping in a YAML file; an empty one if there is none, which is then noted in ``problems``."""
-    return _read(path, yaml.safe_load, "YAML file", "a mapping of keys to values", "see configs/", problems)
-
-
-def read_json(path: Path, problems: Problems) -> JsonObject:
-    """As `read_yaml`, of JSON. A key that stands twice is a problem, as in DeepSpeed."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> JsonObject:
-        for key, count in Counter(key for key, _ in pairs).items():
-            if count > 1:
-                problems.add(path, key, "(twice)", "each key once", "remove one of them")
-        return dict(pairs)
-
-    parse = partial(json.loads, object_pairs_hook=unique)
-    return _read(path, parse, "JSON file", "a JSON object", "see configs/deepspeed/", problems)
-
-
-def _read(
-    path: Path, parse: Callable[[str], object], kind: str, content: str, example: str, problems: Problems
-) -> JsonObject:
-    try:
-        loaded = parse(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, json.JSONDecodeError) as error:
-        problems.add(path, "(file)", str(error), f"a readable {kind}", "correct the path or file")
-        return {}
-    if not isinstance(loaded, dict):
-        problems.add(path, "(file)", loaded, content, example)
-        return {}
-    return loaded
-
-
-def correction(word: object, known: Iterable[str]) -> str:
-    """What to do about a word that is not known: take the nearest one, or remove it."""
-    near = nearest(word, known)
-    return "remove it" if near is None else f"did you mean {near!r}?"
-
-
 def read_section(
-    cls: type[Section], values: Mapping[Any, Any], *, file: str | Path, problems: Problems
+    cls: type[Section],
+    values: Mapping[Any, Any],
+    *,
+    file: str | Path,
+    problems: Problems,
+    overridden: Sequence[str] = (),
 ) -> Section | None:
     """Build the frozen dataclass ``cls`` from ``values``.
 
@@ -137,13 +55,14 @@ def read_section(
         values: The mapping found in the file.
         file: Named in the messages.
         problems: Every mistake is noted here.
+        overridden: Dotted keys that ``--set`` gave; it is named for mistakes in them.
 
     Returns:
         The dataclass, or None if a problem was noted.
     """
     adapter = TypeAdapter(cls)
     try:
-        return adapter.validate_python(_with_text_keys(values))
+        return adapter.validate_python(values)
     except ValidationError as error:
         whole = adapter.json_schema()
         for found in error.errors(include_url=False):
@@ -152,16 +71,17 @@ def read_section(
                 known = list(_schema_at(whole, path[:-1])["properties"])
                 allowed, remedy = f"the keys {', '.join(known)}", correction(path[-1], known)
             else:
-                allowed, remedy = _describe(_schema_at(whole, path)), _REMEDIES.get(kind, "correct the value")
+                allowed = _describe(_schema_at(whole, path), too_large=kind == "less_than_equal")
+                remedy = _REMEDIES.get(kind) or _remedy(value)
             shown = None if kind == "missing" else value  # pydantic shows the whole section
             key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)[1:]
-            problems.add(file, key, shown, allowed, remedy)
+            unknown = kind == "unexpected_keyword_argument"
+            from_command = any(
+                f"{key}.".startswith((f"{given}.", f"{given}[")) or (unknown and given.startswith(f"{key}."))
+                for given in overridden
+            )
+            problems.add("--set" if from_command else file, key, shown, allowed, remedy)
         return None
-
-
-def _with_text_keys(values: Mapping[Any, Any]) -> JsonObject:
-    """The same entries with keys of text: YAML reads ``on:`` as True and ``1:`` as a number."""
-    return {str(key): _with_text_keys(value) if isinstance(value, Mapping) else value for key, value in values.items()}
 
 
 def _schema_at(schema: JsonObject, path: Sequence[int | str]) -> JsonObject:
@@ -186,10 +106,18 @@ _WORDS = {
 }
 
 
-def _describe(schema: JsonObject) -> str:
+def _remedy(value: object) -> str:
+    if isinstance(value, str) and value.lower() in ("yes", "no", "on", "off", "y", "n"):
+        return "write true or false"
+    if isinstance(value, str) and re.fullmatch(r"[-+]?[0-9][0-9a-fxo_:]*", value):
+        return "write its digits alone: no leading zeros, no _ and no :"
+    return "correct the value"
+
+
+def _describe(schema: JsonObject, too_large: bool = False) -> str:
     if "anyOf" in schema:
-        return ", or ".join(_describe(choice) for choice in schema["anyOf"])
-    text = _WORDS[schema["type"]]
-    if "maximum" in schema:
-        return f"{text} from {schema['minimum']} to {schema['maximum']}"
-    return f"{text}, at least {schema['minimum']}" if "minimum" in schema else text
+        return ", or ".join(_describe(choice, too_large) for choice in schema["anyOf"])
+    text, least, most = _WORDS[schema["type"]], schema.get("minimum"), schema.get("maximum")
+    if most is not None and (most != _LARGEST or too_large):
+        return f"{text} from {least} to {most}"
+    return text if least is None else f"{text}, at least {least}"

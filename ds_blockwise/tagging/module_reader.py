@@ -85,3 +85,17 @@ def tensor_splits(model: nn.Module) -> dict[nn.Parameter, TensorSplit]:
         for reader in READERS
         if (split := reader.split(owner, param, leaf)) is not None
     }
+
+
+def is_split(model: nn.Module) -> bool:
+    """Whether this rank holds a part of any parameter only, trained or frozen.
+
+    Raises:
+        ValueError: a reader knows a module but not how its parameter is cut.
+    """
+    return any(
+        (shard := reader.shard(owner, param, leaf)) is not None and len(shard.chunks) > 1
+        for owner in model.modules()
+        for leaf, param in owner.named_parameters(recurse=False)
+        for reader in READERS
+    )

@@ -12,14 +12,23 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from ds_blockwise.blocks.roles import QKVLayout, Role, Storage
+from ds_blockwise.blocks.rule_needed import CHOOSE, ROLE_CHOICES, RuleNeeded
 from ds_blockwise.tagging.name_rules import NAME_RULES, NameRule
 
 _COMPILED = tuple((rule, re.compile(rf"(?:^|\.)(?:{rule.module})$"), re.compile(rule.leaf)) for rule in NAME_RULES)
 
 _WRAPPER_PREFIX = re.compile(r"^(?:module\.)+")
-# PEFT puts the wrapped linear, and the two factors beside it, one or two modules below the linear's own name
-_ADAPTER = re.compile(r"\.(?:base_layer|original_module|modules_to_save\.[^.]+|(?P<factor>lora_[AB])\.[^.]+)$")
-_BIAS = re.compile(r"bias\d*|.*_proj_bias")
+# PEFT puts what it wraps, and what it adds, one or two modules below the wrapped module's own name, and may do so twice
+_WRAPPED = r"\.(?:base_layer|original_module|modules_to_save\.[^.]+|token_adapter)"
+_INSIDE = re.compile(rf"{_WRAPPED}(?=\.|$)")
+# Rows of a factor are the outputs of the adapted linear, tokens of the adapted table, or neither (``low_rank``); tokens
+# may be columns. A factor of LoRA is a module for each adapter, those of others parameters of the adapter's name
+_FACTOR = (
+    r"\.(?P<factor>(?P<low_rank>lora_A|hada_w[12]_b|lokr_w[12](?:_[ab])?|lora_embedding_B)|(?P<columns>lora_embedding_A)"
+    r"|lora_B|hada_w[12]_a|trainable_tokens_delta)(?P<module>\.[^.]+)?"
+)
+_ADAPTER = re.compile(rf"(?:{_WRAPPED})*(?:{_FACTOR})?$")
+_BIAS = re.compile(r"bias\d*|.*_proj_bias|[qkv]_bias")
 _PEFT_PREFIX = re.compile(r"^base_model\.model\.")
 
 
@@ -51,14 +60,19 @@ def canonical_fqn(name: str) -> str:
 
 
 def adapted_path(path: str) -> str:
-    """The path of the linear that a PEFT adapter wraps, from the path of the wrapped module or of a factor."""
-    return _ADAPTER.sub("", path)
+    """The path of the module that a PEFT adapter wraps, from the path of the wrapped module or of a factor."""
+    return _adapter(path)[0]
 
 
 def is_low_rank_input(path: str) -> bool:
-    """Whether a module path is that of LoRA's A, whose rows are the low rank and not the layer's outputs."""
-    adapter = _ADAPTER.search(path)
-    return adapter is not None and adapter["factor"] == "lora_A"
+    """Whether a module path is that of a factor, such as LoRA's A, whose rows are not the layer's outputs."""
+    return _adapter(path)[1]["low_rank"] is not None
+
+
+def _adapter(path: str) -> tuple[str, re.Match[str]]:
+    found = _ADAPTER.search(path)
+    assert found is not None  # it matches the empty end
+    return path[: found.start()], found
 
 
 def match_name(fqn: str) -> NameMatch | None:
@@ -72,10 +86,13 @@ def match_name(fqn: str) -> NameMatch | None:
         What the name says; None if no naming rule matches it.
 
     Raises:
-        ValueError: several naming rules match and disagree.
+        RuleNeeded: several naming rules match and disagree.
     """
     path, _, leaf = canonical_fqn(fqn).rpartition(".")
-    module = adapted_path(_PEFT_PREFIX.sub("", path))
+    module, adapter = _adapter(_PEFT_PREFIX.sub("", path))
+    module = _INSIDE.sub("", module)
+    if adapter["factor"] and not adapter["module"]:
+        leaf = "weight"  # the parameter has the adapter's name
     found: dict[tuple[object, ...], NameRule] = {}
     for rule, pattern, leaves in _COMPILED:
         if leaves.fullmatch(leaf) and pattern.search(module):
@@ -84,22 +101,27 @@ def match_name(fqn: str) -> NameMatch | None:
         return None
     rule = next(iter(found.values()))
     if len(found) > 1:
-        readings = ", ".join(f"{_reading(r)} ({r.dialect})" for r in found.values())
-        raise ValueError(
-            f"parameter {fqn!r} matches naming rules that disagree: {readings}. Give its role in the optimizer's JSON: "
-            f'"rules": [{{"match": "{re.escape(canonical_fqn(fqn))}", "role": "..."}}]'
+        readings = ", ".join(f"{meaning_of(r)} ({r.dialect})" for r in found.values())
+        raise RuleNeeded(
+            f"{{parameter}} matches naming rules that disagree: {readings}. Give its role.",
+            canonical_fqn(fqn),
+            None,
+            {"role": CHOOSE},
+            {"role": ROLE_CHOICES},
         )
     is_bias = rule.role is not Role.NORM and is_bias_name(leaf)
-    return NameMatch(rule.role, rule.qkv_layout, is_bias, rule.dialect, rule.headless, rule.storage)
+    storage = "in_out" if adapter["columns"] else rule.storage
+    return NameMatch(rule.role, rule.qkv_layout, is_bias, rule.dialect, rule.headless, storage)
+
+
+def meaning_of(read: NameMatch | NameRule) -> str:
+    """The role, or the QKV layout of several, in a word for messages."""
+    return read.role.value if read.role else f"qkv/{read.qkv_layout}"
 
 
 def is_bias_name(leaf: str) -> bool:
     """Whether a parameter's own name is that of a linear's bias; experts have ``bias0`` or ``gate_up_proj_bias``."""
     return _BIAS.fullmatch(leaf) is not None
-
-
-def _reading(rule: NameRule) -> str:
-    return rule.role.value if rule.role else f"qkv/{rule.qkv_layout}"
 
 
 def merge_tied(fqns: Collection[str], roles: set[Role]) -> Role:
@@ -108,14 +130,17 @@ def merge_tied(fqns: Collection[str], roles: set[Role]) -> Role:
     An output layer that shares its weight with the embedding counts as an embedding: block type ``emb``.
 
     Raises:
-        ValueError: the names disagree in any other way.
+        RuleNeeded: the names disagree in any other way.
     """
     if roles == {Role.EMBEDDING, Role.OUTPUT}:
         return Role.EMBEDDING
     if len(roles) == 1:
         return next(iter(roles))
-    raise ValueError(
-        f"one parameter has the names {sorted(fqns)}, and by these names several roles: "
-        f"{', '.join(sorted(r.value for r in roles))}. Give its role by a rule that matches one of the names: "
-        f'"rules": [{{"match": "{min(fqns)}", "role": "..."}}]'
+    raise RuleNeeded(
+        f"{{parameter}} has the names {sorted(fqns)}, and by these names several roles: "
+        f"{', '.join(sorted(r.value for r in roles))}. Give its role.",
+        min(fqns),
+        None,
+        {"role": CHOOSE},
+        {"role": ROLE_CHOICES},
     )

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from ds_blockwise.blocks.plain_tensor import USE_ZERO, wrapper_problem
+from ds_blockwise.tagging.module_facts import class_names
 from ds_blockwise.tagging.names import adapted_path, canonical_fqn, is_low_rank_input
 
 
@@ -88,3 +90,18 @@ def registered_parameters(
         if own is not None and canonical_fqn(own) not in {found.fqn for found in known}:
             known.insert(0, replace(known[0], fqn=canonical_fqn(own)))
     return [RegisteredParameter(param, tuple(known)) for param, known in registrations.items()]
+
+
+def check_plain(model: nn.Module) -> None:
+    """Refuse a model whose trained parameters are not plain tensors.
+
+    Raises:
+        ValueError: a module of FSDP1, or a trained parameter of a class that keeps its elements elsewhere.
+    """
+    for path, module in model.named_modules():
+        if "FullyShardedDataParallel" in class_names(module):
+            raise ValueError(f"module {path or 'model'!r} is a FullyShardedDataParallel (FSDP1). {USE_ZERO}.")
+    for name, param in model.named_parameters():
+        problem = wrapper_problem(param) if param.requires_grad else None
+        if problem is not None:
+            raise ValueError(f"parameter {canonical_fqn(name)!r} cannot be cut into blocks: {problem}.")

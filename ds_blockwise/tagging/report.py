@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
@@ -125,7 +126,8 @@ def block_report(model: nn.Module) -> BlockReport:
         model: a module whose parameters carry ``block_spec`` (after `tag_parameters` or ``deepspeed.initialize``).
 
     Returns:
-        One row per trainable parameter and role, in the model's order, in unsharded sizes.
+        One row per trainable parameter and role, in the model's order, in unsharded sizes; none for parameters
+        without elements.
 
     Raises:
         ValueError: a trainable parameter is not tagged.
@@ -135,6 +137,8 @@ def block_report(model: nn.Module) -> BlockReport:
         if not param.requires_grad:
             continue
         tags = tags_of(param)
+        if tags is None and not math.prod(getattr(param, "ds_shape", param.shape)):
+            continue
         if tags is None:
             raise ValueError(
                 f"parameter {fqn!r} of shape {tuple(param.shape)} is not tagged. Call "
@@ -168,5 +172,5 @@ def _rows_of(spec: BlockSpec) -> Iterator[ReportRow]:
             num_blocks,
             numel,
             (numel + num_blocks) * STATE_BYTES_PER_VALUE,
-            spec.block_settings.is_measured(role, spec.fqn),
+            spec.block_settings.is_measured(role, *spec.structure.names),
         )

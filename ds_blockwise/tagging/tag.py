@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a model to a `BlockSpec` on each of its parameters.
 
-The user's rule decides first, then the owning module, then the name. Head counts come from a rule, the module or its
-config; ``head_dim`` is never computed from the hidden size. Hosts register a `ModuleReader` for modules whose
-attributes have another meaning, such as tensor-parallel layers.
+The user's rule decides first, then a host's reader of its own modules, then the owner's class, then the name. Head
+counts come from a rule, the module or its config; ``head_dim`` is never computed from the hidden size. Hosts register a
+`ModuleReader` for modules whose attributes have another meaning, such as tensor-parallel layers.
 """
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
@@ -17,15 +17,25 @@ from torch import nn
 
 from ds_blockwise.blocks.block_settings import BlockSettings, Rule
 from ds_blockwise.blocks.ranges import TensorShard
-from ds_blockwise.blocks.roles import LAYOUT_CHOICES, QKV_LAYOUT_MEANING, QKVLayout, Role, Storage
+from ds_blockwise.blocks.roles import LAYOUT_CHOICES, QKV_LAYOUT_MEANING, STORAGE_MEANING, QKVLayout, Role, Storage
+from ds_blockwise.blocks.rule_needed import CHOOSE, ROLE_CHOICES, RuleNeeded
 from ds_blockwise.blocks.spec import BlockSpec, apply_settings
 from ds_blockwise.blocks.structure import HeadGeometry, TensorStructure, fused_qkv, whole_tensor
 from ds_blockwise.blocks.tagged_parameter import set_tags
 from ds_blockwise.tagging.module_facts import NUM_HEADS, fused_qkv_layout, generic_heads, num_experts_in, storage_of
 from ds_blockwise.tagging.module_reader import READERS
-from ds_blockwise.tagging.names import NameMatch, is_bias_name, match_name, merge_tied
-from ds_blockwise.tagging.registered import RegisteredParameter, Registration, registered_parameters
+from ds_blockwise.tagging.name_rules import OWN_SHAPES
+from ds_blockwise.tagging.names import NameMatch, is_bias_name, merge_tied
+from ds_blockwise.tagging.owner_class import (
+    attention_of,
+    is_convolution,
+    is_matrix,
+    proposed_role,
+    read_class_and_name,
+)
+from ds_blockwise.tagging.registered import RegisteredParameter, Registration, check_plain, registered_parameters
 from ds_blockwise.tagging.report import BlockReport, block_report
+from ds_blockwise.tagging.rule_hints import Place, refusal
 from ds_blockwise.tagging.tensor_parallel_cuts import check_cut, cut_by_role
 
 ParameterTags = tuple[nn.Parameter, BlockSpec, TensorShard | None]
@@ -41,11 +51,17 @@ def tag_parameters(
 ) -> BlockReport:
     """Find out what each trainable parameter is and set ``param.block_spec`` (and ``param.block_shard``) on it.
 
+    These tags are yours: every optimizer and every engine over these parameters takes them, until you call this again.
+    Call it after the last change to the model. An engine does the same for itself where you did not, and its tags are
+    its own: the next engine, also over a wrapper of the model, makes them anew, and no other optimizer takes them.
+    Frozen parameters and those without elements get no tags.
+
     Args:
         model: any module; its trainable parameters may be on the meta device or ZeRO-3 placeholders.
         lr_multipliers: per block type or role, or ``"auto"``; see `BlockwiseAdamW`. An optimizer that is built later
             and has no settings of its own takes these over, and so all below.
-        rules: list of ``{"match": regex, ...}`` for single parameters.
+        rules: list of ``{"match": regex, ...}`` for single parameters; each must match one, unless it has
+            ``"optional": True``.
         granularity: per block type, role or ``"bias"``; or ``"published"``, see `BlockwiseAdamMini`.
         weight_decay_multipliers: per block type or role.
 
@@ -56,7 +72,8 @@ def tag_parameters(
         ValueError: a parameter that no rule or several rules match, rows that do not divide into heads, a rule that
             matches nothing, a setting outside its range.
     """
-    tag_with_settings(model, BlockSettings.parse(lr_multipliers, weight_decay_multipliers, granularity, rules))
+    settings = BlockSettings.parse(lr_multipliers, weight_decay_multipliers, granularity, rules)
+    tag_with_settings(model, settings, place="python")
     return block_report(model)
 
 
@@ -67,9 +84,10 @@ def tag_with_settings(
     *,
     is_stage: bool = False,
     by_host: bool = False,
+    place: Place = "json",
 ) -> None:
     """Set the tags that `read_tags` finds, which has the same arguments and errors; ``by_host``: see `set_tags`."""
-    for param, spec, shard in read_tags(model, block_settings, names, is_stage=is_stage):
+    for param, spec, shard in read_tags(model, block_settings, names, is_stage=is_stage, place=place):
         set_tags(param, spec, shard, by_host=by_host)
 
 
@@ -79,6 +97,7 @@ def read_tags(
     names: Mapping[torch.Tensor, str] | None = None,
     *,
     is_stage: bool = False,
+    place: Place = "python",
 ) -> list[ParameterTags]:
     """Find out what each trainable parameter is; the model is not changed.
 
@@ -88,34 +107,59 @@ def read_tags(
         names: a host's own names; parameters without one keep the module tree's.
         is_stage: the module is one pipeline stage: a rule may match nothing in it (`pipeline_stages.check_rules`
             checks the rules over all stages).
+        place: where the user writes rules; the message shows those to add in the form for it.
 
     Raises:
         ValueError: as `tag_parameters`; every problem of the model in one message.
     """
-    problems: list[str] = []
+    check_plain(model)
+    problems: list[ValueError] = []
     found: list[ParameterTags] = []
     every = registered_parameters(model, names)
-    for rule in () if is_stage else block_settings.rules:
-        if not any(rule.matches(fqn) for named in every for fqn in named.fqns):
-            problems.append(f"rule {rule.match!r} matches no parameter of the model")
+    if not is_stage:
+        problems += [
+            ValueError(
+                f"rule {rule.match!r} matches no parameter of the model. Correct its pattern, or give it "
+                f'"optional": true if models that lack such a parameter share these settings'
+            )
+            for rule in block_settings.unmatched_rules(fqn for named in every for fqn in named.fqns)
+        ]
     for named in every:
-        if not named.param.requires_grad:
-            continue  # a frozen parameter is never stepped, so its role does not matter
         try:
+            if not is_stepped(named):
+                continue  # its role does not matter
             structure, shard = _structure_of(named, block_settings)
+            structure = replace(structure, other_names=tuple(fqn for fqn in named.fqns if fqn != structure.fqn))
             found.append((named.param, apply_settings(structure, block_settings), shard))
         except ValueError as error:
-            problems.append(str(error))
+            problems.append(error)
     if problems:
-        listed = "\n".join(f"  - {p}" for p in problems[:20])
-        more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise ValueError(f"cannot cut the model into blocks:\n{listed}{more}")
+        raise ValueError(refusal(problems, every, block_settings, place, is_stage=is_stage))
     return found
+
+
+def is_stepped(named: RegisteredParameter) -> bool:
+    """Whether a parameter is trained and has elements, on this tensor-parallel rank or on another one.
+
+    Raises:
+        ValueError: it has no shape yet.
+    """
+    if not named.param.requires_grad:
+        return False
+    if isinstance(named.param, nn.parameter.UninitializedParameter):
+        raise ValueError(
+            f"parameter {named.fqn!r} has no shape before the first forward pass ({type(named.first.owner).__name__}). "
+            f"Run one on a small input first."
+        )
+    if math.prod(named.shape):
+        return True
+    shard, _ = _shard(named)
+    return shard is not None and math.prod(shard.global_shape) > 0
 
 
 def _structure_of(named: RegisteredParameter, settings: BlockSettings) -> tuple[TensorStructure, TensorShard | None]:
     fqn, owner = named.fqn, named.first.owner
-    rule = next((r for f in named.fqns if (r := settings.rule_for(f)) is not None), None)
+    rule = settings.rule_for(*named.fqns)
     match = _match(named, rule)
     shard, exact = _shard(named)
     local = named.shape
@@ -139,7 +183,7 @@ def _structure_of(named: RegisteredParameter, settings: BlockSettings) -> tuple[
             return structure, shard
         return structure, cut_by_role(structure, shard, match.qkv_layout)
     assert match.role is not None
-    _check_dims(fqn, shape, match, match.role)
+    _check_dims(named, shape, match)
     matrices = _matrices(named, shape, match)
     num_heads, head_dim, source = _own_heads(named, match, rule)
     structure = whole_tensor(
@@ -169,23 +213,29 @@ def _shard(named: RegisteredParameter) -> tuple[TensorShard | None, bool]:
         raise ValueError(f"parameter {named.fqn!r}: {error}") from error
 
 
-def _check_dims(fqn: str, shape: tuple[int, ...], match: NameMatch, role: Role) -> None:
-    if role in (Role.NORM, Role.OTHER, Role.ROUTER) or match.dialect == "rule":
+def _check_dims(named: RegisteredParameter, shape: tuple[int, ...], match: NameMatch) -> None:
+    if match.role in (Role.OTHER, Role.ROUTER) or match.dialect in ("rule", "class", *OWN_SHAPES):
         return
-    expected = 1 if match.is_bias else 2
-    of_experts = role is Role.FFN and len(shape) == expected + 1
-    if len(shape) != expected and not of_experts:
-        raise ValueError(
-            f"parameter {fqn!r} matches role {role.value!r} by name but has shape {shape}. A "
-            f"{'bias' if match.is_bias else 'weight'} of that role has {expected} dimension(s). Give its role by "
-            f'a rule: "rules": [{{"match": "{fqn}", "role": "..."}}]'
+    expected = 1 if match.is_bias or match.role is Role.NORM else 2
+    of_experts = match.role is Role.FFN and len(shape) == expected + 1
+    fits = len(shape) <= 1 if match.role is Role.NORM else len(shape) == expected or of_experts
+    if not fits and not (is_convolution(named.first.owner) and not match.is_bias):
+        assert match.role is not None
+        what = "bias" if match.is_bias else "norm" if match.role is Role.NORM else "weight"
+        raise RuleNeeded(
+            f"{{parameter}} matches role {match.role.value!r} by name, but a {what} of that role has {expected} "
+            f"dimension(s). Give its role.",
+            named.fqn,
+            shape,
+            {"role": CHOOSE},
+            {"role": ROLE_CHOICES},
         )
 
 
 def _matrices(named: RegisteredParameter, shape: tuple[int, ...], match: NameMatch) -> tuple[int, int, int] | None:
     """Number, rows and columns of the matrices in a weight of several experts; None for a single matrix."""
-    if match.is_bias or match.role is Role.NORM:
-        return None
+    if match.is_bias or match.role is Role.NORM or is_convolution(named.first.owner):
+        return None  # a convolution: one row per output channel
     if match.storage == "grouped_in_out":
         count = num_experts_in(named.first.owner)
         if count is None or len(shape) != 2 or shape[1 if named.leaf == "weight1" else 0] % count:
@@ -197,15 +247,14 @@ def _matrices(named: RegisteredParameter, shape: tuple[int, ...], match: NameMat
         outputs = shape[1] // count if named.leaf == "weight1" else shape[1]
         return count, shape[0] * shape[1] // (count * outputs), outputs
     if len(shape) != 3 or (match.storage is None and match.role is not Role.FFN):
-        return None  # one matrix, or the kernel of a convolution: one row per output channel
+        return None  # one matrix
     if match.storage is None:
-        lines = " or ".join(
-            f'"rules": [{{"match": "{named.fqn}", "role": "ffn", "storage": "{storage}"}}] if it is {what}'
-            for storage, what in (("out_in", "[experts, outputs, inputs]"), ("in_out", "[experts, inputs, outputs]"))
-        )
-        raise ValueError(
-            f"parameter {named.fqn!r} of shape {shape} holds a matrix per expert, and its module does not say which "
-            f"dimension is the outputs. Give the rule {lines}"
+        raise RuleNeeded(
+            "{parameter} holds a matrix per expert, and its module does not say which dimension is the outputs.",
+            named.fqn,
+            shape,
+            {"role": Role.FFN.value, "storage": CHOOSE},
+            {"storage": STORAGE_MEANING},
         )
     return shape
 
@@ -213,17 +262,26 @@ def _matrices(named: RegisteredParameter, shape: tuple[int, ...], match: NameMat
 def _match(named: RegisteredParameter, rule: Rule | None) -> NameMatch:
     if rule is not None and (rule.role is not None or rule.qkv_layout is not None):
         bias = is_bias_name(named.leaf) and rule.role is not Role.NORM
+        if rule.role is Role.NORM and is_matrix(named.first.owner):
+            raise ValueError(
+                f"rule {rule.match!r} gives the role norm to parameter {named.fqn!r} of shape {named.shape}, a matrix "
+                f'of a {type(named.first.owner).__name__}. Narrow its "match", or give the matrix the role "other", '
+                f"which has the multiplier of norms by default."
+            )
         # rows of a low rank belong to no head, whatever role the rule gives them
         headless = named.first.is_low_rank_input and rule.num_heads is None
         return NameMatch(rule.role, rule.qkv_layout, bias, "rule", headless, None if bias else _said_storage(named))
     said = (_match_as_registered(named, registration) for registration in named.registrations)
     matches = [match for match in said if match is not None]
     if not matches:
-        raise ValueError(
-            f"no naming rule matches parameter {named.fqn!r} of shape {named.shape} in a "
-            f"{type(named.first.owner).__name__}. Declare its role in the optimizer's JSON: "
-            f'"rules": [{{"match": "{named.fqn}", "role": "ffn"}}] (roles: '
-            f"{', '.join(r.value for r in Role)}, qkv)"
+        owner = named.first.owner
+        role = proposed_role(owner, named.shape, named.leaf)
+        raise RuleNeeded(
+            f"no naming rule matches {{parameter}} in a {type(owner).__name__}.",
+            named.fqn,
+            named.shape,
+            {"role": CHOOSE if role is None else role.value},
+            {"role": ROLE_CHOICES},
         )
     if matches[0].role is None:
         return matches[0]
@@ -241,11 +299,11 @@ def _said_storage(named: RegisteredParameter) -> Storage | None:
 
 
 def _read(named: RegisteredParameter, registration: Registration) -> NameMatch | None:
-    """What the owning module says; if no reader knows the module, what the name says."""
+    """What a host's reader says, else what the owner's class says, else what the name says."""
     name = f"{registration.linear}.{registration.fqn.rpartition('.')[2]}"
     said = (r.match(registration.owner, registration.parent, named.param, name) for r in READERS)
     match = next((m for m in said if m is not None), None)
-    return match or match_name(registration.fqn) or _bare_norm(named, registration)
+    return match or read_class_and_name(registration, named.shape)
 
 
 def _match_as_registered(named: RegisteredParameter, registration: Registration) -> NameMatch | None:
@@ -254,43 +312,39 @@ def _match_as_registered(named: RegisteredParameter, registration: Registration)
         return None
     if match.dialect == "hf" and match.role is Role.ROUTER and not hasattr(registration.parent, "experts"):
         return None  # without experts beside it, ``mlp.gate`` is half of a gated FFN, not a router
-    if match.dialect != "megatron" and registration.parent is not None:
+    if match.dialect not in ("megatron", "class") and registration.parent is not None:
         layout = fused_qkv_layout(registration.parent, registration.linear)
         if layout is not None:
             match = replace(match, role=None, qkv_layout=layout)
     if match.qkv_layout in LAYOUT_CHOICES:
-        raise ValueError(_unknown_layout(named, registration, match.qkv_layout, match.dialect))
+        raise _unknown_layout(named, registration, match.qkv_layout, match.dialect)
     if registration.is_low_rank_input:
         if match.role is None:
-            raise ValueError(
-                f"parameter {named.fqn!r} is the low-rank input of a fused weight: its rows serve query, key and value "
-                f'together. Choose their role: "rules": [{{"match": "{named.fqn}", "role": "value"}}] (the smaller '
-                f'multiplier) or "role": "other"'
+            raise RuleNeeded(
+                "{parameter} is the low-rank input of a fused weight: its rows serve query, key and value together. "
+                'Give their role: "value" has the smallest multiplier of the three, "other" a smaller one still.',
+                named.fqn,
+                named.shape,
+                {"role": Role.VALUE.value},
             )
         match = replace(match, headless=True)
     return match
 
 
-def _bare_norm(named: RegisteredParameter, registration: Registration) -> NameMatch | None:
-    # DeepSpeed's PipelineModule names its layers by number, so a norm that is a layer by itself has no telling name
-    is_norm = "Norm" in type(registration.owner).__name__ and len(named.shape) == 1
-    bare = re.fullmatch(r"\d+\.(?:weight|bias|scale|offset|g)", registration.fqn) is not None
-    return NameMatch(Role.NORM, None, False, "pipeline") if is_norm and bare else None
-
-
-def _unknown_layout(named: RegisteredParameter, registration: Registration, layout: QKVLayout, dialect: str) -> str:
-    heads = "" if _find_heads(named) is not None else ', "num_heads": N, "num_kv_heads": N'
-    choices = "".join(
-        f'\n      "rules": [{{"match": "{named.fqn}", "role": "qkv", "layout": "{choice}"{heads}}}] for '
-        f"{QKV_LAYOUT_MEANING[choice]}"
-        for choice in LAYOUT_CHOICES[layout]
-    )
+def _unknown_layout(
+    named: RegisteredParameter, registration: Registration, layout: QKVLayout, dialect: str
+) -> RuleNeeded:
+    heads = {} if _find_heads(named) is not None else {"num_heads": CHOOSE, "num_kv_heads": CHOOSE}
     megatron = " For a Megatron-core model import megatron_patch." if dialect == "megatron" else ""
-    return (
-        f"parameter {named.fqn!r} of shape {named.shape} is a fused query, key and value weight, and neither its name "
-        f"nor {type(registration.parent).__name__} tells the order of its rows.{megatron} A wrong order trains values "
-        f"at the learning rate of queries, and no error or loss curve shows it. Choose the order by a rule, and check "
-        f"the choice with ds_blockwise.verify_layout(model, rules=[...]):{choices}"
+    return RuleNeeded(
+        f"{{parameter}} is a fused query, key and value weight, and neither its name nor "
+        f"{type(registration.parent).__name__} tells the order of its rows.{megatron} A wrong order trains values at "
+        f"the learning rate of queries, and no error or loss curve shows it. Choose the order by a rule, and check the "
+        f"choice with ds_blockwise.verify_layout(model, rules=[...]).",
+        named.fqn,
+        named.shape,
+        {"role": "qkv", "layout": CHOOSE, **heads},
+        {"layout": {choice: QKV_LAYOUT_MEANING[choice] for choice in LAYOUT_CHOICES[layout]}},
     )
 
 
@@ -303,7 +357,7 @@ def _own_heads(named: RegisteredParameter, match: NameMatch, rule: Rule | None) 
     if heads is None:
         if match.role is Role.VALUE:
             return None, None, ""  # by default a block of values is a row, which needs no head count
-        raise ValueError(_no_heads(named, match))
+        raise _no_heads(named, match)
     count = heads.num_heads if match.role is Role.QUERY else heads.num_kv_heads
     return count, heads.head_dim, heads.source
 
@@ -314,28 +368,31 @@ def _heads(named: RegisteredParameter, match: NameMatch, rule: Rule | None) -> H
     # Megatron's modules count query groups, and count per tensor-parallel rank: only its reader can read them
     heads = _ask_readers(named) if match.dialect == "megatron" else _find_heads(named)
     if heads is None:
-        raise ValueError(_no_heads(named, match))
+        raise _no_heads(named, match)
     return heads
 
 
-def _no_heads(named: RegisteredParameter, match: NameMatch) -> str:
-    role = f'"qkv", "layout": "{match.qkv_layout}"' if match.role is None else f'"{match.role.value}"'
-    return (
-        f"parameter {named.fqn!r} has heads, but neither {type(named.first.parent).__name__} nor its config says "
-        f"how many (looked for {', '.join(NUM_HEADS)}). For a Megatron-core model import megatron_patch; otherwise "
-        f'give it: "rules": [{{"match": "{named.fqn}", "role": {role}, "num_heads": N}}]'
+def _no_heads(named: RegisteredParameter, match: NameMatch) -> RuleNeeded:
+    role = {"role": "qkv", "layout": match.qkv_layout} if match.role is None else {"role": match.role.value}
+    kv_heads = {"num_kv_heads": CHOOSE} if match.role is None else {}
+    return RuleNeeded(
+        f"{{parameter}} has heads, but neither {type(attention_of(named.first)).__name__} nor its config says how many "
+        f"(looked for {', '.join(NUM_HEADS)}). For a Megatron-core model import megatron_patch; otherwise give it.",
+        named.fqn,
+        named.shape,
+        {**role, "num_heads": CHOOSE, **kv_heads},
     )
 
 
 def _find_heads(named: RegisteredParameter) -> HeadGeometry | None:
-    attention = named.first.parent
+    attention = attention_of(named.first)
     if attention is None:
         return None
     return _ask_readers(named) or generic_heads(attention)
 
 
 def _ask_readers(named: RegisteredParameter) -> HeadGeometry | None:
-    attention = named.first.parent
+    attention = attention_of(named.first)
     if attention is None:
         return None
     return next((heads for reader in READERS if (heads := reader.heads(attention)) is not None), None)

@@ -197,7 +197,7 @@ def _tags(model: nn.Module, rules: Iterable[Mapping[str, object]] | None) -> lis
     carried = [(p, t.block_spec, shard_of(t)) for p in trainable if (t := tags_of(p)) is not None]
     if rules is None and len(carried) == len(trainable):
         return carried
-    return read_tags(model, BlockSettings.parse(rules=rules))
+    return read_tags(model, BlockSettings.parse(rules=rules), place="python")
 
 
 def _attention_parts(tags: Iterable[ParameterTags]) -> Iterator[_Part]:

@@ -29,7 +29,7 @@ from data.documents import (
     kind_of,
     row_group_bytes,
 )
-from ds_blockwise.runs.strict_files import Problems
+from ds_blockwise.runs.reading.problems import Problems
 
 STDLIB = "stdlib"
 PYDOC = "pydoc"  # the chapters of the language reference that every Python brings for help()

@@ -13,7 +13,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +26,7 @@ PYDOC_TOPICS = "pydoc topics"
 COMPRESSIONS = (".gz", ".zst")
 # A longer text file becomes several documents: one book must not be all of the validation set.
 _LONGEST_TEXT = 1 << 18  # characters
+_LONGEST_NAMES = 200  # characters of an object's keys in a message
 _LONGEST_LINE = 1 << 28  # bytes; a longer line means that the file does not hold JSON lines
 _BLOCK = 1 << 20
 _ROWS = 64  # of parquet at a time
@@ -189,17 +190,37 @@ def _json_lines(span: Span, text_key: str) -> Iterator[str]:
             at += len(line)
 
 
+def _names(entry: Iterable[str]) -> str:
+    text = ", ".join(key if key.isprintable() else repr(key) for key in entry)
+    return text if len(text) <= _LONGEST_NAMES else text[:_LONGEST_NAMES] + "..."
+
+
+def _is_twice(line: bytes, key: str) -> bool:
+    """Whether the object of a line has a key twice: which of the two is the text?"""
+    outermost: list[tuple[str, object]] = []
+
+    def note(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        outermost[:] = pairs  # the last call is for the line's own object
+        return {}
+
+    json.loads(line.decode("utf-8-sig"), object_pairs_hook=note)
+    return sum(name == key for name, _ in outermost) > 1
+
+
 def _json_text(span: Span, at: int, line: bytes, text_key: str) -> str:
     try:
         entry = json.loads(line.decode("utf-8-sig"))
-    except ValueError as error:
+        if line.count(json.dumps(text_key).encode()) > 1 and _is_twice(line, text_key):
+            raise ValueError(f"the key {text_key!r} twice")
+    except (ValueError, RecursionError) as error:
+        reason = "lists or objects nested too deep" if isinstance(error, RecursionError) else error
         raise ValueError(
-            f"{_where(span, at)}: {error}; allowed: one JSON object in each line; "
+            f"{_where(span, at)}: {reason}; allowed: one JSON object in each line; "
             "correct the line or give the file another suffix than .jsonl"
         ) from error
     text = entry.get(text_key) if isinstance(entry, dict) else None
     if not isinstance(text, str):
-        keys = ", ".join(entry) if isinstance(entry, dict) else type(entry).__name__
+        keys = _names(entry) if isinstance(entry, dict) else type(entry).__name__
         raise ValueError(
             f"{_where(span, at)}: no text under the key {text_key!r} (found: "
             f"{keys}); set data.text_key or --text-key to the right key"

@@ -73,16 +73,16 @@ def read_metadata(directory: Path) -> Metadata | None:
     """The description of prepared data, or None if there is none or a file is missing or cut short."""
     try:
         metadata: Metadata = json.loads((directory / METADATA).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return None
-    if metadata.get("format") not in _READABLE_FORMATS or not (directory / TOKENIZER).is_file():
-        return None
-    for split in SPLITS:
-        tokens, index = token_files_of(token_prefix(directory, split))
-        if not tokens.is_file() or tokens.stat().st_size != metadata["splits"][split]["bin_bytes"]:
+        if metadata["format"] not in _READABLE_FORMATS or not (directory / TOKENIZER).is_file():
             return None
-        if not index.is_file():
-            return None
+        for split in SPLITS:
+            tokens, index = token_files_of(token_prefix(directory, split))
+            if not tokens.is_file() or tokens.stat().st_size != metadata["splits"][split]["bin_bytes"]:
+                return None
+            if not index.is_file():
+                return None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # damaged: as if it were not there
+        return None
     return metadata
 
 

@@ -106,7 +106,7 @@ def read_if_intact(settings: PartSettings, key: str) -> PartRecord | None:
                 return None
             if (sha256_of(tokens), sha256_of(index)) != (expected["bin_sha256"], expected["idx_sha256"]):
                 return None
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # damaged: to be made again
         return None
     return record
 

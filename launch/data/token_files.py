@@ -46,8 +46,8 @@ from data.tokenizer import (
     write_tokenizer,
 )
 from ds_blockwise.atomic_files import replace_file, replace_text, sha256_of
+from ds_blockwise.runs.reading.problems import Problems
 from ds_blockwise.runs.run_file import DataConfig
-from ds_blockwise.runs.strict_files import Problems
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from data.corpus import Corpus, is_validation
 from data.documents import NotText, Span, documents
 from data.metadata import TOKENIZER
 from ds_blockwise.atomic_files import replace_text, sha256_of
+from ds_blockwise.runs.reading.problems import Problems
 from ds_blockwise.runs.run_file import DataConfig
-from ds_blockwise.runs.strict_files import Problems
 
 logger = logging.getLogger(__name__)
 

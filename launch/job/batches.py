@@ -22,8 +22,8 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from data.metadata import CACHE, SPLITS, Metadata, SplitEntry, TokenizerEntry, read_metadata, token_prefix
+from ds_blockwise.runs.reading.problems import Problems
 from ds_blockwise.runs.run_file import RunConfig
-from ds_blockwise.runs.strict_files import Problems
 
 _SURPLUS = 0.005  # Megatron's default: it builds so many more samples of each folder of a blend than its share
 

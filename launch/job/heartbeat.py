@@ -110,7 +110,7 @@ class HeartbeatMonitor:
             try:
                 self._store.set(self._key(self._mine), _FINISHED if ending else str(count))
                 for other, value in zip(others, self._store.multi_get([self._key(i) for i in others]), strict=True):
-                    text = value.decode()
+                    text = value.decode(errors="replace")  # whatever a stranger wrote
                     if text != self._last[other][0] or text == _FINISHED:
                         self._last[other] = (text, time.monotonic())
                 self._reached = time.monotonic()

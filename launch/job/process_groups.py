@@ -17,8 +17,8 @@ from megatron.core import parallel_state, tensor_parallel
 
 import megatron_patch
 from data.pool import usable_cores
+from ds_blockwise.runs.reading.problems import Problems
 from ds_blockwise.runs.run_file import ParallelConfig
-from ds_blockwise.runs.strict_files import Problems
 
 
 class _RandomStatesOfGpu(TypedDict, total=False):

@@ -3,8 +3,11 @@
 
 Each process writes its rank, its host and its facts into a store on rank 0. Rank 0 waits for all ranks, compares the
 facts and writes the answer, which every rank reads. So a rank that does not come up, or a fact that differs between
-hosts, is named on every rank, without a collective that could hang. LAUNCH_JOIN_SECONDS limits the wait for other
-ranks; LAUNCH_HOSTS ("node1:8,node2:8", from the launchers) names the hosts of ranks that did not come up.
+hosts, is named on every rank, without a collective that could hang. The store asks nobody for a password: the network
+has to be trusted, and what is read from the store is looked at before it is used.
+
+LAUNCH_JOIN_SECONDS limits the wait for other ranks; LAUNCH_HOSTS ("node1:8,node2:8", from the launchers) names the
+hosts of ranks that did not come up.
 """
 
 from __future__ import annotations
@@ -28,6 +31,9 @@ JOIN_SECONDS = 300.0
 REFUSED = 2  # exit status: the same command would fail again, so launchers do not repeat it
 _ANSWER_SECONDS = 30.0  # for rank 0 to compare and answer, after all ranks have come up
 _PORT_SECONDS = 20.0  # for the port of an earlier start to become free
+_LOOK_SECONDS = 0.1  # between two looks at an entry that something else wrote
+_LONGEST_ENTRY = 1 << 24  # bytes
+_MOST_RANKS = 1 << 20
 _READ_SECONDS = 10.0  # rank 0 stays so long after a refusal, so that the others can read it
 
 
@@ -176,6 +182,7 @@ def join(
     store: dist.Store,
     facts: Facts,
     compare: Callable[[list[RankInfo], list[Facts]], list[str]],
+    are_facts: Callable[[object], bool] = lambda facts: True,
 ) -> tuple[Host, ...]:
     """Wait for all processes and compare their facts; all of them must call.
 
@@ -185,24 +192,25 @@ def join(
         facts: What this process found, as JSON can hold it.
         compare: Called on rank 0 with all ranks and their facts, in the same order; returns what is wrong, a line
             each.
+        are_facts: Whether what was read has the form of ``facts``. An entry that another program wrote is passed over.
 
     Returns:
         The hosts, in the order of their first ranks.
 
     Raises:
         TimeoutError: Ranks did not come up within LAUNCH_JOIN_SECONDS, or rank 0 was lost.
-        ValueError: What `compare` returned, the same on every rank.
+        ValueError: What `compare` returned, the same on every rank; or the answer is none.
     """
     limit = seconds("LAUNCH_JOIN_SECONDS", JOIN_SECONDS)
     mine = {"rank": vars(this_rank), "addresses": _addresses(), "facts": facts}
     try:
         store.set(f"facts/{this_rank.rank}", json.dumps(mine))
         if this_rank.rank == 0:
-            answer = _answer(this_rank, store, limit, compare)
+            answer = _answer(this_rank, store, limit, compare, are_facts)
             store.set("answer", json.dumps(answer))
         else:
             store.wait(["answer"], datetime.timedelta(seconds=limit + _ANSWER_SECONDS))
-            answer = json.loads(store.get("answer"))
+            answer = _read_answer(store.get("answer"))
             store.add("read", 1)
     except dist.DistError as error:
         raise TimeoutError(
@@ -227,24 +235,100 @@ def _answer(
     store: dist.Store,
     limit: float,
     compare: Callable[[list[RankInfo], list[Facts]], list[str]],
+    are_facts: Callable[[object], bool],
 ) -> _Answer:
     deadline = time.monotonic() + limit
     came: dict[int, _Entry] = {}
+    strange: list[int] = []
     for rank in range(this_rank.world_size):
         try:
             left = max(0.001, deadline - time.monotonic())
             store.wait([f"facts/{rank}"], datetime.timedelta(seconds=left))
         except dist.DistError:
             continue
-        came[rank] = json.loads(store.get(f"facts/{rank}"))
+        entry = read_entry(store.get(f"facts/{rank}"), rank, are_facts)
+        while entry is None and time.monotonic() < deadline:  # the rank itself may still come
+            time.sleep(_LOOK_SECONDS)
+            entry = read_entry(store.get(f"facts/{rank}"), rank, are_facts)
+        if entry is None:
+            strange.append(rank)
+        else:
+            came[rank] = entry
     ranks = [RankInfo(**entry["rank"]) for entry in came.values()]
     complete = len(came) == this_rank.world_size
     return {
         "came": len(came),
-        "missing": "" if complete else _missing(ranks, this_rank.world_size, limit),
+        "missing": "" if complete else _missing(ranks, this_rank.world_size, limit, strange),
         "problems": compare(ranks, [entry["facts"] for entry in came.values()]) if complete else [],
         "hosts": _hosts(ranks, list(came.values())),
     }
+
+
+def read_entry(value: bytes, rank: int, are_facts: Callable[[object], bool]) -> _Entry | None:
+    """What a rank wrote into the store; None if no rank of this program can have written it.
+
+    Args:
+        value: As read from the store.
+        rank: Whose entry it should be.
+        are_facts: See `join`.
+    """
+    entry = _loaded(value)
+    if not isinstance(entry, dict) or entry.keys() != _Entry.__annotations__.keys():
+        return None
+    info, addresses = entry["rank"], entry["addresses"]
+    if not isinstance(info, dict) or info.keys() != RankInfo.__annotations__.keys():
+        return None
+    numbers = [value for key, value in info.items() if key != "host"]
+    if not all(type(number) is int and 0 <= number < _MOST_RANKS for number in numbers) or info["rank"] != rank:
+        return None
+    if not _are_texts([info["host"]]) or not _are_texts(addresses) or not are_facts(entry["facts"]):
+        return None
+    return {"rank": info, "addresses": addresses, "facts": entry["facts"]}
+
+
+def _read_answer(value: bytes) -> _Answer:
+    answer = _loaded(value)
+    if isinstance(answer, dict) and answer.keys() == _Answer.__annotations__.keys():
+        hosts = answer["hosts"]
+        if (
+            _are_texts([answer["missing"]])
+            and _are_texts(answer["problems"])
+            and isinstance(hosts, list)
+            and all(isinstance(host, list) and len(host) == 3 for host in hosts)
+            and all(_are_texts([name]) and _are_texts(addresses) for name, _, addresses in hosts)
+            and all(isinstance(ranks, list) and all(type(rank) is int for rank in ranks) for _, ranks, _ in hosts)
+        ):
+            return {
+                "came": answer["came"],
+                "missing": answer["missing"],
+                "problems": answer["problems"],
+                "hosts": [(name, ranks, addresses) for name, ranks, addresses in hosts],
+            }
+    raise ValueError(
+        f"what stands at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} is no answer of rank 0: "
+        f"something else writes into the store; set another MASTER_PORT, on a network that only this job's hosts can "
+        f"reach"
+    )
+
+
+def _loaded(value: bytes) -> object:
+    """What JSON in the store says; None if it is none, too long or too deep."""
+    try:
+        return json.loads(value) if len(value) <= _LONGEST_ENTRY else None
+    except (ValueError, RecursionError):
+        return None
+
+
+def _are_texts(values: object) -> bool:
+    return isinstance(values, list) and all(isinstance(text, str) and _is_whole(text) for text in values)
+
+
+def _is_whole(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _hosts(ranks: list[RankInfo], entries: list[_Entry]) -> list[tuple[str, list[int], list[str]]]:
@@ -254,7 +338,7 @@ def _hosts(ranks: list[RankInfo], entries: list[_Entry]) -> list[tuple[str, list
     return list(hosts.values())
 
 
-def _missing(ranks: list[RankInfo], world_size: int, limit: float) -> str:
+def _missing(ranks: list[RankInfo], world_size: int, limit: float, strange: list[int]) -> str:
     names = expected_hosts()
     for info in ranks:  # the local ranks beside a rank that came up are on its host
         first = info.rank - info.local_rank
@@ -270,9 +354,16 @@ def _missing(ranks: list[RankInfo], world_size: int, limit: float) -> str:
     def text(hosts: dict[str, list[int]]) -> str:
         return "; ".join(f"{name} ({ranks_text(ranks)})" for name, ranks in hosts.items())
 
+    stranger = (
+        f" Something that is no rank of this job wrote into the store for {ranks_text(strange)}: set another "
+        f"MASTER_PORT, on a network that only this job's hosts can reach."
+        if strange
+        else ""
+    )
     return (
         f"{len(absent)} of {world_size} ranks have not come up within {limit:.0f} s (LAUNCH_JOIN_SECONDS): "
         f"{text(by_host)}. These came: {text(came)}. See what the missing ranks wrote, and whether their hosts are up."
+        f"{stranger}"
     )
 
 

@@ -21,14 +21,16 @@ from ds_blockwise.checkpoint.folder import (
     Checkpoint,
     newest_complete,
     partial_folders,
+    remove_all,
     remove_checkpoint,
     remove_unfinished,
     resolve_tag,
 )
-from ds_blockwise.checkpoint.manifest import CheckpointError
-from ds_blockwise.parallel.agree import is_first_rank
+from ds_blockwise.checkpoint.folder_rules.lock import hold_until_exit
+from ds_blockwise.checkpoint.manifest import CheckpointError, once_more
+from ds_blockwise.parallel.agree import is_first_rank, together
+from ds_blockwise.runs.reading.problems import Problems
 from ds_blockwise.runs.run_file import RunConfig
-from ds_blockwise.runs.strict_files import Problems
 from job.process_groups import Processes
 
 logger = logging.getLogger(__name__)
@@ -53,7 +55,8 @@ def checkpoints_of(run: RunConfig) -> Path:
 def folder_and_tag(source: Path) -> tuple[Path, str | None]:
     """Folder of checkpoints, and tag (None: the newest), for a path to such a folder or to one checkpoint in it."""
     is_folder = (source / LATEST).is_file() or newest_complete(source) is not None
-    return (source, None) if is_folder else (source.parent, source.name)
+    whole = source.resolve()  # `.` and `..` have no name of their own
+    return (source, None) if is_folder else (whole.parent, whole.name)
 
 
 def find_checkpoint(run: RunConfig, problems: Problems) -> Checkpoint | None:
@@ -65,7 +68,7 @@ def find_checkpoint(run: RunConfig, problems: Problems) -> Checkpoint | None:
     """
     folder = checkpoints_of(run)
     try:
-        checkpoint = resolve_tag(folder)
+        checkpoint = once_more(lambda: resolve_tag(folder))
     except CheckpointError as error:
         problems.add(run.file, "output", str(run.output), "a folder with a complete checkpoint", str(error))
         return None
@@ -156,9 +159,9 @@ def check_source(init_from: str | None, record: dict[str, object], problems: Pro
     source = Path(init_from)
     folder, tag = folder_and_tag(source)
     try:
-        checkpoint = resolve_tag(folder, tag)
+        checkpoint = once_more(lambda: resolve_tag(folder, tag))
         remedy = "give a folder of checkpoints, or one of them"
-    except CheckpointError as error:
+    except (CheckpointError, ValueError) as error:
         checkpoint, remedy = None, str(error)
     if checkpoint is None:
         problems.add("--init-from", "FOLDER", init_from, "a folder with a complete checkpoint", remedy)
@@ -173,7 +176,8 @@ def prepare_output(
 ) -> None:
     """Prepare the folder, and log what was found in it; nothing was changed before.
 
-    A new run starts with empty curves: monitors append to what they find.
+    From here on no other job can write checkpoints there. A new run starts with empty curves: monitors append to what
+    they find.
 
     Args:
         run: The run.
@@ -183,31 +187,33 @@ def prepare_output(
 
     Raises:
         CheckpointError: The processes found different checkpoints.
+        FolderInUseError: Before anything is changed, another job writes there; a ValueError on the other ranks.
     """
     found: list[str | None] = [None] * processes.world_size
     torch.distributed.all_gather_object(found, None if checkpoint is None else checkpoint.tag)
     if len(set(found)) > 1:
         raise CheckpointError(f"the processes found different checkpoints in {checkpoints_of(run)}: {found}")
-    if processes.rank == 0:
-        folder = checkpoints_of(run)
-        for note in remove_unfinished(folder):
+    together(lambda: _prepare(run, record, checkpoint) if processes.rank == 0 else None)
+
+
+def _prepare(run: RunConfig, record: dict[str, object], checkpoint: Checkpoint | None) -> None:
+    folder = checkpoints_of(run)
+    hold_until_exit(folder)
+    for note in remove_unfinished(folder):
+        logger.info("%s", note)
+    if checkpoint is None:
+        remove_all(folder)
+        for name in ("csv", "tensorboard"):
+            shutil.rmtree(run.output / name, ignore_errors=True)
+        for name in ("loss.png", "telemetry.png", "summary.json", SHARPNESS_CSV, *FIGURES):
+            (run.output / name).unlink(missing_ok=True)
+        logger.info("starting from the beginning in %s", run.output)
+    else:
+        for note in checkpoint.notes:
             logger.info("%s", note)
-        if checkpoint is None:
-            for name in (CHECKPOINTS, "csv", "tensorboard"):
-                shutil.rmtree(run.output / name, ignore_errors=True)
-            for name in ("loss.png", "telemetry.png", "summary.json", SHARPNESS_CSV, *FIGURES):
-                (run.output / name).unlink(missing_ok=True)
-            logger.info("starting from the beginning in %s", run.output)
-        else:
-            for note in checkpoint.notes:
-                logger.info("%s", note)
-            steps = (
-                "" if checkpoint.global_steps is None else f", {checkpoint.global_steps} of {run.training.steps} steps"
-            )
-            logger.info("resuming from %s%s", checkpoint.folder, steps)
-        run.output.mkdir(parents=True, exist_ok=True)
-        replace_text(run.output / RUN_RECORD, json.dumps(record, indent=2) + "\n")
-    torch.distributed.barrier()
+        steps = "" if checkpoint.global_steps is None else f", {checkpoint.global_steps} of {run.training.steps} steps"
+        logger.info("resuming from %s%s", checkpoint.folder, steps)
+    replace_text(run.output / RUN_RECORD, json.dumps(record, indent=2) + "\n")
 
 
 def json_digest(content: object) -> str:

@@ -235,6 +235,10 @@ class Feed:
             module.forward = MethodType(self._leaf_forward(owned), module)  # type: ignore[method-assign]
         model.forward = MethodType(self._model_forward, model)  # type: ignore[method-assign]
 
+    def leave_out(self, module: nn.Module) -> None:
+        """Let a module take no part in the forward pass."""
+        self._owners.remove(module)
+
     def _leaf_forward(self, owned: dict[str, str]):
         def forward(module: nn.Module, carry: Tensor) -> Tensor:
             for key, name in owned.items():

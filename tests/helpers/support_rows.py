@@ -2,6 +2,7 @@
 """What `docs/support.md` claims, row by row; see `support`."""
 
 from tests.helpers.support import Refused, Row, Untested, Works, refused, untested, works
+from tests.helpers.support_families import FAMILY_ROWS
 
 _NO_GPU = "needs a GPU; the tests are there (`make test-gpu`)"
 _AUTOTP = "hosts/deepspeed/test_autotp.py::test_autotp_trains_like_whole_tensors"
@@ -303,4 +304,5 @@ ROWS: tuple[Row, ...] = (
         KERNELS, "Triton, in its interpreter", "unit/kernels/test_base.py::*[triton-*", "unit/kernels/test_triton.py::*"
     ),
     untested(KERNELS, "Triton, on a GPU", _NO_GPU),
+    *FAMILY_ROWS,
 )

@@ -14,8 +14,8 @@ pytest.importorskip("megatron.core", reason="the data sets need the extra 'megat
 pytest.importorskip("tokenizers", reason="the token files need the extra 'launch'")
 
 from data import token_files
+from ds_blockwise.runs.reading.problems import Problems
 from ds_blockwise.runs.run_file import RunConfig, load_run
-from ds_blockwise.runs.strict_files import Problems
 from job import batches
 from job.batches import BatchLoader, check_data
 from tests.helpers.launch.data_corpus import data_config, text, write_lines

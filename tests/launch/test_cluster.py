@@ -7,6 +7,7 @@ import base64
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -222,6 +223,34 @@ def test_ssh_through_deepspeeds_own_runner(bench: Bench) -> None:
     assert argv[-len(JOB) :] == JOB
     assert "-o ServerAliveInterval=10 -o ServerAliveCountMax=3" in call["env"]["PDSH_SSH_ARGS_APPEND"]
     assert not Path(call["env"]["DS_ENV_FILE"]).exists()  # removed at the end
+
+
+def test_ssh_passes_every_character_on(bench: Bench) -> None:
+    """A shell on the other host reads the command: what it would expand or run must arrive as it was given."""
+    (bench.bin / "deepspeed").unlink()
+    bench.stub("pdsh", "ssh")
+    value = """a $HOME `id` $(id) "b" 'c' \\ \\$ ; * & | < > # é ~ !"""
+    arguments = ["--set", f"name={value}", "--set", "name=$(id)`id`;'\\"]
+    env = {"SHARE_ALSO": "ODD", "ODD": value, "NCCL_ODD": value, "PYTHONODD": "$HOME"}
+    real = f"{bench.bin}:{Path(sys.executable).parent}:/usr/bin:/bin"
+    done = bench.run("ssh.sh", RUN, *arguments, PATH=real, DS_ACCELERATOR="cpu", **env)
+    assert done.returncode == 0, done.stderr
+    argv = bench.calls("pdsh")[0]["argv"]
+    script = "import json, os, sys; print(json.dumps([dict(os.environ), sys.argv]))"
+    show = f"{shlex.quote(sys.executable)} -c {shlex.quote(script)}"
+    remote = " ".join([argv[5], show, *argv[argv.index(JOB[0]) :]])  # as pdsh and ssh join it
+    shown = subprocess.run(["bash", "-c", remote], capture_output=True, text=True, check=True, env={"HOME": "/h"})
+    environment, received = json.loads(shown.stdout)
+    assert (environment["ODD"], environment["NCCL_ODD"], environment["PYTHONODD"]) == (value, value, "$HOME")
+    assert received[-4:] == arguments
+
+
+@pytest.mark.parametrize("value", ["two\nlines", "%h", "100%%"])
+def test_ssh_refuses_what_cannot_be_passed_on(bench: Bench, value: str) -> None:
+    bench.stub("pdsh", "ssh")
+    done = bench.run("ssh.sh", SHARE_ALSO="ODD", ODD=value)
+    assert (done.returncode, bench.calls("deepspeed")) == (2, []), done.stderr
+    assert "launch: ODD: %h, %n, %u, %% and several lines cannot be passed on" in done.stderr
 
 
 def test_torchrun(bench: Bench) -> None:

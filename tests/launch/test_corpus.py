@@ -11,7 +11,7 @@ pytest.importorskip("megatron.core", reason="the token files need the extra 'meg
 pytest.importorskip("tokenizers", reason="the token files need the extra 'launch'")
 
 from data import corpus
-from ds_blockwise.runs.strict_files import Problems
+from ds_blockwise.runs.reading.problems import Problems
 
 
 def test_folder_search_and_names(tmp_path: Path) -> None:

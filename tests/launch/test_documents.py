@@ -14,6 +14,7 @@ pytest.importorskip("tokenizers", reason="the token files need the extra 'launch
 
 from data import corpus
 from data.documents import documents
+from data.metadata import read_metadata
 from tests.helpers.launch.data_corpus import text, write_lines, write_parquet
 
 
@@ -116,3 +117,13 @@ def test_file_that_changes_while_it_is_read_is_an_error(tmp_path: Path) -> None:
         file.write('{"text": "three"}\n')
     with pytest.raises(ValueError, match=r"a\.jsonl was changed while it was read"):
         list(reader)
+
+
+@pytest.mark.parametrize(
+    "content", [b"[]", b"null", b"{}", b'{"format": []}', b"\xff", b"[" * 100_000, b'{"format": 1}']
+)
+def test_damaged_metadata_is_as_good_as_none(tmp_path: Path, content: bytes) -> None:
+    """What was not written whole has to be prepared again; no traceback of ours."""
+    (tmp_path / "metadata.json").write_bytes(content)
+    (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
+    assert read_metadata(tmp_path) is None

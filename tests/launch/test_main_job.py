@@ -21,6 +21,7 @@ import torch
 pytest.importorskip("deepspeed", reason="the main job needs the extra 'deepspeed'")
 pytest.importorskip("megatron.core", reason="the main job needs the extra 'megatron'")
 
+from ds_blockwise.checkpoint.folder_rules.lock import holding
 from tests.helpers.launch.job_server import Job, jobs
 from tests.helpers.launch.project import LAUNCH, ROOT, assert_same_checkpoint, prepare_project
 
@@ -49,9 +50,10 @@ def _train(project: Path, output: str, *arguments: str) -> subprocess.CompletedP
     return subprocess.run(command, capture_output=True, text=True, timeout=START_S, env=env, cwd=project, check=False)
 
 
-def _start(project: Path, output: str, *arguments: str) -> Job:
+def _start(project: Path, output: str, *arguments: str, prelude: str = "") -> Job:
     log = project / "logs" / f"{output}-{sum(1 for _ in project.glob(f'logs/{output}-*'))}"
-    return jobs().start(log, "--run", str(project / "run.yaml"), "--set", f"output={project / output}", *arguments)
+    given = ("--run", str(project / "run.yaml"), "--set", f"output={project / output}", *arguments)
+    return jobs().start(log, *given, prelude=prelude)
 
 
 def _finished(project: Path, output: str, *arguments: str, json_name: str = "mini") -> tuple[Path, dict[str, Any]]:
@@ -180,6 +182,11 @@ def test_resume_under_another_run_is_refused(prepared: Path, whole_run: tuple[Pa
 
 def test_earlier_run_is_not_overwritten_by_accident(prepared: Path, whole_run: tuple[Path, dict[str, Any]]) -> None:
     assert "--overwrite" in _start(prepared, "whole").fail()
+    impatient = "from ds_blockwise.checkpoint.folder_rules import lock\nlock.PATIENCE_S = 0.0"
+    with holding(whole_run[0] / "checkpoints"):  # as a job that still runs
+        text = _start(prepared, "whole", "--overwrite", prelude=impatient).fail()
+    assert text.count(f"{whole_run[0] / 'checkpoints'} is in use: process {os.getpid()} on host ") >= 2, text
+    assert (whole_run[0] / "checkpoints" / "step_0000006").is_dir()
     assert (whole_run[0] / "summary.json").is_file()
 
 

@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, normalizers
 
 from data import corpus, token_files
 from data import tokenizer as data_tokenizer
-from ds_blockwise.runs.strict_files import Problems
+from ds_blockwise.runs.reading.problems import Problems
 from tests.helpers.launch.data_corpus import data_config, documents_of, make_corpus, prepare, text, write_lines
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from weakref import WeakSet
 
 import deepspeed
 import torch
@@ -15,31 +14,42 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_group
 from torch import nn
 
-from ds_blockwise.blocks.tagged_parameter import as_tagged, is_tagged
+from ds_blockwise.blocks.tagged_parameter import as_tagged
 from ds_blockwise.hosts.deepspeed.autotp import check_splits, with_empty_shards
 from ds_blockwise.hosts.deepspeed.checkpoint.load import guard
-from ds_blockwise.hosts.deepspeed.checks import check_clipping, check_config, check_sequence_parallel
+from ds_blockwise.hosts.deepspeed.checks import (
+    check_clipping,
+    check_config,
+    check_sequence_parallel,
+    refuse_empty_in_forward,
+)
 from ds_blockwise.hosts.deepspeed.engine import Engine, is_wrapped, tensor_parallel_mpu
 from ds_blockwise.hosts.deepspeed.monitor import connect
+from ds_blockwise.hosts.deepspeed.never_stepped import refuse_when_trained, trains_nothing
 from ds_blockwise.hosts.deepspeed.partitions import or_world, stepped_tensors
 from ds_blockwise.hosts.deepspeed.pipeline import is_staged, names_in, tied_copies
+from ds_blockwise.hosts.deepspeed.state_api.show import show_state
+from ds_blockwise.hosts.model_tags import tag_for
 from ds_blockwise.hosts.pipeline_stages import TiedCopy, check_rules, check_tied, rules_matched
 from ds_blockwise.hosts.stepped_tensors import Stepped, check_agreement
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.optimizers.registry import OPTIMIZERS
-from ds_blockwise.parallel.agree import if_many, together
+from ds_blockwise.parallel.agree import first_error, gather, if_many, together
 from ds_blockwise.parallel.reduce import ReductionGroups
-from ds_blockwise.tagging.tag import tag_with_settings
+from ds_blockwise.tagging.module_reader import is_split
 
 logger = logging.getLogger(__name__)
-
-_TAGGED_HERE: WeakSet[nn.Module] = WeakSet()
 
 
 def attach(engine: Engine) -> None:
     """Tell an engine's optimizer what lies in the tensors that it steps; ``deepspeed.initialize`` calls this.
 
     A collective over all ranks. Call it yourself only if an engine was built by code that replaced the hook.
+
+    The model is tagged anew, with this engine's names and settings, whatever engines tagged it before; the user's own
+    ``tag_parameters`` stays. What an earlier engine was told stays as it is. Nothing is tagged where nothing is
+    trained. If the model is in evaluation mode the engine may never be stepped (a reference or reward model that shares
+    the JSON): a model that cannot be tagged is then refused by the first backward, step or checkpoint only.
 
     Args:
         engine: a ``DeepSpeedEngine`` whose basic optimizer is one of ours.
@@ -55,7 +65,14 @@ def attach(engine: Engine) -> None:
             f"{', '.join(OPTIMIZERS)}. Under CPU offload Accelerate replaces a client optimizer by "
             f'DeepSpeedCPUAdam; name ours in the JSON\'s "optimizer" instead.'
         )
-    found = together(lambda: _read(engine, optimizer))
+    together(lambda: _check(engine, optimizer))
+    if trains_nothing(engine):
+        guard(engine)
+        return
+    params = _tagged_together(engine, optimizer)
+    if params is None:
+        return
+    found = together(lambda: _read(engine, optimizer, params))
     stepped = with_empty_shards(found.stepped, found.params, found.tp_group)
     tied = together(lambda: _bind(engine, optimizer, stepped, found.tp_group))
     check_rules(found.rules_matched, optimizer.block_settings)
@@ -63,6 +80,7 @@ def attach(engine: Engine) -> None:
     peers = if_many(or_world(engine.seq_data_parallel_group))
     check_agreement(optimizer, stepped, peers, found.tp_group, "JSON")
     guard(engine)
+    show_state(engine, optimizer, found.params)
     if not is_wrapped(engine):
         # DeepSpeed's wrappers skip a step with NaN on all ranks; without a wrapper nobody looks
         everyone = or_world(None)  # the other stages of a pipeline must skip it too
@@ -92,12 +110,35 @@ class _Found:
     rules_matched: list[bool]
 
 
-def _read(engine: Engine, optimizer: BlockwiseOptimizer) -> _Found:
-    """Refuse what cannot work, tag the model and look up what the wrapper steps."""
+def _check(engine: Engine, optimizer: BlockwiseOptimizer) -> None:
+    """Refuse what cannot work, whatever the model is."""
     check_config(engine, type(optimizer).__name__)
     check_sequence_parallel(engine)
+    refuse_empty_in_forward(engine)
+
+
+def _tagged_together(engine: Engine, optimizer: BlockwiseOptimizer) -> list[nn.Parameter] | None:
+    """Tag the model; None, on every rank, if that failed on one and the engine may never be stepped."""
+    params: list[nn.Parameter] = []
+    failure: ValueError | None = None
+    try:
+        models = [(engine.module, engine.param_names)]
+        params = tag_for(optimizer, models, is_stage=is_staged(engine), what_tags="deepspeed.initialize", place="json")
+    except ValueError as error:  # a mistake in the model or in the settings; all ranks hear of it
+        failure = error
+    message = first_error(None if failure is None else str(failure))
+    if message is None:
+        return params
+    if any(gather(bool(engine.module.training))):
+        advice = "If this engine is never stepped, call model.eval() before deepspeed.initialize."
+        raise ValueError(f"{message}\n{advice}") from failure
+    refuse_when_trained(engine, optimizer, message)
+    return None
+
+
+def _read(engine: Engine, optimizer: BlockwiseOptimizer, params: list[nn.Parameter]) -> _Found:
+    """Look up what the wrapper steps."""
     matched = rules_matched(names_in(engine), optimizer.block_settings)
-    params = _tagged(engine, optimizer)
     tp_group = _tp_group(engine, params)
     return _Found(params, list(stepped_tensors(engine, optimizer)), tp_group, matched)
 
@@ -121,27 +162,6 @@ def _device() -> torch.device:
     return torch.device(get_accelerator().current_device_name())
 
 
-def _tagged(engine: Engine, optimizer: BlockwiseOptimizer) -> list[nn.Parameter]:
-    """The model's trained parameters, each tagged with the optimizer's settings."""
-    module = engine.module
-    params = [p for p in module.parameters() if p.requires_grad]
-    tagged = [p for p in params if is_tagged(p)]
-    if not tagged or module in _TAGGED_HERE:
-        settings, names = optimizer.block_settings, engine.param_names
-        tag_with_settings(module, settings, names, is_stage=is_staged(engine), by_host=True)
-        _TAGGED_HERE.add(module)
-    elif len(tagged) < len(params):
-        missing = next(engine.param_names.get(p) for p in params if not is_tagged(p))
-        raise ValueError(
-            f"parameter {missing!r} is not tagged although others are. Call tag_parameters(model) after the last "
-            f"change to the model, or not at all (deepspeed.initialize does it)."
-        )
-    else:
-        for param in tagged:
-            param.block_spec = optimizer.spec_of(param.block_spec)
-    return params
-
-
 def _tp_group(engine: Engine, params: Sequence[nn.Parameter]) -> dist.ProcessGroup | None:
     tagged = [as_tagged(param) for param in params]
     shards = [(t.block_spec, t.block_shard) for t in tagged if t.block_shard is not None]
@@ -150,7 +170,7 @@ def _tp_group(engine: Engine, params: Sequence[nn.Parameter]) -> dist.ProcessGro
     group = None if mpu is None else if_many(bwc_tensor_model_parallel_group(mpu))
     size = 1 if group is None else dist.get_world_size(group)
     check_clipping(engine, size)
-    if size > 1 and not shards:
+    if size > 1 and not shards and not is_split(engine.module):
         raise ValueError(
             f"the tensor-parallel size is {size}, but no parameter is known to be split. For a Megatron-core model "
             f'import megatron_patch before deepspeed.initialize; with "tensor_parallel": {{"autotp_size": {size}}} '

@@ -27,7 +27,7 @@ from ds_blockwise.tagging.module_facts import generic_heads
 from ds_blockwise.tagging.module_reader import TensorSplit, register_reader
 from ds_blockwise.tagging.names import NameMatch
 
-_META = "ds_autotp_universal_checkpoint_meta"
+AUTOTP_MARK = "ds_autotp_universal_checkpoint_meta"
 # Applied to the heads of one rank, whatever the model calls them
 _HEAD_NORM = re.compile(r"(?:q|k|query|key)_(?:layer_?)?norm(?:\.|$)|(?:q|k)_ln(?:\.|$)")
 
@@ -116,7 +116,7 @@ class AutoTPReader:
 
 
 def _said(param: nn.Parameter) -> AutoTPShard | None:
-    said: AutoTPShard | None = getattr(param, _META, None) or None
+    said: AutoTPShard | None = getattr(param, AUTOTP_MARK, None) or None
     return said
 
 

@@ -7,13 +7,16 @@ client optimizer, the param groups, then process groups and clipping.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from ds_blockwise.hosts.deepspeed.engine import Engine, offload_device, sequence_parallel_size
+from ds_blockwise.hosts.deepspeed.autotp import AUTOTP_MARK
+from ds_blockwise.hosts.deepspeed.engine import Engine, offload_device, sequence_parallel_size, whole_numel
 from ds_blockwise.hosts.deepspeed.refusals import EngineFacts, refusals
 from ds_blockwise.optimizers.base import built_from_ours
 
@@ -107,6 +110,30 @@ def check_client(client: object) -> None:
             f'on passing {name}, or name it there, "optimizer": {{"type": "{name}", ...}}, and pass Accelerate\'s '
             f"DummyOptim(model.parameters()) (HF Trainer: nothing)."
         )
+
+
+def refuse_empty_in_forward(engine: Engine) -> None:
+    """At ZeRO stage 3, let the forward pass of a module with a parameter without elements say that this cannot work.
+
+    DeepSpeed fails there, with any optimizer, on an assertion without the name. A module that is not used does no harm.
+
+    Args:
+        engine: a ``DeepSpeedEngine`` with its optimizer built.
+    """
+    if not engine.zero_optimization_partition_weights():
+        return
+    for param, name in engine.param_names.items():
+        if whole_numel(param) or hasattr(param, AUTOTP_MARK):
+            continue
+        owner = engine.module.get_submodule(name.rpartition(".")[0])
+        owner.register_forward_pre_hook(functools.partial(_refuse_empty, name), prepend=True)
+
+
+def _refuse_empty(name: str, module: nn.Module, inputs: object) -> NoReturn:
+    raise ValueError(
+        f"parameter {name!r} of {type(module).__name__} has no elements, and DeepSpeed's ZeRO stage 3 cannot gather it "
+        f"for this forward pass, with any optimizer. Remove it or make it a buffer, or use ZeRO stage 2."
+    )
 
 
 def check_experts(engine: Engine, model_parameters: Iterable[object] | None) -> None:

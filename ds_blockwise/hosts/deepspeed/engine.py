@@ -8,7 +8,7 @@ DeepSpeed 0.19.8; does not import it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, TypedDict, TypeGuard
 
@@ -93,6 +93,12 @@ class Wrapper(Protocol):
         """Forget the gradients."""
 
 
+class EngineConfig(Protocol):
+    """What ``deepspeed.initialize`` was given as JSON, parsed."""
+
+    _param_dict: Mapping[str, Any]
+
+
 class Engine(Protocol):
     """A ``DeepSpeedEngine`` or ``PipelineEngine``.
 
@@ -128,9 +134,11 @@ class Engine(Protocol):
     mp_world_size: int
     has_moe_layers: bool
     pipeline_parallelism: bool
+    destroy: Callable[..., None]
     save_checkpoint: Callable[..., bool]
     load_checkpoint: Callable[..., Loaded]
     _is_gradient_accumulation_boundary: bool | None
+    _config: EngineConfig
 
     def __call__(self, *inputs: object, **options: object) -> Any: ...
     def optimizer_name(self) -> str | None: ...
@@ -157,9 +165,19 @@ class Engine(Protocol):
     def zero_round_robin_gradients(self) -> bool: ...
     def use_node_local_storage(self) -> bool: ...
     def load_universal_checkpoint(self) -> bool: ...
+    def _configure_basic_optimizer(self, model_parameters: Iterable[object] | None) -> Any: ...
+    def _configure_zero_optimizer(self, optimizer: None) -> Any: ...
     def _get_all_ckpt_names(self, checkpoints_path: str, tag: str) -> list[str]: ...
     def _get_zero_ckpt_name(self, checkpoints_path: str, tag: str) -> str | Path: ...
     def _get_buffer_names(self) -> list[str]: ...
+    def _get_zero_param_shapes(self) -> list[Mapping[str, Sequence[int]]]: ...
+
+
+class FrozenEngineOptimizer(Wrapper, Protocol):
+    """``DeepSpeedZeRoOffload``, which is an engine's ``optimizer`` where it has none, with what we add to it."""
+
+    optimizer: object
+    param_groups: list[dict[str, Any]]
 
 
 class ZeroStages1And2(Wrapper, Protocol):
@@ -169,8 +187,11 @@ class ZeroStages1And2(Wrapper, Protocol):
     bit16_groups_flat: Sequence[torch.Tensor]
     single_partition_of_fp32_groups: Sequence[torch.Tensor]
     partition_size: Sequence[int]
+    offload_states: Callable[..., None]
+    reload_states: Callable[..., None]
     real_dp_process_group: Sequence[dist.ProcessGroup | None]
     _hp_optimizer_states_linked: bool
+    _link_all_hp_params: Callable[..., None]
 
     def update_lp_params(self) -> None:
         """Round the fp32 weights into the model's; a collective."""
@@ -183,6 +204,7 @@ class BF16Optimizer(Wrapper, Protocol):
     fp32_groups_flat_partition: Sequence[torch.Tensor]
     real_dp_process_group: Sequence[dist.ProcessGroup | None]
     _hp_optimizer_states_linked: bool
+    _link_all_hp_params: Callable[..., None]
 
     def update_lp_params(self) -> None:
         """Round the fp32 weights into the model's; a collective."""
@@ -193,6 +215,7 @@ class PartitionedParameter(Protocol):
 
     data: torch.Tensor
     ds_numel: int
+    ds_shape: torch.Size
     ds_tensor: torch.Tensor
     ds_process_group: dist.ProcessGroup
 
@@ -218,6 +241,17 @@ class ZeroStage3(Wrapper, Protocol):
     fp16_partitioned_groups_flat: Sequence[torch.Tensor]
     fp32_partitioned_groups_flat: Sequence[torch.Tensor]
     dp_process_group: dist.ProcessGroup | None
+    swap_optimizer: bool
+    offloaded_states: set[object]
+    hp_params_pin_buffers: Sequence[torch.Tensor]
+    get_full_hp_param: Callable[..., torch.Tensor | None]
+    set_full_hp_param: Callable[..., None]
+    get_local_fp32_param: Callable[..., torch.Tensor | None]
+    set_local_hp_param: Callable[..., None]
+    get_hp_param_device: Callable[..., torch.device | None]
+    set_fp32_grad_for_param: Callable[..., None]
+    update_fp32_grad_for_param_vectorized: Callable[..., None]
+    offload_states: Callable[..., None]
 
     def unflatten(self, flat: torch.Tensor, like: Sequence[PartitionedParameter]) -> Sequence[torch.Tensor]:
         """Views of a flat tensor, one for each piece."""
@@ -241,6 +275,11 @@ def is_wrapped(engine: Engine) -> bool:
     return engine.optimizer is not engine.basic_optimizer
 
 
+def set_optimizers(engine: Engine, basic: object, optimizer: Any) -> None:
+    """Give an engine its optimizer, and the basic one inside that, as its ``_configure_optimizer`` does."""
+    engine.basic_optimizer, engine.optimizer = basic, optimizer
+
+
 def offload_device(engine: Engine) -> str:
     """Where the optimizer's state is kept: ``cpu``, ``nvme``, or ``none`` without optimizer offload."""
     offload = engine.zero_offload_optimizer()
@@ -259,3 +298,16 @@ def tensor_parallel_mpu(engine: Engine) -> object:
     model-parallel.
     """
     return None if hasattr(engine.mpu, "initialize_sequence_parallel") else engine.mpu
+
+
+def trusts(engine: Engine) -> bool:
+    """Whether the DeepSpeed JSON says ``"checkpoint": {"trust": true}``: load files that can run code.
+
+    Raises:
+        ValueError: it says something else than true or false.
+    """
+    section = engine._config._param_dict.get("checkpoint")
+    value = section.get("trust", False) if isinstance(section, Mapping) else False
+    if not isinstance(value, bool):
+        raise ValueError(f'"checkpoint": {{"trust": ...}} must be true or false, got {value!r}')
+    return value

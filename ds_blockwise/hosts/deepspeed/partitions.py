@@ -18,8 +18,8 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
-from ds_blockwise.blocks.segment_table import Placement, whole_placement
-from ds_blockwise.blocks.tagged_parameter import as_tagged
+from ds_blockwise.blocks.segment_table import Placement
+from ds_blockwise.blocks.tagged_parameter import as_tagged, tags_of
 from ds_blockwise.hosts.deepspeed.engine import (
     BF16Optimizer,
     Engine,
@@ -44,7 +44,10 @@ def stepped_tensors(engine: Engine, optimizer: BlockwiseOptimizer) -> Iterator[S
     """
     wrapper = engine.optimizer
     if not is_wrapped(engine):
-        yield from _whole((p, p) for group in optimizer.param_groups for p in group["params"])
+        params = (p for group in optimizer.param_groups for p in group["params"])
+        # The wrappers leave out frozen parameters and those without elements; here nothing does. A peer may hold the
+        # elements of a tagged one.
+        yield from _whole((p, p) for p in params if p.requires_grad and (p.numel() or tags_of(p) is not None))
     elif isinstance(wrapper, DeepSpeedZeroOptimizer):
         yield from _zero_1_and_2(wrapper)
     elif isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
@@ -62,9 +65,7 @@ def stepped_tensors(engine: Engine, optimizer: BlockwiseOptimizer) -> Iterator[S
 
 def _whole(pairs: Iterable[tuple[torch.Tensor, nn.Parameter]]) -> Iterator[Stepped]:
     for tensor, param in pairs:
-        tagged = as_tagged(param)
-        placement = whole_placement(tagged.block_spec, tagged.block_shard)
-        yield Stepped(tensor, (placement,), None)
+        yield Stepped(tensor, (tagged_placement(param, 0, 0, param.numel(), ()),), None)
 
 
 def _unfused(wrapper: UnfusedOptimizer) -> Iterator[Stepped]:

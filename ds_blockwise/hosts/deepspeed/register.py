@@ -77,15 +77,24 @@ def _attaching(
     def configure_and_attach(self: Engine, client_optimizer: object, model_parameters: _Parameters) -> None:
         from ds_blockwise.hosts.deepspeed.attach import attach
         from ds_blockwise.hosts.deepspeed.checks import check_client, check_config, check_experts
+        from ds_blockwise.hosts.deepspeed.config.in_engine import check_json
+        from ds_blockwise.hosts.deepspeed.never_stepped import configure_frozen, trains_nothing
 
-        if isinstance(client_optimizer, BlockwiseOptimizer):
-            check_config(self, type(client_optimizer).__name__)
-            check_experts(self, client_optimizer.param_groups if self.zero_optimization() else None)
-        elif client_optimizer is None and _is_named(self):
+        client = client_optimizer if isinstance(client_optimizer, BlockwiseOptimizer) else None
+        named = client_optimizer is None and _is_named(self)
+        if client is not None or named:
+            check_json(self)
+        if client is not None:
+            check_config(self, type(client).__name__)
+            check_experts(self, client.param_groups if self.zero_optimization() else None)
+        elif named:
             check_config(self, str(self.optimizer_name()))
             check_experts(self, model_parameters)
         else:
             check_client(client_optimizer)
+        if (client is not None or named) and self.zero_optimization() and trains_nothing(self):
+            configure_frozen(self, client, model_parameters)
+            return
         configure(self, client_optimizer, model_parameters)
         if isinstance(self.basic_optimizer, BlockwiseOptimizer):
             attach(self)

@@ -12,6 +12,8 @@ import weakref
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter
 
 import torch
 from torch.autograd.graph import increment_version
@@ -20,8 +22,8 @@ from ds_blockwise.blocks.segment_table import SegmentTable
 from ds_blockwise.kernels.base import Item, Kernels
 from ds_blockwise.kernels.cpp.build import library
 
+_DTYPE, _IS_CPU = attrgetter("dtype"), attrgetter("is_cpu")
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_WIDE = {dtype: torch.promote_types(dtype, torch.float32) for dtype in _CODES}
 
 
 @dataclass(frozen=True)
@@ -108,47 +110,28 @@ class CppKernels(Kernels):
 
     def _rows(self, items: Sequence[Item]) -> array[int]:
         """``Row`` of kernels.cpp, field by field."""
-        rows: list[int] = []
-        for item in items:
-            param, grad, state = item.param, item.grad, item.state
-            exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
-            assert grad is not None
-            if not (param.is_cpu and exp_avg.is_cpu):
-                raise ValueError(_moved(param, exp_avg))
-            wide, table = _WIDE[param.dtype], item.table
-            values = table.num_blocks if table.shares_second_moment else table.numel
-            if exp_avg.numel() != param.numel() or exp_avg_sq.numel() != values or exp_avg_sq.dtype != wide:
-                raise ValueError(_misfit(item, wide))
-            if exp_avg.dtype != wide and exp_avg.dtype != torch.bfloat16:
-                raise ValueError(_misfit(item, wide))
-            rows += (
-                item.plan.handle,
-                param.data_ptr(),
-                grad.data_ptr(),
-                exp_avg.data_ptr(),
-                exp_avg_sq.data_ptr(),
-                0 if item.sums is None else item.sums.data_ptr(),
-                0 if item.param_copy is None else item.param_copy.data_ptr(),
-                _CODES[param.dtype],
-                _CODES[grad.dtype],
-                _CODES[exp_avg.dtype],
-                0 if item.param_copy is None else _CODES[item.param_copy.dtype],
-            )
-        return array("q", rows)
+        params = [item.param for item in items]
+        if not all(map(_IS_CPU, params)):
+            raise ValueError(_moved(next(param for param in params if not param.is_cpu)))
+        grads = [item.grad for item in items if item.grad is not None]
+        first = [item.state["exp_avg"] for item in items]
+        second = [item.state["exp_avg_sq"] for item in items]
+        copies = [item.param_copy for item in items]
+        columns = (
+            [item.plan.handle for item in items],
+            *(map(torch.Tensor.data_ptr, tensors) for tensors in (params, grads, first, second)),
+            [0 if item.sums is None else item.sums.data_ptr() for item in items],
+            [0 if copy is None else copy.data_ptr() for copy in copies],
+            *(map(_CODES.__getitem__, map(_DTYPE, tensors)) for tensors in (params, grads, first)),
+            [0 if copy is None else _CODES[copy.dtype] for copy in copies],
+        )
+        return array("q", chain.from_iterable(zip(*columns, strict=True)))
 
 
-def _misfit(item: Item, wide: torch.dtype) -> str:
-    found = {key: (item.state[key].dtype, item.state[key].numel()) for key in ("exp_avg", "exp_avg_sq")}
+def _moved(param: torch.Tensor) -> str:
     return (
-        f"the state of a {item.param.dtype} parameter of shape {tuple(item.param.shape)} is {found}; exp_avg must be "
-        f"{wide} or torch.bfloat16 with one value per element, exp_avg_sq {wide}. Load it with load_state_dict."
-    )
-
-
-def _moved(param: torch.Tensor, exp_avg: torch.Tensor) -> str:
-    return (
-        f"a parameter of shape {tuple(param.shape)} is on {param.device} and its state on {exp_avg.device}, but it was "
-        f"on the CPU when the optimizer first saw it. Move the model before the first step, or make a new optimizer."
+        f"a parameter of shape {tuple(param.shape)} is on {param.device}, but it was on the CPU when the optimizer "
+        f"first saw it. Move the model before the first step, or make a new optimizer."
     )
 
 

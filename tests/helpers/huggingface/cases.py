@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -97,20 +98,37 @@ def plain_loop(optimizer: str, model: nn.Module, batches: list[Batch], lrs: list
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def trainer_resumes_bitwise(context: RankContext, optimizer: str, model: str) -> None:
-    """A resume that starts the moments or the schedule again would train another model."""
+def trainer_resumes_bitwise(context: RankContext, optimizer: str, model: str, *way: str) -> None:
+    """A resume that starts the moments or the schedule again would train another model; from a converted one too."""
     build, more = (start_model, AUTOTP) if model == "autotp" else (MODELS[model][0], {})
     first, whole = train_with_trainer(context, optimizer, build(), more)
     split = first.model_wrapped.module.get_parameter(next(n for n in whole.weights[0] if "down_proj" in n)).block_shard
     assert (split is not None) == (model == "autotp")
     losses = [entry["loss"] for entry in first.state.log_history if "loss" in entry]
     close(first.model_wrapped)
-    again, rest = train_with_trainer(context, optimizer, build(), more, resume=True)
+    converted = Path(first.args.output_dir) / "converted" if way else None
+    if converted is not None:
+        if context.rank == 0:
+            convert_for_trainer(Path(first.args.output_dir) / f"checkpoint-{SAVED}", converted)
+        context.barrier()
+    again, rest = train_with_trainer(context, optimizer, build(), more, resume=True, folder=converted)
+    assert again.state.global_step == STEPS and len(rest.lrs) == STEPS - SAVED
     assert rest.lrs == whole.lrs[SAVED:]
     assert [entry["loss"] for entry in again.state.log_history if "loss" in entry][-STEPS + SAVED :] == losses[SAVED:]
     for name, weight in whole.weights[-1].items():
         assert torch.equal(weight, rest.weights[-1][name]), name
     close(again.model_wrapped)
+
+
+def convert_for_trainer(source: Path, output: Path) -> None:
+    """What Trainer keeps beside DeepSpeed's folder must be there afterwards; without its state it does not resume."""
+    from ds_blockwise.hosts.deepspeed.checkpoint.inspect import convert_checkpoint
+
+    written, notes = convert_checkpoint(source, output)
+    assert any("files of Hugging Face's Trainer were copied" in note for note in notes), notes
+    beside = {p.name for p in source.iterdir() if p.is_file()}
+    assert {"trainer_state.json", "rng_state_0.pth"} <= beside <= {p.name for p in output.iterdir()}
+    assert (written / "portable.json").is_file() and (output / "latest").read_text() == written.name
 
 
 # -------------------------------------------------------------------------------------- Accelerate
@@ -223,6 +241,7 @@ AUTOTP = {"tensor_parallel": {"autotp_size": 2}}
 _FUNCTIONS: tuple[tuple[Callable[..., None], tuple[tuple[str, ...], ...]], ...] = (
     (trainer_against_plain_loop, tuple(product(SHORT_NAMES, MODELS))),
     (trainer_resumes_bitwise, (*product(SHORT_NAMES, ("whole",)), ("BlockwiseAdamMini", "lora"))),
+    (trainer_resumes_bitwise, (("BlockwiseAdamMini", "whole", "converted"),)),
     (accelerate_replaces_a_client_optimizer, ((),)),
     (accelerate_keeps_a_client_optimizer, ((),)),
     (compiled_engines, tuple((name,) for name in SHORT_NAMES)),

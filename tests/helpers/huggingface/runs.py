@@ -7,6 +7,7 @@ import gc
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
@@ -157,12 +158,16 @@ def train_with_trainer(
     more: Mapping[str, Any] = MappingProxyType({}),
     *,
     resume: bool = False,
+    folder: Path | None = None,
 ) -> tuple[Any, Recorder]:
-    """Trainer from a JSON with ``more`` in it; returns it after its last step, and what it did."""
+    """Trainer from a JSON with ``more`` in it; returns it after its last step, and what it did.
+
+    With ``resume`` it begins from its own checkpoint, or from the one in ``folder``.
+    """
     import transformers
 
     join_accelerate(context)
-    folder = context.tmp_path / "-".join((optimizer, type(model).__name__, *more))
+    output = context.tmp_path / "-".join((optimizer, type(model).__name__, *more))
     recorder = Recorder(lambda: trainer.model_wrapped)
 
     class Watch(transformers.TrainerCallback):
@@ -172,7 +177,7 @@ def train_with_trainer(
     trainer = transformers.Trainer(
         model=model,
         args=transformers.TrainingArguments(
-            output_dir=str(folder),
+            output_dir=str(output),
             deepspeed=trainer_json(optimizer) | dict(more),
             max_steps=STEPS,
             save_steps=SAVED,
@@ -193,7 +198,7 @@ def train_with_trainer(
         callbacks=[Watch()],
     )
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
-    trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{SAVED}") if resume else None)
+    trainer.train(resume_from_checkpoint=str(folder or output / f"checkpoint-{SAVED}") if resume else None)
     recorder.weights.append(recorder.now())
     assert all(torch.equal(model.get_parameter(name), value) for name, value in frozen.items())
     return trainer, recorder

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Wrong settings and models: one clear error each, within seconds, before the first step, on every rank."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -107,11 +108,20 @@ MODELS = {
         r"'lm_head.weight' is matched by 2 rules",
     ),
     "head granularity on rows": (model, {"granularity": {"output": "head"}}, r'granularity "head" is for query'),
-    "norm that is a matrix": (lambda: named("norm", nn.Linear(2, 2)), {}, r"a norm weight is a vector"),
-    "query that is a vector": (
-        lambda: nn.ModuleDict({"lm_head": nn.LayerNorm(4)}),
+    "norm that is a matrix": (
+        lambda: named("norm", nn.Linear(2, 2)),
         {},
-        r"matches role 'output' by name but has shape \(4,\)",
+        r"its name says norm, but it belongs to a Linear",
+    ),
+    "head that is a norm": (
+        lambda: named("lm_head", nn.LayerNorm(4)),
+        {},
+        r"its name says output, but its LayerNorm says norm",
+    ),
+    "matrix that a rule calls a norm": (
+        lambda: named("lm_head", nn.Linear(2, 2)),
+        {"rules": [{"match": "head", "role": "norm"}]},
+        r"rule 'head' gives the role norm to parameter 'lm_head.weight' of shape \(2, 2\), a matrix of a Linear",
     ),
 }
 
@@ -191,6 +201,12 @@ ENGINES = {
         {"zero": {"stage": 2}, "bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
         "bf16_master_weights_and_grads",
     ),
+    "clipping to NaN": (
+        {"gradient_clipping": float("nan"), "gradient_cliping": 1.0},
+        '"gradient_clipping": nan: allowed: a finite number, at least 0',
+    ),
+    "negative clipping": ({"gradient_clipping": -1}, '"gradient_clipping": -1: allowed: a finite number, at least 0'),
+    "clipping to text": ({"gradient_clipping": "x"}, "\"gradient_clipping\": 'x': allowed: a finite number"),
     "bad schedule": ({"scheduler": {"type": "BlockwiseCosineLR", "params": {"total_num_steps": 0}}}, "total_num_steps"),
     "sharded model without its host": ({"mpu": True}, "import megatron_patch before"),
     "model tagged in part": ({"half_tagged": True}, "is not tagged although others are"),
@@ -248,12 +264,25 @@ def refused_engine(context, case):
         **changes,
     }
     deepspeed.init_distributed("gloo")
+    warned = warnings_of("ds_blockwise.hosts.deepspeed.config.in_engine")
     try:
         with pytest.raises((ValueError, TypeError)) as caught:
             deepspeed.initialize(model=network, model_parameters=network.parameters(), config=config, mpu=mpu)
     finally:
         forget_groups()
     assert words in str(caught.value), str(caught.value)
+    hint = "did you mean 'gradient_clipping'?"
+    ignored = f'DeepSpeed ignores "gradient_cliping" in its JSON: it has no such key; {hint}'
+    assert warned == ([ignored] if "gradient_cliping" in config and context.rank == 0 else [])
+
+
+def warnings_of(logger):
+    """A list that fills with a logger's messages."""
+    found = []
+    handler = logging.Handler()
+    handler.emit = lambda record: found.append(record.getMessage())
+    logging.getLogger(logger).addHandler(handler)
+    return found
 
 
 SUITE = Suite(refused_engine, {name: (2, case) for name, case in ENGINES.items()})

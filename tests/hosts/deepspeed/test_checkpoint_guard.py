@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from ds_blockwise.checkpoint import folder as files
+from ds_blockwise.checkpoint.folder_rules.lock import LOCK
 from ds_blockwise.checkpoint.manifest import MANIFEST, files_in, read_manifest, verify, write_manifest
 from tests.helpers.deepspeed.compared import assert_same
 from tests.helpers.deepspeed.engine_cases import Case
@@ -47,7 +48,7 @@ def check_round_trip(context: RankContext, case: Case | dict[str, Any]) -> None:
         save_checkpoint(run.engine, folder, "two", client_state=given, rank_state=state, save_latest=False)
         assert given == {"note": [1, {"two": 2.0}]}
         wanted = everything(run)
-    assert {p.name for p in folder.iterdir()} - {"zero_to_fp32.py", "zero_to_torch.py"} == {
+    assert {p.name for p in folder.iterdir()} - {"zero_to_fp32.py", "zero_to_torch.py", LOCK} == {
         "latest",
         "global_step1",
         "two",

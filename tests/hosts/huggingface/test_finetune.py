@@ -88,3 +88,21 @@ def test_wrong_options_are_named(tmp_path: Path) -> None:
         options, _ = finetune_hf.parse(arguments)
         finetune_hf.inputs_of(options)
     assert str(tmp_path / "*.txt") in str(caught.value)
+    numbers = ("--sequence_length", "0", "--validation_fraction", "nan", "--lora_rank", "-1")
+    with pytest.raises(ValueError, match=r"(?s)--sequence_length = 0.*--lora_rank = -1.*--validation_fraction = nan"):
+        options, _ = finetune_hf.parse([*arguments, *numbers])
+        finetune_hf.inputs_of(options)
+
+
+def test_the_json_is_checked_before_anything_reads_it(tmp_path: Path) -> None:
+    """HF fills in "auto"; what is misspelt or of the wrong kind would come to light in the middle of a training."""
+    import finetune_hf
+
+    finetune_hf.check_engine_file(["--deepspeed", str(ROOT / "configs/hf/finetune.json"), "--model", "x"])
+    path = tmp_path / "engine.json"
+    path.write_text(
+        '{"optimizer": {"type": "BlockwiseAdamMinni"}, "bf16": {"enaled": "auto"}, "gradient_cliping": 1, "fp16": 1}'
+    )
+    with pytest.raises(ValueError, match="4 problems") as caught:
+        finetune_hf.check_engine_file([f"--deepspeed={path}"])
+    assert all(word in str(caught.value) for word in ("BlockwiseAdamMini'", "'enabled'", "'gradient_clipping'", "fp16"))

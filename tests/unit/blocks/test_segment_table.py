@@ -21,6 +21,7 @@ from ds_blockwise.blocks.roles import Role
 from ds_blockwise.blocks.segment_table import Placement, build_table, fingerprint, whole_placement
 from ds_blockwise.blocks.spec import apply_settings
 from ds_blockwise.blocks.structure import HeadGeometry, RoleSpan, TensorStructure, fused_qkv, whole_tensor
+from ds_blockwise.kernels.update import block_sums
 
 MULTIPLIERS = {Role.QUERY: 8, Role.KEY: 8, Role.VALUE: 4, Role.FFN: 6, Role.NORM: 1}
 
@@ -172,6 +173,7 @@ def check(model, tp, dp):
         expanded = table.expand(torch.arange(table.num_blocks, dtype=torch.float64) + 1)
         padding = [0] * (table.numel - len(elements))
         assert expanded.tolist() == [slot + 1 for slot, *_ in slots] + padding
+        check_parts(table, expanded, counts[dp_rank, tp_rank])
         blocks[dp_rank, tp_rank] = block_in
     for param in model:
         whole = itertools.product(*map(range, param.shape))
@@ -187,6 +189,16 @@ def check(model, tp, dp):
     for rank, (table, _) in ranks.items():
         n = table.num_blocks
         assert torch.equal(counts[rank][:n], table.slot_numel[:n]), "the sums of a step are not those of whole blocks"
+
+
+def check_parts(table, expanded, counts):
+    """Each parameter's part of a table has its elements, in the table's slots."""
+    values, total = torch.arange(table.num_blocks, dtype=torch.float64) + 1, torch.zeros_like(counts)
+    for index, placement in enumerate(table.placements):
+        part = table.part(index)
+        assert torch.equal(part.expand(values), expanded[placement.flat_start :][: placement.numel])
+        total += block_sums(torch.ones(placement.numel), part, square=False)
+    assert torch.equal(total, counts)
 
 
 def all_reduce(sums, slots):

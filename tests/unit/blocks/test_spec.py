@@ -126,5 +126,5 @@ def test_heads_that_nothing_counts_are_an_error_with_the_rule_to_write():
     """Values need no head count until the user wants a block per head."""
     with pytest.raises(ValueError) as caught:
         one((8, 3), Role.VALUE, granularity={"value": "head"})
-    for words in ("'w' of shape (8, 3) (role value)", '"match": "w", "role": "value", "num_heads": N'):
+    for words in ("'w' of shape (8, 3) (role value)", '"match": "^w$", "role": "value", "num_heads": "?"'):
         assert words in str(caught.value)

@@ -165,6 +165,7 @@ class FakeSource:
         self.record = {
             "format": 1,
             "optimizer": "BlockwiseAdamMini",
+            "version": "0.1.0",
             "shares_second_moment": True,
             "settings": {"optimizer": "BlockwiseAdamMini"},
             "parameters": parameters,

@@ -141,7 +141,7 @@ def test_verify_of_the_main_jobs_own_model(capsys):
     ("arguments", "words"),
     [
         (["MODEL", "--ds-config", "absent.json"], "absent.json"),
-        (["MODEL", "--ds-config", "BROKEN"], "is not JSON"),
+        (["MODEL", "--ds-config", "BROKEN"], "a readable JSON file"),
         (["MODEL", "--ds-config", "ADAMW"], "is not one of BlockwiseAdamW, BlockwiseAdamMini"),
         (["MODEL", "--ds-config", "MISSPELT"], "did you mean 'granularity'?"),
     ],

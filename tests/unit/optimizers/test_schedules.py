@@ -177,3 +177,36 @@ def test_rewarming_begins_once():
 def test_rewarm_num_steps_is_checked():
     with pytest.raises(ValueError, match="rewarm_num_steps must be an integer >= 0, got -1"):
         BlockwiseCosineLR(make()[1], TOTAL, rewarm_num_steps=-1)
+
+
+def test_the_position_of_torchs_schedules_is_taken():
+    """torch counts calls of step(); the next rate must be that of the same update."""
+    _, optimizer = make()
+    theirs = torch.optim.lr_scheduler.LambdaLR(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]), lambda k: 1.0)
+    ours = BlockwiseLinearLR(optimizer, TOTAL, WARMUP, min_lr=FLOOR)
+    for _ in range(5):
+        theirs.optimizer.step()
+        theirs.step()
+        ours.step()
+    fresh = BlockwiseLinearLR(make()[1], TOTAL, WARMUP, min_lr=FLOOR)
+    fresh.load_state_dict(theirs.state_dict())
+    assert fresh.state_dict() == ours.state_dict() and fresh.get_lr() == ours.get_lr()
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ({}, "no last_batch_iteration"),
+        ({"steps": 3}, "it has steps"),
+        ({"last_batch_iteration": "3"}, "last_batch_iteration '3', which must be an integer"),
+        ({"last_batch_iteration": -2}, "-2"),
+        ({"last_epoch": 1.5}, "last_epoch 1.5"),
+        ({"last_batch_iteration": 3, "rewarm_num_steps": None}, "rewarm_num_steps None"),
+    ],
+)
+def test_a_state_that_is_no_position_changes_nothing(state, words):
+    schedule = BlockwiseLinearLR(make()[1], TOTAL, WARMUP, min_lr=FLOOR, last_batch_iteration=4)
+    before = (schedule.state_dict(), schedule.get_lr())
+    with pytest.raises(ValueError, match=words):
+        schedule.load_state_dict(state)
+    assert (schedule.state_dict(), schedule.get_lr()) == before

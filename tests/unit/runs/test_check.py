@@ -125,6 +125,37 @@ BROKEN: dict[str, tuple[str, str, Any, tuple[str, ...]]] = {
         3,
         ("stage = 3", "0, 1 or 2"),
     ),
+    "unknown optimizer": (
+        "engine",
+        "optimizer.type",
+        "BlockwiseAdamMinni",
+        ("optimizer.type = 'BlockwiseAdamMinni'", "did you mean 'BlockwiseAdamMini'?"),
+    ),
+    "unknown schedule": (
+        "engine",
+        "scheduler.type",
+        "BlockwiseCosinLR",
+        ("scheduler.type = 'BlockwiseCosinLR'", "did you mean 'BlockwiseCosineLR'?"),
+    ),
+    "key of ZeRO": ("engine", "zero_optimization.stge", 2, ("zero_optimization.stge = 2", "did you mean 'stage'?")),
+    "key of bf16": ("engine", "bf16.enaled", True, ("bf16.enaled = True", "did you mean 'enabled'?")),
+    "key of the optimizer": ("engine", "optimizer.parms", {}, ("optimizer.parms = {}", "did you mean 'params'?")),
+    "key of the schedule": ("engine", "scheduler.params.min_lrr", 0, ("params.min_lrr = 0", "did you mean 'min_lr'?")),
+    "key of a section by hand": (
+        "engine",
+        "checkpoint",
+        {"tag_validatoin": "Fail"},
+        ("checkpoint.tag_validatoin", "did you mean 'tag_validation'?"),
+    ),
+    "unknown key": ("engine", "qqqqq", 1, ("qqqqq = 1", "DeepSpeed's keys", "remove it")),
+    "misspelt clipping": ("engine", "gradient_cliping", 1.0, ("did you mean 'gradient_clipping'?",)),
+    "negative clipping": ("engine", "gradient_clipping", -1, ("gradient_clipping = -1", "a finite number, at least 0")),
+    "clipping to NaN": ("engine", "gradient_clipping", float("nan"), ("gradient_clipping = nan", "a finite number")),
+    "clipping to text": ("engine", "gradient_clipping", "x", ("gradient_clipping = 'x'", "a finite number")),
+    "no section": ("engine", "zero_optimization", None, ("zero_optimization = None", "an object")),
+    "removed from DeepSpeed": ("engine", "sparse_gradients", True, ("sparse_gradients = True", "removed")),
+    "text for a flag": ("engine", "bf16.enabled", "true", ("bf16.enabled = 'true'", "true or false")),
+    "wrong kind": ("engine", "prescale_gradients", 1, ("prescale_gradients = 1", "true or false")),
     "ZeRO stage": ("engine", "zero_optimization.stage", 4, ("zero_optimization.stage = 4", "0, 1, 2 or 3")),
     "two precisions": ("engine", "fp16", {"enabled": True}, ("bf16, fp16", "one precision")),
     "no optimizer": ("engine", "optimizer", MISSING, ("optimizer", "BlockwiseAdamMini", "add it")),
@@ -193,11 +224,13 @@ def test_the_command_says_what_a_run_is(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_no_megatron_and_no_deepspeed_is_needed() -> None:
-    """A laptop can check a run for a cluster."""
+    """A laptop can check a run for a cluster, and says what it could not look at."""
     code = (
         "import sys\n"
-        "from ds_blockwise.runs.check import check_run_file\n"
-        f"print(check_run_file({str(LLAMA_2B[64])!r})[1].lines, {{'deepspeed', 'megatron'}} & set(sys.modules))"
+        "from ds_blockwise.cli.main import main\n"
+        "sys.modules['deepspeed'] = sys.modules['megatron'] = None\n"
+        f"raise SystemExit(main(['check', {str(LLAMA_2B[64])!r}]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    assert done.stdout.strip() == "[] set()", done.stderr
+    assert done.returncode == 0, done.stderr
+    assert "DeepSpeed is not installed here" in done.stdout and "no problems" in done.stdout, done.stdout

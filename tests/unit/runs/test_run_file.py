@@ -24,7 +24,7 @@ def load(folder: Path, *overrides: str, **changes: Any) -> tuple[RunConfig | Non
 
 # overrides -> words of the message: key, value, what is allowed, what to do
 MISTAKES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "misspelt key": ("training.stepz=3", ("run.yaml: training.stepz = 3", "keys steps, warmup_", "mean 'steps'?")),
+    "misspelt key": ("training.stepz=3", ("--set: training.stepz = 3", "keys steps, warmup_", "mean 'steps'?")),
     "misspelt section": ("trainings=3", ("trainings = 3", "keys name, model, ", "did you mean 'training'?")),
     "key of no kind": ("zzz=3", ("zzz = 3", "remove it")),
     "key that is no text": ("training.on=3", ("training.on = 3", "remove it")),
@@ -43,9 +43,14 @@ MISTAKES: dict[str, tuple[str, tuple[str, ...]]] = {
     "one of the sources": ("data.source=[a, 1]", ("data.source[1] = 1", "allowed: text;")),
     "section is text": ("training=fast", ("training = 'fast'", "a section of keys", "indent its keys below it")),
     "section is empty": ("training=", ("training = None", "a section of keys")),
+    "override of no number": ("training.steps=010", ("--set: training.steps = '010'", "its digits alone")),
+    "override of no key": ("foo.bar=1", ("--set: foo = {'bar': 1}", "the keys name, model")),
     "override without value": ("training.steps", ("--set: training.steps", "section.key=value")),
     "override of no section": ("name.x=1", ("--set: name.x", "a key of a section")),
-    "override that is no YAML": ("name=[1", ("--set: name = '[1'", "a value in YAML", "put it in quotes")),
+    "override that is no YAML": (
+        "name=[1",
+        ("--set: name = '[1'", "a value in YAML", "in quotes if it is text"),
+    ),
 }
 
 

@@ -10,17 +10,10 @@ from typing import Any
 import pytest
 
 from ds_blockwise.runs.model_shape import GPTShape
-from ds_blockwise.runs.strict_files import (
-    Flag,
-    NotNegative,
-    Problems,
-    StrictSection,
-    Texts,
-    correction,
-    read_json,
-    read_section,
-    read_yaml,
-)
+from ds_blockwise.runs.reading.problems import Problems, correction
+from ds_blockwise.runs.reading.whole_files import read_json
+from ds_blockwise.runs.reading.yaml_file import read_yaml
+from ds_blockwise.runs.strict_files import Flag, NotNegative, StrictSection, Texts, read_section
 from tests.helpers.run_files import sound
 
 
@@ -48,7 +41,13 @@ def test_one_text_is_a_list_of_one() -> None:
         ({"count": True}, "f: count = True: allowed: a whole number, at least 0; correct the value"),
         ({"count": 1, "flag": 1}, "f: flag = 1: allowed: true or false; correct the value"),
         ({"count": 1, "texts": 7}, "f: texts = 7: allowed: text or a list of texts; correct the value"),
-        ({"count": 1, True: 2}, "f: True = 2: allowed: the keys count, flag, texts; remove it"),
+        ({"count": 1, "flag": "yes"}, "f: flag = 'yes': allowed: true or false; write true or false"),
+        (
+            {"count": "010"},
+            "f: count = '010': allowed: a whole number, at least 0; "
+            "write its digits alone: no leading zeros, no _ and no :",
+        ),
+        ({"count": 2**31}, "f: count = 2147483648: allowed: a whole number from 0 to 2147483647; correct the value"),
         ({"count": 1, "flags": 2}, "f: flags = 2: allowed: the keys count, flag, texts; did you mean 'flag'?"),
     ],
 )

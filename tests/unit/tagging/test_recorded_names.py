@@ -5,9 +5,6 @@ alone cannot tell.
 The modules are stand-ins with the owners' class names and the attributes that the real attention classes have.
 """
 
-import json
-import re
-
 import pytest
 import torch
 from torch import nn
@@ -15,6 +12,7 @@ from torch import nn
 from ds_blockwise import tag_parameters
 from ds_blockwise.blocks.ranges import TensorShard
 from tests.helpers import ROOT
+from tests.helpers.proposed_rules import proposed_rules
 from tests.helpers.tables.huggingface import norms, under
 from tests.unit.tagging.test_families import tags_of
 
@@ -252,15 +250,13 @@ def test_a_layout_that_nothing_tells_must_be_given_and_the_error_says_how(name):
         tag_parameters(recorded(source, attention))
     text = str(caught.value)
     assert f"neither its name nor {class_name} tells" in text and "verify_layout" in text
-    lines = re.findall(r'"rules": (\[\{.*?query_key_value\.weight.*?\}\])', text)
-    layouts = []
-    for line in lines:
-        (rule,) = json.loads(line.replace("N", "4"))
-        rule["num_kv_heads"] = 2 if source == "megatron_deepspeed_pipe" else 4
-        rule["match"] = rule["match"].replace("weight", "")
-        tag_parameters(recorded(source, attention), rules=[rule])
-        layouts.append(rule["layout"])
-    assert layouts == ["grouped", "concat"], "each choice, with a line that can be pasted"
+    (rule,) = proposed_rules(text)
+    assert rule.pop("layout") == "?"
+    counts = {"num_heads": 4, "num_kv_heads": 2 if source == "megatron_deepspeed_pipe" else 4}
+    for layout in ("grouped", "concat"):
+        assert f"\n  {layout}: " in text
+        rules = [{**rule, **{key: counts[key] for key in rule if key in counts}, "layout": layout}]
+        tag_parameters(recorded(source, attention), rules=rules)
 
 
 class Group:

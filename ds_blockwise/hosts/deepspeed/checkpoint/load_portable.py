@@ -8,6 +8,7 @@ before anything is changed. Checked with DeepSpeed 0.19.8.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -21,8 +22,9 @@ from torch import nn
 
 from ds_blockwise.checkpoint.manifest import CheckpointError
 from ds_blockwise.checkpoint.portable import Portable
-from ds_blockwise.checkpoint.portable_types import TrainingState
+from ds_blockwise.checkpoint.portable_types import COUNTERS, LOSS_SCALE, TrainingState
 from ds_blockwise.checkpoint.record import KEY
+from ds_blockwise.hosts.deepspeed.checkpoint.schedule import load_schedule
 from ds_blockwise.hosts.deepspeed.engine import Engine, Loaded, Wrapper, ZeroStage3, is_partitioned, whole_numel
 from ds_blockwise.kernels.base import wide_dtype
 from ds_blockwise.kernels.bindings import Binding
@@ -73,8 +75,10 @@ def load_portable(
     optimizer = _ours(engine, custom_load_fn)
     portable, training_state = _opened(folder)
     _raise_everywhere(_problems(engine, optimizer, portable, strict=load_module_strict, moments=moments), ValueError)
-    if not load_module_only:
-        _raise_everywhere(_load_schedule(engine, training_state["lr_scheduler"], load_lr_scheduler_states), ValueError)
+    counters = {key: training_state["counters"].get(key, 0) for key in COUNTERS}
+    if load_lr_scheduler_states and not load_module_only:
+        updates = max(0, counters["global_steps"] - counters["skipped_steps"])
+        load_schedule(engine, training_state["lr_scheduler"], updates)
     if isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
         engine.optimizer.checkpoint_event_prologue()
     damage = None
@@ -90,12 +94,16 @@ def load_portable(
     _raise_everywhere(damage, CheckpointError)
     _refresh(engine.optimizer, optimizer)
     if not load_module_only:
-        for name, value in training_state["counters"].items():
+        for name, value in counters.items():  # these three, whatever else the file names
             setattr(engine, name, value)
         _load_loss_scale(engine.optimizer, training_state["loss_scale"])
     if moments:
         optimizer.settle()
-    saved = {"settings": portable.record["settings"], "topology": portable.origin.get("topology")}
+    saved = {
+        "settings": portable.record["settings"],
+        "topology": portable.origin["topology"],
+        "no_schedule": training_state["lr_scheduler"] is None,
+    }
     return str(folder), {KEY: saved, **training_state["client_state"]}
 
 
@@ -136,7 +144,7 @@ def _problems(
     engine: Engine, optimizer: BlockwiseOptimizer, portable: Portable, *, strict: bool, moments: bool
 ) -> str | None:
     """Everything that does not fit, in one message; None if all does."""
-    lines = []
+    lines = portable.problems()
     weights, untrained = portable.tensors["weights"], portable.tensors["frozen"]
     specs = {p.spec.fqn: p.spec for b in optimizer.bindings() for p in b.table.placements}
     missing = [name for name in specs if name not in weights and name not in untrained]
@@ -258,7 +266,7 @@ def _refresh(wrapper: object, optimizer: BlockwiseOptimizer) -> None:
                 half.data.copy_(master.data)
     elif isinstance(wrapper, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
         wrapper.update_lp_params()
-        # what safe_get_full_optimizer_state shows is linked anew after the next step
+        # DeepSpeed's views of the old moments are let go of after the next step
         wrapper._hp_optimizer_states_linked = False
     elif isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
         _refresh_stage_3(wrapper)
@@ -281,22 +289,10 @@ def _refresh_stage_3(wrapper: ZeroStage3) -> None:
     wrapper.checkpoint_event_epilogue()  # gathers the small parameters that every rank keeps whole
 
 
-def _load_schedule(engine: Engine, saved: dict[str, object] | None, wanted: bool) -> str | None:
-    if not wanted or engine.lr_scheduler is None or saved is None:
-        return None
-    try:
-        engine.lr_scheduler.load_state_dict(saved)
-    except Exception as error:  # a schedule of another class raises whatever it likes
-        return (
-            f"{type(engine.lr_scheduler).__name__} cannot take in the saved schedule's state ({type(error).__name__}: "
-            f"{error}). Use the schedule that it was trained with, or load_lr_scheduler_states=False."
-        )
-    return None
-
-
 def _load_loss_scale(wrapper: Wrapper, saved: Mapping[str, object]) -> None:
     own = getattr(wrapper, "loss_scale_config", None) or getattr(wrapper, "loss_scaler", None)
     dynamic = own is not None and (getattr(own, "dynamic", False) or getattr(own, "dynamic_loss_scale", False))
-    for name, value in saved.items() if dynamic else ():
-        if hasattr(own, name):
+    for name in LOSS_SCALE if dynamic else ():
+        value = saved.get(name)
+        if hasattr(own, name) and isinstance(value, (int, float)) and math.isfinite(value):
             setattr(own, name, value)

@@ -8,9 +8,8 @@ size. Where each element belongs is said by the record in the optimizer's state;
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,21 @@ import torch
 
 from ds_blockwise.blocks.segment_table import Placement, build_table
 from ds_blockwise.blocks.spec import BlockSpec
+from ds_blockwise.checkpoint.bad_values import bad_values
+from ds_blockwise.checkpoint.given_files import foreign_globals, is_plain, pickled
 from ds_blockwise.checkpoint.manifest import CheckpointError, NoRecordError, Topology, read_manifest
-from ds_blockwise.checkpoint.portable import TRAINED, per_block, whole_of
-from ds_blockwise.checkpoint.portable_types import Origin, TrainingState
-from ds_blockwise.checkpoint.record import PER_BLOCK_KEY, numel_of, placements_of, record_in, spec_of
+from ds_blockwise.checkpoint.portable import per_block, whole_of
+from ds_blockwise.checkpoint.portable_index import TRAINED
+from ds_blockwise.checkpoint.portable_types import COUNTERS, LOSS_SCALE, Origin, TrainingState
+from ds_blockwise.checkpoint.record import PER_BLOCK_KEY, placements_of, record_in, spec_of
 from ds_blockwise.checkpoint.record_types import Record
-from ds_blockwise.hosts.deepspeed.checkpoint.tag_folder import ModelFile, TagFolder, foreign_globals, load_file
+from ds_blockwise.hosts.deepspeed.checkpoint.optimizer_files import (
+    BaseState,
+    check_state,
+    load_optimizer_file,
+    unpartitioned,
+)
+from ds_blockwise.hosts.deepspeed.checkpoint.tag_folder import ModelFile, TagFolder
 
 # keys of a model file that are DeepSpeed's; everything else is the user's client_state
 _DEEPSPEED_KEYS = frozenset(
@@ -32,7 +40,7 @@ _DEEPSPEED_KEYS = frozenset(
     "data_sampler random_ltd skipped_steps global_steps global_samples dp_world_size mp_world_size ds_config "
     "ds_version checkpoint_parallel_dimensions universal_checkpoint_info num_experts".split()
 )
-_LOSS_SCALE_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+_NOT_SOUND = "Such a state trains nothing: take a checkpoint that was saved before."
 
 _State = Mapping[str, Any]  # of one stepped tensor: step and moments
 
@@ -83,7 +91,6 @@ class DeepSpeedFiles:
     def __init__(self, folder: Path, *, trust: bool = False) -> None:
         self.folder = Path(folder)
         self.notes: list[str] = []
-        self._trust = trust
         self._pieces: dict[str, list[_Piece]] = {}
         self._record: Record | None = None
         self.steps: dict[str, int] = {}
@@ -92,21 +99,19 @@ class DeepSpeedFiles:
         self._files = files = TagFolder(self.folder, trust=trust)
         loss_scale: Mapping[str, object] = {}
         for (mp_rank, _), path in sorted(files.optim_paths.items()):
-            saved = load_file(path, trust=trust)["optimizer_state_dict"]
-            loss_scale = loss_scale or getattr(saved.get("loss_scaler"), "__dict__", {})
-            base = saved["base_optimizer_state"] if "base_optimizer_state" in saved else saved["optimizer_state_dict"]
-            masters = saved.get("single_partition_of_fp32_groups", saved.get("fp32_flat_groups"))
-            self._add(path, mp_rank, base, masters)
+            saved = load_optimizer_file(path, trust=trust)
+            loss_scale = loss_scale or saved.loss_scale
+            self._add(path, mp_rank, saved.base, saved.masters)
         if not files.optim_paths:
             for (mp_rank, _), model in sorted(files.models.items()):
-                loss_scale = loss_scale or model["optimizer"]
+                loss_scale = loss_scale or model.get("optimizer") or {}
                 self._add_unpartitioned(files.model_paths[mp_rank, 0], mp_rank, model)
         self._check_coverage()
         self._frozen, self._buffers = self._fixed_names()
         topology = _said_topology(self.folder) or files.topology
         self.origin: Origin = {
             "tag": self.folder.name,
-            "global_steps": int(files.first["global_steps"]),
+            "global_steps": files.first["global_steps"],
             "topology": topology,
         }
         self.training_state = self._training_state(files.first, loss_scale)
@@ -125,17 +130,39 @@ class DeepSpeedFiles:
         """One tensor in unsharded form; second moments of Adam-mini one per block (`portable.global_table`).
 
         Raises:
+            CheckpointError: it holds values that no sound run has (`bad_values`), or lacks elements.
             ValueError: a frozen parameter or buffer that differs between tensor-parallel ranks.
         """
         if kind not in TRAINED:
-            return self._fixed_tensor(name)
+            return self._fixed_tensor(kind, name)
         spec = self.spec(name)
+        problem = next(self._bad_pieces(kind, name), None)
+        if problem is not None:
+            raise CheckpointError(f"{self.folder}/{problem}. {_NOT_SOUND}")
         whole = self._assembled(kind, name, spec)
         return per_block(whole, spec) if kind == "exp_avg_sq" and self.record["shares_second_moment"] else whole
 
     def spec(self, name: str) -> BlockSpec:
         """The blocks of a parameter."""
         return spec_of(self.record, name)
+
+    def bad_values(self) -> Iterator[str]:
+        """Each tensor with values that no sound run has: its file, what it is, how many; reads all of them."""
+        for name in self._pieces:
+            for kind in TRAINED:
+                yield from self._bad_pieces(kind, name)
+        for kind in ("frozen", "buffers"):
+            for name in self.names(kind):
+                for path, tensor in self._copies_of_fixed(name):
+                    problem = bad_values(kind, tensor)
+                    if problem is not None:
+                        yield f"{path.name}: {name!r} {problem}"
+
+    def _bad_pieces(self, kind: str, name: str) -> Iterator[str]:
+        for piece in self._pieces[name]:
+            problem = bad_values(kind, piece.read(kind)) if piece.placement.numel else None
+            if problem is not None:
+                yield f"{piece.path.name}: {kind} of {name!r} {problem}"
 
     def content_bytes(self) -> dict[str, int]:
         """Bytes of tensors in the files per kind of content, padding and copies of other ranks included."""
@@ -152,15 +179,16 @@ class DeepSpeedFiles:
             for key, value in piece.state.items():
                 count(key, value)
         for model in self._files.models.values():
-            for value in (*model["module"].values(), *(model.get("frozen_param_fragments") or {}).values()):
+            for value in (*(model["module"] or {}).values(), *(model.get("frozen_param_fragments") or {}).values()):
                 count("model", value)
         return sizes
 
-    def _add(self, path: Path, mp_rank: int, base: Any, masters: list[torch.Tensor]) -> None:
+    def _add(self, path: Path, mp_rank: int, base: BaseState, masters: Sequence[torch.Tensor]) -> None:
         """Take in one optimizer state dict and the fp32 weights of its tensors, in the same order."""
-        if not isinstance(base, Mapping):
-            raise ValueError(f"{path} is an elastic checkpoint, which cannot be read. Set elastic_checkpoint to false.")
-        record = record_in(base)
+        try:
+            record = record_in(base)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
         if record is None:
             raise NoRecordError(
                 f"{path} has no record of ds_blockwise: its optimizer was another one. Load it through the engine "
@@ -176,10 +204,15 @@ class DeepSpeedFiles:
                     f"files are of different runs."
                 )
         ids = [(i, g) for g, group in enumerate(base["param_groups"]) for i in group["params"]]
+        if not len(ids) == len(masters) == len(record["tensors"]):
+            raise CheckpointError(
+                f"{path} has {len(masters)} tensors of weights, {len(ids)} in the optimizer's groups and "
+                f"{len(record['tensors'])} in its record. It is damaged, or made of several files."
+            )
         for position, ((number, group), master) in enumerate(zip(ids, masters, strict=True)):
             placements = placements_of(record, position)
             state = base["state"].get(number, {})
-            _check_sizes(path, position, numel_of(record, position), placements, master, state)
+            check_state(path, position, record, placements, master, state)
             at = 0
             for placement in placements:
                 piece = _Piece(path, mp_rank, placement, master, state, at)
@@ -192,14 +225,17 @@ class DeepSpeedFiles:
 
     def _add_unpartitioned(self, path: Path, mp_rank: int, model: ModelFile) -> None:
         """ZeRO 0: the optimizer's state is in the model file, the fp32 weights in its wrapper or in the module."""
-        saved = model["optimizer"]
-        if "fp32_groups" in saved:
-            masters = [master for group in saved["fp32_groups"] for master in group]
-            return self._add(path, mp_rank, saved["optimizer_state_dict"], masters)
-        record = record_in(saved)
+        saved = unpartitioned(path, model)
+        if saved.masters:
+            return self._add(path, mp_rank, saved.base, saved.masters)
+        record = record_in(saved.base)
         count = 0 if record is None else len(record["tensors"])
-        names = [placements_of(record, i)[0].spec.fqn for i in range(count)] if record else []
-        return self._add(path, mp_rank, saved, [model["module"][name] for name in names])
+        names = [p.spec.fqn for i in range(count) if record for p in placements_of(record, i)[:1]]
+        module = model["module"] or {}
+        lacking = [name for name in names if not isinstance(module.get(name), torch.Tensor)]
+        if lacking:
+            raise CheckpointError(f"{path} has no weights of {lacking[0]!r}, which its record describes.")
+        return self._add(path, mp_rank, saved.base, [module[name] for name in names])
 
     def _assembled(self, kind: str, name: str, spec: BlockSpec) -> torch.Tensor:
         """The unsharded tensor from the pieces of all ranks, one value per element."""
@@ -222,32 +258,48 @@ class DeepSpeedFiles:
 
     def _fixed_names(self) -> tuple[list[str], list[str]]:
         first = self._files.first
-        buffers = [name for name in first["buffer_names"] if isinstance(first["module"].get(name), torch.Tensor)]
-        if first.get("frozen_param_shapes") is not None:
-            frozen = [name for name, shape in first["frozen_param_shapes"].items() if math.prod(shape)]
-            return frozen, buffers
-        known = {name: first["module"].get(name) for name in self._pieces}
+        module = first["module"] or {}
+        buffers = [name for name in first.get("buffer_names") or () if isinstance(module.get(name), torch.Tensor)]
+        shapes = first.get("frozen_param_shapes")
+        if shapes is not None:
+            return [name for name, shape in shapes.items() if math.prod(shape)], buffers
+        known = {name: module.get(name) for name in self._pieces}
         # tied weights appear under each of their names
-        addresses = {t.data_ptr() for t in known.values() if t is not None}
+        addresses = {t.data_ptr() for t in known.values() if isinstance(t, torch.Tensor)}
         frozen = [
             name
-            for name, value in first["module"].items()
+            for name, value in module.items()
             if isinstance(value, torch.Tensor) and value.numel() and name not in known and name not in buffers
             if value.data_ptr() not in addresses
         ]
         return frozen, buffers
 
-    def _fixed_tensor(self, name: str) -> torch.Tensor:
-        copies = []
+    def _copies_of_fixed(self, name: str) -> Iterator[tuple[Path, torch.Tensor]]:
+        """A tensor that is not trained: the whole of it, or a tensor-parallel rank's part, as each of them has it."""
         for mp_rank in range(self._files.tp):
-            models = [model for (mp, _), model in sorted(self._files.models.items()) if mp == mp_rank]
-            fragments = models[0].get("frozen_param_fragments") or {}
-            if name in fragments and len(models) > 1:
-                shape = models[0]["frozen_param_shapes"][name]
-                whole = torch.cat([model["frozen_param_fragments"][name].reshape(-1) for model in models])
-                copies.append(whole[: math.prod(shape)].reshape(tuple(shape)))
-            else:
-                copies.append(fragments[name] if name in fragments else models[0]["module"][name])
+            keys = sorted(key for key in self._files.models if key[0] == mp_rank)
+            models, path = [self._files.models[key] for key in keys], self._files.model_paths[keys[0]]
+            fragments = [(model.get("frozen_param_fragments") or {}).get(name) for model in models]
+            found = [fragment for fragment in fragments if fragment is not None]
+            if len(found) == len(models) > 1:
+                shape = tuple((models[0].get("frozen_param_shapes") or {}).get(name, ()))
+                whole = torch.cat([fragment.reshape(-1) for fragment in found])
+                if whole.numel() < math.prod(shape):
+                    raise CheckpointError(f"{path} and its neighbours lack elements of {name!r} (of shape {shape})")
+                yield path, whole[: math.prod(shape)].reshape(shape)
+                continue
+            copy = found[0] if found else (models[0]["module"] or {}).get(name)
+            if not isinstance(copy, torch.Tensor):
+                raise CheckpointError(f"{path} lacks {name!r}, which other files of {self.folder} have")
+            yield path, copy
+
+    def _fixed_tensor(self, kind: str, name: str) -> torch.Tensor:
+        copies = []
+        for path, copy in self._copies_of_fixed(name):
+            problem = bad_values(kind, copy)
+            if problem is not None:
+                raise CheckpointError(f"{path}: {name!r} {problem}. {_NOT_SOUND}")
+            copies.append(copy)
         if any(not torch.equal(copy, copies[0]) for copy in copies):
             raise ValueError(
                 f"{name!r} is not trained and differs between tensor-parallel ranks: nothing in the checkpoint says "
@@ -289,35 +341,16 @@ class DeepSpeedFiles:
         schedule = {"lr_scheduler": first["lr_scheduler"]}
         for holder in (client_state, schedule):
             for key, value in holder.items():
-                foreign = foreign_globals(_pickled(value)) if self._trust else []
+                foreign = [] if is_plain(value) else foreign_globals(pickled(value))
                 if foreign:
                     self.notes.append(f"{key!r} is left out: it holds Python objects ({', '.join(foreign)})")
                     holder[key] = None
         return {
             "lr_scheduler": schedule["lr_scheduler"],
-            "counters": {key: first[key] for key in ("global_steps", "global_samples", "skipped_steps")},
-            "loss_scale": {key: loss_scale[key] for key in _LOSS_SCALE_KEYS if loss_scale.get(key) is not None},
+            "counters": {key: value for key, value in first.items() if key in COUNTERS and isinstance(value, int)},
+            "loss_scale": {k: loss_scale[k] for k in LOSS_SCALE if isinstance(loss_scale.get(k), (int, float))},
             "client_state": client_state,
         }
-
-
-def _check_sizes(
-    path: Path,
-    position: int,
-    numel: int,
-    placements: Iterable[Placement],
-    master: torch.Tensor,
-    state: _State,
-) -> None:
-    # ZeRO 1 and 2 cut the padding off the weights, but not off the moments
-    end = max((p.flat_start + p.numel for p in placements if p.numel), default=0)
-    sizes = {"weights": master.numel(), **{k: v.numel() for k, v in state.items() if k in TRAINED}}
-    wrong = [f"{key} has {size} elements" for key, size in sizes.items() if not end <= size <= numel]
-    if wrong:
-        raise CheckpointError(
-            f"{path}: tensor {position} of the optimizer state should have {end} to {numel} elements, but "
-            f"{', '.join(wrong)}. The file is damaged or of another run."
-        )
 
 
 def _copies(pieces: list[_Piece]) -> Callable[[_Piece], int]:
@@ -357,10 +390,3 @@ def _said_topology(folder: Path) -> Topology | None:
     """The topology in the folder's manifest, if it has one."""
     manifest = read_manifest(folder)
     return None if manifest is None else manifest["topology"]
-
-
-def _pickled(value: object) -> io.BytesIO:
-    file = io.BytesIO()
-    torch.save(value, file)
-    file.seek(0)
-    return file

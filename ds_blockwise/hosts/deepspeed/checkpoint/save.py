@@ -2,16 +2,17 @@
 """DeepSpeed's save_checkpoint, made safe against crashes and full disks.
 
 DeepSpeed writes ``latest`` in place, and a rank whose write fails leaves the others waiting. Here all files go to
-``<tag>.partial``, a manifest with their sums follows, one rename makes the checkpoint visible, and only then
-``latest`` moves. What fails on one rank is raised on all.
+``<tag>.<mark>.partial``, a manifest with their sums follows, one rename makes the checkpoint visible, and only then
+``latest`` moves. What fails on one rank is raised on all. The engine holds the folder's lock from its first save until
+it saves elsewhere or ends.
 
 While DeepSpeed saves, `RecordingEngine` stands in the place of the engine's checkpoint engine. Every file of tensors
 goes through its ``save``: model, optimizer and expert files and the layers of a pipeline. That seam cannot carry the
 rest (DeepSpeed 0.19.8, ``runtime/engine.py``):
 
 - The engine makes every path from the tag by itself (4906-4909), and NVMe swap files (4941-4949) and the recovery
-  scripts (5530-5537) are copied past the checkpoint engine. So ``<tag>.partial`` is the tag that DeepSpeed is
-  given, and no path is rewritten.
+  scripts (5530-5537) are copied past the checkpoint engine. So the unfinished folder's name is the tag that DeepSpeed
+  is given, and no path is rewritten.
 - ``commit`` (4958-4959) is no place for the ranks to meet: a rank that raises before it, while it collects a state
   dict or copies a script, never calls it. So the manifest and the rename follow after ``save_checkpoint``.
 - ``latest`` is written in place by rank 0 alone, after ``commit`` (4960-4962). So DeepSpeed is told not to write it.
@@ -24,31 +25,37 @@ import functools
 import io
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet, finalize
 
 import torch
 import torch.distributed as dist
 from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
 
+from ds_blockwise.atomic_files import own_mark
 from ds_blockwise.checkpoint import folder as files
-from ds_blockwise.checkpoint.folder import PARTIAL
+from ds_blockwise.checkpoint.folder_rules.lock import FolderInUseError, hold, let_go
+from ds_blockwise.checkpoint.folder_rules.tags import PARTIAL, agreed_tag, has_patterns
+from ds_blockwise.checkpoint.given_files import load_torch_file
 from ds_blockwise.checkpoint.manifest import CheckpointError, FileFacts, Topology, files_in, sums_of, write_manifest
 from ds_blockwise.checkpoint.record import KEY, settings_of
 from ds_blockwise.checkpoint.record_types import Settings
-from ds_blockwise.hosts.deepspeed.checkpoint.topology import leads, node_of, topology_of
+from ds_blockwise.hosts.deepspeed.checkpoint.recording import recorded_by
+from ds_blockwise.hosts.deepspeed.checkpoint.topology import leads, node_of, tag_validation, topology_of
 from ds_blockwise.hosts.deepspeed.checkpoint.universal import universal_checkpoint_info
-from ds_blockwise.hosts.deepspeed.engine import CheckpointEngine, Engine
+from ds_blockwise.hosts.deepspeed.engine import Engine
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.parallel.agree import gather, is_first_rank
 
 logger = logging.getLogger(__name__)
 
 _WARNED: WeakSet[Engine] = WeakSet()
+_HELD: WeakKeyDictionary[Engine, finalize[[Path], Engine]] = WeakKeyDictionary()  # gives back its folder's lock
+_SIGHT_S = 5.0  # how long a folder that another rank made may take to appear
 
 
 class OwnEntry(TypedDict):
@@ -68,7 +75,7 @@ class OwnEntry(TypedDict):
 def save_checkpoint(
     engine: Engine,
     save_dir: str | Path,
-    tag: str | None = None,
+    tag: str | int | None = None,
     client_state: Mapping[str, object] | None = None,
     save_latest: bool = True,
     exclude_frozen_parameters: bool = False,
@@ -79,7 +86,7 @@ def save_checkpoint(
     Args:
         engine: any ``DeepSpeedEngine``.
         save_dir: the checkpoints folder; made if it is missing.
-        tag: name of the checkpoint; default ``global_step<N>``.
+        tag: name of the checkpoint, by the rule of `folder_rules.tags`; default ``global_step<N>``.
         client_state: what the caller wants back from `load_checkpoint`.
         save_latest: let ``latest`` name this checkpoint afterwards.
         exclude_frozen_parameters: as DeepSpeed's.
@@ -91,7 +98,11 @@ def save_checkpoint(
     Raises:
         CheckpointError: on every rank, with rank, file, cause and free space: something could not be written. The
             unfinished folder is gone; ``latest`` and all other checkpoints are as they were.
-        ValueError: ``save_dir`` is empty, the ranks' tags differ, or ``client_state`` has the key ``ds_blockwise``.
+        FolderInUseError: on every rank, before anything is written: another job saves in that folder.
+        ValueError: on every rank, before anything is written: the tag breaks the rule, or the ranks' tags differ, or it
+            is the name of something that is no checkpoint. ``save_dir`` is empty, or ``client_state`` has the key
+            ``ds_blockwise``.
+        TypeError: the tag is neither text nor an integer.
     """
     if not save_dir:
         raise ValueError(f"save_dir must name a folder, got {save_dir!r}")
@@ -100,7 +111,9 @@ def save_checkpoint(
         raise ValueError(f"client_state has the key {KEY!r}, which this package uses itself. Rename it.")
     own, info = _own_entries(engine)
     state |= {KEY: own} if UNIVERSAL_CHECKPOINT_INFO in state else {KEY: own, **info}
-    tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
+    given = f"global_step{engine.global_steps}" if tag is None else tag
+    agreed = agreed_tag(given, tag_validation(engine))
+    assert agreed is not None
     original = functools.partial(
         type(engine).save_checkpoint,
         engine,
@@ -110,12 +123,14 @@ def save_checkpoint(
     )
     if engine.checkpoint_engine.is_decoupled():
         _warn_decoupled(engine)
-        return original(tag=tag, save_latest=save_latest)
-    save = _Save(engine, Path(save_dir), tag)
+        return original(tag=agreed, save_latest=save_latest)
+    if is_first_rank() and has_patterns(save_dir):
+        logger.warning("DeepSpeed cannot load from a path with * ? [ in it: rename %s before you load", save_dir)
+    save = _Save(engine, Path(save_dir), agreed, gather(own_mark())[0])
     save.start()
-    with _recorded_by(save):
+    with recorded_by(engine, save):
         try:
-            original(tag=tag + PARTIAL, save_latest=False)
+            original(tag=save.partial.name, save_latest=False)
         except Exception as error:  # reported by `finish` on all ranks
             save.record("DeepSpeed's save_checkpoint", error)
             _join_the_others(engine)
@@ -157,73 +172,6 @@ def _join_the_others(engine: Engine) -> None:
     dist.barrier()
 
 
-@contextmanager
-def _recorded_by(save: _Save) -> Iterator[None]:
-    engine, own = save.engine, save.engine.checkpoint_engine
-    engine.checkpoint_engine = RecordingEngine(own, save)
-    try:
-        yield
-    finally:
-        engine.checkpoint_engine = own
-
-
-class RecordingEngine:
-    """Stands in for a checkpoint engine during one save: what fails is noted and not raised.
-
-    A rank that raised alone would leave the others waiting in DeepSpeed's next collective.
-
-    Args:
-        own: the checkpoint engine that writes; everything that is not below is its.
-        save: takes the notes.
-    """
-
-    def __init__(self, own: CheckpointEngine, save: _Save) -> None:
-        self._own = own
-        self._save = save
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._own, name)
-
-    def create(self, info: object) -> None:
-        """A save begins."""
-        self._save.attempt(lambda: self._own.create(info), "DeepSpeed's checkpoint engine")
-
-    def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """Make a folder."""
-        self._save.attempt(lambda: self._own.makedirs(path, exist_ok=exist_ok), path)
-
-    def save(self, state_dict: dict[str, object], path: str) -> None:
-        """Write one file."""
-        if "num_experts" not in state_dict:  # the universal converter does not read files of experts
-            _drop_empty(state_dict.get("module"))
-
-        def write() -> None:
-            self._own.save(state_dict, path)
-            if Path(path).is_file():  # not every rank's checkpoint engine writes
-                self._save.wrote(Path(path))
-
-        self._save.attempt(write, path)
-
-    def commit(self, info: object) -> None:
-        """All files of this rank are saved."""
-        self._save.attempt(lambda: self._own.commit(info), "DeepSpeed's checkpoint engine")
-
-    def is_decoupled(self) -> bool:
-        """False: a decoupled checkpoint engine is left alone."""
-        return False
-
-
-def _drop_empty(module: object) -> None:
-    """Remove the entries of a model's state dict that are None.
-
-    Megatron-core's layers save ``_extra_state = None`` (and do not miss it); DeepSpeed's universal converter asks each
-    entry of the state dict for ``.float()``.
-    """
-    if isinstance(module, dict):
-        for key in [key for key, value in module.items() if value is None]:
-            del module[key]
-
-
 @dataclass
 class _Save:
     """One save under way.
@@ -232,6 +180,7 @@ class _Save:
         engine: the engine that saves.
         folder: the checkpoints folder.
         tag: final name.
+        mark: of the unfinished folder; one on all nodes, as DeepSpeed compares the ranks' tags.
         problems: what this rank could not write.
         written: names of the files that this rank wrote, relative to the partial folder.
         sums: size and digest of the files that this rank sums.
@@ -240,13 +189,15 @@ class _Save:
     engine: Engine
     folder: Path
     tag: str
+    mark: str
+    holds: bool = False
     problems: list[str] = field(default_factory=list)
     written: set[str] = field(default_factory=set)
     sums: dict[str, FileFacts] = field(default_factory=dict)
 
     @property
     def partial(self) -> Path:
-        return self.folder / (self.tag + PARTIAL)
+        return self.folder / f"{self.tag}.{self.mark}{PARTIAL}"
 
     @property
     def leads(self) -> bool:
@@ -266,14 +217,51 @@ class _Save:
             self.record(what, error)
 
     def start(self) -> None:
-        """Make the partial folder before anything is collected or written."""
+        """Take the folder and make the unfinished one, before anything is collected or written."""
+        refusal: FolderInUseError | ValueError | None = None
         if self.leads:
-            self.attempt(lambda: files.start_partial(self.folder, self.tag), str(self.folder))
-        said = gather((self.tag, self.problems))
-        tags = {tag for tag, _ in said}
-        if len(tags) > 1:
-            raise ValueError(f"all ranks must save under one tag, got {', '.join(sorted(map(repr, tags)))}")
-        self._raise_if_any([problems for _, problems in said])
+            try:
+                hold(self.folder)
+                self.holds = True
+                files.start_partial(self.folder, self.tag, self.mark)
+            except (FolderInUseError, ValueError) as error:  # raised on all ranks
+                refusal = error
+            except Exception as error:  # likewise
+                self.record(str(self.folder), error)
+        said = gather((self.problems, refusal))
+        refused = next((error for _, error in said if error is not None), None)
+        if refused is not None:
+            self._give_back()
+            raise type(refused)(str(refused))
+        self._raise_if_any([problems for problems, _ in said])
+        if not self._in_sight():
+            self.problems.append(
+                f"{self.partial}, which another rank has made, is not there. All ranks must save into one folder; if "
+                f'each node has its own disk, write "checkpoint": {{"use_node_local_storage": true}} into the JSON'
+            )
+        self._raise_if_any(gather(self.problems))
+
+    def _in_sight(self) -> bool:
+        deadline = time.monotonic() + _SIGHT_S
+        while not self.partial.is_dir():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+        return True
+
+    def _give_back(self) -> None:
+        """Undo `hold`; what an earlier save of this engine holds stays."""
+        if self.holds:
+            self.holds = False
+            let_go(self.folder)
+
+    def _keep(self) -> None:
+        """Hold the folder on, and no longer the one that this engine saved into before."""
+        if self.holds:
+            before = _HELD.pop(self.engine, None)
+            _HELD[self.engine] = finalize(self.engine, let_go, self.folder.resolve())
+            if before is not None:
+                before()
 
     def wrote(self, path: Path) -> None:
         if path.is_relative_to(self.partial):
@@ -286,7 +274,7 @@ class _Save:
             buffer = io.BytesIO()
             torch.save(rank_state, buffer)
             buffer.seek(0)
-            torch.load(buffer, weights_only=True)  # what could not be read back must not be written
+            load_torch_file(buffer)  # what could not be read back must not be written
             path.write_bytes(buffer.getvalue())
             self.wrote(path)
 
@@ -303,6 +291,7 @@ class _Save:
             mine = [sums for (node, _, _), (_, sums) in zip(said, summed, strict=True) if node == node_of(self.engine)]
             self.attempt(lambda: self._publish(own, {k: v for sums in mine for k, v in sums.items()}), str(self.tag))
         self._raise_if_any(gather(self.problems))
+        self._keep()
         if save_latest:
             if self.leads:
                 self.attempt(lambda: files.write_latest(self.folder, self.tag), str(self.folder / files.LATEST))
@@ -342,6 +331,7 @@ class _Save:
             )
         if self.leads:
             shutil.rmtree(self.partial, ignore_errors=True)  # a folder that stays is removed by the next save
+        self._give_back()
         raise CheckpointError(
             f"checkpoint {self.tag!r} could not be saved in {self.folder}:\n  - {listed}\nIts files were removed; all "
             f"earlier ones and {files.LATEST!r} are as they were. Make room or correct the path, then save again."
@@ -362,10 +352,19 @@ def load_rank_state(path: str | Path) -> object:
 
     Args:
         path: the path that `load_checkpoint` returned (the tag folder or a file in it).
+
+    Raises:
+        CheckpointError: the file is damaged or holds more than plain containers and tensors.
     """
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     file = folder / _rank_file(dist.get_rank() if dist.is_initialized() else 0)
-    return torch.load(file, map_location="cpu", weights_only=True) if file.is_file() else None
+    if not file.exists():
+        return None
+    try:
+        rank_state: object = load_torch_file(file)
+    except ValueError as error:
+        raise CheckpointError(f"{file} {error}") from error
+    return rank_state
 
 
 def _rank_file(rank: int) -> str:

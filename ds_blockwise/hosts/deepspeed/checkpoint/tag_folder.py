@@ -7,46 +7,76 @@ Knows names and top-level keys, not what lies in the optimizer's state. DeepSpee
 
 from __future__ import annotations
 
-import logging
-import pickle
+import argparse
 import re
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, BinaryIO, TypedDict
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PosixPath
+from typing import Any, TypedDict
 
+import numpy as np
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from ds_blockwise.checkpoint.manifest import CheckpointError
+from ds_blockwise.checkpoint.given_files import load_torch_file
+from ds_blockwise.checkpoint.manifest import CheckpointError, NotReadError
+from ds_blockwise.checkpoint.typed_data import typed
 
-logger = logging.getLogger(__name__)
-
-# What DeepSpeed's own files hold besides tensors and plain containers: enums and plain attribute holders.
-HARMLESS = (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address)
+_SCALAR, _REBUILD = np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]
+# by the names in files of numpy 1 and 2
+_NUMPY_FUNCTIONS = {
+    function: [f"numpy.{core}.multiarray.{name}" for core in ("core", "_core")]
+    for function, name in ((_SCALAR, "scalar"), (_REBUILD, "_reconstruct"))
+}
+# What DeepSpeed's own files and the usual client states hold besides tensors and plain containers: enums, attribute
+# holders, paths, numpy's numbers and arrays. Making one of them and setting its attributes does nothing else.
+HARMLESS = (
+    *(LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address),
+    *(argparse.Namespace, types.SimpleNamespace, PosixPath),
+    *(np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdSU")),
+    *((function, name) for function, names in _NUMPY_FUNCTIONS.items() for name in names),
+)
+_ANOTHER = "Restore it from a copy, or load another checkpoint."
+_MOST_RANKS = 1 << 20
+_SHOWN = 8  # missing files in one error
+HOW_TO_TRUST = 'write "checkpoint": {"trust": true} into the DeepSpeed JSON'
 
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 _OPTIM = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _OTHER = re.compile(r"(?:(layer_(?!\d+_expert_))|layer_|expp_rank_|expert_).*\.pt")
 
 
-class ModelFile(TypedDict, total=False):
-    """What DeepSpeed writes into ``*_model_states.pt`` and is read here; the user's client state lies beside it."""
-
-    module: dict[str, torch.Tensor]  # None for a pipeline, which is refused
-    buffer_names: list[str]
-    optimizer: dict[str, Any]
-    frozen_param_shapes: dict[str, torch.Size]
-    frozen_param_fragments: dict[str, torch.Tensor]
-    lr_scheduler: dict[str, object] | None
+class _Required(TypedDict):
+    module: dict[str, Any] | None  # None for a pipeline; not only tensors
+    lr_scheduler: dict[str, Any] | None
     global_steps: int
-    global_samples: int
     skipped_steps: int
     dp_world_size: int
     mp_world_size: int
-    ds_config: dict[str, dict[str, Any]]
-    checkpoint_parallel_dimensions: dict[str, int]
+
+
+class ModelFile(_Required, total=False):
+    """What DeepSpeed writes into ``*_model_states.pt`` and is read here; the user's client state lies beside it."""
+
+    buffer_names: list[str] | None
+    optimizer: dict[str, Any] | None
+    param_shapes: list[dict[str, Sequence[int]]] | None
+    frozen_param_shapes: dict[str, Sequence[int]] | None
+    frozen_param_fragments: dict[str, torch.Tensor] | None
+    global_samples: int
+    ds_config: dict[str, Any]
+    checkpoint_parallel_dimensions: dict[str, int] | None
+
+
+def load_model_file(path: Path, *, trust: bool) -> ModelFile:
+    """One ``*_model_states.pt``; as `load_file`, and CheckpointError if DeepSpeed's own entries are not in it."""
+    loaded = load_file(path, trust=trust)
+    try:
+        return typed(loaded, ModelFile, path.name)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not a file that DeepSpeed wrote: {error}. {_ANOTHER}") from error
 
 
 def load_file(path: Path, *, trust: bool) -> Any:
@@ -57,36 +87,35 @@ def load_file(path: Path, *, trust: bool) -> Any:
         trust: also load files that hold arbitrary Python objects, which can run code.
 
     Returns:
-        A dict; `ModelFile` if it is a model file.
+        A dict, if DeepSpeed wrote it.
 
     Raises:
         CheckpointError: the file is damaged, or needs ``trust``.
     """
+    how = f"{HOW_TO_TRUST}; for ds-blockwise add --trust"
     try:
-        with torch.serialization.safe_globals(list(HARMLESS)):
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=not trust)
-    except pickle.UnpicklingError as error:
-        needed = foreign_globals(path)
-        if not needed:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
-        raise CheckpointError(
-            f"{path} holds Python objects ({', '.join(needed)}), and loading those can run code. If you trust whoever "
-            f"wrote it, add --trust."
-        ) from error
-    except Exception as error:  # torch raises anything from KeyError to OSError for a damaged file
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        return load_torch_file(path, harmless=HARMLESS, trust=trust, how_to_trust=how)
+    except ValueError as error:
+        raise CheckpointError(f"{path} {error}") from error
 
 
-def foreign_globals(file: Path | BinaryIO) -> list[str]:
-    """Names of the classes and functions that a file (or a path) needs and `HARMLESS` does not list."""
-    own = {f"{c.__module__}.{c.__qualname__}" for c in HARMLESS}
-    try:
-        return sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - own)
-    except Exception as error:
-        # The caller is raising an error about this file already, or has just pickled it; a file too damaged to be
-        # listed (torch raises anything then) must not replace that error by this one.
-        logger.debug("the objects in %s cannot be listed: %s", file, error)
-        return []
+def that_run_code(folder: Path, names: Iterable[str]) -> list[str]:
+    """What is wrong with files that hold Python objects, or cannot be read, a line each, beginning with the name.
+
+    DeepSpeed loads its files whatever they hold; a file that is not in this list can do nothing then.
+
+    Args:
+        folder: the tag folder.
+        names: of files in it; those that are not ``torch.save``'s are passed over.
+    """
+    found = []
+    for name in names:
+        if name.endswith(".pt"):
+            try:
+                load_file(folder / name, trust=False)
+            except CheckpointError as error:
+                found.append(str(error).removeprefix(f"{folder}/"))
+    return found
 
 
 class TagFolder:
@@ -113,11 +142,11 @@ class TagFolder:
         self.folder = Path(folder)
         self.model_paths, self.optim_paths = _find_files(self.folder)
         self.models: dict[tuple[int, int], ModelFile] = {
-            key: load_file(path, trust=trust) for key, path in self.model_paths.items()
+            key: load_model_file(path, trust=trust) for key, path in self.model_paths.items()
         }
         self.first = self.models[min(self.models)]
         self._refuse_unread_kinds()
-        self.dp, self.tp = int(self.first["dp_world_size"]), int(self.first["mp_world_size"])
+        self.dp, self.tp = self.first["dp_world_size"], self.first["mp_world_size"]
         self._check_complete()
 
     @property
@@ -125,12 +154,13 @@ class TagFolder:
         """ZeRO stage of the run that saved it."""
         if not self.optim_paths:
             return 0
-        return 3 if self._partitions_models else int(self._config.get("zero_optimization", {}).get("stage", 1))
+        stage = self._section("zero_optimization").get("stage", 1)
+        return 3 if self._partitions_models else stage if isinstance(stage, int) else 1
 
     @property
     def topology(self) -> dict[str, int | str]:
         """Ranks, ZeRO stage and dtype as the files say."""
-        enabled = [name for name in ("bf16", "fp16") if self._config.get(name, {}).get("enabled") is True]
+        enabled = [name for name in ("bf16", "fp16") if self._section(name).get("enabled") is True]
         return {
             "world_size": self.dp * self.tp,
             "dp": self.dp,
@@ -140,20 +170,23 @@ class TagFolder:
             "dtype": enabled[0] if enabled else "fp32",
         }
 
-    @property
-    def _config(self) -> Mapping[str, Mapping[str, Any]]:
-        return self.first.get("ds_config") or {}
+    def _section(self, name: str) -> Mapping[str, object]:
+        """A section of the DeepSpeed JSON that the run had; empty if it had none."""
+        section = self.first.get("ds_config", {}).get(name)
+        return section if isinstance(section, Mapping) else {}
 
     @property
     def _partitions_models(self) -> bool:
         return any(path.name.startswith("zero") for path in self.model_paths.values())
 
     def _refuse_unread_kinds(self) -> None:
-        pipeline = self.first.get("checkpoint_parallel_dimensions", {}).get("pp_degree", 1) > 1
+        pipeline = (self.first.get("checkpoint_parallel_dimensions") or {}).get("pp_degree", 1) > 1
         if self.first.get("module") is None or pipeline:
-            raise ValueError(_not_read(f"{self.folder} was saved by a pipeline-parallel engine"))
+            raise NotReadError(_not_read(f"{self.folder} was saved by a pipeline-parallel engine"))
 
     def _check_complete(self) -> None:
+        if not 0 < self.tp * self.dp <= _MOST_RANKS:
+            raise CheckpointError(f"{self.folder} says that {self.tp} x {self.dp} ranks saved it. {_ANOTHER}")
         every = {(mp, dp) for mp in range(self.tp) for dp in range(self.dp)}
         models = every if self._partitions_models else {(mp, 0) for mp in range(self.tp)}
         missing = [
@@ -162,7 +195,9 @@ class TagFolder:
             for mp, dp in sorted(needed - set(found) if found else ())
         ]
         if missing:
-            raise CheckpointError(f"{self.folder} lacks the {'; the '.join(missing)} (of {self.tp} x {self.dp} ranks)")
+            more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+            listed = "; the ".join(missing[:_SHOWN])
+            raise CheckpointError(f"{self.folder} lacks the {listed}{more} (of {self.tp} x {self.dp} ranks)")
 
 
 def universal_misfit(folder: Path, *, partitions_weights: bool, tp: int, round_robin: bool) -> str | None:
@@ -200,7 +235,7 @@ def _find_files(folder: Path) -> tuple[dict[tuple[int, int], Path], dict[tuple[i
             optims[int(found[2]), int(found[1])] = path
         elif found := _OTHER.fullmatch(path.name):
             kind = "pipeline-parallel run (PipelineModule)" if found[1] else "run with experts (DeepSpeed's MoE)"
-            raise ValueError(_not_read(f"{path} is a file of a {kind}"))
+            raise NotReadError(_not_read(f"{path} is a file of a {kind}"))
     if not models:
         raise CheckpointError(f"{folder} has no *_model_states.pt: it is not a checkpoint of a DeepSpeed engine")
     return models, optims

@@ -1,14 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a rank stands when it saves or loads: the topology of its engine, and the storage that it writes to."""
+"""Where a rank stands when it saves or loads: the topology of its engine, its storage, and the checkpoint there.
+
+All ranks load one version of one checkpoint, or none does.
+"""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import torch.distributed as dist
 from deepspeed.utils import groups
 from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size, bwc_tensor_model_parallel_world_size
 
-from ds_blockwise.checkpoint.manifest import Topology
+from ds_blockwise.checkpoint.folder import LATEST, Checkpoint, resolve_tag
+from ds_blockwise.checkpoint.folder_rules.tags import Validation
+from ds_blockwise.checkpoint.manifest import (
+    CheckpointError,
+    ReplacedError,
+    Topology,
+    check_version,
+    listed_files,
+    of_one_version,
+    once_more,
+)
 from ds_blockwise.hosts.deepspeed.engine import Engine, is_wrapped, offload_device, tensor_parallel_mpu
+from ds_blockwise.parallel.agree import first_error, gather
+
+_Found = tuple[Checkpoint | None, list[str], str | None]  # on one storage: the checkpoint, its files, an error
 
 
 def topology_of(engine: Engine) -> Topology:
@@ -26,6 +44,15 @@ def topology_of(engine: Engine) -> Topology:
     }
 
 
+def tag_validation(engine: Engine) -> Validation:
+    """What the JSON's ``"checkpoint": {"tag_validation": ...}`` says; ``fail`` without it.
+
+    DeepSpeed's own default is to warn, and to let every rank write under its own tag.
+    """
+    said = str((engine._config._param_dict.get("checkpoint") or {}).get("tag_validation", "fail")).lower()
+    return "warn" if said == "warn" else "ignore" if said == "ignore" else "fail"
+
+
 def node_of(engine: Engine) -> int:
     """Number of the storage that this rank writes to: 0, or with node-local storage its node's first rank."""
     return dist.get_rank() - int(engine.local_rank) if engine.use_node_local_storage() else 0
@@ -34,3 +61,78 @@ def node_of(engine: Engine) -> int:
 def leads(engine: Engine) -> bool:
     """Whether this rank makes, renames and removes the folders of its storage."""
     return dist.get_rank() == node_of(engine)
+
+
+def find_together(
+    engine: Engine, folder: Path, tag: str | None, *, latest: str = LATEST
+) -> tuple[Checkpoint | None, list[str]]:
+    """Collective over all ranks: the checkpoint that all will load.
+
+    Args:
+        engine: of this rank; the first rank of each storage looks.
+        folder: the checkpoints folder, as this rank sees it.
+        tag: one on all ranks; default what ``latest`` says.
+        latest: name of that file.
+
+    Returns:
+        The checkpoint and its files, the largest first; None if there is nothing to load.
+
+    Raises:
+        CheckpointError: on every rank: there is no such checkpoint, or the storages hold different ones.
+    """
+    said: _Found | None = None
+    if leads(engine):
+        try:
+            said = (*once_more(lambda: _with_files(folder, tag, latest)), None)
+        except (CheckpointError, OSError) as error:
+            said = (None, [], str(error))
+    by_node = {rank: answer for rank, answer in enumerate(gather(said)) if answer is not None}
+    errors = dict.fromkeys(error for _, _, error in by_node.values() if error is not None)
+    if errors:
+        raise CheckpointError("\n".join(errors))
+    tags = {rank: None if found is None else found.tag for rank, (found, _, _) in by_node.items()}
+    if len(set(tags.values())) > 1:
+        listed = ", ".join(f"rank {rank}: {name}" for rank, name in tags.items())
+        raise CheckpointError(
+            f"the nodes would load different checkpoints from {folder} ({listed}). Name one that all have by its tag."
+        )
+    checkpoint, names, _ = by_node[node_of(engine)]
+    return checkpoint, names
+
+
+def _with_files(folder: Path, tag: str | None, latest: str) -> tuple[Checkpoint | None, list[str]]:
+    found = resolve_tag(folder, tag, latest=latest)
+    if found is None:
+        return None, []
+    with of_one_version(found.folder, found.version):
+        return found, listed_files(found.folder)
+
+
+def check_not_replaced(engine: Engine, checkpoint: Checkpoint) -> None:
+    """Collective over all ranks: the checkpoint is still what `find_together` found.
+
+    Args:
+        engine: of this rank.
+        checkpoint: as it was found.
+
+    Raises:
+        ReplacedError: on every rank: a save replaced or removed it.
+    """
+    replaced: str | None = None
+    if leads(engine):
+        try:
+            check_version(checkpoint.folder, checkpoint.version)
+        except ReplacedError as error:
+            replaced = str(error)
+    raise_replaced(replaced)
+
+
+def raise_replaced(replaced: str | None) -> None:
+    """Collective over all ranks: raise what any of them found out.
+
+    Raises:
+        ReplacedError: on every rank.
+    """
+    message = first_error(replaced)
+    if message is not None:
+        raise ReplacedError(message)

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether what a file gave as an optimizer's state dict is one, whoever wrote it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypedDict
+
+import torch
+
+from ds_blockwise.checkpoint.record import PER_BLOCK_KEY
+from ds_blockwise.checkpoint.typed_data import typed
+
+# moments of AdamW and ours, and of the published Adam-mini
+_MOMENTS = ("exp_avg", "exp_avg_sq", PER_BLOCK_KEY, "m", "v", "vmean")
+
+
+class _Group(TypedDict):
+    params: list[int]
+
+
+class _StateDict(TypedDict):
+    state: dict[str, dict[str, Any]]
+    param_groups: list[_Group]
+
+
+def check_state_dict(state_dict: object) -> Mapping[str, Any]:
+    """The state dict itself.
+
+    Raises:
+        ValueError: it is none, with the place: ``state`` by number, each with plain tensors as moments and a number of
+            steps, and ``param_groups`` with the numbers of their tensors.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(f"the state of an optimizer must be a mapping, got a {type(state_dict).__name__}")
+    state = state_dict.get("state")
+    # numbers of tensors as strings, so that an error can name one
+    named = {str(key): value for key, value in state.items()} if isinstance(state, Mapping) else state
+    checked = typed({"state": named, "param_groups": state_dict.get("param_groups")}, _StateDict, "the state dict")
+    for number, entries in checked["state"].items():
+        for key, value in entries.items():
+            where = f"state[{number}][{key!r}]"
+            if key in _MOMENTS:
+                typed(value, torch.Tensor, where)
+                if not value.is_floating_point():
+                    raise ValueError(f"{where} is {value.dtype}; moments are floating-point")
+            elif key == "step":
+                _check_step(value, where)
+    return state_dict
+
+
+def _check_step(value: object, where: str) -> None:
+    if isinstance(value, torch.Tensor):
+        typed(value, torch.Tensor, where)
+        if value.numel() != 1:
+            raise ValueError(f"{where} has {value.numel()} elements; it must be one number")
+        value = value.item()
+    number = typed(value, float, where)
+    if number < 0 or number != int(number):
+        raise ValueError(f"{where} must be a whole number of 0 or more, got {number!r}")

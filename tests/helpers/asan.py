@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run tests with the C++ kernels under AddressSanitizer: ``python -m tests.helpers.asan TESTS``.
+
+The library is compiled anew with the sanitizer, which must be loaded before anything else; so this module starts itself
+a second time with it preloaded. Any access outside a tensor ends the process with the sanitizer's report.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from ds_blockwise.kernels.cpp import backend, build
+
+_LIBRARY = "DS_BLOCKWISE_ASAN_LIBRARY"
+
+
+def _compile(folder: Path) -> Path:
+    target = folder / "kernels_asan.so"
+    flags = ("-O1", "-g", "-fopenmp", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fPIC", "-std=c++17")
+    compiler = os.environ.get("CXX", "g++")
+    command = [compiler, "-shared", *flags, str(build.SOURCES / "kernels.cpp"), "-o", str(target)]
+    subprocess.run(command, check=True)
+    return target
+
+
+def _sanitizer() -> str:
+    found = subprocess.run(["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    return found.stdout.strip()
+
+
+def main(arguments: list[str]) -> int:
+    """Run pytest with ``arguments``; returns its exit code."""
+    library = os.environ.get(_LIBRARY)
+    if library is None:
+        with tempfile.TemporaryDirectory() as folder:
+            environment = {
+                **os.environ,
+                _LIBRARY: str(_compile(Path(folder))),
+                "LD_PRELOAD": _sanitizer(),
+                # Python keeps memory until it ends; torch's threads have no frames that the sanitizer knows
+                "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1:detect_stack_use_after_return=0",
+                "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+            }
+            command = [sys.executable, "-m", "tests.helpers.asan", *arguments]
+            return subprocess.run(command, env=environment, check=False).returncode
+    loaded = ctypes.CDLL(library)
+    backend.library = lambda: loaded
+    return int(pytest.main(["-q", "-p", "no:cacheprovider", *arguments]))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
