@@ -134,7 +134,6 @@ _FUSED: dict[tuple[str, str], _ReadLayout] = {
     ("CausalSelfAttention", "c_attn"): _always("concat"),
     ("DbrxAttention", "Wqkv"): _always("concat"),
     ("DecisionTransformerGPT2Attention", "c_attn"): _gpt2,
-    ("DisentangledSelfAttention", "in_proj"): _always("grouped"),
     ("FalconAttention", "query_key_value"): _falcon,
     ("GPT2Attention", "c_attn"): _gpt2,
     ("GPTBigCodeAttention", "c_attn"): _gpt_bigcode,

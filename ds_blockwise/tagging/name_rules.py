@@ -74,7 +74,7 @@ NAME_RULES: tuple[NameRule, ...] = (
     NameRule("hf", r"decoder\.project_(?:in|out)", Role.OTHER),
     # Fused projections
     NameRule("hf", r"(?:self_attn|attn|attention)\.(?:qkv_proj|qkv|Wqkv|wqkv|W_pack|to_qkv)", qkv_layout="unknown"),
-    NameRule("hf", r"attention\.self\.(?:qkv_linear|in_proj)", qkv_layout="unknown"),
+    NameRule("hf", r"attention\.self\.qkv_linear", qkv_layout="unknown"),
     NameRule("hf", r"self_attention\.kv_proj", qkv_layout="unknown_key_value"),
     NameRule("hf", r"self_attn\.output_gate", Role.ATTN_OUT),
     # Hugging Face: multi-head latent attention (DeepSeek-V2, V3)

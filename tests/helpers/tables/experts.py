@@ -24,16 +24,16 @@ from tests.helpers.tables.huggingface import (
 EXPERTS = {"experts.gate_up_proj": "ffn row 480", "experts.down_proj": "ffn row 144"}
 SMALL_EXPERTS = {"mlp.experts.gate_up_proj": "ffn row 120", "mlp.experts.down_proj": "ffn row 144"}
 MIXTRAL = ENDS | under(LAYER, SEPARATE, TWO_NORMS, under("mlp.", EXPERTS), {"mlp.gate.weight": "router row 3"})
-# Layer 0 has lightning attention, whose 4 heads have keys and values of their own
+# Layer 0 has lightning attention, which is linear attention
 _MINIMAX_FFN = (TWO_NORMS, under("mlp.", EXPERTS), {"mlp.gate.weight": "router row 3"})
 MINIMAX = (
     ENDS
     | under(
         LAYER,
         {
-            "self_attn.qkv_proj.weight": "query head 4 + key head 4 + value row 48",
-            "self_attn.output_gate.weight": "attn_out row 48",
-            "self_attn.out_proj.weight": "attn_out row 48",
+            "self_attn.qkv_proj.weight": "other row 144",
+            "self_attn.output_gate.weight": "other row 48",
+            "self_attn.out_proj.weight": "other row 48",
             **norms("self_attn.norm"),
         },
         *_MINIMAX_FFN,

@@ -81,7 +81,6 @@ MODELS = {
     "ImageGPTForCausalImageModeling": ("ImageGPTConfig", GPT, {"c_attn": "qkv"}, None),
     "ModernBertModel": ("ModernBertConfig", TEXT, {"Wqkv": "qkv"}, None),
     "GPTNeoXJapaneseForCausalLM": ("GPTNeoXJapaneseConfig", TEXT, {"query_key_value": "qkv" * 4}, None),
-    "DebertaModel": ("DebertaConfig", TEXT, {"in_proj": "qkv" * 4}, None),
     "MiniCPM3ForCausalLM": ("MiniCPM3Config", LATENT, {"kv_b_proj": "kv" * 4, "kv_a_proj_with_mqa": "vk"}, None),
     "Glm4MoeLiteForCausalLM": (
         "Glm4MoeLiteConfig",
