@@ -48,6 +48,11 @@ FAMILY_ROWS: tuple[Row, ...] = (
         "unit/tagging/test_text_families.py::test_policies_with_value_and_reward_heads",
         *(f"{_TEXT}[{model}]" for model in ("LlamaFor*", "GPT2DoubleHeadsModel")),
     ),
+    works(
+        FAMILIES,
+        "BLOOM under AutoTP (head counts and shards; values are not compared)",
+        "unit/tagging/test_autotp_heads.py::test_bloom_under_autotp",
+    ),
     works(FAMILIES, "PyTorch's own layers (`nn.TransformerEncoder`)", "unit/tagging/test_owner_class.py::*"),
     works(
         FAMILIES,

@@ -75,10 +75,35 @@ class AutoTPReader:
         return None
 
     def heads(self, attention: nn.Module) -> HeadGeometry | None:
-        """Unsharded head counts: AutoTP makes a module's own attributes local and leaves its config alone."""
-        if not any(_said(param) for child in attention.children() for param in child.parameters(recurse=False)):
+        """Unsharded head counts: AutoTP makes a module's own attributes local and leaves its config alone.
+
+        Where the attention keeps no config (BLOOM, MPT), its own counts are scaled by what a cut weight was before.
+
+        Raises:
+            ValueError: this rank holds no head of such an attention.
+        """
+        params = [(child, n, p) for child in attention.children() for n, p in child.named_parameters(recurse=False)]
+        if not any(_said(param) for _, _, param in params):
             return None
-        return generic_heads(attention, config_first=True)
+        heads = generic_heads(attention, config_first=True)
+        if heads is None or not heads.source.startswith(f"{type(attention).__name__}."):
+            return heads
+        shards = (self.shard(child, param, name) for child, name, param in params)
+        rows = next(((s.global_shape[0], s.local_shape[0]) for s in shards if s is not None and s.dim == 0), None)
+        if rows is None:
+            return heads
+        whole, local = rows
+        if not local:
+            raise ValueError(
+                f"{type(attention).__name__}: this tensor-parallel rank holds none of its {whole} rows, and the class "
+                f"keeps no config that counts its heads. Use at most as many tensor-parallel ranks as heads."
+            )
+        return replace(
+            heads,
+            num_heads=heads.num_heads * whole // local,
+            num_kv_heads=heads.num_kv_heads * whole // local,
+            source=f"{heads.source} of a tensor-parallel rank that holds {local} of {whole} rows",
+        )
 
     def shard(self, owner: nn.Module, param: nn.Parameter, leaf: str) -> TensorShard | None:
         """The ranges that each rank holds; None where every rank holds the whole parameter.
