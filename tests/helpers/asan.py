@@ -30,9 +30,15 @@ def _compile(folder: Path) -> Path:
     return target
 
 
-def _sanitizer() -> str:
-    found = subprocess.run(["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
-    return found.stdout.strip()
+def _preloaded() -> str:
+    """The sanitizer; and the C++ library, or the sanitizer cannot see exceptions thrown by torch."""
+    compiler = os.environ.get("CXX", "g++")
+
+    def path_of(name: str) -> str:
+        command = [compiler, f"-print-file-name={name}"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    return f"{path_of('libasan.so')} {path_of('libstdc++.so.6')}"
 
 
 def main(arguments: list[str]) -> int:
@@ -43,7 +49,7 @@ def main(arguments: list[str]) -> int:
             environment = {
                 **os.environ,
                 _LIBRARY: str(_compile(Path(folder))),
-                "LD_PRELOAD": _sanitizer(),
+                "LD_PRELOAD": _preloaded(),
                 # Python keeps memory until it ends; torch's threads have no frames that the sanitizer knows
                 "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1:detect_stack_use_after_return=0",
                 "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
