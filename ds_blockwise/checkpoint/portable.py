@@ -281,9 +281,13 @@ class Portable:
         """
         path = self.folder / TRAINING_STATE
         try:
-            return typed(load_torch_file(path), TrainingState, "the training state")
+            loaded = load_torch_file(path)
         except ValueError as error:
-            raise CheckpointError(f"{path} cannot be used: {error}") from error
+            raise CheckpointError(f"{path} {error}") from error
+        try:
+            return typed(loaded, TrainingState, "the training state")
+        except ValueError as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from error
 
     def tensor(self, kind: str, name: str) -> torch.Tensor:
         """A whole tensor as it is stored (``exp_avg_sq`` may be one value per block)."""

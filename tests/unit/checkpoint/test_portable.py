@@ -294,4 +294,9 @@ def test_a_shape_that_the_file_does_not_have_is_a_problem(tmp_path) -> None:
     said = json.loads(index.read_text())
     said["tensors"]["weights"]["up"]["shape"] = [4, 9]
     index.write_text(json.dumps(said))
-    assert Portable(folder).problems() == ["weights-00001.safetensors: 'up' has shape (9, 4) instead of (4, 9)"]
+    with pytest.raises(CheckpointError, match=r"weights of 'up' have the shape \(4, 9\) instead of \(9, 4\)"):
+        Portable(folder)
+    said["tensors"]["weights"]["up"]["shape"] = [9, 4]
+    said["tensors"]["frozen"]["old"]["shape"] = [2, 3]
+    index.write_text(json.dumps(said))
+    assert Portable(folder).problems() == ["frozen-00001.safetensors: 'old' has shape (3, 2) instead of (2, 3)"]
