@@ -154,28 +154,29 @@ def check_states(items: Sequence[Item]) -> None:
     Raises:
         ValueError: another number of values, dtype, device or layout than `StepState` says.
     """
-    first = [item.state["exp_avg"] for item in items]
-    second = [item.state["exp_avg_sq"] for item in items if "exp_avg_sq" in item.state]
-    moments = first + second
+    params, states, tables = [i.param for i in items], [i.state for i in items], [i.table for i in items]
+    first = [state["exp_avg"] for state in states]
+    second = [state["exp_avg_sq"] for state in states if "exp_avg_sq" in state]
+    values = [table.num_blocks if table.shares_second_moment else table.numel for table in tables]
+    tensors = params + first + second
     fits = (
-        list(map(_NUMEL, first)) == [item.table.numel for item in items]
-        and list(map(_NUMEL, second)) == [_values(item) for item in items if "exp_avg_sq" in item.state]
-        and all(map(_CONTIGUOUS, moments))
-        and all(map(_fit, map(_DTYPE, (item.param for item in items)), map(_DTYPE, first)))
-        and all(
-            _WIDE[item.param.dtype] == item.state["exp_avg_sq"].dtype for item in items if "exp_avg_sq" in item.state
-        )
-        and all(item.param_copy is None for item in items)
-        and all(map(_IS_CPU, moments))
-        and all(item.param.is_cpu for item in items)
+        list(map(_NUMEL, first)) == [table.numel for table in tables]
+        and list(map(_NUMEL, second)) == (values if second else [])
+        and _FITTING.issuperset(zip(map(_DTYPE, params), map(_DTYPE, first), strict=True))
+        and _FITTING_SECOND.issuperset(zip(map(_DTYPE, params), map(_DTYPE, second), strict=False))
+        and all(map(_CONTIGUOUS, first + second))
+        and (all(map(_IS_CPU, tensors)) or _on_one_device(params, first, second))
+        and not any(item.param_copy is not None for item in items)
     )
     if not fits:
         for item in items:
             _check_state(item)
 
 
-def _fit(param: torch.dtype, exp_avg: torch.dtype) -> bool:
-    return exp_avg == _WIDE[param] or exp_avg == torch.bfloat16
+def _on_one_device(*columns: Sequence[torch.Tensor]) -> bool:
+    """Whether the tensors of each row of the columns are on one device; an empty column is left out."""
+    rows = zip(*(map(_DEVICE, column) for column in columns if column), strict=True)
+    return all(len(set(row)) == 1 for row in rows)
 
 
 def _values(item: Item) -> int:
@@ -209,8 +210,9 @@ _ANEW = "After a change of shape call tag_parameters(model) and make a new optim
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 _DTYPE_SET = frozenset(DTYPES)
 _DENSE = frozenset((torch.strided,))
-_WIDE = {dtype: wide_dtype(dtype) for dtype in DTYPES}
 _DTYPES = ", ".join(map(str, DTYPES))
+_FITTING = frozenset((dtype, moment) for dtype in DTYPES for moment in (wide_dtype(dtype), torch.bfloat16))
+_FITTING_SECOND = frozenset((dtype, wide_dtype(dtype)) for dtype in DTYPES)
 _SHAPE, _DTYPE, _LAYOUT = attrgetter("shape"), attrgetter("dtype"), attrgetter("layout")
 _DEVICE, _IS_CPU = attrgetter("device"), attrgetter("is_cpu")
 _NUMEL, _CONTIGUOUS = torch.Tensor.numel, torch.Tensor.is_contiguous
