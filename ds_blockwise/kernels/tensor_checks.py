@@ -9,7 +9,7 @@ memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import attrgetter
+from operator import attrgetter, ge
 
 import torch
 
@@ -105,7 +105,8 @@ def check_stepped(items: Sequence[Item], shapes: Sequence[torch.Size]) -> None:
         and _DTYPE_SET.issuperset(map(_DTYPE, tensors))
         and _DENSE.issuperset(map(_LAYOUT, grads))
         and (all(map(_IS_CPU, tensors)) or list(map(_DEVICE, params)) == list(map(_DEVICE, grads)))
-        and all(map(torch.UntypedStorage.nbytes, map(torch.Tensor.untyped_storage, tensors)))
+        and (not any(map(_OFFSET, tensors)) or all(map(_has_memory, tensors)))
+        and all(map(ge, map(torch.UntypedStorage.nbytes, map(_STORAGE, tensors)), map(_NBYTES, tensors)))
     )
     if not fits:
         for item, shape in zip(items, shapes, strict=True):
@@ -140,7 +141,7 @@ def _check_stepped(item: Item, shape: torch.Size) -> None:
         )
     if not (_has_memory(param) and _has_memory(grad)):
         raise ValueError(
-            f"the memory of {_names(table)} or of its gradient was freed: its storage has no bytes. "
+            f"the memory of {_names(table)} or of its gradient was freed: its storage is smaller than its elements. "
             f"Whoever frees parameters between uses must bring them back before optimizer.step()."
         )
 
@@ -215,11 +216,13 @@ _FITTING = frozenset((dtype, moment) for dtype in DTYPES for moment in (wide_dty
 _FITTING_SECOND = frozenset((dtype, wide_dtype(dtype)) for dtype in DTYPES)
 _SHAPE, _DTYPE, _LAYOUT = attrgetter("shape"), attrgetter("dtype"), attrgetter("layout")
 _DEVICE, _IS_CPU = attrgetter("device"), attrgetter("is_cpu")
+_NBYTES, _STORAGE, _OFFSET = attrgetter("nbytes"), torch.Tensor.untyped_storage, torch.Tensor.storage_offset
 _NUMEL, _CONTIGUOUS = torch.Tensor.numel, torch.Tensor.is_contiguous
 
 
 def _has_memory(tensor: torch.Tensor) -> bool:
-    return not tensor.numel() or tensor.untyped_storage().nbytes() > 0
+    end = tensor.nbytes + tensor.storage_offset() * tensor.element_size()
+    return not tensor.numel() or tensor.untyped_storage().nbytes() >= end
 
 
 def _names(table: SegmentTable) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from benchmarks.provenance import provenance
 from tests.helpers import ROOT
-from tests.helpers.attacks import COUNTS, HANG_S, Tally
+from tests.helpers.attacks import COUNTS, HANG_S, WAIT_S, Tally
 
 PAGE = ROOT / "docs" / "reliability.md"
 _HEAD = f"""# What wrong inputs do
@@ -18,7 +18,7 @@ end in two ways. It is refused with an error that names the input, says what is 
 accepted and the result is right. Four columns count everything else, and a test fails if one of them is not 0:
 
 - *internal errors*: an exception that is not meant for users,
-- *hangs*: more than {HANG_S:.0f} s,
+- *hangs*: more than {HANG_S:.0f} s of processor time, or {WAIT_S:.0f} s of waiting,
 - *silent*: a wrong input that was accepted, or a wrong result,
 - *unhelpful*: an error that does not say what to do, or a right input that was refused.
 """
@@ -40,7 +40,7 @@ def page(tallies: Sequence[Tally]) -> str:
     """The page's text."""
     total = sum(tally.inputs for tally in tallies)
     rows = [
-        "| attacked | inputs | refused | accepted | internal errors | hangs | silent | unhelpful | slowest, s |",
+        "| attacked | inputs | refused | accepted | internal errors | hangs | silent | unhelpful | slowest, CPU s |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for t in sorted(tallies, key=lambda tally: tally.what):
