@@ -237,6 +237,8 @@ def _verify(engine: Engine, checkpoint: Checkpoint, names: list[str]) -> None:
 
 def _absent(engine: Engine, checkpoint: Checkpoint) -> list[str]:
     """Files that this rank would ask for in vain, where no manifest lists them."""
+    if engine.load_universal_checkpoint():
+        return []  # it has other files, which `universal_misfits` looks for
     load_dir, tag = str(checkpoint.folder.parent), checkpoint.tag
     if not engine._get_all_ckpt_names(load_dir, tag):
         return ["*model_states.pt: missing"]
