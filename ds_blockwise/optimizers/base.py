@@ -399,7 +399,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
             )
         return (
             f"{type(self).__name__} does not know the parameters in a tensor of shape {shape}. "
-            f"With plain PyTorch call {plain} before the first step; with DeepSpeed import "
+            f"With plain PyTorch call ds_blockwise.tag_parameters(model) before the first step; with DeepSpeed import "
             f"ds_blockwise before deepspeed.initialize, or call ds_blockwise.attach(engine)."
         )
 
