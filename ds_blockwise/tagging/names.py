@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from ds_blockwise.blocks.roles import QKVLayout, Role, Storage
+from ds_blockwise.blocks.roles import LAYOUT_CHOICES, QKVLayout, Role, Storage
 from ds_blockwise.blocks.rule_needed import CHOOSE, ROLE_CHOICES, RuleNeeded
 from ds_blockwise.tagging.name_rules import NAME_RULES, NameRule
 
@@ -116,7 +116,9 @@ def match_name(fqn: str) -> NameMatch | None:
 
 def meaning_of(read: NameMatch | NameRule) -> str:
     """The role, or the QKV layout of several, in a word for messages."""
-    return read.role.value if read.role else f"qkv/{read.qkv_layout}"
+    if read.role is not None:
+        return read.role.value
+    return "qkv" if read.qkv_layout in LAYOUT_CHOICES else f"qkv/{read.qkv_layout}"
 
 
 def is_bias_name(leaf: str) -> bool:

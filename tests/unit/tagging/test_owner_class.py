@@ -224,7 +224,7 @@ CONFLICTS = {
     "a norm called a head": (under("lm_head", nn.LayerNorm(4)), "its name says output, but its LayerNorm says norm"),
     "a norm called a fused weight": (
         under("self_attn", under("qkv_proj", nn.LayerNorm(4))),
-        "its name says qkv/concat, but its LayerNorm says norm",
+        "its name says qkv, but its LayerNorm says norm",
     ),
 }
 
