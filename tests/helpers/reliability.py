@@ -23,7 +23,7 @@ accepted and the result is right. Four columns count everything else, and a test
 - *unhelpful*: an error that does not say what to do, or a right input that was refused.
 """
 _TAIL = """
-`make test` runs the same attacks with a fifth of the inputs.
+`make test` runs the same attacks; `make reliability TIMES=5` makes five times as many inputs.
 
 | what else is attacked | command |
 |---|---|
