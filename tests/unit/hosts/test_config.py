@@ -7,7 +7,7 @@ import copy
 
 import pytest
 
-pytest.importorskip("deepspeed")
+pytest.importorskip("deepspeed", reason="asks the installed DeepSpeed what it reads")
 
 from deepspeed.runtime import constants, lr_schedules
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
