@@ -102,6 +102,15 @@ def check_plain(model: nn.Module) -> None:
         if "FullyShardedDataParallel" in class_names(module):
             raise ValueError(f"module {path or 'model'!r} is a FullyShardedDataParallel (FSDP1). {USE_ZERO}.")
     for name, param in model.named_parameters():
-        problem = wrapper_problem(param) if param.requires_grad else None
-        if problem is not None:
-            raise ValueError(f"parameter {canonical_fqn(name)!r} cannot be cut into blocks: {problem}.")
+        check_plain_parameter(canonical_fqn(name), param)
+
+
+def check_plain_parameter(fqn: str, param: nn.Parameter) -> None:
+    """Refuse a trained parameter that is not a plain tensor.
+
+    Raises:
+        ValueError: its class keeps its elements elsewhere, or it has none yet.
+    """
+    problem = wrapper_problem(param) if param.requires_grad else None
+    if problem is not None:
+        raise ValueError(f"parameter {fqn!r} cannot be cut into blocks: {problem}.")

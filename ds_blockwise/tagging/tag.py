@@ -33,7 +33,13 @@ from ds_blockwise.tagging.owner_class import (
     proposed_role,
     read_class_and_name,
 )
-from ds_blockwise.tagging.registered import RegisteredParameter, Registration, check_plain, registered_parameters
+from ds_blockwise.tagging.registered import (
+    RegisteredParameter,
+    Registration,
+    check_plain,
+    check_plain_parameter,
+    registered_parameters,
+)
 from ds_blockwise.tagging.report import BlockReport, block_report
 from ds_blockwise.tagging.rule_hints import Place, refusal
 from ds_blockwise.tagging.tensor_parallel_cuts import check_cut, cut_by_role
@@ -142,15 +148,11 @@ def is_stepped(named: RegisteredParameter) -> bool:
     """Whether a parameter is trained and has elements, on this tensor-parallel rank or on another one.
 
     Raises:
-        ValueError: it has no shape yet.
+        ValueError: as `check_plain_parameter`.
     """
     if not named.param.requires_grad:
         return False
-    if isinstance(named.param, nn.parameter.UninitializedParameter):
-        raise ValueError(
-            f"parameter {named.fqn!r} has no shape before the first forward pass ({type(named.first.owner).__name__}). "
-            f"Run one on a small input first."
-        )
+    check_plain_parameter(named.fqn, named.param)
     if math.prod(named.shape):
         return True
     shard, _ = _shard(named)

@@ -7,13 +7,13 @@ wrong idea of Megatron's layout in the library can't be repeated by a test.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
 from tests.helpers import models
+from tests.helpers.megatron.groups import megatron_groups
 
 # Odd hidden size: flat ZeRO partitions end inside heads and rows. "mqa": with one KV head the
 # first of two ranks holds query heads only, the second one a query head, K and V.
@@ -86,16 +86,9 @@ def whole_name(model: nn.Module, name: str) -> str:
     return ".".join(parts)
 
 
-@contextmanager
-def parallel(tp: int, pp: int = 1) -> Iterator[None]:
+def parallel(tp: int, pp: int = 1) -> AbstractContextManager[None]:
     """Megatron-core's process groups for these sizes; the rest of the world is data-parallel."""
-    from megatron.core import parallel_state
-
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
-    try:
-        yield
-    finally:
-        parallel_state.destroy_model_parallel()
+    return megatron_groups(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
 
 
 def gpt(shape: str, dtype: torch.dtype, *, tied: bool = False) -> nn.Module:

@@ -7,8 +7,7 @@ this file. Built on the real groups, DDP, `get_megatron_optimizer` and `convert_
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from tests.helpers import models
 from tests.helpers.deepspeed.engine_cases import BETAS, EPS, FULL_NAME, WEIGHT_DECAY
 from tests.helpers.megatron import gpt_shards
+from tests.helpers.megatron.groups import megatron_groups
 from tests.helpers.megatron.models import EXPERTS, LLAMA, SIZES
 from tests.helpers.megatron.stack import DTYPES, EMBEDDING, LR, joined_shards, shard_in
 from tests.helpers.models import GradientPlan
@@ -57,12 +57,9 @@ class Topology:
     settings: dict[str, Any] = field(default_factory=dict)  # of convert_
 
 
-@contextmanager
-def parallel_of(topology: Topology) -> Iterator[None]:
+def parallel_of(topology: Topology) -> AbstractContextManager[None]:
     """Megatron-core's process groups for a topology."""
-    from megatron.core import parallel_state
-
-    parallel_state.initialize_model_parallel(
+    return megatron_groups(
         tensor_model_parallel_size=topology.tp,
         pipeline_model_parallel_size=topology.pp,
         virtual_pipeline_model_parallel_size=topology.virtual if topology.virtual > 1 else None,
@@ -70,10 +67,6 @@ def parallel_of(topology: Topology) -> Iterator[None]:
         expert_model_parallel_size=topology.ep,
         expert_tensor_parallel_size=topology.etp,
     )
-    try:
-        yield
-    finally:
-        parallel_state.destroy_model_parallel()
 
 
 def _chunk(topology: Topology, config: Any, vp_stage: int | None) -> nn.Module:

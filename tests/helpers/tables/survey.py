@@ -23,7 +23,7 @@ from torch import nn
 from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.structure import TensorStructure
 from ds_blockwise.tagging.registered import RegisteredParameter, registered_parameters
-from ds_blockwise.tagging.tag import _structure_of
+from ds_blockwise.tagging.tag import _structure_of, is_stepped
 from tests.helpers import ROOT
 
 RECORD = ROOT / "tests" / "data" / "names" / "transformers.txt"
@@ -166,6 +166,8 @@ def tags_by_kind(model: nn.Module, prefix: str) -> Iterator[tuple[str, str]]:
     settings = BlockSettings.parse()
     seen: set[tuple[object, ...]] = set()
     for named in registered_parameters(model):
+        if not is_stepped(named):
+            continue
         registration = named.first
         end = _end(named.fqn.removeprefix(f"{prefix}.") if prefix else named.fqn)
         parent = type(registration.parent).__name__

@@ -13,6 +13,7 @@ from tests.helpers.distributed import passes
 pytest.importorskip("megatron.core", reason="the layers are Megatron-core's")
 import megatron_patch
 from tests.helpers.megatron import models
+from tests.helpers.megatron.groups import megatron_groups
 
 LAYER = "decoder.layers.0."
 CUTS = {
@@ -37,16 +38,13 @@ def run_case(context, case):
     settings = {"num_experts": 4} if name == "experts" else {"qk_layernorm": config.get("qk_layernorm", False)}
     weights = {}
     for size in (1, tp):
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=size)
-        try:
+        with megatron_groups(tensor_model_parallel_size=size):
             with models.te_symbols():
                 spec = models.latent_spec(te=False) if name == "latent attention" else None
                 model = models.gpt(spec, spec_settings=settings, **config)
             tag_parameters(model)
             weights[size] = dict(model.named_parameters())
             tp_rank = parallel_state.get_tensor_model_parallel_rank()
-        finally:
-            parallel_state.destroy_model_parallel()
     assert weights[1].keys() == weights[tp].keys()
     for fqn, part in weights[tp].items():
         whole, shard = weights[1][fqn], part.block_shard

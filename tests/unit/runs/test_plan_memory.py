@@ -17,6 +17,7 @@ from ds_blockwise.runs.plan_memory import Arrangement, RankCounts, activations, 
 from tests.helpers import ROOT
 from tests.helpers.deepspeed.engines import DTYPES, engine_config, open_engine, prepare_deepspeed
 from tests.helpers.distributed import Outcome, RankContext, fleet_outcome, passes
+from tests.helpers.megatron.groups import megatron_groups
 
 pytestmark = pytest.mark.usefixtures("ends_process_groups")
 
@@ -106,24 +107,22 @@ def measure(run: SimpleNamespace) -> dict[str, int]:
 def check_bytes(context: RankContext, case: Case) -> None:
     """Model states within 5% of the plan, on every rank."""
     prepare_deepspeed()
-    from megatron.core import parallel_state
-
     import megatron_patch
 
     megatron_patch.cpu_shims()
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel()  # the planner counts on the whole model
-    with torch.device("meta"):
+    # the planner counts on the whole model
+    with megatron_groups(), torch.device("meta"):
         held = count_rank(megatron_patch.build_gpt(case.shape), case.tp, {})
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=case.tp)
     zero = {"stage3_param_persistence_threshold": 0} if case.stage == 3 else {}
     config = engine_config(case.optimizer, stage=case.stage, dtype=case.dtype, zero=zero, gas=case.gas)
 
     def build() -> torch.nn.Module:
         return megatron_patch.build_gpt(case.shape, dtype=DTYPES[case.dtype])
 
-    with open_engine(config, build, mpu=megatron_patch.mpu_adapter(), feed=False) as run:
+    with (
+        megatron_groups(tensor_model_parallel_size=case.tp),
+        open_engine(config, build, mpu=megatron_patch.mpu_adapter(), feed=False) as run,
+    ):
         run.vocab = case.shape.vocab_size
         found = measure(run)
     width = {"fp32": 4, "bf16": 2}[case.dtype]

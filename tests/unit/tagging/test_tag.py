@@ -5,11 +5,12 @@ import pytest
 import torch
 from torch import nn
 
-from ds_blockwise import tag_parameters
+from ds_blockwise import BlockwiseAdamW, tag_parameters
 from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.ranges import TensorShard
 from ds_blockwise.blocks.roles import Role
 from ds_blockwise.blocks.tagged_parameter import tags_of
+from ds_blockwise.hosts.model_tags import tag_for
 from ds_blockwise.tagging import module_reader
 from ds_blockwise.tagging.names import NameMatch
 from ds_blockwise.tagging.tag import read_tags, tag_with_settings
@@ -231,5 +232,14 @@ def test_an_empty_shard_of_a_parameter_with_elements_is_tagged(with_reader):
 
 def test_a_parameter_that_has_no_shape_yet_is_refused_by_name():
     """Lazy modules make theirs in the first forward pass."""
-    with pytest.raises(ValueError, match=r"'lm_head.weight' has no shape before the first forward pass \(LazyLinear\)"):
-        tag_parameters(nn.ModuleDict({"lm_head": nn.LazyLinear(3, bias=False)}))
+    model = nn.ModuleDict({"lm_head": nn.Linear(3, 3, bias=False)})
+    tag_parameters(model)
+    optimizer = BlockwiseAdamW(model.parameters())
+    model["proj"] = nn.LazyLinear(3, bias=False)
+    said = (
+        r"'proj.weight' cannot be cut into blocks: its lazy module has not seen an input yet\. Run the model once first"
+    )
+    with pytest.raises(ValueError, match=said):
+        tag_parameters(model)
+    with pytest.raises(ValueError, match=said):
+        tag_for(optimizer, [(model, None)], is_stage=False, what_tags="host()", place="json")
