@@ -8,7 +8,6 @@ unless somebody replaces the tensor, its memory or its metadata. Torch compares 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from operator import is_
 
 import torch
 
@@ -36,21 +35,20 @@ class CloseLook:
         self._memory_of = memory
         self._guards: TensorGuards | None = None
         self._count = 0
-        self._fitting: list[object] = []
+        self._version = -1
         self._memory: list[object] = []
 
-    def still_holds(self, tensors: Sequence[torch.Tensor], fitting: Sequence[object]) -> bool:
+    def still_holds(self, tensors: Sequence[torch.Tensor], version: int) -> bool:
         """Whether a close look would find what it found last.
 
         Args:
             tensors: to be looked at, in the same order every time.
-            fitting: what they have to fit to: the very objects that `remember` was given.
+            version: of the bindings that they have to fit to.
         """
         return (
             self._guards is not None
             and len(tensors) == self._count
-            and len(fitting) == len(self._fitting)
-            and all(map(is_, fitting, self._fitting))
+            and version == self._version
             and self._guards.check(*tensors)
             and self._memory_of(tensors) == self._memory
         )
@@ -59,9 +57,9 @@ class CloseLook:
         """Look closely the next time."""
         self._guards = None
 
-    def remember(self, tensors: Sequence[torch.Tensor], fitting: Sequence[object]) -> None:
+    def remember(self, tensors: Sequence[torch.Tensor], version: int) -> None:
         """Remember plain tensors that a close look found nothing wrong with; arguments as of `still_holds`."""
         if TensorGuards is not None:
             guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
             self._guards, self._count = guards, len(tensors)
-            self._fitting, self._memory = list(fitting), self._memory_of(tensors)
+            self._version, self._memory = version, self._memory_of(tensors)

@@ -8,7 +8,7 @@ memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter, ge
 
 import torch
@@ -36,28 +36,34 @@ class StepChecks:
         self._grads_are_dense = False
         self._of_stepped, self._of_states = CloseLook(_memory_of_stepped), CloseLook(_addresses)
 
-    def stepped(self, items: Sequence[Item], shapes: Sequence[torch.Size]) -> None:
-        """`check_stepped`; then replaces gradients whose memory does not hold their elements in order by copies."""
+    def stepped(self, items: Sequence[Item], shapes: Callable[[], list[torch.Size]], version: int) -> None:
+        """`check_stepped`; then replaces gradients whose memory does not hold their elements in order by copies.
+
+        Args:
+            items: as of `check_stepped`.
+            shapes: makes its other argument.
+            version: `Bindings.version`.
+        """
         params, grads = [item.param for item in items], [item.grad for item in items if item.grad is not None]
         tensors = params + grads
-        if not self._of_stepped.still_holds(tensors, shapes):
-            check_stepped(items, shapes)
-            self._of_stepped.remember(tensors, shapes)
+        if not self._of_stepped.still_holds(tensors, version):
+            check_stepped(items, shapes())
+            self._of_stepped.remember(tensors, version)
             self._of_states.forget()  # they fit to these parameters
             self.params_are_dense, self._grads_are_dense = all(map(_is_dense, params)), all(map(_is_dense, grads))
         if not self._grads_are_dense:
             for item, grad in zip(items, grads, strict=True):
                 item.grad = dense(grad)
 
-    def states(self, items: Sequence[Item]) -> None:
-        """`check_states`."""
-        states, tables = [item.state for item in items], [item.table for item in items]
+    def states(self, items: Sequence[Item], version: int) -> None:
+        """`check_states`; ``version`` is `Bindings.version`."""
+        states = [item.state for item in items]
         tensors = [state["exp_avg"] for state in states]
         tensors += [state["exp_avg_sq"] for state in states if "exp_avg_sq" in state]
         tensors += [item.param_copy for item in items if item.param_copy is not None]
-        if not self._of_states.still_holds(tensors, tables):
+        if not self._of_states.still_holds(tensors, version):
             check_states(items)
-            self._of_states.remember(tensors, tables)
+            self._of_states.remember(tensors, version)
 
 
 def check_plain(tensor: torch.Tensor) -> None:

@@ -345,9 +345,11 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
                 copy = self._copies.get(id(tensor))
                 work.append(Work(binding, Item(binding.table, binding.plan, tensor, {}, hyper, grad, None, copy)))
         stepped = [w for w in work if w.item.grad is not None]
-        self._checks.stepped([w.item for w in stepped], [w.binding.shape for w in stepped])
+        version = self._bindings.version
+        self._checks.stepped([w.item for w in stepped], lambda: [w.binding.shape for w in stepped], version)
         for w in stepped:
-            w.item.state = self._state_of(w.item.param, w.binding)
+            state = self.state[w.item.param]
+            w.item.state = state if "exp_avg" in state else self._state_of(w.item.param, w.binding)
         for binding in self._bindings.absent:
             if binding.table.has_split_blocks:
                 work.append(Work(binding, Item(binding.table, binding.plan, binding.tensor, {}, NO_HYPER)))
@@ -362,7 +364,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         return not self.overflow and all([observer.before_update(work) for observer in self._observers])
 
     def _update(self, work: Sequence[Work]) -> None:
-        self._checks.states([w.item for w in work])
+        self._checks.states([w.item for w in work], self._bindings.version)
         scattered: list[tuple[Item, torch.Tensor]] = []
         for w in () if self._checks.params_are_dense else work:
             param = dense(w.item.param)

@@ -26,7 +26,7 @@ from ds_blockwise.kernels.cpp.build import library
 _DTYPE, _IS_CPU = attrgetter("dtype"), attrgetter("is_cpu")
 _DATA_PTR = torch.Tensor.data_ptr
 _FIELDS = 11
-_CODES = {None: 0, torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
 @dataclass(frozen=True)
@@ -122,16 +122,18 @@ class CppKernels(Kernels):
         grads = [item.grad for item in items if item.grad is not None]
         first = [item.state["exp_avg"] for item in items]
         second = [item.state["exp_avg_sq"] for item in items]
-        copies = [item.param_copy for item in items]
         rows = _without_addresses(
             tuple([item.plan.handle for item in items]),
             *(tuple(map(_DTYPE, tensors)) for tensors in (params, grads, first)),
-            tuple([None if copy is None else copy.dtype for copy in copies]),
         )[:]
         for field, tensors in enumerate((params, grads, first, second), 1):
             rows[field::_FIELDS] = array("q", map(_DATA_PTR, tensors))
-        rows[5::_FIELDS] = array("q", [0 if item.sums is None else item.sums.data_ptr() for item in items])
-        rows[6::_FIELDS] = array("q", [0 if copy is None else copy.data_ptr() for copy in copies])
+        for row, item in enumerate(items):
+            if item.sums is not None:
+                rows[row * _FIELDS + 5] = item.sums.data_ptr()
+            if item.param_copy is not None:
+                rows[row * _FIELDS + 6] = item.param_copy.data_ptr()
+                rows[row * _FIELDS + 10] = _CODES[item.param_copy.dtype]
         return rows
 
 
@@ -141,12 +143,11 @@ def _without_addresses(
     params: tuple[torch.dtype, ...],
     grads: tuple[torch.dtype, ...],
     first: tuple[torch.dtype, ...],
-    copies: tuple[torch.dtype | None, ...],
 ) -> array[int]:
-    """Rows without addresses, made once per set of plans and dtypes; whoever fills them in takes a copy."""
+    """Rows without addresses and 16-bit copies, made once per set of plans and dtypes; fill in a copy of them."""
     nothing = [0] * len(handles)
-    codes = (map(_CODES.__getitem__, column) for column in (params, grads, first, copies))
-    columns = (handles, *[nothing] * 6, *codes)
+    codes = (map(_CODES.__getitem__, column) for column in (params, grads, first))
+    columns = (handles, *[nothing] * 6, *codes, nothing)
     return array("q", chain.from_iterable(zip(*columns, strict=True)))
 
 

@@ -156,6 +156,8 @@ def test_tensors_are_looked_at_closely_only_when_one_was_replaced(cls, backend, 
         assert looks_of_a_step() == []
     assert looks_of_a_step(replace_data) == both
     assert looks_of_a_step() == []
+    assert looks_of_a_step(lambda: optimizer.set_lr_multipliers({"ffn": 2.0})) == both  # new segment tables
+    assert looks_of_a_step() == []
     assert looks_of_a_step(replace_state) == ["check_states"]
     assert looks_of_a_step() == []
     assert looks_of_a_step(replace_gradient) == both
