@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The documentation cannot drift: links resolve, generated pages are those of the code, the site builds."""
 
+import copy
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -11,10 +13,13 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+import torch
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+from ds_blockwise.optimizers.registry import OPTIMIZERS, SCHEDULES
 from tests.helpers import ROOT
+from tests.helpers.literals import literals_of
 
 DOCS = ROOT / "docs"
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
@@ -70,6 +75,72 @@ def test_pages_that_are_named_exist(path):
     text = path.read_text(encoding="utf-8")
     for name in re.findall(r"(?<![\w/-])docs/[\w/]+\.(?:md|csv|png)\b", text):
         assert (ROOT / name).is_file(), name
+
+
+def test_errors_that_are_explained_exist():
+    """People search the page for the words of their message."""
+    quoted = re.findall(r"“([^”]+)”", (DOCS / "troubleshooting.md").read_text(encoding="utf-8"))
+    assert len(quoted) > 40
+    literals = [text for path in SOURCES for text in literals_of(path)]
+    gone = [words for words in quoted if not any(words in text for text in literals)]
+    assert not gone, gone
+
+
+def blocks_of(name, kind):
+    fences = [token for token in tokens_of(DOCS / name) if token.type == "fence"]
+    return [token.content for token in fences if token.info == kind]
+
+
+def published_adam_mini(model):
+    adam_mini = pytest.importorskip("adam_mini", reason="the published package is in the extra 'dev'")
+    return adam_mini.Adam_mini(
+        model.named_parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, dim=32, n_heads=2, verbose=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("code", "peer"),
+    zip(
+        blocks_of("migration.md", "python"),
+        (
+            lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1),
+            published_adam_mini,
+        ),
+        strict=True,
+    ),
+    ids=["adamw", "adam-mini"],
+)
+def test_code_of_the_migration_page_is_what_one_comes_from(code, peer):
+    """The same updates as before, divided by the learning rate."""
+    pytest.importorskip("transformers", reason="the example builds a model of transformers")
+    found = {}
+    until, _, rest = code.partition("tag_parameters(model)")
+    exec(until, found)
+    before = copy.deepcopy(found["model"])
+    exec(f"tag_parameters(model){rest}", found)
+    other = copy.deepcopy(before)
+    for parameter, trained in zip(other.parameters(), found["model"].parameters(), strict=True):
+        parameter.grad = trained.grad.clone()
+    peer(other).step()
+    for old, ours, theirs in zip(*(m.parameters() for m in (before, found["model"], other)), strict=True):
+        torch.testing.assert_close((old - ours) / 1e-3, (old - theirs) / 1e-3, rtol=1e-4, atol=1e-4)
+
+
+def test_the_settings_of_the_pages_are_accepted():
+    """By the optimizer and the schedule that they name; what the tutorial's script itself does is the README's test."""
+    examples = [
+        json.loads(code)
+        for name in ("tutorial.md", "reference/settings_json.md")
+        for code in blocks_of(name, "json")
+        if '"scheduler"' in code
+    ]
+    assert len(examples) == 2
+    for example in examples:
+        optimizer = OPTIMIZERS[example["optimizer"]["type"]](
+            [torch.nn.Parameter(torch.ones(1))], **example["optimizer"]["params"]
+        )
+        schedule = SCHEDULES[example["scheduler"]["type"]](optimizer, **example["scheduler"]["params"])
+        assert schedule.min_lr < example["optimizer"]["params"]["lr"]
 
 
 def test_generated_pages_are_those_of_the_code():

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from tests.helpers import ROOT, support
+from tests.helpers.literals import literals_of
 from tests.helpers.optimizers import SHORT_NAMES
 from tests.helpers.support import PAGE, Outcomes, Refused, Row, Untested, Works, page, patterns_of
 from tests.helpers.support_rows import ROWS
@@ -22,17 +23,6 @@ CELLS = [
 def functions_in(file: str) -> set[str]:
     tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-
-
-def literals_of(path) -> list[str]:
-    """Every text in a file's code, joined over line ends, with {} for what is filled in."""
-    texts = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.JoinedStr):
-            texts.append("".join(str(v.value) if isinstance(v, ast.Constant) else "{}" for v in node.values))
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            texts.append(node.value)
-    return texts
 
 
 LITERALS = [text for path in SOURCES for text in literals_of(path)]
