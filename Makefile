@@ -91,10 +91,10 @@ test-asan: setup
 reliability: setup
 	ATTACK_TIMES=$(or $(TIMES),1) WRITE_RELIABILITY=1 $(PYTEST) tests/attacks $(ARGS)
 
-# The site, into build/docs; writes the generated pages of docs/reference first. Every warning is an error.
+# The site, into build/docs; writes the generated pages of docs/reference first. Every warning is an error (not with --quiet, which hides them from --strict too).
 docs: setup
 	$(BIN)/python -m tests.helpers.pages
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 lint: setup
 	$(BIN)/ruff check .

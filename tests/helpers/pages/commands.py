@@ -115,7 +115,8 @@ def _written(action: argparse.Action) -> str:
 
 
 def _default(action: argparse.Action) -> str:
-    if action.required:
+    optional = not action.option_strings and action.nargs in (argparse.OPTIONAL, argparse.ZERO_OR_MORE)
+    if action.required and not optional:  # argparse takes some of the optional ones for required
         return "required"
     nothing = action.default is None or action.default is False or action.default in ([], argparse.SUPPRESS)
     if nothing or "default" in (action.help or ""):
