@@ -254,7 +254,7 @@ def _line(row: dict[str, str]) -> str:
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
-    """The table of docs/benchmarks.md: the worst data-parallel size per ZeRO stage and tensor-parallel size."""
+    """The table of docs/benchmarks.md: ZeRO stage, tensor-parallel size, the data-parallel size with most to send."""
     lines = [
         "| ZeRO stage | tensor-parallel size | bytes sent per step | % of the fp32 gradient | data-parallel size |",
         "|---|---:|---:|---:|---:|",
