@@ -42,17 +42,17 @@ compare: setup
 bench: bench-kernels bench-communication bench-end-to-end
 
 bench-kernels: setup
-	$(BIN)/python -m benchmarks.step.run --readme $(ARGS)
+	$(BIN)/python -m benchmarks.step.run --docs $(ARGS)
 
 bench-gpu: setup
-	DS_ACCELERATOR=cuda $(BIN)/python -m benchmarks.step.run --device cuda --readme $(ARGS)
+	DS_ACCELERATOR=cuda $(BIN)/python -m benchmarks.step.run --device cuda --docs $(ARGS)
 
 bench-communication: setup
-	$(BIN)/python -m benchmarks.costs.communication --readme
-	$(BIN)/python -m benchmarks.costs.communication_overhead --readme
+	$(BIN)/python -m benchmarks.costs.communication --docs
+	$(BIN)/python -m benchmarks.costs.communication_overhead --docs
 
 bench-end-to-end: setup
-	$(BIN)/python -m benchmarks.costs.end_to_end --readme $(ARGS)
+	$(BIN)/python -m benchmarks.costs.end_to_end --docs $(ARGS)
 
 bench-data: setup
 	$(BIN)/python -m benchmarks.costs.prepare_data --docs $(ARGS)
