@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.helpers import reliability
-from tests.helpers.support_page.page import OUTCOMES, PAGE, write
+from tests.helpers.support_page.claims import OUTCOMES, PAGE, write
 from tests.helpers.support_page.rows import ROWS
 
 _DEFAULTS = {

@@ -9,8 +9,8 @@ import pytest
 from tests.helpers import ROOT
 from tests.helpers.literals import literals_of
 from tests.helpers.optimizers import SHORT_NAMES
-from tests.helpers.support_page import page
-from tests.helpers.support_page.page import (
+from tests.helpers.support_page import claims
+from tests.helpers.support_page.claims import (
     PAGE,
     TABLE,
     Outcomes,
@@ -72,18 +72,18 @@ def test_a_claim_without_a_passed_test_is_not_written(outcome, monkeypatch, tmp_
     """Neither a failure, nor a skip, nor a test that is gone may become "works"."""
     outcomes = Outcomes()
     outcomes._of = {"test_a.py::test_b[z1-mini]": "passed", "test_a.py::test_b[z1-adamw]": "passed"}
-    monkeypatch.setattr(page, "OUTCOMES", outcomes)
-    monkeypatch.setattr(page, "PAGE", tmp_path / "support.md")
-    monkeypatch.setattr(page, "TABLE", tmp_path / "support.csv")
+    monkeypatch.setattr(claims, "OUTCOMES", outcomes)
+    monkeypatch.setattr(claims, "PAGE", tmp_path / "support.md")
+    monkeypatch.setattr(claims, "TABLE", tmp_path / "support.csv")
     row = Row("host", "layout", (Works(("test_a.py::test_b[z1-{o}]",)), Untested("no reason")))
-    assert page.write([row]) == []
-    assert "| layout | **works** (1) | **untested**: no reason |" in page.PAGE.read_text(encoding="utf-8")
-    assert "host,layout,BlockwiseAdamW,works,test_a.py::test_b[z1-adamw],1" in page.TABLE.read_text(encoding="utf-8")
-    page.PAGE.unlink()
+    assert claims.write([row]) == []
+    assert "| layout | **works** (1) | **untested**: no reason |" in claims.PAGE.read_text(encoding="utf-8")
+    assert "host,layout,BlockwiseAdamW,works,test_a.py::test_b[z1-adamw],1" in claims.TABLE.read_text(encoding="utf-8")
+    claims.PAGE.unlink()
     if outcome is None:
         outcomes._of = {}
     else:
         outcomes._of["test_a.py::test_b[z1-adamw]"] = outcome
-    (problem,) = page.write([row])
+    (problem,) = claims.write([row])
     assert "test_a.py::test_b[z1-adamw]" in problem
-    assert not page.PAGE.exists()
+    assert not claims.PAGE.exists()
