@@ -10,6 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.cli.models import MODEL_HELP, load_model
 from ds_blockwise.hosts.deepspeed.config.check import json_mistakes
@@ -20,7 +23,7 @@ from ds_blockwise.runs.reading.whole_files import read_json
 from ds_blockwise.tagging.names import canonical_fqn
 from ds_blockwise.tagging.report import block_report
 from ds_blockwise.tagging.tag import tag_with_settings
-from ds_blockwise.tagging.verify_layout import LayoutReport, verify_layout
+from ds_blockwise.tagging.verify_layout import LayoutReport, default_outputs, verify_layout
 
 HELP = "print each parameter's role, multiplier, blocks and optimizer-state bytes"
 _BLOCK_SETTINGS = ("lr_multipliers", "weight_decay_multipliers", "granularity", "rules")
@@ -60,7 +63,21 @@ def _verify(source: str, rules: Sequence[Mapping[str, Any]]) -> LayoutReport:
     names = [canonical_fqn(name) for name, _ in model.named_parameters(remove_duplicate=False)]
     # a rule for one of the layers that the small model lacks has nothing to match there
     present = [rule for rule in rules if any(re.search(rule["match"], name) for name in names)]
-    return verify_layout(model, rules=present)
+    return verify_layout(model, _outputs, rules=present)
+
+
+def _outputs(model: nn.Module) -> torch.Tensor:
+    try:
+        found = default_outputs(model)
+    except Exception as error:  # whatever a forward raises that wants something else than token ids
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"--verify runs a model on token ids alone, which {type(model).__name__} does not take ({reason}). Call "
+            f"ds_blockwise.verify_layout(model, outputs=...) in Python, with a function that runs the model."
+        ) from error
+    if not isinstance(found, torch.Tensor):
+        raise ValueError(f"--verify needs a tensor from {type(model).__name__}, which gave {type(found).__name__}")
+    return found
 
 
 def block_settings(params: Mapping[str, Any]) -> dict[str, Any]:

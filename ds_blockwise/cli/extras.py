@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,6 +15,9 @@ _OURS = ("", "ds_blockwise", "megatron_patch")
 def needs(extra: str, what: str) -> Iterator[None]:
     """Import inside of this: a missing package becomes an error that says what to install.
 
+    What packages warn of while they are imported (a faster variant that is not there) is nothing that the user of a
+    command can act on, and is not shown.
+
     Args:
         extra: of `setup.py`.
         what: needs the package, for the message.
@@ -20,10 +25,16 @@ def needs(extra: str, what: str) -> Iterator[None]:
     Raises:
         ImportError: a package of somebody else is missing.
     """
+    disabled = logging.root.manager.disable
+    logging.disable(max(disabled, logging.WARNING))
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package in _OURS:
             raise
         raise ImportError(f"{what} needs {package}: pip install 'ds_blockwise[{extra}]'") from error
+    finally:
+        logging.disable(disabled)

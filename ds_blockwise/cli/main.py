@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from ds_blockwise.checkpoint.manifest import CheckpointError
+from ds_blockwise.checkpoint.record import VERSION
 from ds_blockwise.cli import blocks, check, convert, plan, sharpness
 
 _COMMANDS = {"blocks": blocks, "convert": convert, "check": check, "plan": plan, "sharpness": sharpness}
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ds-blockwise", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"ds-blockwise {VERSION}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command in _COMMANDS.items():
         command.add_arguments(commands.add_parser(name, help=command.HELP))

@@ -6,6 +6,7 @@ Pure arithmetic, without a process group or a torch module: `megatron_patch.buil
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +20,7 @@ from ds_blockwise.runs.strict_files import AtLeastTwo, Flag, Positive, StrictSec
 _MOST_LAYERS = 10_000
 _MOST_PARAMETERS = 10**15
 _NotNegativeNumber = Annotated[float, Field(strict=True, ge=0.0)]
+_OF_RUN_FILES = {"base", "cluster", "data", "deepspeed", "model", "output", "parallel", "training"}
 LLAMA, GPT2 = "llama", "gpt2"
 ARCHITECTURES = (LLAMA, GPT2)
 
@@ -86,6 +88,13 @@ class GPTShape(StrictSection):
         known = len(problems.lines)
         values = read_yaml(path, problems)
         if not values and len(problems.lines) > known:
+            return None
+        if not values.keys() & cls.__dataclass_fields__.keys() and values.keys() & _OF_RUN_FILES:
+            allowed = "a model file, such as configs/model/tiny.yaml; this is a run file"
+            named = values.get("model")
+            model = f", {os.path.normpath(path.parent / named)}" if isinstance(named, str) else ""
+            remedy = f"give its model file{model}"
+            problems.add(path, "(file)", ", ".join(map(str, values)), allowed, remedy)
             return None
         shape = read_section(cls, values, file=path, problems=problems)
         if shape is not None:

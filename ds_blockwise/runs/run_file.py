@@ -229,6 +229,14 @@ def load_run(
     values = _read_with_bases(file, problems)
     if not values and problems:
         return None, problems
+    if (
+        values.keys() & GPTShape.__dataclass_fields__.keys()
+        and not values.keys() & _RunFile.__dataclass_fields__.keys()
+    ):
+        allowed = "a run file, such as configs/run/tiny.yaml; this is a model file"
+        remedy = f"`ds-blockwise blocks {file}` shows its blocks; a run file names it: model: {file.name}"
+        problems.add(file, "(file)", ", ".join(map(str, values)), allowed, remedy)
+        return None, problems
     for override in overrides:
         _apply_override(values, override, problems)
     for name in _SECTIONS:
