@@ -18,12 +18,13 @@ import sys
 import time
 from pathlib import Path
 
+import quiet  # noqa: F401
 from data.corpus import PART_BYTES
 from data.metadata import SPLITS
 from data.pool import usable_cores
 from data.token_files import check_directory, prepare
+from ds_blockwise.cli.overrides import add_overrides
 from ds_blockwise.runs.run_file import load_run
-from job import quiet  # noqa: F401
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--text-key", help="entry of a JSON object, or parquet column, of the text")
     parser.add_argument("--tokenizer", help="'train', a tokenizer.json, or a folder with one")
     parser.add_argument("--directory", help="where the token files go")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    add_overrides(parser)
     parser.add_argument("--workers", type=int, default=usable_cores(), help="processes; default: the usable cores")
     parser.add_argument(
         "--part-megabytes",

@@ -33,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Say what ``blocks`` is given."""
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--ds-config", type=Path, metavar="JSON", help="DeepSpeed JSON with the optimizer's settings")
+    parser.add_argument(
+        "--full", action="store_true", help="a line for each parameter, where equal layers share theirs"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
         "--verify",
@@ -55,7 +58,8 @@ def run_blocks(args: argparse.Namespace) -> tuple[str, int]:
         if verified is not None:
             found["verified"] = {"parameters": list(verified.parameters), "checks": verified.num_checks}
         return json.dumps(found, indent=2), 0
-    return str(report) if verified is None else f"{report}\n{verified}", 0
+    table = report.table(full=args.full)
+    return table if verified is None else f"{table}\n{verified}", 0
 
 
 def _verify(source: str, rules: Sequence[Mapping[str, Any]]) -> LayoutReport:

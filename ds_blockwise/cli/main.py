@@ -10,9 +10,16 @@ from collections.abc import Sequence
 
 from ds_blockwise.checkpoint.manifest import CheckpointError
 from ds_blockwise.checkpoint.record import VERSION
-from ds_blockwise.cli import blocks, check, convert, plan, sharpness
+from ds_blockwise.cli import blocks, check, convert, init, plan, sharpness
 
-_COMMANDS = {"blocks": blocks, "convert": convert, "check": check, "plan": plan, "sharpness": sharpness}
+_COMMANDS = {
+    "init": init,
+    "blocks": blocks,
+    "plan": plan,
+    "check": check,
+    "convert": convert,
+    "sharpness": sharpness,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

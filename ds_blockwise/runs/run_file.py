@@ -193,6 +193,12 @@ class RunConfig:
         return Path(self.data.directory)
 
     @property
+    def wants_metrics_csv(self) -> bool:
+        """Whether the JSON asks for its ``csv_monitor``, in whose place the main job writes one file."""
+        section = self.deepspeed.get("csv_monitor")
+        return isinstance(section, dict) and section.get("enabled") is True
+
+    @property
     def tokens_per_step(self) -> int:
         """Tokens that one optimizer step sees, on all ranks together."""
         return self.training.global_batch_size * self.shape.sequence_length

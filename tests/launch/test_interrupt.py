@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ctrl-C: the first asks for a stop, the second ends at once, and SIGTERM does what it did."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from job.interrupt import INTERRUPTED, Interrupt
+from tests.helpers.launch.project import LAUNCH
+
+# Waits in C, with the signals that are given sent to itself, as a rank waits in a collective.
+_WAITS = """
+import os, signal, sys, threading
+from job.interrupt import Interrupt
+with Interrupt("saving") as interrupt:
+    for number in map(int, sys.argv[1:]):
+        os.kill(os.getpid(), number)
+        threading.Event().wait(0.2)
+    print("asked" if interrupt.asked else "not asked")
+"""
+
+
+def _sent(*numbers: int) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", _WAITS, *map(str, map(int, numbers))],
+        env=os.environ | {"PYTHONPATH": f"{LAUNCH}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_the_first_asks_and_the_handlers_come_back() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with Interrupt() as interrupt:
+        assert not interrupt.asked
+        os.kill(os.getpid(), signal.SIGINT)
+        deadline = time.monotonic() + 30
+        while not interrupt.asked and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert interrupt.asked
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@pytest.mark.parametrize(
+    ("numbers", "status", "said", "notice"),
+    [
+        ((), 0, "not asked\n", ""),
+        ((signal.SIGINT,), 0, "asked\n", "\nsaving\n"),
+        # the launcher's, after the same Ctrl-C
+        ((signal.SIGINT, signal.SIGTERM, signal.SIGTERM), 0, "asked\n", "\nsaving\n"),
+        ((signal.SIGINT, signal.SIGINT), INTERRUPTED, "", "\nsaving\n"),
+        ((signal.SIGTERM,), 128 + signal.SIGTERM, "", ""),
+    ],
+)
+def test_what_each_signal_does(numbers: tuple[int, ...], status: int, said: str, notice: str) -> None:
+    done = _sent(*numbers)
+    assert (done.returncode, done.stdout, done.stderr) == (status, said, notice)
