@@ -39,8 +39,9 @@ def run_init(args: argparse.Namespace) -> tuple[str, int]:
     folder.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"\W+", "-", folder.resolve().name, flags=re.ASCII).strip("-") or "run"
     values = {"name": name, "checkout": shlex.quote(_ABSENT if checkout is None else str(checkout))}
+    templates = importlib.resources.files("ds_blockwise.cli") / "templates"
     for file in FILES:
-        text = importlib.resources.files(__package__).joinpath("templates", file).read_text(encoding="utf-8")
+        text = (templates / file).read_text(encoding="utf-8")
         filled = values | ({"name": json.dumps(name)} if file.endswith(".yaml") else {})
         with (folder / file).open("x", encoding="utf-8") as out:
             out.write(Template(text).substitute(filled) if file in _FILLED else text)
