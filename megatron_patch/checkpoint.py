@@ -18,7 +18,8 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params,
 from torch import nn
 
 from ds_blockwise.blocks.tagged_parameter import as_tagged
-from ds_blockwise.checkpoint.record import FORMAT, KEY, VERSION, record_in, settings_of
+from ds_blockwise.checkpoint.record import FORMAT, KEY, VERSION, run_record_in, settings_of
+from ds_blockwise.checkpoint.record_types import RunRecord
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.optimizers.foreign_state import FOR_ADAMW, group_to_load
 from ds_blockwise.parallel.agree import first_error
@@ -65,7 +66,7 @@ def allocate_state(optimizer: BlockwiseOptimizer, config: object = None) -> None
     optimizer.allocate_state()
 
 
-def settings_record(optimizer: BlockwiseOptimizer) -> dict[str, object]:
+def settings_record(optimizer: BlockwiseOptimizer) -> RunRecord:
     """What of `checkpoint.record` is the same on all ranks, so that a distributed checkpoint can hold it."""
     return {
         "format": FORMAT,
@@ -195,7 +196,7 @@ class BlockwiseDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
             ValueError: the moments do not fit, or a later version of ds_blockwise wrote them.
         """
         optimizer, saved = self.optimizer, state_dict["optimizer"]
-        record = record_in(saved)
+        record = run_record_in(saved)
         optimizer.allocate_state()  # upstream would make its own, uninitialised
         in_order = same_kinds(optimizer.param_groups, saved["param_groups"])
         super().load_state_dict(state_dict)

@@ -301,7 +301,7 @@ def publish(partial: Path) -> Path:
     sync(final.parent)
     for older in _of_tag(final.parent, final.name, REPLACED):
         if _is_abandoned(older):
-            _delete_or_warn(older)
+            _delete_or_warn(older, final)
     return final
 
 
@@ -313,10 +313,11 @@ def _delete(path: Path) -> None:
             shutil.rmtree(path)
 
 
-def _delete_or_warn(older: Path) -> None:
+def _delete_or_warn(older: Path, final: Path) -> None:
     """The new checkpoint is complete: that an old one cannot be deleted must not look as if it were not."""
     try:
-        _delete(older)
+        with contextlib.suppress(FileNotFoundError):  # without locks another job may delete it too
+            remove_checkpoint(older, final.name)
     except OSError as error:
         logger.warning("%s, which was replaced, could not be deleted: %s", older, error)
 
@@ -359,9 +360,14 @@ def remove_all(folder: Path) -> None:
             _delete(path)
 
 
-def remove_checkpoint(folder: Path) -> None:
-    """Delete a checkpoint; one whose deletion is interrupted counts as unfinished, not as damaged."""
-    doomed = folder.with_name(f"{folder.name}.{own_mark()}{PARTIAL}")
+def remove_checkpoint(folder: Path, tag: str | None = None) -> None:
+    """Delete a checkpoint; to a reader it is whole or gone, and if the deletion is interrupted it is unfinished.
+
+    Args:
+        folder: the checkpoint.
+        tag: default the folder's name.
+    """
+    doomed = folder.with_name(f"{tag or folder.name}.{own_mark()}{PARTIAL}")
     folder.rename(doomed)
     _delete(doomed)
 

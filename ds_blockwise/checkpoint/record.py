@@ -9,9 +9,9 @@ it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -23,7 +23,7 @@ from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, Role
 from ds_blockwise.blocks.segment_table import Placement, SegmentTable, build_table
 from ds_blockwise.blocks.spec import BlockPart, BlockSpec
 from ds_blockwise.blocks.structure import RoleSpan, TensorStructure
-from ds_blockwise.checkpoint.record_check import check_record
+from ds_blockwise.checkpoint.record_check import check_record, check_run_record
 from ds_blockwise.checkpoint.record_types import (
     PackedGroup,
     PackedMatrices,
@@ -31,6 +31,7 @@ from ds_blockwise.checkpoint.record_types import (
     PackedShard,
     PortableRecord,
     Record,
+    RunRecord,
     Settings,
 )
 from ds_blockwise.kernels.param_groups import ParamGroup
@@ -41,6 +42,7 @@ FORMAT = 1
 VERSION = "0.1.0"  # of this package
 _DAMAGED = "the state dict's entry 'ds_blockwise', which says what lies where, is damaged"
 _ANOTHER = "Restore the file from a copy, or load another checkpoint."
+_T = TypeVar("_T")
 PER_BLOCK_KEY = "exp_avg_sq_blocks"  # instead of exp_avg_sq in compact checkpoints: no other optimizer mistakes it
 
 
@@ -217,10 +219,22 @@ def _packed_placement(p: Placement) -> PackedPlacement:
 
 
 def record_in(state_dict: Mapping[str, Any]) -> Record | None:
-    """The record in an optimizer's state dict; None if another optimizer wrote it.
+    """The whole record in an optimizer's state dict; None if another optimizer wrote it, or Megatron-core's wrappers.
 
     Raises:
         ValueError: the record is damaged, or of a later format than this version reads.
+    """
+    record = run_record_in(state_dict)
+    if record is None or not record.keys() & {"parameters", "tensors"}:
+        return None
+    return _checked(record, check_record)
+
+
+def run_record_in(state_dict: Mapping[str, Any]) -> RunRecord | None:
+    """What a record says about the whole run; None if another optimizer wrote the state dict.
+
+    Raises:
+        ValueError: it is damaged, or of a later format than this version reads.
     """
     record = state_dict.get(KEY)
     if record is None:
@@ -232,8 +246,12 @@ def record_in(state_dict: Mapping[str, Any]) -> Record | None:
             f"the checkpoint was written in format {record.get('format')!r} by ds_blockwise {record.get('version')!r}; "
             f"this version reads format {FORMAT}. Install that version or a later one."
         )
+    return _checked(record, check_run_record)
+
+
+def _checked(record: Mapping[str, Any], check: Callable[[object], _T]) -> _T:
     try:
-        return check_record(record)
+        return check(record)
     except ValueError as error:
         raise ValueError(f"{_DAMAGED}: {error}. {_ANOTHER}") from error
 

@@ -13,7 +13,14 @@ from typing import Any
 
 from ds_blockwise.blocks.defaults import GRANULARITIES
 from ds_blockwise.blocks.roles import Role
-from ds_blockwise.checkpoint.record_types import PackedMatrices, PackedPlacement, PackedShard, PortableRecord, Record
+from ds_blockwise.checkpoint.record_types import (
+    PackedMatrices,
+    PackedPlacement,
+    PackedShard,
+    PortableRecord,
+    Record,
+    RunRecord,
+)
 from ds_blockwise.checkpoint.typed_data import typed
 
 _LARGEST_NUMEL = 1 << 48
@@ -31,6 +38,15 @@ def check_record(record: object) -> Record:
     _raise(_parameter_problems(checked["parameters"]))
     _raise(_tensor_problems(checked))
     return checked
+
+
+def check_run_record(record: object) -> RunRecord:
+    """What a record says about the whole run.
+
+    Raises:
+        ValueError: it is damaged, with the place.
+    """
+    return typed(record, RunRecord, "record")
 
 
 def check_portable_record(record: object) -> PortableRecord:

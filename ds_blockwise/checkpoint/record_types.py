@@ -79,14 +79,19 @@ class Settings(_Settings, total=False):
     run: RunState
 
 
-class PortableRecord(TypedDict):
-    """What does not depend on the ranks of the run: a portable checkpoint holds this part of a `Record`."""
+class RunRecord(TypedDict):
+    """What is the same for all parameters and ranks: Megatron-core's checkpoints hold this part of a `Record`."""
 
     format: int
     version: str
     optimizer: str
     shares_second_moment: bool
     settings: Settings
+
+
+class PortableRecord(RunRecord):
+    """What does not depend on the ranks of the run: a portable checkpoint holds this part of a `Record`."""
+
     parameters: dict[str, PackedMatrices]
 
 

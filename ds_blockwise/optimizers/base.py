@@ -24,7 +24,7 @@ from ds_blockwise.blocks.segment_table import Placement, SegmentTable, whole_pla
 from ds_blockwise.blocks.spec import BlockSpec, apply_settings
 from ds_blockwise.blocks.tagged_parameter import as_tagged, is_tagged_by_host, user_tags_of
 from ds_blockwise.checkpoint.record import differences, settings_of
-from ds_blockwise.checkpoint.record_types import Record
+from ds_blockwise.checkpoint.record_types import RunRecord
 from ds_blockwise.kernels.base import Item, Kernels, StepState, wide_dtype
 from ds_blockwise.kernels.bindings import Binding, Bindings, StepObserver, Work, by_kernels, non_finite
 from ds_blockwise.kernels.param_groups import NO_HYPER, ParamGroup, StateDict, hyper_of
@@ -514,7 +514,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         self.load_run_state(run, max((int(state["step"]) for state in loaded.states.values()), default=0))
         self.report_changes(loaded.record)
 
-    def report_changes(self, record: Record | None) -> None:
+    def report_changes(self, record: RunRecord | None) -> None:
         """Warn, on the first rank, of settings in a loaded record that differ from this object's."""
         changed = [] if record is None else differences(record["settings"], settings_of(self))
         if changed and is_first_rank():

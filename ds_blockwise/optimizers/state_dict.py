@@ -17,11 +17,12 @@ from ds_blockwise.checkpoint.record import (
     placements_of,
     record_in,
     record_of,
+    run_record_in,
     same_blocks,
     same_ranges,
     table_of,
 )
-from ds_blockwise.checkpoint.record_types import Record
+from ds_blockwise.checkpoint.record_types import Record, RunRecord
 from ds_blockwise.checkpoint.state_dicts import check_state_dict
 from ds_blockwise.kernels.base import StepState, wide_dtype
 from ds_blockwise.kernels.bindings import Binding
@@ -61,12 +62,12 @@ class Loaded:
     Attributes:
         groups: the param groups as ``torch.optim.Optimizer.load_state_dict`` takes them.
         states: by stepped tensor; tensors that the state dict does not know are missing.
-        record: what wrote it says about itself; None if another optimizer wrote it.
+        record: what wrote it says about the run; None if another optimizer wrote it.
     """
 
     groups: list[ParamGroup]
     states: dict[torch.Tensor, StepState]
-    record: Record | None
+    record: RunRecord | None
 
 
 def to_save(optimizer: Stored, packed: StateDict) -> StateDict:
@@ -116,7 +117,7 @@ def to_load(optimizer: Stored, state_dict: StateDict, device: torch.device | Non
     if is_published_adam_mini(state_dict):
         names = [_name_of(optimizer, tensor) for group in optimizer.param_groups for tensor in group["params"]]
         state_dict = from_published_adam_mini(state_dict, optimizer.param_groups, names)
-    record = record_in(state_dict)
+    run, record = run_record_in(state_dict), record_in(state_dict)
     saved_groups = state_dict["param_groups"]
     saved_sizes, own_sizes = ([len(g["params"]) for g in gs] for gs in (saved_groups, optimizer.param_groups))
     if saved_sizes != own_sizes:
@@ -141,7 +142,7 @@ def to_load(optimizer: Stored, state_dict: StateDict, device: torch.device | Non
                 f"the state of tensor {position} has no first moment (it has {', '.join(sorted(saved))}): it is of "
                 f"another kind of optimizer. Load weights only, and start with fresh optimizer state."
             )
-    return Loaded(groups, states, record)
+    return Loaded(groups, states, run)
 
 
 def _check_groups(groups: Sequence[ParamGroup]) -> None:

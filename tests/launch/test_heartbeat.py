@@ -18,7 +18,7 @@ import torch.distributed as dist
 from job import heartbeat, rendezvous
 from tests.helpers.launch.host_ranks import LIMIT_S, Ranks, start
 
-SILENCE_S = 2.0
+SILENCE_S = 6.0  # on a busy machine a rank that lives can be late by seconds
 
 
 def _watched(rank: int, seconds: float) -> None:
@@ -56,7 +56,9 @@ def test_a_silent_host_is_named_and_the_job_ends(tmp_path: Path, gone: int) -> N
         for rank, process in left.items():
             text = ranks.logs[rank].read_text(encoding="utf-8")
             assert process.exitcode == heartbeat.LOST, text
-            assert f"node{rank + 1}: no sign of life from host node{gone + 1} (rank {gone}) for 2 s" in text
+            assert (
+                f"node{rank + 1}: no sign of life from host node{gone + 1} (rank {gone}) for {SILENCE_S:.0f} s" in text
+            )
             assert "--auto-resume" in text
     finally:
         ranks.kill()

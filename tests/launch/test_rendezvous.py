@@ -47,12 +47,12 @@ def test_ranks_are_written_as_ranges() -> None:
 @pytest.mark.parametrize("told", [True, False], ids=["hosts-told", "hosts-unknown"])
 def test_a_rank_that_does_not_come_up_is_named_with_its_host(tmp_path: Path, told: bool) -> None:
     """Ranks 1 and 3 to 5 stay away: 1 has a neighbour, node3 was never seen."""
-    env = {"LAUNCH_JOIN_SECONDS": "5"} | ({"LAUNCH_HOSTS": "node1:2,node2:2,node3:2"} if told else {})
+    env = {"LAUNCH_JOIN_SECONDS": "15"} | ({"LAUNCH_HOSTS": "node1:2,node2:2,node3:2"} if told else {})
     results = start(tmp_path, _join, world_size=6, per_host=2, absent=(1, 3, 4, 5), env=env).wait()
     third = "node3 (ranks 4-5)" if told else "an unknown host (ranks 4-5)"
     for status, text in results.values():
         assert status == 1  # not REFUSED: the launchers try again
-        assert "TimeoutError: 4 of 6 ranks have not come up within 5 s (LAUNCH_JOIN_SECONDS): " in text
+        assert "TimeoutError: 4 of 6 ranks have not come up within 15 s (LAUNCH_JOIN_SECONDS): " in text
         assert f"node1 (rank 1); node2 (rank 3); {third}. " in text
         assert "These came: node1 (rank 0); node2 (rank 2)" in text
 

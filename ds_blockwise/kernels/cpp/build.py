@@ -18,6 +18,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -99,7 +100,8 @@ def _compile(name: str, folder: Path) -> Path:
         name=name,
         sources=[str(SOURCES / "kernels.cpp")],
         extra_cflags=[*_FLAGS, *_machine_flags()],
-        extra_ldflags=["-fopenmp"],
+        # PEFT's BOFT leaves CXX=gcc in the environment where it finds no CUDA, and gcc links no C++ library by itself
+        extra_ldflags=["-fopenmp", *(["-lstdc++"] if sys.platform == "linux" else [])],
         build_directory=str(folder),
         is_python_module=False,
         with_cuda=False,

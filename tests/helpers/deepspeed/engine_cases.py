@@ -25,7 +25,7 @@ LR = 2e-2
 LR_FACTORS = (0.7, 1.1, 0.9, 1.4, 1.2, 1.3)
 BACKENDS = ("cpp", "reference", "triton")
 # Triton's kernels run in its interpreter, seconds a case: `make test` takes these, `make test-slow` the others
-QUICK = ("grid-z2", "grid-z3", "nano", "gpt2", "momentum", "fed-gqa-z1", "value_tensor", "tied")
+QUICK = re.compile(r"grid-z[23]-.*-dp3-|nano|gpt2|momentum|fed-gqa-z1-.*-dp2-|value_tensor|tied")
 DECAY_MULTIPLIERS = {"norm": 0.0, "key": 0.5}
 BETAS, EPS, WEIGHT_DECAY = (0.9, 0.95), 1e-6, 0.1
 
@@ -111,7 +111,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Classes]] = {
 
 def takes_long(name: str) -> bool:
     """Whether a case is left to ``make test-slow``."""
-    return name.endswith("triton") and not name.startswith(QUICK)
+    return name.endswith("triton") and not QUICK.match(name)
 
 
 def named(names: Iterable[str]) -> list[Any]:

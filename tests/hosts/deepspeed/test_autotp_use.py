@@ -179,7 +179,7 @@ def _uses() -> dict[str, tuple[int, Use]]:
     table = {
         f"end_to_end-{model}-z{stage}-{optimizer}": Use(
             "trains_like_one_rank",
-            Case(optimizer, stage, model=model, params={"eps": 1e-3} if optimizer == "adamw" else {}),
+            Case(optimizer, stage, model=model, params={"eps": 1e-3}),
         )
         for model, stage, optimizer in (
             ("even", 0, "mini"),

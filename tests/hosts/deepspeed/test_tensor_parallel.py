@@ -57,7 +57,7 @@ def _config(case: Case) -> dict[str, Any]:
     granularity = {"value": "tensor", "norm": "tensor"} if case.value_tensor else {}
     params = {"weight_decay_multipliers": DECAY_MULTIPLIERS, "granularity": granularity, "backend": case.backend}
     # end to end an element far below eps keeps the noise of two runs below eps
-    eps = {"eps": 1e-3} if case.end_to_end and case.optimizer == "adamw" else {}
+    eps = {"eps": 1e-3} if case.end_to_end else {}
     clip = {"gradient_clipping": case.clip} if case.clip else {}
     return case_config(case, params=params | eps, **clip)
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -265,3 +266,20 @@ def test_a_checkpoint_that_is_removed_while_it_is_verified(tmp_path: Path, monke
     monkeypatch.setattr(manifest, "sha256_of", read)
     with pytest.raises(ReplacedError):
         verify(final)
+
+
+def test_an_older_version_is_gone_for_readers_before_its_files_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader that began in it finds it replaced, not damaged, whichever file is deleted first."""
+    save(tmp_path, "best", 1)
+    rmtree, seen = shutil.rmtree, []
+
+    def delete(path: Path) -> None:
+        seen.append(path.suffix)
+        rmtree(path)
+
+    monkeypatch.setattr(files.shutil, "rmtree", delete)
+    save(tmp_path, "best", 2)
+    assert seen == [".partial"]  # what readers pass over
+    assert {p.name for p in tmp_path.iterdir()} == {"best", "latest"}

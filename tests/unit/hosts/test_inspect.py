@@ -38,9 +38,23 @@ def test_damage_of_a_portable_checkpoint_is_a_problem_not_an_error(tmp_path: Pat
     (folder / "weights-00001.safetensors").unlink()
     found = describe_checkpoint(folder)
     assert found["problems"] == ["weights-00001.safetensors: missing"]
-    assert found["parameters"] is None  # not looked inside
+    assert found["parameters"] == 12  # portable.json is whole
     with pytest.raises(ValueError, match="is portable already"):
         convert_checkpoint(folder, tmp_path / "output")
+
+
+def test_the_samples_of_a_run_with_sequence_parallelism_are_kept(tmp_path: Path) -> None:
+    """DeepSpeed divides the batch by that size, and writes a whole float."""
+    source = tmp_path / "source"
+    shutil.copytree(ROOT / "tests/data/checkpoints/format_1/deepspeed", source)
+    (model_file,) = source.glob("step_3/*model_states.pt")
+    written = torch.load(model_file, weights_only=False)
+    torch.save(written | {"global_samples": 6.0}, model_file)
+    for manifest in source.glob("step_3/ds_blockwise*.json"):
+        manifest.unlink()  # its sums are those of the other samples
+    folder, _ = convert_checkpoint(source, tmp_path / "output")
+    counters = torch.load(folder / "training_state.pt")["counters"]
+    assert (counters["global_samples"], type(counters["global_samples"])) == (6, int)
 
 
 def test_a_universal_checkpoint_must_have_all_files_of_a_parameter(tmp_path: Path) -> None:

@@ -114,6 +114,19 @@ def test_record_rebuilds_the_segment_table(family: str, cls: Any) -> None:
         assert state_record.same_blocks(own.placements, read.placements)
 
 
+def test_a_record_may_hold_the_settings_alone(caplog: pytest.LogCaptureFixture) -> None:
+    """Megatron-core's distributed checkpoints do; one that lacks half of the rest is damaged."""
+    model = build("qwen3")
+    state = BlockwiseAdamMini(model.parameters(), **ADAMW).state_dict()
+    own = BlockwiseAdamMini(model.parameters(), **ADAMW | {"lr_multipliers": {"head": 3.0}})
+    del state[state_record.KEY]["tensors"]
+    with pytest.raises(ValueError, match="damaged: record lacks tensors"):
+        own.load_state_dict(state)
+    del state[state_record.KEY]["parameters"]
+    own.load_state_dict(state)
+    assert "lr_multipliers" in caplog.text
+
+
 def test_record_of_a_later_format_is_refused() -> None:
     model = build("qwen3")
     optimizer = BlockwiseAdamMini(model.parameters(), **ADAMW)

@@ -180,12 +180,13 @@ def _describe(source: Path, tag: str | None, trust: bool) -> CheckpointDescripti
         described["notes"].append(f"no {MANIFEST}: only the sums inside the files themselves could be checked")
     with of_one_version(checkpoint.folder, checkpoint.version):
         damaged_files = verify(checkpoint.folder)
-        described["problems"] += damaged_files
         try:
             _look_inside(checkpoint.folder, described, trust)
         except CheckpointError as error:
-            if not any(_is_about(line, str(error)) for line in damaged_files):  # the same twice says no more
-                described["problems"].append(str(error))
+            described["problems"].append(str(error))
+        # what follows from a damaged file says no more
+        inside = [p for p in described["problems"] if not any(_is_about(line, p) for line in damaged_files)]
+        described["problems"] = damaged_files + inside
         total = sum(path.stat().st_size for path in checkpoint.folder.rglob("*") if path.is_file())
     described["bytes"] |= {"other": total - sum(described["bytes"].values()), "total": total}
     return described

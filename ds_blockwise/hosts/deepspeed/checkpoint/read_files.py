@@ -347,7 +347,7 @@ class DeepSpeedFiles:
                     holder[key] = None
         return {
             "lr_scheduler": schedule["lr_scheduler"],
-            "counters": {key: value for key, value in first.items() if key in COUNTERS and isinstance(value, int)},
+            "counters": {k: int(n) for k, n in first.items() if k in COUNTERS and isinstance(n, (int, float))},
             "loss_scale": {k: loss_scale[k] for k in LOSS_SCALE if isinstance(loss_scale.get(k), (int, float))},
             "client_state": client_state,
         }

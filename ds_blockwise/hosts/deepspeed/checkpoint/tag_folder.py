@@ -65,7 +65,7 @@ class ModelFile(_Required, total=False):
     param_shapes: list[dict[str, Sequence[int]]] | None
     frozen_param_shapes: dict[str, Sequence[int]] | None
     frozen_param_fragments: dict[str, torch.Tensor] | None
-    global_samples: int
+    global_samples: float  # with sequence parallelism DeepSpeed divides by its size
     ds_config: dict[str, Any]
     checkpoint_parallel_dimensions: dict[str, int] | None
 
