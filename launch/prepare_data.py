@@ -27,6 +27,7 @@ from data.pool import usable_cores
 from data.token_files import check_directory, prepare
 from data.tokenizer import TRAIN_TOKENIZER
 from ds_blockwise.cli.overrides import add_overrides
+from ds_blockwise.cli.progress import waiting
 from ds_blockwise.runs.run_file import DataConfig, load_run
 from job.interrupt import INTERRUPTED
 from job.rendezvous import REFUSED
@@ -61,7 +62,8 @@ def main(arguments: list[str] | None = None) -> None:
     data, vocab_size, named_in, folders = _of_run_file(options) if options.run else _of_command_line(options, parser)
     if options.check:
         for folder in folders:
-            check_directory(Path(folder))
+            with waiting(f"reading every token of {folder}"):
+                check_directory(Path(folder))
             logging.info("%s: no damage found; every token was read", folder)
         return
     start = time.perf_counter()

@@ -20,6 +20,7 @@ import torch
 
 import quiet  # noqa: F401
 from ds_blockwise import block_report
+from ds_blockwise.cli.progress import waiting
 from ds_blockwise.hosts.deepspeed.monitor import add_monitor
 from ds_blockwise.optimizers.registry import OPTIMIZERS
 from ds_blockwise.runs.engine_json import optimizer_type, zero_stage
@@ -72,7 +73,8 @@ def main(arguments: list[str] | None = None) -> None:
     assert data is not None  # else there was a problem
     prepare_output(run, record, processes, checkpoint)
 
-    engine, batches = build_engine(job, data)
+    with waiting("building the model, its data and DeepSpeed's engine", quiet=processes.rank != 0):
+        engine, batches = build_engine(job, data)
     name = optimizer_type(config)
     if processes.rank == 0 and name in OPTIMIZERS:
         print(block_report(engine.module), flush=True)

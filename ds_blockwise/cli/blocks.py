@@ -15,6 +15,7 @@ from torch import nn
 
 from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.cli.models import MODEL_HELP, load_model
+from ds_blockwise.cli.progress import add_quiet
 from ds_blockwise.hosts.deepspeed.config.check import json_mistakes
 from ds_blockwise.optimizers.registry import OPTIMIZERS
 from ds_blockwise.optimizers.settings import OPTIMIZER_KEYS, check_extra_keys
@@ -43,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also run a small model of this kind, forward and backward, and check that queries, keys and values are "
         "where the table says",
     )
-    parser.set_defaults(run=run_blocks)
+    add_quiet(parser)
+    parser.set_defaults(run=run_blocks, awaited="building the model")
 
 
 def run_blocks(args: argparse.Namespace) -> tuple[str, int]:
@@ -52,6 +54,7 @@ def run_blocks(args: argparse.Namespace) -> tuple[str, int]:
     model = load_model(args.model)
     tag_with_settings(model, BlockSettings.parse(**settings))  # its message has rules in the form of the JSON
     report = block_report(model)
+    args.progress.what = "ds-blockwise: running a small model to verify it"
     verified = _verify(args.model, settings.get("rules", ())) if args.verify else None
     if args.json:
         found = report.to_dict()

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from ds_blockwise.checkpoint.manifest import CheckpointError
 from ds_blockwise.checkpoint.record import VERSION
 from ds_blockwise.cli import blocks, check, convert, init, plan, sharpness
+from ds_blockwise.cli.progress import waiting
 
 _COMMANDS = {
     "init": init,
@@ -33,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     try:
-        text, status = args.run(args)
+        with waiting(f"ds-blockwise: {args.awaited}", quiet=getattr(args, "quiet", False)) as args.progress:
+            text, status = args.run(args)
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError, CheckpointError) as error:
         print(f"ds-blockwise: error: {error}", file=sys.stderr)
         return 2
@@ -50,5 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"ds-blockwise {VERSION}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command in _COMMANDS.items():
-        command.add_arguments(commands.add_parser(name, help=command.HELP))
+        own = commands.add_parser(name, help=command.HELP)
+        own.set_defaults(awaited=name)
+        command.add_arguments(own)
     return parser
