@@ -52,14 +52,18 @@ read_hostfile() {
     share LAUNCH_HOSTS "$LAUNCH_HOSTS"
 }
 
-# pass_on SIGNAL: to the job. On its own host the command `deepspeed` would die of it and leave the process below it,
-# which ends the ranks: that one gets it (BELOW=1).
+# pass_on SIGNAL: to the job. On its own host (BELOW=1) the command `deepspeed` would die of it and leave the process
+# below it, which ends the ranks: that one gets SIGTERM. It would make SIGTERM of SIGINT: the ranks get that one.
 BELOW=''
 pass_on() {
-    local inner=''
-    [[ -z $BELOW ]] || inner=$(pgrep -P "$child" || true)
+    local to=$child below=''
+    [[ -z $BELOW ]] || below=$(pgrep -P "$child" || true)
+    if [[ -n $below ]]; then
+        to=$below
+        [[ $1 != INT ]] || to=$(pgrep -P "$below" || echo "$below")
+    fi
     # shellcheck disable=SC2086 # several are several arguments
-    kill -"$1" ${inner:-"$child"} 2>/dev/null || true
+    kill -"$1" $to 2>/dev/null || true
 }
 
 # with_restarts COMMAND...: run it again, at most MAX_RESTARTS times, when it fails; the job goes on from its last

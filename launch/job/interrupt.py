@@ -10,9 +10,11 @@ import os
 import signal
 import sys
 import threading
+import time
 
 INTERRUPTED = 128 + signal.SIGINT  # exit status, as a shell reports it
 _TERMINATED = 128 + signal.SIGTERM
+_SAME_S = 1.0  # the terminal's Ctrl-C and the same one, passed on by a launcher
 
 
 class Interrupt:
@@ -50,12 +52,14 @@ class Interrupt:
         os.close(self._read)
 
     def _watch(self) -> None:
+        first = 0.0
         while arrived := os.read(self._read, 1):
             if arrived[0] == signal.SIGINT and not self.asked:
                 self.asked = True
+                first = time.monotonic()
                 if self._notice:
                     print(f"\n{self._notice}", file=sys.stderr, flush=True)
-            elif arrived[0] == signal.SIGINT:
+            elif arrived[0] == signal.SIGINT and time.monotonic() - first > _SAME_S:
                 os._exit(INTERRUPTED)
             elif arrived[0] == signal.SIGTERM and not self.asked:
                 os._exit(_TERMINATED)

@@ -370,6 +370,60 @@ def test_a_signal_reaches_the_job_and_ends_the_restarts(bench: Bench) -> None:
     assert len(bench.calls("deepspeed")) == 1
 
 
+# What the command `deepspeed` starts: a process that ends the ranks, and a rank; each notes the signals that it gets.
+BELOW = """\
+import signal, subprocess, sys, time
+calls, name = sys.argv[1:]
+below = subprocess.Popen([sys.executable, "-S", __file__, calls, "rank"]) if name == "launch" else None
+def noted(number, frame):
+    with open(calls + ".signals", "a") as file:
+        file.write(f"{name} {number}\\n")
+    if below:
+        below.kill()
+    sys.exit(1)
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, noted)
+open(f"{calls}.{name}", "w").close()
+below.wait() if below else time.sleep(50)
+sys.exit(1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [(signal.SIGTERM, f"launch {signal.SIGTERM:d}\n"), (signal.SIGINT, f"rank {signal.SIGINT:d}\n")],
+)
+def test_a_signal_reaches_the_ranks_below_deepspeeds_command(bench: Bench, number: int, expected: str) -> None:
+    """The command itself dies of SIGTERM and leaves them running; of SIGINT the process between makes SIGTERM."""
+    (bench.folder / "below.py").write_text(BELOW, encoding="utf-8")
+    command = f"[sys.executable, '-S', {str(bench.folder / 'below.py')!r}, calls, 'launch']"
+    bench.stub("deepspeed", body=f"import subprocess\nsys.exit(subprocess.call({command}))\n")
+    process = subprocess.Popen(bench.command("local.sh", RUN), env=bench.env, cwd=bench.folder)
+    calls = Path(bench.env["CALLS"])
+    deadline = time.monotonic() + 30
+    while not all(Path(f"{calls}.{name}").exists() for name in ("launch", "rank")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+    assert process.wait(30) != 0
+    assert Path(f"{calls}.signals").read_text(encoding="utf-8") == expected
+    assert len(bench.calls("deepspeed")) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "restarts", "resume"),
+    [((), 2, ["--auto-resume"]), (("--resume",), 2, []), (("--overwrite",), 1, [])],
+)
+def test_resume_and_overwrite_take_the_place_of_auto_resume(
+    bench: Bench, arguments: tuple[str, ...], restarts: int, resume: list[str]
+) -> None:
+    done = bench.run("local.sh", RUN, *arguments, STATUSES="1 0", GPUS_PER_NODE="1")
+    calls = bench.calls("deepspeed")
+    assert (done.returncode, len(calls)) == (2 - restarts, restarts)
+    assert calls[0]["argv"][-len([*resume, *arguments, 0]) :] == [RUN, *resume, *arguments]
+    assert bench.run("local.sh", RUN, "--verbose", GPUS_PER_NODE="1").returncode == 0
+    assert bench.calls("deepspeed")[-1]["argv"][:2] == ["--log_level", "info"]
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "env", "says"),
     [

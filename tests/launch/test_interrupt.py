@@ -19,16 +19,16 @@ _WAITS = """
 import os, signal, sys, threading
 from job.interrupt import Interrupt
 with Interrupt("saving") as interrupt:
-    for number in map(int, sys.argv[1:]):
+    for number in map(int, sys.argv[2:]):
         os.kill(os.getpid(), number)
-        threading.Event().wait(0.2)
+        threading.Event().wait(float(sys.argv[1]))
     print("asked" if interrupt.asked else "not asked")
 """
 
 
-def _sent(*numbers: int) -> subprocess.CompletedProcess[str]:
+def _sent(wait: float, *numbers: int) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", _WAITS, *map(str, map(int, numbers))],
+        [sys.executable, "-c", _WAITS, str(wait), *map(str, map(int, numbers))],
         env=os.environ | {"PYTHONPATH": f"{LAUNCH}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
         capture_output=True,
         text=True,
@@ -56,10 +56,16 @@ def test_the_first_asks_and_the_handlers_come_back() -> None:
         ((signal.SIGINT,), 0, "asked\n", "\nsaving\n"),
         # the launcher's, after the same Ctrl-C
         ((signal.SIGINT, signal.SIGTERM, signal.SIGTERM), 0, "asked\n", "\nsaving\n"),
-        ((signal.SIGINT, signal.SIGINT), INTERRUPTED, "", "\nsaving\n"),
+        # the terminal's, and the same one from a launcher
+        ((signal.SIGINT, signal.SIGINT), 0, "asked\n", "\nsaving\n"),
         ((signal.SIGTERM,), 128 + signal.SIGTERM, "", ""),
     ],
 )
 def test_what_each_signal_does(numbers: tuple[int, ...], status: int, said: str, notice: str) -> None:
-    done = _sent(*numbers)
+    done = _sent(0.05, *numbers)
     assert (done.returncode, done.stdout, done.stderr) == (status, said, notice)
+
+
+def test_the_second_ends_at_once() -> None:
+    done = _sent(1.5, signal.SIGINT, signal.SIGINT)
+    assert (done.returncode, done.stdout, done.stderr) == (INTERRUPTED, "", "\nsaving\n")

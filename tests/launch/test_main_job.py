@@ -157,6 +157,22 @@ def test_the_second_ctrl_c_ends_at_once(prepared: Path) -> None:
     assert job.log(0).count("Ctrl-C: saving a checkpoint after this step") == 1
 
 
+def test_what_init_writes_trains(prepared: Path) -> None:
+    """On the project's small model and text."""
+    from ds_blockwise.cli.main import main
+
+    begun = prepared / "begun"
+    assert main(["init", str(begun)]) == 0
+    shutil.copy(prepared / "model.yaml", begun / "model.yaml")
+    changes = {"steps": 3, "warmup_steps": 1, "global_batch_size": 8, "micro_batch_size": 2, "validation_sequences": 7}
+    sets = [f"training.{key}={value}" for key, value in changes.items()]
+    sets += [f"data.directory={prepared / 'data'}", f"output={begun / 'runs'}"]
+    arguments = [word for entry in sets for word in ("--set", entry)]
+    jobs().start(prepared / "logs" / "begun", "--run", str(begun / "run.yaml"), *arguments).succeed()
+    _, summary = _results(begun / "runs" / "deepspeed")
+    assert (summary["completed"], summary["run"]) == (True, "begun")
+
+
 def test_a_job_that_stops_by_the_clock_goes_on_to_the_same_bits(
     prepared: Path, whole_run: tuple[Path, dict[str, Any]]
 ) -> None:
