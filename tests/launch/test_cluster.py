@@ -13,18 +13,15 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.helpers import ROOT
+from tests.helpers.launch.stubs import CLUSTER, RUN, Bench
 
-CLUSTER = ROOT / "launch" / "cluster"
 PROGRAM = str(ROOT / "launch" / "pretrain_llama.py")
 SCRIPTS = sorted(p for p in CLUSTER.iterdir() if p.suffix in (".sh", ".sbatch"))
-RUN = str(ROOT / "configs" / "run" / "tiny.yaml")
 JOB = [PROGRAM, "--run-file", RUN, "--auto-resume", "--set", "training.steps=9"]
 QUIET = ["--log_level", "warning"]
 # what env.sh gives every rank on a host without GPUs
@@ -37,25 +34,6 @@ SHARED = {
     "LAUNCH_SILENCE_SECONDS": "60",
     "PYTHONUNBUFFERED": "1",
 }
-# Writes down how it was called.
-NOTE = """\
-import json, os, sys, time
-calls = os.environ["CALLS"]
-name = os.path.basename(sys.argv[0])
-with open(calls, "a") as file:
-    file.write(json.dumps({"name": name, "argv": sys.argv[1:], "env": dict(os.environ)}) + "\\n")
-"""
-# Ends with the next of the statuses that the test asks for.
-ENDS = """\
-time.sleep(float(os.environ.get("STUB_SECONDS", "0")))
-if name == "deepspeed" and "--hostfile" in sys.argv:
-    path = sys.argv[sys.argv.index("--hostfile") + 1]
-    with open(calls + ".hostfile", "w") as copy:
-        copy.write(open(path).read())
-statuses = [int(s) for s in os.environ.get("STATUSES", "").split()]
-done = sum(json.loads(line)["name"] == name for line in open(calls))
-sys.exit(statuses[done - 1] if done <= len(statuses) else 0)
-"""
 # What Slurm does: the command once for each task, with its place; ends with the largest status.
 SRUN = """\
 import os, subprocess, sys
@@ -76,53 +54,6 @@ if sys.argv[1:3] == ["show", "hostnames"]:
     assert sys.argv[3] == "gpu[4-5]", sys.argv
     print("gpu4\\ngpu5")
 """
-
-
-@dataclass
-class Bench:
-    """A folder of stubs, first on the PATH, and what they wrote down."""
-
-    folder: Path
-    env: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.bin = self.folder / "bin"
-        self.bin.mkdir()
-        kept = ("HOME", "LANG", "TMPDIR")
-        self.env = {k: v for k, v in os.environ.items() if k in kept} | {
-            "PATH": f"{self.bin}:/usr/bin:/bin",
-            "CALLS": str(self.folder / "calls"),
-            "VENV": "",
-            "RESTART_WAIT": "0",
-            "NETWORK_INTERFACE": "eth7",
-        }
-
-    def stub(self, *names: str, body: str = "") -> None:
-        for name in names:
-            path = self.bin / name
-            # it notes the call first: the body may not come back
-            path.write_text(f"#!{sys.executable} -S\n{NOTE}{body or ENDS}", encoding="utf-8")
-            path.chmod(0o755)
-
-    def command(self, script: str, *arguments: str) -> list[str]:
-        return ["/bin/bash", str(CLUSTER / script), *arguments]
-
-    def run(self, script: str, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-        given = arguments or (RUN, "--set", "training.steps=9")
-        return subprocess.run(
-            self.command(script, *given),
-            env=self.env | env,
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-
-    def calls(self, name: str) -> list[dict[str, Any]]:
-        path = Path(self.env["CALLS"])
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        return [call for call in map(json.loads, lines) if call["name"] == name]
 
 
 @pytest.fixture
@@ -367,45 +298,6 @@ def test_a_signal_reaches_the_job_and_ends_the_restarts(bench: Bench) -> None:
     _, text = process.communicate(timeout=20)
     assert process.returncode == 128 + signal.SIGTERM
     assert text == "launch: stopped by a signal\n"
-    assert len(bench.calls("deepspeed")) == 1
-
-
-# What the command `deepspeed` starts: a process that ends the ranks, and a rank; each notes the signals that it gets.
-BELOW = """\
-import signal, subprocess, sys, time
-calls, name = sys.argv[1:]
-below = subprocess.Popen([sys.executable, "-S", __file__, calls, "rank"]) if name == "launch" else None
-def noted(number, frame):
-    with open(calls + ".signals", "a") as file:
-        file.write(f"{name} {number}\\n")
-    if below:
-        below.kill()
-    sys.exit(1)
-for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, noted)
-open(f"{calls}.{name}", "w").close()
-below.wait() if below else time.sleep(50)
-sys.exit(1)
-"""
-
-
-@pytest.mark.parametrize(
-    ("number", "expected"),
-    [(signal.SIGTERM, f"launch {signal.SIGTERM:d}\n"), (signal.SIGINT, f"rank {signal.SIGINT:d}\n")],
-)
-def test_a_signal_reaches_the_ranks_below_deepspeeds_command(bench: Bench, number: int, expected: str) -> None:
-    """The command itself dies of SIGTERM and leaves them running; of SIGINT the process between makes SIGTERM."""
-    (bench.folder / "below.py").write_text(BELOW, encoding="utf-8")
-    command = f"[sys.executable, '-S', {str(bench.folder / 'below.py')!r}, calls, 'launch']"
-    bench.stub("deepspeed", body=f"import subprocess\nsys.exit(subprocess.call({command}))\n")
-    process = subprocess.Popen(bench.command("local.sh", RUN), env=bench.env, cwd=bench.folder)
-    calls = Path(bench.env["CALLS"])
-    deadline = time.monotonic() + 30
-    while not all(Path(f"{calls}.{name}").exists() for name in ("launch", "rank")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(number)
-    assert process.wait(30) != 0
-    assert Path(f"{calls}.signals").read_text(encoding="utf-8") == expected
     assert len(bench.calls("deepspeed")) == 1
 
 

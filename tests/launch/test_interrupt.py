@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from job.interrupt import INTERRUPTED, Interrupt
 from tests.helpers.launch.project import LAUNCH
+from tests.helpers.launch.stubs import RUN, Bench
 
 # Waits in C, with the signals that are given sent to itself, as a rank waits in a collective.
 _WAITS = """
@@ -69,3 +71,43 @@ def test_what_each_signal_does(numbers: tuple[int, ...], status: int, said: str,
 def test_the_second_ends_at_once() -> None:
     done = _sent(1.5, signal.SIGINT, signal.SIGINT)
     assert (done.returncode, done.stdout, done.stderr) == (INTERRUPTED, "", "\nsaving\n")
+
+
+# What the command `deepspeed` starts: a process that ends the ranks, and a rank; each notes the signals that it gets.
+BELOW = """\
+import signal, subprocess, sys, time
+calls, name = sys.argv[1:]
+below = subprocess.Popen([sys.executable, "-S", __file__, calls, "rank"]) if name == "launch" else None
+def noted(number, frame):
+    with open(calls + ".signals", "a") as file:
+        file.write(f"{name} {number}\\n")
+    if below:
+        below.kill()
+    sys.exit(1)
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, noted)
+open(f"{calls}.{name}", "w").close()
+below.wait() if below else time.sleep(50)
+sys.exit(1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [(signal.SIGTERM, f"launch {signal.SIGTERM:d}\n"), (signal.SIGINT, f"rank {signal.SIGINT:d}\n")],
+)
+def test_a_signal_reaches_the_ranks_below_deepspeeds_command(tmp_path: Path, number: int, expected: str) -> None:
+    """The command itself dies of SIGTERM and leaves them running; of SIGINT the process between makes SIGTERM."""
+    bench = Bench(tmp_path)
+    (bench.folder / "below.py").write_text(BELOW, encoding="utf-8")
+    command = f"[sys.executable, '-S', {str(bench.folder / 'below.py')!r}, calls, 'launch']"
+    bench.stub("deepspeed", body=f"import subprocess\nsys.exit(subprocess.call({command}))\n")
+    process = subprocess.Popen(bench.command("local.sh", RUN), env=bench.env, cwd=bench.folder)
+    calls = Path(bench.env["CALLS"])
+    deadline = time.monotonic() + 30
+    while not all(Path(f"{calls}.{name}").exists() for name in ("launch", "rank")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+    assert process.wait(30) != 0
+    assert Path(f"{calls}.signals").read_text(encoding="utf-8") == expected
+    assert len(bench.calls("deepspeed")) == 1
