@@ -9,6 +9,34 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _OURS = ("", "ds_blockwise", "megatron_patch")
+# package -> the extra of `setup.py` that brings it, where no command names one
+_EXTRA_OF = {
+    "accelerate": "hf",
+    "deepspeed": "deepspeed",
+    "matplotlib": "launch",
+    "megatron": "megatron",
+    "numpy": "deepspeed",
+    "pyarrow": "data",
+    "pydantic": "launch",
+    "safetensors": "deepspeed",
+    "tokenizers": "launch",
+    "transformers": "hf",
+    "yaml": "launch",
+}
+
+
+def missing_package(error: ModuleNotFoundError) -> str:
+    """What to say of a package that nobody named before it was imported.
+
+    Raises:
+        ModuleNotFoundError: the module is one of ours, so this is a fault of ours.
+    """
+    package = (error.name or "").partition(".")[0]
+    if package in _OURS:
+        raise error
+    extra = _EXTRA_OF.get(package)
+    wanted = package if extra is None else f"'ds_blockwise[{extra}]'"
+    return f"this needs {package}, which is not installed: pip install {wanted}"
 
 
 @contextmanager

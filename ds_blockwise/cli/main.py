@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from ds_blockwise.checkpoint.manifest import CheckpointError
 from ds_blockwise.checkpoint.record import VERSION
 from ds_blockwise.cli import blocks, check, convert, init, plan, sharpness
+from ds_blockwise.cli.extras import missing_package
 from ds_blockwise.cli.progress import waiting
 
 _COMMANDS = {
@@ -36,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with waiting(f"ds-blockwise: {args.awaited}", quiet=getattr(args, "quiet", False)) as args.progress:
             text, status = args.run(args)
+    except ModuleNotFoundError as error:
+        print(f"ds-blockwise: error: {missing_package(error)}", file=sys.stderr)
+        return 2
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError, CheckpointError) as error:
         print(f"ds-blockwise: error: {error}", file=sys.stderr)
         return 2

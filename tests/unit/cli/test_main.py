@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -70,6 +71,27 @@ def test_a_base_install_says_which_extra_to_install(tmp_path: Path) -> None:
     for words, found in zip(expected.values(), done.stderr.split("--\n"), strict=False):
         assert any(words.format(package=package) in found for package in ABSENT), found
         assert found.count("\n") == 1  # nor a warning, such as torch's of NumPy
+
+
+def test_a_package_that_no_command_names(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Never the bare `No module named`, wherever the import stands; but a fault of our own stays one."""
+
+    def lacks(name: str) -> None:
+        def run(args: argparse.Namespace) -> tuple[str, int]:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+        monkeypatch.setattr("ds_blockwise.cli.init.run_init", run)
+
+    lacks("safetensors.torch")
+    assert main(["init", "anywhere"]) == 2
+    said = capsys.readouterr().err
+    assert said.endswith("needs safetensors, which is not installed: pip install 'ds_blockwise[deepspeed]'\n")
+    lacks("somewhere.else")
+    assert main(["init", "anywhere"]) == 2
+    assert "needs somewhere, which is not installed: pip install somewhere\n" in capsys.readouterr().err
+    lacks("ds_blockwise.nothing")
+    with pytest.raises(ModuleNotFoundError):
+        main(["init", "anywhere"])
 
 
 def test_a_fault_of_our_own_is_not_called_a_missing_package() -> None:
