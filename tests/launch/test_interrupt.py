@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from job.interrupt import INTERRUPTED, Interrupt
+from job.rendezvous import exit_status
 from tests.helpers.launch.project import LAUNCH
 from tests.helpers.launch.stubs import RUN, Bench
 
@@ -71,6 +72,20 @@ def test_what_each_signal_does(numbers: tuple[int, ...], status: int, said: str,
 def test_the_second_ends_at_once() -> None:
     done = _sent(1.5, signal.SIGINT, signal.SIGINT)
     assert (done.returncode, done.stdout, done.stderr) == (INTERRUPTED, "", "\nsaving\n")
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", "\ninterrupted\n"), ("1", "")])
+def test_before_training_there_is_nothing_to_save(
+    rank: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    ended: list[int] = []
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    exit_status(interrupted)
+    assert (ended, capsys.readouterr().err) == ([INTERRUPTED], said)
 
 
 # What the command `deepspeed` starts: a process that ends the ranks, and a rank; each notes the signals that it gets.
