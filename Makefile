@@ -8,14 +8,14 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup train finetune compare test test-quick support test-slow test-faults test-hosts test-gpu test-asan reliability checkpoint-matrix lint clean bench bench-kernels bench-gpu bench-communication bench-end-to-end bench-data
+.PHONY: setup train finetune compare test test-quick support test-slow test-faults test-hosts test-gpu test-asan reliability checkpoint-matrix docs lint clean bench bench-kernels bench-gpu bench-communication bench-end-to-end bench-data
 
 setup: $(STAMP)
 
 $(STAMP): constraints.txt setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[deepspeed,megatron,hf,launch,data,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[deepspeed,megatron,hf,launch,data,dev,docs]"
 	touch $(STAMP)
 
 train: setup
@@ -42,17 +42,17 @@ compare: setup
 bench: bench-kernels bench-communication bench-end-to-end
 
 bench-kernels: setup
-	$(BIN)/python -m benchmarks.step.run --readme $(ARGS)
+	$(BIN)/python -m benchmarks.step.run --docs $(ARGS)
 
 bench-gpu: setup
-	DS_ACCELERATOR=cuda $(BIN)/python -m benchmarks.step.run --device cuda --readme $(ARGS)
+	DS_ACCELERATOR=cuda $(BIN)/python -m benchmarks.step.run --device cuda --docs $(ARGS)
 
 bench-communication: setup
-	$(BIN)/python -m benchmarks.costs.communication --readme
-	$(BIN)/python -m benchmarks.costs.communication_overhead --readme
+	$(BIN)/python -m benchmarks.costs.communication --docs
+	$(BIN)/python -m benchmarks.costs.communication_overhead --docs
 
 bench-end-to-end: setup
-	$(BIN)/python -m benchmarks.costs.end_to_end --readme $(ARGS)
+	$(BIN)/python -m benchmarks.costs.end_to_end --docs $(ARGS)
 
 bench-data: setup
 	$(BIN)/python -m benchmarks.costs.prepare_data --docs $(ARGS)
@@ -90,6 +90,11 @@ test-asan: setup
 # The attacks of tests/attacks; writes docs/reliability.md. TIMES=5: five times as many inputs.
 reliability: setup
 	ATTACK_TIMES=$(or $(TIMES),1) WRITE_RELIABILITY=1 $(PYTEST) tests/attacks $(ARGS)
+
+# The site, into build/docs; writes the generated pages of docs/reference first. Every warning is an error (not with --quiet, which hides them from --strict too).
+docs: setup
+	$(BIN)/python -m tests.helpers.pages
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 lint: setup
 	$(BIN)/ruff check .

@@ -12,11 +12,13 @@ EXTRAS = {
     "hf": ["transformers>=4.48", "accelerate"],
     "data": ["pyarrow"],
     "launch": ["tokenizers>=0.20", "pydantic>=2.6,<3", "pyyaml", "matplotlib", "tensorboard", "tqdm"],
+    "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1,<2"],
     "dev": [
         "adam-mini==1.1.1",
         "cloudpickle",
         "hypothesis",
         "import-linter",
+        "markdown-it-py",
         "mypy",
         "peft",
         "pytest",

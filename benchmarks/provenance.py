@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a figure comes from: hardware, versions, date, commit; and the README's tables between their markers."""
+"""Where a figure comes from: hardware, versions, date, commit; and tables between the markers of a page."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS_PAGE = ROOT / "docs/benchmarks.md"
 PROVENANCE = (
     "cpu",
     "cores",
@@ -124,7 +125,7 @@ def between(text: str, name: str) -> str:
     begin, end = markers(name)
     found = re.search(f"{re.escape(begin)}\n(.*?)\n?{re.escape(end)}", text, flags=re.DOTALL)
     if found is None:
-        raise ValueError(f"README.md has no lines {begin} and {end}; add them where the table belongs")
+        raise ValueError(f"the page has no lines {begin} and {end}; add them where the table belongs")
     return found.group(1)
 
 

@@ -48,8 +48,8 @@ COLUMNS = (
 def table(rows: Sequence[ArmResult], results: Results, plan: Plan) -> str:
     """The comparison as Markdown, with where it comes from."""
     lines = [
-        f"| optimizer | best base lr | final validation loss | against AdamW, same seeds | "
-        f"steps to AdamW's loss at {plan.steps} | time to it, of AdamW's | CPU s per step | "
+        f"| optimizer | best base lr | final validation loss, nats | minus AdamW's, nats | "
+        f"steps to AdamW's loss at {plan.steps} | CPU time to it / AdamW's | CPU time per step, s | "
         f"state, bytes per parameter |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
@@ -77,7 +77,7 @@ def ablation_table(results: Results, plan: Plan, best: Mapping[str, float]) -> s
         best: Best learning rate by arm.
     """
     lines = [
-        "| optimizer | change | base lr | final validation loss | change in loss, same seeds |",
+        "| optimizer | change | base lr | final validation loss, nats | change in loss, nats |",
         "|---|---|---:|---:|---:|",
     ]
     asked = ablations(best, plan)
@@ -112,12 +112,11 @@ def provenance_text(results: Results, plan: Plan) -> str:
     dates = sorted({r["provenance"]["date"] for r in results.values()})
     precision = "bf16 with fp32 master weights" if plan.bf16 else "fp32"
     return (
-        f"Measured by `benchmarks/compare/run.py`: LLaMA of {some['parameters']:,} parameters on Python source "
-        f"text, {precision}, {plan.steps} steps of {some['tokens'] // trial.steps:,} tokens, "
-        f"{plan.warmup:.0%} of them warm-up, complete decays; every "
-        f"optimizer at the best of its own learning rates (first seed), {plan.seeds} seeds, differences between runs "
-        f"of the same seed, ± one standard error. CPU time has validation in it. "
-        f"One process on one core of {' or '.join(machines)}, torch {of['torch']}, "
+        f"LLaMA of {some['parameters']:,} parameters on Python source text, {precision}, {plan.steps} steps of "
+        f"{some['tokens'] // trial.steps:,} tokens, {plan.warmup:.0%} of them warm-up, complete decays. Every "
+        f"optimizer has the best of its own learning rates, found with the first seed. {plan.seeds} seeds; differences "
+        f"are between runs of the same seed; ± is one standard error. CPU time includes validation. Measured by "
+        f"`benchmarks/compare/run.py`, one process on one core of {' or '.join(machines)}, torch {of['torch']}, "
         f"DeepSpeed {of['deepspeed']}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, "
         f"commit {', '.join(commits)}."
     )
@@ -212,8 +211,7 @@ def write(results: Results, run: RunConfig, plan: Plan, folder: Path, *, publish
         run: What they trained.
         plan: What was asked for.
         folder: Of the trials.
-        published: Also replace the run's files in docs/compare and its tables in docs/evidence.md, and README's table
-            of this run if it has one.
+        published: Also replace the run's files in docs/compare and its tables in docs/evidence.md.
 
     Returns:
         The table for the terminal.
@@ -237,9 +235,6 @@ def write(results: Results, run: RunConfig, plan: Plan, folder: Path, *, publish
         plots.sweeps(results, plan, title, target / f"{run.name}_sweep.png")
     (folder / "table.md").write_text(text + "\n", encoding="utf-8")
     if published:
-        if f"{run.name} results" in (ROOT / "README.md").read_text(encoding="utf-8"):
-            figure = f"![validation loss](docs/compare/{run.name}.png)"
-            write_between(ROOT / "README.md", f"{run.name} results", f"{text}\n\n{figure}")
         write_between(ROOT / "docs/evidence.md", f"{run.name} results", text)
         write_between(ROOT / "docs/evidence.md", f"{run.name} ablations", changes)
     note = "" if drawable else f"; {run.name}.png is as it was: the CSV has no curves of its runs"

@@ -262,7 +262,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, help="of a whole run")
     parser.add_argument("--no-ablations", action="store_true")
     parser.add_argument("--from-published", action="store_true", help="what is in docs/compare counts as finished")
-    parser.add_argument("--publish", action="store_true", help="write docs and README.md although runs are missing")
+    parser.add_argument("--publish", action="store_true", help="write docs/evidence.md although runs are missing")
     options = parser.parse_args()
     plan = _plan(options, parser)
     whole = plan == _published_plan(options.run) and not options.set

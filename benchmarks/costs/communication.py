@@ -11,6 +11,7 @@ device, the DeepSpeed host cuts it, and the optimizer's own reduction is called 
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import sys
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from megatron.core import parallel_state
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from benchmarks.provenance import ROOT, provenance, write_between, write_csv
+from benchmarks.provenance import BENCHMARKS_PAGE, ROOT, provenance, write_between, write_csv
 from ds_blockwise import tag_parameters
 from ds_blockwise.blocks.segment_table import Placement, SegmentTable, build_table, whole_placement
 from ds_blockwise.hosts.deepspeed.partitions import offsets_of, zero_3_tensors, zero_window
@@ -91,8 +92,8 @@ def main(arguments: list[str] | None = None) -> int:
                 rows.append({**row, "date": facts["date"], "commit": facts["commit"]})
                 print(_line(row), flush=True)
     write_csv(options.out / "communication.csv", COLUMNS, rows)
-    if options.readme:
-        write_between(ROOT / "README.md", "communication", markdown(rows))
+    if options.docs:
+        write_between(BENCHMARKS_PAGE, "communication", markdown(rows))
     broken = [row for row in rows if not within_limits(row)]
     for row in broken:
         print(f"FAIL  {_line(row)}; allowed {LIMIT:.1%} and one message per group")
@@ -253,30 +254,27 @@ def _line(row: dict[str, str]) -> str:
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
-    """The README's table: the worst data-parallel size per ZeRO stage and tensor-parallel size."""
-    sizes = list(dict.fromkeys(row["tp"] for row in rows))
+    """The table of docs/benchmarks.md: ZeRO stage, tensor-parallel size, the data-parallel size with most to send."""
     lines = [
-        f"| ZeRO stage | {' | '.join(f'tp {tp}' for tp in sizes)} |",
-        f"|---|{'---:|' * len(sizes)}",
+        "| ZeRO stage | tensor-parallel size | bytes sent per step | % of the fp32 gradient | data-parallel size |",
+        "|---|---:|---:|---:|---:|",
     ]
-    for stage in STAGES:
-        cells = []
-        for tp in sizes:
-            some = [row for row in rows if (row["zero_stage"], row["tp"]) == (stage, tp)]
-            row = max(some, key=lambda row: float(row["share_of_fp32_gradient"]))
-            sent = int(row["dp_bytes"]) + int(row["tp_bytes"])
-            cells.append(f"{sent:,} B, {float(row['share_of_fp32_gradient']):.4%} (dp {row['dp']})")
-        lines.append(f"| {stage} | {' | '.join(cells)} |")
+    for stage, tp in itertools.product(STAGES, dict.fromkeys(row["tp"] for row in rows)):
+        some = [row for row in rows if (row["zero_stage"], row["tp"]) == (stage, tp)]
+        row = max(some, key=lambda row: float(row["share_of_fp32_gradient"]))
+        sent = int(row["dp_bytes"]) + int(row["tp_bytes"])
+        share = 100 * float(row["share_of_fp32_gradient"])
+        lines.append(f"| {stage} | {tp} | {sent:,} | {share:.4f} | {row['dp']} |")
     first = rows[0]
     dps = [int(row["dp"]) for row in rows]
     lines += [
         "",
-        f"Bytes that a rank of BlockwiseAdamMini contributes to the reductions of one step, at the worst data-parallel "
-        f"size from {min(dps)} to {max(dps)}, and their share of the fp32 gradient of the tensor-parallel rank's "
-        f"parameters, which data parallelism reduces anyway (of a bf16 gradient: twice the share). At most one message "
-        f"per process group and step. BlockwiseAdamW sends nothing. LLaMA of {int(first['model_parameters']):,} "
-        f"parameters, counted by `benchmarks/costs/communication.py` from the tables of the first and the last rank "
-        f"and of the one with most to send, {first['date']}, commit {first['commit']}.",
+        f"BlockwiseAdamMini, LLaMA of {int(first['model_parameters']):,} parameters. The table shows the rank that "
+        f"sends most. Data-parallel sizes from {min(dps)} to {max(dps)} were counted; the one with the largest share "
+        f"is shown. The gradient is that of the rank's own parameters, which data parallelism sends anyway. The share "
+        f"of a bf16 gradient is twice as large. A rank sends at most one message per process group and step. "
+        f"BlockwiseAdamW sends nothing. Counted by `benchmarks/costs/communication.py`, {first['date']}, commit "
+        f"{first['commit']}.",
     ]
     return "\n".join(lines)
 
@@ -287,7 +285,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dp", nargs="+", type=int, default=[1 << k for k in range(11)], metavar="N")
     parser.add_argument("--tp", nargs="+", type=int, default=[1, 2, 4], metavar="N")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/bench", help="folder of the CSV")
-    parser.add_argument("--readme", action="store_true", help="also write the table into README.md")
+    parser.add_argument("--docs", action="store_true", help="also write the table into docs/benchmarks.md")
     return parser.parse_args(arguments)
 
 

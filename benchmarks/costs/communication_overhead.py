@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from benchmarks.provenance import PROVENANCE, ROOT, cores, provenance, write_between, write_csv
+from benchmarks.provenance import BENCHMARKS_PAGE, PROVENANCE, ROOT, cores, provenance, write_between, write_csv
 from benchmarks.step.peers import HYPER
 from benchmarks.step.shapes import SIZES, zero_shard
 from ds_blockwise import BlockwiseAdamMini
@@ -56,8 +56,8 @@ def main(arguments: list[str] | None = None) -> None:
         for row in rows[-3:]:
             print(f"{ranks} ranks: {row['what']:<22} {row['median_ms']:>9} ms, {row['bytes_sent']} B", flush=True)
     write_csv(options.out / "communication_overhead.csv", COLUMNS, rows)
-    if options.readme:
-        write_between(ROOT / "README.md", "communication-overhead", markdown(rows))
+    if options.docs:
+        write_between(BENCHMARKS_PAGE, "communication-overhead", markdown(rows))
 
 
 def measure(ranks: int, size: str, rounds: int) -> list[dict[str, str]]:
@@ -120,16 +120,16 @@ def _rank_main(rank: int, ranks: int, folder: str, size: str, rounds: int, threa
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
-    """The README's table, one line per number of ranks."""
+    """The table of docs/benchmarks.md, one line per number of ranks."""
     lines = [
-        f"| ranks | {WITH}, ms | {WITHOUT}, ms | added | {BARE}, ms | split blocks | bytes sent |",
+        f"| ranks | {WITH}, ms | {WITHOUT}, ms | added, % | {BARE}, ms | split blocks | bytes sent |",
         "|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for ranks in dict.fromkeys(row["ranks"] for row in rows):
         found = {row["what"]: row for row in rows if row["ranks"] == ranks}
         added = float(found[WITH]["median_ms"]) / float(found[WITHOUT]["median_ms"]) - 1
         times = [found[what]["median_ms"] for what in (WITH, WITHOUT)]
-        cells = [ranks, *times, f"{added:+.1%}", found[BARE]["median_ms"]]
+        cells = [ranks, *times, f"{100 * added:+.1f}", found[BARE]["median_ms"]]
         cells += [found[WITH]["split_blocks"], found[WITH]["bytes_sent"]]
         lines.append(f"| {' | '.join(cells)} |")
     first = rows[0]
@@ -138,8 +138,8 @@ def markdown(rows: list[dict[str, str]]) -> str:
         f"Median step of BlockwiseAdamMini ({first['backend']} backend) on ZeRO-2 shards of about "
         f"{int(first['parameters_per_rank']) / 1e6:.0f}M parameters a rank, by "
         f"`benchmarks/costs/communication_overhead.py` with gloo on one machine of {first['cores']} "
-        f"cores ({first['cpu']}): the ranks share the cores, so with more "
-        f"than {first['cores']} of them they wait for each other's turn, not for the network. torch {first['torch']}, "
+        f"cores ({first['cpu']}). The ranks share the cores: more than {first['cores']} ranks wait for a core, not for "
+        f"the network. torch {first['torch']}, "
         f"{first['date']}, commit {first['commit']}.",
     ]
     return "\n".join(lines)
@@ -151,7 +151,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, default="25M", help="parameters of each rank")
     parser.add_argument("--rounds", type=int, default=41, help="samples of each kind")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/bench", help="folder of the CSV")
-    parser.add_argument("--readme", action="store_true", help="also write the table into README.md")
+    parser.add_argument("--docs", action="store_true", help="also write the table into docs/benchmarks.md")
     options = parser.parse_args(arguments)
     if min(options.ranks) < 2:
         parser.error(f"--ranks must be at least 2 each, got {options.ranks}: one rank has nothing to reduce")

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from benchmarks.provenance import PROVENANCE, ROOT, provenance, write_between, write_csv
+from benchmarks.provenance import BENCHMARKS_PAGE, PROVENANCE, ROOT, provenance, write_between, write_csv
 from ds_blockwise.kernels.select import kernels_for
 
 PROCESSES = 2
@@ -95,8 +95,8 @@ def main(arguments: list[str] | None = None) -> None:
     compare(rows)
     write_csv(options.out / "end_to_end.csv", COLUMNS, rows)
     print(markdown(rows))
-    if options.readme:
-        write_between(ROOT / "README.md", "end-to-end", markdown(rows))
+    if options.docs:
+        write_between(BENCHMARKS_PAGE, "end-to-end", markdown(rows))
 
 
 def _prepare(work: Path, steps: int) -> Path:
@@ -205,10 +205,10 @@ def compare(rows: list[dict[str, str]]) -> None:
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
-    """The README's table."""
+    """The table of docs/benchmarks.md."""
     lines = [
-        "| | optimizer | step, ms | optimizer's part, ms | over AdamW: step | optimizer | peak memory of the "
-        "processes, MiB | state, bytes per parameter |",
+        "| ZeRO | optimizer | step, ms | optimizer's part, ms | step / AdamW's | optimizer's part / AdamW's | "
+        "peak memory of rank 0 + rank 1, MiB | state, bytes per parameter |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
@@ -221,12 +221,12 @@ def markdown(rows: list[dict[str, str]]) -> str:
     lines += [
         "",
         f"The main job with a LLaMA of {int(first['model_parameters']):,} parameters, {first['tokens_per_step']} "
-        f"tokens in a step, on {first['processes']} processes that share {first['cores']} cores ({first['cpu']}), by "
-        f"`benchmarks/costs/end_to_end.py`: medians of {first['timed_steps']} steps in {first['rounds']} rounds, the "
-        f"slowest rank's time, {backend} backend. ZeRO-2 and ZeRO-Offload both compute on the CPU here, so nothing "
-        f"moves between devices; they differ in DeepSpeed's buffers. The batch is small so that the optimizer shows; "
-        f"with more tokens its part of a step is smaller. Over AdamW: over DeepSpeed's own kernel under the same ZeRO. "
-        f"Peak memory is that of the timed steps, the Python process and its libraries included. "
+        f"tokens per step. {first['processes']} processes share {first['cores']} cores ({first['cpu']}). Times are "
+        f"medians of {first['timed_steps']} steps in {first['rounds']} rounds, on the slowest rank, {backend} backend. "
+        f"AdamW's: DeepSpeed's own kernel under the same ZeRO. The batch is small so that the optimizer shows; "
+        f"with more tokens its part of a step is smaller. ZeRO-2 and ZeRO-Offload both compute on the CPU here: "
+        f"nothing moves between devices, only DeepSpeed's buffers differ. Peak memory is that of the timed steps, "
+        f"with Python and its libraries. Measured by `benchmarks/costs/end_to_end.py`, "
         f"torch {first['torch']}, DeepSpeed {first['deepspeed']}, {first['date']}, commit {first['commit']}.",
     ]
     return "\n".join(lines)
@@ -240,7 +240,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--drop", type=int, default=4, help="first steps that do not count")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/end_to_end", help="folder of the runs themselves")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/bench", help="folder of the CSV")
-    parser.add_argument("--readme", action="store_true", help="also write the table into README.md")
+    parser.add_argument("--docs", action="store_true", help="also write the table into docs/benchmarks.md")
     options = parser.parse_args(arguments)
     if not 0 < options.drop < options.steps - 2:
         parser.error(f"--drop must be from 1 to {options.steps - 3} with {options.steps} steps, got {options.drop}")

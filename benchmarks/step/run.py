@@ -22,7 +22,7 @@ os.environ.setdefault(
 
 import torch
 
-from benchmarks.provenance import ROOT, provenance, write_between, write_csv
+from benchmarks.provenance import BENCHMARKS_PAGE, ROOT, provenance, write_between, write_csv
 from benchmarks.step.peers import Contender, Missing, find_contenders
 from benchmarks.step.plots import plot
 from benchmarks.step.probe import PROBES, measure
@@ -30,7 +30,7 @@ from benchmarks.step.shapes import LAYOUTS, SIZES, make_case
 from benchmarks.step.tables import COLUMNS, Row, acceptance, markdown, missing_rows, timed_rows
 from benchmarks.step.verify import verify
 
-README_SECTION = {"cpu": "bench", "cuda": "bench-gpu"}
+SECTION = {"cpu": "bench", "cuda": "bench-gpu"}
 ROUNDS = {"1M": 61, "5M": 61, "25M": 41, "67M": 41, "200M": 21, "1B": 21}
 
 
@@ -52,9 +52,9 @@ def main(arguments: list[str] | None = None) -> None:
             rows += _run_case(size, layout, device, contenders, missing, options.rounds or ROUNDS[size], common)
             write_csv(results, COLUMNS, rows)  # what is measured is kept, whatever comes next
     plot(rows, figure)
-    if options.readme:
-        table = markdown(rows, os.path.relpath(figure, ROOT))
-        write_between(ROOT / "README.md", README_SECTION[device.type], table)
+    if options.docs:
+        table = markdown(rows, os.path.relpath(figure, BENCHMARKS_PAGE.parent))
+        write_between(BENCHMARKS_PAGE, SECTION[device.type], table)
     print(f"written: {results} and {figure}")
     checks = acceptance(rows)
     for check in checks:
@@ -101,7 +101,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         help="bandwidth probe: one loop made by torch.compile (needs its compiler), or sweeps of plain operations",
     )
     parser.add_argument("--out", type=Path, default=ROOT / "docs/bench", help="folder of CSV and figure")
-    parser.add_argument("--readme", action="store_true", help="also write the table into README.md")
+    parser.add_argument("--docs", action="store_true", help="also write the table into docs/benchmarks.md")
     options = parser.parse_args(arguments)
     if options.sizes is None:
         options.sizes = [size for size in SIZES if size != "1B" or options.device == "cuda"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of the kernel benchmark's CSV, the README's table and the acceptance lines that are made from them."""
+"""Rows of the kernel benchmark's CSV, the table of docs/benchmarks.md and the acceptance lines, made from them."""
 
 from __future__ import annotations
 
@@ -206,15 +206,15 @@ def find(rows: Sequence[Row], size: str, layout: str, optimizer: str) -> Row | N
     return min(found, key=lambda row: order.index(row["backend"]), default=None)
 
 
-# ------------------------------------------------------------------------------------- README
+# ------------------------------------------------------------------------------------- page
 
 
 def markdown(rows: Sequence[Row], figure: str) -> str:
-    """The README's table: milliseconds of one step by contender, then the ratios that matter and the provenance.
+    """The table of docs/benchmarks.md: milliseconds of one step by contender, ratios, and the provenance.
 
     Args:
         rows: of the CSV.
-        figure: path of the plot, relative to the README.
+        figure: path of the plot, relative to the page.
     """
     columns = list(dict.fromkeys((row["size"], row["layout"]) for row in rows))
     shown = [column for column in columns if column[0] in ("5M", "67M", "200M", "1B")] or columns
@@ -223,7 +223,7 @@ def markdown(rows: Sequence[Row], figure: str) -> str:
     cells = {(row["contender"], row["size"], row["layout"]): row for row in rows}
     head = [f"{size}, {'whole' if layout == 'whole' else 'shard'}" for size, layout in shown]
     lines = [
-        f"| optimizer | bytes | {' | '.join(f'{h}, ms' for h in head)} | share of the probe |",
+        f"| optimizer | bytes moved per parameter | {' | '.join(f'{h}, ms' for h in head)} | rate / the probe's |",
         f"|---|---:|{'---:|' * (len(shown) + 1)}",
     ]
     for name in names:
@@ -256,14 +256,13 @@ def _provenance(rows: Sequence[Row], largest: tuple[str, str]) -> str:
     where = first["gpu"] if first["device"] == "cuda" else f"{first['cpu']}, {first['cores']} cores"
     cache = int(first["l3_bytes"]) / (1 << 20)
     return (
-        f"Median time of one step, by `benchmarks/step/run.py` on {where} ({first['threads']} threads, last-level "
-        f"cache {cache:,.0f} MiB, shared with whatever else the processor runs: sizes whose tensors fit it are not "
-        f"measurements of memory), torch {first['torch']}, DeepSpeed {first['deepspeed']}, {first['date']}, commit "
-        f"{first['commit']}. All contenders step the same fp32 tensors in turn; ours with their default multipliers "
-        f"and fused QKV. Bytes: what a step must move per parameter. Share of the probe: of the rate at which "
-        f"{PROBE_NAMES[first['probe']]} with the same reads and writes moves bytes in the same rounds, at the largest "
-        f"size shown ({adamw} GB/s with AdamW's traffic, {mini} with Adam-mini's). "
-        f"A shard is what the middle of three ZeRO ranks holds; it begins and ends inside a block."
+        f"Median time of one step. All optimizers step the same fp32 tensors in turn; ours use their default "
+        f"multipliers and fused QKV. A shard is what the middle one of three ZeRO ranks holds; it begins and ends "
+        f"inside a block. The probe is {PROBE_NAMES[first['probe']]} with the same reads and writes; it moved {adamw} "
+        f"GB/s with AdamW's traffic and {mini} GB/s with Adam-mini's, at the largest size shown. The last-level cache "
+        f"of {cache:,.0f} MiB is shared with whatever else the processor runs: a size that fits it does not measure "
+        f"memory. Measured by `benchmarks/step/run.py` on {where}, {first['threads']} threads, "
+        f"torch {first['torch']}, DeepSpeed {first['deepspeed']}, {first['date']}, commit {first['commit']}."
     )
 
 

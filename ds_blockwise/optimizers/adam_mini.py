@@ -28,7 +28,7 @@ def _warn_of_beta2(beta2: float) -> None:
 class BlockwiseAdamMini(BlockwiseOptimizer):
     """Adam-mini whose learning rate is multiplied per transformer block type: about 4 state bytes a parameter.
 
-    For an element of a block with multiplier r, with ``lr_b = r * lr``::
+    For an element of a block with multiplier r, with ``lr_b = r * lr``:
 
         p -= lr_b * weight_decay * p
         m  = beta1 * m + (1 - beta1) * g

@@ -9,7 +9,7 @@ from ds_blockwise.optimizers.base import BlockwiseOptimizer
 class BlockwiseAdamW(BlockwiseOptimizer):
     """AdamW whose learning rate is multiplied per transformer block type, also inside a fused QKV weight.
 
-    For an element of a block with multiplier r, with ``lr_b = r * lr``::
+    For an element of a block with multiplier r, with ``lr_b = r * lr``:
 
         p -= lr_b * weight_decay * p
         m  = beta1 * m + (1 - beta1) * g

@@ -81,7 +81,12 @@ class DataConfig(StrictSection):
 
 @dataclass(frozen=True, slots=True)
 class ParallelConfig(StrictSection):
-    """How the processes are arranged; what is left over is data parallelism."""
+    """How the processes are arranged; what is left over is data parallelism.
+
+    Attributes:
+        tensor: Processes that share each layer's tensors.
+        pipeline: Pipeline stages; this launcher takes 1 only.
+    """
 
     tensor: Positive = 1
     pipeline: Positive = 1
@@ -146,7 +151,20 @@ class TrainingConfig(StrictSection):
 
 
 @dataclass(frozen=True, slots=True)
-class _RunFile(StrictSection):
+class RunFile(StrictSection):
+    """The keys of a run file, `base` apart.
+
+    Attributes:
+        name: Short name, for titles.
+        model: Model file, such as ``../model/tiny.yaml``.
+        deepspeed: DeepSpeed's JSON; it decides optimizer, ZeRO stage and precision.
+        output: Folder of everything that this run writes; the JSON's name is appended.
+        data: The text and its tokens.
+        parallel: How the processes are arranged.
+        training: Length, batch and intervals.
+        cluster: The machines that the run is meant for.
+    """
+
     name: str
     model: str
     deepspeed: str
@@ -251,7 +269,7 @@ def load_run(
     if deepspeed_file:
         paths["deepspeed"] = Path(deepspeed_file)
     overridden = [override.partition("=")[0] for override in overrides]
-    top = read_section(_RunFile, values, file=file, problems=problems, overridden=overridden)
+    top = read_section(RunFile, values, file=file, problems=problems, overridden=overridden)
     shape = GPTShape.read(paths["model"], problems) if "model" in paths else None
     deepspeed = read_json(paths["deepspeed"], problems) if "deepspeed" in paths else {}
     if top is None or shape is None:

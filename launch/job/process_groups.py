@@ -121,9 +121,6 @@ def prepare_process(verbose: bool = False) -> None:
     deepspeed.utils.logger.setLevel(logging.INFO if verbose else logging.WARNING)
     if not torch.cuda.is_available():
         _share_cores()
-        # DeepSpeed would compile a shared-memory all-reduce at every first start. Only its inference path
-        # uses it, and a compilation that was killed leaves a lock on which the next start hangs.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def agree(problems: Problems) -> None:

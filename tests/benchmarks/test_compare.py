@@ -196,7 +196,7 @@ def test_a_length_counts_when_all_seeds_have_it():
 
 @pytest.mark.parametrize("option", ["--publish", "--from-published"])
 @pytest.mark.parametrize("other", [["--quick"], ["--steps", "100"], ["--set", "training.seed=3"], ["--no-ablations"]])
-def test_only_the_plan_that_the_readme_shows_is_published(option, other, monkeypatch, capsys):
+def test_only_a_plan_that_the_pages_show_is_published(option, other, monkeypatch, capsys):
     """Asked for and ignored, or worse: another comparison in the place of this one."""
     monkeypatch.setattr(sys, "argv", ["run.py", option, *other])
     with pytest.raises(SystemExit):
@@ -319,7 +319,7 @@ def test_finished_ablations_count_although_the_time_is_up_before(monkeypatch):
 
 
 def test_tables_are_the_same_from_the_csv(tmp_path):
-    """The tests of README.md read the CSV, and every number of its table must follow from it."""
+    """The tests of the pages read the CSV, and every number of a table must follow from it."""
     bowl = _bowl(BEST, FLOOR)
     trials = FakeTrials(lambda trial: math.inf if trial.lr > 6e-2 else bowl(trial))
     comparison.train_all(trials, PLAN)

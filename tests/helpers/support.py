@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`docs/support.md`: optimizer x host x parallelism, each cell with the tests that show it.
+"""`docs/support.md`: optimizer x host x parallelism; `docs/support.csv` beside it has the tests that show each cell.
 
 What is claimed stands in `support_rows`; whether it holds comes from the outcomes of a test run: ``make support`` runs
-the suite and writes the page, and fails if a claimed test failed, was skipped or does not exist.
+the suite and writes both files, and fails if a claimed test failed, was skipped or does not exist.
 """
 
 from __future__ import annotations
 
+import csv
 import datetime
 import fnmatch
 import importlib.metadata
+import io
 import os
 import platform
 from collections.abc import Iterable, Mapping
@@ -21,6 +23,7 @@ from tests.helpers import ROOT
 from tests.helpers.optimizers import SHORT_NAMES
 
 PAGE = ROOT / "docs" / "support.md"
+TABLE = ROOT / "docs" / "support.csv"
 _PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers", "accelerate", "peft")
 
 
@@ -117,29 +120,41 @@ def write(rows: Iterable[Row]) -> list[str]:
                     problems.append(f"{row.host}, {row.layout}: no test of this run matches {pattern}")
                 problems += [f"{row.host}, {row.layout}: {n} {o}" for n, o in found.items() if o != "passed"]
     if not problems:
-        PAGE.write_text(page(rows, counts), encoding="utf-8")
+        PAGE.write_text(page(rows, counts, run_today()), encoding="utf-8")
+        TABLE.write_text(table(rows, counts), encoding="utf-8")
     return problems
 
 
-def page(rows: Iterable[Row], counts: Mapping[str, int]) -> str:
+def run_today() -> str:
+    """What the outcomes of this session were measured with."""
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES)
+    today = datetime.date.today().isoformat()
+    return (
+        f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores, no GPU, Python"
+        f" {platform.python_version()}, {versions}, {today}. GPU, NCCL and fp16 on a GPU were not run."
+    )
+
+
+def page(rows: Iterable[Row], counts: Mapping[str, int], run: str) -> str:
     """The page's text.
 
     Args:
         rows: What is claimed.
         counts: Number of passed tests by pattern.
+        run: What they were run with, from `run_today`.
     """
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES)
-    today = datetime.date.today().isoformat()
     lines = [
         "# What works, what is refused, what is untested",
         "",
-        "Written by `make support` from a run of the test suite, in which every test named here passed. *Works* means"
-        " values: updates divided by lr against an independent implementation on unsharded tensors, or bits where the"
-        " design says so. *Refused* is an error on every rank before the first step. `n` is the number of tests that"
-        " match the pattern behind it.",
+        "- **works** (*n*): *n* tests passed. They compare values: updates divided by lr against an independent"
+        " implementation on unsharded tensors, or bits where the design says so.",
+        "- **refused**: an error on every rank before the first step. The page quotes it.",
+        "- **untested**: nothing is claimed.",
         "",
-        f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores, no GPU, Python"
-        f" {platform.python_version()}, {versions}, {today}. GPU, NCCL and fp16 on a GPU were not run.",
+        "Written by `make support` from a run of the test suite. "
+        f"[{TABLE.name}]({TABLE.name}) names the tests behind each cell.",
+        "",
+        run,
     ]
     host = None
     for row in rows:
@@ -151,10 +166,32 @@ def page(rows: Iterable[Row], counts: Mapping[str, int]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def table(rows: Iterable[Row], counts: Mapping[str, int]) -> str:
+    """The tests behind each cell, as CSV.
+
+    Args:
+        rows: What is claimed.
+        counts: Number of passed tests by pattern.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("host", "layout", "optimizer", "status", "tests", "passed"))
+    for row in rows:
+        for optimizer, cell in zip(SHORT_NAMES, row.cells, strict=True):
+            status = type(cell).__name__.lower()
+            for pattern in patterns_of(cell, optimizer):
+                writer.writerow((row.host, row.layout, optimizer, status, pattern, counts.get(pattern, 0)))
+    return text.getvalue()
+
+
+def read_counts(text: str) -> dict[str, int]:
+    """Number of passed tests by pattern, as `table` wrote them."""
+    return {line["tests"]: int(line["passed"]) for line in csv.DictReader(io.StringIO(text))}
+
+
 def _text(cell: Cell, optimizer: str, counts: Mapping[str, int]) -> str:
-    shown = "<br>".join(f"`{p}` ({counts.get(p, 0)})" for p in patterns_of(cell, optimizer))
     if isinstance(cell, Works):
-        return f"works<br>{shown}"
+        return f"**works** ({sum(counts.get(pattern, 0) for pattern in patterns_of(cell, optimizer))})"
     if isinstance(cell, Refused):
-        return f"refused: “{cell.says}”<br>{shown}"
-    return f"untested: {cell.reason}"
+        return f"**refused**: “{cell.says}”"
+    return f"**untested**: {cell.reason}"

@@ -17,7 +17,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Of models that are not ours: page, words, whose.
 OTHERS = {
     ("docs/evidence.md", "350M parameters"): "the paper's smaller one",
-    ("README.md", "26M parameters a rank"): "tensors of a benchmark, not a model",
+    ("docs/benchmarks.md", "26M parameters a rank"): "tensors of a benchmark, not a model",
 }
 UNITS = {"M": 10**6, " million": 10**6, "B": 10**9, " billion": 10**9}
 EXACT = re.compile(r"\b(\d{1,3}(?:,\d{3})+) parameters")

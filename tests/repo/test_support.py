@@ -7,8 +7,21 @@ import re
 import pytest
 
 from tests.helpers import ROOT, support
+from tests.helpers.literals import literals_of
 from tests.helpers.optimizers import SHORT_NAMES
-from tests.helpers.support import PAGE, Outcomes, Refused, Row, Untested, Works, page, patterns_of
+from tests.helpers.support import (
+    PAGE,
+    TABLE,
+    Outcomes,
+    Refused,
+    Row,
+    Untested,
+    Works,
+    page,
+    patterns_of,
+    read_counts,
+    table,
+)
 from tests.helpers.support_rows import ROWS
 
 SOURCES = [p for folder in ("ds_blockwise", "megatron_patch") for p in (ROOT / folder).rglob("*.py")]
@@ -22,17 +35,6 @@ CELLS = [
 def functions_in(file: str) -> set[str]:
     tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-
-
-def literals_of(path) -> list[str]:
-    """Every text in a file's code, joined over line ends, with {} for what is filled in."""
-    texts = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.JoinedStr):
-            texts.append("".join(str(v.value) if isinstance(v, ast.Constant) else "{}" for v in node.values))
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            texts.append(node.value)
-    return texts
 
 
 LITERALS = [text for path in SOURCES for text in literals_of(path)]
@@ -56,12 +58,12 @@ def test_a_refusal_is_in_the_code(cell, name):
 
 def test_the_page_has_the_rows():
     """A row that was added without `make support` is a claim that nobody has checked."""
-    text = PAGE.read_text(encoding="utf-8")
-    counts = {p: int(n) for p, n in re.findall(r"`([^`]+)` \((\d+)\)", text)}
+    counts = read_counts(TABLE.read_text(encoding="utf-8"))
     assert all(counts.values())
-    expected = page(ROWS, counts).splitlines()
-    rows = [line for line in text.splitlines() if line.startswith(("|", "#"))]
-    assert rows == [line for line in expected if line.startswith(("|", "#"))]
+    text = PAGE.read_text(encoding="utf-8")
+    run = next(line for line in text.splitlines() if line.startswith(("Linux", "Darwin", "Windows")))
+    assert text == page(ROWS, counts, run)
+    assert TABLE.read_text(encoding="utf-8") == table(ROWS, counts)
 
 
 @pytest.mark.parametrize("outcome", ["failed", "skipped", None])
@@ -71,9 +73,11 @@ def test_a_claim_without_a_passed_test_is_not_written(outcome, monkeypatch, tmp_
     outcomes._of = {"test_a.py::test_b[z1-mini]": "passed", "test_a.py::test_b[z1-adamw]": "passed"}
     monkeypatch.setattr(support, "OUTCOMES", outcomes)
     monkeypatch.setattr(support, "PAGE", tmp_path / "support.md")
+    monkeypatch.setattr(support, "TABLE", tmp_path / "support.csv")
     row = Row("host", "layout", (Works(("test_a.py::test_b[z1-{o}]",)), Untested("no reason")))
     assert support.write([row]) == []
-    assert "`test_a.py::test_b[z1-adamw]` (1)" in support.PAGE.read_text(encoding="utf-8")
+    assert "| layout | **works** (1) | **untested**: no reason |" in support.PAGE.read_text(encoding="utf-8")
+    assert "host,layout,BlockwiseAdamW,works,test_a.py::test_b[z1-adamw],1" in support.TABLE.read_text(encoding="utf-8")
     support.PAGE.unlink()
     if outcome is None:
         outcomes._of = {}

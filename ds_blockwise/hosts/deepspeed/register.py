@@ -8,11 +8,16 @@ DeepSpeed in, and is then not complete yet. So this file imports its neighbours 
 from __future__ import annotations
 
 import functools
+import importlib
+import logging
+import os
 from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.git_version_info import installed_ops
 from deepspeed.runtime import lr_schedules
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import utils as zero_utils
@@ -22,9 +27,14 @@ from ds_blockwise.hosts.deepspeed.engine import Engine
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.optimizers.registry import OPTIMIZERS, SCHEDULES
 
+logger = logging.getLogger(__name__)
+
 _HOOK = "_configure_optimizer"
 _EARLY_HOOK = "_configure_distributed_model"  # where DeepSpeed first looks at the parameters
 _MARK = "calls_ds_blockwise"  # of the hook that is there already
+_SHARED_MEMORY = "deepspeed_shm_comm"
+_BUILD_SHARED_MEMORY = "build_shm_op"
+_KEEP_SHARED_MEMORY = "DS_BUILD_SHM_COMM"  # DeepSpeed's own variable for building this operator
 _Parameters: TypeAlias = Iterable[object] | None
 
 
@@ -33,7 +43,7 @@ def register() -> None:
 
     Idempotent. Adds names to ``torch.optim`` and ``deepspeed.runtime.lr_schedules``, the classes to ZeRO's list of
     supported optimizers, and hooks around two methods of the engine; without the second one, only the reason of a
-    refusal would be lost.
+    refusal would be lost. On a CPU, DeepSpeed's shared-memory operator is no longer compiled at the first start.
 
     Raises:
         ImportError: this DeepSpeed has no such method.
@@ -56,6 +66,10 @@ def register() -> None:
     if early is not None:
         setattr(DeepSpeedEngine, _EARLY_HOOK, _checking_the_model(early))
     setattr(DeepSpeedEngine, _HOOK, _attaching(original))
+    backend = importlib.import_module("deepspeed.comm.torch")  # `deepspeed.comm` has torch itself under this name
+    build = getattr(backend, _BUILD_SHARED_MEMORY, None)
+    if build is not None:
+        setattr(backend, _BUILD_SHARED_MEMORY, _if_wanted(build))
 
 
 def _checking_the_model(configure: Callable[[Engine, nn.Module], None]) -> Callable[[Engine, nn.Module], None]:
@@ -101,6 +115,30 @@ def _attaching(
 
     setattr(configure_and_attach, _MARK, True)
     return configure_and_attach
+
+
+def _if_wanted(build: Callable[[], object]) -> Callable[[], object]:
+    """Leave DeepSpeed's shared-memory operator out on a CPU, unless it is installed or was asked for.
+
+    DeepSpeed compiles it while process groups are made: minutes without a word, and a compilation that was killed
+    leaves a lock on which the next start hangs. Only its inference all-reduce uses it, and that has a fallback.
+    """
+
+    @functools.wraps(build)
+    def build_if_wanted() -> object:
+        on_cpu = get_accelerator().device_name() == "cpu"
+        wanted = os.environ.get(_KEEP_SHARED_MEMORY, "0") != "0" or installed_ops.get(_SHARED_MEMORY, False)
+        if not on_cpu or wanted:
+            return build()
+        if os.environ.get("RANK", "0") == "0":
+            logger.info(
+                "DeepSpeed's operator %s is not compiled: training on a CPU does not use it. Set %s=1 to have it.",
+                _SHARED_MEMORY,
+                _KEEP_SHARED_MEMORY,
+            )
+        return None
+
+    return build_if_wanted
 
 
 def _is_named(engine: Engine) -> bool:

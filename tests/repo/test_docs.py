@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pages cannot drift: links and paths lead somewhere, and docs/settings.md shows every setting with its default."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from ds_blockwise.blocks.defaults import DEFAULT_LR_MULTIPLIERS
+from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, Role
+from ds_blockwise.optimizers.registry import OPTIMIZERS
+from ds_blockwise.optimizers.settings import OPTIMIZER_KEYS
+from tests.helpers import ROOT
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SETTINGS = (ROOT / "docs/settings.md").read_text(encoding="utf-8")
+FOLDERS = "ds_blockwise|megatron_patch|launch|configs|tests|docs|benchmarks"
+
+
+def without_code(text: str) -> str:
+    """Prose: what stands in code blocks is an example."""
+    return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", without_code(page.read_text(encoding="utf-8")), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_and_paths_lead_somewhere(page: Path) -> None:
+    text = without_code(page.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("http:", "https:")):
+            continue
+        path, _, anchor = target.partition("#")
+        other = page.parent / path if path else page
+        assert other.exists(), f"{page.name} links to {target}"
+        assert not anchor or anchor in anchors(other), f"{page.name} links to {target}"
+    for path in re.findall(rf"`((?:{FOLDERS})/[\w./-]+)`", text):
+        assert (ROOT / path).exists(), f"{page.name} names {path}"
+
+
+def test_the_settings_shown_are_all_there_are() -> None:
+    """The JSON example is complete, and both optimizers accept it."""
+    (params,) = [
+        found["params"]
+        for code in re.findall(r"^```json\n(.*?)^```", SETTINGS, flags=re.MULTILINE | re.DOTALL)
+        if "params" in (found := json.loads(code))
+    ]
+    assert set(params) == set(OPTIMIZER_KEYS)
+    named = {
+        key
+        for cell in re.findall(r"^\| (`.+?) \| .* \| .* \|$", SETTINGS, flags=re.MULTILINE)
+        for key in re.findall(r"`(\w+)`", cell)
+    }
+    assert set(OPTIMIZER_KEYS) <= named
+    for optimizer in OPTIMIZERS.values():
+        assert optimizer([torch.nn.Parameter(torch.ones(1))], **params).block_settings.lr_multipliers
+    assert params["lr_multipliers"] == DEFAULT_LR_MULTIPLIERS
+
+
+def test_the_table_of_roles_shows_the_defaults() -> None:
+    """Multipliers of the page are the ones in the code."""
+    rows = re.findall(r"^\| [^|]+ \| `(\w+)` \| ([\d.]+) \|", SETTINGS, flags=re.MULTILINE)
+    assert {kind: float(value) for kind, value in rows} == DEFAULT_LR_MULTIPLIERS
+    for role in Role:
+        assert BLOCK_TYPE_OF[role] in DEFAULT_LR_MULTIPLIERS and f"{role.value}" in SETTINGS
