@@ -14,6 +14,7 @@ from typing import Annotated
 from pydantic import Field
 
 from ds_blockwise.runs.reading.problems import Problems, correction
+from ds_blockwise.runs.reading.whole_files import JsonObject
 from ds_blockwise.runs.reading.yaml_file import read_yaml
 from ds_blockwise.runs.strict_files import AtLeastTwo, Flag, Positive, StrictSection, read_section
 
@@ -147,3 +148,13 @@ class GPTShape(StrictSection):
         positions = self.sequence_length * hidden if gpt2 else 0
         embeddings = (1 if self.tied_embeddings else 2) * self.vocab_size * hidden + positions
         return embeddings + self.num_layers * (attention + ffn + biases + 2 * norm) + norm
+
+
+def note_model_file(file: Path, values: JsonObject, problems: Problems) -> bool:
+    """Note that a model file stands where a run file should; False if ``values`` are not those of one."""
+    if not values.keys() & GPTShape.__dataclass_fields__.keys() or values.keys() & _OF_RUN_FILES:
+        return False
+    allowed = "a run file, such as configs/run/tiny.yaml; this is a model file"
+    remedy = f"`ds-blockwise blocks {file}` shows its blocks; a run file names it: model: {file.name}"
+    problems.add(file, "(file)", ", ".join(map(str, values)), allowed, remedy)
+    return True

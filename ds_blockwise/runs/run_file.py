@@ -16,7 +16,7 @@ from typing import Annotated
 from pydantic import Field
 
 from ds_blockwise.optimizers.registry import OPTIMIZERS
-from ds_blockwise.runs.model_shape import LLAMA, GPTShape
+from ds_blockwise.runs.model_shape import LLAMA, GPTShape, note_model_file
 from ds_blockwise.runs.reading.problems import Problems, correction
 from ds_blockwise.runs.reading.whole_files import JsonObject, read_json
 from ds_blockwise.runs.reading.yaml_file import parse_value, read_yaml
@@ -253,13 +253,7 @@ def load_run(
     values = _read_with_bases(file, problems)
     if not values and problems:
         return None, problems
-    if (
-        values.keys() & GPTShape.__dataclass_fields__.keys()
-        and not values.keys() & _RunFile.__dataclass_fields__.keys()
-    ):
-        allowed = "a run file, such as configs/run/tiny.yaml; this is a model file"
-        remedy = f"`ds-blockwise blocks {file}` shows its blocks; a run file names it: model: {file.name}"
-        problems.add(file, "(file)", ", ".join(map(str, values)), allowed, remedy)
+    if note_model_file(file, values, problems):
         return None, problems
     for override in overrides:
         _apply_override(values, override, problems)
