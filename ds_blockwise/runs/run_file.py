@@ -213,8 +213,7 @@ class RunConfig:
     @property
     def wants_metrics_csv(self) -> bool:
         """Whether the JSON asks for its ``csv_monitor``, in whose place the main job writes one file."""
-        section = self.deepspeed.get("csv_monitor")
-        return isinstance(section, dict) and section.get("enabled") is True
+        return isinstance(found := self.deepspeed.get("csv_monitor"), dict) and found.get("enabled") is True
 
     @property
     def tokens_per_step(self) -> int:
