@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from tests.helpers import reliability
-from tests.helpers.support import OUTCOMES, PAGE, write
-from tests.helpers.support_rows import ROWS
+from tests.helpers.support_page.page import OUTCOMES, PAGE, write
+from tests.helpers.support_page.rows import ROWS
 
 _DEFAULTS = {
     "OMP_NUM_THREADS": "1",  # several processes share few cores

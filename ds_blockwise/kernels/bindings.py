@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -155,8 +155,7 @@ def _with_multipliers(placement: Placement, settings: BlockSettings) -> Placemen
     return replace(placement, spec=replace(spec, parts=parts))
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(NamedTuple):
     """One tensor in one step: what its kernels get, and whose memory it is."""
 
     binding: Binding

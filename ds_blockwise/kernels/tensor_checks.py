@@ -8,7 +8,7 @@ memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter, ge
 
 import torch
@@ -18,15 +18,52 @@ from ds_blockwise.blocks.ranges import TensorShard
 from ds_blockwise.blocks.segment_table import SegmentTable
 from ds_blockwise.blocks.spec import BlockSpec
 from ds_blockwise.kernels.base import Item, wide_dtype
+from ds_blockwise.kernels.close_look import DATA_PTR, OFFSET, STORAGE, STORAGE_NBYTES, CloseLook
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """What parameters and gradients may be."""
 
 
-def make_dense(item: Item) -> None:
-    """Replace a gradient whose memory does not hold its elements in order by a contiguous copy."""
-    if item.grad is not None:
-        item.grad = dense(item.grad)
+class StepChecks:
+    """The checks of one optimizer's tensors in every step; only what changed since the last one is looked at closely.
+
+    Attributes:
+        params_are_dense: whether the memory of all parameters of the step holds their elements in order.
+    """
+
+    def __init__(self) -> None:
+        self.params_are_dense = False
+        self._grads_are_dense = False
+        self._of_stepped, self._of_states = CloseLook(_memory_of_stepped), CloseLook(_addresses)
+
+    def stepped(self, items: Sequence[Item], shapes: Callable[[], list[torch.Size]], version: int) -> None:
+        """`check_stepped`; then replaces gradients whose memory does not hold their elements in order by copies.
+
+        Args:
+            items: as of `check_stepped`.
+            shapes: makes its other argument.
+            version: `Bindings.version`.
+        """
+        params, grads = [item.param for item in items], [item.grad for item in items if item.grad is not None]
+        tensors = params + grads
+        if not self._of_stepped.still_holds(tensors, version):
+            check_stepped(items, shapes())
+            self._of_stepped.remember(tensors, version)
+            self._of_states.forget()  # they fit to these parameters
+            self.params_are_dense, self._grads_are_dense = all(map(_is_dense, params)), all(map(_is_dense, grads))
+        if not self._grads_are_dense:
+            for item, grad in zip(items, grads, strict=True):
+                item.grad = dense(grad)
+
+    def states(self, items: Sequence[Item], version: int) -> None:
+        """`check_states`; ``version`` is `Bindings.version`."""
+        states = [item.state for item in items]
+        tensors = [state["exp_avg"] for state in states]
+        tensors += [state["exp_avg_sq"] for state in states if "exp_avg_sq" in state]
+        tensors += [item.param_copy for item in items if item.param_copy is not None]
+        if not self._of_states.still_holds(tensors, version):
+            check_states(items)
+            self._of_states.remember(tensors, version)
 
 
 def check_plain(tensor: torch.Tensor) -> None:
@@ -81,8 +118,12 @@ def check_bindable(tensor: torch.Tensor, table: SegmentTable) -> None:
 
 def dense(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself if its memory holds its elements in order, else a contiguous copy."""
+    return tensor if _is_dense(tensor) else tensor.contiguous().resolve_neg()
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
     # a contiguous tensor may still be stored with its sign reversed: the imaginary part of a conjugate
-    return tensor if tensor.is_contiguous() and not tensor.is_neg() else tensor.contiguous().resolve_neg()
+    return tensor.is_contiguous() and not tensor.is_neg()
 
 
 def check_stepped(items: Sequence[Item], shapes: Sequence[torch.Size]) -> None:
@@ -105,8 +146,8 @@ def check_stepped(items: Sequence[Item], shapes: Sequence[torch.Size]) -> None:
         and _DTYPE_SET.issuperset(map(_DTYPE, tensors))
         and _DENSE.issuperset(map(_LAYOUT, grads))
         and (all(map(_IS_CPU, tensors)) or list(map(_DEVICE, params)) == list(map(_DEVICE, grads)))
-        and (not any(map(_OFFSET, tensors)) or all(map(_has_memory, tensors)))
-        and all(map(ge, map(torch.UntypedStorage.nbytes, map(_STORAGE, tensors)), map(_NBYTES, tensors)))
+        and (not any(map(OFFSET, tensors)) or all(map(_has_memory, tensors)))
+        and all(map(ge, map(STORAGE_NBYTES, map(STORAGE, tensors)), map(_NBYTES, tensors)))
     )
     if not fits:
         for item, shape in zip(items, shapes, strict=True):
@@ -161,11 +202,13 @@ def check_states(items: Sequence[Item]) -> None:
     values = [table.num_blocks if table.shares_second_moment else table.numel for table in tables]
     tensors = params + first + second
     fits = (
-        list(map(_NUMEL, first)) == [table.numel for table in tables]
+        _PLAIN.issuperset(map(type, first + second))
+        and list(map(_NUMEL, first)) == [table.numel for table in tables]
         and list(map(_NUMEL, second)) == (values if second else [])
         and _FITTING.issuperset(zip(map(_DTYPE, params), map(_DTYPE, first), strict=True))
         and _FITTING_SECOND.issuperset(zip(map(_DTYPE, params), map(_DTYPE, second), strict=False))
         and all(map(_CONTIGUOUS, first + second))
+        and all(map(_has_memory, first + second))
         and (all(map(_IS_CPU, tensors)) or _on_one_device(params, first, second))
         and not any(item.param_copy is not None for item in items)
     )
@@ -189,6 +232,9 @@ def _check_state(item: Item) -> None:
     param, state, table, copy = item.param, item.state, item.table, item.param_copy
     numel, device, wide = table.numel, param.device, wide_dtype(param.dtype)
     exp_avg, exp_avg_sq = state["exp_avg"], state.get("exp_avg_sq")
+    kept = [exp_avg] if exp_avg_sq is None else [exp_avg, exp_avg_sq]
+    for problem in filter(None, map(wrapper_problem, kept)):
+        raise ValueError(f"the state of {_names(table)} cannot be used: {problem}.")
     if exp_avg.device != device or (exp_avg_sq is not None and exp_avg_sq.device != device):
         raise ValueError(
             f"{_names(table)} is on {device} and its state on {exp_avg.device}"
@@ -200,6 +246,11 @@ def _check_state(item: Item) -> None:
         fits &= exp_avg_sq.numel() == _values(item) and exp_avg_sq.dtype == wide and exp_avg_sq.is_contiguous()
     if not fits:
         raise ValueError(_misfit(item))
+    if not all(map(_has_memory, kept)):
+        raise ValueError(
+            f"the memory of the state of {_names(table)} was freed: its storage is smaller than its elements. Whoever "
+            f"frees states between steps must bring them back before optimizer.step()."
+        )
     if copy is not None and (copy.numel() != numel or copy.device != device or not copy.is_contiguous()):
         raise ValueError(
             f"the 16-bit copy of {_names(table)} has {copy.numel()} elements on {copy.device}, the parameter {numel} "
@@ -216,8 +267,19 @@ _FITTING = frozenset((dtype, moment) for dtype in DTYPES for moment in (wide_dty
 _FITTING_SECOND = frozenset((dtype, wide_dtype(dtype)) for dtype in DTYPES)
 _SHAPE, _DTYPE, _LAYOUT = attrgetter("shape"), attrgetter("dtype"), attrgetter("layout")
 _DEVICE, _IS_CPU = attrgetter("device"), attrgetter("is_cpu")
-_NBYTES, _STORAGE, _OFFSET = attrgetter("nbytes"), torch.Tensor.untyped_storage, torch.Tensor.storage_offset
+_NBYTES = attrgetter("nbytes")
 _NUMEL, _CONTIGUOUS = torch.Tensor.numel, torch.Tensor.is_contiguous
+
+
+def _addresses(tensors: Sequence[torch.Tensor]) -> list[object]:
+    """Memory of tensors that stay: it moves when it is freed or replaced."""
+    return [*map(DATA_PTR, tensors)]
+
+
+def _memory_of_stepped(tensors: Sequence[torch.Tensor]) -> list[object]:
+    """Memory of as many parameters, which stay, as gradients, which may be others that happen to lie there."""
+    params, grads = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
+    return [*map(DATA_PTR, params), *map(STORAGE_NBYTES, map(STORAGE, grads)), *map(OFFSET, grads)]
 
 
 def _has_memory(tensor: torch.Tensor) -> bool:

@@ -28,7 +28,7 @@ from ds_blockwise.checkpoint.record_types import RunRecord
 from ds_blockwise.kernels.base import Item, Kernels, StepState, wide_dtype
 from ds_blockwise.kernels.bindings import Binding, Bindings, StepObserver, Work, by_kernels, non_finite
 from ds_blockwise.kernels.param_groups import NO_HYPER, ParamGroup, StateDict, hyper_of
-from ds_blockwise.kernels.tensor_checks import check_plain, check_states, check_stepped, check_whole, dense, make_dense
+from ds_blockwise.kernels.tensor_checks import StepChecks, check_plain, check_whole, dense
 from ds_blockwise.measure.auto_multipliers import MeasuredMultipliers, RunState
 from ds_blockwise.measure.meter import Listener, Meter
 from ds_blockwise.measure.readings import Readings, TelemetrySettings
@@ -103,6 +103,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
     def _forget_tensors(self) -> None:
         """Start without bound tensors and without whoever looks at steps."""
         self._bindings = Bindings(self.backend, shares_second_moment=self.shares_second_moment)
+        self._checks = StepChecks()
         self._copies: dict[int, torch.Tensor] = {}
         self._finite_over: ReductionGroups | None = None
         self._observers: list[StepObserver] = []
@@ -344,10 +345,11 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
                 copy = self._copies.get(id(tensor))
                 work.append(Work(binding, Item(binding.table, binding.plan, tensor, {}, hyper, grad, None, copy)))
         stepped = [w for w in work if w.item.grad is not None]
-        check_stepped([w.item for w in stepped], [w.binding.shape for w in stepped])
+        version = self._bindings.version
+        self._checks.stepped([w.item for w in stepped], lambda: [w.binding.shape for w in stepped], version)
         for w in stepped:
-            w.item.state = self._state_of(w.item.param, w.binding)
-            make_dense(w.item)
+            state = self.state[w.item.param]
+            w.item.state = state if "exp_avg" in state else self._state_of(w.item.param, w.binding)
         for binding in self._bindings.absent:
             if binding.table.has_split_blocks:
                 work.append(Work(binding, Item(binding.table, binding.plan, binding.tensor, {}, NO_HYPER)))
@@ -362,9 +364,9 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         return not self.overflow and all([observer.before_update(work) for observer in self._observers])
 
     def _update(self, work: Sequence[Work]) -> None:
-        check_states([w.item for w in work])
+        self._checks.states([w.item for w in work], self._bindings.version)
         scattered: list[tuple[Item, torch.Tensor]] = []
-        for w in work:
+        for w in () if self._checks.params_are_dense else work:
             param = dense(w.item.param)
             if param is not w.item.param:
                 scattered.append((w.item, w.item.param))

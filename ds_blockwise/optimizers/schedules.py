@@ -183,7 +183,7 @@ def _last_update(state_dict: Mapping[str, object]) -> int:
         raise ValueError(f"the schedule's state has no last_batch_iteration (it has {has}): it counts otherwise")
     if isinstance(last, bool) or not isinstance(last, int) or not -1 <= last < 1 << 62:
         raise ValueError(f"the schedule's state has {what} {last!r}, which must be an integer of -1 or more")
-    return last if what == "last_batch_iteration" else last - 1
+    return last if what == "last_batch_iteration" else max(last - 1, -1)
 
 
 class BlockwiseCosineLR(BlockwiseSchedule):

@@ -46,6 +46,11 @@ def _elsewhere(tensor: torch.Tensor, rng: random.Random) -> torch.Tensor:
     return torch.empty_like(tensor, device="meta")
 
 
+def _viewed(tensor: torch.Tensor, rng: random.Random) -> torch.Tensor:
+    # the same address and the same number of bytes as before
+    return tensor.detach().view(-1)[None] if rng.random() < 0.5 else tensor.detach().view(torch.float16)
+
+
 def _strided(tensor: torch.Tensor, rng: random.Random) -> torch.Tensor:
     return torch.stack([tensor.detach(), torch.full_like(tensor, 9.0)], -1)[..., 0]
 
@@ -59,7 +64,9 @@ def _sign_bit(tensor: torch.Tensor, rng: random.Random) -> torch.Tensor:
     return torch.complex(torch.zeros_like(tensor), -tensor.detach()).conj().imag
 
 
-BREAKS: dict[str, Change] = {f.__name__: f for f in (_other_size, _other_shape, _other_dtype, _freed, _elsewhere)}
+BREAKS: dict[str, Change] = {
+    f.__name__: f for f in (_other_size, _other_shape, _other_dtype, _freed, _viewed, _elsewhere)
+}
 KEEPS: dict[str, Change] = {f.__name__: f for f in (_strided, _same, _sign_bit)}
 
 
@@ -125,7 +132,7 @@ def _inputs(count: int) -> Iterator[Input]:
         names = list(BREAKS if breaks else KEEPS)
         # torch itself refuses to set the memory of another device
         left_out = (
-            ("_elsewhere",) if where in ("param", "grad") else ("_freed", "_strided", "_sign_bit", "_other_shape")
+            ("_elsewhere",) if where in ("param", "grad") else ("_strided", "_sign_bit", "_other_shape", "_viewed")
         )
         names = [n for n in names if n not in left_out]
         name, index = rng.choice(names), rng.randrange(5)

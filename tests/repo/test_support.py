@@ -9,7 +9,7 @@ import pytest
 from tests.helpers import ROOT, support
 from tests.helpers.literals import literals_of
 from tests.helpers.optimizers import SHORT_NAMES
-from tests.helpers.support import (
+from tests.helpers.support_page.page import (
     PAGE,
     TABLE,
     Outcomes,
@@ -22,7 +22,7 @@ from tests.helpers.support import (
     read_counts,
     table,
 )
-from tests.helpers.support_rows import ROWS
+from tests.helpers.support_page.rows import ROWS
 
 SOURCES = [p for folder in ("ds_blockwise", "megatron_patch") for p in (ROOT / folder).rglob("*.py")]
 CELLS = [

@@ -12,6 +12,7 @@ import weakref
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain
 from operator import attrgetter
 
@@ -19,10 +20,12 @@ import torch
 from torch.autograd.graph import increment_version
 
 from ds_blockwise.blocks.segment_table import SegmentTable
-from ds_blockwise.kernels.base import Item, Kernels
+from ds_blockwise.kernels.base import Hyper, Item, Kernels
 from ds_blockwise.kernels.cpp.build import library
 
 _DTYPE, _IS_CPU = attrgetter("dtype"), attrgetter("is_cpu")
+_DATA_PTR = torch.Tensor.data_ptr
+_FIELDS = 11
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -97,11 +100,14 @@ class CppKernels(Kernels):
         """See `Kernels.step_`."""
         rows = self._rows(items)
         scalars: list[float] = []
+        same: dict[tuple[int, int], tuple[float, ...]] = {}  # tensors of one group mostly had as many steps
         for item in items:
-            h, state = item.hyper, item.state
+            state, hyper = item.state, item.hyper
             state["step"] = step = int(state["step"]) + 1
-            corrections = (1 - h.beta1**step, 1 - h.beta2**step)
-            scalars += (float(h.lr), h.lr_floor, h.beta1, h.beta2, h.eps, h.weight_decay, *corrections)
+            key = (id(hyper), step)
+            if key not in same:
+                same[key] = _scalars(hyper, step)
+            scalars += same[key]
         values = array("d", scalars)  # named: the address does not keep it alive
         threads = ctypes.c_int64(torch.get_num_threads())
         self._step(ctypes.c_int64(len(items)), _address(rows), _address(values), threads)
@@ -109,23 +115,46 @@ class CppKernels(Kernels):
         increment_version([item.param for item in items])
 
     def _rows(self, items: Sequence[Item]) -> array[int]:
-        """``Row`` of kernels.cpp, field by field."""
+        """``Row`` of kernels.cpp, field by field; only the addresses are read anew in every step."""
         params = [item.param for item in items]
         if not all(map(_IS_CPU, params)):
             raise ValueError(_moved(next(param for param in params if not param.is_cpu)))
         grads = [item.grad for item in items if item.grad is not None]
         first = [item.state["exp_avg"] for item in items]
         second = [item.state["exp_avg_sq"] for item in items]
-        copies = [item.param_copy for item in items]
-        columns = (
-            [item.plan.handle for item in items],
-            *(map(torch.Tensor.data_ptr, tensors) for tensors in (params, grads, first, second)),
-            [0 if item.sums is None else item.sums.data_ptr() for item in items],
-            [0 if copy is None else copy.data_ptr() for copy in copies],
-            *(map(_CODES.__getitem__, map(_DTYPE, tensors)) for tensors in (params, grads, first)),
-            [0 if copy is None else _CODES[copy.dtype] for copy in copies],
-        )
-        return array("q", chain.from_iterable(zip(*columns, strict=True)))
+        rows = _without_addresses(
+            tuple([item.plan.handle for item in items]),
+            *(tuple(map(_DTYPE, tensors)) for tensors in (params, grads, first)),
+        )[:]
+        for field, tensors in enumerate((params, grads, first, second), 1):
+            rows[field::_FIELDS] = array("q", map(_DATA_PTR, tensors))
+        for row, item in enumerate(items):
+            if item.sums is not None:
+                rows[row * _FIELDS + 5] = item.sums.data_ptr()
+            if item.param_copy is not None:
+                rows[row * _FIELDS + 6] = item.param_copy.data_ptr()
+                rows[row * _FIELDS + 10] = _CODES[item.param_copy.dtype]
+        return rows
+
+
+@lru_cache(maxsize=32)
+def _without_addresses(
+    handles: tuple[int, ...],
+    params: tuple[torch.dtype, ...],
+    grads: tuple[torch.dtype, ...],
+    first: tuple[torch.dtype, ...],
+) -> array[int]:
+    """Rows without addresses and 16-bit copies, made once per set of plans and dtypes; fill in a copy of them."""
+    nothing = [0] * len(handles)
+    codes = (map(_CODES.__getitem__, column) for column in (params, grads, first))
+    columns = (handles, *[nothing] * 6, *codes, nothing)
+    return array("q", chain.from_iterable(zip(*columns, strict=True)))
+
+
+def _scalars(h: Hyper, step: int) -> tuple[float, ...]:
+    """``Scalars`` of step.h."""
+    corrections = (1 - h.beta1**step, 1 - h.beta2**step)
+    return (float(h.lr), h.lr_floor, h.beta1, h.beta2, h.eps, h.weight_decay, *corrections)
 
 
 def _moved(param: torch.Tensor) -> str:

@@ -23,9 +23,7 @@ _HEADS_OF_16 = {**_MODERN, "head_dim": 16}
 _UNTIED = {"tie_word_embeddings": False}
 _QWEN_EXPERTS = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
 _SHARED = {"shared_expert_intermediate_size": 24, "decoder_sparse_step": 1}
-_LATENT = {
-    **_MODERN,
-    "num_hidden_layers": 2,
+LATENT_ATTENTION_WITH_EXPERTS = {
     "num_key_value_heads": 4,
     "q_lora_rank": 24,
     "kv_lora_rank": 16,
@@ -38,6 +36,7 @@ _LATENT = {
     "moe_intermediate_size": 20,
     "first_k_dense_replace": 1,
 }
+_LATENT = {**_MODERN, "num_hidden_layers": 2, **LATENT_ATTENTION_WITH_EXPERTS}
 _FALCON = {**_COMMON, "alibi": False, "bias": False}
 
 FAMILIES: dict[str, dict[str, Any]] = {

@@ -210,3 +210,12 @@ def test_a_state_that_is_no_position_changes_nothing(state, words):
     with pytest.raises(ValueError, match=words):
         schedule.load_state_dict(state)
     assert (schedule.state_dict(), schedule.get_lr()) == before
+
+
+@pytest.mark.parametrize("calls", [-1, 0, 1, 4])
+def test_the_position_of_a_torch_schedule_is_its_number_of_steps(calls):
+    """A state of -1, from before torch's first step, set a negative rate."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = BlockwiseCosineLR(optimizer, total_num_steps=10, warmup_num_steps=4)
+    schedule.load_state_dict({"last_epoch": calls})
+    assert schedule.get_last_lr() == [max(calls, 0) / 4]

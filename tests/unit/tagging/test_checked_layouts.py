@@ -10,6 +10,7 @@ import torch
 from ds_blockwise import tag_parameters, verify_layout
 from ds_blockwise.blocks.roles import Role
 from ds_blockwise.tagging.names import match_name
+from tests.helpers.tables.families import LATENT_ATTENTION_WITH_EXPERTS
 
 transformers = pytest.importorskip("transformers", reason="the models are transformers' own")
 
@@ -23,22 +24,7 @@ TEXT = {
     "pad_token_id": 0,
 }
 GPT = {"n_embd": 48, "n_head": 4, "n_layer": 1, "vocab_size": 97, "n_positions": 64}
-LATENT = {
-    **TEXT,
-    "num_key_value_heads": 4,
-    "q_lora_rank": 24,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 12,
-    "n_routed_experts": 4,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 20,
-    "first_k_dense_replace": 1,
-    "n_group": 2,
-    "topk_group": 1,
-}
+LATENT = {**TEXT, **LATENT_ATTENTION_WITH_EXPERTS, "n_group": 2, "topk_group": 1}
 VISION = {"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 1, "image_size": 16, "patch_size": 4}
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which model families are known without a rule: the last part of what `docs/support.md` claims; see `support_rows`."""
+"""Which model families are known without a rule: the last part of what `docs/support.md` claims; see `rows`."""
 
-from tests.helpers.support import Row, works
+from tests.helpers.support_page.page import Row, works
 from tests.helpers.tables.adapters import ADAPTERS
 from tests.helpers.tables.tower_models import MODELS
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`docs/support.md`: optimizer x host x parallelism; `docs/support.csv` beside it has the tests that show each cell.
 
-What is claimed stands in `support_rows`; whether it holds comes from the outcomes of a test run: ``make support`` runs
+What is claimed stands in `rows`; whether it holds comes from the outcomes of a test run: ``make support`` runs
 the suite and writes both files, and fails if a claimed test failed, was skipped or does not exist.
 """
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `docs/support.md` claims, row by row; see `support`."""
 
-from tests.helpers.support import Refused, Row, Untested, Works, refused, untested, works
-from tests.helpers.support_families import FAMILY_ROWS
+from tests.helpers.support_page.families import FAMILY_ROWS
+from tests.helpers.support_page.page import Refused, Row, Untested, Works, refused, untested, works
 
 _NO_GPU = "needs a GPU; the tests are there (`make test-gpu`)"
 _AUTOTP = "hosts/deepspeed/test_autotp.py::test_autotp_trains_like_whole_tensors"

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether the tensors of a step are as they were when they were last looked at closely.
+
+A close look at a tensor reads a dozen facts, which costs as much as stepping some thousand elements. They stay the same
+unless somebody replaces the tensor, its memory or its metadata. Torch compares all but the memory in one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+try:
+    # What compiled functions are guarded with. It compares class, dispatch keys (device type, layout, sign bit), dtype,
+    # device index, shape and strides of many tensors.
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:  # no public name: a torch without it looks closely in every step
+    TensorGuards = None  # type: ignore[assignment,misc]
+
+DATA_PTR = torch.Tensor.data_ptr
+OFFSET = torch.Tensor.storage_offset
+STORAGE = torch.Tensor.untyped_storage
+STORAGE_NBYTES = torch.UntypedStorage.nbytes
+
+
+class CloseLook:
+    """What a close look at the tensors of a step found, as numbers: it keeps no tensor alive and knows none by its id.
+
+    Args:
+        memory: the facts of memory that decide, of tensors whose other facts are known to be the same.
+    """
+
+    def __init__(self, memory: Callable[[Sequence[torch.Tensor]], list[object]]) -> None:
+        self._memory_of = memory
+        self._guards: TensorGuards | None = None
+        self._count = 0
+        self._version = -1
+        self._memory: list[object] = []
+
+    def still_holds(self, tensors: Sequence[torch.Tensor], version: int) -> bool:
+        """Whether a close look would find what it found last.
+
+        Args:
+            tensors: to be looked at, in the same order every time.
+            version: of the bindings that they have to fit to.
+        """
+        return (
+            self._guards is not None
+            and len(tensors) == self._count
+            and version == self._version
+            and self._guards.check(*tensors)
+            and self._memory_of(tensors) == self._memory
+        )
+
+    def forget(self) -> None:
+        """Look closely the next time."""
+        self._guards = None
+
+    def remember(self, tensors: Sequence[torch.Tensor], version: int) -> None:
+        """Remember plain tensors that a close look found nothing wrong with; arguments as of `still_holds`."""
+        if TensorGuards is not None:
+            guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+            self._guards, self._count = guards, len(tensors)
+            self._version, self._memory = version, self._memory_of(tensors)
