@@ -20,7 +20,7 @@ $(STAMP): constraints.txt setup.py pyproject.toml
 
 train: setup
 	$(BIN)/python launch/prepare_data.py --run configs/run/tiny.yaml
-	$(BIN)/deepspeed --num_gpus 2 launch/pretrain_llama.py --run configs/run/tiny.yaml $(or $(ARGS),--overwrite)
+	GPUS_PER_NODE=2 launch/cluster/local.sh configs/run/tiny.yaml $(or $(ARGS),--overwrite)
 
 # A Hugging Face LLaMA from a shape, trained on Python's library, then tuned on Python's manual; ARGS go to the tuning.
 FINETUNE := --deepspeed configs/hf/finetune.json --per_device_train_batch_size 16 --warmup_steps 20 --save_steps 50 --eval_strategy steps --eval_steps 20

@@ -41,7 +41,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["ds_blockwise*", "megatron_patch*"]),
-    package_data={"ds_blockwise": ["py.typed", "kernels/cpp/*.cpp", "kernels/cpp/*.h"], "megatron_patch": ["py.typed"]},
+    package_data={
+        "ds_blockwise": ["py.typed", "kernels/cpp/*.cpp", "kernels/cpp/*.h", "cli/templates/*"],
+        "megatron_patch": ["py.typed"],
+    },
     install_requires=["torch>=2.6", "ninja"],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["ds-blockwise=ds_blockwise.cli.main:main"]},

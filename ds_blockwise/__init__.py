@@ -7,6 +7,7 @@ DeepSpeed itself is not imported.
 
 from typing import Any
 
+from ds_blockwise import _quiet  # noqa: F401 # before what imports torch
 from ds_blockwise.blocks.roles import Role
 from ds_blockwise.blocks.spec import BlockSpec
 from ds_blockwise.checkpoint.record import VERSION

@@ -36,11 +36,11 @@ from transformers import (
 )
 
 import ds_blockwise  # noqa: F401 - makes both optimizers known to DeepSpeed
+import quiet  # noqa: F401
 from data.corpus import Corpus, find_corpus, is_validation
 from ds_blockwise.hosts.deepspeed.config.check import json_mistakes
 from ds_blockwise.runs.reading.problems import Problems
 from ds_blockwise.runs.reading.whole_files import read_json
-from job import quiet  # noqa: F401
 from job.process_groups import prepare_process
 from job.rendezvous import RankInfo
 from job.report import boxed, loss_axes, write_summary

@@ -12,24 +12,37 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
+import quiet  # noqa: F401
 from ds_blockwise import block_report
+from ds_blockwise.cli.progress import waiting
+from ds_blockwise.hosts.deepspeed.monitor import add_monitor
 from ds_blockwise.optimizers.registry import OPTIMIZERS
 from ds_blockwise.runs.engine_json import optimizer_type, zero_stage
 from ds_blockwise.runs.reading.problems import Problems
 from ds_blockwise.runs.run_file import RunConfig
-from job import quiet, run_folder  # noqa: F401
+from job import run_folder
 from job.batches import RunData, check_data
 from job.heartbeat import HeartbeatMonitor, name_lost_host
+from job.interrupt import INTERRUPTED
+from job.metrics import METRICS_CSV, MetricsFile
 from job.options import job_options
 from job.process_groups import Processes, agree
 from job.rendezvous import exit_status
 from job.report import plot_loss, plot_telemetry, state_bytes_per_parameter, summarize, table, write_summary
-from job.run_folder import check_output, check_source, find_checkpoint, json_digest, prepare_output
+from job.run_folder import (
+    check_output,
+    check_source,
+    checkpoints_of,
+    find_checkpoint,
+    json_digest,
+    prepare_output,
+)
 from job.start import build_engine, start_job
 from job.trainer import Trainer
 
@@ -60,7 +73,8 @@ def main(arguments: list[str] | None = None) -> None:
     assert data is not None  # else there was a problem
     prepare_output(run, record, processes, checkpoint)
 
-    engine, batches = build_engine(job, data)
+    with waiting("building the model, its data and DeepSpeed's engine", quiet=processes.rank != 0):
+        engine, batches = build_engine(job, data)
     name = optimizer_type(config)
     if processes.rank == 0 and name in OPTIMIZERS:
         print(block_report(engine.module), flush=True)
@@ -69,8 +83,12 @@ def main(arguments: list[str] | None = None) -> None:
         trainer.resume()
     elif source is not None:
         trainer.start_from(source)
+    if processes.rank == 0 and run.wants_metrics_csv:
+        add_monitor(engine, MetricsFile(run.output / METRICS_CSV, trainer.state.step))
     with HeartbeatMonitor(job.this_rank, job.hosts, job.store), name_lost_host(job.hosts):
-        trainer.train(options.stop_at_step, options.stop_after_minutes)
+        done = trainer.train(options.stop_at_step, options.stop_after_minutes)
+    if not done:
+        _end_interrupted(run, trainer.state.step, processes)
 
     stage = zero_stage(config)
     state_bytes = state_bytes_per_parameter(engine.basic_optimizer, engine.module, processes, zero_stage=stage)
@@ -92,6 +110,18 @@ def main(arguments: list[str] | None = None) -> None:
         print(table(summary, run.output), flush=True)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+def _end_interrupted(run: RunConfig, step: int, processes: Processes) -> NoReturn:
+    torch.distributed.barrier()
+    if processes.rank == 0:
+        print(
+            f"stopped at step {step} of {run.training.steps}, saved in {checkpoints_of(run)}: to go on, start it again "
+            f"with --resume (and without --overwrite)",
+            flush=True,
+        )
+    torch.distributed.destroy_process_group()
+    sys.exit(INTERRUPTED)
 
 
 def _record(run: RunConfig, config: dict[str, Any], data: RunData | None, processes: Processes) -> dict[str, object]:

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
+import quiet  # noqa: F401
 from ds_blockwise.checkpoint.folder import resolve_tag
 from ds_blockwise.checkpoint.manifest import CheckpointError, once_more
 from ds_blockwise.hosts.deepspeed.checkpoint.load import load_checkpoint
 from ds_blockwise.measure.sharpness_report import LEVELS, write_csv
 from ds_blockwise.runs.reading.problems import Problems
 from ds_blockwise.runs.run_file import check_sharpness
-from job import quiet  # noqa: F401
 from job.batches import check_data
 from job.options import run_options
 from job.process_groups import agree

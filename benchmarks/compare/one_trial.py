@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import csv
 import fcntl
 import json
 import os
@@ -20,6 +19,7 @@ import pretrain_llama
 from benchmarks.compare.peers import register
 from benchmarks.compare.trials import Setup, Trial, fingerprint
 from benchmarks.provenance import provenance
+from job.metrics import read_metric
 
 RESULT = "result.json"
 _BEGUN = "digest"  # of what is in the folder, finished or not
@@ -114,9 +114,7 @@ def _result(output: Path, diverged: str | None) -> dict[str, Any] | None:
     summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
     if not summary["completed"]:
         return None
-    with open(output / "csv" / "loss_validation.csv", newline="", encoding="utf-8") as file:
-        # DeepSpeed's monitor writes its header again at every start, and after a kill some steps come twice
-        points = {int(step): float(loss) for step, loss in csv.reader(file) if step.isdecimal()}
+    points = read_metric(output, "loss/validation")
     kept = (
         "final_validation_loss",
         "parameters",

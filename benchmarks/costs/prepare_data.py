@@ -21,12 +21,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import quiet  # noqa: F401
 from benchmarks.provenance import PROVENANCE, ROOT, provenance, write_between, write_csv
 from data.corpus import Corpus, find_corpus
 from data.token_files import prepare
 from ds_blockwise.runs.reading.problems import Problems
 from ds_blockwise.runs.run_file import DataConfig
-from job import quiet  # noqa: F401
 
 MB = 10**6
 PART_BYTES = 8 << 20  # enough parts of little text to keep two workers busy

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from ds_blockwise.cli.convert import add_checkpoint_options
 from ds_blockwise.cli.extras import needs
+from ds_blockwise.cli.overrides import add_overrides
+from ds_blockwise.cli.progress import add_quiet
 from ds_blockwise.hosts.deepspeed.checkpoint.inspect import CHECKPOINT_HELP, CheckpointDescription, describe_checkpoint
 from ds_blockwise.hosts.deepspeed.config.check import is_deepspeed_installed
 
@@ -21,13 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source", type=Path, metavar="CHECKPOINT_OR_RUN", help=f"{CHECKPOINT_HELP}; or a run file (.yaml)"
     )
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change an entry of the run file"
-    )
+    add_overrides(parser)
     parser.add_argument("--deepspeed-config", type=Path, metavar="JSON", help="use it instead of the run file's")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     add_checkpoint_options(parser)
-    parser.set_defaults(run=run_check)
+    add_quiet(parser)
+    parser.set_defaults(run=run_check, awaited="reading and checking")
 
 
 def run_check(args: argparse.Namespace) -> tuple[str, int]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ds_blockwise.cli.progress import add_quiet
 from ds_blockwise.hosts.deepspeed.checkpoint.inspect import CHECKPOINT_HELP, convert_checkpoint
 
 HELP = "bring a DeepSpeed checkpoint into a portable form that loads at any ZeRO stage, dp and tp"
@@ -16,7 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="SOURCE", help=CHECKPOINT_HELP)
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder of checkpoints to write into")
     add_checkpoint_options(parser)
-    parser.set_defaults(run=run_convert)
+    add_quiet(parser)
+    parser.set_defaults(run=run_convert, awaited="reading, checking and converting")
 
 
 def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:

@@ -9,9 +9,19 @@ import sys
 from collections.abc import Sequence
 
 from ds_blockwise.checkpoint.manifest import CheckpointError
-from ds_blockwise.cli import blocks, check, convert, plan, sharpness
+from ds_blockwise.checkpoint.record import VERSION
+from ds_blockwise.cli import blocks, check, convert, init, plan, sharpness
+from ds_blockwise.cli.extras import missing_package
+from ds_blockwise.cli.progress import waiting
 
-_COMMANDS = {"blocks": blocks, "convert": convert, "check": check, "plan": plan, "sharpness": sharpness}
+_COMMANDS = {
+    "init": init,
+    "blocks": blocks,
+    "plan": plan,
+    "check": check,
+    "convert": convert,
+    "sharpness": sharpness,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,7 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     try:
-        text, status = args.run(args)
+        with waiting(f"ds-blockwise: {args.awaited}", quiet=getattr(args, "quiet", False)) as args.progress:
+            text, status = args.run(args)
+    except ModuleNotFoundError as error:
+        print(f"ds-blockwise: error: {missing_package(error)}", file=sys.stderr)
+        return 2
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError, CheckpointError) as error:
         print(f"ds-blockwise: error: {error}", file=sys.stderr)
         return 2
@@ -39,7 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ds-blockwise", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"ds-blockwise {VERSION}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command in _COMMANDS.items():
-        command.add_arguments(commands.add_parser(name, help=command.HELP))
+        own = commands.add_parser(name, help=command.HELP)
+        own.set_defaults(awaited=name)
+        command.add_arguments(own)
     return parser

@@ -7,26 +7,23 @@ On the meta device to be looked at, small with real weights to be run, or with t
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from ds_blockwise.cli.extras import needs
+from ds_blockwise.cli.hugging_face import build_from_config
 from ds_blockwise.values import suggest
-
-# A small model keeps everything that attention depends on: the hidden size, heads, layouts, norms
-_SMALL_LAYERS = 4
-_SMALL_VOCABULARY = 256
-_SMALL_WIDTH = 64  # of an FFN
-_FFN_WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "n_inner", "ffn_dim")
 
 MODEL_HELP = (
     "a Hugging Face config.json (or the folder that holds it), a Megatron-core model file such as "
     "configs/model/tiny.yaml, or package.module:function, a function without arguments that returns a torch module"
 )
+_FILES = (".json", ".yaml", ".yml")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
 def load_model(source: str, *, small: bool = False) -> nn.Module:
@@ -43,14 +40,38 @@ def load_model(source: str, *, small: bool = False) -> nn.Module:
     """
     path = Path(source)
     if path.is_dir():
-        path = path / "config.json"
+        path = _config_in(path)
     if path.suffix == ".json" and path.is_file():
-        return _hugging_face_model(path, small)
-    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return build_from_config(path, small=small)
+    if path.suffix in _FILES[1:] and path.is_file():
         return _megatron_model(path, small)
-    if ":" in source and not path.exists():
+    if _is_function(source):
         return _from_function(source, small)
-    raise ValueError(f"cannot build a model from {source!r}: give {MODEL_HELP}")
+    raise _not_a_model(source)
+
+
+def _is_function(source: str) -> bool:
+    return ":" in source and not Path(source).exists()
+
+
+def _config_in(folder: Path) -> Path:
+    path = folder / "config.json"
+    if not path.exists():
+        raise ValueError(f"{folder} holds no config.json: give {MODEL_HELP}")
+    return path
+
+
+def _not_a_model(source: str) -> ValueError:
+    """Why a source that no reader takes is none."""
+    path = Path(source)
+    if path.exists():
+        return ValueError(f"{source} is no model: give {MODEL_HELP}")
+    if _HUB_ID.fullmatch(source) and path.suffix not in _FILES:
+        return ValueError(
+            f"{source!r}: no such file or folder. Names on the Hugging Face Hub are not read here: download the "
+            f"model's config.json and give the folder that holds it."
+        )
+    return ValueError(f"{source!r}: no such file or folder. Correct the path: give {MODEL_HELP}")
 
 
 def load_trained(source: str, *, random_init: bool = False) -> tuple[nn.Module, str]:
@@ -73,9 +94,13 @@ def load_trained(source: str, *, random_init: bool = False) -> tuple[nn.Module, 
             f"{source} describes a model without weights: measure a checkpoint of a run with "
             f"launch/probe_sharpness.py --run RUN"
         )
-    if not path.exists() and ":" in source:
+    if _is_function(source):
         warning = f"{source} may return random weights, and their sharpness says nothing about training"
         return load_model(source, small=True), warning
+    if not path.exists():
+        raise _not_a_model(source)
+    if path != path.parent / "config.json" and not path.is_dir():
+        raise ValueError(f"{source} is no model with weights: give the folder, as save_pretrained writes it")
     folder = path if path.is_dir() else path.parent
     has_weights = any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
     if not has_weights and not random_init:
@@ -88,7 +113,7 @@ def load_trained(source: str, *, random_init: bool = False) -> tuple[nn.Module, 
     if not has_weights:
         torch.manual_seed(0)
         drawn: nn.Module = transformers.AutoModelForCausalLM.from_config(
-            transformers.AutoConfig.from_pretrained(str(folder))
+            transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         )
         return drawn.float(), f"{folder} holds no weights: these are RANDOM ones"
     model, loading = transformers.AutoModelForCausalLM.from_pretrained(
@@ -101,43 +126,26 @@ def load_trained(source: str, *, random_init: bool = False) -> tuple[nn.Module, 
     return model, ""
 
 
-def _hugging_face_model(path: Path, small: bool) -> nn.Module:
-    with needs("hf", "this model"):
-        import transformers
-    config = transformers.AutoConfig.from_pretrained(str(path.parent))
-    if small:
-        _shrink(config)
-    with torch.device("cpu" if small else "meta"):
-        model: nn.Module = transformers.AutoModelForCausalLM.from_config(config)
-    return model.float() if small else model
-
-
-def _shrink(config: Any) -> None:
-    layers = config.num_hidden_layers
-    for name, value in list(vars(config).items()):
-        if isinstance(value, list) and len(value) == layers:  # a kind for each layer
-            setattr(config, name, value[:_SMALL_LAYERS])
-    config.num_hidden_layers = min(layers, _SMALL_LAYERS)
-    config.vocab_size = min(config.vocab_size, _SMALL_VOCABULARY)
-    padding = getattr(config, "pad_token_id", None)
-    if padding is not None and padding >= config.vocab_size:
-        config.pad_token_id = None
-    for name in _FFN_WIDTHS:
-        if isinstance(value := getattr(config, name, None), int):
-            setattr(config, name, min(value, _SMALL_WIDTH))
-
-
 def _megatron_model(path: Path, small: bool) -> nn.Module:
     with needs("megatron", "this model"):
         megatron_patch = importlib.import_module("megatron_patch")  # a layer above this package
-    model: nn.Module = (megatron_patch.build_small_gpt if small else megatron_patch.build_meta_gpt)(path)
+        model: nn.Module = (megatron_patch.build_small_gpt if small else megatron_patch.build_meta_gpt)(path)
     return model
 
 
 def _from_function(source: str, small: bool) -> nn.Module:
     module_name, _, function_name = source.partition(":")
     sys.path.insert(0, str(Path.cwd()))
-    module = importlib.import_module(module_name)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        missing = error.name or module_name
+        if not f"{module_name}.".startswith(f"{missing}."):  # of what the user's module imports
+            raise ImportError(f"{module_name}, for {source!r}, imports {missing}, which is not installed") from error
+        raise ValueError(
+            f"{source!r}: there is no module {missing!r} in the working directory or among Python's packages. Give "
+            f"{MODEL_HELP}"
+        ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise ValueError(f"{module_name} has no function {function_name!r}{suggest(function_name, dir(module))}")

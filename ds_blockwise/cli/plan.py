@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from ds_blockwise.cli.blocks import block_settings
 from ds_blockwise.cli.extras import needs
 from ds_blockwise.cli.models import load_model
+from ds_blockwise.cli.overrides import add_overrides
+from ds_blockwise.cli.progress import add_quiet
 
 if TYPE_CHECKING:
     from ds_blockwise.runs.plan_memory import RankCounts
@@ -30,11 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=_count, help="default: the run file's cluster.nodes; of a folder: the largest")
     parser.add_argument("--gpus-per-node", type=_count, help="default: the run file's")
     parser.add_argument("--gpu", help="default: the run file's cluster.gpu")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change an entry")
+    add_overrides(parser)
     parser.add_argument("--deepspeed-config", type=Path, metavar="JSON", help="use it instead of the run file's")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="default: plan.png; an empty name writes none")
-    parser.set_defaults(run=run_plan)
+    add_quiet(parser)
+    parser.set_defaults(run=run_plan, awaited="counting what each rank holds")
 
 
 def _count(text: str) -> int:

@@ -15,6 +15,7 @@ from ds_blockwise.blocks.auto_settings import EARLIEST_STEP, AutoMultipliers
 from ds_blockwise.blocks.defaults import DEFAULT_EXPONENT, DEFAULT_LR_MULTIPLIERS
 from ds_blockwise.cli.extras import needs
 from ds_blockwise.cli.models import load_trained
+from ds_blockwise.cli.progress import add_quiet
 from ds_blockwise.measure.auto_multipliers import first_reading
 from ds_blockwise.measure.ratios import multipliers_from_sharpness
 from ds_blockwise.measure.sharpness import PRODUCTS, measure_sharpness
@@ -48,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     measure.add_argument("--random-init", action="store_true", help="measure random weights where there are no others")
     measure.add_argument("--csv", type=Path, metavar="CSV", help="also write all entries to this file")
     _add_output(measure)
-    measure.set_defaults(run=_run_measure)
+    add_quiet(measure)
+    measure.set_defaults(run=_run_measure, awaited="measuring, in batches")
 
     show = own.add_parser("show", help="print a measurement as a table")
     _add_source(show)
@@ -108,7 +110,12 @@ def _run_measure(args: argparse.Namespace) -> tuple[str, int]:
         vocabulary=getattr(getattr(model, "config", None), "vocab_size", None),
     )
     report = measure_sharpness(
-        model, batches, estimator=args.estimator, draws=args.draws, seed=args.seed, products=args.products
+        model,
+        args.progress.each(batches),
+        estimator=args.estimator,
+        draws=args.draws,
+        seed=args.seed,
+        products=args.products,
     )
     if args.csv is not None:
         write_csv([report], args.csv)

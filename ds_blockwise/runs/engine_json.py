@@ -73,7 +73,8 @@ def compose(run: RunConfig, problems: Problems) -> JsonObject:
                 allowed = "nothing, the launcher writes it"
                 problems.add(file, f"{monitor}.{key}", section[key], allowed, remedy)
         section["output_path"] = str(run.output)
-        section["job_name"] = "csv" if monitor == "csv_monitor" else monitor
+        section["job_name"] = monitor
+    config.pop("csv_monitor", None)  # the main job's own monitor has one file: RunConfig.wants_metrics_csv
     return config
 
 

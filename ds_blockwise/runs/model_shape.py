@@ -6,6 +6,7 @@ Pure arithmetic, without a process group or a torch module: `megatron_patch.buil
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -13,12 +14,14 @@ from typing import Annotated
 from pydantic import Field
 
 from ds_blockwise.runs.reading.problems import Problems, correction
+from ds_blockwise.runs.reading.whole_files import JsonObject
 from ds_blockwise.runs.reading.yaml_file import read_yaml
 from ds_blockwise.runs.strict_files import AtLeastTwo, Flag, Positive, StrictSection, read_section
 
 _MOST_LAYERS = 10_000
 _MOST_PARAMETERS = 10**15
 _NotNegativeNumber = Annotated[float, Field(strict=True, ge=0.0)]
+_OF_RUN_FILES = {"base", "cluster", "data", "deepspeed", "model", "output", "parallel", "training"}
 LLAMA, GPT2 = "llama", "gpt2"
 ARCHITECTURES = (LLAMA, GPT2)
 
@@ -87,6 +90,13 @@ class GPTShape(StrictSection):
         values = read_yaml(path, problems)
         if not values and len(problems.lines) > known:
             return None
+        if not values.keys() & cls.__dataclass_fields__.keys() and values.keys() & _OF_RUN_FILES:
+            allowed = "a model file, such as configs/model/tiny.yaml; this is a run file"
+            named = values.get("model")
+            model = f", {os.path.normpath(path.parent / named)}" if isinstance(named, str) else ""
+            remedy = f"give its model file{model}"
+            problems.add(path, "(file)", ", ".join(map(str, values)), allowed, remedy)
+            return None
         shape = read_section(cls, values, file=path, problems=problems)
         if shape is not None:
             shape.check(path, problems)
@@ -138,3 +148,13 @@ class GPTShape(StrictSection):
         positions = self.sequence_length * hidden if gpt2 else 0
         embeddings = (1 if self.tied_embeddings else 2) * self.vocab_size * hidden + positions
         return embeddings + self.num_layers * (attention + ffn + biases + 2 * norm) + norm
+
+
+def note_model_file(file: Path, values: JsonObject, problems: Problems) -> bool:
+    """Note that a model file stands where a run file should; False if ``values`` are not those of one."""
+    if not values.keys() & GPTShape.__dataclass_fields__.keys() or values.keys() & _OF_RUN_FILES:
+        return False
+    allowed = "a run file, such as configs/run/tiny.yaml; this is a model file"
+    remedy = f"`ds-blockwise blocks {file}` shows its blocks; a run file names it: model: {file.name}"
+    problems.add(file, "(file)", ", ".join(map(str, values)), allowed, remedy)
+    return True

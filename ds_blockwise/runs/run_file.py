@@ -16,7 +16,7 @@ from typing import Annotated
 from pydantic import Field
 
 from ds_blockwise.optimizers.registry import OPTIMIZERS
-from ds_blockwise.runs.model_shape import LLAMA, GPTShape
+from ds_blockwise.runs.model_shape import LLAMA, GPTShape, note_model_file
 from ds_blockwise.runs.reading.problems import Problems, correction
 from ds_blockwise.runs.reading.whole_files import JsonObject, read_json
 from ds_blockwise.runs.reading.yaml_file import parse_value, read_yaml
@@ -211,6 +211,11 @@ class RunConfig:
         return Path(self.data.directory)
 
     @property
+    def wants_metrics_csv(self) -> bool:
+        """Whether the JSON asks for its ``csv_monitor``, in whose place the main job writes one file."""
+        return isinstance(found := self.deepspeed.get("csv_monitor"), dict) and found.get("enabled") is True
+
+    @property
     def tokens_per_step(self) -> int:
         """Tokens that one optimizer step sees, on all ranks together."""
         return self.training.global_batch_size * self.shape.sequence_length
@@ -246,6 +251,8 @@ def load_run(
     problems = Problems()
     values = _read_with_bases(file, problems)
     if not values and problems:
+        return None, problems
+    if note_model_file(file, values, problems):
         return None, problems
     for override in overrides:
         _apply_override(values, override, problems)

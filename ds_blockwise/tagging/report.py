@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 
 from torch import nn
 
 from ds_blockwise.blocks.spec import STATE_BYTES_PER_VALUE, BlockSpec
 from ds_blockwise.blocks.tagged_parameter import tags_of
 
+_NUMBER = re.compile(r"(?:(?<=\.)|^)[0-9]+(?=\.|$)")
+_MOST_RANGES = 6  # of numbered parts in one name
 ADAMW_STATE_VALUES = 2  # exp_avg and exp_avg_sq
 
 
@@ -72,7 +75,22 @@ class BlockReport:
         return {"parameters": [asdict(row) for row in self.rows], "totals": self.totals}
 
     def __str__(self) -> str:
-        head = (
+        return self.table()
+
+    def table(self, *, full: bool = False) -> str:
+        """The rows and the totals as text.
+
+        Args:
+            full: a line for each row. Otherwise layers (and experts, and whatever else is numbered) with equal lines
+                share them: ``layers.0-3.mlp.weight``. Blocks and bytes are those of one of them, and the last column
+                says how many there are.
+        """
+        lines = [_Line(row.fqn, _cells(row)) for row in self.rows]
+        if not full:
+            lines = _collapsed(lines)
+        shared = any(line.count > 1 for line in lines)
+        body = [(line.name, *line.cells, *([f"{line.count:,}"] if shared else [])) for line in lines]
+        head: tuple[str, ...] = (
             "parameter",
             "shape",
             "role",
@@ -82,35 +100,89 @@ class BlockReport:
             "granularity",
             "blocks",
             "state bytes",
+            *(["times"] if shared else []),
         )
-        body = [
-            (
-                row.fqn,
-                "x".join(map(str, row.shape)) or "scalar",
-                row.role,
-                row.block_type,
-                "auto" if row.is_measured else f"{row.lr_multiplier:g}",
-                f"{row.weight_decay_multiplier:g}",
-                row.granularity,
-                f"{row.num_blocks:,}",
-                f"{row.state_bytes:,}",
-            )
-            for row in self.rows
-        ]
         widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
-        lines = [_line(head, widths), "  ".join("-" * width for width in widths)]
-        lines += [_line(line, widths) for line in body]
+        text = [_line(head, widths), "  ".join("-" * width for width in widths)]
+        text += [_line(line, widths) for line in body]
         totals = self.totals
-        lines.append(
+        text.append(
             f"total: {int(totals['parameters']):,} parameters, {int(totals['num_blocks']):,} blocks; state "
             f"of Adam-mini {int(totals['adam_mini_state_bytes']):,} bytes "
             f"({totals['adam_mini_state_bytes_per_parameter']:.3f} per parameter), of AdamW "
             f"{int(totals['adamw_state_bytes']):,} ({totals['adamw_state_bytes_per_parameter']:.3f})"
         )
-        return "\n".join(lines)
+        return "\n".join(text)
 
 
-def _line(cells: tuple[str, ...], widths: list[int]) -> str:
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """One line of a table: a name or a part of one, the other columns, and how many parameters share it."""
+
+    name: str
+    cells: tuple[str, ...]
+    count: int = 1
+
+
+def _cells(row: ReportRow) -> tuple[str, ...]:
+    return (
+        "x".join(map(str, row.shape)) or "scalar",
+        row.role,
+        row.block_type,
+        "auto" if row.is_measured else f"{row.lr_multiplier:g}",
+        f"{row.weight_decay_multiplier:g}",
+        row.granularity,
+        f"{row.num_blocks:,}",
+        f"{row.state_bytes:,}",
+    )
+
+
+def _collapsed(lines: Sequence[_Line]) -> list[_Line]:
+    """Lines of numbered parts (a layer, an expert) with equal lines become those of one part, with its numbers.
+
+    Args:
+        lines: in the model's order.
+    """
+    found: list[_Line] = []
+    at = 0
+    while at < len(lines):
+        name = lines[at].name
+        number = _NUMBER.search(name)
+        if number is None:
+            found.append(lines[at])
+            at += 1
+            continue
+        prefix = name[: number.start()]
+        parts: dict[int, list[_Line]] = {}
+        while at < len(lines) and lines[at].name.startswith(prefix):
+            line = lines[at]
+            here = _NUMBER.match(line.name, number.start())
+            if here is None:
+                break
+            parts.setdefault(int(here[0]), []).append(replace(line, name=line.name[here.end() :]))
+            at += 1
+        equal: dict[tuple[_Line, ...], list[int]] = {}
+        for index, part in parts.items():
+            equal.setdefault(tuple(_collapsed(part)), []).append(index)
+        for shared, indices in equal.items():
+            label = f"{prefix}{_ranges(indices)}"
+            found += [_Line(f"{label}{line.name}", line.cells, line.count * len(indices)) for line in shared]
+    return found
+
+
+def _ranges(indices: Iterable[int]) -> str:
+    """``0-3`` or ``0,2,4``; of many, the first and the last."""
+    ranges: list[tuple[int, int]] = []
+    for index in indices:
+        if ranges and index == ranges[-1][1] + 1:
+            ranges[-1] = (ranges[-1][0], index)
+        else:
+            ranges.append((index, index))
+    words = [str(first) if first == last else f"{first}-{last}" for first, last in ranges]
+    return ",".join(words if len(words) <= _MOST_RANGES else [*words[: _MOST_RANGES - 2], "...", words[-1]])
+
+
+def _line(cells: Sequence[str], widths: list[int]) -> str:
     # words to the left, numbers to the right
     left = (0, 1, 2, 3, 6)
     return "  ".join(

@@ -14,8 +14,17 @@ if (( $# == 0 )) || [[ $1 == -* ]]; then
 fi
 [[ -f $1 ]] || die "$1: no such run file"
 # torchrun takes a script's --run for an option of its own
+RESUME=(--auto-resume)
+LOG_LEVEL=warning   # of DeepSpeed's launcher
+for argument in "${@:2}"; do
+    case $argument in
+        --resume) RESUME=() ;;
+        --overwrite) RESUME=(); MAX_RESTARTS=0 ;;   # a second start would delete what the first one saved
+        --verbose) LOG_LEVEL=info ;;
+    esac
+done
 # shellcheck disable=SC2034 # the sourcing script starts it
-JOB=("$PROGRAM" --run-file "$1" --auto-resume "${@:2}")
+JOB=("$PROGRAM" --run-file "$1" "${RESUME[@]}" "${@:2}")
 
 if [[ -n $VENV ]]; then
     [[ $VENV == /* ]] || VENV=$ROOT/$VENV
@@ -43,13 +52,28 @@ read_hostfile() {
     share LAUNCH_HOSTS "$LAUNCH_HOSTS"
 }
 
+# pass_on SIGNAL: to the job. On its own host (BELOW=1) the command `deepspeed` would die of it and leave the process
+# below it, which ends the ranks: that one gets SIGTERM. It would make SIGTERM of SIGINT: the ranks get that one.
+BELOW=''
+pass_on() {
+    local to=$child below=''
+    [[ -z $BELOW ]] || below=$(pgrep -P "$child" || true)
+    if [[ -n $below ]]; then
+        to=$below
+        [[ $1 != INT ]] || to=$(pgrep -P "$below" || echo "$below")
+    fi
+    # shellcheck disable=SC2086 # several are several arguments
+    kill -"$1" $to 2>/dev/null || true
+}
+
 # with_restarts COMMAND...: run it again, at most MAX_RESTARTS times, when it fails; the job goes on from its last
 # complete checkpoint. Not after a signal, and not if the configuration is wrong.
 RESTARTS=0
 with_restarts() {
     local status child='' stopped=''
     # the child runs in the background: bash would answer a signal only after a child in the foreground has ended
-    trap 'stopped=1; kill -TERM "$child" 2>/dev/null || true' INT TERM
+    trap 'stopped=1; pass_on INT' INT
+    trap 'stopped=1; pass_on TERM' TERM
     while true; do
         "$@" &
         child=$!

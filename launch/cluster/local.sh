@@ -10,4 +10,6 @@ source "$here/env.sh"
 source "$here/common.sh"
 
 # DeepSpeed reads /job/hostfile when none is named, and would go over the network if there is one
-with_restarts deepspeed --hostfile /dev/null --num_gpus "$(gpus_here)" --master_port "$MASTER_PORT" "${JOB[@]}"
+BELOW=1   # see pass_on
+with_restarts deepspeed --log_level "$LOG_LEVEL" --hostfile /dev/null --num_gpus "$(gpus_here)" \
+    --master_port "$MASTER_PORT" "${JOB[@]}"

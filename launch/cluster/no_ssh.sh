@@ -14,5 +14,6 @@ HOSTFILE=${HOSTFILE:-hostfile}
 read_hostfile "$HOSTFILE"
 [[ ${NODE_RANK:-} =~ ^[0-9]+$ ]] || die "NODE_RANK=${NODE_RANK:-}: set it to this host's place in $HOSTFILE, from 0"
 first=${LAUNCH_HOSTS%%:*}
-with_restarts deepspeed --hostfile "$HOSTFILE" --no_ssh --node_rank "$NODE_RANK" \
+BELOW=1   # see pass_on
+with_restarts deepspeed --log_level "$LOG_LEVEL" --hostfile "$HOSTFILE" --no_ssh --node_rank "$NODE_RANK" \
     --master_addr "${MASTER_ADDR:-$first}" --master_port "$MASTER_PORT" "${JOB[@]}"

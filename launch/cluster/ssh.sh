@@ -50,5 +50,5 @@ done
 
 first=${LAUNCH_HOSTS%%:*}
 # --force_multi: a hostfile with one line names that host, not this one
-with_restarts deepspeed --hostfile "$HOSTFILE" --force_multi --launcher pdsh \
+with_restarts deepspeed --log_level "$LOG_LEVEL" --hostfile "$HOSTFILE" --force_multi --launcher pdsh \
     --master_addr "${MASTER_ADDR:-$first}" --master_port "$MASTER_PORT" "${JOB[@]}"

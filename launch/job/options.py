@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import argparse
 
+from ds_blockwise.cli.overrides import add_overrides
+
 
 def run_options(description: str) -> argparse.ArgumentParser:
     """A parser with what every program that starts from a run file needs.
@@ -16,7 +18,8 @@ def run_options(description: str) -> argparse.ArgumentParser:
     # torchrun takes a script's --run for its own --run-path; --run-file gets past it.
     parser.add_argument("--run", "--run-file", required=True, help="run file, such as configs/run/tiny.yaml")
     parser.add_argument("--deepspeed-config", help="another DeepSpeed JSON than the run file's")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    add_overrides(parser)
+    parser.add_argument("--verbose", action="store_true", help="show what DeepSpeed reports of itself")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the launcher
     return parser
 

@@ -112,9 +112,13 @@ def make_process_groups(parallel: ParallelConfig, seed: int, store: torch.distri
     )
 
 
-def prepare_process() -> None:
-    """Set log levels and threads; call it before the first collective."""
-    deepspeed.utils.logger.setLevel(logging.WARNING)
+def prepare_process(verbose: bool = False) -> None:
+    """Set log levels and threads; call it before the first collective.
+
+    Args:
+        verbose: Show what DeepSpeed reports of itself.
+    """
+    deepspeed.utils.logger.setLevel(logging.INFO if verbose else logging.WARNING)
     if not torch.cuda.is_available():
         _share_cores()
 

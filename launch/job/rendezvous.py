@@ -15,6 +15,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import signal
 import socket
 import sys
 import time
@@ -368,9 +369,16 @@ def _missing(ranks: list[RankInfo], world_size: int, limit: float, strange: list
 
 
 def exit_status(main: Callable[[], None]) -> None:
-    """Run a program of this folder; a `ValueError` ends it with the status after which launchers do not restart."""
+    """Run a program of this folder; a `ValueError` ends it with the status after which launchers do not restart.
+
+    Ctrl-C where there is nothing to save ends it with a line on the first rank.
+    """
     try:
         main()
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("\ninterrupted", file=sys.stderr, flush=True)
+        os._exit(128 + signal.SIGINT)  # other threads may wait for ranks that are gone
     except ValueError:
         sys.excepthook(*sys.exc_info())  # prints what an uncaught exception prints
         sys.exit(REFUSED)

@@ -31,6 +31,7 @@ from ds_blockwise.checkpoint.manifest import CheckpointError, once_more
 from ds_blockwise.parallel.agree import is_first_rank, together
 from ds_blockwise.runs.reading.problems import Problems
 from ds_blockwise.runs.run_file import RunConfig
+from job.metrics import EARLIER, METRICS_CSV
 from job.process_groups import Processes
 
 logger = logging.getLogger(__name__)
@@ -203,9 +204,9 @@ def _prepare(run: RunConfig, record: dict[str, object], checkpoint: Checkpoint |
         logger.info("%s", note)
     if checkpoint is None:
         remove_all(folder)
-        for name in ("csv", "tensorboard"):
+        for name in (EARLIER, "tensorboard"):
             shutil.rmtree(run.output / name, ignore_errors=True)
-        for name in ("loss.png", "telemetry.png", "summary.json", SHARPNESS_CSV, *FIGURES):
+        for name in ("loss.png", "telemetry.png", "summary.json", METRICS_CSV, SHARPNESS_CSV, *FIGURES):
             (run.output / name).unlink(missing_ok=True)
         logger.info("starting from the beginning in %s", run.output)
     else:

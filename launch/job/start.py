@@ -51,7 +51,7 @@ def start_job(options: argparse.Namespace) -> Job:
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     this_rank = RankInfo.from_environment()
-    prepare_process()
+    prepare_process(options.verbose)
     store = connect(this_rank)
     run, config, hosts = load_and_check(options, this_rank, store)
     processes = make_process_groups(run.parallel, run.training.seed, store)

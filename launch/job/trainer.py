@@ -22,6 +22,7 @@ from ds_blockwise.measure.readings import Readings
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.runs.run_file import RunConfig
 from job.batches import BatchLoader, MicroBatch
+from job.interrupt import Interrupt
 from job.process_groups import Processes, random_states, restore_random_states
 from job.run_folder import checkpoints_of, folder_and_tag, remove_old
 from job.sharpness import SharpnessCurve
@@ -81,22 +82,26 @@ class Trainer:
         if isinstance(optimizer, BlockwiseOptimizer) and optimizer.has_telemetry:
             optimizer.on_telemetry(self._note)
 
-    def train(self, stop_at: int | None = None, stop_after: float | None = None) -> None:
+    def train(self, stop_at: int | None = None, stop_after: float | None = None) -> bool:
         """Train to the last step, or until told to stop, and write a checkpoint there.
 
         Args:
             stop_at: Step after which to stop.
             stop_after: Minutes since the start of the program after which to stop, at the next point of the curve.
 
+        Returns:
+            False if Ctrl-C on any rank stopped it before the last step.
+
         Raises:
             FloatingPointError: The loss is no longer finite (on every rank at the same step).
         """
         training, state = self._run.training, self.state
         last = min(training.steps, stop_at or training.steps)
-        if not state.validation_curve:
-            self._validate()
+        interrupted = False
         saved = state.step
-        with self._progress_bar() as bar:
+        with self._interrupt() as interrupt, self._progress_bar() as bar:
+            if not state.validation_curve:
+                self._validate()
             while state.step < last:
                 begin = time.perf_counter()
                 self._one_step()
@@ -107,7 +112,7 @@ class Trainer:
                 bar.update()
                 final = state.step == training.steps
                 if final or state.step % training.validation_interval == 0:
-                    self._validate(bar)
+                    self._validate()
                 if self._sharpness.due(state.step):
                     self._sharpness.measure(state.step)
                 interval = training.checkpoint_interval
@@ -118,8 +123,11 @@ class Trainer:
                     # clocks differ: a rank that stopped alone would leave the others waiting
                     if self._processes.any(time.perf_counter() - self._program_started > 60 * stop_after):
                         break
-        if saved != state.step:
-            self.save()
+                if interrupted := self._processes.any(interrupt.asked):
+                    break
+            if saved != state.step:
+                self.save()
+        return not interrupted or state.step == training.steps
 
     def save(self) -> None:
         """Write a checkpoint of everything that the next step depends on.
@@ -214,7 +222,7 @@ class Trainer:
         )
         bar.set_postfix(loss=f"{loss:.3f}", lr=f"{learning_rate:.1e}", refresh=False)
 
-    def _validate(self, bar: tqdm[NoReturn] | None = None) -> None:
+    def _validate(self) -> None:
         total = torch.zeros((), dtype=torch.float64, device=self._processes.device)
         count = torch.zeros_like(total)
         self._engine.eval()
@@ -229,8 +237,7 @@ class Trainer:
         self.state.validation_curve.append((step, loss))
         self._engine.monitor.write_events([("loss/validation", loss, step)])
         if self._processes.rank == 0:
-            text = f"step {step:6d}  validation loss {loss:.4f}"
-            tqdm.write(text) if bar is not None else print(text, flush=True)
+            tqdm.write(f"step {step:6d}  validation loss {loss:.4f}")
 
     def tokens_per_second(self) -> float:
         """Training tokens per second of training time, all ranks together."""
@@ -242,6 +249,10 @@ class Trainer:
         self._sharpness.finish()
         self._count_wall_time()
         return self.state
+
+    def _interrupt(self) -> Interrupt:
+        notice = "Ctrl-C: saving a checkpoint after this step; once more ends at once, without one"
+        return Interrupt(notice if self._processes.rank == 0 else "")
 
     def _count_wall_time(self) -> None:
         self.state.wall_seconds = time.perf_counter() - self._started

@@ -13,19 +13,17 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.helpers import ROOT
+from tests.helpers.launch.stubs import CLUSTER, RUN, Bench
 
-CLUSTER = ROOT / "launch" / "cluster"
 PROGRAM = str(ROOT / "launch" / "pretrain_llama.py")
 SCRIPTS = sorted(p for p in CLUSTER.iterdir() if p.suffix in (".sh", ".sbatch"))
-RUN = str(ROOT / "configs" / "run" / "tiny.yaml")
 JOB = [PROGRAM, "--run-file", RUN, "--auto-resume", "--set", "training.steps=9"]
+QUIET = ["--log_level", "warning"]
 # what env.sh gives every rank on a host without GPUs
 SHARED = {
     "NCCL_SOCKET_IFNAME": "eth7",
@@ -36,25 +34,6 @@ SHARED = {
     "LAUNCH_SILENCE_SECONDS": "60",
     "PYTHONUNBUFFERED": "1",
 }
-# Writes down how it was called.
-NOTE = """\
-import json, os, sys, time
-calls = os.environ["CALLS"]
-name = os.path.basename(sys.argv[0])
-with open(calls, "a") as file:
-    file.write(json.dumps({"name": name, "argv": sys.argv[1:], "env": dict(os.environ)}) + "\\n")
-"""
-# Ends with the next of the statuses that the test asks for.
-ENDS = """\
-time.sleep(float(os.environ.get("STUB_SECONDS", "0")))
-if name == "deepspeed" and "--hostfile" in sys.argv:
-    path = sys.argv[sys.argv.index("--hostfile") + 1]
-    with open(calls + ".hostfile", "w") as copy:
-        copy.write(open(path).read())
-statuses = [int(s) for s in os.environ.get("STATUSES", "").split()]
-done = sum(json.loads(line)["name"] == name for line in open(calls))
-sys.exit(statuses[done - 1] if done <= len(statuses) else 0)
-"""
 # What Slurm does: the command once for each task, with its place; ends with the largest status.
 SRUN = """\
 import os, subprocess, sys
@@ -75,53 +54,6 @@ if sys.argv[1:3] == ["show", "hostnames"]:
     assert sys.argv[3] == "gpu[4-5]", sys.argv
     print("gpu4\\ngpu5")
 """
-
-
-@dataclass
-class Bench:
-    """A folder of stubs, first on the PATH, and what they wrote down."""
-
-    folder: Path
-    env: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.bin = self.folder / "bin"
-        self.bin.mkdir()
-        kept = ("HOME", "LANG", "TMPDIR")
-        self.env = {k: v for k, v in os.environ.items() if k in kept} | {
-            "PATH": f"{self.bin}:/usr/bin:/bin",
-            "CALLS": str(self.folder / "calls"),
-            "VENV": "",
-            "RESTART_WAIT": "0",
-            "NETWORK_INTERFACE": "eth7",
-        }
-
-    def stub(self, *names: str, body: str = "") -> None:
-        for name in names:
-            path = self.bin / name
-            # it notes the call first: the body may not come back
-            path.write_text(f"#!{sys.executable} -S\n{NOTE}{body or ENDS}", encoding="utf-8")
-            path.chmod(0o755)
-
-    def command(self, script: str, *arguments: str) -> list[str]:
-        return ["/bin/bash", str(CLUSTER / script), *arguments]
-
-    def run(self, script: str, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-        given = arguments or (RUN, "--set", "training.steps=9")
-        return subprocess.run(
-            self.command(script, *given),
-            env=self.env | env,
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-
-    def calls(self, name: str) -> list[dict[str, Any]]:
-        path = Path(self.env["CALLS"])
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        return [call for call in map(json.loads, lines) if call["name"] == name]
 
 
 @pytest.fixture
@@ -170,7 +102,7 @@ def test_local(bench: Bench) -> None:
     done = bench.run("local.sh", GPUS_PER_NODE="3")
     assert done.returncode == 0, done.stderr
     (call,) = bench.calls("deepspeed")
-    assert call["argv"] == ["--hostfile", "/dev/null", "--num_gpus", "3", "--master_port", "29500", *JOB]
+    assert call["argv"] == [*QUIET, "--hostfile", "/dev/null", "--num_gpus", "3", "--master_port", "29500", *JOB]
     _assert_shared(call["env"])
     assert "OMP_NUM_THREADS" not in call["env"]  # no GPU: the main job shares the cores
 
@@ -180,7 +112,7 @@ def test_local_counts_the_gpus(bench: Bench) -> None:
     (bench.bin / "nvidia-smi").chmod(0o755)
     assert bench.run("local.sh").returncode == 0
     (call,) = bench.calls("deepspeed")
-    assert call["argv"][2:4] == ["--num_gpus", "2"]
+    assert call["argv"][4:6] == ["--num_gpus", "2"]
     _assert_shared(call["env"], OMP_NUM_THREADS="8")
 
 
@@ -193,7 +125,7 @@ def test_another_program_and_the_hosts_of_a_hostfile(bench: Bench) -> None:
     done = bench.run("no_ssh.sh", PROGRAM="other.py", NODE_RANK="1")
     assert done.returncode == 0, done.stderr
     (call,) = bench.calls("deepspeed")
-    command = ["--hostfile", "hostfile", "--no_ssh", "--node_rank", "1", "--master_addr", "node1"]
+    command = [*QUIET, "--hostfile", "hostfile", "--no_ssh", "--node_rank", "1", "--master_addr", "node1"]
     assert call["argv"] == [*command, "--master_port", "29500", "other.py", *JOB[1:]]
     _assert_shared(call["env"], LAUNCH_HOSTS="node1:4,node2:2")
 
@@ -285,7 +217,7 @@ def test_slurm_starts_the_launcher_once_on_each_node(bench: Bench) -> None:
     assert len(calls) == 2
     for node, call in enumerate(calls):
         options = ["--no_ssh", "--node_rank", str(node), "--master_addr", "gpu4", "--master_port", "13456"]
-        assert call["argv"] == ["--hostfile", call["env"]["HOSTFILE"], *options, *JOB]
+        assert call["argv"] == [*QUIET, "--hostfile", call["env"]["HOSTFILE"], *options, *JOB]
         _assert_shared(call["env"], LAUNCH_HOSTS="gpu4:2,gpu5:2", SLURMD_NODENAME=f"gpu{4 + node}")
         assert not Path(call["env"]["HOSTFILE"]).exists()
     written = Path(bench.env["CALLS"] + ".hostfile").read_text(encoding="utf-8")
@@ -367,6 +299,21 @@ def test_a_signal_reaches_the_job_and_ends_the_restarts(bench: Bench) -> None:
     assert process.returncode == 128 + signal.SIGTERM
     assert text == "launch: stopped by a signal\n"
     assert len(bench.calls("deepspeed")) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "restarts", "resume"),
+    [((), 2, ["--auto-resume"]), (("--resume",), 2, []), (("--overwrite",), 1, [])],
+)
+def test_resume_and_overwrite_take_the_place_of_auto_resume(
+    bench: Bench, arguments: tuple[str, ...], restarts: int, resume: list[str]
+) -> None:
+    done = bench.run("local.sh", RUN, *arguments, STATUSES="1 0", GPUS_PER_NODE="1")
+    calls = bench.calls("deepspeed")
+    assert (done.returncode, len(calls)) == (2 - restarts, restarts)
+    assert calls[0]["argv"][-len([*resume, *arguments, 0]) :] == [RUN, *resume, *arguments]
+    assert bench.run("local.sh", RUN, "--verbose", GPUS_PER_NODE="1").returncode == 0
+    assert bench.calls("deepspeed")[-1]["argv"][:2] == ["--log_level", "info"]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,9 @@ pytest.importorskip("deepspeed", reason="the main job needs the extra 'deepspeed
 pytest.importorskip("megatron.core", reason="the main job needs the extra 'megatron'")
 
 from ds_blockwise.checkpoint.folder_rules.lock import holding
-from tests.helpers.launch.job_server import Job, jobs
+from job.interrupt import INTERRUPTED
+from job.metrics import read_metric
+from tests.helpers.launch.job_server import RUN_S, Job, jobs
 from tests.helpers.launch.project import LAUNCH, ROOT, assert_same_checkpoint, prepare_project
 
 OPTIMIZER_FILE = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
@@ -87,9 +89,10 @@ def test_run_leaves_the_promised_files_and_figures(whole_run: tuple[Path, dict[s
     assert (folder / "loss.png").stat().st_size > 10_000
     assert (folder / "checkpoints" / "latest").read_text(encoding="utf-8") == "step_0000006"
     assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
-    rows = (folder / "csv" / "loss_validation.csv").read_text(encoding="utf-8").splitlines()
-    assert [row.split(",")[0] for row in rows[1:]] == ["0", "4", "6"]
-    assert float(rows[-1].split(",")[1]) == summary["final_validation_loss"]
+    losses = read_metric(folder, "loss/validation")
+    assert list(losses) == [0, 4, 6]
+    assert losses[6] == summary["final_validation_loss"]
+    assert [path.name for path in folder.rglob("*.csv")] == ["metrics.csv"]
     assert summary["completed"] is True
     assert summary["optimizer"] == "BlockwiseAdamMini"
     assert summary["tokens"] == 6 * 8 * 32
@@ -110,6 +113,64 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(
     for key in ("steps", "final_validation_loss", "final_train_loss", "config_sha256"):
         assert resumed[key] == whole[key], key
     assert_same_checkpoint(*(f / "checkpoints" / "step_0000006" for f in (whole_folder, folder)))
+
+
+_CTRL_C = """
+import os, signal
+from job.trainer import Trainer
+inner = Trainer._one_step
+def one_step(self):
+    inner(self)
+    if self.state.step == 1:
+        {sent}
+Trainer._one_step = one_step
+"""
+
+
+def test_ctrl_c_saves_and_the_run_goes_on_to_the_same_bits(
+    prepared: Path, whole_run: tuple[Path, dict[str, Any]]
+) -> None:
+    """The signal reaches one rank only; all stop after the same step, and say so in a line."""
+    sent = "rank == 1 and os.kill(os.getpid(), signal.SIGINT)"
+    job = _start(prepared, "interrupted", prelude=_CTRL_C.format(sent=sent))
+    assert job.wait(RUN_S) == [INTERRUPTED, INTERRUPTED]
+    folder = prepared / "interrupted" / "mini"
+    text = job.text()
+    assert text.count(f" of 6, saved in {folder / 'checkpoints'}: to go on, start it again with --resume") == 1
+    assert "Traceback" not in text
+    assert not (folder / "summary.json").exists()
+    (saved,) = (path.name for path in (folder / "checkpoints").glob("step_*"))
+    assert saved in ("step_0000002", "step_0000003")  # the signal may be seen in the step after it
+    _, resumed = _finished(prepared, "interrupted", "--resume")
+    whole_folder, whole = whole_run
+    assert resumed["final_validation_loss"] == whole["final_validation_loss"]
+    assert list(read_metric(folder, "loss/validation")) == [0, 4, 6]
+    assert_same_checkpoint(*(f / "checkpoints" / "step_0000006" for f in (whole_folder, folder)))
+
+
+def test_the_second_ctrl_c_ends_at_once(prepared: Path) -> None:
+    """Each rank is in the middle of a step."""
+    sent = "[(os.kill(os.getpid(), signal.SIGINT), time.sleep(0.2)) for _ in range(1000)]"
+    job = _start(prepared, "twice", prelude="import time\n" + _CTRL_C.format(sent=sent))
+    assert job.wait(RUN_S) == [INTERRUPTED, INTERRUPTED]
+    assert not list((prepared / "twice" / "mini").glob("checkpoints/step_*"))
+    assert job.log(0).count("Ctrl-C: saving a checkpoint after this step") == 1
+
+
+def test_what_init_writes_trains(prepared: Path) -> None:
+    """On the project's small model and text."""
+    from ds_blockwise.cli.main import main
+
+    begun = prepared / "begun"
+    assert main(["init", str(begun)]) == 0
+    shutil.copy(prepared / "model.yaml", begun / "model.yaml")
+    changes = {"steps": 3, "warmup_steps": 1, "global_batch_size": 8, "micro_batch_size": 2, "validation_sequences": 7}
+    sets = [f"training.{key}={value}" for key, value in changes.items()]
+    sets += [f"data.directory={prepared / 'data'}", f"output={begun / 'runs'}"]
+    arguments = [word for entry in sets for word in ("--set", entry)]
+    jobs().start(prepared / "logs" / "begun", "--run", str(begun / "run.yaml"), *arguments).succeed()
+    _, summary = _results(begun / "runs" / "deepspeed")
+    assert (summary["completed"], summary["run"]) == (True, "begun")
 
 
 def test_a_job_that_stops_by_the_clock_goes_on_to_the_same_bits(
@@ -227,7 +288,7 @@ def test_a_new_run_begins_with_the_weights_of_another(prepared: Path, whole_run:
     )
     assert summary["initial_validation_loss"] == whole["final_validation_loss"]
     assert summary["steps"] == 8
-    rates = [float(row.split(",")[1]) for row in (folder / "csv" / "lr_base.csv").read_text().splitlines()[1:]]
+    rates = list(read_metric(folder, "lr/base").values())
     assert rates[0] > 3e-4  # after 4 updates, two of them warm-up; the old schedule had ended at 2.5e-5
     last = torch.load(folder / "checkpoints" / "step_0000008" / OPTIMIZER_FILE, weights_only=False)
     state = last["optimizer_state_dict"]["base_optimizer_state"]["state"]

@@ -11,6 +11,7 @@ pytest.importorskip("deepspeed", reason="the main job needs the extra 'deepspeed
 pytest.importorskip("megatron.core", reason="the main job needs the extra 'megatron'")
 
 from ds_blockwise.measure.sharpness_report import read_csv
+from job.metrics import read_metric
 from tests.helpers.launch.job_server import Job, jobs
 from tests.helpers.launch.project import ROOT, assert_same_checkpoint, load, prepare_project
 
@@ -49,9 +50,9 @@ def test_a_run_leaves_csv_monitor_and_figures(measured: Path) -> None:
     assert [(r.step, r.samples, r.tokens) for r in reports] == [(4, 1, 2 * 2 * 32), (6, 1, 2 * 2 * 32)]
     assert set(reports[0].by_type()) == {"emb", "head", "qk", "ffn", "vo", "norm"}
     for name, value in reports[1].by_type().items():
-        rows = (measured / "csv" / f"sharpness_{name}.csv").read_text(encoding="utf-8").splitlines()
-        assert [row.split(",")[0] for row in rows[1:]] == ["4", "6"]
-        assert float(rows[-1].split(",")[1]) == pytest.approx(value, rel=1e-12)
+        points = read_metric(measured, f"sharpness/{name}")
+        assert list(points) == [4, 6]
+        assert points[6] == pytest.approx(value, rel=1e-12)
     for name in ("sharpness.png", "sharpness_blocks.png"):
         assert (measured / name).stat().st_size > 10_000
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 
@@ -15,6 +14,7 @@ pytest.importorskip("megatron.core", reason="the main job needs the extra 'megat
 from ds_blockwise.runs.check import check_run_file
 from ds_blockwise.runs.engine_json import compose
 from ds_blockwise.runs.run_file import load_run
+from job.metrics import read_metric
 from tests.helpers.launch.job_server import jobs
 from tests.helpers.launch.project import assert_same_checkpoint, prepare_project, write_json
 
@@ -42,16 +42,14 @@ def _run(project: Path, output: str, *arguments: str) -> Path:
 
 def test_curves_figure_and_bitwise_resume(project: Path) -> None:
     whole = _run(project, "whole")
-    with open(whole / "csv" / "blockwise_lr_multiplier_qk.csv", encoding="utf-8") as file:
-        rows = [(int(step), float(value)) for step, value in list(csv.reader(file))[1:]]
+    rows = list(read_metric(whole, "blockwise/lr_multiplier/qk").items())
     assert [step for step, _ in rows] == list(range(3, STEPS + 1, 3))
     assert {value for step, value in rows if step <= 10} == {1.0}
     ramp = [value for step, value in rows if step >= 12]
     assert ramp == sorted(ramp)
     assert 1 < ramp[0] < ramp[-1]
     assert ramp[-1] == ramp[-2]  # steps 21 and 24
-    with open(whole / "csv" / "blockwise_lr_multiplier_head.csv", encoding="utf-8") as file:
-        assert {float(value) for _, value in list(csv.reader(file))[1:]} == {2.0}
+    assert set(read_metric(whole, "blockwise/lr_multiplier/head").values()) == {2.0}
     assert (whole / "telemetry.png").stat().st_size > 30_000
     _run(project, "parts", "--stop-at-step", str(STOP))
     parts = _run(project, "parts", "--resume")

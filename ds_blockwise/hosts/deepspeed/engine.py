@@ -37,13 +37,18 @@ class OffloadConfig(Protocol):
     ratio: float
 
 
-class Monitor(Protocol):
-    """Where the engine writes curves: TensorBoard, CSV, W&B."""
-
-    enabled: bool
+class EventWriter(Protocol):
+    """What takes numbers of a run: TensorBoard, CSV, W&B."""
 
     def write_events(self, events: list[tuple[str, float, int]]) -> None:
         """Write (name, value, step) triples."""
+
+
+class Monitor(EventWriter, Protocol):
+    """Where the engine writes curves: it passes them on to the writers that the JSON asks for."""
+
+    enabled: bool
+    csv_monitor: EventWriter | None
 
 
 class Schedule(Protocol):

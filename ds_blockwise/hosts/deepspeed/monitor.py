@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 
-from ds_blockwise.hosts.deepspeed.engine import Engine
+from ds_blockwise.hosts.deepspeed.engine import Engine, EventWriter
 from ds_blockwise.measure.readings import Readings
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.parallel.agree import is_first_rank
@@ -38,6 +38,17 @@ def connect(engine: Engine, optimizer: BlockwiseOptimizer) -> None:
     )
     if meter.settings is not None:
         optimizer.on_telemetry(functools.partial(_write, engine))
+
+
+def add_monitor(engine: Engine, monitor: EventWriter) -> None:
+    """Send everything that goes to an engine's monitor to one of the caller's, too.
+
+    Args:
+        engine: a ``DeepSpeedEngine`` whose JSON has no ``csv_monitor``, whose place the caller's takes.
+        monitor: called on the first rank.
+    """
+    engine.monitor.csv_monitor = monitor
+    engine.monitor.enabled = True
 
 
 def _of_schedule(engine: Engine, key: str) -> int | None:

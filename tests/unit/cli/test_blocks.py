@@ -35,6 +35,18 @@ def test_the_table_of_a_hugging_face_config(llama, capsys):
     assert "total: 28,272 parameters, 632 blocks" in out
 
 
+def test_equal_layers_share_lines_unless_all_are_asked_for(llama, capsys):
+    config = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    assert main(["blocks", str(llama)]) == 0
+    short = capsys.readouterr().out.splitlines()
+    assert main(["blocks", str(llama), "--full"]) == 0
+    full = capsys.readouterr().out.splitlines()
+    assert len(full) - len(short) == 2 * 9
+    assert sum("model.layers.0-2." in line for line in short) == sum("model.layers.2." in line for line in full) == 9
+    assert short[-1] == full[-1]
+
+
 def test_json_has_every_column_and_the_totals(llama, capsys):
     """For scripts; stdout must be JSON and nothing else."""
     assert main(["blocks", str(llama / "config.json"), "--json"]) == 0

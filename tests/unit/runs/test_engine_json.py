@@ -30,7 +30,9 @@ def test_shipped_configuration_is_composed_from_one_place_each(path: Path) -> No
     assert params["total_num_steps"] == run.training.steps
     assert params["warmup_num_steps"] == run.training.warmup_steps
     assert run.output.name == path.stem
-    assert config["csv_monitor"]["output_path"] == str(run.output)
+    assert config["tensorboard"]["output_path"] == str(run.output)
+    assert run.wants_metrics_csv
+    assert "csv_monitor" not in config  # it would write a file for each metric
     assert run.deepspeed == json.loads(path.read_text(encoding="utf-8"))  # compose made a copy
 
 

@@ -7,7 +7,7 @@ import pytest
 from torch import nn
 
 from ds_blockwise import block_report, tag_parameters
-from ds_blockwise.tagging.report import ReportRow
+from ds_blockwise.tagging.report import BlockReport, ReportRow
 
 
 class Attention(nn.Module):
@@ -83,3 +83,44 @@ def test_a_model_without_tags_is_an_error_and_frozen_parameters_are_left_out():
     with pytest.raises(ValueError, match=r"'norm.weight' of shape \(3,\) is not tagged.*tag_parameters\(model\)"):
         block_report(untagged)
     assert [row.fqn for row in tag_parameters(untagged).rows] == ["norm.weight"]
+
+
+def _row(name: str, num_blocks: int = 1) -> ReportRow:
+    return ReportRow(name, (2, 2), "ffn", "ffn", 6.0, 1.0, "row", num_blocks, 4, 20)
+
+
+def _names_and_times(report: BlockReport) -> list[tuple[str, str]]:
+    return [(line.split()[0], line.split()[-1]) for line in str(report).splitlines()[2:-1]]
+
+
+def test_equal_layers_share_their_lines():
+    """Of dense and sparse layers in turns, with experts in them; one odd layer stays by itself."""
+    rows = [_row("emb.weight")]
+    for layer in range(8):
+        inner = [f"experts.{e}.w" for e in range(4)] if layer % 2 else ["w"]
+        rows += [_row(f"layers.{layer}.mlp.{name}", 1 + (layer == 7)) for name in inner]
+    rows += [_row("0.weight"), _row("1.weight"), _row("head.2")]
+    report = BlockReport(tuple(rows))
+    assert _names_and_times(report) == [
+        ("emb.weight", "1"),
+        ("layers.0,2,4,6.mlp.w", "4"),
+        ("layers.1,3,5.mlp.experts.0-3.w", "12"),
+        ("layers.7.mlp.experts.0-3.w", "4"),
+        ("0-1.weight", "2"),
+        ("head.2", "1"),
+    ]
+    full = report.table(full=True).splitlines()
+    assert [line.split()[0] for line in full[2:-1]] == [row.fqn for row in rows]
+    assert full[0].split()[-1] == "bytes"
+    assert full[-1] == str(report).splitlines()[-1]
+
+
+def test_many_odd_layers_do_not_make_a_long_name():
+    report = BlockReport(tuple(_row(f"layers.{n}.w", 1 + n % 2) for n in range(40)))
+    assert _names_and_times(report) == [("layers.0,2,4,6,...,38.w", "20"), ("layers.1,3,5,7,...,39.w", "20")]
+
+
+def test_nothing_is_shared_where_nothing_is_equal():
+    """No column of ones beside a table without layers."""
+    report = BlockReport((_row("a.weight"), _row("b.0.weight")))
+    assert str(report) == report.table(full=True)
