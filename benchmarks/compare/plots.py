@@ -7,30 +7,39 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display on a training machine
-
-from matplotlib import pyplot
+from matplotlib.ticker import NullLocator
 
 from benchmarks.compare.results import ArmResult, Results
 from benchmarks.compare.trials import ARMS, Plan, Trial
+from ds_blockwise.figure_style import (
+    OPTIMIZER_COLOURS,
+    finish_lines,
+    new_figure,
+    save,
+    scale_y,
+    show_coinciding,
+    step_axis,
+)
 
 COLOURS = {
-    "adamw": "#444444",
-    "blockwise_adamw": "#0b5394",
-    "adam_mini": "#b45f06",
-    "blockwise_adam_mini": "#38761d",
-    "muon": "#a64d79",
-    "adamw_8bit": "#999999",
+    arm: OPTIMIZER_COLOURS[name]
+    for arm, name in {
+        "adamw": "AdamW",
+        "blockwise_adamw": "BlockwiseAdamW",
+        "adam_mini": "Adam-mini",
+        "blockwise_adam_mini": "BlockwiseAdamMini",
+        "muon": "Muon",
+        "adamw_8bit": "AdamW8bit",
+    }.items()
 }
 _LOSS = "validation loss (nats per token)"
 
 
 def losses(results: Results, rows: Sequence[ArmResult], plan: Plan, title: str, path: Path) -> None:
     """Validation loss against steps at each arm's best learning rate, mean over seeds; shorter runs as points.
+
+    The first third of the steps, where the loss falls most, is left out.
 
     Args:
         results: Of all trials.
@@ -39,25 +48,27 @@ def losses(results: Results, rows: Sequence[ArmResult], plan: Plan, title: str, 
         title: Of the figure.
         path: PNG file to write.
     """
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    top, bottom = 0.0, math.inf
+    figure, (axes,) = new_figure(10.0, 5.0)
+    lines, drawn = {}, list[float]()
     for row in rows:
         curves = [r["curve"] for t, r in results.items() if _at(t, row) and t.steps == plan.steps and r["curve"]]
-        steps = [step for step, _ in curves[0]]
+        first = len(curves[0]) // 3
+        steps = [step for step, _ in curves[0]][first:]
         means = [statistics.fmean(values) for values in zip(*([loss for _, loss in c] for c in curves), strict=True)]
-        label = f"{ARMS[row.arm].label}, {row.lr:g}: {row.loss.mean:.3f}"
-        axes.plot(steps, means, color=COLOURS[row.arm], label=label, marker="o", markersize=3)
-        top, bottom = max(top, means[len(means) // 3]), min(bottom, *means)
+        label = f"{ARMS[row.arm].label}\nlr {row.lr:g}: {row.loss.mean:.3f}"
+        (lines[label],) = axes.plot(steps, means[first:], color=COLOURS[row.arm], marker="o", markersize=3)
+        drawn += means[first:]
         for length in sorted({t.steps for t in results if _at(t, row) and t.steps != plan.steps}):
             ends = [r["final_validation_loss"] for t, r in results.items() if _at(t, row) and t.steps == length]
             axes.plot(length, statistics.fmean(ends), color=COLOURS[row.arm], marker="*", markersize=9)
-    axes.set(xlabel="optimizer steps (stars: the end of shorter complete decays)", ylabel=_LOSS)
-    if bottom < top:
-        axes.set_ylim(bottom - 0.05 * (top - bottom), top)
+            drawn.append(statistics.fmean(ends))
+    has_stars = any(_at(t, row) and t.steps != plan.steps for t in results for row in rows)
+    step_axis(axes, "optimizer step" + " (stars: the end of shorter complete decays)" * has_stars)
+    axes.set_ylabel(_LOSS)
     axes.set_title(f"{title}: best learning rate of each optimizer")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    _save(figure, path)
+    scale_y(axes, [loss for loss in drawn if math.isfinite(loss)], log=False)
+    finish_lines(axes, lines)
+    save(figure, path)
 
 
 def sweeps(results: Results, plan: Plan, title: str, path: Path) -> None:
@@ -69,21 +80,27 @@ def sweeps(results: Results, plan: Plan, title: str, path: Path) -> None:
         title: Of the figure.
         path: PNG file to write.
     """
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    figure, (axes,) = new_figure(10.0, 5.0)
     swept = [t for t in results if not t.change and t.seed == 1 and t.steps == plan.steps]
     ended = [results[t]["final_validation_loss"] for t in swept if results[t]["diverged"] is None]
     ceiling = min(max(ended), min(ended) + 0.5) + 0.02
+    drawn: list[float] = []
     for arm in (a for a in ARMS if any(t.arm == a for t in swept)):
         points = sorted((t.lr, _finite(results[t]["final_validation_loss"], ceiling)) for t in swept if t.arm == arm)
         axes.plot(*zip(*points, strict=True), color=COLOURS[arm], label=ARMS[arm].label, marker="o", markersize=4)
+        drawn += [loss for _, loss in points]
     axes.set_xscale("log", base=2)
+    axes.set_xlabel("base learning rate (at the upper edge: this loss or more, or diverged)")
     ticks = sorted({t.lr for t in swept})
-    axes.set_xticks(ticks, [f"{lr:g}" for lr in ticks], fontsize=8)
-    axes.set(xlabel="base learning rate", ylabel=f"final {_LOSS}", ylim=(None, ceiling))
+    axes.set_xticks(ticks, [f"{lr:g}" for lr in ticks], fontsize=7, rotation=45)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_ylabel(f"final {_LOSS}")
     axes.set_title(f"{title}: learning rates, {plan.steps} steps, one seed")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    _save(figure, path)
+    scale_y(axes, drawn, log=False)
+    axes.set_ylim(top=ceiling)
+    show_coinciding(axes.lines)
+    figure.legend(loc="outside right center", fontsize=8, frameon=False)
+    save(figure, path)
 
 
 def is_in_losses(trial: Trial, rows: Sequence[ArmResult], plan: Plan) -> bool:
@@ -97,9 +114,3 @@ def _at(trial: Trial, row: ArmResult) -> bool:
 
 def _finite(loss: float | None, ceiling: float) -> float:
     return ceiling if loss is None or not math.isfinite(loss) else min(loss, ceiling)
-
-
-def _save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from ds_blockwise.blocks.roles import BlockType, Role
+from ds_blockwise.blocks.roles import Role
 
 Granularity = Literal["head", "row", "tensor", "element"]
 GRANULARITIES: tuple[Granularity, ...] = ("head", "row", "tensor", "element")
@@ -20,18 +20,6 @@ DEFAULT_LR_MULTIPLIERS: dict[str, float] = {
     "norm": 1.0,
     "other": 1.0,
 }
-
-
-BLOCK_TYPE_COLOURS: dict[BlockType, str] = {
-    "emb": "#0b5394",
-    "head": "#741b47",
-    "qk": "#b45f06",
-    "ffn": "#38761d",
-    "vo": "#a64d79",
-    "norm": "#cc0000",
-    "other": "#666666",
-}
-"""In every figure that tells block types apart, so that two figures of one run can be read side by side."""
 
 
 PUBLISHED = "published"

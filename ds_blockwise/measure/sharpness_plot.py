@@ -9,16 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display on a training machine
-
-from matplotlib import pyplot
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from ds_blockwise.blocks.defaults import BLOCK_TYPE_COLOURS
 from ds_blockwise.blocks.roles import BLOCK_TYPES, BlockType
+from ds_blockwise.figure_style import BLOCK_TYPE_COLOURS, INK, finish_lines, new_figure, save, scale_y, step_axis
 from ds_blockwise.measure.sharpness_report import SharpnessReport
 
 
@@ -60,7 +55,9 @@ def plot_over_time(reports: Sequence[SharpnessReport], title: str, path: Path) -
     if not timed:
         raise ValueError("no measurement with a step: nothing can be drawn over time")
     estimator = _one_estimator(reports)
-    figure, axes = pyplot.subplots(figsize=(8.0, 5.0), layout="constrained")
+    figure, (axes,) = new_figure(8.0, 5.0)
+    lines: dict[str, Line2D] = {}
+    drawn: list[float] = []
     for block_type in _types(reports):
         points = [
             (step, entry.sharpness, entry.standard_error)
@@ -71,11 +68,13 @@ def plot_over_time(reports: Sequence[SharpnessReport], title: str, path: Path) -
         if points:
             steps, values, errors = zip(*points, strict=True)
             colour = BLOCK_TYPE_COLOURS[block_type]
-            axes.errorbar(steps, values, errors, color=colour, marker="o", markersize=3, label=block_type)
-    axes.set_xlabel("optimizer step")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    _finish(figure, axes, estimator, title, path)
+            bars = axes.errorbar(steps, values, errors, color=colour, marker="o", markersize=3, label=block_type)
+            lines[block_type] = bars[0]
+            drawn += values
+    step_axis(axes)
+    _describe(axes, drawn, estimator, title)
+    finish_lines(axes, lines)
+    save(figure, path)
 
 
 def plot_blocks(report: SharpnessReport, title: str, path: Path) -> None:
@@ -99,15 +98,17 @@ def plot_blocks(report: SharpnessReport, title: str, path: Path) -> None:
     values = {block_type: found for block_type, found in values.items() if found}
     if not values:
         raise ValueError("no block has a positive sharpness: nothing can be drawn on a log axis")
-    figure, axes = pyplot.subplots(figsize=(8.0, 5.0), layout="constrained")
+    figure, (axes,) = new_figure(8.0, 5.0)
     axes.boxplot(list(values.values()), tick_labels=list(values), showfliers=False, whis=(0, 100))
     averages = report.by_type()
     for place, (block_type, found) in enumerate(values.items(), start=1):
         axes.plot([place] * len(found), found, ".", color=BLOCK_TYPE_COLOURS[block_type], alpha=0.5)
-        axes.plot([place], [averages[block_type]], "x", color="black")
-    axes.grid(alpha=0.3, axis="y")
+        axes.plot([place], [averages[block_type]], "x", color=INK)
+    axes.grid(visible=False, axis="x")
     when = "" if report.step is None else f", step {report.step}"
-    _finish(figure, axes, report.estimator, title + when, path)
+    drawn = [value for found in values.values() for value in found] + [averages[block_type] for block_type in values]
+    _describe(axes, drawn, report.estimator, title + when)
+    save(figure, path)
 
 
 def _types(reports: Sequence[SharpnessReport]) -> list[BlockType]:
@@ -122,9 +123,7 @@ def _one_estimator(reports: Sequence[SharpnessReport]) -> str:
     return names[0]
 
 
-def _finish(figure: Figure, axes: Axes, estimator: str, title: str, path: Path) -> None:
-    axes.set_yscale("log")
+def _describe(axes: Axes, values: Sequence[float], estimator: str, title: str) -> None:
     axes.set_ylabel(f"average sharpness, trace / parameters ({estimator})")
     axes.set_title(title)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    scale_y(axes, [value for value in values if value > 0.0], log=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ds_blockwise.runs.model_shape import GPTShape
@@ -70,6 +70,7 @@ class Plan:
         tp, dp: the arrangement.
         micro_batch, accumulation: sequences of a forward pass, and passes of a step.
         memory: by optimizer.
+        moments_without_zero: bytes of both moments on a GPU with ZeRO off, by optimizer.
         fits: whether the run's optimizer fits the GPU.
         largest_micro_batch: that fits with the run's optimizer and divides the batch.
         dp_bytes, tp_bytes: sent by one GPU in a step.
@@ -86,6 +87,7 @@ class Plan:
     micro_batch: int
     accumulation: int
     memory: Mapping[str, Memory]
+    moments_without_zero: Mapping[str, int]
     fits: bool
     largest_micro_batch: int
     dp_bytes: float
@@ -189,8 +191,8 @@ def make_plan(run: RunConfig, held: RankCounts, nodes: int, gpus_per_node: int, 
     optimizer = str(run.deepspeed["optimizer"]["type"])
     names = list(dict.fromkeys((optimizer, MINI, "AdamW")))
 
-    def needed(name: str, micro: int) -> Memory:
-        return memory_of(shape, held, arrangement, name, micro, training.activation_checkpointing, per_rank // micro)
+    def needed(name: str, micro: int, where: Arrangement = arrangement) -> Memory:
+        return memory_of(shape, held, where, name, micro, training.activation_checkpointing, per_rank // micro)
 
     def fits(micro: int) -> bool:
         return needed(optimizer, micro).on_gpu <= _USABLE * machine.memory
@@ -222,6 +224,7 @@ def make_plan(run: RunConfig, held: RankCounts, nodes: int, gpus_per_node: int, 
         micro_batch=micro,
         accumulation=accumulation,
         memory={name: needed(name, micro) for name in names},
+        moments_without_zero={n: needed(n, micro, replace(arrangement, zero_stage=0)).moments for n in names},
         fits=fits(micro),
         largest_micro_batch=max(possible, default=0),
         dp_bytes=dp_bytes,

@@ -131,6 +131,11 @@ class Memory:
         return self.weights + self.gradients + self.masters + self.exp_avg + self.exp_avg_sq
 
     @property
+    def moments(self) -> int:
+        """Both moments, wherever they lie."""
+        return self.exp_avg + self.exp_avg_sq
+
+    @property
     def on_gpu(self) -> int:
         """The larger of the two peaks: the backward pass, and the step."""
         backward = self.activations + self.workspace + self.buckets

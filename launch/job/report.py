@@ -5,30 +5,35 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypedDict
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display on a training machine
-
 import torch
-from matplotlib import pyplot
 from matplotlib.axes import Axes
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ds_blockwise.atomic_files import replace_text
-from ds_blockwise.blocks.defaults import BLOCK_TYPE_COLOURS
+from ds_blockwise.figure_style import (
+    BLOCK_TYPE_COLOURS,
+    INK,
+    TRAINING_COLOUR,
+    VALIDATION_COLOUR,
+    finish_lines,
+    label_lines,
+    new_figure,
+    save,
+    scale_y,
+    step_axis,
+)
 from ds_blockwise.runs.run_file import RunConfig
 from job.process_groups import Processes
 from job.trainer import TrainerState
 
 ADAMW_STATE_BYTES = 8.0  # two fp32 moments for each parameter
-_VALIDATION_COLOUR = "#0b5394"
-_TRAIN_COLOUR = "#9fc5e8"
 _TELEMETRY_TITLES = {
     "lr": "effective learning rate",
     "lr_multiplier": "multiplier",
@@ -212,34 +217,20 @@ def loss_axes(
     Args:
         path: PNG file to write.
         train: (step, loss in nats per token); may be empty.
-        validation: Likewise, at least one point; the last is annotated.
+        validation: Likewise, at least one point; the last is written beside it.
     """
-    figure, axes = pyplot.subplots(figsize=(8.0, 5.0), layout="constrained")
+    figure, (axes,) = new_figure(8.0, 5.0)
+    lines = {}
     if train:
-        axes.plot(*zip(*train, strict=True), color=_TRAIN_COLOUR, label="training")
-    axes.plot(
-        *zip(*validation, strict=True),
-        color=_VALIDATION_COLOUR,
-        marker="o",
-        markersize=4,
-        label="validation",
-    )
-    step, loss = validation[-1]
-    axes.annotate(
-        f"{loss:.3f}",
-        (step, loss),
-        xytext=(0, 8),  # above: the training curve ends below
-        textcoords="offset points",
-        ha="right",
-        color=_VALIDATION_COLOUR,
-    )
-    axes.set_xlabel("optimizer step")
+        (lines["training"],) = axes.plot(*zip(*train, strict=True), color=TRAINING_COLOUR, linewidth=1.0)
+    final = f"validation\n{validation[-1][1]:.3f}"
+    (lines[final],) = axes.plot(*zip(*validation, strict=True), color=VALIDATION_COLOUR, marker="o", markersize=4)
+    step_axis(axes)
     axes.set_ylabel("loss (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    scale_y(axes, [loss for _, loss in (*train, *validation) if math.isfinite(loss)], log=False)
+    label_lines(axes, lines)
     yield axes
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    save(figure, path)
 
 
 def plot_telemetry(run: RunConfig, state: TrainerState, path: Path) -> None:
@@ -253,27 +244,25 @@ def plot_telemetry(run: RunConfig, state: TrainerState, path: Path) -> None:
     kinds = [kind for kind in BLOCK_TYPE_COLOURS if kind in state.telemetry[0][1]]
     names = [name for name in _TELEMETRY_TITLES if any(name in values[kinds[0]] for _, values in state.telemetry)]
     rows = -(-len(names) // 2)
-    figure, grid = pyplot.subplots(
-        rows, 2, figsize=(10.0, 2.6 * rows), sharex=True, squeeze=False, layout="constrained"
-    )
-    for axes, name in zip(grid.flat, names, strict=False):
-        for kind in kinds:
+    figure, panels = new_figure(11.0, 2.7 * rows, rows, 2, sharex=True)
+    for axes, name in zip(panels, names, strict=False):
+        lines, drawn = {}, list[float]()
+        of_the_model = name in _OF_THE_WHOLE_MODEL
+        for kind in kinds[:1] if of_the_model else kinds:
             points = [(step, values[kind][name]) for step, values in state.telemetry if name in values[kind]]
-            axes.plot(*zip(*points, strict=True), color=BLOCK_TYPE_COLOURS[kind], label=kind)
-            if name in _OF_THE_WHOLE_MODEL:
-                break
-        if name not in _LINEAR and any(value > 0 for line in axes.lines for value in line.get_ydata()):
-            axes.set_yscale("log")
-        axes.set_title(_TELEMETRY_TITLES[name], fontsize="medium")
-        axes.grid(alpha=0.3)
-    for axes in grid.flat[len(names) :]:
+            colour = INK if of_the_model else BLOCK_TYPE_COLOURS[kind]
+            (line,) = axes.plot(*zip(*points, strict=True), color=colour, label=kind)
+            lines["model" if of_the_model else kind] = line
+            drawn += [value for _, value in points if math.isfinite(value)]
+        scale_y(axes, drawn, log=name not in _LINEAR)
+        finish_lines(axes, lines, size=7.5)
+        axes.set_title(_TELEMETRY_TITLES[name])
+    for axes in panels[len(names) :]:
         axes.set_visible(False)
-    for axes in grid[-1]:
-        axes.set_xlabel("optimizer step")
-    grid[0, 0].legend(ncols=2, fontsize="small")
+    for axes in panels[-2:]:
+        step_axis(axes)
     figure.suptitle(f"LLaMA {run.name}, per block type")
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    save(figure, path)
 
 
 def _token_axis(axes: Axes, tokens_per_step: int) -> None:

@@ -34,7 +34,7 @@ ONLY_IN = {
     "triton": ("kernels/triton",),
     "yaml": ("runs", "cli"),
     "pydantic": ("runs", "hosts/deepspeed/config/models.py"),
-    "matplotlib": ("measure/sharpness_plot.py", "runs/plan_plot.py"),
+    "matplotlib": ("figure_style.py", "measure/sharpness_plot.py", "runs/plan_plot.py"),
 }
 
 

@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from ds_blockwise.blocks.defaults import BLOCK_TYPE_COLOURS
 from ds_blockwise.blocks.roles import BLOCK_TYPES, Role
+from ds_blockwise.figure_style import BLOCK_TYPE_COLOURS
 from ds_blockwise.measure.role_sums import RoleOf
 from ds_blockwise.measure.sharpness_plot import draw, plot_blocks, plot_over_time
 from ds_blockwise.measure.sharpness_report import Sample, SharpnessReport, build_report
