@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 
 import pytest
@@ -14,6 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 
+from benchmarks.compare.plots import COLOURS
+from benchmarks.compare.trials import ARMS
+from benchmarks.step.plots import CONTENDERS
 from ds_blockwise.blocks.roles import BLOCK_TYPES
 from ds_blockwise.figure_style import (
     BACKGROUND,
@@ -28,6 +32,7 @@ from ds_blockwise.figure_style import (
     spread,
 )
 from ds_blockwise.optimizers.registry import OPTIMIZERS
+from tests.helpers import ROOT
 
 # what is seen of linear RGB: in normal sight, without red cones, without green cones (Machado et al. 2009)
 SIGHTS = (
@@ -68,6 +73,19 @@ def test_colours_stand_out_from_the_background(palette: dict[str, str]) -> None:
 def test_every_block_type_and_optimizer_is_registered() -> None:
     assert list(BLOCK_TYPE_COLOURS) == list(BLOCK_TYPES)
     assert OPTIMIZERS.keys() <= OPTIMIZER_COLOURS.keys()
+
+
+def test_every_optimizer_of_the_benchmarks_is_drawn_in_its_colour() -> None:
+    """Of the kernels' rows, those with bf16 momentum are left to the table."""
+    with open(ROOT / "docs/bench/kernels_cpu.csv", newline="", encoding="utf-8") as file:
+        timed = {row["contender"] for row in csv.DictReader(file) if row["momentum"] == "fp32"}
+    assert timed <= CONTENDERS.keys()
+    assert {optimizer for optimizer, _ in CONTENDERS.values()} <= OPTIMIZER_COLOURS.keys()
+    assert COLOURS.keys() == ARMS.keys()
+    assert len(set(COLOURS.values())) == len(ARMS)
+    assert {COLOURS["blockwise_adamw"], COLOURS["adamw"]} == {
+        OPTIMIZER_COLOURS[CONTENDERS[name][0]] for name in ("BlockwiseAdamW[cpp]", "torch AdamW fused")
+    }
 
 
 def drawn(values: dict[str, list[float]], *, log: bool = False) -> Axes:
