@@ -65,25 +65,14 @@ def _draw_state(axes: Axes, plans: Sequence[Plan]) -> None:
         colour = OPTIMIZER_COLOURS.get(name, GREY)
         without = [plan.moments_without_zero[name] / 1e9 for plan in plans]
         within = [plan.memory[name].moments / 1e9 for plan in plans]
-        (lines[f"{name}\nwithout ZeRO"],) = axes.plot(nodes, without, marker="s", color=colour)
-        curves = [without]
+        curves = {"without ZeRO": (without, "s")}
         if within != without:
             where = ", in CPU memory" if plans[0].memory[name].offloaded else ""
-            (lines[f"{name}\nwith ZeRO{where}"],) = axes.plot(nodes, within, marker="o", color=colour)
-            curves.append(within)
-        for values in curves:
-            axes.annotate(
-                f"{values[0]:.3g}",
-                (nodes[0], values[0]),
-                (-7, 0),
-                textcoords="offset points",
-                ha="right",
-                va="center",
-                fontsize=8,
-                color=colour,
-            )
+            curves[f"with ZeRO{where}"] = (within, "o")
+        for how, (values, marker) in curves.items():
+            ends = " to ".join(dict.fromkeys(f"{value:.3g}" for value in (values[0], values[-1])))
+            (lines[f"{name} {how}\n{ends} GB"],) = axes.plot(nodes, values, marker=marker, color=colour)
             drawn += values
-    axes.margins(x=0.12)  # room for the numbers
     axes.set_title("optimizer state (both moments), GB per GPU")
     scale_y(axes, drawn, log=True)
     finish_lines(axes, lines)
