@@ -24,8 +24,12 @@ LR = 2e-2
 # grew at a larger lr rounds by more than 1e-6 of a smaller one's update.
 LR_FACTORS = (0.7, 1.1, 0.9, 1.4, 1.2, 1.3)
 BACKENDS = ("cpp", "reference", "triton")
-# Triton's kernels run in its interpreter, seconds a case: `make test` takes these, `make test-slow` the others
-QUICK = re.compile(r"grid-z[23]-.*-dp3-|nano|gpt2|momentum|fed-gqa-z1-.*-dp2-|value_tensor|tied")
+# Triton's kernels run in its interpreter, half a minute a case: `make test` takes these, `make test-slow` the others.
+# What the kernels compute is tested without engines; here each way to hand them tensors is taken once.
+QUICK = re.compile(
+    r"grid-z[23]-(fp32-mini|bf16-adamw)-dp3-|nano-z1-|gpt2-z3-fp32-mini|momentum_bf16-z2-|value_tensor-z3-.*-dp3-"
+    r"|fed-gqa-z1-bf16-mini-tp2-dp2-|value_tensor-gqa-|tied"
+)
 DECAY_MULTIPLIERS = {"norm": 0.0, "key": 0.5}
 BETAS, EPS, WEIGHT_DECAY = (0.9, 0.95), 1e-6, 0.1
 
