@@ -99,6 +99,7 @@ def _panel(axes: Axes, rows: Sequence[Row]) -> dict[str, Line2D]:
         )
     axes.set(xscale="log", xlabel="parameters")
     numels = [int(row["parameters"]) for row in rows]
-    log_ticks(axes.xaxis, min(numels), max(numels))
+    if numels:
+        log_ticks(axes.xaxis, min(numels), max(numels))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1e6:g}M"))
     return lines
