@@ -42,6 +42,7 @@ OPTIMIZER_COLOURS: dict[str, str] = {
     "BlockwiseAdamW": "#332288",
     "Adam-mini": "#e6550d",  # the published partition, with uniform learning rates
     "BlockwiseAdamMini": "#4477aa",
+    "BlockwiseLion": "#442244",
     "Muon": "#b2182b",
 }
 

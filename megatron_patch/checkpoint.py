@@ -20,6 +20,7 @@ from torch import nn
 from ds_blockwise.blocks.tagged_parameter import as_tagged
 from ds_blockwise.checkpoint.record import FORMAT, KEY, VERSION, run_record_in, settings_of
 from ds_blockwise.checkpoint.record_types import RunRecord
+from ds_blockwise.checkpoint.state_dicts import check_kind
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.optimizers.foreign_state import FOR_ADAMW, group_to_load
 from ds_blockwise.parallel.agree import first_error
@@ -72,6 +73,7 @@ def settings_record(optimizer: BlockwiseOptimizer) -> RunRecord:
         "format": FORMAT,
         "version": VERSION,
         "optimizer": type(optimizer).__name__,
+        "second_moment_of": optimizer.second_moment_of,
         "shares_second_moment": bool(optimizer.shares_second_moment),
         "settings": {**settings_of(optimizer), "layout": ""},  # each stage of a pipeline has its own layout
     }
@@ -197,6 +199,7 @@ class BlockwiseDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
         """
         optimizer, saved = self.optimizer, state_dict["optimizer"]
         record = run_record_in(saved)
+        check_kind(optimizer, record)
         optimizer.allocate_state()  # upstream would make its own, uninitialised
         in_order = same_kinds(optimizer.param_groups, saved["param_groups"])
         super().load_state_dict(state_dict)

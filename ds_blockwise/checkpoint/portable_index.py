@@ -16,15 +16,21 @@ from ds_blockwise.checkpoint.manifest import CheckpointError
 from ds_blockwise.checkpoint.portable_types import PortableIndex
 from ds_blockwise.checkpoint.record import spec_of
 from ds_blockwise.checkpoint.record_check import check_portable_record
+from ds_blockwise.checkpoint.record_types import RunRecord, has_second_moments
 from ds_blockwise.checkpoint.typed_data import typed
 
 FORMAT = 1
 INDEX = "portable.json"
-TRAINED = ("weights", "exp_avg", "exp_avg_sq")  # one tensor of each per trained parameter
+TRAINED = ("weights", "exp_avg", "exp_avg_sq")  # one tensor of each per trained parameter; see `trained_kinds`
 KINDS = (*TRAINED, "frozen", "buffers")
 
 _SHOWN = 8  # problems in one error
 _FILE = re.compile(r"[\w.-]+\.safetensors")
+
+
+def trained_kinds(record: RunRecord) -> tuple[str, ...]:
+    """The kinds of which there is a tensor for each trained parameter, by what the optimizer keeps."""
+    return TRAINED if has_second_moments(record) else TRAINED[:2]
 
 
 def read_index(path: Path) -> PortableIndex:
@@ -77,9 +83,10 @@ def _tensor_problems(index: PortableIndex) -> Iterator[str]:
                 yield f"{kind} of {name!r} are in {stored['file']!r}, which is not a file of safetensors"
             if not isinstance(getattr(torch, stored["dtype"], None), torch.dtype):
                 yield f"{kind} of {name!r} have the dtype {stored['dtype']!r}, which torch does not have"
+    kept = trained_kinds(index["record"])
     for kind in TRAINED:
         tensors = index["tensors"][kind]
-        yield from (f"{kind} of {name!r} are missing" for name in parameters if name not in tensors)
+        yield from (f"{kind} of {name!r} are missing" for name in parameters if kind in kept and name not in tensors)
         yield from (f"{kind} of {name!r} belong to no parameter" for name in tensors if name not in parameters)
     for name, facts in parameters.items():
         if facts["group"] >= groups:

@@ -32,6 +32,7 @@ from ds_blockwise.checkpoint.record_types import (
     PortableRecord,
     Record,
     RunRecord,
+    SecondMomentOf,
     Settings,
 )
 from ds_blockwise.kernels.param_groups import ParamGroup
@@ -64,6 +65,11 @@ class Recorded(Protocol):
     @property
     def shares_second_moment(self) -> bool:
         """Whether the second moment is one value per block."""
+        ...
+
+    @property
+    def second_moment_of(self) -> SecondMomentOf:
+        """What the second moment is the mean square of."""
         ...
 
     @property
@@ -102,6 +108,7 @@ def record_of(optimizer: Recorded, version: str) -> Record:
         "format": FORMAT,
         "version": version,
         "optimizer": type(optimizer).__name__,
+        "second_moment_of": optimizer.second_moment_of,
         "shares_second_moment": optimizer.shares_second_moment,
         "settings": settings_of(optimizer),
         "parameters": {fqn: _packed_spec(spec) for fqn, spec in specs.items()},

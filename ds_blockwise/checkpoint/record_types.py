@@ -3,9 +3,15 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from ds_blockwise.measure.auto_multipliers import RunState
+
+SecondMomentOf = Literal["gradients", "updates", "nothing"]
+"""What ``exp_avg_sq`` is the mean square of: gradients (Adam), orthogonalised updates in part (Muon), or there is none.
+
+State of one kind means nothing to an optimizer that keeps another.
+"""
 
 
 class PackedSpec(TypedDict):
@@ -79,7 +85,13 @@ class Settings(_Settings, total=False):
     run: RunState
 
 
-class RunRecord(TypedDict):
+class _RunRecord(TypedDict, total=False):
+    """``second_moment_of``: see `SecondMomentOf`; missing where an earlier version wrote it, which knew Adam alone."""
+
+    second_moment_of: str
+
+
+class RunRecord(_RunRecord):
     """What is the same for all parameters and ranks: Megatron-core's checkpoints hold this part of a `Record`."""
 
     format: int
@@ -99,3 +111,8 @@ class Record(PortableRecord):
     """What a state dict holds under `KEY`. ``tensors`` is in the order of the ids in ``state_dict()["state"]``."""
 
     tensors: list[PackedTensor | None]
+
+
+def has_second_moments(record: RunRecord) -> bool:
+    """Whether the optimizer that wrote a record keeps second moments."""
+    return record.get("second_moment_of") != "nothing"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether what a file gave as an optimizer's state dict is one, whoever wrote it."""
+"""Whether what a file gave as an optimizer's state dict is one, whoever wrote it, and of a kind that fits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any, TypedDict
 
 import torch
 
-from ds_blockwise.checkpoint.record import PER_BLOCK_KEY
+from ds_blockwise.checkpoint.record import PER_BLOCK_KEY, Recorded
+from ds_blockwise.checkpoint.record_types import RunRecord
 from ds_blockwise.checkpoint.typed_data import typed
 
 # moments of AdamW and ours, and of the published Adam-mini
@@ -58,3 +59,25 @@ def _check_step(value: object, where: str) -> None:
     number = typed(value, float, where)
     if number < 0 or number != int(number):
         raise ValueError(f"{where} must be a whole number of 0 or more, got {number!r}")
+
+
+def check_kind(optimizer: Recorded, record: RunRecord | None) -> None:
+    """Refuse second moments that mean something else than the optimizer's own.
+
+    Args:
+        optimizer: one of ours, which is to go on with the state.
+        record: of that state; None if another optimizer wrote it, which then is Adam's.
+
+    Raises:
+        ValueError: the two do not fit. An optimizer without second moments takes the first moments of any other.
+    """
+    own = optimizer.second_moment_of
+    saved = "gradients" if record is None else record.get("second_moment_of", "gradients")
+    if own in ("nothing", saved):
+        return
+    wrote = "another optimizer" if record is None else str(record["optimizer"])
+    kept = "no second moment" if saved == "nothing" else f"a second moment of {saved}"
+    raise ValueError(
+        f"the optimizer state was written by {wrote}, which keeps {kept}; {type(optimizer).__name__} keeps one of "
+        f"{own}. Load weights only (DeepSpeed: load_optimizer_states=False), and start with fresh optimizer state."
+    )

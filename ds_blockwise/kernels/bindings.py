@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -12,7 +12,6 @@ import torch
 from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.segment_table import Placement, SegmentTable, build_table
 from ds_blockwise.kernels.base import Item, Kernels
-from ds_blockwise.kernels.select import kernels_for
 from ds_blockwise.kernels.tensor_checks import check_bindable
 from ds_blockwise.parallel.reduce import ReductionGroups
 
@@ -49,12 +48,12 @@ class Bindings:
     """The bound tensors of one optimizer, in the order of binding, which all ranks of a group share.
 
     Args:
-        backend: the setting ``backend``.
+        kernels_on: what steps the tensors of a device.
         shares_second_moment: whether blocks share one second moment; else tables hold no blocks to reduce.
     """
 
-    def __init__(self, backend: str, *, shares_second_moment: bool) -> None:
-        self._backend = backend
+    def __init__(self, kernels_on: Callable[[torch.device], Kernels], *, shares_second_moment: bool) -> None:
+        self._kernels_on = kernels_on
         self._shares_second_moment = shares_second_moment
         self._by_id: dict[int, Binding] = {}
         self._absent: tuple[Binding, ...] = ()
@@ -103,7 +102,7 @@ class Bindings:
         placements = self._with_present_multipliers(placements)
         table = build_table(tensor.numel(), placements, shares_second_moment=self._shares_second_moment)
         check_bindable(tensor, table)
-        kernels = kernels_for(self._backend, tensor.device)
+        kernels = self._kernels_on(tensor.device)
         binding = Binding(tensor, table, groups, kernels, kernels.plan(table, tensor.device), is_absent)
         self._by_id[id(tensor)] = binding
         self.version += 1

@@ -24,10 +24,11 @@ from ds_blockwise.blocks.segment_table import Placement, SegmentTable, whole_pla
 from ds_blockwise.blocks.spec import BlockSpec, apply_settings
 from ds_blockwise.blocks.tagged_parameter import as_tagged, is_tagged_by_host, user_tags_of
 from ds_blockwise.checkpoint.record import differences, settings_of
-from ds_blockwise.checkpoint.record_types import RunRecord
+from ds_blockwise.checkpoint.record_types import RunRecord, SecondMomentOf
 from ds_blockwise.kernels.base import Item, Kernels, StepState, wide_dtype
 from ds_blockwise.kernels.bindings import Binding, Bindings, StepObserver, Work, by_kernels, non_finite
 from ds_blockwise.kernels.param_groups import NO_HYPER, ParamGroup, StateDict, hyper_of
+from ds_blockwise.kernels.select import kernels_for
 from ds_blockwise.kernels.tensor_checks import StepChecks, check_plain, check_whole, dense
 from ds_blockwise.measure.auto_multipliers import MeasuredMultipliers, RunState
 from ds_blockwise.measure.meter import Listener, Meter
@@ -60,6 +61,8 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
 
     #: the form in which ``exp_avg_sq`` is kept in memory
     second_moment: ClassVar[SecondMoment]
+    #: whether telemetry and measured multipliers can read its steps
+    can_be_measured: ClassVar[bool] = True
     #: what ranks send each other in a step before weights change, in this order
     exchanges: ClassVar[tuple[Exchange, ...]] = ()
 
@@ -102,7 +105,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
 
     def _forget_tensors(self) -> None:
         """Start without bound tensors and without whoever looks at steps."""
-        self._bindings = Bindings(self.backend, shares_second_moment=self.shares_second_moment)
+        self._bindings = Bindings(self.kernels_on, shares_second_moment=self.shares_second_moment)
         self._checks = StepChecks()
         self._copies: dict[int, torch.Tensor] = {}
         self._finite_over: ReductionGroups | None = None
@@ -129,6 +132,11 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
     def shares_second_moment(self) -> bool:
         """Whether the second moment is one value per block, and sums of split blocks travel."""
         return self.second_moment == "block"
+
+    @property
+    def second_moment_of(self) -> SecondMomentOf:
+        """What the second moment is the mean square of; state of one kind is never taken for that of another."""
+        return "nothing" if self.second_moment == "none" else "gradients"
 
     def add_param_group(self, param_group: ParamGroup) -> None:
         """Add a group; see ``torch.optim.Optimizer.add_param_group``.
@@ -262,6 +270,14 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
             return found.table.placements
         tags = user_tags_of(tensor)
         return None if tags is None else (whole_placement(self.spec_of(tags[0]), tags[1]),)
+
+    def kernels_on(self, device: torch.device) -> Kernels:
+        """What steps the tensors of a device: Adam's kernels of the setting ``backend``.
+
+        Raises:
+            ValueError: the backend that was asked for by name cannot be had there.
+        """
+        return kernels_for(self.backend, device)
 
     def backend_of(self, tensor: torch.Tensor) -> str | None:
         """Name of the backend that steps a tensor; None if the tensor is unknown."""
@@ -529,10 +545,14 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         """``exp_avg`` and ``exp_avg_sq`` of a bound tensor in its shape, zeros before its first step (hosts only).
 
         The first is the state itself, the second may be a copy on the CPU. With ``checkpoint_format="compact"`` the
-        second moment has the key and the form of compact files.
+        second moment has the key and the form of compact files. An optimizer without one gives the squares of the
+        first: such formats ask for both, and Adam, which might load them, would divide by zeros.
         """
         state = self._state_of_bound(tensor)
-        return {"exp_avg": state["exp_avg"], **second_moment_to_save(self, tensor, state["exp_avg_sq"])}
+        exp_avg = state["exp_avg"]
+        if "exp_avg_sq" not in state:
+            return {"exp_avg": exp_avg, "exp_avg_sq": exp_avg.to(wide_dtype(tensor.dtype)).square()}
+        return {"exp_avg": exp_avg, **second_moment_to_save(self, tensor, state["exp_avg_sq"])}
 
     def set_per_element_state(self, tensor: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor) -> None:
         """Load moments with one value per element into a bound tensor's state; call `settle` after all (hosts only).
@@ -542,7 +562,8 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         """
         state = self._state_of_bound(tensor)
         state["exp_avg"] = like("exp_avg", exp_avg, tensor, self.momentum_dtype_of(tensor))
-        state["exp_avg_sq"] = like("exp_avg_sq", exp_avg_sq, tensor, wide_dtype(tensor.dtype))
+        if self.second_moment != "none":
+            state["exp_avg_sq"] = like("exp_avg_sq", exp_avg_sq, tensor, wide_dtype(tensor.dtype))
 
     def settle(self, over: Sequence[ReductionGroups] | None = None) -> None:
         """Bring loaded second moments into the form that steps use; a collective over all ranks after a load.
@@ -565,6 +586,12 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
 
     def _measure_with(self, settings: TelemetrySettings | None) -> None:
         auto = MeasuredMultipliers.of(self.block_settings)
+        if not self.can_be_measured and (settings is not None or auto is not None):
+            asked = "telemetry" if settings is not None else '"lr_multipliers": "auto"'
+            raise ValueError(
+                f"{type(self).__name__} does not support {asked} yet: it reads Adam's moments and update. Leave it "
+                f"out, or use BlockwiseAdamMini."
+            )
         if settings is not None or auto is not None:
             self._meter = Meter(self, settings, auto)
             self.observe(self._meter)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from ds_blockwise.optimizers.adam_mini import BlockwiseAdamMini
 from ds_blockwise.optimizers.adamw import BlockwiseAdamW
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
+from ds_blockwise.optimizers.lion import BlockwiseLion
 from ds_blockwise.optimizers.schedules import (
     BlockwiseCosineLR,
     BlockwiseLinearLR,
@@ -16,7 +17,9 @@ from ds_blockwise.optimizers.schedules import (
     BlockwiseWSDLR,
 )
 
-OPTIMIZERS: dict[str, type[BlockwiseOptimizer]] = {cls.__name__: cls for cls in (BlockwiseAdamW, BlockwiseAdamMini)}
+OPTIMIZERS: dict[str, type[BlockwiseOptimizer]] = {
+    cls.__name__: cls for cls in (BlockwiseAdamW, BlockwiseAdamMini, BlockwiseLion)
+}
 
 SCHEDULES: dict[str, type[BlockwiseSchedule]] = {
     cls.__name__: cls for cls in (BlockwiseCosineLR, BlockwiseWSDLR, BlockwiseLinearLR)

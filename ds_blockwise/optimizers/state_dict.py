@@ -23,7 +23,7 @@ from ds_blockwise.checkpoint.record import (
     table_of,
 )
 from ds_blockwise.checkpoint.record_types import Record, RunRecord
-from ds_blockwise.checkpoint.state_dicts import check_state_dict
+from ds_blockwise.checkpoint.state_dicts import check_kind, check_state_dict
 from ds_blockwise.kernels.base import StepState, wide_dtype
 from ds_blockwise.kernels.bindings import Binding
 from ds_blockwise.kernels.param_groups import ParamGroup, StateDict
@@ -118,6 +118,8 @@ def to_load(optimizer: Stored, state_dict: StateDict, device: torch.device | Non
         names = [_name_of(optimizer, tensor) for group in optimizer.param_groups for tensor in group["params"]]
         state_dict = from_published_adam_mini(state_dict, optimizer.param_groups, names)
     run, record = run_record_in(state_dict), record_in(state_dict)
+    if state_dict["state"]:
+        check_kind(optimizer, run)
     saved_groups = state_dict["param_groups"]
     saved_sizes, own_sizes = ([len(g["params"]) for g in gs] for gs in (saved_groups, optimizer.param_groups))
     if saved_sizes != own_sizes:

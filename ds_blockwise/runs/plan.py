@@ -20,7 +20,8 @@ from ds_blockwise.runs.run_file import RunConfig
 COMPUTE_EFFICIENCY = (0.55, 0.40)  # of the peak: best, worst
 BANDWIDTH_EFFICIENCY = 0.8
 _USABLE = 0.92  # of a GPU's memory: the context, the libraries and fragmentation take the rest
-_BYTES_PER_STEP = {MINI: 20}  # moved per parameter by the update with fp32 gradients; AdamW 28
+# moved per parameter by the update with fp32 gradients; BlockwiseLion's five operations of torch read and write each
+_BYTES_PER_STEP = {MINI: 20, "BlockwiseLion": 52}
 _ADAMW_BYTES = 28
 
 

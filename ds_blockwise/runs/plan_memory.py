@@ -18,6 +18,7 @@ from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.ranges import TensorShard
 from ds_blockwise.blocks.segment_table import SegmentTable, build_table, whole_placement
 from ds_blockwise.blocks.spec import BlockSpec
+from ds_blockwise.optimizers.registry import OPTIMIZERS
 from ds_blockwise.runs.model_shape import GPT2, GPTShape
 from ds_blockwise.tagging.module_reader import TensorSplit, tensor_splits
 from ds_blockwise.tagging.tag import tag_with_settings
@@ -157,7 +158,7 @@ def memory_of(
         shape: the model; its ``sequence_length`` is that of training.
         held: what one tensor-parallel rank holds of it.
         arrangement: see `Arrangement`.
-        optimizer: ``BlockwiseAdamMini``; any other name counts as AdamW, one second moment per element.
+        optimizer: one of ours; any other name counts as AdamW, one second moment per element.
         micro_batch: sequences of one forward pass.
         activation_checkpointing: ``none``, ``selective`` or ``full``.
         accumulation: micro batches of a step; ZeRO-1 keeps whole gradients between them.
@@ -165,7 +166,8 @@ def memory_of(
     local, stage, width = held.parameters, arrangement.zero_stage, arrangement.bytes_per_weight
     part = -(-local // arrangement.dp) if stage else local
     has_masters = width < _FP32 or stage > 0  # ZeRO copies fp32 weights too
-    seconds = -(-held.blocks * part // local) if optimizer == MINI else part
+    form = OPTIMIZERS[optimizer].second_moment if optimizer in OPTIMIZERS else "element"
+    seconds = {"block": -(-held.blocks * part // local), "element": part, "none": 0}[form]
     masters = part * _FP32 if has_masters else 0
     exp_avg, exp_avg_sq = part * arrangement.momentum_bytes, seconds * _FP32
     kept, again = activations(shape, arrangement, micro_batch, activation_checkpointing)

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the names of tests call each optimizer.
 
+`SHORT_NAMES` are those of Adam's update, which most tests compare with one oracle on every host; `OTHERS` have tests of
+their own.
+
 Imports nothing of ds_blockwise: the settings in ``tests/conftest.py`` must be in place before torch is imported.
 """
 
 from __future__ import annotations
 
 SHORT_NAMES = {"BlockwiseAdamW": "adamw", "BlockwiseAdamMini": "mini"}
-FULL_NAME = {short: name for name, short in SHORT_NAMES.items()}
+OTHERS = {"BlockwiseLion": "lion"}
+FULL_NAME = {short: name for name, short in (SHORT_NAMES | OTHERS).items()}

@@ -184,6 +184,22 @@ class Oracle:
         self._p[name] = p
 
 
+class LionOracle(Oracle):
+    """Blockwise Lion (arXiv 2302.06675, algorithm 2); second moments stay zero."""
+
+    def _update(self, name: str, gradient: Tensor, h: Hyper, lr: Tensor, decay: Tensor) -> None:
+        p = self._p[name]
+        g = gradient.to(self.arithmetic)
+        state = self.state.setdefault(name, State(torch.zeros_like(p), torch.zeros_like(p)))
+        state.step += 1
+        beta1, beta2 = h.betas
+        direction = torch.sign(beta1 * state.m + (1 - beta1) * g)
+        self._p[name] = p - lr * (direction + decay * p)
+        state.m = beta2 * state.m + (1 - beta2) * g
+        if self.momentum is not None:
+            state.m = state.m.to(self.momentum).to(self.arithmetic)
+
+
 # ------------------------------------------------------------------- schedules, clipping, checks
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tests.helpers import models
 from tests.helpers.deepspeed.engines import engine_config
 from tests.helpers.optimizers import FULL_NAME
-from tests.helpers.oracle import Hyper, Oracle
+from tests.helpers.oracle import Hyper, LionOracle, Oracle
 from tests.helpers.tables.oracle_names import ROLE, Classes, gpt2_classes, hf_llama_classes, regroup
 
 LR = 2e-2
@@ -219,7 +219,8 @@ def oracle_of(case: Case, weights: dict[str, Tensor], hyper: dict[str, Hyper]) -
     classes = MODELS[case.model][1]
     for role, size in GRANULARITIES[case.granularity][1]:
         classes = regroup(classes, role, HEAD_ROWS[case.model] if size == HEAD else size)
-    return Oracle(
+    kind = LionOracle if case.optimizer == "lion" else Oracle
+    return kind(
         weights,
         classes,
         case.optimizer == "mini",

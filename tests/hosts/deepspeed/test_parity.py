@@ -190,6 +190,14 @@ def _end_to_end() -> Named:
         yield _named(f"e2e_{model}", 2, case)
 
 
+def _lion() -> Named:
+    # fp32: gradients in bf16 lie on a grid, on which the sum of two may be 0 and its sign a matter of rounding
+    for stage, dp in ((0, 2), (1, 3), (2, 2), (3, 3)):
+        yield _named("lion", dp, Case("lion", stage, model="nano" if stage == 2 else "qwen3", backend="auto"))
+    yield _named("lion_overflow", 2, Case("lion", 2, "fp32", poison=(0, 2), clip=0.05, steps=4))
+    yield _named("lion_mutant", 2, Case("lion", 2, oracle_multipliers={"value": 4.01}, steps=2))
+
+
 def _mutants() -> Named:
     for optimizer, (role, value) in product(BOTH, (("value", 4.01), ("key", 10), ("norm", 4))):
         case = Case(optimizer, 2, "bf16", oracle_multipliers={role: value}, steps=2)
@@ -209,9 +217,10 @@ GRANULARITY, SETTINGS = _table(_granularities), _table(_settings)
 OFFLOADED, ACCUMULATION = _table(_offload), _table(_accumulation_and_clipping)
 OVERFLOW, PARAMETERS, SCHEDULES = _table(_overflow), _table(_parameters), _table(_schedules)
 OWN, END_TO_END, MUTANTS = _table(_own_schedules), _table(_end_to_end), _table(_mutants)
+LION = {name: (world_size, case) for name, world_size, case in _lion()}
 ALL = {
     **GRID, **FAMILIES, **PARTITIONS, **GRANULARITY, **SETTINGS, **OFFLOADED, **ACCUMULATION, **OVERFLOW, **PARAMETERS,
-    **SCHEDULES, **OWN, **END_TO_END, **MUTANTS,
+    **SCHEDULES, **OWN, **END_TO_END, **MUTANTS, **LION,
 }  # fmt: skip
 
 
@@ -291,7 +300,13 @@ def test_end_to_end(outcome: Outcome, name: str) -> None:
     passes(outcome, name)
 
 
-@SUITE.tests(MUTANTS)
+@SUITE.tests(name for name in LION if "mutant" not in name)
+def test_lion(outcome: Outcome, name: str) -> None:
+    """An optimizer without kernels of its own would miss the shards, the clipping or the skipped steps."""
+    passes(outcome, name)
+
+
+@SUITE.tests([*MUTANTS, *(name for name in LION if "mutant" in name)])
 def test_the_comparison_notices_a_wrong_multiplier(outcome: Outcome, name: str) -> None:
     """The tests above would prove nothing: a wrong multiplier of one role must be seen."""
     notices_a_wrong_multiplier(outcome, name)

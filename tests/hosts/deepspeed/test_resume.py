@@ -39,6 +39,7 @@ def run_case(context: RankContext, what: tuple[str, Case]) -> None:
     kind, case = what
     checks = {
         "resume": check_resume,
+        "portable": check_portable,
         "universal": check_universal,
         "from_adamw": check_from_adamw,
         "to_adamw": check_to_adamw,
@@ -79,6 +80,28 @@ def check_resume(context: RankContext, case: Case) -> None:
         assert run.engine.get_lr() == wanted_lr
 
 
+def check_portable(context: RankContext, case: Case) -> None:
+    """The portable form into another ZeRO stage: element-wise state goes on bit for bit, whatever the cut."""
+    from ds_blockwise.hosts.deepspeed.checkpoint.inspect import convert_checkpoint
+
+    folder = context.tmp_path / f"portable-{case.optimizer}"
+    config = config_of(case)
+    with open_engine(config, lambda: build(case, config)) as run:
+        train(run, context, case, range(SAVED))
+        run.engine.save_checkpoint(str(folder / "saved"), tag="saved")
+        train(run, context, case, range(SAVED, LAST))
+        wanted = masters(run)
+    if context.rank == 0:
+        convert_checkpoint(folder / "saved", folder / "portable")
+    context.barrier()
+    other = replace(case, stage=3 if case.stage < 3 else 1)
+    config = config_of(other)
+    with open_engine(config, lambda: build(other, config)) as run:
+        run.engine.load_checkpoint(str(folder / "portable"))
+        train(run, context, other, range(SAVED, LAST))
+        assert_same(masters(run), wanted, "masters")
+
+
 def check_universal(context: RankContext, case: Case) -> None:
     """DeepSpeed's converter and its restore at the same topology: nothing may differ, in no group."""
     config = config_of(case)
@@ -110,8 +133,8 @@ def moments(run: SimpleNamespace) -> dict[str, Tensor]:
     optimizer = run.engine.basic_optimizer
     found = {}
     for index, binding in enumerate(optimizer.bindings()):
-        for key in ("exp_avg", "exp_avg_sq", "step"):
-            found[f"{index}.{key}"] = torch.as_tensor(optimizer.state[binding.tensor][key]).clone()
+        for key, value in optimizer.state[binding.tensor].items():
+            found[f"{index}.{key}"] = torch.as_tensor(value).clone()
     return found
 
 
@@ -189,6 +212,9 @@ def _cases() -> Iterator[tuple[str, tuple[int, tuple[str, Case]]]]:
     yield resume("resume_round_robin", 2, Case("mini", 2, "bf16", zero={"round_robin_gradients": True}))
     yield resume("resume_slim", 3, Case("mini", 2, "fp32", model="slim", groups="vector"))
     yield resume("resume_deepspeed_schedule", 2, Case("mini", 2, scheduler="WarmupLR", scheduler_params=WARMUP))
+    yield resume("resume", 2, Case("lion", 3, "bf16", **SCHEDULE))
+    for optimizer in ("adamw", "lion"):
+        yield f"portable-{optimizer}-z2", (2, ("portable", Case(optimizer, 2)))
     for optimizer, stage in product(("mini", "adamw"), (1, 2, 3)):
         case = Case(optimizer, stage, "bf16" if stage > 1 else "fp32", groups="mixed", **SCHEDULE)
         yield f"universal-{optimizer}-z{stage}", (2, ("universal", case))
@@ -205,7 +231,7 @@ SUITE = Suite(run_case, dict(_cases()))
 outcome = SUITE.outcome()
 
 
-@SUITE.cases("resume")
+@SUITE.cases("resume", "portable")
 def test_resume_is_bitwise(outcome: Outcome, name: str) -> None:
     """A restart would change the run: a rounded second moment, a stale lr, a lost group setting."""
     passes(outcome, name)

@@ -29,7 +29,7 @@ from tests.helpers.megatron.stack import (
     stack_shims,
 )
 from tests.helpers.models import GradientPlan
-from tests.helpers.oracle import Hyper, Oracle, assert_same_update, clipped
+from tests.helpers.oracle import Hyper, LionOracle, Oracle, assert_same_update, clipped
 from tests.helpers.tables.oracle_names import megatron_classes
 
 pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="needs megatron")
@@ -63,7 +63,8 @@ def check_values(context: RankContext, case: Case, run: Run) -> None:
         assert torch.equal(value, run.cut(name, run.start(name))), f"start of {name}"
     hyper = {name: Hyper(LR, BETAS, EPS, 0.0 if "layernorm" in name else WEIGHT_DECAY) for name in start}
     classes = megatron_classes(layers=LAYERS, **SHAPES[stack.shape])
-    oracle = Oracle(start, classes, stack.optimizer == "mini", hyper, lr_multipliers=case.oracle_multipliers)
+    kind = LionOracle if stack.optimizer == "lion" else Oracle
+    oracle = kind(start, classes, stack.optimizer == "mini", hyper, lr_multipliers=case.oracle_multipliers)
     applied = 0
     for step in range(case.steps):
         poisoned = step in case.poison
@@ -133,6 +134,7 @@ def _cases() -> dict[str, tuple[int, Case]]:
             for dtype in ("fp32", "bf16"):
                 add("values", 2, Stack(optimizer, wrapper, dtype))
                 add("values", 1, Stack(optimizer, wrapper, dtype, tp=2))
+    add("values", 2, Stack("lion", "distributed"))
     mini = Stack()
     for dtype in ("fp32", "bf16"):
         add("values", 2, Stack("mini", "layerwise", dtype))

@@ -7,9 +7,10 @@ import torch
 from ds_blockwise import BlockwiseAdamMini, BlockwiseAdamW, tag_parameters
 from ds_blockwise.optimizers.registry import OPTIMIZERS
 from ds_blockwise.optimizers.second_moment import per_block
+from tests.helpers.optimizers import SHORT_NAMES
 from tests.unit.optimizers.test_base import feed, tiny
 
-BOTH = list(OPTIMIZERS.values())
+BOTH = [OPTIMIZERS[name] for name in SHORT_NAMES]
 
 
 def test_cpp_refuses_tensors_that_are_not_on_the_cpu():

@@ -11,9 +11,10 @@ from ds_blockwise.kernels.select import kernels_for
 from ds_blockwise.kernels.self_check import disagreement
 from ds_blockwise.optimizers.registry import OPTIMIZERS
 from tests.helpers.kernel_user import as_user
+from tests.helpers.optimizers import SHORT_NAMES
 from tests.unit.optimizers.test_base import feed, tiny
 
-BOTH = list(OPTIMIZERS.values())
+BOTH = [OPTIMIZERS[name] for name in SHORT_NAMES]
 CPU = torch.device("cpu")
 
 

@@ -15,8 +15,9 @@ from ds_blockwise.kernels.select import kernels_for
 from ds_blockwise.optimizers.registry import OPTIMIZERS
 from ds_blockwise.parallel.reduce import LOCAL
 from tests.helpers.counting import count_calls
+from tests.helpers.optimizers import SHORT_NAMES
 
-BOTH = list(OPTIMIZERS.values())
+BOTH = [OPTIMIZERS[name] for name in SHORT_NAMES]
 
 
 class Llama2B(torch.nn.Module):

@@ -20,7 +20,7 @@ from ds_blockwise.measure.auto_multipliers import MeasuredMultipliers
 from tests.helpers.deepspeed.engine_cases import LR, Case, build, config_of
 from tests.helpers.deepspeed.telemetry_engines import AUTO, AUTO_STEPS, RAMP, READING_STEPS
 from tests.helpers.models import GradientPlan, NanoGPT, llama
-from tests.helpers.optimizers import FULL_NAME
+from tests.helpers.optimizers import SHORT_NAMES
 from tests.helpers.oracle import assert_same_update
 from tests.helpers.telemetry_truth import AutoTruth, set_gradients
 from tests.unit.measure.test_readings import made, stepped
@@ -46,7 +46,7 @@ def follow(run: SimpleNamespace, step: int) -> None:
 
 
 @pytest.mark.parametrize("backend", ["cpp", "reference", "triton"])
-@pytest.mark.parametrize("optimizer", FULL_NAME)
+@pytest.mark.parametrize("optimizer", SHORT_NAMES.values())
 def test_changed_multipliers_reach_every_backend(optimizer: str, backend: str) -> None:
     run = made(Case(optimizer, model="gpt2", backend=backend))
     for step in range(4):
@@ -93,7 +93,7 @@ def test_a_load_under_changed_multipliers_is_reported(caplog: pytest.LogCaptureF
 # ------------------------------------------------------------------------------------------- measured
 
 
-@pytest.mark.parametrize("optimizer", FULL_NAME)
+@pytest.mark.parametrize("optimizer", SHORT_NAMES.values())
 def test_measured_by_hand(optimizer: str, caplog: pytest.LogCaptureFixture) -> None:
     """1 until the measurement, a ramp of ten stairs, then what the oracle's own second moments say."""
     caplog.set_level(logging.WARNING, "ds_blockwise.measure.auto_multipliers")
@@ -114,7 +114,7 @@ def test_measured_by_hand(optimizer: str, caplog: pytest.LogCaptureFixture) -> N
     assert "ramped in over 12 steps" in record.getMessage()
 
 
-@pytest.mark.parametrize("optimizer", FULL_NAME)
+@pytest.mark.parametrize("optimizer", SHORT_NAMES.values())
 def test_resume_from_a_state_dict_is_bitwise(optimizer: str) -> None:
     """Before the measurement (in the middle of its readings), in the middle of the ramp, and after it."""
     case = Case(optimizer, **LIVE)

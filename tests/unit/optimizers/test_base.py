@@ -15,8 +15,9 @@ from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.optimizers import adam_mini
 from ds_blockwise.optimizers.registry import OPTIMIZERS
 from ds_blockwise.tagging.tag import tag_with_settings
+from tests.helpers.optimizers import SHORT_NAMES
 
-BOTH = pytest.mark.parametrize("cls", OPTIMIZERS.values())
+BOTH = pytest.mark.parametrize("cls", [OPTIMIZERS[name] for name in SHORT_NAMES])
 
 
 class Attention(nn.Module):

@@ -13,7 +13,7 @@ from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.optimizers.registry import OPTIMIZERS, SCHEDULES
 from ds_blockwise.optimizers.schedules import BlockwiseSchedule
 from tests.helpers import ROOT
-from tests.helpers.optimizers import SHORT_NAMES
+from tests.helpers.optimizers import OTHERS, SHORT_NAMES
 
 # two names of optimizers next to each other in a tuple, list, set, dict or choice of types
 ENUMERATION = re.compile(r"""["']?Blockwise\w+["']?(?::\s*\w+)?,\s*["']?Blockwise(?:Adam|Muon|Lion)\w*["']?""")
@@ -32,7 +32,7 @@ def ours(cls: type) -> set[type]:
 def test_every_optimizer_and_schedule_is_registered_under_its_json_name() -> None:
     assert set(OPTIMIZERS.values()) == ours(BlockwiseOptimizer)
     assert set(SCHEDULES.values()) == ours(BlockwiseSchedule)
-    assert list(OPTIMIZERS) == ["BlockwiseAdamW", "BlockwiseAdamMini"]
+    assert list(OPTIMIZERS) == ["BlockwiseAdamW", "BlockwiseAdamMini", "BlockwiseLion"]
     assert list(SCHEDULES) == ["BlockwiseCosineLR", "BlockwiseWSDLR", "BlockwiseLinearLR"]
 
 
@@ -44,7 +44,7 @@ def test_what_is_registered_is_public() -> None:
 
 
 def test_tests_name_every_optimizer() -> None:
-    assert list(SHORT_NAMES) == list(OPTIMIZERS)
+    assert list(SHORT_NAMES | OTHERS) == list(OPTIMIZERS)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import io
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from ds_blockwise.blocks.roles import Role
 from ds_blockwise.blocks.segment_table import Placement
 from ds_blockwise.kernels.base import StepState
 from ds_blockwise.kernels.bindings import Binding, Bindings
+from ds_blockwise.kernels.select import kernels_for
 from ds_blockwise.optimizers.second_moment import (
     is_per_block,
     mark_settled,
@@ -26,12 +28,13 @@ from ds_blockwise.optimizers.second_moment import (
 from ds_blockwise.parallel.reduce import LOCAL
 from tests.helpers.kernel_cases import spec
 
+ON = partial(kernels_for, "reference")
 WINDOW = Placement(spec((3, 8), Role.FFN, axis=1), None, 0, 6, 6, (6, 12))
 """Six elements of a transposed weight from the end of one row to the next: of the columns 6, 7, 0, 1, 2 and 3."""
 
 
 def bound(numel: int = 6, placement: Placement = WINDOW) -> Binding:
-    return Bindings("reference", shares_second_moment=True).bind(torch.zeros(numel), [placement], LOCAL)
+    return Bindings(ON, shares_second_moment=True).bind(torch.zeros(numel), [placement], LOCAL)
 
 
 def test_equal_lengths_do_not_hide_another_order() -> None:
@@ -94,7 +97,7 @@ def test_values_of_another_model_are_refused() -> None:
 
 def test_element_wise_moments_have_the_shape_of_their_tensor() -> None:
     tensor = torch.zeros(2, 3, dtype=torch.bfloat16)
-    binding = Bindings("reference", shares_second_moment=False).bind(
+    binding = Bindings(ON, shares_second_moment=False).bind(
         tensor, [Placement(spec((2, 3), Role.FFN), None, 0, 0, 6)], LOCAL
     )
     values = zeros_for(tensor, binding, "element")

@@ -59,6 +59,7 @@ CASES = {
     "z1-bf16-mini-tp2": Case(1, "bf16", "BlockwiseAdamMini", tp=2),
     "z1-bf16-adamw-gas2": Case(1, "bf16", "BlockwiseAdamW", gas=2),
     "z2-bf16-mini-gas2": Case(2, "bf16", "BlockwiseAdamMini", gas=2),
+    "z2-bf16-lion": Case(2, "bf16", "BlockwiseLion"),
     "z2-bf16-mini-gpt2": Case(2, "bf16", "BlockwiseAdamMini", shape=GPT2),
 }
 

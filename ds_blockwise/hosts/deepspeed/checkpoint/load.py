@@ -257,6 +257,13 @@ def _check_universal(engine: Engine, checkpoint: Checkpoint) -> None:
         tp=1 if engine.autotp_size() > 1 else int(engine.mp_world_size),
         round_robin=bool(getattr(engine.optimizer, "round_robin_gradients", False)),
     )
+    optimizer = engine.basic_optimizer
+    if isinstance(optimizer, BlockwiseOptimizer) and optimizer.second_moment_of != "gradients":
+        name = type(optimizer).__name__
+        misfit = (
+            f"{checkpoint.folder} is a universal checkpoint, whose second moments are of gradients, and {name} keeps "
+            f"none of these. Load a checkpoint of {name}, or a portable one made of it by ds-blockwise convert."
+        )
     message = first_error(misfit)
     if message is not None:
         raise ValueError(message)

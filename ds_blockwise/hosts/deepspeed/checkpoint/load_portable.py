@@ -24,6 +24,7 @@ from ds_blockwise.checkpoint.manifest import CheckpointError
 from ds_blockwise.checkpoint.portable import Portable
 from ds_blockwise.checkpoint.portable_types import COUNTERS, LOSS_SCALE, TrainingState
 from ds_blockwise.checkpoint.record import KEY
+from ds_blockwise.checkpoint.state_dicts import check_kind
 from ds_blockwise.hosts.deepspeed.checkpoint.schedule import load_schedule
 from ds_blockwise.hosts.deepspeed.engine import Engine, Loaded, Wrapper, ZeroStage3, is_partitioned, whole_numel
 from ds_blockwise.kernels.base import wide_dtype
@@ -145,6 +146,11 @@ def _problems(
 ) -> str | None:
     """Everything that does not fit, in one message; None if all does."""
     lines = portable.problems()
+    if moments:
+        try:
+            check_kind(optimizer, portable.record)
+        except ValueError as error:
+            lines.append(str(error))
     weights, untrained = portable.tensors["weights"], portable.tensors["frozen"]
     specs = {p.spec.fqn: p.spec for b in optimizer.bindings() for p in b.table.placements}
     missing = [name for name in specs if name not in weights and name not in untrained]
@@ -223,15 +229,14 @@ def _fill(optimizer: BlockwiseOptimizer, binding: Binding, portable: Portable, m
         return  # saved before the first update
     wide = wide_dtype(tensor.dtype)
     exp_avg = torch.zeros(tensor.numel(), dtype=torch.bfloat16 if optimizer.momentum_dtype == "bf16" else wide)
-    exp_avg_sq = torch.zeros(tensor.numel(), dtype=wide)
     _read_into(exp_avg, "exp_avg", binding, portable)
+    optimizer.state[tensor] = {"step": step, "exp_avg": exp_avg.view(tensor.shape).to(tensor.device)}
+    if optimizer.second_moment == "none":
+        return
+    exp_avg_sq = torch.zeros(tensor.numel(), dtype=wide)
     _read_into(exp_avg_sq, "exp_avg_sq", binding, portable)
     # one second moment per element; the optimizer's settle() makes them one per block, over all ranks
-    optimizer.state[tensor] = {
-        "step": step,
-        "exp_avg": exp_avg.view(tensor.shape).to(tensor.device),
-        "exp_avg_sq": exp_avg_sq.view(tensor.shape).to(tensor.device),
-    }
+    optimizer.state[tensor]["exp_avg_sq"] = exp_avg_sq.view(tensor.shape).to(tensor.device)
 
 
 def _read_into(flat: torch.Tensor, kind: str, binding: Binding, portable: Portable) -> None:

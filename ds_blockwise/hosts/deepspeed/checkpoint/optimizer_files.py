@@ -18,7 +18,7 @@ from ds_blockwise.blocks.segment_table import Placement
 from ds_blockwise.checkpoint.manifest import CheckpointError, NotReadError
 from ds_blockwise.checkpoint.portable_index import TRAINED
 from ds_blockwise.checkpoint.record import PER_BLOCK_KEY, numel_of, table_of
-from ds_blockwise.checkpoint.record_types import Record
+from ds_blockwise.checkpoint.record_types import Record, has_second_moments
 from ds_blockwise.checkpoint.state_dicts import check_state_dict
 from ds_blockwise.checkpoint.typed_data import typed
 from ds_blockwise.hosts.deepspeed.checkpoint.tag_folder import ModelFile, load_file
@@ -138,7 +138,7 @@ def check_state(
         return
     blocks = state.get(PER_BLOCK_KEY)
     lacking = [key for key in ("step", "exp_avg") if key not in state]
-    if lacking or (blocks is None and "exp_avg_sq" not in state):
+    if lacking or (blocks is None and "exp_avg_sq" not in state and has_second_moments(record)):
         raise CheckpointError(f"{path}: tensor {position} of the optimizer state has only {', '.join(sorted(state))}.")
     if blocks is not None and blocks.numel() != (wanted := table_of(record, position).num_blocks):
         raise CheckpointError(

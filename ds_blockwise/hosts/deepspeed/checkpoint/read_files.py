@@ -22,7 +22,7 @@ from ds_blockwise.checkpoint.bad_values import bad_values
 from ds_blockwise.checkpoint.given_files import foreign_globals, is_plain, pickled
 from ds_blockwise.checkpoint.manifest import CheckpointError, NoRecordError, Topology, read_manifest
 from ds_blockwise.checkpoint.portable import per_block, whole_of
-from ds_blockwise.checkpoint.portable_index import TRAINED
+from ds_blockwise.checkpoint.portable_index import TRAINED, trained_kinds
 from ds_blockwise.checkpoint.portable_types import COUNTERS, LOSS_SCALE, Origin, TrainingState
 from ds_blockwise.checkpoint.record import PER_BLOCK_KEY, placements_of, record_in, spec_of
 from ds_blockwise.checkpoint.record_types import Record
@@ -124,7 +124,9 @@ class DeepSpeedFiles:
 
     def names(self, kind: str) -> list[str]:
         """Names of the tensors of one of `portable.KINDS`."""
-        return list(self._pieces) if kind in TRAINED else self._frozen if kind == "frozen" else self._buffers
+        if kind in TRAINED:
+            return list(self._pieces) if kind in trained_kinds(self.record) else []
+        return self._frozen if kind == "frozen" else self._buffers
 
     def tensor(self, kind: str, name: str) -> torch.Tensor:
         """One tensor in unsharded form; second moments of Adam-mini one per block (`portable.global_table`).
@@ -149,7 +151,7 @@ class DeepSpeedFiles:
     def bad_values(self) -> Iterator[str]:
         """Each tensor with values that no sound run has: its file, what it is, how many; reads all of them."""
         for name in self._pieces:
-            for kind in TRAINED:
+            for kind in trained_kinds(self.record):
                 yield from self._bad_pieces(kind, name)
         for kind in ("frozen", "buffers"):
             for name in self.names(kind):

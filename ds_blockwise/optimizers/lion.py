@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blockwise Lion: the sign of the momentum (arXiv 2302.06675), one learning rate per block type."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+
+import torch
+from torch.optim.optimizer import ParamsT
+
+from ds_blockwise.kernels.base import Item, Kernels, ReferenceKernels
+from ds_blockwise.kernels.update import block_lr, decay_
+from ds_blockwise.optimizers.base import BlockwiseOptimizer
+from ds_blockwise.optimizers.settings import CheckpointFormat, MomentumDtype
+
+logger = logging.getLogger(__name__)
+
+
+class LionKernels(ReferenceKernels):
+    """Lion's update in plain torch, on whatever device the tensors lie."""
+
+    name = "torch"
+
+    def _update_moments(self, item: Item) -> None:
+        item.state["step"] += 1
+
+    def _update_param(self, item: Item, param: torch.Tensor) -> None:
+        assert item.grad is not None
+        hyper, table, kept = item.hyper, item.table, item.state["exp_avg"].view(-1)
+        lr, lr_floor = float(hyper.lr), hyper.lr_floor
+        exp_avg, grad = kept.to(param.dtype), item.grad.view(-1).to(param.dtype)
+        direction = exp_avg.lerp(grad, 1 - hyper.beta1).sign_()
+        exp_avg.lerp_(grad, 1 - hyper.beta2)
+        if exp_avg is not kept:
+            kept.copy_(exp_avg)
+        decay_(param, table, lr=lr, lr_floor=lr_floor, weight_decay=hyper.weight_decay)
+        for run in table.multiplier_runs:
+            run.of(param).sub_(run.of(direction), alpha=block_lr(run.lr_multiplier, lr=lr, lr_floor=lr_floor))
+
+
+@functools.cache
+def _kernels(device_type: str) -> Kernels:
+    """One object for all, so that tensors of a step are sorted together; what steps is said once for each device."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        logger.info("ds_blockwise: BlockwiseLion steps %s tensors by torch's own operations", device_type)
+    return LionKernels()
+
+
+class BlockwiseLion(BlockwiseOptimizer):
+    """Lion whose learning rate is multiplied per transformer block type: 4 state bytes a parameter.
+
+    For an element of a block with multiplier r, with ``lr_b = r * lr``:
+
+        c  = beta1 * m + (1 - beta1) * g
+        m  = beta2 * m + (1 - beta2) * g
+        p -= lr_b * (sign(c) + weight_decay * p)
+
+    Every element moves by its block's learning rate, so ``lr`` is 3 to 10 times below AdamW's, and ``weight_decay`` as
+    much above (arXiv 2302.06675, section 5). There is no kernel of our own for it: torch's operations step it on every
+    device, about ten passes over memory where a fused kernel would need one.
+
+    Args:
+        params: parameters or param groups (each may have its own ``lr``, ``betas``, ``weight_decay``).
+        lr: base learning rate.
+        betas: weight of the momentum in the step's direction, and decay rate of the momentum.
+        eps: accepted so that one JSON serves all optimizers; Lion divides by nothing.
+        weight_decay: decoupled, multiplied by the block's learning rate.
+        lr_multipliers: per block type (``emb head qk ffn vo norm other``) or role; the defaults of `BlockwiseAdamW`.
+            ``"auto"`` is refused: it is measured on second moments, which Lion does not keep.
+        weight_decay_multipliers: likewise; default 1.
+        granularity: accepted so that one JSON serves all optimizers; there are no second moments.
+        rules: list of ``{"match": regex, "role" | "lr_multiplier" | ...}`` for single parameters.
+        momentum_dtype: ``"fp32"`` or ``"bf16"``: storage of ``exp_avg``. Arithmetic is fp32 (fp64 for fp64 parameters).
+        backend: ``"auto"`` or ``"reference"``; both are torch's operations.
+        checkpoint_format: accepted so that one JSON serves all optimizers; there are no second moments.
+        telemetry: refused for now: it reads Adam's update.
+
+    State on each rank: per stepped tensor ``step`` (int) and ``exp_avg`` in the tensor's shape. Nothing is
+    communicated.
+
+    Raises:
+        ValueError, TypeError: a setting outside its range, an unknown key, a group that does not fit.
+
+    Source: arXiv 2302.06675, algorithm 2; arXiv 2502.19002, section 5 (the multipliers).
+    """
+
+    second_moment = "none"
+    can_be_measured = False
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        *,
+        lr_multipliers: object = None,
+        weight_decay_multipliers: object = None,
+        granularity: object = None,
+        rules: object = None,
+        momentum_dtype: MomentumDtype = "fp32",
+        backend: str = "auto",
+        checkpoint_format: CheckpointFormat = "expanded",
+        telemetry: object = None,
+        **extra: object,
+    ) -> None:
+        if backend in ("cpp", "triton"):
+            raise ValueError(
+                f'BlockwiseLion has no {backend} kernels: torch\'s operations step it. Write "backend": "auto".'
+            )
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            lr_multipliers=lr_multipliers,
+            weight_decay_multipliers=weight_decay_multipliers,
+            granularity=granularity,
+            rules=rules,
+            momentum_dtype=momentum_dtype,
+            backend=backend,
+            checkpoint_format=checkpoint_format,
+            telemetry=telemetry,
+            **extra,
+        )
+
+    def kernels_on(self, device: torch.device) -> Kernels:
+        """Torch's own operations, on every device."""
+        return _kernels(device.type)

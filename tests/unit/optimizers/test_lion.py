@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blockwise Lion on whole tensors: its update, its state, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from ds_blockwise import BlockwiseAdamMini, BlockwiseAdamW, BlockwiseLion, tag_parameters
+from tests.helpers.deepspeed.engine_cases import MODELS
+from tests.helpers.oracle import Hyper, LionOracle, assert_same_update
+
+LR, DECAY, BETAS = 2e-2, 0.1, (0.9, 0.99)
+MULTIPLIERS = {"emb": 3.0, "qk": 2.0, "key": 5.0, "ffn": 0.5, "vo": 0.25, "norm": 1.0}
+
+
+def made(kind: str = "nano", **settings: object) -> tuple[nn.Module, BlockwiseLion]:
+    torch.manual_seed(0)
+    model = MODELS[kind][0]()
+    tag_parameters(model)
+    return model, BlockwiseLion(model.parameters(), lr=LR, weight_decay=DECAY, **settings)  # type: ignore[arg-type]
+
+
+def feed(model: nn.Module, step: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    for param in model.parameters():
+        param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+    return {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
+
+
+@pytest.mark.parametrize("kind", ["nano", "qwen3", "gpt2"])
+def test_its_update_is_lions_with_the_multipliers_of_block_types(kind: str) -> None:
+    model, optimizer = made(kind, lr_multipliers=MULTIPLIERS, weight_decay_multipliers={"norm": 0.0, "key": 0.5})
+    params = dict(model.named_parameters())
+    oracle = LionOracle(
+        params,
+        MODELS[kind][1],
+        False,
+        Hyper(LR, BETAS, 0.0, DECAY),
+        lr_multipliers=MULTIPLIERS,
+        weight_decay_multipliers={"norm": 0.0, "key": 0.5},
+    )
+    for step in range(4):
+        before, was = oracle.weights(), {name: param.detach().clone() for name, param in params.items()}
+        oracle.step(feed(model, step))
+        optimizer.step()
+        assert_same_update((was, params), (before, oracle.weights()), LR, weight_roundings=3, what=f"step {step}")
+        oracle.set_weights(params)
+    assert optimizer.state_bytes() == 4 * sum(param.numel() for param in params.values())
+    assert {optimizer.backend_of(param) for param in params.values()} == {"torch"}
+
+
+def test_weights_in_16_bit_are_rounded_once_and_momentum_is_kept_in_fp32() -> None:
+    (model, optimizer), (twin, other) = made(), made()
+    model.bfloat16()
+    with torch.no_grad():
+        for param, whole in zip(model.parameters(), twin.parameters(), strict=True):
+            whole.copy_(param)
+    copies = {param: torch.empty_like(param, dtype=torch.float16) for param in model.parameters()}
+    for param, rounded in copies.items():
+        optimizer.write_copy(param, rounded)
+    feed(model, 0)
+    for param, whole in zip(model.parameters(), twin.parameters(), strict=True):
+        assert param.grad is not None
+        whole.grad = param.grad.float()
+    optimizer.step()
+    other.step()
+    for param, whole in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(param, whole.bfloat16())
+        assert torch.equal(copies[param], whole.half())
+        assert torch.equal(optimizer.state[param]["exp_avg"], other.state[whole]["exp_avg"])
+
+
+def test_it_goes_on_bit_for_bit_and_takes_the_momentum_of_others() -> None:
+    model, optimizer = made()
+    feed(model, 0)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    twin, other = made()
+    twin.load_state_dict(model.state_dict())
+    other.load_state_dict(saved)
+    for each, stepped in ((model, optimizer), (twin, other)):
+        feed(each, 1)
+        stepped.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    adam = BlockwiseAdamW(model.parameters(), lr=LR)
+    feed(model, 2)
+    adam.step()
+    optimizer.load_state_dict(adam.state_dict())
+    for param in model.parameters():
+        assert torch.equal(optimizer.state[param]["exp_avg"], adam.state[param]["exp_avg"])
+        assert "exp_avg_sq" not in optimizer.state[param]
+    for cls in (BlockwiseAdamW, BlockwiseAdamMini):
+        with pytest.raises(ValueError, match="written by BlockwiseLion, which keeps no second moment"):
+            cls(model.parameters(), lr=LR).load_state_dict(saved)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"backend": "cpp"}, r'BlockwiseLion has no cpp kernels.* Write "backend": "auto"'),
+        ({"backend": "triton"}, r'BlockwiseLion has no triton kernels.* Write "backend": "auto"'),
+        ({"telemetry": {"interval": 2}}, r"BlockwiseLion does not support telemetry yet.*or use BlockwiseAdamMini"),
+        ({"lr_multipliers": {"auto": {"total_num_steps": 10**6}}}, r'BlockwiseLion does not support "lr_multipliers"'),
+        ({"granularity": {"qk": "haed"}}, "haed"),
+    ],
+)
+def test_what_it_cannot_do_is_refused_by_name(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        made(**settings)  # type: ignore[arg-type]
