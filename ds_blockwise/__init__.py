@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blockwise optimizers (AdamW, Adam-mini, Lion) for DeepSpeed, Megatron-core and plain PyTorch.
+"""Blockwise optimizers (AdamW, Adam-mini, Lion, Muon) for DeepSpeed, Megatron-core and plain PyTorch.
 
 Importing this package, before or after DeepSpeed, registers the optimizers and the three schedules with it.
 DeepSpeed itself is not imported.
@@ -18,6 +18,7 @@ from ds_blockwise.measure.sharpness_report import SharpnessReport
 from ds_blockwise.optimizers.adam_mini import BlockwiseAdamMini
 from ds_blockwise.optimizers.adamw import BlockwiseAdamW
 from ds_blockwise.optimizers.lion import BlockwiseLion
+from ds_blockwise.optimizers.muon.optimizer import BlockwiseMuon
 from ds_blockwise.optimizers.schedules import BlockwiseCosineLR, BlockwiseLinearLR, BlockwiseWSDLR
 from ds_blockwise.tagging.report import BlockReport, block_report
 from ds_blockwise.tagging.tag import tag_parameters
@@ -33,6 +34,7 @@ __all__ = [
     "BlockwiseCosineLR",
     "BlockwiseLinearLR",
     "BlockwiseLion",
+    "BlockwiseMuon",
     "BlockwiseWSDLR",
     "LayoutReport",
     "Role",

@@ -43,6 +43,7 @@ OPTIMIZER_COLOURS: dict[str, str] = {
     "Adam-mini": "#e6550d",  # the published partition, with uniform learning rates
     "BlockwiseAdamMini": "#4477aa",
     "BlockwiseLion": "#442244",
+    "BlockwiseMuon": "#8800ee",
     "Muon": "#b2182b",
 }
 

@@ -17,11 +17,15 @@ from ds_blockwise.blocks.auto_settings import AutoMultipliers, parse_auto
 from ds_blockwise.blocks.defaults import (
     DEFAULT_GRANULARITY,
     DEFAULT_LR_MULTIPLIERS,
+    DEFAULT_ORTHOGONALIZE,
     GRANULARITIES,
     HEAD_ROLES,
+    NOT_ORTHOGONALIZED,
+    ORTHOGONALIZE,
     PUBLISHED,
     PUBLISHED_GRANULARITY,
     Granularity,
+    Orthogonalize,
 )
 from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, BLOCK_TYPES, QKV_LAYOUTS, STORAGES, QKVLayout, Role, Storage
 from ds_blockwise.blocks.rule_needed import RuleNeeded
@@ -40,6 +44,7 @@ _RULE_KEYS = (
     "lr_multiplier",
     "weight_decay_multiplier",
     "granularity",
+    "orthogonalize",
 )
 _OPTIONAL = "optional"
 
@@ -53,6 +58,13 @@ def _checked(name: str, value: object, *extra: str) -> Mapping[str, object]:
 def _granularity(name: str, value: object) -> Granularity:
     if value not in GRANULARITIES:
         raise ValueError(f"{name} must be one of {', '.join(GRANULARITIES)}, got {value!r}")
+    return value
+
+
+def _orthogonalize(name: str, value: object) -> str:
+    allowed = (*ORTHOGONALIZE, NOT_ORTHOGONALIZED)
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}{suggest(value, allowed)}")
     return value
 
 
@@ -71,6 +83,7 @@ class Rule:
         weight_decay_multiplier: factor on the weight decay.
         granularity: size of a block.
         storage: how the matrix is stored.
+        orthogonalize: what `BlockwiseMuon` takes for one matrix, or ``none``; the other optimizers do not read it.
         optional: the rule may match nothing, because engines of several models share the settings.
     """
 
@@ -83,6 +96,7 @@ class Rule:
     weight_decay_multiplier: float | None = None
     granularity: Granularity | None = None
     storage: Storage | None = None
+    orthogonalize: str | None = None
     optional: bool = False
 
     def matches(self, fqn: str) -> bool:
@@ -129,6 +143,7 @@ def _parse_rule(index: int, value: object) -> Rule:
         ),
         granularity=if_given(_granularity, f"{name}.granularity", raw.get("granularity")),
         storage=storage,
+        orthogonalize=if_given(_orthogonalize, f"{name}.orthogonalize", raw.get("orthogonalize")),
         optional=optional,
     )
     if rule == Rule(match, optional=optional):
@@ -158,6 +173,8 @@ class Resolved:
     lr_multiplier: float
     weight_decay_multiplier: float
     granularity: Granularity
+    orthogonalize: Orthogonalize | None = None
+    by_rule: bool = False  # a rule asked for that
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +187,7 @@ class BlockSettings:
         granularity: block sizes, by the same keys or ``bias``.
         rules: rules for single parameters; they win over the three maps.
         auto: how multipliers are measured; None if they are fixed.
+        orthogonalize: what is one matrix, by the same keys; None where nothing is orthogonalised (all but Muon).
     """
 
     lr_multipliers: dict[str, float] = field(default_factory=dict)
@@ -177,6 +195,7 @@ class BlockSettings:
     granularity: dict[str, Granularity] = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
     auto: AutoMultipliers | None = None
+    orthogonalize: dict[str, str] | None = None
 
     @classmethod
     def parse(
@@ -219,6 +238,22 @@ class BlockSettings:
         """
         checked = _parse_multipliers("lr_multipliers", multipliers)
         return replace(self, lr_multipliers={**self.lr_multipliers, **checked})
+
+    def with_orthogonalize(self, value: object) -> BlockSettings:
+        """These settings with the setting ``orthogonalize`` as the user wrote it; None: the defaults.
+
+        Raises:
+            ValueError: an unknown key or value; ``head`` for a role that has no heads.
+            TypeError: it is no mapping.
+        """
+        checked = {}
+        for key, how in _checked("orthogonalize", value).items():
+            name = f"orthogonalize[{key!r}]"
+            checked[key] = _orthogonalize(name, how)
+            with_heads = {*(role.value for role in HEAD_ROLES), *(BLOCK_TYPE_OF[role] for role in HEAD_ROLES)}
+            if how == "head" and key not in with_heads:
+                raise ValueError(f'{name}: "head" is for query, key and value weights. Use "role", "matrix" or "none"')
+        return replace(self, orthogonalize=checked)
 
     def is_measured(self, role: Role, *names: str) -> bool:
         """Whether the multiplier of a role is measured: ``"auto"`` is set, and no key and no rule fixes it.
@@ -289,9 +324,15 @@ class BlockSettings:
                 f'Use "row", "tensor" or "element".',
                 fqn,
             )
+        how, by_rule = None, False
+        if self.orthogonalize is not None and not is_bias:
+            how = pick(rule.orthogonalize, self.orthogonalize, DEFAULT_ORTHOGONALIZE.get(role, NOT_ORTHOGONALIZED))
+            by_rule = rule.orthogonalize is not None
         unset = DEFAULT_LR_MULTIPLIERS[block_type] if self.auto is None else 1.0  # nothing is measured yet
         return Resolved(
             lr_multiplier=pick(rule.lr_multiplier, self.lr_multipliers, unset),
             weight_decay_multiplier=pick(rule.weight_decay_multiplier, self.weight_decay_multipliers, 1.0),
             granularity=granularity,
+            orthogonalize=next((each for each in ORTHOGONALIZE if each == how), None),
+            by_rule=by_rule,
         )

@@ -22,6 +22,23 @@ DEFAULT_LR_MULTIPLIERS: dict[str, float] = {
 }
 
 
+Orthogonalize = Literal["matrix", "role", "head"]
+"""What is one matrix for Muon: the whole weight, the rows of one role, the rows of one head."""
+ORTHOGONALIZE: tuple[Orthogonalize, ...] = ("matrix", "role", "head")
+NOT_ORTHOGONALIZED = "none"
+DEFAULT_ORTHOGONALIZE: dict[Role, Orthogonalize] = {
+    Role.QUERY: "role",
+    Role.KEY: "role",
+    Role.VALUE: "role",
+    Role.ATTN_OUT: "role",
+    Role.FFN: "role",
+}
+"""The roles of hidden matrices. Each role of a fused weight, gate and up of a fused FFN, and each expert are apart.
+
+In first runs separate roles gained on fused weights; the other roles' weights are tables, vectors, or small.
+"""
+
+
 PUBLISHED = "published"
 PUBLISHED_GRANULARITY: dict[Role, Granularity] = {
     Role.EMBEDDING: "row",

@@ -24,7 +24,7 @@ from ds_blockwise.blocks.ranges import (
     runs_of_range,
     tensor_split_blocks,
 )
-from ds_blockwise.blocks.spec import BlockSpec
+from ds_blockwise.blocks.spec import BlockPart, BlockSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,8 +203,9 @@ class SegmentTable:
 class _SlotBuilder:
     """Collects the runs, slots and sums over ranks, parameter by parameter."""
 
-    def __init__(self, shares_second_moment: bool, same_windows: bool) -> None:
+    def __init__(self, shares_second_moment: bool, same_windows: bool, orthogonalized: bool | None) -> None:
         self.shares = shares_second_moment
+        self.orthogonalized = orthogonalized
         self.same_windows = same_windows
         self.runs: list[TableRun] = []
         self.numels: list[torch.Tensor] = []
@@ -244,6 +245,8 @@ class _SlotBuilder:
             self.numels.append(torch.ones(run.total, dtype=torch.float64))
         else:
             slot = slot_of[run.block]
+        if not self._wants(part):
+            return
         self.runs.append(
             TableRun(
                 placement.flat_start + run.start,
@@ -258,6 +261,9 @@ class _SlotBuilder:
             )
         )
 
+    def _wants(self, part: BlockPart) -> bool:
+        return self.orthogonalized in (None, part.orthogonalize is not None)
+
     def _add_reductions(self, placement: Placement, view: LocalView, slot_of: dict[int, int]) -> None:
         spec = placement.spec
         stored_shape = spec.structure.stored_shape
@@ -271,6 +277,8 @@ class _SlotBuilder:
             # tensor-parallel peers, so every rank must know the whole data-parallel sum before the second reduction.
             # Without cuts this happens only if the windows differ: a peer's part then lies in another rank's window.
             over_dp |= over_tp
+        unwanted = {block for part in spec.parts if not self._wants(part) for block in spec.blocks_of(part)}
+        over_dp, over_tp = over_dp - unwanted, over_tp - unwanted
         if not over_dp and not over_tp:
             return
         rows = spec.block_rows()
@@ -294,19 +302,26 @@ def _fp64(values: Sequence[float]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def build_table(numel: int, placements: Sequence[Placement], *, shares_second_moment: bool) -> SegmentTable:
+def build_table(
+    numel: int,
+    placements: Sequence[Placement],
+    *,
+    shares_second_moment: bool,
+    orthogonalized: bool | None = None,
+) -> SegmentTable:
     """Build the table of one stepped tensor.
 
     Args:
         numel: elements of the stepped tensor, padding included.
         placements: its parameters in storage order, the same list (with other ranges) on every rank that shares blocks.
         shares_second_moment: False for element-wise second moments: no blocks, slots or reductions.
+        orthogonalized: only the parts that are orthogonalised, or that are not; slots stay those of the whole table.
 
     Raises:
         ValueError: a placement leaves the tensor or overlaps the one before it.
     """
     at = 0
-    builder = _SlotBuilder(shares_second_moment, same_windows(placements))
+    builder = _SlotBuilder(shares_second_moment, same_windows(placements), orthogonalized)
     for placement in placements:
         if placement.flat_start < at or placement.flat_start + placement.numel > numel:
             raise ValueError(

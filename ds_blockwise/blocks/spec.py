@@ -8,10 +8,11 @@ Partition: arXiv 2406.16793 (Adam-mini), algorithm 2; block types: arXiv 2502.19
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ds_blockwise.blocks.block_settings import BlockSettings
-from ds_blockwise.blocks.defaults import Granularity
+from ds_blockwise.blocks.block_settings import BlockSettings, Resolved
+from ds_blockwise.blocks.defaults import HEAD_ROLES, NOT_ORTHOGONALIZED, Granularity, Orthogonalize
 from ds_blockwise.blocks.ranges import AxisSpan, Batch
 from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, BlockType, Role
 from ds_blockwise.blocks.rule_needed import CHOOSE, RuleNeeded
@@ -24,7 +25,8 @@ STATE_BYTES_PER_VALUE = 4  # exp_avg and exp_avg_sq are fp32 unless momentum_dty
 class BlockPart:
     """A role span with its settings and the id of its first block.
 
-    ``rows_per_block`` is 0 for element-wise parts, which have no block ids.
+    ``rows_per_block`` is 0 for element-wise parts, which have no block ids. ``orthogonalize`` is what Muon takes for
+    one matrix; None: nothing of it.
     """
 
     start: int
@@ -36,6 +38,7 @@ class BlockPart:
     weight_decay_multiplier: float
     rows_per_block: int
     first_block: int
+    orthogonalize: Orthogonalize | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,14 @@ class BlockSpec:
             AxisSpan(p.start, p.end, p.first_block, p.rows_per_block, index) for index, p in enumerate(self.parts)
         )
 
+    def blocks_of(self, part: BlockPart) -> Iterator[int]:
+        """Ids of the blocks of one of `parts`, in all matrices."""
+        count = (part.end - part.start) // part.rows_per_block if part.rows_per_block else 0
+        per_matrix = self.num_blocks // self.structure.num_matrices
+        for matrix in range(self.structure.num_matrices):
+            first = part.first_block + matrix * per_matrix
+            yield from range(first, first + count)
+
     def block_rows(self) -> list[int]:
         """Indices of the block axis per block id (a block may consist of several runs of a fused weight)."""
         rows = [0] * (self.num_blocks // self.structure.num_matrices)
@@ -118,6 +129,9 @@ def apply_settings(structure: TensorStructure, block_settings: BlockSettings) ->
         size = span.end - span.start
         # where rows belong to no head (MLA's latent), granularity "head" means one block per row
         granularity = "row" if settings.granularity == "head" and span.head_rows == 1 else settings.granularity
+        how = _orthogonalize(structure, span, settings)
+        if how is not None:
+            granularity = "row"  # of NorMuon's second moment
         shared = granularity == "tensor" and span.role in whole_of_role
         rows = _rows_per_block(structure, span, granularity)
         first = whole_of_role[span.role] if shared else num_blocks
@@ -136,9 +150,34 @@ def apply_settings(structure: TensorStructure, block_settings: BlockSettings) ->
                 settings.weight_decay_multiplier,
                 rows,
                 first,
+                how,
             )
         )
     return BlockSpec(structure, tuple(parts), num_blocks * structure.num_matrices, block_settings)
+
+
+def _orthogonalize(structure: TensorStructure, span: RoleSpan, settings: Resolved) -> Orthogonalize | None:
+    how = settings.orthogonalize
+    if how is None or (not settings.by_rule and (structure.is_factor or not structure.is_matrix)):
+        return None
+    if not structure.is_matrix:
+        raise RuleNeeded(
+            f"{{parameter}} is no matrix of several rows and columns, so it cannot be orthogonalised. Remove "
+            f'"orthogonalize" from its rule, or write "{NOT_ORTHOGONALIZED}".',
+            structure.fqn,
+            structure.shape,
+        )
+    if how == "head" and span.role not in HEAD_ROLES:
+        return "role"
+    if how == "head" and span.head_rows is None:
+        raise RuleNeeded(
+            f'{{parameter}} (role {span.role.value}) has "orthogonalize": "head", but the number of its heads is not '
+            f"known. Give it.",
+            structure.fqn,
+            structure.shape,
+            {"role": span.role.value, "num_heads": CHOOSE},
+        )
+    return how
 
 
 def _rows_per_block(structure: TensorStructure, span: RoleSpan, granularity: Granularity) -> int:

@@ -63,6 +63,8 @@ class TensorStructure:
         matrices: if the tensor holds several matrices, each with blocks of its own (experts): their number, rows and
             columns in the order in which the elements are stored, which the registered shape may not show. ``axis``
             then is a dimension of these three.
+        is_factor: rows and columns are not the layer's own: a factor of a low-rank adapter.
+        fused_parts: equal parts of the block axis that are matrices of their own: 2 for a fused gate and up.
         other_names: further names that the user's rules may match: those of a tied weight, those of the module tree
             behind a host's own.
     """
@@ -74,6 +76,8 @@ class TensorStructure:
     is_bias: bool
     matrices: tuple[int, int, int] | None = None
     other_names: tuple[str, ...] = ()
+    is_factor: bool = False
+    fused_parts: int = 1
 
     def __post_init__(self) -> None:
         at = 0
@@ -102,6 +106,12 @@ class TensorStructure:
     def num_matrices(self) -> int:
         """Number of matrices with blocks of their own; 1 unless several experts share the tensor."""
         return 1 if self.matrices is None else self.matrices[0]
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is a matrix, or several, of more than one row and column."""
+        sizes = self.stored_shape[-2:]
+        return not self.is_bias and len(self.stored_shape) == 2 + (self.matrices is not None) and min(sizes) > 1
 
     @property
     def numel_per_row(self) -> int:

@@ -25,6 +25,7 @@ class Binding:
     Attributes:
         tensor: a whole parameter, or a host's flat 1-D partition.
         table: the segments in it.
+        kernel_table: those that kernels step: all, but for parts that are orthogonalised.
         groups: process groups over which its split blocks are summed.
         kernels: the backend that steps it.
         plan: what the backend made of the table.
@@ -34,6 +35,7 @@ class Binding:
 
     tensor: torch.Tensor
     table: SegmentTable
+    kernel_table: SegmentTable
     groups: ReductionGroups
     kernels: Kernels
     plan: Any
@@ -103,7 +105,13 @@ class Bindings:
         table = build_table(tensor.numel(), placements, shares_second_moment=self._shares_second_moment)
         check_bindable(tensor, table)
         kernels = self._kernels_on(tensor.device)
-        binding = Binding(tensor, table, groups, kernels, kernels.plan(table, tensor.device), is_absent)
+        kernel_table = table
+        if any(part.orthogonalize is not None for p in placements for part in p.spec.parts):
+            kernel_table = build_table(
+                tensor.numel(), placements, shares_second_moment=self._shares_second_moment, orthogonalized=False
+            )
+        plan = kernels.plan(kernel_table, tensor.device)
+        binding = Binding(tensor, table, kernel_table, groups, kernels, plan, is_absent)
         self._by_id[id(tensor)] = binding
         self.version += 1
         if is_absent:

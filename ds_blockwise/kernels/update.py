@@ -136,3 +136,9 @@ def step_(
     for run, run_denom in table.runs_with(denom):
         size = block_lr(run.lr_multiplier, lr=lr, lr_floor=lr_floor) / bias_correction1
         run.of(param).addcdiv_(run.of(exp_avg), run_denom, value=-size)
+
+
+def descend_(param: torch.Tensor, update: torch.Tensor, table: SegmentTable, *, lr: float, lr_floor: float) -> None:
+    """``p -= lr_block * update``, in place; both 1-D, fp32 or fp64."""
+    for run in table.multiplier_runs:
+        run.of(param).sub_(run.of(update), alpha=block_lr(run.lr_multiplier, lr=lr, lr_floor=lr_floor))

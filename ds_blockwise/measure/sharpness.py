@@ -212,7 +212,7 @@ def _each_binding(model: nn.Module) -> Iterator[Binding]:
                 f"the rest. Use probe_engine(engine, ...)."
             )
         table = build_table(parameter.numel(), [placement], shares_second_moment=False)
-        yield Binding(parameter, table, LOCAL, kernels_for("reference", parameter.device), None)
+        yield Binding(parameter, table, table, LOCAL, kernels_for("reference", parameter.device), None)
 
 
 def _check_model(model: nn.Module, bindings: Sequence[Binding], estimator: str, products: str) -> None:

@@ -8,7 +8,7 @@ import logging
 
 from ds_blockwise.kernels.param_groups import ParamGroup
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
-from ds_blockwise.optimizers.exchange import settle_loaded_second_moments, sum_split_blocks
+from ds_blockwise.optimizers.exchange import Exchange, settle_loaded_second_moments, sum_split_blocks
 from ds_blockwise.parallel.agree import is_first_rank
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,11 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
     """
 
     second_moment = "block"
-    exchanges = (settle_loaded_second_moments, sum_split_blocks)
+
+    @property
+    def exchanges(self) -> tuple[Exchange, ...]:
+        """Loaded second moments become one per block; sums of split blocks are completed."""
+        return settle_loaded_second_moments, sum_split_blocks
 
     def add_param_group(self, param_group: ParamGroup) -> None:
         """As `BlockwiseOptimizer.add_param_group`; warns, once, of a beta2 that does not suit Adam-mini."""

@@ -63,8 +63,6 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
     second_moment: ClassVar[SecondMoment]
     #: whether telemetry and measured multipliers can read its steps
     can_be_measured: ClassVar[bool] = True
-    #: what ranks send each other in a step before weights change, in this order
-    exchanges: ClassVar[tuple[Exchange, ...]] = ()
 
     # --------------------------------------------------------------- settings
 
@@ -100,8 +98,13 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         torch.optim.Optimizer.__init__(self, params, defaults)
         if self.block_settings.is_default:
             self.block_settings = self._settings_of_tags()
+        self.block_settings = self.completed(self.block_settings)
         self._measure_with(telemetry_settings)
         _LIVE.add(self)
+
+    def completed(self, settings: BlockSettings) -> BlockSettings:
+        """The user's settings with what this class sets where the user set nothing."""
+        return settings
 
     def _forget_tensors(self) -> None:
         """Start without bound tensors and without whoever looks at steps."""
@@ -132,6 +135,14 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
     def shares_second_moment(self) -> bool:
         """Whether the second moment is one value per block, and sums of split blocks travel."""
         return self.second_moment == "block"
+
+    #: names of settings that only this class has
+    own_settings: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def exchanges(self) -> tuple[Exchange, ...]:
+        """What ranks send each other in a step before weights change, in this order."""
+        return ()
 
     @property
     def second_moment_of(self) -> SecondMomentOf:
@@ -167,23 +178,24 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
             ValueError: the parameter was tagged under settings that this optimizer does not have, or the rules mean
                 something else for its present names.
         """
-        own, tagged = self.block_settings, spec.block_settings
+        own, tagged = self.block_settings, self.completed(spec.block_settings)
+        is_default = own == self.completed(BlockSettings())
         structure = spec.structure
         if names:
             structure = replace(structure, fqn=names[0], other_names=names[1:])
-        if tagged == own or (own.is_default and tagged.auto is None):
+        if tagged == own or (is_default and tagged.auto is None):
             if not names:
-                return spec
+                return spec if tagged == spec.block_settings else apply_settings(structure, tagged)
             # the rules were given for the names of then
             others = tuple(dict.fromkeys(name for name in (*names[1:], *spec.structure.names) if name != structure.fqn))
             kept = apply_settings(replace(structure, other_names=others), tagged)
-            if kept.parts != spec.parts:
+            if kept.parts != apply_settings(spec.structure, tagged).parts:
                 raise ValueError(
                     f"parameter {spec.fqn!r} is called {structure.fqn!r} by now, and the rules set something else for "
                     f"that name. Call tag_parameters(model, rules=[...]) after the last change to the model."
                 )
             return kept
-        if not tagged.is_default:
+        if not spec.block_settings.is_default:
             raise ValueError(
                 f"parameter {structure.fqn!r} was tagged with other multipliers, rules or granularity than "
                 f"{type(self).__name__} has. Give them in one place: the optimizer (tag_parameters(model) then needs "
@@ -200,7 +212,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         # bindings are made anew: they are found by the ids of tensors, which a copy does not share
-        kept = ("block_settings", "momentum_dtype", "backend", "checkpoint_format", "step_calls")
+        kept = ("block_settings", "momentum_dtype", "backend", "checkpoint_format", "step_calls", *self.own_settings)
         settings = None if self._meter is None else self._meter.settings
         return {
             **super().__getstate__(),
@@ -348,9 +360,9 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
                 binding = self._bindings.of(tensor) or self.binding_of(tensor)
                 grad = tensor.grad
                 if grad is None:
-                    if binding is not None and binding.table.has_split_blocks:
+                    if binding is not None and self._is_shared(binding):
                         state = self.state.get(tensor, {})
-                        work.append(Work(binding, Item(binding.table, binding.plan, tensor, state, hyper)))
+                        work.append(Work(binding, Item(binding.kernel_table, binding.plan, tensor, state, hyper)))
                     continue
                 if binding is None:
                     # DeepSpeed's 16-bit wrappers step once with zero gradients inside their constructor
@@ -358,8 +370,8 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
                         check_plain(tensor)
                         raise ValueError(self._unknown(tensor))
                     continue
-                copy = self._copies.get(id(tensor))
-                work.append(Work(binding, Item(binding.table, binding.plan, tensor, {}, hyper, grad, None, copy)))
+                table, copy = binding.kernel_table, self._copies.get(id(tensor))
+                work.append(Work(binding, Item(table, binding.plan, tensor, {}, hyper, grad, None, copy)))
         stepped = [w for w in work if w.item.grad is not None]
         version = self._bindings.version
         self._checks.stepped([w.item for w in stepped], lambda: [w.binding.shape for w in stepped], version)
@@ -367,9 +379,13 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
             state = self.state[w.item.param]
             w.item.state = state if "exp_avg" in state else self._state_of(w.item.param, w.binding)
         for binding in self._bindings.absent:
-            if binding.table.has_split_blocks:
-                work.append(Work(binding, Item(binding.table, binding.plan, binding.tensor, {}, NO_HYPER)))
+            if self._is_shared(binding):
+                work.append(Work(binding, Item(binding.kernel_table, binding.plan, binding.tensor, {}, NO_HYPER)))
         return work
+
+    def _is_shared(self, binding: Binding) -> bool:
+        """Whether other ranks may wait for this one in the exchanges of a tensor."""
+        return binding.kernel_table.has_split_blocks
 
     def _may_update(self, work: Sequence[Work]) -> bool:
         """Whether this step changes anything, decided alike on every rank."""

@@ -50,7 +50,7 @@ def settle_loaded_second_moments(work: Sequence[Work], bindings: Bindings, state
 
 def sum_split_blocks(work: Sequence[Work], bindings: Bindings, states: States) -> None:
     """Complete the sums of squares of blocks that lie on several ranks."""
-    split = [w for w in work if w.binding.table.has_split_blocks]
+    split = [w for w in work if w.item.table.has_split_blocks]
     if not split:
         return
     if bindings.absent:  # ranks then hold different tensors, and only the order of binding is common to all
@@ -58,7 +58,7 @@ def sum_split_blocks(work: Sequence[Work], bindings: Bindings, states: States) -
     for kernels, items in by_kernels(split):
         kernels.sum_split_blocks(items)
     # one call for all, so that every rank's collectives come in the same order
-    reduce_block_sums_([(_sums_of(w), w.binding.table, w.binding.groups) for w in split])
+    reduce_block_sums_([(_sums_of(w), w.item.table, w.binding.groups) for w in split])
 
 
 def _sums_of(work: Work) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from ds_blockwise.kernels.base import Item, Kernels, ReferenceKernels
-from ds_blockwise.kernels.update import block_lr, decay_
+from ds_blockwise.kernels.update import decay_, descend_
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.optimizers.settings import CheckpointFormat, MomentumDtype
 
@@ -36,8 +36,7 @@ class LionKernels(ReferenceKernels):
         if exp_avg is not kept:
             kept.copy_(exp_avg)
         decay_(param, table, lr=lr, lr_floor=lr_floor, weight_decay=hyper.weight_decay)
-        for run in table.multiplier_runs:
-            run.of(param).sub_(run.of(direction), alpha=block_lr(run.lr_multiplier, lr=lr, lr_floor=lr_floor))
+        descend_(param, direction, table, lr=lr, lr_floor=lr_floor)
 
 
 @functools.cache

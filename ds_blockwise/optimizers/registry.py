@@ -10,6 +10,7 @@ from ds_blockwise.optimizers.adam_mini import BlockwiseAdamMini
 from ds_blockwise.optimizers.adamw import BlockwiseAdamW
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.optimizers.lion import BlockwiseLion
+from ds_blockwise.optimizers.muon.optimizer import BlockwiseMuon
 from ds_blockwise.optimizers.schedules import (
     BlockwiseCosineLR,
     BlockwiseLinearLR,
@@ -18,7 +19,7 @@ from ds_blockwise.optimizers.schedules import (
 )
 
 OPTIMIZERS: dict[str, type[BlockwiseOptimizer]] = {
-    cls.__name__: cls for cls in (BlockwiseAdamW, BlockwiseAdamMini, BlockwiseLion)
+    cls.__name__: cls for cls in (BlockwiseAdamW, BlockwiseAdamMini, BlockwiseLion, BlockwiseMuon)
 }
 
 SCHEDULES: dict[str, type[BlockwiseSchedule]] = {

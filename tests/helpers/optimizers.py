@@ -10,5 +10,5 @@ Imports nothing of ds_blockwise: the settings in ``tests/conftest.py`` must be i
 from __future__ import annotations
 
 SHORT_NAMES = {"BlockwiseAdamW": "adamw", "BlockwiseAdamMini": "mini"}
-OTHERS = {"BlockwiseLion": "lion"}
+OTHERS = {"BlockwiseLion": "lion", "BlockwiseMuon": "muon"}
 FULL_NAME = {short: name for name, short in (SHORT_NAMES | OTHERS).items()}

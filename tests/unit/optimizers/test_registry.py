@@ -32,7 +32,7 @@ def ours(cls: type) -> set[type]:
 def test_every_optimizer_and_schedule_is_registered_under_its_json_name() -> None:
     assert set(OPTIMIZERS.values()) == ours(BlockwiseOptimizer)
     assert set(SCHEDULES.values()) == ours(BlockwiseSchedule)
-    assert list(OPTIMIZERS) == ["BlockwiseAdamW", "BlockwiseAdamMini", "BlockwiseLion"]
+    assert list(OPTIMIZERS) == ["BlockwiseAdamW", "BlockwiseAdamMini", "BlockwiseLion", "BlockwiseMuon"]
     assert list(SCHEDULES) == ["BlockwiseCosineLR", "BlockwiseWSDLR", "BlockwiseLinearLR"]
 
 

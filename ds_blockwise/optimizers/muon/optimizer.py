@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blockwise Muon: hidden matrices orthogonalised per role or head, Blockwise Adam-mini for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch.optim.optimizer import ParamsT
+
+from ds_blockwise.blocks.block_settings import BlockSettings
+from ds_blockwise.blocks.roles import BLOCK_TYPES
+from ds_blockwise.blocks.segment_table import SegmentTable
+from ds_blockwise.checkpoint.record_types import SecondMomentOf
+from ds_blockwise.kernels.base import WIDE, Item, Kernels, wide_dtype
+from ds_blockwise.kernels.bindings import Binding, Bindings, Work
+from ds_blockwise.kernels.newton_schulz import COEFFICIENTS, SCALES, newton_schulz, normalized_rows
+from ds_blockwise.kernels.update import decay_, descend_
+from ds_blockwise.optimizers.base import BlockwiseOptimizer
+from ds_blockwise.optimizers.exchange import Exchange, settle_loaded_second_moments, sum_split_blocks
+from ds_blockwise.optimizers.muon.plan import Plan, make_plan
+from ds_blockwise.optimizers.muon.rounds import orthogonalize_
+from ds_blockwise.optimizers.second_moment import States
+from ds_blockwise.optimizers.settings import CheckpointFormat, MomentumDtype
+from ds_blockwise.values import number, one_of
+
+_EPS = 1e-8  # added to the roots of rows' second moments
+
+
+class BlockwiseMuon(BlockwiseOptimizer):
+    """Muon per role or head of the hidden matrices, Blockwise Adam-mini on the rest: about 4 state bytes a parameter.
+
+    For a matrix of m rows (outputs) and n columns with multiplier r, with ``lr_b = r * lr``:
+
+        M  = momentum * M + (1 - momentum) * g
+        O  = NewtonSchulz((1 - momentum) * g + momentum * M)      (of M itself without nesterov)
+        v  = normuon_beta2 * v + (1 - normuon_beta2) * mean of each row's squares of O
+        P  = O / (sqrt(v) + 1e-8), times ||O|| / ||P||            (P = O without normuon)
+        p -= lr_b * (0.2 sqrt(max(m, n)) * P + weight_decay * p)
+
+    A matrix is what ``orthogonalize`` says: by default the rows of one role of a weight (queries, keys and values of a
+    fused weight, gate and up of a fused FFN are apart, and so is each expert). Orthogonalised are weights of the roles
+    query, key, value, attn_out and ffn that have two dimensions. Embeddings (also tied ones), the output layer, norms,
+    biases, routers, convolutions, factors of adapters and everything else are stepped by `BlockwiseAdamMini`.
+
+    A matrix that several ranks hold is brought to one of them, multiplied there as a whole, and brought back.
+
+    Args:
+        params: parameters or param groups (each may have its own ``lr``, ``betas``, ``eps``, ``weight_decay``).
+        lr: base learning rate; with ``scale="rms"`` comparable to AdamW's.
+        betas: of what is stepped by Adam-mini.
+        eps: of what is stepped by Adam-mini.
+        weight_decay: decoupled, multiplied by the block's learning rate.
+        lr_multipliers: per block type (``emb head qk ffn vo norm other``) or role; default 1 for all: the ratios of
+            arXiv 2502.19002 are of Adam's updates. ``"auto"`` is refused.
+        weight_decay_multipliers: likewise; default 1.
+        granularity: as for `BlockwiseAdamMini`, of what is not orthogonalised. A matrix has one value for each row.
+        rules: list of ``{"match": regex, "role" | "lr_multiplier" | "orthogonalize" | ...}`` for single parameters.
+        momentum_dtype: ``"fp32"`` or ``"bf16"``: storage of ``exp_avg``. Arithmetic is fp32 (fp64 for fp64 parameters).
+        backend: what steps the part of Adam-mini, see `BlockwiseAdamMini`; matrices are torch's products on any device.
+        checkpoint_format: see `BlockwiseAdamMini`.
+        telemetry: refused for now: it reads Adam's update.
+        orthogonalize: per block type or role ``"matrix"`` (the whole weight), ``"role"``, ``"head"`` (query, key,
+            value) or ``"none"``; default ``"role"``.
+        momentum: decay rate of the momentum of matrices.
+        nesterov: look one step ahead.
+        normuon: keep a second moment per row (arXiv 2510.05491).
+        normuon_beta2: its decay rate.
+        scale: ``"rms"`` (0.2 sqrt(max(m, n)): a root mean square of 0.2, AdamW's), ``"keller"`` (sqrt(max(1, m/n))) or
+            ``"mup"`` (sqrt(m/n)).
+        coefficients: of Newton-Schulz: ``"quintic"``, ``"polar_express"`` or ``"simple"``, each of five iterations.
+
+    State on each rank: per stepped tensor ``step`` (int), ``exp_avg`` in the tensor's shape, and ``exp_avg_sq`` of
+    shape ``(num_blocks,)``: a value for each row of a matrix, the mean square of its orthogonalised rows; of other
+    parts as for `BlockwiseAdamMini`.
+
+    Raises:
+        ValueError, TypeError: a setting outside its range, an unknown key, a group that does not fit.
+
+    Source: Jordan et al., Muon, 2024; NorMuon, arXiv 2510.05491; arXiv 2502.16982, section 2.2 (scale).
+    """
+
+    second_moment = "block"
+    can_be_measured = False
+    own_settings = ("orthogonalize", "momentum", "nesterov", "normuon", "normuon_beta2", "scale", "coefficients")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        *,
+        lr_multipliers: object = None,
+        weight_decay_multipliers: object = None,
+        granularity: object = None,
+        rules: object = None,
+        momentum_dtype: MomentumDtype = "fp32",
+        backend: str = "auto",
+        checkpoint_format: CheckpointFormat = "expanded",
+        telemetry: object = None,
+        orthogonalize: object = None,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        normuon: bool = True,
+        normuon_beta2: float = 0.95,
+        scale: Literal["rms", "keller", "mup"] = "rms",
+        coefficients: Literal["quintic", "polar_express", "simple"] = "quintic",
+        **extra: object,
+    ) -> None:
+        self.orthogonalize = BlockSettings().with_orthogonalize(orthogonalize).orthogonalize
+        self.momentum = number("momentum", momentum, low=0.0, below=1.0)
+        self.normuon_beta2 = number("normuon_beta2", normuon_beta2, low=0.0, below=1.0)
+        self.nesterov, self.normuon = _switch("nesterov", nesterov), _switch("normuon", normuon)
+        self.scale = one_of("scale", scale, tuple(SCALES))
+        self.coefficients = one_of("coefficients", coefficients, tuple(COEFFICIENTS))
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            lr_multipliers=lr_multipliers,
+            weight_decay_multipliers=weight_decay_multipliers,
+            granularity=granularity,
+            rules=rules,
+            momentum_dtype=momentum_dtype,
+            backend=backend,
+            checkpoint_format=checkpoint_format,
+            telemetry=telemetry,
+            **extra,
+        )
+
+    def _forget_tensors(self) -> None:
+        super()._forget_tensors()
+        self._plans: dict[tuple[int, ...], Plan] = {}
+        self._plans_version = -1
+        self._directions: dict[int, tuple[SegmentTable, torch.Tensor]] = {}
+
+    @property
+    def second_moment_of(self) -> SecondMomentOf:
+        """Of matrices it is that of orthogonalised updates."""
+        return "updates"
+
+    @property
+    def exchanges(self) -> tuple[Exchange, ...]:
+        """Adam-mini's, then parts of matrices to their owners and back."""
+        return settle_loaded_second_moments, sum_split_blocks, self._orthogonalize
+
+    def completed(self, settings: BlockSettings) -> BlockSettings:
+        """Settings with what this optimizer orthogonalises, and its own multipliers where none are given."""
+        ones: dict[str, float] = {block_type: 1.0 for block_type in BLOCK_TYPES}
+        multipliers = ones | settings.lr_multipliers
+        return replace(settings, lr_multipliers=multipliers, orthogonalize=self.orthogonalize)
+
+    # ------------------------------------------------------------------- step
+
+    def _is_shared(self, binding: Binding) -> bool:
+        several = binding.groups.dp_group is not None or binding.groups.tp_group is not None
+        return super()._is_shared(binding) or (several and binding.kernel_table is not binding.table)
+
+    def _orthogonalize(self, work: Sequence[Work], bindings: Bindings, states: States) -> None:
+        """Momentum and its orthogonalisation, of all tensors with a matrix; see `Exchange`."""
+        concerned = bindings.in_order_of_binding([w for w in work if w.binding.kernel_table is not w.binding.table])
+        if not concerned:
+            return
+        plan = self._plan_of([w.binding for w in concerned], bindings.version)
+        updates, second_moments = [], []
+        for w, table in zip(concerned, plan.tables, strict=True):
+            update = self._moved(w.item, table)
+            second = w.item.state.get("exp_avg_sq")
+            updates.append(update)
+            second_moments.append(update.new_zeros(table.num_blocks) if second is None else second)
+            if w.item.grad is not None:
+                self._directions[id(w.item)] = (table, update)
+        orthogonalize_(plan, updates, second_moments, self._direct)
+
+    def _plan_of(self, bindings: Sequence[Binding], version: int) -> Plan:
+        if self._plans_version != version:
+            self._plans, self._plans_version = {}, version
+        key = tuple(id(binding.tensor) for binding in bindings)
+        if key not in self._plans:
+            self._plans[key] = make_plan(bindings)
+        return self._plans[key]
+
+    def _moved(self, item: Item, table: SegmentTable) -> torch.Tensor:
+        """The momentum of matrices with this gradient, stored, and what of it is orthogonalised; zeros elsewhere."""
+        update = torch.zeros(table.numel, dtype=wide_dtype(item.param.dtype), device=item.param.device)
+        if item.grad is None:
+            return update
+        exp_avg, grad = item.state["exp_avg"].view(-1), item.grad.view(-1)
+        for run in table.multiplier_runs:
+            kept, target = run.of(exp_avg), run.of(update)
+            step = run.of(grad).to(update.dtype)
+            moved = kept.to(update.dtype).lerp_(step, 1 - self.momentum)
+            if moved is not kept:
+                kept.copy_(moved)
+            target.copy_(step.lerp(moved, self.momentum) if self.nesterov else moved)
+        return update
+
+    def _direct(self, matrix: torch.Tensor, second_moment: torch.Tensor, row_dim: int) -> torch.Tensor:
+        update = newton_schulz(matrix, self.coefficients)
+        if self.normuon:
+            update = normalized_rows(update, second_moment, beta2=self.normuon_beta2, eps=_EPS, row_dim=row_dim)
+        return update * SCALES[self.scale](matrix.size(row_dim), matrix.size(1 - row_dim))
+
+    def update_(self, kernels: Kernels, items: Sequence[Item]) -> None:
+        """Adam-mini's update by the kernels, then that of the matrices."""
+        by_kernels = [item for item in items if item.table.runs]
+        if by_kernels:
+            kernels.step_(by_kernels)
+        for item in items:
+            if not item.table.runs:
+                item.state["step"] += 1
+            found = self._directions.pop(id(item), None)
+            if found is not None:
+                _descend(item, *found)
+
+
+def _descend(item: Item, table: SegmentTable, update: torch.Tensor) -> None:
+    hyper, data = item.hyper, item.param.detach().view(-1)
+    lr, lr_floor = float(hyper.lr), hyper.lr_floor
+    wide = data if data.dtype in WIDE else data.to(torch.float32)
+    decay_(wide, table, lr=lr, lr_floor=lr_floor, weight_decay=hyper.weight_decay)
+    descend_(wide, update, table, lr=lr, lr_floor=lr_floor)
+    if wide is not data:
+        data.copy_(wide)
+    if item.param_copy is not None:
+        for run in table.multiplier_runs:
+            run.of(item.param_copy.view(-1)).copy_(run.of(wide))
+
+
+def _switch(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be true or false, got {value!r}")
+    return value
