@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch.optim.optimizer import ParamsT
 
-from ds_blockwise.blocks.block_settings import BlockSettings
-from ds_blockwise.blocks.roles import BLOCK_TYPES
+from ds_blockwise.blocks.block_settings import PRESET, BlockSettings
+from ds_blockwise.blocks.defaults import DEFAULT_PRESET, LR_PRESETS
 from ds_blockwise.blocks.segment_table import SegmentTable
 from ds_blockwise.checkpoint.record_types import SecondMomentOf
 from ds_blockwise.kernels.base import WIDE, Item, Kernels, wide_dtype
@@ -53,8 +53,8 @@ class BlockwiseMuon(BlockwiseOptimizer):
         betas: of what is stepped by Adam-mini.
         eps: of what is stepped by Adam-mini.
         weight_decay: decoupled, multiplied by the block's learning rate.
-        lr_multipliers: per block type (``emb head qk ffn vo norm other``) or role; default 1 for all: the ratios of
-            arXiv 2502.19002 are of Adam's updates. ``"auto"`` is refused.
+        lr_multipliers: per block type (``emb head qk ffn vo norm other``) or role, or a preset; default ``"uniform"``,
+            1 for all: the ratios of arXiv 2502.19002 are of Adam's updates. ``"auto"`` is refused.
         weight_decay_multipliers: likewise; default 1.
         granularity: as for `BlockwiseAdamMini`, of what is not orthogonalised. A matrix has one value for each row.
         rules: list of ``{"match": regex, "role" | "lr_multiplier" | "orthogonalize" | ...}`` for single parameters.
@@ -123,7 +123,7 @@ class BlockwiseMuon(BlockwiseOptimizer):
             betas,
             eps,
             weight_decay,
-            lr_multipliers=lr_multipliers,
+            lr_multipliers=_spelt_out(lr_multipliers),
             weight_decay_multipliers=weight_decay_multipliers,
             granularity=granularity,
             rules=rules,
@@ -151,10 +151,9 @@ class BlockwiseMuon(BlockwiseOptimizer):
         return settle_loaded_second_moments, sum_split_blocks, self._orthogonalize
 
     def completed(self, settings: BlockSettings) -> BlockSettings:
-        """Settings with what this optimizer orthogonalises, and its own multipliers where none are given."""
-        ones: dict[str, float] = {block_type: 1.0 for block_type in BLOCK_TYPES}
-        multipliers = ones | settings.lr_multipliers
-        return replace(settings, lr_multipliers=multipliers, orthogonalize=self.orthogonalize)
+        """Settings with what this optimizer orthogonalises, and its own preset of multipliers where none is given."""
+        preset = "uniform" if settings.preset == DEFAULT_PRESET else settings.preset
+        return replace(settings, preset=preset, orthogonalize=self.orthogonalize)
 
     # ------------------------------------------------------------------- step
 
@@ -231,6 +230,14 @@ def _descend(item: Item, table: SegmentTable, update: torch.Tensor) -> None:
     if item.param_copy is not None:
         for run in table.multiplier_runs:
             run.of(item.param_copy.view(-1)).copy_(run.of(wide))
+
+
+def _spelt_out(lr_multipliers: object) -> object:
+    """Adam's default preset in numbers, where the user wrote its name: without a name the default here is another."""
+    given = {PRESET: lr_multipliers} if lr_multipliers == DEFAULT_PRESET else lr_multipliers
+    if not isinstance(given, Mapping) or given.get(PRESET) != DEFAULT_PRESET:
+        return lr_multipliers
+    return {**LR_PRESETS[DEFAULT_PRESET], **{key: value for key, value in given.items() if key != PRESET}}
 
 
 def _switch(name: str, value: object) -> bool:
