@@ -227,11 +227,14 @@ class BlockSettings:
         weight_decay_multipliers: object = None,
         granularity: object = None,
         rules: object = None,
+        *,
+        orthogonalize: object = None,
     ) -> BlockSettings:
         """Check raw settings (a JSON's dicts and lists) and freeze them; None means the defaults.
 
         ``lr_multipliers`` may be a preset's name or have a key ``"preset"``: see `LR_PRESETS`. It may be ``"auto"`` or
         have a key ``"auto"``: see `AutoMultipliers`. ``granularity`` may be ``"published"``: `PUBLISHED_GRANULARITY`.
+        Without ``orthogonalize`` nothing is orthogonalised; ``{}`` means its defaults.
 
         Raises:
             ValueError: unknown key or role, a value outside its range, a bad regular expression.
@@ -247,7 +250,8 @@ class BlockSettings:
         if isinstance(rules, (str, Mapping)) or not isinstance(rules, Iterable):
             raise TypeError(f'rules must be a list of {{"match": ..., ...}}, got {rules!r}')
         parsed = tuple(_parse_rule(index, rule) for index, rule in enumerate(rules))
-        return cls(of_lr, of_weight_decay, sizes, parsed, auto, preset)
+        found = cls(of_lr, of_weight_decay, sizes, parsed, auto, preset)
+        return found if orthogonalize is None else found.with_orthogonalize(orthogonalize)
 
     @property
     def is_default(self) -> bool:

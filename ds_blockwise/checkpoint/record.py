@@ -68,6 +68,11 @@ class Recorded(Protocol):
         ...
 
     @property
+    def own_settings(self) -> tuple[str, ...]:
+        """Names of settings that only its class has."""
+        ...
+
+    @property
     def second_moment_of(self) -> SecondMomentOf:
         """What the second moment is the mean square of."""
         ...
@@ -144,6 +149,8 @@ def settings_of(optimizer: Recorded) -> Settings:
         "layout": _digest(specs) if specs else "",
         "groups": [_packed_group(group) for group in optimizer.param_groups],
     }
+    if optimizer.own_settings:
+        settings["own"] = {name: getattr(optimizer, name) for name in optimizer.own_settings}
     if (run := optimizer.run_state()) is not None:
         settings["run"] = run
     return settings

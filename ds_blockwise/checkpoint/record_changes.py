@@ -26,6 +26,12 @@ def differences(saved: Settings, own: Settings) -> list[str]:
     }
     for key, (was, now) in by_name.items():
         lines += _changed_keys(key, was, now)
+    if saved.get("optimizer") == own.get("optimizer"):
+        lines += [
+            line
+            for name in sorted({*saved.get("own", {}), *own.get("own", {})})
+            for line in _changed(name, saved.get("own", {}).get(name), own.get("own", {}).get(name))
+        ]
     lines += _changed("rules", saved.get("rules"), own.get("rules"))
     lines += _changed_groups(saved.get("groups", []), own.get("groups", []))
     if not any(line.startswith(("granularity", "rules")) for line in lines) and saved.get("layout") and own["layout"]:

@@ -17,6 +17,7 @@ from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.cli.models import MODEL_HELP, load_model
 from ds_blockwise.cli.progress import add_quiet
 from ds_blockwise.hosts.deepspeed.config.check import json_mistakes
+from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.optimizers.registry import OPTIMIZERS
 from ds_blockwise.optimizers.settings import OPTIMIZER_KEYS, check_extra_keys
 from ds_blockwise.runs.reading.problems import Problems
@@ -27,7 +28,6 @@ from ds_blockwise.tagging.tag import tag_with_settings
 from ds_blockwise.tagging.verify_layout import LayoutReport, default_outputs, verify_layout
 
 HELP = "print each parameter's role, multiplier, blocks and optimizer-state bytes"
-_BLOCK_SETTINGS = ("lr_multipliers", "weight_decay_multipliers", "granularity", "rules")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,9 +87,10 @@ def _outputs(model: nn.Module) -> torch.Tensor:
     return found
 
 
-def block_settings(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The block settings (multipliers, granularity, rules) among an optimizer's parameters."""
-    return {key: params[key] for key in _BLOCK_SETTINGS if key in params}
+def block_settings(optimizer: Mapping[str, Any]) -> dict[str, Any]:
+    """The block settings (multipliers, granularity, rules, ...) that a JSON's ``"optimizer"`` means."""
+    cls = OPTIMIZERS.get(optimizer.get("type", ""), BlockwiseOptimizer)
+    return cls.block_arguments(optimizer.get("params", {}))
 
 
 def read_optimizer_settings(path: Path) -> dict[str, Any]:
@@ -108,5 +109,6 @@ def read_optimizer_settings(path: Path) -> dict[str, Any]:
     if name not in OPTIMIZERS:
         raise ValueError(f'{path}: "optimizer": {{"type": {name!r}}} is not one of {", ".join(OPTIMIZERS)}')
     params = optimizer.get("params", {})
-    check_extra_keys(name, {k: v for k, v in params.items() if k not in OPTIMIZER_KEYS})
-    return block_settings(params)
+    own = OPTIMIZERS[name].own_settings
+    check_extra_keys(name, {k: v for k, v in params.items() if k not in (*OPTIMIZER_KEYS, *own)}, own)
+    return block_settings(optimizer)

@@ -73,5 +73,5 @@ def run_plan(args: argparse.Namespace) -> tuple[str, int]:
 def _held(run: RunConfig) -> RankCounts:
     from ds_blockwise.runs.plan_memory import count_rank
 
-    settings = block_settings(run.deepspeed["optimizer"].get("params", {}))
+    settings = block_settings(run.deepspeed["optimizer"])
     return count_rank(load_model(str(run.model_file)), run.parallel.tensor, settings)

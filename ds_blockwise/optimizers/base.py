@@ -37,6 +37,7 @@ from ds_blockwise.measure.readings import Readings, TelemetrySettings
 from ds_blockwise.optimizers.exchange import Exchange
 from ds_blockwise.optimizers.second_moment import SecondMoment, mark_settled, to_blocks, unsettled, zeros_for
 from ds_blockwise.optimizers.settings import (
+    BLOCK_KEYS,
     CheckpointFormat,
     MomentumDtype,
     check_backend,
@@ -85,7 +86,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         telemetry: object = None,
         **extra: object,
     ) -> None:
-        check_extra_keys(type(self).__name__, extra)
+        check_extra_keys(type(self).__name__, extra, self.own_settings)
         self.momentum_dtype = check_momentum_dtype(momentum_dtype)
         self.backend = check_backend(backend)
         self.checkpoint_format = check_checkpoint_format(checkpoint_format)
@@ -139,6 +140,11 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
 
     #: names of settings that only this class has
     own_settings: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def block_arguments(cls, params: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of `BlockSettings.parse` that the constructor's (a JSON's ``"params"``) mean for this class."""
+        return {key: params[key] for key in BLOCK_KEYS if key in params}
 
     @property
     def exchanges(self) -> tuple[Exchange, ...]:

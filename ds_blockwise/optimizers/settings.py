@@ -30,6 +30,8 @@ OPTIMIZER_KEYS = (
     "telemetry",
 )
 
+BLOCK_KEYS = ("lr_multipliers", "weight_decay_multipliers", "granularity", "rules")  # those of `BlockSettings`
+
 # Keys that DeepSpeed's own AdamW takes in the JSON; accepted at the one value that says what we do anyway, so that only
 # "type" has to change in an existing file.
 _ADAMW_KEYS: dict[str, tuple[bool, ...]] = {
@@ -91,8 +93,13 @@ def check_backend(value: object) -> str:
     raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {value!r}{suggest(value, BACKENDS)}")
 
 
-def check_extra_keys(optimizer: str, extra: Mapping[str, object]) -> None:
+def check_extra_keys(optimizer: str, extra: Mapping[str, object], own: Sequence[str] = ()) -> None:
     """Refuse constructor arguments that we do not know, with the nearest one that we do.
+
+    Args:
+        optimizer: class name.
+        extra: what is none of its arguments.
+        own: the arguments that only this class has.
 
     Raises:
         ValueError: an unknown key, or a key of DeepSpeed's AdamW with a value that asks for something else.
@@ -105,4 +112,4 @@ def check_extra_keys(optimizer: str, extra: Mapping[str, object]) -> None:
                     f"weight decay and bias correction, without amsgrad). Remove the key."
                 )
             continue
-        raise ValueError(f"{optimizer} got an {unknown('key', key, OPTIMIZER_KEYS)}")
+        raise ValueError(f"{optimizer} got an {unknown('key', key, (*OPTIMIZER_KEYS, *own))}")

@@ -69,6 +69,12 @@ def is_low_rank_input(path: str) -> bool:
     return _adapter(path)[1]["low_rank"] is not None
 
 
+def is_factor(fqn: str) -> bool:
+    """Whether a parameter is a factor of a low-rank adapter, by its name."""
+    path = _PEFT_PREFIX.sub("", canonical_fqn(fqn).rpartition(".")[0])
+    return _adapter(path)[1]["factor"] is not None
+
+
 def _adapter(path: str) -> tuple[str, re.Match[str]]:
     found = _ADAPTER.search(path)
     assert found is not None  # it matches the empty end

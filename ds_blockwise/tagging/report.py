@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from torch import nn
 
 from ds_blockwise.blocks.defaults import UNITS
-from ds_blockwise.blocks.spec import STATE_BYTES_PER_VALUE, BlockSpec
+from ds_blockwise.blocks.spec import STATE_BYTES_PER_VALUE, BlockPart, BlockSpec
 from ds_blockwise.blocks.tagged_parameter import tags_of
 
 _NUMBER = re.compile(r"(?:(?<=\.)|^)[0-9]+(?=\.|$)")
@@ -30,7 +30,7 @@ class ReportRow:
         block_type: ``emb head qk ffn vo norm other``.
         lr_multiplier: factor on the base learning rate; where it is to be measured (``is_measured``), the 1 until then.
         weight_decay_multiplier: factor on the weight decay.
-        granularity: ``head row tensor element``.
+        granularity: ``head row tensor element``, and for Muon what is one matrix.
         num_blocks: second moments that Adam-mini keeps for these elements.
         numel: elements of the role in the unsharded parameter.
         state_bytes: fp32 ``exp_avg`` plus one fp32 value per block, over all ranks, replicas not counted.
@@ -231,6 +231,12 @@ def block_report(model: nn.Module) -> BlockReport:
     return BlockReport(tuple(rows), tuple(presets))
 
 
+def _granularity(part: BlockPart) -> str:
+    return (
+        part.granularity if part.orthogonalize is None else f"{part.granularity}; {part.orthogonalize} orthogonalised"
+    )
+
+
 def _rows_of(spec: BlockSpec) -> Iterator[ReportRow]:
     per_row = spec.structure.numel_per_row * spec.structure.num_matrices
     for role in dict.fromkeys(part.role for part in spec.parts):
@@ -250,7 +256,7 @@ def _rows_of(spec: BlockSpec) -> Iterator[ReportRow]:
             parts[0].block_type,
             parts[0].lr_multiplier,
             parts[0].weight_decay_multiplier,
-            parts[0].granularity,
+            _granularity(parts[0]),
             num_blocks,
             numel,
             (numel + num_blocks) * STATE_BYTES_PER_VALUE,

@@ -22,6 +22,7 @@ from ds_blockwise.blocks.rule_needed import CHOOSE, ROLE_CHOICES, RuleNeeded
 from ds_blockwise.blocks.spec import BlockSpec, apply_settings
 from ds_blockwise.blocks.structure import HeadGeometry, TensorStructure, fused_qkv, whole_tensor
 from ds_blockwise.blocks.tagged_parameter import set_tags
+from ds_blockwise.tagging.matrices import with_matrices
 from ds_blockwise.tagging.module_facts import NUM_HEADS, fused_qkv_layout, generic_heads, num_experts_in, storage_of
 from ds_blockwise.tagging.module_reader import READERS
 from ds_blockwise.tagging.name_rules import OWN_SHAPES
@@ -135,8 +136,7 @@ def read_tags(
             if not is_stepped(named):
                 continue  # its role does not matter
             structure, shard = _structure_of(named, block_settings)
-            structure = replace(structure, other_names=tuple(fqn for fqn in named.fqns if fqn != structure.fqn))
-            found.append((named.param, apply_settings(structure, block_settings), shard))
+            found.append((named.param, apply_settings(with_matrices(structure, named), block_settings), shard))
         except ValueError as error:
             problems.append(error)
     if problems:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.optim.optimizer import ParamsT
@@ -154,6 +154,15 @@ class BlockwiseMuon(BlockwiseOptimizer):
         """Settings with what this optimizer orthogonalises, and its own preset of multipliers where none is given."""
         preset = "uniform" if settings.preset == DEFAULT_PRESET else settings.preset
         return replace(settings, preset=preset, orthogonalize=self.orthogonalize)
+
+    @classmethod
+    def block_arguments(cls, params: Mapping[str, Any]) -> dict[str, Any]:
+        """See `BlockwiseOptimizer.block_arguments`."""
+        found = {**super().block_arguments(params), "orthogonalize": params.get("orthogonalize") or {}}
+        given = found.get("lr_multipliers")
+        if given is None or (isinstance(given, Mapping) and PRESET not in given):
+            found["lr_multipliers"] = {PRESET: "uniform", **(given or {})}
+        return found
 
     # ------------------------------------------------------------------- step
 

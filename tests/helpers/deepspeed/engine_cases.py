@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tests.helpers import models
 from tests.helpers.deepspeed.engines import engine_config
+from tests.helpers.muon_oracle import MuonOracle
 from tests.helpers.optimizers import FULL_NAME
 from tests.helpers.oracle import Hyper, LionOracle, Oracle
 from tests.helpers.tables.oracle_names import ROLE, Classes, gpt2_classes, hf_llama_classes, regroup
@@ -57,6 +58,7 @@ class Case:
     scheduler: str = ""
     scheduler_params: dict[str, Any] = field(default_factory=dict)
     oracle_multipliers: dict[str, float] = field(default_factory=dict)  # the oracle alone
+    oracle: dict[str, Any] = field(default_factory=dict)  # what only this optimizer's oracle is told
     overrides: dict[str, float] = field(default_factory=dict)  # a rule for each parameter
     decay_multipliers: bool = True
     granularity: str = ""
@@ -219,22 +221,24 @@ def oracle_of(case: Case, weights: dict[str, Tensor], hyper: dict[str, Hyper]) -
     classes = MODELS[case.model][1]
     for role, size in GRANULARITIES[case.granularity][1]:
         classes = regroup(classes, role, HEAD_ROWS[case.model] if size == HEAD else size)
-    kind = LionOracle if case.optimizer == "lion" else Oracle
-    return kind(
+    kinds: dict[str, type[Oracle]] = {"lion": LionOracle, "muon": MuonOracle}
+    return kinds.get(case.optimizer, Oracle)(
         weights,
         classes,
-        case.optimizer == "mini",
+        case.optimizer in ("mini", "muon"),
         hyper,
         lr_multipliers=case.params.get("lr_multipliers", {}) | case.oracle_multipliers,
         weight_decay_multipliers=DECAY_MULTIPLIERS if case.decay_multipliers else {},
         overrides=case.overrides,
         momentum=torch.bfloat16 if case.params.get("momentum_dtype") == "bf16" else None,
+        **case.oracle,
     )
 
 
 def whole_tensor_reference(case: Case, start: dict[str, Tensor]) -> SimpleNamespace:
-    """Our own AdamW on whole fp32 tensors in this process: only the cut differs from the engine."""
-    from ds_blockwise import BlockwiseAdamW, tag_parameters
+    """Our own optimizer on whole fp32 tensors in this process: only the cut differs from the engine."""
+    from ds_blockwise import tag_parameters
+    from ds_blockwise.optimizers.registry import OPTIMIZERS
 
     model = MODELS[case.model][0]()
     with torch.no_grad():
@@ -245,5 +249,7 @@ def whole_tensor_reference(case: Case, start: dict[str, Tensor]) -> SimpleNamesp
     tag_parameters(model)
     split = groups_of(case)
     chosen = split(model) if split else [p for p in model.parameters() if p.requires_grad]
-    optimizer = BlockwiseAdamW(chosen, lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, **settings_of(case))
+    hyper = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY}
+    settings = {key: value for key, value in case.params.items() if key not in hyper} | settings_of(case)
+    optimizer = OPTIMIZERS[FULL_NAME[case.optimizer]](chosen, **hyper, **settings)
     return SimpleNamespace(optimizer=optimizer, named=dict(model.named_parameters()))

@@ -85,7 +85,7 @@ class _Fed:
         self.oracle = oracle_of(case, start, self.hyper)
         # Clipping factors are rounded differently by each wrapper; a NaN step is never fed to the
         # reference; both leave nothing to compare bit by bit.
-        exact = case.optimizer == "adamw" and not (case.clip or case.scheduler)
+        exact = case.optimizer in ("adamw", "muon") and not (case.clip or case.scheduler)
         self.reference = whole_tensor_reference(case, start) if exact else None
         self.expected_lr = _expected_scheduler(case)
         self.applied = 0
@@ -146,12 +146,17 @@ class _Fed:
             lr or 1.0,  # a warm-up from 0 makes the first update exactly nothing
             # Decay and update each round a weight that has grown at up to 50 times the final lr.
             weight_roundings=2 if block_lr else 0,
-            # bf16 keeps 8 bits: a stored momentum may fall on either side of a rounding border.
-            tolerance=1e-6 if self.oracle.momentum is None else 2.0**-9,
+            tolerance=self._tolerance(),
             what=f"step {step}, {type(self.run.engine.optimizer).__name__}",
         )
         if self.reference is not None:
             self._check_bitwise(step, gradients)
+
+    def _tolerance(self) -> float:
+        if self.oracle.momentum is not None:
+            # bf16 keeps 8 bits: a stored momentum may fall on either side of a rounding border.
+            return 2.0**-9
+        return 1e-5 if self.case.optimizer == "muon" else 1e-6  # a chain of matrix products in fp32
 
     def _check_bitwise(self, step: int, gradients: dict[str, Tensor]) -> None:
         for group, base in zip(self.reference.optimizer.param_groups, (LR, GROUP_2["lr"]), strict=False):

@@ -97,7 +97,7 @@ def page() -> str:
 
 def _optimizer_rows(cls: type[BlockwiseOptimizer]) -> Iterator[tuple[str, str, str]]:
     signature, meanings = inspect.signature(cls).parameters, described(cls, "Args")
-    for key in OPTIMIZER_KEYS:
+    for key in (*OPTIMIZER_KEYS, *cls.own_settings):
         yield f"`{key}`", _default(signature[key].default), sentence(_linked(meanings[key]))
 
 

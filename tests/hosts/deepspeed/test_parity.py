@@ -198,6 +198,32 @@ def _lion() -> Named:
     yield _named("lion_mutant", 2, Case("lion", 2, oracle_multipliers={"value": 4.01}, steps=2))
 
 
+MUON_HEADS: dict[str, Any] = {
+    "params": {"orthogonalize": {"qk": "head"}},
+    "oracle": {"how": {"query": "head", "key": "head"}, "head_rows": 5},
+}
+
+
+def _muon() -> Named:
+    for stage, dp in product(STAGES, (2, 3)):
+        yield _named("muon", dp, Case("muon", stage, "bf16" if stage == 2 else "fp32"))
+    yield _named("muon_bf16_optimizer", 3, Case("muon", 1, "bf16", config=BF16_OPTIMIZER))
+    yield _named("muon_sub_groups", 3, Case("muon", 3, zero={"sub_group_size": 700}))
+    yield _named("muon_round_robin", 3, Case("muon", 2, zero={"round_robin_gradients": True}))
+    yield _named("muon_offload", 2, Case("muon", 2, "bf16", zero=OFFLOAD))
+    yield _named("muon_offload", 3, Case("muon", 3, zero=OFFLOAD))
+    for stage in (1, 3):
+        yield _named("muon_heads", 3, Case("muon", stage, model="nano", **MUON_HEADS))
+        yield _named("muon_transposed", 3, Case("muon", stage, model="gpt2", **MUON_HEADS))
+    yield _named("muon_groups", 3, Case("muon", 2, groups="mixed", params={"lr_multipliers": {"qk": 2, "emb": 3}}))
+    yield _named("muon_clip", 3, Case("muon", 3, clip=0.05, gas=2))
+    yield _named("muon_overflow", 2, Case("muon", 2, "bf16", poison=(0, 2), steps=5))
+    absent = ("model.layers.0.self_attn.k_proj.weight", "model.layers.1.mlp.up_proj.weight")
+    yield _named("muon_no_gradient", 3, Case("muon", 3, absent=absent))
+    yield _named("muon_zero_init", 2, Case("muon", 3, "bf16", zero_init=True))
+    yield _named("muon_mutant", 2, Case("muon", 2, oracle_multipliers={"value": 1.01}, steps=2))
+
+
 def _mutants() -> Named:
     for optimizer, (role, value) in product(BOTH, (("value", 4.01), ("key", 10), ("norm", 4))):
         case = Case(optimizer, 2, "bf16", oracle_multipliers={role: value}, steps=2)
@@ -217,10 +243,11 @@ GRANULARITY, SETTINGS = _table(_granularities), _table(_settings)
 OFFLOADED, ACCUMULATION = _table(_offload), _table(_accumulation_and_clipping)
 OVERFLOW, PARAMETERS, SCHEDULES = _table(_overflow), _table(_parameters), _table(_schedules)
 OWN, END_TO_END, MUTANTS = _table(_own_schedules), _table(_end_to_end), _table(_mutants)
+MUON = {name: (world_size, case) for name, world_size, case in _muon()}
 LION = {name: (world_size, case) for name, world_size, case in _lion()}
 ALL = {
     **GRID, **FAMILIES, **PARTITIONS, **GRANULARITY, **SETTINGS, **OFFLOADED, **ACCUMULATION, **OVERFLOW, **PARAMETERS,
-    **SCHEDULES, **OWN, **END_TO_END, **MUTANTS, **LION,
+    **SCHEDULES, **OWN, **END_TO_END, **MUTANTS, **LION, **MUON,
 }  # fmt: skip
 
 
@@ -306,7 +333,13 @@ def test_lion(outcome: Outcome, name: str) -> None:
     passes(outcome, name)
 
 
-@SUITE.tests([*MUTANTS, *(name for name in LION if "mutant" in name)])
+@SUITE.tests(name for name in MUON if "mutant" not in name)
+def test_muon(outcome: Outcome, name: str) -> None:
+    """A matrix cut by a partition would be orthogonalised in pieces, scaled by its part, or as another role's."""
+    passes(outcome, name)
+
+
+@SUITE.tests([*MUTANTS, *(name for name in (*LION, *MUON) if "mutant" in name)])
 def test_the_comparison_notices_a_wrong_multiplier(outcome: Outcome, name: str) -> None:
     """The tests above would prove nothing: a wrong multiplier of one role must be seen."""
     notices_a_wrong_multiplier(outcome, name)

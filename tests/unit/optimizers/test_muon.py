@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blockwise Muon on whole tensors: its mathematics, what it orthogonalises, its state."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ds_blockwise import BlockwiseAdamMini, BlockwiseMuon, tag_parameters
+from ds_blockwise.kernels.newton_schulz import COEFFICIENTS, newton_schulz
+from ds_blockwise.optimizers.muon.matrices import matrices_of
+from tests.helpers.deepspeed.engine_cases import HEAD_ROWS, MODELS
+from tests.helpers.muon_oracle import MuonOracle, polynomial_of
+from tests.helpers.oracle import Hyper, assert_same_update
+
+LR, DECAY = 2e-2, 0.1
+HYPER = Hyper(LR, (0.9, 0.95), 1e-8, DECAY)
+MULTIPLIERS = {"emb": 3.0, "qk": 2.0, "key": 5.0, "ffn": 0.5, "vo": 0.25}
+
+
+def made(kind: str = "nano", **settings: Any) -> tuple[nn.Module, BlockwiseMuon]:
+    torch.manual_seed(0)
+    model = MODELS[kind][0]()
+    tag_parameters(model)
+    return model, BlockwiseMuon(model.parameters(), lr=LR, weight_decay=DECAY, **settings)
+
+
+def feed(model: nn.Module, step: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    for param in model.parameters():
+        param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+    return {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
+
+
+@pytest.mark.parametrize("coefficients", COEFFICIENTS)
+def test_newton_schulz_is_its_polynomial_on_singular_values(coefficients: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for rows, columns in ((7, 7), (5, 31), (40, 12), (1, 9)):
+        matrix = torch.randn(rows, columns, generator=generator)
+        wanted = polynomial_of(matrix, coefficients)
+        for size in (1.0, 1e-30, 1e30):  # it sees the direction alone
+            found = newton_schulz(matrix * size, coefficients)
+            torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-5)
+    assert torch.equal(newton_schulz(torch.zeros(3, 4), coefficients), torch.zeros(3, 4))
+
+
+SETTINGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "fused": ("nano", {}, {}),
+    "grouped queries": ("qwen3", {}, {}),
+    "transposed": ("gpt2", {}, {}),
+    "heads": (
+        "nano",
+        {"orthogonalize": {"qk": "head", "vo": "head"}},
+        {"how": {"query": "head", "key": "head", "value": "head"}, "head_rows": HEAD_ROWS["nano"]},
+    ),
+    "heads of transposed": ("gpt2", {"orthogonalize": {"query": "head"}}, {"how": {"query": "head"}, "head_rows": 5}),
+    "whole weights": (
+        "gpt2",
+        {"orthogonalize": {"qk": "matrix", "vo": "matrix", "ffn": "none"}},
+        {"how": {"query": "matrix", "key": "matrix", "value": "matrix", "attn_out": "matrix", "ffn": "none"}},
+    ),
+    "without rows": ("llama", {"normuon": False, "scale": "keller"}, {"row_beta": None, "scale": "keller"}),
+    "other constants": (
+        "llama",
+        {"momentum": 0.8, "nesterov": False, "normuon_beta2": 0.7, "scale": "mup", "coefficients": "polar_express"},
+        {
+            "momentum_beta": 0.8, "nesterov": False, "row_beta": 0.7, "scale": "mup", "coefficients": "polar_express",
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_its_update_is_that_of_the_definition(name: str) -> None:
+    kind, settings, said = SETTINGS[name]
+    model, optimizer = made(kind, lr_multipliers=MULTIPLIERS, weight_decay_multipliers={"norm": 0.0}, **settings)
+    params = dict(model.named_parameters())
+    others = {"lr_multipliers": MULTIPLIERS, "weight_decay_multipliers": {"norm": 0.0}}
+    oracle = MuonOracle(params, MODELS[kind][1], True, HYPER, **others, **said)
+    for step in range(4):
+        before, was = oracle.weights(), {name: param.detach().clone() for name, param in params.items()}
+        oracle.step(feed(model, step))
+        optimizer.step()
+        assert_same_update(
+            (was, params), (before, oracle.weights()), LR, tolerance=1e-5, weight_roundings=3, what=f"step {step}"
+        )
+        oracle.set_weights(params)
+
+
+def test_with_torchs_constants_it_is_torchs_muon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.optim.Muon in fp32: it casts to bf16 by one call, which is left out here."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda self: self.clone())
+    (model, optimizer), (twin, _) = (
+        made("llama", normuon=False, coefficients="simple", orthogonalize={"qk": "matrix", "vo": "matrix"})
+        for _ in range(2)
+    )
+    hidden = [name for name, param in model.named_parameters() if "_proj." in name and param.dim() == 2]
+    theirs = dict(twin.named_parameters())
+    torchs = torch.optim.Muon(
+        [theirs[name] for name in hidden], lr=LR, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw"
+    )
+    assert len(hidden) == 14
+    ours = dict(model.named_parameters())
+    for step in range(4):
+        feed(model, step)
+        feed(twin, step)
+        was = {name: ours[name].detach().clone() for name in hidden}
+        before = {name: theirs[name].detach().clone() for name in hidden}
+        optimizer.step()
+        torchs.step()
+        now = {name: ours[name] for name in hidden}
+        assert_same_update(
+            (was, now), (before, {name: theirs[name] for name in hidden}), LR, tolerance=1e-5, weight_roundings=3
+        )
+
+
+class Mixed(nn.Module):
+    """What roles and shapes must tell apart: experts, a router, a convolution, a vector in two dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(11, 6)
+        self.mlp = nn.ModuleDict({"gate_up_proj": nn.Linear(6, 8, bias=True), "down_proj": nn.Linear(4, 6, bias=False)})
+        self.conv = nn.Conv1d(6, 6, 3)
+        self.thin = nn.ModuleDict({"mlp": nn.ModuleDict({"up_proj": nn.Linear(6, 1, bias=False)})})
+        self.lm_head = nn.Linear(6, 11, bias=False)
+
+
+def test_roles_and_shapes_decide_what_is_orthogonalised() -> None:
+    torch.manual_seed(0)
+    model = Mixed()
+    tag_parameters(model, rules=[{"match": "conv", "role": "other"}])
+    optimizer = BlockwiseMuon(model.parameters(), lr=LR)
+    feed(model, 0)
+    optimizer.step()
+    found = {
+        name: [(m.number, m.ranges) for m in matrices_of(placement.spec)]
+        for name, param in model.named_parameters()
+        for placement in optimizer.placements_in(param) or ()
+    }
+    assert found == {
+        "embed_tokens.weight": [],
+        "mlp.gate_up_proj.weight": [(0, ((0, 4),)), (0, ((4, 8),))],
+        "mlp.gate_up_proj.bias": [],
+        "mlp.down_proj.weight": [(0, ((0, 6),))],
+        "conv.weight": [],
+        "conv.bias": [],
+        "thin.mlp.up_proj.weight": [],
+        "lm_head.weight": [],
+    }
+    tied = MODELS["gpt2"][0]()
+    tag_parameters(tied)
+    muon = BlockwiseMuon(tied.parameters(), lr=LR)
+    assert not matrices_of((muon.placements_in(tied.lm_head.weight) or ())[0].spec)
+
+
+def test_a_zero_matrix_stays_as_it_is_and_its_rows_go_on() -> None:
+    model, optimizer = made("llama", lr_multipliers="uniform")
+    name, param = next((n, p) for n, p in model.named_parameters() if n.endswith("mlp.up_proj.weight"))
+    for step in range(3):
+        before = param.detach().clone()
+        feed(model, step)
+        param.grad = torch.zeros_like(param)
+        optimizer.step()
+        assert torch.equal(param, before * (1 - LR * DECAY)), name
+    feed(model, 3)
+    optimizer.step()
+    assert bool(torch.isfinite(param).all())
+
+
+def test_it_keeps_four_bytes_and_goes_on_bit_for_bit() -> None:
+    model, optimizer = made("qwen3", orthogonalize={"qk": "head"}, checkpoint_format="compact")
+    for step in range(2):
+        feed(model, step)
+        optimizer.step()
+    numel = sum(param.numel() for param in model.parameters())
+    rows = sum(param.shape[0] if param.dim() == 2 else param.numel() for param in model.parameters())
+    assert optimizer.state_bytes() == 4 * (numel + rows)
+    (twin, other), (copied, third) = made("qwen3", orthogonalize={"qk": "head"}), copy.deepcopy((model, optimizer))
+    twin.load_state_dict(model.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    tag_parameters(copied)
+    for step in range(2, 4):
+        for each, stepped in ((model, optimizer), (twin, other), (copied, third)):
+            feed(each, step)
+            stepped.step()
+    for one, two, three in zip(model.parameters(), twin.parameters(), copied.parameters(), strict=True):
+        assert torch.equal(one, two) and torch.equal(one, three)
+
+
+def test_state_of_another_kind_is_refused() -> None:
+    model, optimizer = made()
+    mini = BlockwiseAdamMini(model.parameters(), lr=LR)
+    feed(model, 0)
+    optimizer.step()
+    mini.step()
+    with pytest.raises(ValueError, match="written by BlockwiseAdamMini, which keeps a second moment of gradients"):
+        optimizer.load_state_dict(mini.state_dict())
+    with pytest.raises(ValueError, match="written by BlockwiseMuon, which keeps a second moment of updates"):
+        mini.load_state_dict(optimizer.state_dict())
+    adamw = torch.optim.AdamW(model.parameters(), lr=LR)
+    adamw.step()
+    with pytest.raises(ValueError, match="written by another optimizer"):
+        optimizer.load_state_dict(adamw.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"orthogonalize": {"qk": "haed"}}, "one of matrix, role, head, none.*head"),
+        ({"orthogonalize": {"ffn": "head"}}, '"head" is for query, key and value weights'),
+        ({"orthogonalize": {"ff": "role"}}, "ffn"),
+        ({"scale": "rsm"}, "rms"),
+        ({"coefficients": "cubic"}, "quintic"),
+        ({"momentum": 1.0}, "momentum"),
+        ({"telemetry": {"interval": 2}}, "BlockwiseMuon does not support telemetry yet"),
+        ({"lr_multipliers": "auto"}, 'BlockwiseMuon does not support "lr_multipliers": "auto" yet'),
+        ({"rules": [{"match": "wte", "orthogonalize": "rol"}]}, "orthogonalize must be one of"),
+        ({"normuon_beta": 0.9}, "normuon_beta2"),
+    ],
+)
+def test_what_it_cannot_do_is_refused_by_name(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        made(**settings)
+    with pytest.raises(TypeError, match="nesterov must be true or false"):
+        made(nesterov=1)
