@@ -7,7 +7,7 @@ Speaks of the unsharded tensor only. Knows nothing of multipliers, block sizes, 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ds_blockwise.blocks.roles import QKV_LAYOUT_MEANING, QKVLayout, Role
 from ds_blockwise.blocks.rule_needed import CHOOSE, RuleNeeded
@@ -76,8 +76,9 @@ class TensorStructure:
     is_bias: bool
     matrices: tuple[int, int, int] | None = None
     other_names: tuple[str, ...] = ()
-    is_factor: bool = False
-    fused_parts: int = 1
+    # not compared: no part of what a checkpoint says of a parameter
+    is_factor: bool = field(default=False, compare=False)
+    fused_parts: int = field(default=1, compare=False)
 
     def __post_init__(self) -> None:
         at = 0

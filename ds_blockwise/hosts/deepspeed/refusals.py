@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-_MINI = "BlockwiseAdamMini"
+from ds_blockwise.optimizers.registry import OPTIMIZERS
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class EngineFacts:
 
 def refusals(facts: EngineFacts) -> Iterator[str]:
     """Every reason why these settings are refused: the setting, why, what to set instead."""
-    mini = facts.optimizer == _MINI
+    cls = OPTIMIZERS.get(facts.optimizer)
+    per_block = cls is not None and cls.second_moment == "block"  # and ranks wait for each other in a step
     if facts.zenflow:
         yield (
             '"zenflow": it updates selected columns with an AdamW of its own and stores weights transposed. Remove '
@@ -65,7 +66,7 @@ def refusals(facts: EngineFacts) -> Iterator[str]:
             f'"offload_optimizer": {{"ratio": {facts.offload_ratio}}}: partial offload works with DeepSpeedCPUAdam '
             f'only. Set "ratio": 1.0.'
         )
-    if mini and facts.offload_device == "nvme":
+    if per_block and facts.offload_device == "nvme":
         yield (
             '"offload_optimizer": {"device": "nvme"}: the swapper needs state in the shape of the parameters, and one '
             'second moment per block is not. Use "device": "cpu".'
@@ -77,7 +78,7 @@ def refusals(facts: EngineFacts) -> Iterator[str]:
             '"elastic_checkpoint": it cuts state tensors by the padding of the parameters and cannot be loaded. Set it '
             "to false; use universal checkpoints to change the number of ranks."
         )
-    if mini and facts.skips_rank_by_rank:
+    if per_block and facts.skips_rank_by_rank:
         yield (
             '"compute_grad_norm": false with fp16 torch_autocast: the gradient scaler then skips steps rank by rank, '
             "and the others would wait for ever. Set it to true."

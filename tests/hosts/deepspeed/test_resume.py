@@ -71,7 +71,7 @@ def check_resume(context: RankContext, case: Case) -> None:
         assert run.engine.global_steps == SAVED
         assert_same(masters(run), then, "loaded masters")
         held = {b.tensor: run.engine.basic_optimizer.state[b.tensor] for b in run.engine.basic_optimizer.bindings()}
-        if case.optimizer == "mini":  # already in blocks, before the first step
+        if case.optimizer in ("mini", "muon"):  # already in blocks, before the first step
             assert all(s["exp_avg_sq"].numel() == blocks(run, t) for t, s in held.items())
         train(run, context, case, range(SAVED, LAST))
         assert_same(masters(run), wanted, "masters")
@@ -213,7 +213,9 @@ def _cases() -> Iterator[tuple[str, tuple[int, tuple[str, Case]]]]:
     yield resume("resume_slim", 3, Case("mini", 2, "fp32", model="slim", groups="vector"))
     yield resume("resume_deepspeed_schedule", 2, Case("mini", 2, scheduler="WarmupLR", scheduler_params=WARMUP))
     yield resume("resume", 2, Case("lion", 3, "bf16", **SCHEDULE))
-    for optimizer in ("adamw", "lion"):
+    yield resume("resume", 3, Case("muon", 2, "bf16", **SCHEDULE))
+    yield resume("resume_compact", 2, Case("muon", 3, params={"checkpoint_format": "compact"}))
+    for optimizer in ("adamw", "lion", "muon"):
         yield f"portable-{optimizer}-z2", (2, ("portable", Case(optimizer, 2)))
     for optimizer, stage in product(("mini", "adamw"), (1, 2, 3)):
         case = Case(optimizer, stage, "bf16" if stage > 1 else "fp32", groups="mixed", **SCHEDULE)

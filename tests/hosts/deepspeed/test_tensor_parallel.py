@@ -22,6 +22,8 @@ from tests.helpers.deepspeed.engines import DTYPES, feed_step, masters, open_eng
 from tests.helpers.distributed import Outcome, RankContext, passes
 from tests.helpers.megatron.gpt_shards import LAYERS, SHAPES, cut, cut_all, full_shapes, gpt, parallel, small_gpt
 from tests.helpers.models import GradientPlan
+from tests.helpers.muon_oracle import MuonOracle
+from tests.helpers.optimizers import FULL_NAME
 from tests.helpers.oracle import Oracle, assert_same_update, clipped
 from tests.helpers.suites import Suite, notices_a_wrong_multiplier
 from tests.helpers.tables.oracle_names import ROLE, Classes, megatron_classes, regroup
@@ -51,11 +53,14 @@ class Case:
     poison: tuple[int, ...] = ()  # steps at which tensor-parallel rank 1 feeds a NaN
     end_to_end: bool = False
     backend: str = "auto"
+    params: dict[str, Any] = field(default_factory=dict)
+    oracle: dict[str, Any] = field(default_factory=dict)  # what only Muon's oracle is told
 
 
 def _config(case: Case) -> dict[str, Any]:
     granularity = {"value": "tensor", "norm": "tensor"} if case.value_tensor else {}
     params = {"weight_decay_multipliers": DECAY_MULTIPLIERS, "granularity": granularity, "backend": case.backend}
+    params |= case.params
     # end to end an element far below eps keeps the noise of two runs below eps
     eps = {"eps": 1e-3} if case.end_to_end else {}
     clip = {"gradient_clipping": case.clip} if case.clip else {}
@@ -86,7 +91,7 @@ def check_fed(context: RankContext, case: Case) -> None:
     from megatron_patch import mpu_adapter
 
     shapes = full_shapes(case.shape, tied=case.tied)
-    reference = _reference(case) if case.optimizer == "adamw" and not case.clip else None
+    reference = _reference(case) if case.optimizer in ("adamw", "muon") and not case.clip else None
     with parallel(TP):
         tp_rank = parallel_state.get_tensor_model_parallel_rank()
         tp_group = parallel_state.get_tensor_model_parallel_group()
@@ -97,13 +102,15 @@ def check_fed(context: RankContext, case: Case) -> None:
         ) as run:
             dtype = DTYPES[case.dtype]
             start = {n: models.small_weight(n, s).to(dtype).float() for n, s in shapes.items()}
-            oracle = Oracle(
+            kind: type[Oracle] = MuonOracle if case.optimizer == "muon" else Oracle
+            oracle = kind(
                 start,
                 _classes(case),
-                case.optimizer == "mini",
+                case.optimizer in ("mini", "muon"),
                 hyper(),
                 lr_multipliers=case.oracle_multipliers,
                 weight_decay_multipliers=DECAY_MULTIPLIERS,
+                **case.oracle,
             )
             pair = Compared(run, oracle, lambda whole: cut_all(whole, tp_rank))
             pair.check_start()
@@ -119,15 +126,16 @@ def check_fed(context: RankContext, case: Case) -> None:
                 if case.clip:
                     gradients = clipped(gradients, case.clip)
                 what = f"step {step}, tensor-parallel rank {tp_rank}"
-                pair.check_step(gradients, what=what)
+                pair.check_step(gradients, what=what, tolerance=1e-5 if case.optimizer == "muon" else 1e-6)
                 _check_replicas(pair.now, tp_group)
                 if reference is not None:
                     assert_same(pair.now, cut_all(reference(gradients, pair.lr), tp_rank), f"{what}: unsharded weights")
 
 
 def _reference(case: Case) -> Callable[[dict[str, Tensor], float], dict[str, Tensor]]:
-    """Our AdamW on whole fp32 tensors in this process; only the cut differs from the engine."""
-    from ds_blockwise import BlockwiseAdamW, tag_parameters
+    """Our optimizer on whole fp32 tensors in this process; only the cut differs from the engine."""
+    from ds_blockwise import tag_parameters
+    from ds_blockwise.optimizers.registry import OPTIMIZERS
 
     with parallel(1):
         model = small_gpt(case.shape, DTYPES[case.dtype], None, tied=case.tied)
@@ -135,7 +143,8 @@ def _reference(case: Case) -> Callable[[dict[str, Tensor], float], dict[str, Ten
         tag_parameters(model)
     named = dict(model.named_parameters())
     settings = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY, "backend": case.backend}
-    optimizer = BlockwiseAdamW(model.parameters(), weight_decay_multipliers=DECAY_MULTIPLIERS, **settings)
+    settings |= {"weight_decay_multipliers": DECAY_MULTIPLIERS, **case.params}
+    optimizer = OPTIMIZERS[FULL_NAME[case.optimizer]](model.parameters(), **settings)
 
     def step(gradients: dict[str, Tensor], lr: float) -> dict[str, Tensor]:
         optimizer.param_groups[0]["lr"] = lr
@@ -200,8 +209,8 @@ def _train(context: RankContext, case: Case, tp: int) -> list[tuple[dict[str, Te
 def _cases() -> dict[str, tuple[int, Case]]:
     table: dict[str, tuple[int, Case]] = {}
 
-    def add(kind: str, dp: int, case: Case) -> None:
-        for backend in BACKENDS:
+    def add(kind: str, dp: int, case: Case, backends: tuple[str, ...] = BACKENDS) -> None:
+        for backend in backends:
             name = f"{kind}-{case.shape}-z{case.stage}-{case.dtype}-{case.optimizer}-tp2-dp{dp}-{backend}"
             table[name] = (TP * dp, replace(case, backend=backend))
 
@@ -223,6 +232,14 @@ def _cases() -> dict[str, tuple[int, Case]]:
     for optimizer, stage in product(("adamw", "mini"), (0, 2)):
         add("e2e", 1, Case(optimizer, stage, steps=3, end_to_end=True))
     add("e2e", 2, Case("mini", 1, steps=3, shape="mqa", end_to_end=True))
+    fc1 = {f"decoder.layers.{layer}.mlp.linear_fc1.weight": 2 for layer in range(LAYERS)}
+    by_role, by_head = {"parts": fc1}, {"parts": fc1, "how": {"query": "head", "key": "head"}, "head_rows": 4}
+    for dp, stage in ((1, 0), (1, 2), (2, 1), (2, 3)):
+        add("muon", dp, Case("muon", stage, oracle=by_role), ("cpp",))
+    for dp, stage in ((1, 1), (2, 2)):
+        heads = {"orthogonalize": {"qk": "head"}}
+        add("muon_heads", dp, Case("muon", stage, shape="mqa", params=heads, oracle=by_head), ("cpp",))
+    add("muon_overflow", 2, Case("muon", 1, "bf16", poison=(0, 2), steps=5, oracle=by_role), ("cpp",))
     add("mutant", 1, Case("mini", 2, oracle_multipliers={"value": 4.01}, steps=2))
     return table
 
@@ -234,6 +251,12 @@ outcome = SUITE.outcome()
 @SUITE.cases("fed", "bf16_optimizer", "tied", "value_tensor")
 def test_tensor_parallel_values(outcome: Outcome, name: str) -> None:
     """Row-parallel weights would get each rank's own second moment, and replicas drift apart."""
+    passes(outcome, name)
+
+
+@SUITE.cases("muon")
+def test_muon_under_tensor_parallelism(outcome: Outcome, name: str) -> None:
+    """Shards of a role would be orthogonalised by themselves, fused gate and up as one matrix."""
     passes(outcome, name)
 
 
