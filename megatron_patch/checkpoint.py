@@ -202,7 +202,8 @@ class BlockwiseDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
         check_kind(optimizer, record)
         optimizer.allocate_state()  # upstream would make its own, uninitialised
         in_order = same_kinds(optimizer.param_groups, saved["param_groups"])
-        super().load_state_dict(state_dict)
+        with optimizer.given_its_own_state():  # upstream hands it back in a state dict of its own
+            super().load_state_dict(state_dict)
         if in_order:
             for index, (own, group) in enumerate(zip(optimizer.param_groups, saved["param_groups"], strict=True)):
                 own.update(group_to_load(group, own, index))

@@ -116,6 +116,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         self._finite_over: ReductionGroups | None = None
         self._observers: list[StepObserver] = []
         self._refusal: str | None = None
+        self.is_given_its_own_state = False
         self._meter: Meter | None = None
         self.overflow = False  # DeepSpeed reads it after each step, counts the skipped one and holds the schedule
 
@@ -554,6 +555,15 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         run = None if loaded.record is None else loaded.record["settings"].get("run")
         self.load_run_state(run, max((int(state["step"]) for state in loaded.states.values()), default=0))
         self.report_changes(loaded.record)
+
+    @contextmanager
+    def given_its_own_state(self) -> Iterator[None]:
+        """Inside, a state dict without a record is taken for this optimizer's own: its host leaves the record out."""
+        self.is_given_its_own_state = True
+        try:
+            yield
+        finally:
+            self.is_given_its_own_state = False
 
     def report_changes(self, record: RunRecord | None) -> None:
         """Warn, on the first rank, of settings in a loaded record that differ from this object's."""

@@ -46,6 +46,8 @@ class Stored(Recorded, Protocol):
         """The form in which the second moment is kept."""
         ...
 
+    is_given_its_own_state: bool
+
     def binding_of(self, tensor: torch.Tensor) -> Binding | None:
         """The binding of a stepped tensor; None if its contents are unknown."""
         ...
@@ -118,7 +120,7 @@ def to_load(optimizer: Stored, state_dict: StateDict, device: torch.device | Non
         names = [_name_of(optimizer, tensor) for group in optimizer.param_groups for tensor in group["params"]]
         state_dict = from_published_adam_mini(state_dict, optimizer.param_groups, names)
     run, record = run_record_in(state_dict), record_in(state_dict)
-    if state_dict["state"]:
+    if state_dict["state"] and not (run is None and optimizer.is_given_its_own_state):
         check_kind(optimizer, run)
     saved_groups = state_dict["param_groups"]
     saved_sizes, own_sizes = ([len(g["params"]) for g in gs] for gs in (saved_groups, optimizer.param_groups))

@@ -8,13 +8,16 @@ without a matrix product. Which rows are one matrix is cut out by hand-written t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tests.helpers.oracle import Hyper, Oracle, State
+from tests.helpers.oracle import Hyper, LionOracle, Oracle, State
+from tests.helpers.tables.oracle_names import Classes
 
 MATRICES = ("query", "key", "value", "attn_out", "ffn")
 ONES = dict.fromkeys(("emb", "head", "qk", "vo", "ffn", "norm", "other"), 1.0)
@@ -126,3 +129,22 @@ class MuonOracle(Oracle):
                 key = ("whole",) if how == "matrix" else (span.role, start, head, row // piece)
                 found.setdefault(key, []).append(row)
         return [torch.tensor(rows) for rows in found.values()]
+
+
+_GATE_AND_UP = re.compile(r"linear_fc1\.weight|gate_up_proj")  # of the gated models of the tests
+
+
+def oracle_for(
+    optimizer: str, params: Mapping[str, Tensor], classes: Classes, hyper: Hyper | dict[str, Hyper], **settings: Any
+) -> Oracle:
+    """The oracle of an optimizer, by its short name."""
+    if optimizer == "muon":
+        fused = {name: 2 for name in params if _GATE_AND_UP.search(name)}
+        return MuonOracle(params, classes, True, hyper, **{"parts": fused, **settings})
+    kind = LionOracle if optimizer == "lion" else Oracle
+    return kind(params, classes, optimizer == "mini", hyper, **settings)
+
+
+def tolerance_for(optimizer: str) -> float:
+    """Of updates over the rate: Muon's are a chain of matrix products in fp32."""
+    return 1e-5 if optimizer == "muon" else 1e-6

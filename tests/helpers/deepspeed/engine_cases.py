@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from tests.helpers import models
 from tests.helpers.deepspeed.engines import engine_config
-from tests.helpers.muon_oracle import MuonOracle
+from tests.helpers.muon_oracle import oracle_for
 from tests.helpers.optimizers import FULL_NAME
-from tests.helpers.oracle import Hyper, LionOracle, Oracle
+from tests.helpers.oracle import Hyper, Oracle
 from tests.helpers.tables.oracle_names import ROLE, Classes, gpt2_classes, hf_llama_classes, regroup
 
 LR = 2e-2
@@ -221,11 +221,10 @@ def oracle_of(case: Case, weights: dict[str, Tensor], hyper: dict[str, Hyper]) -
     classes = MODELS[case.model][1]
     for role, size in GRANULARITIES[case.granularity][1]:
         classes = regroup(classes, role, HEAD_ROWS[case.model] if size == HEAD else size)
-    kinds: dict[str, type[Oracle]] = {"lion": LionOracle, "muon": MuonOracle}
-    return kinds.get(case.optimizer, Oracle)(
+    return oracle_for(
+        case.optimizer,
         weights,
         classes,
-        case.optimizer in ("mini", "muon"),
         hyper,
         lr_multipliers=case.params.get("lr_multipliers", {}) | case.oracle_multipliers,
         weight_decay_multipliers=DECAY_MULTIPLIERS if case.decay_multipliers else {},

@@ -37,6 +37,7 @@ from tests.helpers.deepspeed.engines import (
 )
 from tests.helpers.distributed import RankContext
 from tests.helpers.models import GradientPlan
+from tests.helpers.muon_oracle import tolerance_for
 from tests.helpers.oracle import assert_same_update, clipped, scheduled_lr
 
 
@@ -156,7 +157,7 @@ class _Fed:
         if self.oracle.momentum is not None:
             # bf16 keeps 8 bits: a stored momentum may fall on either side of a rounding border.
             return 2.0**-9
-        return 1e-5 if self.case.optimizer == "muon" else 1e-6  # a chain of matrix products in fp32
+        return tolerance_for(self.case.optimizer)
 
     def _check_bitwise(self, step: int, gradients: dict[str, Tensor]) -> None:
         for group, base in zip(self.reference.optimizer.param_groups, (LR, GROUP_2["lr"]), strict=False):

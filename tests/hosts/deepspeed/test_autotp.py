@@ -19,7 +19,8 @@ from tests.helpers.deepspeed.compared import Compared, hyper
 from tests.helpers.deepspeed.engines import DTYPES, prepare_deepspeed
 from tests.helpers.distributed import Outcome, RankContext, passes
 from tests.helpers.models import GradientPlan
-from tests.helpers.oracle import Oracle, Weights, clipped
+from tests.helpers.muon_oracle import oracle_for, tolerance_for
+from tests.helpers.oracle import Weights, clipped
 from tests.helpers.suites import Suite, notices_a_wrong_multiplier
 from tests.helpers.tables.oracle_names import ROLE, regroup
 
@@ -38,10 +39,10 @@ def run_case(context: RankContext, case: Case) -> None:
         classes = classes_of(case.model)
         for key, role in case.granularity.items():
             classes = regroup(classes, key, {"tensor": ROLE}[role])
-        oracle = Oracle(
+        oracle = oracle_for(
+            case.optimizer,
             start,
             classes,
-            case.optimizer == "mini",
             hyper(),
             lr_multipliers=case.oracle_multipliers,
             weight_decay_multipliers=DECAY_MULTIPLIERS,
@@ -58,7 +59,8 @@ def run_case(context: RankContext, case: Case) -> None:
             feed(run, plan, step)
             gradients = {n: plan.mean(n, s, step) for n, s in run.shapes.items()}
             gradients = clipped(gradients, case.clip) if case.clip else gradients
-            pair.check_step(gradients, what=f"step {step}, tensor-parallel rank {run.tp_rank}")
+            what = f"step {step}, tensor-parallel rank {run.tp_rank}"
+            pair.check_step(gradients, what=what, tolerance=tolerance_for(case.optimizer))
         check_replicas(run, pair.now)
 
 
@@ -100,6 +102,9 @@ def _cases() -> dict[str, tuple[int, Case]]:
         add("values", 1, Case("mini", 2, "bf16", model))
         add("values", 2, Case("adamw" if model in ("glm", "neox") else "mini", 1, model=model))
     add("values", 1, Case("mini", 1, model="qwen3", tp=4))
+    for model, stage, dp in (("even", 1, 1), ("mqa", 2, 2), ("glm", 1, 2), ("qwen3", 3, 2), ("neox", 0, 1)):
+        add("values", dp, Case("muon", stage, model=model))
+    add("values", 1, Case("muon", 1, model="qwen3", tp=4))
     add("bf16_optimizer", 2, Case("mini", 1, "bf16", config=BF16_OPTIMIZER))
     add("sub_groups", 2, Case("mini", 3, model="even", zero={"sub_group_size": 700}))
     add("zero_init", 1, Case("mini", 3, model="even", zero_init=True))

@@ -21,7 +21,7 @@ from tests.helpers.deepspeed.engines import DTYPES, masters, open_engine, prepar
 from tests.helpers.deepspeed.expert_models import EXPERTS, build, classes_of, set_small_weights, whole_name
 from tests.helpers.distributed import Outcome, RankContext, passes
 from tests.helpers.models import Feed, GradientPlan
-from tests.helpers.oracle import Oracle
+from tests.helpers.muon_oracle import oracle_for, tolerance_for
 from tests.helpers.suites import Suite, notices_a_wrong_multiplier
 
 pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
@@ -152,7 +152,7 @@ def check_trains(context: RankContext, case: Case) -> None:
         start = {n: models.small_weight(n, s).to(DTYPES[case.dtype]).float() for n, s in shapes.items()}
         classes = classes_of(residual=case.residual)
         assert set(shapes) == set(classes), set(shapes) ^ set(classes)
-        oracle = Oracle(start, classes, case.optimizer == "mini", hyper(), lr_multipliers=case.oracle_multipliers)
+        oracle = oracle_for(case.optimizer, start, classes, hyper(), lr_multipliers=case.oracle_multipliers)
         pair = Compared(run, oracle, lambda whole: {n: whole[n] for n in run.whole.values()}, whole_masters)
         pair.check_start()
         for step in range(case.steps):
@@ -163,7 +163,7 @@ def check_trains(context: RankContext, case: Case) -> None:
                 n: expert.mean(n, s, step) / case.ep if is_expert(n) else dense.mean(n, s, step)
                 for n, s in shapes.items()
             }
-            pair.check_step(gradients, what=f"step {step}")
+            pair.check_step(gradients, what=f"step {step}", tolerance=tolerance_for(case.optimizer))
         assert marks == [(g.get("name"), g.get("moe", False)) for g in run.engine.basic_optimizer.param_groups]
 
 
@@ -207,6 +207,8 @@ def _cases() -> dict[str, tuple[int, Case]]:
         add("values", 2, Case("mini", stage, dtype, groups="list"))
         add("values", 2, Case("mini", stage, dtype, ep=1))
         add("values", 4, Case("mini", stage, dtype, groups="small"))
+    for stage in (0, 2):
+        add("values", 4, Case("muon", stage))
     add("residual", 2, Case("mini", 2, residual=True))
     add("bf16_optimizer", 4, Case("mini", 1, "bf16", config={"data_types": {"grad_accum_dtype": "fp32"}}))
     add("resume", 2, Case("mini", 1, what="resumes"))

@@ -32,7 +32,8 @@ from tests.helpers.deepspeed.pipe_models import (
 )
 from tests.helpers.distributed import Outcome, RankContext, passes
 from tests.helpers.models import GradientPlan
-from tests.helpers.oracle import Oracle, clipped
+from tests.helpers.muon_oracle import oracle_for, tolerance_for
+from tests.helpers.oracle import clipped
 from tests.helpers.suites import Suite, notices_a_wrong_multiplier
 
 pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
@@ -92,7 +93,8 @@ def check_values(context: RankContext, case: Case) -> None:
             gradients = {name: feed.mean(name, shape, step) for name, shape in shapes.items()}
             clip = case.config.get("gradient_clipping")
             gradients = clipped(gradients, clip) if clip else gradients
-            pair.check_step(gradients, what=f"step {step}, rank {context.rank}")
+            what = f"step {step}, rank {context.rank}"
+            pair.check_step(gradients, what=what, tolerance=tolerance_for(case.optimizer))
             check_copies(run)
 
 
@@ -100,7 +102,7 @@ def beside_oracle(run: SimpleNamespace, case: Case, **settings: Any) -> Compared
     """The engine beside an oracle on the weights of all stages; each rank compares its own."""
     own = masters(run)
     whole = {n: w for weights in gathered(own) for n, w in weights.items()}
-    oracle = Oracle(whole, pipe_classes(), case.optimizer == "mini", hyper(eps=case.params.get("eps", EPS)), **settings)
+    oracle = oracle_for(case.optimizer, whole, pipe_classes(), hyper(eps=case.params.get("eps", EPS)), **settings)
     return Compared(run, oracle, lambda weights: {n: weights[n] for n in own})
 
 
@@ -249,6 +251,7 @@ def _cases() -> dict[str, tuple[int, tuple[str, Any]]]:
         ("adamw", "z1-bf16"),
     ):
         add("values", wrapper, optimizer, dp=2)
+    add("values", "z1-fp32", "muon", dp=2)
     add("clip", "z1-fp32", dp=2, config={"gradient_clipping": 0.05})
     add("overflow", "z0-fp32", poison=(0, 2))
     add("overflow", "z1-bf16", poison=(0, 2))

@@ -22,9 +22,9 @@ from tests.helpers.deepspeed.engines import DTYPES, feed_step, masters, open_eng
 from tests.helpers.distributed import Outcome, RankContext, passes
 from tests.helpers.megatron.gpt_shards import LAYERS, SHAPES, cut, cut_all, full_shapes, gpt, parallel, small_gpt
 from tests.helpers.models import GradientPlan
-from tests.helpers.muon_oracle import MuonOracle
+from tests.helpers.muon_oracle import oracle_for, tolerance_for
 from tests.helpers.optimizers import FULL_NAME
-from tests.helpers.oracle import Oracle, assert_same_update, clipped
+from tests.helpers.oracle import assert_same_update, clipped
 from tests.helpers.suites import Suite, notices_a_wrong_multiplier
 from tests.helpers.tables.oracle_names import ROLE, Classes, megatron_classes, regroup
 
@@ -102,11 +102,10 @@ def check_fed(context: RankContext, case: Case) -> None:
         ) as run:
             dtype = DTYPES[case.dtype]
             start = {n: models.small_weight(n, s).to(dtype).float() for n, s in shapes.items()}
-            kind: type[Oracle] = MuonOracle if case.optimizer == "muon" else Oracle
-            oracle = kind(
+            oracle = oracle_for(
+                case.optimizer,
                 start,
                 _classes(case),
-                case.optimizer in ("mini", "muon"),
                 hyper(),
                 lr_multipliers=case.oracle_multipliers,
                 weight_decay_multipliers=DECAY_MULTIPLIERS,
@@ -126,7 +125,7 @@ def check_fed(context: RankContext, case: Case) -> None:
                 if case.clip:
                     gradients = clipped(gradients, case.clip)
                 what = f"step {step}, tensor-parallel rank {tp_rank}"
-                pair.check_step(gradients, what=what, tolerance=1e-5 if case.optimizer == "muon" else 1e-6)
+                pair.check_step(gradients, what=what, tolerance=tolerance_for(case.optimizer))
                 _check_replicas(pair.now, tp_group)
                 if reference is not None:
                     assert_same(pair.now, cut_all(reference(gradients, pair.lr), tp_rank), f"{what}: unsharded weights")
@@ -232,14 +231,13 @@ def _cases() -> dict[str, tuple[int, Case]]:
     for optimizer, stage in product(("adamw", "mini"), (0, 2)):
         add("e2e", 1, Case(optimizer, stage, steps=3, end_to_end=True))
     add("e2e", 2, Case("mini", 1, steps=3, shape="mqa", end_to_end=True))
-    fc1 = {f"decoder.layers.{layer}.mlp.linear_fc1.weight": 2 for layer in range(LAYERS)}
-    by_role, by_head = {"parts": fc1}, {"parts": fc1, "how": {"query": "head", "key": "head"}, "head_rows": 4}
+    by_head = {"how": {"query": "head", "key": "head"}, "head_rows": 4}
     for dp, stage in ((1, 0), (1, 2), (2, 1), (2, 3)):
-        add("muon", dp, Case("muon", stage, oracle=by_role), ("cpp",))
+        add("muon", dp, Case("muon", stage), ("cpp",))
     for dp, stage in ((1, 1), (2, 2)):
         heads = {"orthogonalize": {"qk": "head"}}
         add("muon_heads", dp, Case("muon", stage, shape="mqa", params=heads, oracle=by_head), ("cpp",))
-    add("muon_overflow", 2, Case("muon", 1, "bf16", poison=(0, 2), steps=5, oracle=by_role), ("cpp",))
+    add("muon_overflow", 2, Case("muon", 1, "bf16", poison=(0, 2), steps=5), ("cpp",))
     add("mutant", 1, Case("mini", 2, oracle_multipliers={"value": 4.01}, steps=2))
     return table
 

@@ -227,6 +227,10 @@ def _cases() -> dict[str, tuple[int, Case]]:
         add("resume", "torch", replace(mini, wrapper="plain", dtype=dtype))
         add("resume", "torch", replace(mini, wrapper="plain", dtype=dtype, tp=2))
     add("resume", "torch", replace(adamw, wrapper="plain"))
+    muon = Stack("muon", decoupled=True)
+    add("resume", "dp_reshardable", replace(muon, dtype="bf16"))
+    add("resume", "fully_reshardable", muon, replace(muon, tp=2))
+    add("resume", "torch", replace(muon, wrapper="plain", tp=2))
     add("resume", "dp_zero", replace(mini, dtype="bf16"))
     add("warm_start", "dp_zero", stock, mini)
     plain = {"wrapper": "plain", "decoupled": False}  # upstream cannot load groups that differ in max_lr only

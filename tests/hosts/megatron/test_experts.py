@@ -27,6 +27,7 @@ from tests.helpers.megatron.parallel import (
 )
 from tests.helpers.megatron.stack import EMBEDDING, LR, assert_equal_copies, stack_shims
 from tests.helpers.models import GradientPlan, small_weight
+from tests.helpers.muon_oracle import oracle_for, tolerance_for
 from tests.helpers.oracle import Hyper, Oracle, assert_same_update
 
 pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="needs megatron")
@@ -113,7 +114,7 @@ def check_values(context: RankContext, case: Case, run: ParallelRun) -> None:
     start = {name: run.start(name) for name in run.shapes}
     hyper = Hyper(LR, BETAS, EPS, WEIGHT_DECAY)  # of all groups: nothing here multiplies by their wd_mult
     classes = classes_of(run.shapes, topology.groups)
-    oracle = Oracle(start, classes, topology.optimizer == "mini", hyper, lr_multipliers=case.oracle_multipliers)
+    oracle = oracle_for(topology.optimizer, start, classes, hyper, lr_multipliers=case.oracle_multipliers)
     oracle.overrides = case.overrides
     now = run.masters()
     for name, value in now.items():
@@ -139,7 +140,7 @@ def check_values(context: RankContext, case: Case, run: ParallelRun) -> None:
             for weights in (was, oracle.weights())
         )
         what = f"step {step}, rank {context.rank}"
-        assert_same_update((before, now), expected, hyper.lr, what=what)
+        assert_same_update((before, now), expected, hyper.lr, tolerance=tolerance_for(topology.optimizer), what=what)
     cuts_blocks = topology.wrapper == "distributed" and topology.optimizer == "mini"
     for wrapper in run.wrappers:
         inner = wrapper.optimizer
@@ -185,6 +186,10 @@ def _cases() -> dict[str, tuple[int, Case]]:
     add("experts", 1, Topology("mini", "plain", tp=2, ep=2, experts=True))
     add("experts", 1, Topology("mini", "plain", tp=2, etp=2, experts=True))
     add("experts", 2, Topology("mini", "distributed", tp=2, ep=2, etp=2, experts=True))
+    add("experts", 4, Topology("muon", "distributed", ep=2, experts=True))
+    add("experts", 1, Topology("muon", "plain", tp=2, ep=2, experts=True))
+    add("experts", 2, Topology("muon", "distributed", tp=2, ep=2, etp=2, experts=True))
+    add("one_group", 1, Topology("muon", tp=4, groups=1))
     for wrapper, dtype, optimizer, dp in (
         ("plain", "fp32", "mini", 1),
         ("plain", "bf16", "adamw", 1),

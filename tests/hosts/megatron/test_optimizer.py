@@ -29,7 +29,8 @@ from tests.helpers.megatron.stack import (
     stack_shims,
 )
 from tests.helpers.models import GradientPlan
-from tests.helpers.oracle import Hyper, LionOracle, Oracle, assert_same_update, clipped
+from tests.helpers.muon_oracle import oracle_for, tolerance_for
+from tests.helpers.oracle import Hyper, assert_same_update, clipped
 from tests.helpers.tables.oracle_names import megatron_classes
 
 pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="needs megatron")
@@ -63,8 +64,7 @@ def check_values(context: RankContext, case: Case, run: Run) -> None:
         assert torch.equal(value, run.cut(name, run.start(name))), f"start of {name}"
     hyper = {name: Hyper(LR, BETAS, EPS, 0.0 if "layernorm" in name else WEIGHT_DECAY) for name in start}
     classes = megatron_classes(layers=LAYERS, **SHAPES[stack.shape])
-    kind = LionOracle if stack.optimizer == "lion" else Oracle
-    oracle = kind(start, classes, stack.optimizer == "mini", hyper, lr_multipliers=case.oracle_multipliers)
+    oracle = oracle_for(stack.optimizer, start, classes, hyper, lr_multipliers=case.oracle_multipliers)
     applied = 0
     for step in range(case.steps):
         poisoned = step in case.poison
@@ -87,7 +87,7 @@ def check_values(context: RankContext, case: Case, run: Run) -> None:
             expected = tuple({n: _of(run, n, weights) for n in now} for weights in (was, oracle.weights()))
             what = f"step {step}, rank {context.rank}"
             lr = lr_after(applied - 1)
-            assert_same_update((before, now), expected, lr, what=what)
+            assert_same_update((before, now), expected, lr, tolerance=tolerance_for(stack.optimizer), what=what)
         _check_steps(run, applied)
         for name, param in run.params.items():
             assert torch.equal(param.detach(), now[name].to(param.dtype)), f"the model has another {name}"
@@ -135,6 +135,12 @@ def _cases() -> dict[str, tuple[int, Case]]:
                 add("values", 2, Stack(optimizer, wrapper, dtype))
                 add("values", 1, Stack(optimizer, wrapper, dtype, tp=2))
     add("values", 2, Stack("lion", "distributed"))
+    for wrapper in ("plain", "distributed", "layerwise"):
+        add("values", 2, Stack("muon", wrapper))
+    add("values", 3, Stack("muon", "distributed", "bf16"))
+    for shape, dp in (("gqa", 2), ("mqa", 1)):
+        add("values", dp, Stack("muon", "distributed", shape=shape, tp=2))
+    add("values", 2, Stack("muon", "distributed", pp=2, tied=True))
     mini = Stack()
     for dtype in ("fp32", "bf16"):
         add("values", 2, Stack("mini", "layerwise", dtype))
