@@ -129,6 +129,7 @@ class SegmentTable:
             ``num_blocks`` on belong to blocks without elements on this rank, which takes part in their sums.
         dp_slots: int64: slots to sum over the data-parallel group, in the same order on all its ranks.
         tp_slots: int64: slots to sum over the tensor-parallel group afterwards.
+        is_partial: some parts have no runs: somebody else updates their elements and second moments.
     """
 
     numel: int
@@ -140,12 +141,22 @@ class SegmentTable:
     slot_numel: torch.Tensor
     dp_slots: torch.Tensor
     tp_slots: torch.Tensor
+    is_partial: bool = False
     _slots_on: dict[torch.device, Slots] = field(default_factory=dict, repr=False, compare=False)
 
     @functools.cached_property
     def has_split_blocks(self) -> bool:
         """Whether a step sums any block over ranks, blocks without elements on this rank included."""
         return bool(self.dp_slots.numel() or self.tp_slots.numel())
+
+    @functools.cached_property
+    def left_out(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Indices of the elements and of the block values that no run covers."""
+        elements, values = torch.ones(self.numel, dtype=torch.bool), torch.ones(self.num_blocks, dtype=torch.bool)
+        for run in self.runs:
+            run.of(elements).fill_(False)
+            run.blocks_of(values).fill_(False)
+        return elements.nonzero().view(-1), values.nonzero().view(-1)
 
     def on(self, device: torch.device) -> Slots:
         """Its index tensors on a device, copied there once, so that a step never waits for the host."""
@@ -340,6 +351,7 @@ def build_table(
         builder.slot_numel(),
         builder.slots(builder.dp),
         builder.slots(builder.tp),
+        is_partial=orthogonalized is not None,
     )
 
 

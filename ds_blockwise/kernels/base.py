@@ -137,14 +137,25 @@ class ReferenceKernels(Kernels):
     def step_(self, items: Sequence[Item]) -> None:
         """See `Kernels.step_`."""
         for item in items:
+            kept = self._left_out(item)
             self._update_moments(item)
             data = item.param.detach().view(-1)
             wide = data if data.dtype in WIDE else data.to(torch.float32)
             self._update_param(item, wide)
+            for moment, index, values in kept:
+                moment[index] = values
             if wide is not data:
                 data.copy_(wide)
             if item.param_copy is not None:
                 item.param_copy.view(-1).copy_(wide)
+
+    def _left_out(self, item: Item) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Moments that are not these kernels' to update, where they lie, and what they are."""
+        if not item.table.is_partial:
+            return []
+        moments = item.state["exp_avg"].view(-1), item.state["exp_avg_sq"].view(-1)
+        where = [index.to(item.param.device) for index in item.table.left_out]
+        return [(m, index, m[index]) for m, index in zip(moments, where, strict=True)]
 
     def _update_moments(self, item: Item) -> None:
         assert item.grad is not None

@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +14,15 @@ import torch
 from torch import nn
 
 from ds_blockwise import BlockwiseAdamMini, BlockwiseMuon, tag_parameters
+from ds_blockwise.blocks.block_settings import BlockSettings
+from ds_blockwise.blocks.ranges import TensorShard
+from ds_blockwise.blocks.roles import Role
+from ds_blockwise.blocks.segment_table import Placement
+from ds_blockwise.blocks.spec import apply_settings
+from ds_blockwise.blocks.structure import HeadGeometry, fused_qkv, whole_tensor
 from ds_blockwise.kernels.newton_schulz import COEFFICIENTS, newton_schulz
-from ds_blockwise.optimizers.muon.matrices import matrices_of
+from ds_blockwise.optimizers.muon.matrices import local_matrix, matrices_of
+from ds_blockwise.parallel.reduce import LOCAL
 from tests.helpers.deepspeed.engine_cases import HEAD_ROWS, MODELS
 from tests.helpers.muon_oracle import MuonOracle, polynomial_of
 from tests.helpers.oracle import Hyper, assert_same_update
@@ -118,6 +128,45 @@ def test_with_torchs_constants_it_is_torchs_muon(monkeypatch: pytest.MonkeyPatch
         )
 
 
+def test_windows_of_shards_make_up_each_matrix() -> None:
+    """All splits by tensor and data parallelism, of fused, transposed and stacked weights, against plain indexing."""
+    draw = random.Random(3)
+    heads = HeadGeometry(4, 2, 3, "test")
+    structures = [
+        fused_qkv("grouped", (24, 8), "grouped", heads, is_bias=False),
+        fused_qkv("columns", (8, 24), "concat", heads, is_bias=False, axis=1),
+        replace(whole_tensor("fused", (16, 4), Role.FFN, is_bias=False), fused_parts=2),
+        whole_tensor("experts", (3, 4, 8), Role.FFN, is_bias=False, axis=2, matrices=(3, 4, 8)),
+    ]
+    for structure, how in itertools.product(structures, ("role", "head", "matrix")):
+        settings = BlockSettings.parse(orthogonalize={"qk": how, "vo": how, "ffn": "role" if how == "head" else how})
+        spec = apply_settings(structure, settings)
+        values = torch.arange(spec.numel).view(spec.structure.stored_shape)
+        for dim, tp in itertools.product((None, -2, -1), (2, 4)):
+            split = None if dim is None else values.dim() + dim
+            shards = [None if split is None else TensorShard.even(values.shape, split, rank, tp) for rank in range(tp)]
+            for matrix in matrices_of(spec):
+                one = values[matrix.number] if values.dim() == 3 else values
+                rows = torch.cat([torch.arange(start, end) for start, end in matrix.ranges])
+                wanted = one.index_select(spec.axis - (values.dim() - 2), rows)
+                whole = torch.full_like(wanted, -1)
+                for shard in shards[: 1 if split is None else tp]:
+                    local = local_matrix(spec, shard, matrix)
+                    held = values
+                    if shard is not None:
+                        ((first, _),) = shard.chunks[shard.rank]
+                        held = values.narrow(shard.dim, first, shard.local_shape[shard.dim])
+                    flat = held.contiguous().view(-1)
+                    cuts = sorted({0, flat.numel(), *(draw.randrange(flat.numel()) for _ in range(4))})
+                    together = torch.full((local.shape[0] * local.shape[1],), -1)
+                    for start, end in itertools.pairwise(cuts):
+                        for r in local.window(start, end):
+                            r.of_other(together).copy_(r.of(flat[start:end]))
+                    for r in local.in_whole():
+                        r.of_other(whole.view(-1)).copy_(r.of(together))
+                assert torch.equal(whole, wanted), (structure.fqn, how, dim, tp, matrix)
+
+
 class Mixed(nn.Module):
     """What roles and shapes must tell apart: experts, a router, a convolution, a vector in two dimensions."""
 
@@ -190,6 +239,30 @@ def test_it_keeps_four_bytes_and_goes_on_bit_for_bit() -> None:
             stepped.step()
     for one, two, three in zip(model.parameters(), twin.parameters(), copied.parameters(), strict=True):
         assert torch.equal(one, two) and torch.equal(one, three)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
+def test_kernels_step_the_rest_of_a_flat_partition_and_leave_matrices_alone(backend: str) -> None:
+    """A kernel that takes for granted that its runs cover the tensor would step matrices a second time."""
+    model, whole = made("slim", orthogonalize={"value": "head"})
+    specs = [whole.placements_in(param)[0].spec for param in model.parameters()]  # type: ignore[index]
+    numel = sum(spec.numel for spec in specs)
+    results = []
+    for name in ("reference", backend):
+        flat = torch.cat([param.detach().reshape(-1) for param in model.parameters()] + [torch.zeros(3)])
+        optimizer = BlockwiseMuon([flat], lr=LR, weight_decay=DECAY, backend=name, orthogonalize={"value": "head"})
+        at = itertools.accumulate((spec.numel for spec in specs), initial=0)
+        optimizer.bind(
+            flat, [Placement(s, None, start, 0, s.numel) for s, start in zip(specs, at, strict=False)], LOCAL
+        )
+        for step in range(2):
+            flat.grad = torch.randn(numel + 3, generator=torch.Generator().manual_seed(step))
+            flat.grad[numel:] = 0.0
+            optimizer.step()
+        results.append((flat, optimizer.state[flat]["exp_avg"], optimizer.state[flat]["exp_avg_sq"]))
+    for ours, reference in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-7)
+    assert not torch.equal(results[0][0][:numel], torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
 
 
 def test_state_of_another_kind_is_refused() -> None:
