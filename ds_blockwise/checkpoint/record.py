@@ -136,6 +136,8 @@ def settings_of(optimizer: Recorded) -> Settings:
         "layout": _digest(specs) if specs else "",
         "groups": [_packed_group(group) for group in optimizer.param_groups],
     }
+    if given.transfer is not None:
+        settings["transfer"] = asdict(given.transfer)
     if (run := optimizer.run_state()) is not None:
         settings["run"] = run
     return settings
@@ -361,6 +363,7 @@ def differences(saved: Settings, own: Settings) -> list[str]:
         for name in sorted({*was, *now}):
             lines += _changed(f"{key}.{name}", was.get(name), now.get(name))
     lines += _changed("rules", saved.get("rules"), own.get("rules"))
+    lines += _changed("transfer", saved.get("transfer"), own.get("transfer"))
     lines += _changed_groups(saved.get("groups", []), own.get("groups", []))
     if not any(line.startswith(("granularity", "rules")) for line in lines) and saved.get("layout") and own["layout"]:
         lines += _changed("layout (roles, heads or shapes)", saved["layout"][:12], own["layout"][:12])

@@ -77,6 +77,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         weight_decay_multipliers: object = None,
         granularity: object = None,
         rules: object = None,
+        transfer: object = None,
         momentum_dtype: MomentumDtype = "fp32",
         backend: str = "auto",
         checkpoint_format: CheckpointFormat = "expanded",
@@ -87,7 +88,9 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         self.momentum_dtype = check_momentum_dtype(momentum_dtype)
         self.backend = check_backend(backend)
         self.checkpoint_format = check_checkpoint_format(checkpoint_format)
-        self.block_settings = BlockSettings.parse(lr_multipliers, weight_decay_multipliers, granularity, rules)
+        self.block_settings = BlockSettings.parse(
+            lr_multipliers, weight_decay_multipliers, granularity, rules, transfer
+        )
         self.step_calls = 0
         telemetry_settings = TelemetrySettings.parse(telemetry)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}

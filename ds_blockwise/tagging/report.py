@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 
 from torch import nn
 
-from ds_blockwise.blocks.spec import STATE_BYTES_PER_VALUE, BlockSpec
+from ds_blockwise.blocks.spec import STATE_BYTES_PER_VALUE, BlockSpec, transfer_factor
 from ds_blockwise.blocks.tagged_parameter import tags_of
 
 _NUMBER = re.compile(r"(?:(?<=\.)|^)[0-9]+(?=\.|$)")
@@ -34,6 +34,7 @@ class ReportRow:
         numel: elements of the role in the unsharded parameter.
         state_bytes: fp32 ``exp_avg`` plus one fp32 value per block, over all ranks, replicas not counted.
         is_measured: whether the multiplier is ``"auto"``.
+        transfer: the factor in ``lr_multiplier`` that the width rule (``"transfer"``) brought.
     """
 
     fqn: str
@@ -47,6 +48,7 @@ class ReportRow:
     numel: int
     state_bytes: int
     is_measured: bool = False
+    transfer: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,4 +247,5 @@ def _rows_of(spec: BlockSpec) -> Iterator[ReportRow]:
             numel,
             (numel + num_blocks) * STATE_BYTES_PER_VALUE,
             spec.block_settings.is_measured(role, *spec.structure.names),
+            transfer_factor(spec.structure, role, spec.block_settings),
         )

@@ -22,6 +22,7 @@ from ds_blockwise.blocks.rule_needed import CHOOSE, ROLE_CHOICES, RuleNeeded
 from ds_blockwise.blocks.spec import BlockSpec, apply_settings
 from ds_blockwise.blocks.structure import HeadGeometry, TensorStructure, fused_qkv, whole_tensor
 from ds_blockwise.blocks.tagged_parameter import set_tags
+from ds_blockwise.blocks.transfer import stream_widths, width_of
 from ds_blockwise.tagging.module_facts import NUM_HEADS, fused_qkv_layout, generic_heads, num_experts_in, storage_of
 from ds_blockwise.tagging.module_reader import READERS
 from ds_blockwise.tagging.name_rules import OWN_SHAPES
@@ -54,6 +55,7 @@ def tag_parameters(
     rules: Iterable[Mapping[str, object]] | None = None,
     granularity: Mapping[str, str] | str | None = None,
     weight_decay_multipliers: Mapping[str, float] | None = None,
+    transfer: Mapping[str, object] | None = None,
 ) -> BlockReport:
     """Find out what each trainable parameter is and set ``param.block_spec`` (and ``param.block_shard``) on it.
 
@@ -70,6 +72,7 @@ def tag_parameters(
             ``"optional": True``.
         granularity: per block type, role or ``"bias"``; or ``"published"``, see `BlockwiseAdamMini`.
         weight_decay_multipliers: per block type or role.
+        transfer: ``{"base_width": 256}``: see `ds_blockwise.blocks.transfer.Transfer`.
 
     Returns:
         A report: per parameter its roles, multipliers, blocks and state bytes; ``print`` it.
@@ -78,7 +81,7 @@ def tag_parameters(
         ValueError: a parameter that no rule or several rules match, rows that do not divide into heads, a rule that
             matches nothing, a setting outside its range.
     """
-    settings = BlockSettings.parse(lr_multipliers, weight_decay_multipliers, granularity, rules)
+    settings = BlockSettings.parse(lr_multipliers, weight_decay_multipliers, granularity, rules, transfer)
     tag_with_settings(model, settings, place="python")
     return block_report(model)
 
@@ -120,7 +123,7 @@ def read_tags(
     """
     check_plain(model)
     problems: list[ValueError] = []
-    found: list[ParameterTags] = []
+    read: list[tuple[nn.Parameter, TensorStructure, TensorShard | None]] = []
     every = registered_parameters(model, names)
     if not is_stage:
         problems += [
@@ -135,8 +138,16 @@ def read_tags(
             if not is_stepped(named):
                 continue  # its role does not matter
             structure, shard = _structure_of(named, block_settings)
-            structure = replace(structure, other_names=tuple(fqn for fqn in named.fqns if fqn != structure.fqn))
-            found.append((named.param, apply_settings(structure, block_settings), shard))
+            other_names = tuple(fqn for fqn in named.fqns if fqn != structure.fqn)
+            read.append((named.param, replace(structure, other_names=other_names), shard))
+        except ValueError as error:
+            problems.append(error)
+    widths = stream_widths(structure for _, structure, _ in read)
+    found: list[ParameterTags] = []
+    for param, structure, shard in read:
+        try:
+            structure = replace(structure, width=width_of(structure, widths))
+            found.append((param, apply_settings(structure, block_settings), shard))
         except ValueError as error:
             problems.append(error)
     if problems:
