@@ -32,11 +32,11 @@ BASE_WIDTH = 64
 WIDTHS = (64, 128, 256)
 OFF = "off"
 RULES = (OFF, *TRANSFER_RULES)
-GRID = (4e-3, 8e-3, 1.6e-2)
+GRID = (2e-3, 4e-3, 8e-3)
 WIDEN = 4  # how often a sweep may grow
 SEEDS = (1, 2)
 LAYERS, VOCAB = 2, 256
-BATCH, LENGTH, STEPS, WARMUP = 8, 48, 250, 25
+BATCH, LENGTH, STEPS, WARMUP = 16, 48, 200, 20
 MIN_LR_SHARE = 0.05
 VALIDATION = 64  # sequences
 # said in full, so that a result never changes its meaning with the package's defaults
