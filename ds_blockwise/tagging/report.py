@@ -114,7 +114,16 @@ class BlockReport:
             f"({totals['adam_mini_state_bytes_per_parameter']:.3f} per parameter), of AdamW "
             f"{int(totals['adamw_state_bytes']):,} ({totals['adamw_state_bytes_per_parameter']:.3f})"
         )
-        return "\n".join(text)
+        return "\n".join([*text, *self._moved()])
+
+    def _moved(self) -> list[str]:
+        """What the width rule did, in a line; none without it."""
+        types: dict[float, dict[str, None]] = {}
+        for row in self.rows:
+            if row.transfer != 1.0:
+                types.setdefault(row.transfer, {})[row.block_type] = None
+        said = ", ".join(f"x{factor:g} ({', '.join(kinds)})" for factor, kinds in types.items())
+        return [f"rates moved to this model's width: {said}"] if said else []
 
 
 @dataclass(frozen=True, slots=True)
