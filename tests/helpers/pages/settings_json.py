@@ -7,12 +7,13 @@ import inspect
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import MISSING, Field, fields
 
 from ds_blockwise.blocks.auto_settings import AutoMultipliers
 from ds_blockwise.blocks.block_settings import Rule
 from ds_blockwise.blocks.defaults import DEFAULT_GRANULARITY, DEFAULT_LR_MULTIPLIERS, PUBLISHED_GRANULARITY
 from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, QKV_LAYOUT_MEANING, ROLE_MEANING, STORAGE_MEANING, Role
+from ds_blockwise.blocks.transfer import Transfer
 from ds_blockwise.measure.readings import TelemetrySettings
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.optimizers.registry import OPTIMIZERS, SCHEDULES
@@ -81,6 +82,13 @@ def page() -> str:
     lines += ["### `layout`", "", *table(("value", "order of rows"), _choices(QKV_LAYOUT_MEANING))]
     lines += ["### `storage`", "", *table(("value", "shape"), _choices(STORAGE_MEANING))]
     lines += ["## `lr_multipliers`: `auto`", "", *_text_of(AutoMultipliers)]
+    lines += [
+        "## `transfer`",
+        "",
+        "The exponents, and what was measured: [The width rule](../rates.md#the-width-rule).",
+        "",
+    ]
+    lines += _text_of(Transfer)
     lines += ["## `telemetry`", "", "What is measured: [Telemetry](../telemetry.md).", "", *_text_of(TelemetrySettings)]
     lines.append(_SCHEDULES)
     for name, schedule in SCHEDULES.items():
@@ -131,8 +139,14 @@ def _choices(meanings: dict[str, str]) -> Iterator[tuple[str, str]]:
 
 def _text_of(cls: type) -> list[str]:
     meanings = described(cls, "Attributes")
-    rows = ((f"`{f.name}`", _default(getattr(cls(), f.name)), sentence(meanings[f.name])) for f in fields(cls))
+    rows = ((f"`{f.name}`", _default_of(f), sentence(meanings[f.name])) for f in fields(cls))
     return table(("key", "default", "meaning"), rows)
+
+
+def _default_of(field: Field[object]) -> str:
+    if field.default_factory is not MISSING:
+        return _default(field.default_factory())
+    return "required" if field.default is MISSING else _default(field.default)
 
 
 def _default(value: object) -> str:
@@ -142,4 +156,5 @@ def _default(value: object) -> str:
 def _linked(text: str) -> str:
     """References to classes of the code become links to this page's sections."""
     text = re.sub(r"`[\w.]+\.AutoMultipliers`", "[`auto`](#lr_multipliers-auto)", text)
+    text = re.sub(r"`[\w.]+\.Transfer`", "[`transfer`](#transfer)", text)
     return re.sub(r"`[\w.]+\.TelemetrySettings`", "[`telemetry`](#telemetry)", text)
