@@ -8,13 +8,14 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from ds_blockwise.blocks.defaults import ADAMW_RATE, DEFAULT_PRESET
 from ds_blockwise.runs.plan import COMPUTE_EFFICIENCY, GPUS
 from ds_blockwise.runs.rates.scaling_rules import ScalingRule, TrainingSize, rule_for
 from ds_blockwise.values import suggest, unknown
 
 SAME_AS_ADAMW = ("BlockwiseAdamMini", "BlockwiseAdamW")
 """The optimizers whose base rate is AdamW's by default; for others no rule is known."""
-PAPER_UNIT = 1 / 8  # of AdamW's rate: that of the norms, which multiplies the paper's 10, 10, 8, 6, 4, 1
+PAPER_UNIT = 1 / ADAMW_RATE  # of AdamW's rate: that of the norms
 SMALL = 100_000_000  # parameters; below, our sweeps say that AdamW's rate is the best base
 AROUND, UPWARD = (0.5, 1.0, 2.0), (1.0, 2.0, 4.0, 8.0)
 LONGEST_WARMUP, WARMUP_SHARE = 2000, 0.2
@@ -108,7 +109,7 @@ def deepspeed_json(
             f"no published rule gives a rate for optimizer {optimizer!r}{suggest(optimizer, SAME_AS_ADAMW)} Allowed: "
             f"{', '.join(SAME_AS_ADAMW)}"
         )
-    params = {"lr": found.lr, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "lr_multipliers": "adamw_scale"}
+    params = {"lr": found.lr, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "lr_multipliers": DEFAULT_PRESET}
     schedule: dict[str, Any] = {"min_lr": found.min_lr}
     made = copy.deepcopy(DEFAULT_CONFIG if config is None else config)
     if config is None:

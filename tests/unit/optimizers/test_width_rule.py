@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from ds_blockwise import tag_parameters
-from ds_blockwise.checkpoint.record import differences, settings_of
+from ds_blockwise.checkpoint.record import settings_of
+from ds_blockwise.checkpoint.record_changes import differences
 from tests.helpers import models
 from tests.helpers.deepspeed.engine_cases import MODELS
 from tests.helpers.models import GradientPlan
