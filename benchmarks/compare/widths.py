@@ -71,7 +71,8 @@ def _sweep(width: int, rule: str, rows: list[Row], text: torch.Tensor, csv: Path
                 if all(key != (row["width"], row["rule"], row["lr"], row["seed"]) for row in rows):
                     rows.append(_trained(width, rule, lr, seed, text))
                     write_csv(csv, COLUMNS, rows)
-        best = best_of(rows, width, rule)
+        found = losses(rows, width, rule)  # of an earlier run perhaps, at more rates than these
+        best = min(rates, key=lambda lr: found[lr])
         if rates[0] < best < rates[-1] or grown == WIDEN:
             return
         rates = [rates[0] / 2, *rates] if best == rates[0] else [*rates, rates[-1] * 2]
