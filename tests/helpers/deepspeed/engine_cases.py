@@ -136,6 +136,7 @@ def settings_of(case: Case) -> dict[str, Any]:
             {"match": f"^{re.escape(name)}$", "lr_multiplier": multiplier}
             for name, multiplier in case.overrides.items()
         ],
+        "transfer": case.params.get("transfer"),
         "momentum_dtype": case.params.get("momentum_dtype", "fp32"),
         "backend": case.backend,
     }

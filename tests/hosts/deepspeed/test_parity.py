@@ -18,6 +18,7 @@ from tests.helpers.deepspeed.engine_cases import BACKENDS, Case, takes_long
 from tests.helpers.deepspeed.engine_checks import run_case
 from tests.helpers.distributed import Outcome, passes
 from tests.helpers.suites import Suite, notices_a_wrong_multiplier
+from tests.helpers.tables import oracle_names
 
 # Not imported here: a worker has to choose the accelerator before DeepSpeed looks for one.
 pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
@@ -141,8 +142,15 @@ def _parameters() -> Named:
 MULTIPLIERS = {"lr_multipliers": {"emb": 3, "output": 0, "qk": 2, "key": 5}}
 RULES = {"model.layers.1.mlp.up_proj.weight": 2.5, "model.layers.0.self_attn.v_proj.bias": 0.0}
 
+WIDTH_RULE = {"transfer": {"base_width": 48, "rule": "sqrt"}}  # the model's width is 12: matrices x4, embeddings x2
+MOVED = {block_type: oracle_names.MULTIPLIERS[block_type] * 4 for block_type in ("head", "qk", "ffn", "vo")}
+MOVED["emb"] = oracle_names.MULTIPLIERS["emb"] * 2
+
 
 def _settings() -> Named:
+    for optimizer, (stage, dp) in product(BOTH, ((2, 3), (3, 2))):
+        case = Case(optimizer, stage, model="llama", params=WIDTH_RULE, oracle_multipliers=MOVED)
+        yield _named("width_rule", dp, case)
     for optimizer, (stage, dp) in product(BOTH, ((1, 2), (2, 3), (3, 2))):
         case = Case(optimizer, stage, params=MULTIPLIERS, overrides=RULES)
         yield _named("multipliers", dp, case)
