@@ -16,7 +16,7 @@ from ds_blockwise.values import suggest, unknown
 SAME_AS_ADAMW = ("BlockwiseAdamMini", "BlockwiseAdamW")
 """The optimizers whose base rate is AdamW's by default; for others no rule is known."""
 PAPER_UNIT = 1 / ADAMW_RATE  # of AdamW's rate: that of the norms
-SMALL = 100_000_000  # parameters; below, our sweeps say that AdamW's rate is the best base
+SMALL = 100_000_000  # parameters; below, our sweeps found the best base rate at AdamW's
 AROUND, UPWARD = (0.5, 1.0, 2.0), (1.0, 2.0, 4.0, 8.0)
 LONGEST_WARMUP, WARMUP_SHARE = 2000, 0.2
 MIN_LR_SHARE = 1 / 20
