@@ -12,7 +12,7 @@ matrices of layers (qk, vo, ffn, other)      -1       -1
 norms, biases, every other vector             0        0
 ========================================  =======  ========
 
-``mup``: Adam's learning rates in the maximal update parametrization (arXiv 2203.03466, table 8; arXiv 2512.22382).
+``mup``: Adam's learning rates in the maximal update parametrization (arXiv 2203.03466 and 2512.22382).
 ``sqrt`` differs from it in the embedding: with a vocabulary much larger than the width its rate relative to the
 matrices' should grow as the root of the width, not as the width (arXiv 2506.15025). Only rates move. What those papers
 also change (initial weights, attention's scale, eps, weight decay) is left as the model has it.
