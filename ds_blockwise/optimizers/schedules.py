@@ -16,7 +16,7 @@ from typing import Protocol, TypedDict, runtime_checkable
 
 import torch
 
-from ds_blockwise.kernels.param_groups import set_lr
+from ds_blockwise.kernels.param_groups import set_lr, set_progress
 from ds_blockwise.values import as_count, number
 
 
@@ -121,6 +121,25 @@ class BlockwiseSchedule(ABC):
         lr_floor = floor * self.min_lr
         for group, peak in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             set_lr(group, factor * peak + lr_floor, lr_floor)
+            set_progress(group, self._progress(update))
+
+    @property
+    def progress(self) -> float:
+        """Fraction of the decay that is done at the next update.
+
+        0 through warm-up and a stable phase, then up in equal steps to 1 at ``total_num_steps``, whatever the shape;
+        a re-warming changes nothing of it. The optimizer finds it in its param groups
+        (`ds_blockwise.kernels.param_groups.progress_of`).
+        """
+        return self._progress(self.last_batch_iteration + 1)
+
+    def _progress(self, update: int) -> float:
+        begin = self._decay_begin()
+        return min(1.0, max(0.0, (update - begin) / (self.total_num_steps - begin)))
+
+    def _decay_begin(self) -> int:
+        """The last update with the full rate."""
+        return self.warmup_num_steps
 
     def get_lr(self) -> list[float]:
         """Base learning rate of each param group at the next update."""
@@ -240,3 +259,6 @@ class BlockwiseWSDLR(BlockwiseSchedule):
 
     def _shape(self, update: int) -> float:
         return min(1.0, (self.total_num_steps - update) / self.decay_num_steps)
+
+    def _decay_begin(self) -> int:
+        return self.total_num_steps - self.decay_num_steps

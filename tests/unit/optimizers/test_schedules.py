@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ds_blockwise import BlockwiseAdamW, BlockwiseCosineLR, BlockwiseLinearLR, BlockwiseWSDLR, tag_parameters
+from ds_blockwise.kernels.param_groups import progress_of
 
 PEAK, FLOOR, WARMUP, TOTAL = 1e-3, 5e-5, 4, 20
 
@@ -85,6 +86,35 @@ def test_a_resumed_schedule_continues_with_the_new_runs_settings():
         schedule.step(), resumed.step()
         assert schedule.get_last_lr() == resumed.get_last_lr() == resumed.get_lr()
         assert optimizer.param_groups[0]["lr_floor"] == again.param_groups[0]["lr_floor"]
+
+
+DECAY_BEGIN = {BlockwiseCosineLR: WARMUP, BlockwiseLinearLR: WARMUP, BlockwiseWSDLR: TOTAL - 5}
+
+
+@pytest.mark.parametrize("cls", SHAPES)
+def test_the_progress_goes_from_0_to_1_over_the_decay(cls):
+    """The optimizer reads it in its param groups; a schedule that is resumed sets it again."""
+    _, optimizer = make(peaks=(1e-3, 2e-4))
+    schedule = build(cls, optimizer)
+    for k in range(TOTAL + 3):
+        expected = min(1.0, max(0.0, (k - DECAY_BEGIN[cls]) / (TOTAL - DECAY_BEGIN[cls])))
+        found = [progress_of(group) for group in optimizer.param_groups]
+        assert [schedule.progress, *found] == pytest.approx([expected] * 3, rel=1e-15)
+        resumed = build(cls, make()[1])
+        resumed.load_state_dict(schedule.state_dict())
+        assert progress_of(resumed.optimizer.param_groups[0]) == found[0]
+        schedule.step()
+
+
+def test_the_progress_does_not_outlive_its_schedule():
+    """Of a rate that something else has set there is no progress; a group of another optimizer never had any."""
+    _, optimizer = make()
+    group = optimizer.param_groups[0]
+    assert progress_of(group) is None
+    build(BlockwiseCosineLR, optimizer)
+    assert progress_of(group) == 0.0
+    group["lr"] = 2e-4
+    assert progress_of(group) is None
 
 
 def test_the_floor_does_not_outlive_its_schedule():

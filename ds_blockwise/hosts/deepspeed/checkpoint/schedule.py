@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from ds_blockwise.hosts.deepspeed.engine import Engine, Schedule
+from ds_blockwise.kernels.param_groups import SCHEDULED
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.optimizers.schedules import BlockwiseSchedule
 from ds_blockwise.parallel.agree import first_error, is_first_rank
@@ -112,7 +113,7 @@ def _groups_of(engine: Engine) -> Sequence[MutableMapping[str, Any]]:
 
 
 def _rates(group: Mapping[str, object]) -> dict[str, object]:
-    return {key: group[key] for key in ("lr", "lr_floor") if key in group}
+    return {key: group[key] for key in SCHEDULED if key in group}
 
 
 def restore_groups(
