@@ -12,7 +12,7 @@ the end of the run. With x the part of the decay that is done:
 | infinite | cosine from 1 to ``constant_factor``, then constant | likewise |
 | table | none | the rows of a file |
 
-cosine: ``(1 + cos(pi x)) / 2``. linear: ``1 - x``. 1-sqrt: ``1 - sqrt(x)`` (arXiv 2405.18392, section 3.1). power:
+cosine: ``(1 + cos(pi x)) / 2``. linear: ``1 - x``. 1-sqrt: ``1 - sqrt(x)`` (arXiv 2405.18392). power:
 ``(1 - x) ** e``. exponential: ``(exp(-e x) - exp(-e)) / (1 - exp(-e))``, which with ``e = ln(constant / minimum)`` is
 the annealing of arXiv 2503.02844 and 2403.08763. inv-sqrt: Transformer's (arXiv 1706.03762, section 5.3).
 """

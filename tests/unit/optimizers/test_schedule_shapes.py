@@ -158,7 +158,7 @@ def test_a_small_fraction_is_one_update() -> None:
 
 
 def test_the_infinite_schedule_has_the_papers_rates() -> None:
-    """arXiv 2403.08763, section 5: from 3e-4 to 1.65e-4, constant, then exponentially to 3e-5."""
+    """arXiv 2403.08763: a cosine to the constant rate, then exponentially to the minimum; here 3e-4, 1.65e-4, 3e-5."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=3e-4)
     exponent = math.log(1.65 / 0.3)
     settings: Settings = {"cooldown_num_steps": 40, "decay_num_steps": 20, "decay_shape": "exponential"}
