@@ -110,6 +110,13 @@ def test_the_definition_on_norms_of_a_run_that_has_a_spike() -> None:
     assert table.factors == pytest.approx([value / max(eta) for value in eta], rel=1e-10, abs=1e-12)
 
 
+def test_the_running_median_mirrors_the_end_and_holds_the_start() -> None:
+    """By hand, width 3: (10, 11, 10) at the end, where a repeated last value would give 11; (1, 1, 2) at the start."""
+    values = [float(k) for k in range(1, 12)]
+    assert running_median(values, 0.3) == [*values[:10], 10.0]
+    assert running_median(values, 0.0) == values
+
+
 @pytest.mark.parametrize(
     ("norms", "tau", "words"),
     [
