@@ -63,6 +63,7 @@ def test_the_run_file_says_how_long_the_run_is(project: Path) -> None:
     assert run is not None
     config = compose(run, problems)
     assert config["optimizer"]["params"]["lr_multipliers"] == {
+        "preset": "paper",
         "auto": {"ramp": 0.4, "not_before": 1, "total_num_steps": 6},
         "head": 2,
     }
