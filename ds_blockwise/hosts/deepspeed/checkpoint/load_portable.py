@@ -8,7 +8,6 @@ before anything is changed. Checked with DeepSpeed 0.19.8.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from ds_blockwise.kernels.bindings import Binding
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.optimizers.registry import OPTIMIZERS
 from ds_blockwise.parallel.agree import first_error, is_first_rank
+from ds_blockwise.values import is_finite
 
 logger = logging.getLogger(__name__)
 
@@ -294,5 +294,5 @@ def _load_loss_scale(wrapper: Wrapper, saved: Mapping[str, object]) -> None:
     dynamic = own is not None and (getattr(own, "dynamic", False) or getattr(own, "dynamic_loss_scale", False))
     for name in LOSS_SCALE if dynamic else ():
         value = saved.get(name)
-        if hasattr(own, name) and isinstance(value, (int, float)) and math.isfinite(value):
+        if hasattr(own, name) and isinstance(value, (int, float)) and is_finite(value):
             setattr(own, name, value)
