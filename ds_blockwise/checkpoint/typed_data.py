@@ -60,7 +60,7 @@ def _misfits(value: object, expected: Any, where: str) -> Iterator[str]:
             yield _wrong(value, where, "a mapping")
             return
         for key, item in value.items():
-            if not isinstance(key, str):
+            if arguments[:1] != (Any,) and not isinstance(key, str):
                 yield _wrong(key, f"a key of {where}", "a string")
             elif arguments:
                 yield from _misfits(item, arguments[1], f"{where}[{key!r}]")
