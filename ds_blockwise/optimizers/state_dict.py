@@ -233,12 +233,17 @@ def like(
     """A copy of loaded values in the shape of a tensor, on its device or a given one.
 
     Raises:
-        ValueError: they have another number of elements.
+        ValueError: they have another number of elements, or as many in another shape (flat ones fit any).
     """
     if values.numel() != tensor.numel():
         raise ValueError(
             f"state {key!r} has {values.numel()} elements but its parameter has {tensor.numel()} (shape "
             f"{tuple(tensor.shape)}). The checkpoint is of another model or another partition."
+        )
+    if min(values.dim(), tensor.dim()) > 1 and values.shape != tensor.shape:
+        raise ValueError(
+            f"state {key!r} has the shape {tuple(values.shape)} but its parameter {tuple(tensor.shape)}: elements "
+            f"would go to other weights. The checkpoint is of another model, or of one whose weight was transposed."
         )
     return values.detach().to(device or tensor.device, dtype, copy=True).reshape(tensor.shape).contiguous()
 

@@ -27,8 +27,10 @@ pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs de
 NOBODY = 65534
 
 
-def refused_saves(context: RankContext, folder: Path) -> None:
-    """What one rank alone gives wrongly; and keys of DeepSpeed's own, by which a save lost weights or moments."""
+def refused_arguments(context: RankContext, folder: Path) -> None:
+    """Wrong on one rank alone; DeepSpeed's own keys, by which a save lost weights; a tag folder as ``load_dir``."""
+    from ds_blockwise.checkpoint.manifest import CheckpointError
+
     with engine(stage=1) as run:
         train(run, context, 0)
         run.engine.save_checkpoint(str(folder), tag="t")
@@ -44,8 +46,13 @@ def refused_saves(context: RankContext, folder: Path) -> None:
                 state: Any = given if context.rank in ranks else {"mine": 3}
                 text = raised(lambda: run.engine.save_checkpoint(str(folder), tag="t", client_state=state), ValueError)  # noqa: B023
                 assert words in text, text
-        where = "" if context.rank == 1 else str(folder)
-        assert "save_dir" in raised(lambda: run.engine.save_checkpoint(where, tag="t"), ValueError)
+        for wrong in ("", None, 5):
+            where: Any = wrong if context.rank == 1 else str(folder)
+            for act in (run.engine.save_checkpoint, run.engine.load_checkpoint):
+                text = raised(lambda: act(where, tag="t"), ValueError)  # noqa: B023
+                assert f"_dir must name a folder, got {wrong!r}" in text, text
+        text = raised(lambda: run.engine.load_checkpoint(str(folder / "t")), CheckpointError)
+        assert "is a checkpoint itself" in text and "tag='t'" in text, text
         context.barrier()
         assert tree(folder) == before
 
@@ -92,12 +99,12 @@ def forged_on_one_rank(context: RankContext, folder: Path) -> None:
 
     def forge(file: Any) -> None:
         paddings = file["optimizer_state_dict"]["param_alignment_paddings"]
-        file["optimizer_state_dict"]["param_alignment_paddings"] = [torch.ones(2)] * len(paddings)
+        file["optimizer_state_dict"]["param_alignment_paddings"] = [[torch.ones(2)] * len(each) for each in paddings]
 
     edit(context, folder, OPTIM, forge)
     with engine(stage=1) as run:
         train(run, context, 0)
-        refused(context, run, folder, ValueError, OPTIM, "param_alignment_paddings[0] must be a list")
+        refused(context, run, folder, ValueError, OPTIM, "param_alignment_paddings[0][0] must be an integer")
 
 
 OWN_ENTRIES: tuple[tuple[Any, str], ...] = (
@@ -154,7 +161,7 @@ def unreadable_latest(context: RankContext, folder: Path) -> None:
 
 CHECKS: dict[str, Callable[[RankContext, Path], None]] = {
     each.__name__: each
-    for each in (refused_saves, no_permission, forged_on_one_rank, own_entry, portable_entries, unreadable_latest)
+    for each in (refused_arguments, no_permission, forged_on_one_rank, own_entry, portable_entries, unreadable_latest)
 }
 
 

@@ -53,6 +53,21 @@ def test_parameters_in_another_order_are_refused(cls: Any, form: str) -> None:
 
 
 @BOTH
+def test_moments_of_a_transposed_weight_are_refused(cls: Any) -> None:
+    """As many elements, each of another weight."""
+    model = nn.ModuleDict({"one": nn.Linear(3, 5, bias=False)})
+    tag_parameters(model, rules=[{"match": ".", "role": "ffn"}])
+    optimizer = cls(model.parameters())
+    wrong = {"exp_avg": torch.zeros(3, 5), "exp_avg_sq": torch.zeros(3, 5), "step": 1}
+    saved = {"state": {0: wrong}, "param_groups": [{"params": [0]}]}
+    with pytest.raises(ValueError, match=r"state 'exp_avg' has the shape \(3, 5\) but its parameter \(5, 3\)"):
+        optimizer.load_state_dict(saved)
+    flat = {"exp_avg": torch.arange(15.0), "exp_avg_sq": torch.ones(15), "step": 1}
+    optimizer.load_state_dict(saved | {"state": {0: flat}})
+    assert torch.equal(optimizer.state[model["one"].weight]["exp_avg"], torch.arange(15.0).view(5, 3))
+
+
+@BOTH
 def test_parameters_of_a_wrapped_model_load_by_their_place(cls: Any) -> None:
     """A wrapper changes every name, and nothing else."""
     saved = trained(cls)

@@ -101,6 +101,7 @@ def load_checkpoint(
             tags differ, or the checkpoint was saved by another number of ranks, another ZeRO wrapper or precision, or
             is of another model, optimizer or schedule.
     """
+    folder = together(lambda: files.checkpoints_folder("load_dir", load_dir))
     agreed = agreed_tag(tag)
     if load_module_only and isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
         load_optimizer_states = False  # else DeepSpeed loads nothing at all there: the weights are in the ZeRO files
@@ -115,9 +116,9 @@ def load_checkpoint(
     latest = files.LATEST_UNIVERSAL if universal else files.LATEST
 
     def one_version() -> Loaded:
-        checkpoint = _find(engine, Path(load_dir), agreed, latest)
+        checkpoint = _find(engine, folder, agreed, latest)
         if checkpoint is None:
-            return _nothing(Path(load_dir), universal=universal)
+            return _nothing(folder, universal=universal)
         loaded = _load_found(engine, checkpoint, options, universal=universal)
         check_not_replaced(engine, checkpoint)
         return loaded

@@ -125,8 +125,7 @@ def save_checkpoint(
 
 def _checked_state(save_dir: str | Path, client_state: object) -> dict[Any, object]:
     """A copy of the client state, without keys by which it would replace what DeepSpeed saves."""
-    if not save_dir:
-        raise ValueError(f"save_dir must name a folder, got {save_dir!r}")
+    files.checkpoints_folder("save_dir", save_dir)
     if not isinstance(client_state, Mapping | None):
         raise ValueError(f"client_state must be a mapping, got a {type(client_state).__name__}")
     state = dict(client_state or {})
