@@ -8,7 +8,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup train finetune compare test test-quick support test-slow test-faults test-hosts test-gpu test-asan reliability checkpoint-matrix docs lint clean bench bench-kernels bench-gpu bench-communication bench-end-to-end bench-data
+.PHONY: setup train finetune compare compare-same-lr test test-quick support test-slow test-faults test-hosts test-gpu test-asan reliability checkpoint-matrix docs lint clean bench bench-kernels bench-gpu bench-communication bench-end-to-end bench-data
 
 setup: $(STAMP)
 
@@ -28,9 +28,9 @@ finetune: setup
 	$(BIN)/python launch/prepare_data.py --run configs/run/tiny.yaml
 	test -f runs/finetune/base/summary.json || $(BIN)/deepspeed --num_gpus 2 launch/finetune_hf.py $(FINETUNE) \
 		--model configs/model/tiny.yaml --tokenizer data/tiny/tokenizer.json --source stdlib \
-		--learning_rate 5e-4 --max_steps 300 --output_dir runs/finetune/base
+		--learning_rate 4e-3 --max_steps 300 --output_dir runs/finetune/base
 	$(BIN)/deepspeed --num_gpus 2 launch/finetune_hf.py $(FINETUNE) \
-		--model runs/finetune/base --source pydoc --learning_rate 2e-4 --max_steps 100 --output_dir runs/finetune/tuned $(ARGS)
+		--model runs/finetune/base --source pydoc --learning_rate 1.6e-3 --max_steps 100 --output_dir runs/finetune/tuned $(ARGS)
 
 # Six optimizers, each with its own sweep, seeds and ablations; goes on where it was stopped. QUICK=1: 15 minutes.
 # PLAN=warmup: three of them with a longer warm-up, PLAN=5m: with a larger model, in bf16; each about an hour.
@@ -38,6 +38,11 @@ compare: RUN = configs/run/compare$(if $(PLAN),_$(PLAN)).yaml
 compare: setup
 	$(BIN)/python launch/prepare_data.py --run $(RUN)
 	$(BIN)/python -m benchmarks.compare.run --run $(RUN) $(if $(QUICK),--quick) $(ARGS)
+
+# An AdamW JSON with only its type changed, at three rates around AdamW's best: 22 runs beside those of the comparison.
+compare-same-lr: setup
+	$(BIN)/python launch/prepare_data.py --run configs/run/compare.yaml
+	$(BIN)/python -m benchmarks.compare.same_rate $(ARGS)
 
 bench: bench-kernels bench-communication bench-end-to-end
 
