@@ -132,6 +132,8 @@ def _parameters() -> Named:
     yield _named("two_groups", 3, Case("adamw", 1, "fp32", groups="mixed"))
     for stage, dp in product(STAGES, (2, 3)):
         yield _named("empty_shards", dp, Case("mini", stage, "bf16", "slim", groups="vector"))
+    for stage, dp in ((0, 2), (1, 3), (2, 2), (3, 3)):
+        yield _named("groups_tied", dp, Case("mini", stage, model="nano", groups="tied"))
     for tag, case in _wrappers(frozen=("embed_tokens", "layers.1.self_attn.q_proj")):
         yield _named(f"{tag}frozen", 2, case)
     absent = ("model.layers.0.self_attn.k_proj.weight", "model.layers.1.mlp.up_proj.weight")
