@@ -67,6 +67,7 @@ class TensorStructure:
         fused_parts: equal parts of the block axis that are matrices of their own: 2 for a fused gate and up.
         other_names: further names that the user's rules may match: those of a tied weight, those of the module tree
             behind a host's own.
+        width: of the residual stream that a matrix reads or writes (`transfer`); None if it is not known.
     """
 
     fqn: str
@@ -79,6 +80,7 @@ class TensorStructure:
     # not compared: no part of what a checkpoint says of a parameter
     is_factor: bool = field(default=False, compare=False)
     fused_parts: int = field(default=1, compare=False)
+    width: int | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         at = 0
@@ -97,6 +99,11 @@ class TensorStructure:
     def axis_size(self) -> int:
         """Length of the block axis (1 for a scalar)."""
         return self.stored_shape[self.axis] if self.shape else 1
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether it is no matrix: a norm, a bias, one number for each row."""
+        return self.is_bias or self.numel_per_row == 1
 
     @property
     def stored_shape(self) -> tuple[int, ...]:

@@ -151,6 +151,8 @@ def settings_of(optimizer: Recorded) -> Settings:
     }
     if optimizer.own_settings:
         settings["own"] = {name: getattr(optimizer, name) for name in optimizer.own_settings}
+    if given.transfer is not None:
+        settings["transfer"] = asdict(given.transfer)
     if (run := optimizer.run_state()) is not None:
         settings["run"] = run
     return settings

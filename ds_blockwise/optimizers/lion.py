@@ -71,6 +71,8 @@ class BlockwiseLion(BlockwiseOptimizer):
         weight_decay_multipliers: likewise; default 1.
         granularity: accepted so that one JSON serves all optimizers; there are no second moments.
         rules: list of ``{"match": regex, "role" | "lr_multiplier" | ...}`` for single parameters.
+        transfer: ``{"base_width": 256}``: rates that were tuned at that width move to this model's; see
+            `ds_blockwise.blocks.transfer.Transfer`. Default: off.
         momentum_dtype: ``"fp32"`` or ``"bf16"``: storage of ``exp_avg``. Arithmetic is fp32 (fp64 for fp64 parameters).
         backend: ``"auto"`` or ``"reference"``; both are torch's operations.
         checkpoint_format: accepted so that one JSON serves all optimizers; there are no second moments.
@@ -100,6 +102,7 @@ class BlockwiseLion(BlockwiseOptimizer):
         weight_decay_multipliers: object = None,
         granularity: object = None,
         rules: object = None,
+        transfer: object = None,
         momentum_dtype: MomentumDtype = "fp32",
         backend: str = "auto",
         checkpoint_format: CheckpointFormat = "expanded",
@@ -120,6 +123,7 @@ class BlockwiseLion(BlockwiseOptimizer):
             weight_decay_multipliers=weight_decay_multipliers,
             granularity=granularity,
             rules=rules,
+            transfer=transfer,
             momentum_dtype=momentum_dtype,
             backend=backend,
             checkpoint_format=checkpoint_format,

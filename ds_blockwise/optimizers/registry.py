@@ -11,10 +11,10 @@ from ds_blockwise.optimizers.adamw import BlockwiseAdamW
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.optimizers.lion import BlockwiseLion
 from ds_blockwise.optimizers.muon.optimizer import BlockwiseMuon
-from ds_blockwise.optimizers.schedules import (
+from ds_blockwise.optimizers.schedules.schedule import (
     BlockwiseCosineLR,
     BlockwiseLinearLR,
-    BlockwiseSchedule,
+    BlockwiseLR,
     BlockwiseWSDLR,
 )
 
@@ -22,6 +22,6 @@ OPTIMIZERS: dict[str, type[BlockwiseOptimizer]] = {
     cls.__name__: cls for cls in (BlockwiseAdamW, BlockwiseAdamMini, BlockwiseLion, BlockwiseMuon)
 }
 
-SCHEDULES: dict[str, type[BlockwiseSchedule]] = {
-    cls.__name__: cls for cls in (BlockwiseCosineLR, BlockwiseWSDLR, BlockwiseLinearLR)
+SCHEDULES: dict[str, type[BlockwiseLR]] = {
+    cls.__name__: cls for cls in (BlockwiseLR, BlockwiseCosineLR, BlockwiseWSDLR, BlockwiseLinearLR)
 }

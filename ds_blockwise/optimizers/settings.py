@@ -24,13 +24,15 @@ OPTIMIZER_KEYS = (
     "weight_decay_multipliers",
     "granularity",
     "rules",
+    "transfer",
     "momentum_dtype",
     "backend",
     "checkpoint_format",
     "telemetry",
 )
 
-BLOCK_KEYS = ("lr_multipliers", "weight_decay_multipliers", "granularity", "rules")  # those of `BlockSettings`
+# those of `BlockSettings`
+BLOCK_KEYS = ("lr_multipliers", "weight_decay_multipliers", "granularity", "rules", "transfer")
 
 # Keys that DeepSpeed's own AdamW takes in the JSON; accepted at the one value that says what we do anyway, so that only
 # "type" has to change in an existing file.

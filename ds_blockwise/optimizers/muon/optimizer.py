@@ -58,6 +58,7 @@ class BlockwiseMuon(BlockwiseOptimizer):
         weight_decay_multipliers: likewise; default 1.
         granularity: as for `BlockwiseAdamMini`, of what is not orthogonalised. A matrix has one value for each row.
         rules: list of ``{"match": regex, "role" | "lr_multiplier" | "orthogonalize" | ...}`` for single parameters.
+        transfer: refused: its exponents are those of Adam's updates. ``scale="mup"`` moves matrices over widths.
         momentum_dtype: ``"fp32"`` or ``"bf16"``: storage of ``exp_avg``. Arithmetic is fp32 (fp64 for fp64 parameters).
         backend: what steps the part of Adam-mini, see `BlockwiseAdamMini`; matrices are torch's products on any device.
         checkpoint_format: see `BlockwiseAdamMini`.
@@ -98,6 +99,7 @@ class BlockwiseMuon(BlockwiseOptimizer):
         weight_decay_multipliers: object = None,
         granularity: object = None,
         rules: object = None,
+        transfer: object = None,
         momentum_dtype: MomentumDtype = "fp32",
         backend: str = "auto",
         checkpoint_format: CheckpointFormat = "expanded",
@@ -127,6 +129,7 @@ class BlockwiseMuon(BlockwiseOptimizer):
             weight_decay_multipliers=weight_decay_multipliers,
             granularity=granularity,
             rules=rules,
+            transfer=transfer,
             momentum_dtype=momentum_dtype,
             backend=backend,
             checkpoint_format=checkpoint_format,
@@ -152,6 +155,11 @@ class BlockwiseMuon(BlockwiseOptimizer):
 
     def completed(self, settings: BlockSettings) -> BlockSettings:
         """Settings with what this optimizer orthogonalises, and its own preset of multipliers where none is given."""
+        if settings.transfer is not None:
+            raise ValueError(
+                "BlockwiseMuon does not take transfer: its exponents are those of Adam's updates. Remove it; "
+                '"scale": "mup" moves the rates of matrices over widths.'
+            )
         preset = "uniform" if settings.preset == DEFAULT_PRESET else settings.preset
         return replace(settings, preset=preset, orthogonalize=self.orthogonalize)
 

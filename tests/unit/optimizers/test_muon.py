@@ -288,6 +288,7 @@ def test_state_of_another_kind_is_refused() -> None:
         ({"orthogonalize": {"ffn": "head"}}, '"head" is for query, key and value weights'),
         ({"orthogonalize": {"ff": "role"}}, "ffn"),
         ({"scale": "rsm"}, "rms"),
+        ({"transfer": {"base_width": 8}}, "BlockwiseMuon does not take transfer"),
         ({"coefficients": "cubic"}, "quintic"),
         ({"momentum": 1.0}, "momentum"),
         ({"telemetry": {"interval": 2}}, "BlockwiseMuon does not support telemetry yet"),
