@@ -58,6 +58,8 @@ def convert_(
     weight_decay_multipliers: object = None,
     granularity: object = None,
     rules: object = None,
+    betas_by_type: object = None,
+    cautious_weight_decay: bool = False,
     momentum_dtype: MomentumDtype = "fp32",
     backend: str = "auto",
     telemetry: object = None,
@@ -82,6 +84,8 @@ def convert_(
         weight_decay_multipliers: per block type or role.
         granularity: per block type, role or ``"bias"``.
         rules: list of ``{"match": regex, ...}``; each must match a parameter of some pipeline stage.
+        betas_by_type: pairs of betas, per block type or role.
+        cautious_weight_decay: weight decay only where it agrees with the update.
         momentum_dtype: ``"fp32"`` or ``"bf16"``.
         backend: ``"auto"``, ``"cpp"``, ``"triton"`` or ``"reference"``.
         telemetry: see `measure.readings.TelemetrySettings`. Readings go to ``on_telemetry`` of each wrapper's
@@ -108,6 +112,8 @@ def convert_(
             weight_decay_multipliers=weight_decay_multipliers,
             granularity=granularity,
             rules=rules,
+            betas_by_type=betas_by_type,
+            cautious_weight_decay=cautious_weight_decay,
             momentum_dtype=momentum_dtype,
             backend=backend,
             telemetry=telemetry,
@@ -117,7 +123,9 @@ def convert_(
             check_settings(wrapper)
             check_version(wrapper)
         models = [chunks.unwrapped(chunk) for chunk in wrapped]
-        block_settings = BlockSettings.parse(lr_multipliers, weight_decay_multipliers, granularity, rules)
+        block_settings = BlockSettings.parse(
+            lr_multipliers, weight_decay_multipliers, granularity, rules, betas_by_type
+        )
         matched = rules_matched(chunks.names_in(models), block_settings)
     check_rules(matched, block_settings, "Layers are numbered from 0 in every stage.")
     with _together():

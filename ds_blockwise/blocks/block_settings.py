@@ -25,9 +25,18 @@ from ds_blockwise.blocks.defaults import (
 )
 from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, BLOCK_TYPES, QKV_LAYOUTS, STORAGES, QKVLayout, Role, Storage
 from ds_blockwise.blocks.rule_needed import RuleNeeded
+from ds_blockwise.blocks.update_settings import (
+    Betas,
+    LRMultiplier,
+    MovingMultiplier,
+    UpdateSettings,
+    as_betas,
+    as_lr_multiplier,
+)
 from ds_blockwise.values import as_count, as_mapping, as_multiplier, check_keys, if_given, suggest, unknown
 
 _Setting = TypeVar("_Setting")
+_Default = TypeVar("_Default")
 _ROLE_NAMES = tuple(role.value for role in Role)
 _SETTING_KEYS = tuple(dict.fromkeys((*BLOCK_TYPES, *_ROLE_NAMES)))
 _RULE_KEYS = (
@@ -39,6 +48,7 @@ _RULE_KEYS = (
     "storage",
     "lr_multiplier",
     "weight_decay_multiplier",
+    "betas",
     "granularity",
 )
 _OPTIONAL = "optional"
@@ -67,8 +77,9 @@ class Rule:
         qkv_layout: QKV layout of a fused weight; ``role`` is None then.
         num_heads: query heads, or the heads of the one role.
         num_kv_heads: key and value heads of a fused weight.
-        lr_multiplier: factor on the learning rate.
+        lr_multiplier: factor on the learning rate; ``{"start": 1.0, "end": 0.25}`` moves it over the schedule's decay.
         weight_decay_multiplier: factor on the weight decay.
+        betas: decay rates of the two moments; null for the param group's.
         granularity: size of a block.
         storage: how the matrix is stored.
         optional: the rule may match nothing, because engines of several models share the settings.
@@ -79,8 +90,9 @@ class Rule:
     qkv_layout: QKVLayout | None = None
     num_heads: int | None = None
     num_kv_heads: int | None = None
-    lr_multiplier: float | None = None
+    lr_multiplier: LRMultiplier | None = None
     weight_decay_multiplier: float | None = None
+    betas: Betas | None = None
     granularity: Granularity | None = None
     storage: Storage | None = None
     optional: bool = False
@@ -123,10 +135,11 @@ def _parse_rule(index: int, value: object) -> Rule:
         qkv_layout=layout,
         num_heads=if_given(as_count, f"{name}.num_heads", raw.get("num_heads")),
         num_kv_heads=if_given(as_count, f"{name}.num_kv_heads", raw.get("num_kv_heads")),
-        lr_multiplier=if_given(as_multiplier, f"{name}.lr_multiplier", raw.get("lr_multiplier")),
+        lr_multiplier=if_given(as_lr_multiplier, f"{name}.lr_multiplier", raw.get("lr_multiplier")),
         weight_decay_multiplier=if_given(
             as_multiplier, f"{name}.weight_decay_multiplier", raw.get("weight_decay_multiplier")
         ),
+        betas=if_given(as_betas, f"{name}.betas", raw.get("betas")),
         granularity=if_given(_granularity, f"{name}.granularity", raw.get("granularity")),
         storage=storage,
         optional=optional,
@@ -138,6 +151,14 @@ def _parse_rule(index: int, value: object) -> Rule:
 
 def _parse_multipliers(name: str, value: object) -> dict[str, float]:
     return {k: as_multiplier(f"{name}[{k!r}]", v) for k, v in _checked(name, value).items()}
+
+
+def _parse_lr_multipliers(value: object) -> dict[str, LRMultiplier]:
+    return {k: as_lr_multiplier(f"lr_multipliers[{k!r}]", v) for k, v in _checked("lr_multipliers", value).items()}
+
+
+def _parse_betas(value: object) -> dict[str, Betas]:
+    return {k: as_betas(f"betas_by_type[{k!r}]", v) for k, v in _checked("betas_by_type", value).items()}
 
 
 def _parse_granularity(value: object) -> dict[str, Granularity]:
@@ -155,8 +176,7 @@ def _parse_granularity(value: object) -> dict[str, Granularity]:
 class Resolved:
     """The settings of one role in one parameter."""
 
-    lr_multiplier: float
-    weight_decay_multiplier: float
+    update: UpdateSettings
     granularity: Granularity
 
 
@@ -165,18 +185,21 @@ class BlockSettings:
     """The user's settings: they give each role its multipliers and block size. Equal if they set the same.
 
     Attributes:
-        lr_multipliers: factors on the learning rate by block type or role; a role wins over its block type.
+        lr_multipliers: factors on the learning rate by block type or role, some of them moving over the run; a role
+            wins over its block type.
         weight_decay_multipliers: factors on the weight decay, by the same keys.
         granularity: block sizes, by the same keys or ``bias``.
-        rules: rules for single parameters; they win over the three maps.
+        rules: rules for single parameters; they win over the maps.
         auto: how multipliers are measured; None if they are fixed.
+        betas_by_type: decay rates of the moments, by the keys of the multipliers.
     """
 
-    lr_multipliers: dict[str, float] = field(default_factory=dict)
+    lr_multipliers: dict[str, LRMultiplier] = field(default_factory=dict)
     weight_decay_multipliers: dict[str, float] = field(default_factory=dict)
     granularity: dict[str, Granularity] = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
     auto: AutoMultipliers | None = None
+    betas_by_type: dict[str, Betas] = field(default_factory=dict)
 
     @classmethod
     def parse(
@@ -185,6 +208,7 @@ class BlockSettings:
         weight_decay_multipliers: object = None,
         granularity: object = None,
         rules: object = None,
+        betas_by_type: object = None,
     ) -> BlockSettings:
         """Check raw settings (a JSON's dicts and lists) and freeze them; None means the defaults.
 
@@ -196,7 +220,7 @@ class BlockSettings:
             TypeError: a value of the wrong type.
         """
         auto, lr_multipliers = parse_auto(lr_multipliers)
-        of_lr = _parse_multipliers("lr_multipliers", lr_multipliers)
+        of_lr = _parse_lr_multipliers(lr_multipliers)
         of_weight_decay = _parse_multipliers("weight_decay_multipliers", weight_decay_multipliers)
         sizes = _parse_granularity(granularity)
         if rules is None:
@@ -204,12 +228,18 @@ class BlockSettings:
         if isinstance(rules, (str, Mapping)) or not isinstance(rules, Iterable):
             raise TypeError(f'rules must be a list of {{"match": ..., ...}}, got {rules!r}')
         parsed = tuple(_parse_rule(index, rule) for index, rule in enumerate(rules))
-        return cls(of_lr, of_weight_decay, sizes, parsed, auto)
+        return cls(of_lr, of_weight_decay, sizes, parsed, auto, _parse_betas(betas_by_type))
 
     @property
     def is_default(self) -> bool:
         """True if the user set nothing."""
         return self == BlockSettings()
+
+    @property
+    def moves(self) -> bool:
+        """Whether a multiplier changes over the run."""
+        given = (*self.lr_multipliers.values(), *(rule.lr_multiplier for rule in self.rules))
+        return any(isinstance(multiplier, MovingMultiplier) for multiplier in given)
 
     def with_lr_multipliers(self, multipliers: Mapping[str, object]) -> BlockSettings:
         """These settings with some multipliers replaced; rules keep theirs.
@@ -273,7 +303,7 @@ class BlockSettings:
         rule = self.rule_for(fqn, *other_names) or Rule(match="")
         block_type = BLOCK_TYPE_OF[role]
 
-        def pick(own: _Setting | None, chosen: Mapping[str, _Setting], default: _Setting) -> _Setting:
+        def pick(own: _Setting | None, chosen: Mapping[str, _Setting], default: _Default) -> _Setting | _Default:
             if own is not None:
                 return own
             return chosen.get(role.value, chosen.get(block_type, default))
@@ -290,8 +320,9 @@ class BlockSettings:
                 fqn,
             )
         unset = DEFAULT_LR_MULTIPLIERS[block_type] if self.auto is None else 1.0  # nothing is measured yet
-        return Resolved(
-            lr_multiplier=pick(rule.lr_multiplier, self.lr_multipliers, unset),
-            weight_decay_multiplier=pick(rule.weight_decay_multiplier, self.weight_decay_multipliers, 1.0),
-            granularity=granularity,
+        update = UpdateSettings.of(
+            pick(rule.lr_multiplier, self.lr_multipliers, unset),
+            pick(rule.weight_decay_multiplier, self.weight_decay_multipliers, 1.0),
+            pick(rule.betas, self.betas_by_type, None),
         )
+        return Resolved(update, granularity)

@@ -24,8 +24,13 @@ class BlockwiseAdamW(BlockwiseOptimizer):
         weight_decay: decoupled, multiplied by the block's learning rate.
         lr_multipliers: per block type (``emb head qk ffn vo norm other``) or role; defaults 10, 10, 8, 6, 4, 1, 1.
             ``"auto"``, or a key ``"auto"``, measures them: see `ds_blockwise.blocks.auto_settings.AutoMultipliers`.
-        weight_decay_multipliers: likewise; default 1.
+            ``{"norm": {"start": 1.0, "end": 0.25}}`` moves one over the decay of a schedule of ours (arXiv 2507.03526).
+        weight_decay_multipliers: per block type or role; default 1.
         granularity: accepted so that one JSON serves both optimizers; second moments are element-wise.
+        betas_by_type: pairs of betas per block type or role, null for the one of ``betas``:
+            ``{"norm": [0.9, 0.99], "emb": [null, 0.99]}``.
+        cautious_weight_decay: decay only those elements that the update does not move away from zero (arXiv
+            2510.12402, algorithm 1). Default: false.
         rules: list of ``{"match": regex, "role" | "lr_multiplier" | ...}`` for single parameters.
         momentum_dtype: ``"fp32"`` or ``"bf16"``: storage of ``exp_avg``. Arithmetic is fp32 (fp64 for fp64 parameters).
         backend: ``"auto"`` (C++ for CPU tensors, Triton for CUDA), ``"cpp"``, ``"triton"`` or ``"reference"``.

@@ -9,7 +9,7 @@ counts come from a rule, the module or its config; ``head_dim`` is never compute
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -54,6 +54,7 @@ def tag_parameters(
     rules: Iterable[Mapping[str, object]] | None = None,
     granularity: Mapping[str, str] | str | None = None,
     weight_decay_multipliers: Mapping[str, float] | None = None,
+    betas_by_type: Mapping[str, Sequence[float | None]] | None = None,
 ) -> BlockReport:
     """Find out what each trainable parameter is and set ``param.block_spec`` (and ``param.block_shard``) on it.
 
@@ -70,6 +71,7 @@ def tag_parameters(
             ``"optional": True``.
         granularity: per block type, role or ``"bias"``; or ``"published"``, see `BlockwiseAdamMini`.
         weight_decay_multipliers: per block type or role.
+        betas_by_type: per block type or role, pairs of betas; see `BlockwiseAdamW`.
 
     Returns:
         A report: per parameter its roles, multipliers, blocks and state bytes; ``print`` it.
@@ -78,7 +80,7 @@ def tag_parameters(
         ValueError: a parameter that no rule or several rules match, rows that do not divide into heads, a rule that
             matches nothing, a setting outside its range.
     """
-    settings = BlockSettings.parse(lr_multipliers, weight_decay_multipliers, granularity, rules)
+    settings = BlockSettings.parse(lr_multipliers, weight_decay_multipliers, granularity, rules, betas_by_type)
     tag_with_settings(model, settings, place="python")
     return block_report(model)
 

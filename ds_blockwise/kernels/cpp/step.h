@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The update of consecutive elements, and of a plan's segments. AdamW: arXiv 1711.05101, algorithm 2; one second moment
-// per block: arXiv 2406.16793, algorithm 1; a learning rate per block: arXiv 2502.19002, section 5.
+// per block: arXiv 2406.16793, algorithm 1; a learning rate per block: arXiv 2502.19002, section 5; cautious weight decay:
+// arXiv 2510.12402, algorithm 1.
 #pragma once
 
 #include <cmath>
@@ -11,7 +12,7 @@
 namespace blockwise {
 
 struct Scalars {
-  double lr, lr_floor, beta1, beta2, eps, weight_decay, bias_correction1, bias_correction2;
+  double lr, lr_floor, beta1, beta2, eps, weight_decay, bias_correction1, bias_correction2, progress, step, cautious;
 };
 
 // One tensor in one step; P, G, M, W: dtypes of param, grad, exp_avg, and of arithmetic and exp_avg_sq.
@@ -30,12 +31,18 @@ struct Tensors {
 template <class W>
 struct Factors {
   W keep, decay, size;  // m += keep * (g - m); p *= decay; p -= size * m / denominator
+  W beta2, keep2, root;  // v = beta2 * v + keep2 * g^2; denominator = sqrt(v) * root + eps
 
-  Factors(const Run& run, const Scalars& s) {
-    const double lr = run.lr_multiplier * (s.lr - s.lr_floor) + s.lr_floor;
-    keep = W(1 - s.beta1);
+  Factors(const Run& run, const Scalars& s, W root_of_tensor) {
+    const double multiplier = run.lr_multiplier + run.lr_multiplier_change * s.progress;
+    const double lr = multiplier * (s.lr - s.lr_floor) + s.lr_floor;
+    const double beta1 = run.beta1_or(s.beta1), own_beta2 = run.beta2_or(s.beta2);
+    keep = W(1 - beta1);
     decay = W(1 - lr * s.weight_decay * run.weight_decay_multiplier);
-    size = W(lr / s.bias_correction1);
+    size = W(lr / (std::isnan(run.beta1) ? s.bias_correction1 : 1 - std::pow(beta1, s.step)));
+    beta2 = W(own_beta2);
+    keep2 = W(1 - own_beta2);
+    root = std::isnan(run.beta2) ? root_of_tensor : W(1 / std::sqrt(1 - std::pow(own_beta2, s.step)));
   }
 };
 
@@ -81,47 +88,63 @@ class Step {
   }
 
   // v = beta2 * v + (1 - beta2) * mean; the mean is rounded first, as the reference does
-  void complete(int64_t slot, double sum) const {
+  void complete(int64_t slot, double sum, int32_t run) const {
     const W mean = W(sum / plan_.slot_numel[slot]);
+    const double beta2 = plan_.runs[run].beta2_or(s_.beta2);
     W& v = t_.exp_avg_sq[slot];
-    v = W(s_.beta2) * v + W(1 - s_.beta2) * mean;
+    v = W(beta2) * v + W(1 - beta2) * mean;
   }
 
   void fill(const Stripe& stripe) const {
-    const Factors<W> f(plan_.runs[stripe.run], s_);
+    const Factors<W> f(plan_.runs[stripe.run], s_, root_);
     for (int64_t c = 0; c < stripe.columns; ++c)
       plan_.column_scale[stripe.first + c] = scale(f, stripe.slot + c / stripe.numel);
   }
 
   void update(const Segment& segment) const {
-    const Factors<W> f(plan_.runs[segment.run], s_);
+    if (s_.cautious != 0)
+      update_as<true>(segment);
+    else
+      update_as<false>(segment);
+  }
+
+ private:
+  // kCautious: weight decay only of elements that the update moves towards zero, or not at all
+  template <bool kCautious>
+  void update_as(const Segment& segment) const {
+    const Factors<W> f(plan_.runs[segment.run], s_, root_);
     const bool copies = t_.copy != nullptr;
     switch (segment.kind) {
       case Kind::elements:
-        elements(f, segment.start, segment.numel, t_.exp_avg_sq + segment.slot);
+        elements<kCautious>(f, segment.start, segment.numel, t_.exp_avg_sq + segment.slot);
         break;
       case Kind::columns:
-        columns(f, segment.start, segment.numel, plan_.column_scale.data() + segment.slot);
+        columns<kCautious>(f, segment.start, segment.numel, plan_.column_scale.data() + segment.slot);
         break;
       case Kind::blocks:
-        blocks(f, segment);
+        blocks<kCautious>(f, segment);
         break;
       case Kind::given:
         for (int64_t i = 0; i < segment.count; ++i)
-          block(f, segment.start + i * segment.numel, segment.numel, W(scale(f, segment.slot + i)));
+          block<kCautious>(f, segment.start + i * segment.numel, segment.numel, W(scale(f, segment.slot + i)));
         break;
     }
     if (copies) copy(segment.start, segment.count * segment.numel);
   }
 
- private:
   // lr / bias_correction1 / (sqrt(v / bias_correction2) + eps): one division per block instead of one per element
   double scale(const Factors<W>& f, int64_t slot) const {
-    const W denominator = std::sqrt(t_.exp_avg_sq[slot]) * root_ + W(s_.eps);
+    const W denominator = std::sqrt(t_.exp_avg_sq[slot]) * f.root + W(s_.eps);
     return double(f.size) / double(denominator);
   }
 
-  template <class S>
+  template <bool kCautious>
+  static W decayed(W p, W m, W decay) {
+    if constexpr (kCautious) return (m < 0 && p > 0) || (m > 0 && p < 0) ? p : p * decay;
+    return p * decay;
+  }
+
+  template <bool kCautious, class S>
   void apply(const Factors<W>& f, int64_t start, int64_t n, S&& scale_of) const {
     P* __restrict__ p = t_.param + start;
     const G* __restrict__ g = t_.grad + start;
@@ -132,35 +155,39 @@ class Step {
       const W old = W(load(m[k]));
       const W now = old + keep * (W(load(g[k])) - old);
       store(m[k], now);
-      store(p[k], W(load(p[k])) * decay - scale_of(k) * now);
+      store(p[k], decayed<kCautious>(W(load(p[k])), now, decay) - scale_of(k) * now);
     }
   }
 
+  template <bool kCautious>
   void block(const Factors<W>& f, int64_t start, int64_t n, W scale) const {
-    apply(f, start, n, [scale](int64_t) { return scale; });
+    apply<kCautious>(f, start, n, [scale](int64_t) { return scale; });
   }
 
+  template <bool kCautious>
   void columns(const Factors<W>& f, int64_t start, int64_t n, const double* __restrict__ scales) const {
-    apply(f, start, n, [scales](int64_t k) { return W(scales[k]); });
+    apply<kCautious>(f, start, n, [scales](int64_t k) { return W(scales[k]); });
   }
 
   // Updates a block while it sums the next one, so that parameters, state and gradients stream from memory all the
   // time, as in a kernel that needs no sums; summing and updating in turn was measured 10% slower.
+  template <bool kCautious>
   void blocks(const Factors<W>& f, const Segment& segment) const {
     const int64_t n = segment.numel;
     double sum = 0;
     for (int64_t k = 0; k < n; k += kPiece) sum += sum_squares(t_.grad + segment.start + k, std::min(kPiece, n - k));
     for (int64_t i = 0; i < segment.count; ++i) {
       const int64_t start = segment.start + i * n, slot = segment.slot + i;
-      complete(slot, sum);
+      complete(slot, sum, segment.run);
       const W factor = W(scale(f, slot));
       if (i + 1 == segment.count)
-        block(f, start, n, factor);
+        block<kCautious>(f, start, n, factor);
       else
-        sum = block_and_next_sum(f, start, n, factor);
+        sum = block_and_next_sum<kCautious>(f, start, n, factor);
     }
   }
 
+  template <bool kCautious>
   double block_and_next_sum(const Factors<W>& f, int64_t start, int64_t n, W scale) const {
     constexpr int64_t lanes = SquareSum::lanes;
     const G* next = t_.grad + start + n;
@@ -173,21 +200,22 @@ class Step {
         ask_for(next + k + kAhead);
         ask_for(t_.param + start + k + kNear), ask_for(t_.exp_avg + start + k + kNear);
         squares.add(next + k);
-        block(f, start + k, lanes, scale);
+        block<kCautious>(f, start + k, lanes, scale);
       }
       squares.add(next + k, to - k);
-      block(f, start + k, to - k, scale);
+      block<kCautious>(f, start + k, to - k, scale);
       sum += squares.take();
     }
     return sum;
   }
 
+  template <bool kCautious>
   void elements(const Factors<W>& f, int64_t start, int64_t n, W* __restrict__ v) const {
     P* __restrict__ p = t_.param + start;
     const G* __restrict__ g = t_.grad + start;
     M* __restrict__ m = t_.exp_avg + start;
-    const W keep = f.keep, decay = f.decay, size = f.size, root = root_, eps = W(s_.eps);
-    const W beta2 = W(s_.beta2), keep2 = W(1 - s_.beta2);
+    const W keep = f.keep, decay = f.decay, size = f.size, root = f.root, eps = W(s_.eps);
+    const W beta2 = f.beta2, keep2 = f.keep2;
     constexpr int64_t lanes = SquareSum::lanes;
     for (int64_t from = 0; from < n; from += lanes) {
       const int64_t to = std::min(from + lanes, n);
@@ -199,7 +227,7 @@ class Step {
         const W square = beta2 * v[k] + keep2 * grad * grad;
         store(m[k], now);
         v[k] = square;
-        store(p[k], W(load(p[k])) * decay - size * (now / (std::sqrt(square) * root + eps)));
+        store(p[k], decayed<kCautious>(W(load(p[k])), now, decay) - size * (now / (std::sqrt(square) * root + eps)));
       }
     }
   }
