@@ -19,6 +19,8 @@ constexpr int64_t kPiece = 32768;
 // Up to here a block is summed and updated by one thread and its gradient is still in the second-level cache (512 KiB of
 // the 1 to 2 MiB that servers have; smaller caches only read it twice).
 constexpr int64_t kFused = 262144;
+// Elements whose step sizes a cautious update holds at a time: they stay in the first-level cache.
+constexpr int64_t kChunk = 512;
 // Strided blocks with fewer consecutive elements are summed column by column.
 constexpr int64_t kColumns = 64;
 

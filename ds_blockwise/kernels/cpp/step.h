@@ -30,7 +30,7 @@ struct Tensors {
 // Factors of a run, rounded once.
 template <class W>
 struct Factors {
-  W keep, decay, size;  // m += keep * (g - m); p *= decay; p -= size * m / denominator
+  W keep, decay, size;   // m += keep * (g - m); p *= decay; p -= size * m / denominator
   W beta2, keep2, root;  // v = beta2 * v + keep2 * g^2; denominator = sqrt(v) * root + eps
 
   Factors(const Run& run, const Scalars& s, W root_of_tensor) {
@@ -102,34 +102,80 @@ class Step {
   }
 
   void update(const Segment& segment) const {
+    const Factors<W> f(plan_.runs[segment.run], s_, root_);
     if (s_.cautious != 0)
-      update_as<true>(segment);
+      update_cautiously(f, segment);
     else
-      update_as<false>(segment);
+      update_plainly(f, segment);
+    if (t_.copy != nullptr) copy(segment.start, segment.count * segment.numel);
   }
 
  private:
-  // kCautious: weight decay only of elements that the update moves towards zero, or not at all
-  template <bool kCautious>
-  void update_as(const Segment& segment) const {
-    const Factors<W> f(plan_.runs[segment.run], s_, root_);
-    const bool copies = t_.copy != nullptr;
+  void update_plainly(const Factors<W>& f, const Segment& segment) const {
     switch (segment.kind) {
       case Kind::elements:
-        elements<kCautious>(f, segment.start, segment.numel, t_.exp_avg_sq + segment.slot);
+        elements(f, segment.start, segment.numel, t_.exp_avg_sq + segment.slot);
         break;
       case Kind::columns:
-        columns<kCautious>(f, segment.start, segment.numel, plan_.column_scale.data() + segment.slot);
+        columns(f, segment.start, segment.numel, plan_.column_scale.data() + segment.slot);
         break;
       case Kind::blocks:
-        blocks<kCautious>(f, segment);
+        blocks(f, segment);
         break;
       case Kind::given:
         for (int64_t i = 0; i < segment.count; ++i)
-          block<kCautious>(f, segment.start + i * segment.numel, segment.numel, W(scale(f, segment.slot + i)));
+          block(f, segment.start + i * segment.numel, segment.numel, W(scale(f, segment.slot + i)));
         break;
     }
-    if (copies) copy(segment.start, segment.count * segment.numel);
+  }
+
+  // All kinds in one loop, which takes the scale of each element from a buffer: a second form of every loop above would
+  // double the time that compiling takes.
+  void update_cautiously(const Factors<W>& f, const Segment& segment) const {
+    W scales[kChunk];
+    for (int64_t i = 0; i < segment.count; ++i) {
+      const int64_t start = segment.start + i * segment.numel, slot = segment.slot + i, n = segment.numel;
+      if (segment.kind == Kind::blocks) {
+        double sum = 0;
+        for (int64_t k = 0; k < n; k += kPiece) sum += sum_squares(t_.grad + start + k, std::min(kPiece, n - k));
+        complete(slot, sum, segment.run);
+      }
+      if (segment.kind == Kind::blocks || segment.kind == Kind::given)
+        std::fill_n(scales, std::min(kChunk, n), W(scale(f, slot)));
+      for (int64_t k = 0; k < n; k += kChunk) {
+        const int64_t size = std::min(kChunk, n - k);
+        if (segment.kind == Kind::elements) own_scales(f, start + k, size, t_.exp_avg_sq + slot + k, scales);
+        if (segment.kind == Kind::columns) std::copy_n(plan_.column_scale.data() + slot + k, size, scales);
+        spare(f, start + k, size, scales);
+      }
+    }
+  }
+
+  void own_scales(const Factors<W>& f, int64_t start, int64_t n, W* __restrict__ v, W* __restrict__ scales) const {
+    const G* __restrict__ g = t_.grad + start;
+    const W beta2 = f.beta2, keep2 = f.keep2, size = f.size, root = f.root, eps = W(s_.eps);
+#pragma omp simd
+    for (int64_t k = 0; k < n; ++k) {
+      const W grad = W(load(g[k])), square = beta2 * v[k] + keep2 * grad * grad;
+      v[k] = square;
+      scales[k] = size / (std::sqrt(square) * root + eps);
+    }
+  }
+
+  // Decays the elements that the update does not move away from zero.
+  void spare(const Factors<W>& f, int64_t start, int64_t n, const W* __restrict__ scales) const {
+    P* __restrict__ p = t_.param + start;
+    const G* __restrict__ g = t_.grad + start;
+    M* __restrict__ m = t_.exp_avg + start;
+    const W keep = f.keep, decay = f.decay;
+#pragma omp simd
+    for (int64_t k = 0; k < n; ++k) {
+      const W old = W(load(m[k])), was = W(load(p[k]));
+      const W now = old + keep * (W(load(g[k])) - old);
+      const bool grows = (now < 0 && was > 0) || (now > 0 && was < 0);
+      store(m[k], now);
+      store(p[k], was * (grows ? W(1) : decay) - scales[k] * now);
+    }
   }
 
   // lr / bias_correction1 / (sqrt(v / bias_correction2) + eps): one division per block instead of one per element
@@ -138,13 +184,7 @@ class Step {
     return double(f.size) / double(denominator);
   }
 
-  template <bool kCautious>
-  static W decayed(W p, W m, W decay) {
-    if constexpr (kCautious) return (m < 0 && p > 0) || (m > 0 && p < 0) ? p : p * decay;
-    return p * decay;
-  }
-
-  template <bool kCautious, class S>
+  template <class S>
   void apply(const Factors<W>& f, int64_t start, int64_t n, S&& scale_of) const {
     P* __restrict__ p = t_.param + start;
     const G* __restrict__ g = t_.grad + start;
@@ -155,23 +195,20 @@ class Step {
       const W old = W(load(m[k]));
       const W now = old + keep * (W(load(g[k])) - old);
       store(m[k], now);
-      store(p[k], decayed<kCautious>(W(load(p[k])), now, decay) - scale_of(k) * now);
+      store(p[k], W(load(p[k])) * decay - scale_of(k) * now);
     }
   }
 
-  template <bool kCautious>
   void block(const Factors<W>& f, int64_t start, int64_t n, W scale) const {
-    apply<kCautious>(f, start, n, [scale](int64_t) { return scale; });
+    apply(f, start, n, [scale](int64_t) { return scale; });
   }
 
-  template <bool kCautious>
   void columns(const Factors<W>& f, int64_t start, int64_t n, const double* __restrict__ scales) const {
-    apply<kCautious>(f, start, n, [scales](int64_t k) { return W(scales[k]); });
+    apply(f, start, n, [scales](int64_t k) { return W(scales[k]); });
   }
 
   // Updates a block while it sums the next one, so that parameters, state and gradients stream from memory all the
   // time, as in a kernel that needs no sums; summing and updating in turn was measured 10% slower.
-  template <bool kCautious>
   void blocks(const Factors<W>& f, const Segment& segment) const {
     const int64_t n = segment.numel;
     double sum = 0;
@@ -181,13 +218,12 @@ class Step {
       complete(slot, sum, segment.run);
       const W factor = W(scale(f, slot));
       if (i + 1 == segment.count)
-        block<kCautious>(f, start, n, factor);
+        block(f, start, n, factor);
       else
-        sum = block_and_next_sum<kCautious>(f, start, n, factor);
+        sum = block_and_next_sum(f, start, n, factor);
     }
   }
 
-  template <bool kCautious>
   double block_and_next_sum(const Factors<W>& f, int64_t start, int64_t n, W scale) const {
     constexpr int64_t lanes = SquareSum::lanes;
     const G* next = t_.grad + start + n;
@@ -200,16 +236,15 @@ class Step {
         ask_for(next + k + kAhead);
         ask_for(t_.param + start + k + kNear), ask_for(t_.exp_avg + start + k + kNear);
         squares.add(next + k);
-        block<kCautious>(f, start + k, lanes, scale);
+        block(f, start + k, lanes, scale);
       }
       squares.add(next + k, to - k);
-      block<kCautious>(f, start + k, to - k, scale);
+      block(f, start + k, to - k, scale);
       sum += squares.take();
     }
     return sum;
   }
 
-  template <bool kCautious>
   void elements(const Factors<W>& f, int64_t start, int64_t n, W* __restrict__ v) const {
     P* __restrict__ p = t_.param + start;
     const G* __restrict__ g = t_.grad + start;
@@ -227,7 +262,7 @@ class Step {
         const W square = beta2 * v[k] + keep2 * grad * grad;
         store(m[k], now);
         v[k] = square;
-        store(p[k], decayed<kCautious>(W(load(p[k])), now, decay) - size * (now / (std::sqrt(square) * root + eps)));
+        store(p[k], W(load(p[k])) * decay - size * (now / (std::sqrt(square) * root + eps)));
       }
     }
   }
