@@ -24,8 +24,18 @@ from ds_blockwise.blocks.defaults import (
     PUBLISHED_GRANULARITY,
     Granularity,
 )
-from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, BLOCK_TYPES, QKV_LAYOUTS, STORAGES, QKVLayout, Role, Storage
-from ds_blockwise.blocks.rule_needed import RuleNeeded
+from ds_blockwise.blocks.roles import (
+    BLOCK_TYPE_OF,
+    BLOCK_TYPES,
+    NORM_PLACES,
+    QKV_LAYOUTS,
+    STORAGES,
+    NormPlace,
+    QKVLayout,
+    Role,
+    Storage,
+)
+from ds_blockwise.blocks.rule_needed import CHOOSE, NORM_CHOICES, RuleNeeded
 from ds_blockwise.blocks.update_settings import (
     Betas,
     LRMultiplier,
@@ -39,7 +49,7 @@ from ds_blockwise.values import as_count, as_mapping, as_multiplier, check_keys,
 _Setting = TypeVar("_Setting")
 _Default = TypeVar("_Default")
 _ROLE_NAMES = tuple(role.value for role in Role)
-_SETTING_KEYS = tuple(dict.fromkeys((*BLOCK_TYPES, *_ROLE_NAMES)))
+_SETTING_KEYS = tuple(dict.fromkeys((*BLOCK_TYPES, *_ROLE_NAMES, *NORM_PLACES)))
 _RULE_KEYS = (
     "match",
     "role",
@@ -84,6 +94,8 @@ class Rule:
         betas: decay rates of the two moments; null for the param group's.
         granularity: size of a block.
         storage: how the matrix is stored.
+        norm_place: where the norm stands, if the rule's role is ``norm_in``, ``norm_out`` or ``norm_qk``; its
+            ``role`` is ``norm`` then.
         optional: the rule may match nothing, because engines of several models share the settings.
     """
 
@@ -97,6 +109,7 @@ class Rule:
     betas: Betas | None = None
     granularity: Granularity | None = None
     storage: Storage | None = None
+    norm_place: NormPlace | None = None
     optional: bool = False
 
     def matches(self, fqn: str) -> bool:
@@ -123,8 +136,9 @@ def _parse_rule(index: int, value: object) -> Rule:
     else:
         if layout is not None:
             raise ValueError(f'{name}: "layout" goes with "role": "qkv" only, got role {role!r}')
-        if role is not None and role not in _ROLE_NAMES:
-            raise ValueError(f"{name}: {unknown('role', role, (*_ROLE_NAMES, 'qkv'))}")
+        if role is not None and role not in (*_ROLE_NAMES, *NORM_PLACES):
+            raise ValueError(f"{name}: {unknown('role', role, (*_ROLE_NAMES, *NORM_PLACES, 'qkv'))}")
+    place = next((known for known in NORM_PLACES if role == known), None)
     storage = raw.get("storage")
     if storage is not None and storage not in STORAGES:
         raise ValueError(f"{name}.storage must be one of {', '.join(STORAGES)}, got {storage!r}")
@@ -133,7 +147,7 @@ def _parse_rule(index: int, value: object) -> Rule:
         raise TypeError(f"{name}.optional must be true or false, got {optional!r}")
     rule = Rule(
         match=match,
-        role=None if role is None else Role(role),
+        role=None if role is None else Role.NORM if place else Role(role),
         qkv_layout=layout,
         num_heads=if_given(as_count, f"{name}.num_heads", raw.get("num_heads")),
         num_kv_heads=if_given(as_count, f"{name}.num_kv_heads", raw.get("num_kv_heads")),
@@ -144,6 +158,7 @@ def _parse_rule(index: int, value: object) -> Rule:
         betas=if_given(as_betas, f"{name}.betas", raw.get("betas")),
         granularity=if_given(_granularity, f"{name}.granularity", raw.get("granularity")),
         storage=storage,
+        norm_place=place,
         optional=optional,
     )
     if rule == Rule(match, optional=optional):
@@ -260,6 +275,12 @@ class BlockSettings:
         return self == BlockSettings()
 
     @property
+    def names_norm_places(self) -> bool:
+        """Whether a setting is for norms in one place only, so that the place of every norm has to be known."""
+        maps = (self.lr_multipliers, self.weight_decay_multipliers, self.granularity, self.betas_by_type)
+        return any(place in given for given in maps for place in NORM_PLACES)
+
+    @property
     def moves(self) -> bool:
         """Whether a multiplier changes over the run."""
         given = (*self.lr_multipliers.values(), *(rule.lr_multiplier for rule in self.rules))
@@ -317,7 +338,14 @@ class BlockSettings:
         known = list(names)
         return [rule for rule in self.rules if not rule.optional and not any(map(rule.matches, known))]
 
-    def resolve(self, fqn: str, role: Role, is_bias: bool, other_names: tuple[str, ...] = ()) -> Resolved:
+    def resolve(
+        self,
+        fqn: str,
+        role: Role,
+        is_bias: bool,
+        other_names: tuple[str, ...] = (),
+        norm_place: NormPlace | None = None,
+    ) -> Resolved:
         """Settings of ``role`` in parameter ``fqn``: user rule, then role key, then block-type key, then default.
 
         Args:
@@ -325,17 +353,29 @@ class BlockSettings:
             role: the role.
             is_bias: bias of a linear.
             other_names: further names of the parameter, which rules may match as well.
+            norm_place: where a norm stands; its key wins over the role's.
 
         Raises:
-            RuleNeeded: several rules match the parameter, or the granularity is not allowed for the role.
+            RuleNeeded: several rules match the parameter, the granularity is not allowed for the role, or a setting is
+                for norms in one place and nothing tells where this one stands.
         """
         rule = self.rule_for(fqn, *other_names) or Rule(match="")
+        if role is Role.NORM and norm_place is None and rule.role is None and self.names_norm_places:
+            raise RuleNeeded(
+                "a setting is for norms in one place, and the modules around {parameter} do not tell where it stands. "
+                "Say it.",
+                fqn,
+                None,
+                {"role": CHOOSE},
+                {"role": NORM_CHOICES},
+            )
         block_type = BLOCK_TYPE_OF[role]
 
         def pick(own: _Setting | None, chosen: Mapping[str, _Setting], default: _Default) -> _Setting | _Default:
             if own is not None:
                 return own
-            return chosen.get(role.value, chosen.get(block_type, default))
+            keys = (role.value if norm_place is None else norm_place, role.value, block_type)
+            return next((chosen[key] for key in keys if key in chosen), default)
 
         if is_bias:
             granularity = rule.granularity or self.granularity.get("bias", "element")

@@ -114,7 +114,9 @@ def apply_settings(structure: TensorStructure, block_settings: BlockSettings) ->
     whole_of_role: dict[Role, int] = {}
     num_blocks = 0
     for span in structure.spans:
-        settings = block_settings.resolve(structure.fqn, span.role, structure.is_bias, structure.other_names)
+        settings = block_settings.resolve(
+            structure.fqn, span.role, structure.is_bias, structure.other_names, structure.norm_place
+        )
         size = span.end - span.start
         # where rows belong to no head (MLA's latent), granularity "head" means one block per row
         granularity = "row" if settings.granularity == "head" and span.head_rows == 1 else settings.granularity

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ds_blockwise.blocks.roles import QKV_LAYOUT_MEANING, QKVLayout, Role
+from ds_blockwise.blocks.roles import QKV_LAYOUT_MEANING, NormPlace, QKVLayout, Role
 from ds_blockwise.blocks.rule_needed import CHOOSE, RuleNeeded
 
 
@@ -63,6 +63,7 @@ class TensorStructure:
         matrices: if the tensor holds several matrices, each with blocks of its own (experts): their number, rows and
             columns in the order in which the elements are stored, which the registered shape may not show. ``axis``
             then is a dimension of these three.
+        norm_place: where a norm stands; None: it is no norm, or that is not known.
         other_names: further names that the user's rules may match: those of a tied weight, those of the module tree
             behind a host's own.
     """
@@ -74,6 +75,7 @@ class TensorStructure:
     is_bias: bool
     matrices: tuple[int, int, int] | None = None
     other_names: tuple[str, ...] = ()
+    norm_place: NormPlace | None = None
 
     def __post_init__(self) -> None:
         at = 0

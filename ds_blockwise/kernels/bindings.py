@@ -153,7 +153,7 @@ class Bindings:
 def _with_multipliers(placement: Placement, settings: BlockSettings) -> Placement:
     spec = placement.spec
     of = spec.structure
-    updates = [settings.resolve(of.fqn, p.role, of.is_bias, of.other_names).update for p in spec.parts]
+    updates = [settings.resolve(of.fqn, p.role, of.is_bias, of.other_names, of.norm_place).update for p in spec.parts]
     if updates == [part.update for part in spec.parts]:
         return placement
     parts = tuple(replace(part, update=update) for part, update in zip(spec.parts, updates, strict=True))

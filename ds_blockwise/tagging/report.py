@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from torch import nn
 
 from ds_blockwise.blocks.defaults import UNITS
+from ds_blockwise.blocks.roles import NormPlace, Role
 from ds_blockwise.blocks.spec import STATE_BYTES_PER_VALUE, BlockSpec
 from ds_blockwise.blocks.tagged_parameter import tags_of
 from ds_blockwise.blocks.update_settings import Betas, shown_betas
@@ -27,7 +28,8 @@ class ReportRow:
     Attributes:
         fqn: fully qualified name.
         shape: unsharded shape of the parameter.
-        role: see `Role`; ``bias`` is appended for biases of linears.
+        role: see `Role`; ``bias`` is appended for biases of linears. ``norm_in`` and the like of a norm, where a
+            setting asks for its place.
         block_type: ``emb head qk ffn vo norm other``.
         lr_multiplier: factor on the base learning rate; where it is to be measured (``is_measured``), the 1 until then.
         weight_decay_multiplier: factor on the weight decay.
@@ -37,6 +39,7 @@ class ReportRow:
         state_bytes: fp32 ``exp_avg`` plus one fp32 value per block, over all ranks, replicas not counted.
         is_measured: whether the multiplier is ``"auto"``.
         lr_multiplier_end: ``lr_multiplier`` when the schedule's decay is done; None: it does not move.
+        norm_place: where a norm stands (``norm_in``, ``norm_out``, ``norm_qk``); None: no norm, or not known.
         betas: the role's own decay rates of the two moments, None for those of the param group.
     """
 
@@ -53,6 +56,7 @@ class ReportRow:
     is_measured: bool = False
     lr_multiplier_end: float | None = None
     betas: Betas = (None, None)
+    norm_place: NormPlace | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +249,11 @@ def block_report(model: nn.Module) -> BlockReport:
     return BlockReport(tuple(rows), tuple(presets))
 
 
+def _role_name(spec: BlockSpec, role: Role) -> str:
+    place = spec.structure.norm_place if spec.block_settings.names_norm_places else None
+    return place or role.value + (" bias" if spec.structure.is_bias else "")
+
+
 def _rows_of(spec: BlockSpec) -> Iterator[ReportRow]:
     per_row = spec.structure.numel_per_row * spec.structure.num_matrices
     for role in dict.fromkeys(part.role for part in spec.parts):
@@ -261,7 +270,7 @@ def _rows_of(spec: BlockSpec) -> Iterator[ReportRow]:
         yield ReportRow(
             spec.fqn,
             spec.shape,
-            role.value + (" bias" if spec.structure.is_bias else ""),
+            _role_name(spec, role),
             parts[0].block_type,
             update.lr_multiplier,
             update.weight_decay_multiplier,
@@ -272,4 +281,5 @@ def _rows_of(spec: BlockSpec) -> Iterator[ReportRow]:
             spec.block_settings.is_measured(role, *spec.structure.names),
             update.lr_multiplier_end,
             (update.beta1, update.beta2),
+            spec.structure.norm_place,
         )

@@ -24,10 +24,11 @@ from ds_blockwise.blocks.structure import HeadGeometry, TensorStructure, fused_q
 from ds_blockwise.blocks.tagged_parameter import set_tags
 from ds_blockwise.tagging.module_facts import NUM_HEADS, fused_qkv_layout, generic_heads, num_experts_in, storage_of
 from ds_blockwise.tagging.module_reader import READERS
-from ds_blockwise.tagging.name_rules import OWN_SHAPES
 from ds_blockwise.tagging.names import NameMatch, is_bias_name, merge_tied
+from ds_blockwise.tagging.norm_places import norm_place_of
 from ds_blockwise.tagging.owner_class import (
     attention_of,
+    check_dims,
     is_convolution,
     is_matrix,
     proposed_role,
@@ -187,7 +188,7 @@ def _structure_of(named: RegisteredParameter, settings: BlockSettings) -> tuple[
             return structure, shard
         return structure, cut_by_role(structure, shard, match.qkv_layout)
     assert match.role is not None
-    _check_dims(named, shape, match)
+    check_dims(named, shape, match)
     matrices = _matrices(named, shape, match)
     num_heads, head_dim, source = _own_heads(named, match, rule)
     structure = whole_tensor(
@@ -204,6 +205,8 @@ def _structure_of(named: RegisteredParameter, settings: BlockSettings) -> tuple[
     )
     if exact:
         check_cut(structure, shard, None)
+    if match.role is Role.NORM:
+        structure = replace(structure, norm_place=match.norm_place or norm_place_of(named.first))
     return structure, shard
 
 
@@ -215,25 +218,6 @@ def _shard(named: RegisteredParameter) -> tuple[TensorShard | None, bool]:
         return next((said for said in found if said[0] is not None), (None, False))
     except ValueError as error:  # a reader knows the module but not the parameter's name in the model
         raise ValueError(f"parameter {named.fqn!r}: {error}") from error
-
-
-def _check_dims(named: RegisteredParameter, shape: tuple[int, ...], match: NameMatch) -> None:
-    if match.role in (Role.OTHER, Role.ROUTER) or match.dialect in ("rule", "class", *OWN_SHAPES):
-        return
-    expected = 1 if match.is_bias or match.role is Role.NORM else 2
-    of_experts = match.role is Role.FFN and len(shape) == expected + 1
-    fits = len(shape) <= 1 if match.role is Role.NORM else len(shape) == expected or of_experts
-    if not fits and not (is_convolution(named.first.owner) and not match.is_bias):
-        assert match.role is not None
-        what = "bias" if match.is_bias else "norm" if match.role is Role.NORM else "weight"
-        raise RuleNeeded(
-            f"{{parameter}} matches role {match.role.value!r} by name, but a {what} of that role has {expected} "
-            f"dimension(s). Give its role.",
-            named.fqn,
-            shape,
-            {"role": CHOOSE},
-            {"role": ROLE_CHOICES},
-        )
 
 
 def _matrices(named: RegisteredParameter, shape: tuple[int, ...], match: NameMatch) -> tuple[int, int, int] | None:
@@ -274,7 +258,8 @@ def _match(named: RegisteredParameter, rule: Rule | None) -> NameMatch:
             )
         # rows of a low rank belong to no head, whatever role the rule gives them
         headless = named.first.is_low_rank_input and rule.num_heads is None
-        return NameMatch(rule.role, rule.qkv_layout, bias, "rule", headless, None if bias else _said_storage(named))
+        storage = None if bias else _said_storage(named)
+        return NameMatch(rule.role, rule.qkv_layout, bias, "rule", headless, storage, rule.norm_place)
     said = (_match_as_registered(named, registration) for registration in named.registrations)
     matches = [match for match in said if match is not None]
     if not matches:
