@@ -14,6 +14,7 @@ from torch import nn
 
 from ds_blockwise.blocks.roles import NormPlace
 from ds_blockwise.tagging.module_facts import class_names, generic_heads
+from ds_blockwise.tagging.owner_class import is_norm
 from ds_blockwise.tagging.registered import Registration
 
 # Layers all of whose norms stand before attention or the FFN
@@ -36,7 +37,7 @@ _MODELS = re.compile(
     r"|Cohere|KimiLinear|RecurrentGemma|Jamba|Bamba|Falcon|Glm4|Olmo2|GPT2|GPTBigCode|GPTNeo|GPTJ|Mpt|GPTNeoX)Model"
 )
 _FINAL = re.compile(r"norm|norm_f|ln_f|final_norm|final_layernorm|final_layer_norm")
-_ON_HEADS = re.compile(r"[qk]_(?:layer)?norm(?:\.norms\.\d+)?|(?:query|key)_layernorm")
+_ON_HEADS = re.compile(r"[qk]_(?:layer)?norm|(?:query|key)_layernorm")
 
 
 def norm_place_of(registration: Registration) -> NormPlace | None:
@@ -46,7 +47,7 @@ def norm_place_of(registration: Registration) -> NormPlace | None:
         registration: of one of its parameters.
     """
     layer, child = registration.parent, registration.linear
-    if layer is None:
+    if layer is None or not is_norm(registration.owner, layer):
         return None
     if _ON_HEADS.fullmatch(child) and _projects_queries_and_keys(layer):
         return "norm_qk"

@@ -19,9 +19,9 @@ from ds_blockwise.blocks.tagged_parameter import tags_of
 def norm_places(model: nn.Module, norms: list[nn.Module], **inputs: Tensor) -> dict[nn.Module, str | None]:
     """``norm_in``, ``norm_out`` or ``norm_qk`` of each norm that ran; None where the run does not tell.
 
-    A norm whose input is what a query or key projection computed is ``norm_qk``. One whose input is exactly what a
-    layer of the layer above it computed (attention, FFN) is ``norm_out``. One whose output a matrix multiplies, or a
-    layer with matrices takes, and whose input is a sum that goes on beside it, is ``norm_in``.
+    A norm whose input is what a query or key projection computed is ``norm_qk``. One whose output a matrix multiplies
+    is ``norm_in``, unless its input is what attention or an FFN computed. If that input is, and no matrix takes the
+    output, it is ``norm_out``.
 
     Args:
         model: tagged, with real weights.
@@ -39,17 +39,40 @@ def norm_places(model: nn.Module, norms: list[nn.Module], **inputs: Tensor) -> d
     finally:
         for hook in hooks:
             hook.remove()
+    # tables and whole layers, which hold norms, give the residual stream; attention may hold norms of its heads
     wide = {m for m in model.modules() if any(p.dim() > 1 for p in m.parameters())}
+    streams = {m for m in wide if isinstance(m, nn.Embedding) or any(child in norms for child in _below(m, norms))}
     places: dict[nn.Module, str | None] = {}
     for at, (norm, taken, given) in enumerate(events):
         if norm not in norms or not taken or not given:
             continue
-        places[norm] = _place(norm, _memory(taken[0]), _memory(given[0]), events, at, wide)
+        places[norm] = _place(norm, _memory(taken[0]), _memory(given[0]), events, at, wide, streams)
     return places
 
 
-def _place(norm: nn.Module, source: int, result: int, events: list[Any], at: int, wide: set[nn.Module]) -> str | None:
+def _below(module: nn.Module, norms: list[nn.Module]) -> Iterator[nn.Module]:
+    """The norms of a module as wide as its output: those of heads are in attention, which is no layer."""
+    yield from (child for child in module.children() if child in norms and not _has_heads(module))
+    for child in module.children():
+        yield from _below(child, norms)
+
+
+def _has_heads(module: nn.Module) -> bool:
+    return any(_is_query_or_key(child) for child in module.children())
+
+
+def _place(
+    norm: nn.Module,
+    source: int,
+    result: int,
+    events: list[Any],
+    at: int,
+    wide: set[nn.Module],
+    streams: set[nn.Module],
+) -> str | None:
     makers = [module for module, _, given in events[:at] if module in wide and source in map(_memory, given)]
+    if any(module in streams for module in makers):
+        makers = []
     if any(_is_query_or_key(module) for module in makers):
         return "norm_qk"
     feeds = any(module in wide and result in map(_memory, taken) for module, taken, _ in events if module is not norm)
