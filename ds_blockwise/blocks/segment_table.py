@@ -8,7 +8,6 @@ to the tensor. Kernels read it and the tensors, nothing else.
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -378,13 +377,7 @@ def same_windows(placements: Sequence[Placement]) -> bool:
 def _merge_multipliers(runs: Sequence[TableRun]) -> list[MultiplierRun]:
     merged: list[MultiplierRun] = []
     for run in runs:
-        new = MultiplierRun(
-            run.start,
-            run.count * run.numel,
-            run.repeat,
-            run.repeat_stride,
-            run.update,
-        )
+        new = MultiplierRun(run.start, run.count * run.numel, run.repeat, run.repeat_stride, run.update)
         last = merged[-1] if merged else None
         if (
             last is not None
@@ -397,29 +390,6 @@ def _merge_multipliers(runs: Sequence[TableRun]) -> list[MultiplierRun]:
         else:
             merged.append(new)
     return merged
-
-
-def fingerprint(placements: Sequence[Placement], *, of_shards: bool) -> str:
-    """Digest of what ranks that share blocks must agree on.
-
-    Args:
-        placements: parameters of one stepped tensor in storage order.
-        of_shards: True for data-parallel peers, which hold the same tensor-parallel shard and must know the same cuts;
-            False for tensor-parallel peers, which share names, unsharded shapes and block settings, and the held ranges
-            where the splits are even.
-    """
-    digest = hashlib.sha256()
-    # a parameter that is whole under tensor parallelism may be partitioned over all ranks (zero.Init before AutoTP)
-    windows = not of_shards and same_windows(placements) and any(p.shard is not None for p in placements)
-    for p in placements:
-        facts: tuple[object, ...] = (p.spec.fqn, p.spec.structure.stored_shape, p.spec.axis, p.spec.parts)
-        facts += (p.shard.dim, p.shard.chunks) if p.shard else (None,)
-        if of_shards:
-            facts += (p.cuts, p.shard.rank if p.shard else 0)
-        if windows:
-            facts += (p.param_start, p.numel)
-        digest.update(repr(facts).encode())
-    return digest.hexdigest()
 
 
 def whole_placement(spec: BlockSpec, shard: TensorShard | None) -> Placement:

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.ranges import TensorShard
 from ds_blockwise.blocks.roles import Role
-from ds_blockwise.blocks.segment_table import Placement, build_table, fingerprint, whole_placement
+from ds_blockwise.blocks.segment_table import Placement, build_table, whole_placement
 from ds_blockwise.blocks.spec import apply_settings
 from ds_blockwise.blocks.structure import HeadGeometry, RoleSpan, TensorStructure, fused_qkv, whole_tensor
+from ds_blockwise.hosts.stepped_tensors import fingerprint
 from ds_blockwise.kernels.update import block_sums
 
 MULTIPLIERS = {Role.QUERY: 1, Role.KEY: 1, Role.VALUE: 0.5, Role.FFN: 0.75, Role.NORM: 0.125}

@@ -46,7 +46,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 def give_gradients(model: nn.Module, step: int) -> dict[str, Tensor]:
     gradients = {name: PLAN.mean(name, tuple(p.shape), step) for name, p in model.named_parameters()}
     for name, p in model.named_parameters():
-        p.grad = gradients[name].clone()
+        p.grad = gradients[name].to(p.dtype)
     return gradients
 
 
@@ -217,3 +217,27 @@ def test_start_and_end_that_are_equal_are_one_number() -> None:
     give_gradients(model, 0)
     optimizer.step()
     assert optimizer.block_settings.lr_multipliers == {"norm": 2.0}
+
+
+@KINDS
+def test_telemetry_reads_each_roles_own_betas_and_present_multiplier(kind: str) -> None:
+    """An alarm would ring, or stay silent, at update sizes that the step did not have."""
+    model = small("qwen3").double()
+    settings = {"betas_by_type": BETAS, "lr_multipliers": MOVING, "telemetry": {"interval": 1}, "weight_decay": 0.0}
+    optimizer = build(kind, model, **settings)
+    for step, progress in enumerate((0.0, 0.5)):
+        set_progress(optimizer.param_groups[0], progress)
+        give_gradients(model, step)
+        before = weights(model)
+        optimizer.step()
+        after = weights(model)
+        readings = optimizer.telemetry()
+    norms = [name for name in before if "norm" in name]
+    moved = torch.cat([(before[name] - after[name]).flatten() for name in norms])
+    assert readings["norm"].update_rms == pytest.approx(float(moved.square().mean().sqrt()), rel=1e-9)
+    assert readings["norm"].lr_multiplier == pytest.approx(1.0 - 0.5 * 0.75)
+    state = [optimizer.state[p] for name, p in model.named_parameters() if name in norms]
+    second = torch.cat([s["exp_avg_sq"].flatten() for s in state]) / (1 - 0.99**2)
+    first = torch.cat([s["exp_avg"].flatten() for s in state]) / (1 - 0.8**2)
+    assert readings["norm"].second_moment == pytest.approx(float(second.mean()), rel=1e-9)
+    assert readings["norm"].momentum_rms == pytest.approx(float(first.square().mean().sqrt()), rel=1e-9)
