@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 from ds_blockwise.checkpoint.manifest import CheckpointError
 from ds_blockwise.checkpoint.record import VERSION
-from ds_blockwise.cli import blocks, check, convert, init, plan, sharpness
+from ds_blockwise.cli import blocks, check, convert, init, plan
 from ds_blockwise.cli.extras import missing_package
+from ds_blockwise.cli.measured import schedule, sharpness
 from ds_blockwise.cli.progress import waiting
 
 _COMMANDS = {
@@ -20,6 +21,7 @@ _COMMANDS = {
     "plan": plan,
     "check": check,
     "convert": convert,
+    "schedule": schedule,
     "sharpness": sharpness,
 }
 

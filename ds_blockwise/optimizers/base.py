@@ -31,6 +31,7 @@ from ds_blockwise.kernels.bindings import Binding, Bindings, StepObserver, Work,
 from ds_blockwise.kernels.param_groups import NO_HYPER, ParamGroup, StateDict, hyper_of
 from ds_blockwise.kernels.tensor_checks import StepChecks, check_plain, check_whole, dense
 from ds_blockwise.measure.auto_multipliers import MeasuredMultipliers, RunState
+from ds_blockwise.measure.first_steps import FirstSteps
 from ds_blockwise.measure.meter import Listener, Meter
 from ds_blockwise.measure.readings import Readings, TelemetrySettings
 from ds_blockwise.optimizers.exchange import Exchange
@@ -592,6 +593,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         if settings is not None or auto is not None:
             self._meter = Meter(self, settings, auto)
             self.observe(self._meter)
+        self.observe(FirstSteps(self.block_settings.preset))
 
     @property
     def meter(self) -> Meter | None:

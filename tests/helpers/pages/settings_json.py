@@ -25,7 +25,7 @@ from ds_blockwise.blocks.roles import (
 from ds_blockwise.measure.readings import TelemetrySettings
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.optimizers.registry import OPTIMIZERS, SCHEDULES
-from ds_blockwise.optimizers.schedules import BlockwiseSchedule
+from ds_blockwise.optimizers.schedules.schedule import BlockwiseLR
 from ds_blockwise.optimizers.settings import _ADAMW_KEYS, OPTIMIZER_KEYS
 from tests.helpers.pages.text import described, sentence, table
 
@@ -69,8 +69,9 @@ _JSON_NAMES = {"qkv_layout": "layout"}
 _SCHEDULES = """\
 ## Schedules
 
-All three warm up linearly from 0 and decay every block to one absolute `min_lr`. With `launch/pretrain_llama.py` leave
-out `warmup_num_steps` and `total_num_steps`: they come from the run file.
+All warm up linearly from 0 and decay every block to one absolute `min_lr`. `BlockwiseLR` has every shape; the other
+names are one shape each. Which one to take: [schedules](../schedules.md). With `launch/pretrain_llama.py` leave out
+`warmup_num_steps` and `total_num_steps`: they come from the run file.
 """
 
 
@@ -103,8 +104,8 @@ def _optimizer_rows(cls: type[BlockwiseOptimizer]) -> Iterator[tuple[str, str, s
         yield f"`{key}`", _default(signature[key].default), sentence(_linked(meanings[key]))
 
 
-def _schedule_rows(cls: type[BlockwiseSchedule]) -> Iterator[tuple[str, str, str]]:
-    meanings = described(BlockwiseSchedule, "Args")
+def _schedule_rows(cls: type[BlockwiseLR]) -> Iterator[tuple[str, str, str]]:
+    meanings = described(BlockwiseLR, "Args")
     own = described(cls, "Args")
     for key, parameter in inspect.signature(cls).parameters.items():
         if key not in ("optimizer", "last_batch_iteration"):  # DeepSpeed gives these

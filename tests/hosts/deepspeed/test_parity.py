@@ -177,6 +177,7 @@ OWN_SCHEDULES = {
     "BlockwiseCosineLR": {},
     "BlockwiseWSDLR": {"decay_num_steps": 3},
     "BlockwiseLinearLR": {},
+    "BlockwiseLR": {"shape": "1-sqrt"},
 }
 
 
@@ -191,7 +192,7 @@ def _schedules() -> Named:
 def _own_schedules() -> Named:
     for (name, extra), (stage, dp) in product(OWN_SCHEDULES.items(), ((0, 1), (1, 2), (2, 2), (3, 2))):
         for optimizer in BOTH if stage == 2 else ("mini",):
-            params = {"warmup_num_steps": 2, "total_num_steps": 7, "min_lr": 4e-3} | extra
+            params: dict[str, Any] = {"warmup_num_steps": 2, "total_num_steps": 7, "min_lr": 4e-3, **extra}
             case = Case(optimizer, stage, steps=9, scheduler=name, scheduler_params=params)
             yield _named(name, dp, case)
             if stage >= 2 and name == "BlockwiseCosineLR":

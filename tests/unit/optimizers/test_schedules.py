@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The schedules decay every block to one absolute minimum and resume where they stopped."""
 
+import json
 import math
 
 import pytest
@@ -9,6 +10,8 @@ from torch import nn
 
 from ds_blockwise import BlockwiseAdamW, BlockwiseCosineLR, BlockwiseLinearLR, BlockwiseWSDLR, tag_parameters
 from ds_blockwise.kernels.param_groups import progress_of
+from ds_blockwise.optimizers.registry import SCHEDULES
+from tests.helpers import ROOT
 
 PEAK, FLOOR, WARMUP, TOTAL = 1e-3, 5e-5, 4, 20
 
@@ -240,6 +243,23 @@ def test_a_state_that_is_no_position_changes_nothing(state, words):
     with pytest.raises(ValueError, match=words):
         schedule.load_state_dict(state)
     assert (schedule.state_dict(), schedule.get_lr()) == before
+
+
+BEFORE = json.loads((ROOT / "tests/data/schedules/before_shapes.json").read_text())
+
+
+@pytest.mark.parametrize("case", BEFORE, ids=lambda case: f"{case['type']}-{'-'.join(case['params'])}")
+def test_the_named_schedules_have_the_same_bits_as_before_there_were_shapes(case):
+    """Rates and floors of two param groups at every update, a load in between, from the code before `BlockwiseLR`."""
+    groups = [{"params": [torch.zeros(1)], "lr": lr} for lr in (6e-4, 1.7e-3)]
+    schedule = SCHEDULES[case["type"]](torch.optim.SGD(groups, lr=1.0), **case["params"])
+    for k, row in enumerate(case["rows"]):
+        if k == 9 and "rewarm_num_steps" in case["params"]:
+            schedule.load_state_dict({"last_batch_iteration": 8})
+        found = [x for group in schedule.optimizer.param_groups for x in (group["lr"], group["lr_floor"][1])]
+        assert found == [float.fromhex(text) for text in row], k
+        schedule.step()
+    assert schedule.state_dict() == case["state"]
 
 
 @pytest.mark.parametrize("calls", [-1, 0, 1, 4])
