@@ -24,14 +24,33 @@ from ds_blockwise.blocks.defaults import (
     PUBLISHED_GRANULARITY,
     Granularity,
 )
-from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, BLOCK_TYPES, QKV_LAYOUTS, STORAGES, QKVLayout, Role, Storage
-from ds_blockwise.blocks.rule_needed import RuleNeeded
+from ds_blockwise.blocks.roles import (
+    BLOCK_TYPE_OF,
+    BLOCK_TYPES,
+    NORM_PLACES,
+    QKV_LAYOUTS,
+    STORAGES,
+    NormPlace,
+    QKVLayout,
+    Role,
+    Storage,
+)
+from ds_blockwise.blocks.rule_needed import CHOOSE, NORM_CHOICES, RuleNeeded
 from ds_blockwise.blocks.transfer import Transfer, parse_transfer
+from ds_blockwise.blocks.update_settings import (
+    Betas,
+    LRMultiplier,
+    MovingMultiplier,
+    UpdateSettings,
+    as_betas,
+    as_lr_multiplier,
+)
 from ds_blockwise.values import as_count, as_mapping, as_multiplier, check_keys, if_given, suggest, unknown
 
 _Setting = TypeVar("_Setting")
+_Default = TypeVar("_Default")
 _ROLE_NAMES = tuple(role.value for role in Role)
-_SETTING_KEYS = tuple(dict.fromkeys((*BLOCK_TYPES, *_ROLE_NAMES)))
+_SETTING_KEYS = tuple(dict.fromkeys((*BLOCK_TYPES, *_ROLE_NAMES, *NORM_PLACES)))
 _RULE_KEYS = (
     "match",
     "role",
@@ -41,6 +60,7 @@ _RULE_KEYS = (
     "storage",
     "lr_multiplier",
     "weight_decay_multiplier",
+    "betas",
     "granularity",
     "width",
 )
@@ -71,11 +91,14 @@ class Rule:
         qkv_layout: QKV layout of a fused weight; ``role`` is None then.
         num_heads: query heads, or the heads of the one role.
         num_kv_heads: key and value heads of a fused weight.
-        lr_multiplier: factor on the learning rate.
+        lr_multiplier: factor on the learning rate; ``{"start": 1.0, "end": 0.25}`` moves it over the schedule's decay.
         weight_decay_multiplier: factor on the weight decay.
+        betas: decay rates of the two moments; null for the param group's.
         granularity: size of a block.
         storage: how the matrix is stored.
         width: of the residual stream that the matrix reads or writes, for ``transfer``.
+        norm_place: where the norm stands, if the rule's role is ``norm_in``, ``norm_out`` or ``norm_qk``; its
+            ``role`` is ``norm`` then.
         optional: the rule may match nothing, because engines of several models share the settings.
     """
 
@@ -84,11 +107,13 @@ class Rule:
     qkv_layout: QKVLayout | None = None
     num_heads: int | None = None
     num_kv_heads: int | None = None
-    lr_multiplier: float | None = None
+    lr_multiplier: LRMultiplier | None = None
     weight_decay_multiplier: float | None = None
+    betas: Betas | None = None
     granularity: Granularity | None = None
     storage: Storage | None = None
     width: int | None = None
+    norm_place: NormPlace | None = None
     optional: bool = False
 
     def matches(self, fqn: str) -> bool:
@@ -115,8 +140,9 @@ def _parse_rule(index: int, value: object) -> Rule:
     else:
         if layout is not None:
             raise ValueError(f'{name}: "layout" goes with "role": "qkv" only, got role {role!r}')
-        if role is not None and role not in _ROLE_NAMES:
-            raise ValueError(f"{name}: {unknown('role', role, (*_ROLE_NAMES, 'qkv'))}")
+        if role is not None and role not in (*_ROLE_NAMES, *NORM_PLACES):
+            raise ValueError(f"{name}: {unknown('role', role, (*_ROLE_NAMES, *NORM_PLACES, 'qkv'))}")
+    place = next((known for known in NORM_PLACES if role == known), None)
     storage = raw.get("storage")
     if storage is not None and storage not in STORAGES:
         raise ValueError(f"{name}.storage must be one of {', '.join(STORAGES)}, got {storage!r}")
@@ -125,17 +151,19 @@ def _parse_rule(index: int, value: object) -> Rule:
         raise TypeError(f"{name}.optional must be true or false, got {optional!r}")
     rule = Rule(
         match=match,
-        role=None if role is None else Role(role),
+        role=None if role is None else Role.NORM if place else Role(role),
         qkv_layout=layout,
         num_heads=if_given(as_count, f"{name}.num_heads", raw.get("num_heads")),
         num_kv_heads=if_given(as_count, f"{name}.num_kv_heads", raw.get("num_kv_heads")),
-        lr_multiplier=if_given(as_multiplier, f"{name}.lr_multiplier", raw.get("lr_multiplier")),
+        lr_multiplier=if_given(as_lr_multiplier, f"{name}.lr_multiplier", raw.get("lr_multiplier")),
         weight_decay_multiplier=if_given(
             as_multiplier, f"{name}.weight_decay_multiplier", raw.get("weight_decay_multiplier")
         ),
+        betas=if_given(as_betas, f"{name}.betas", raw.get("betas")),
         granularity=if_given(_granularity, f"{name}.granularity", raw.get("granularity")),
         storage=storage,
         width=if_given(as_count, f"{name}.width", raw.get("width")),
+        norm_place=place,
         optional=optional,
     )
     if rule == Rule(match, optional=optional):
@@ -145,6 +173,14 @@ def _parse_rule(index: int, value: object) -> Rule:
 
 def _parse_multipliers(name: str, value: object) -> dict[str, float]:
     return {k: as_multiplier(f"{name}[{k!r}]", v) for k, v in _checked(name, value).items()}
+
+
+def _parse_lr_multipliers(value: object) -> dict[str, LRMultiplier]:
+    return {k: as_lr_multiplier(f"lr_multipliers[{k!r}]", v) for k, v in _checked("lr_multipliers", value).items()}
+
+
+def _parse_betas(value: object) -> dict[str, Betas]:
+    return {k: as_betas(f"betas_by_type[{k!r}]", v) for k, v in _checked("betas_by_type", value).items()}
 
 
 def _parse_preset(value: object) -> tuple[str, object]:
@@ -181,8 +217,7 @@ def _parse_granularity(value: object) -> dict[str, Granularity]:
 class Resolved:
     """The settings of one role in one parameter."""
 
-    lr_multiplier: float
-    weight_decay_multiplier: float
+    update: UpdateSettings
     granularity: Granularity
 
 
@@ -192,21 +227,24 @@ class BlockSettings:
 
     Attributes:
         preset: key of `LR_PRESETS`: the multipliers of what ``lr_multipliers`` does not name, and the unit of ``lr``.
-        lr_multipliers: factors on the learning rate by block type or role; a role wins over its block type.
+        lr_multipliers: factors on the learning rate by block type or role, some of them moving over the run; a role
+            wins over its block type.
         weight_decay_multipliers: factors on the weight decay, by the same keys.
         granularity: block sizes, by the same keys or ``bias``.
-        rules: rules for single parameters; they win over the three maps.
+        rules: rules for single parameters; they win over the maps.
         auto: how multipliers are measured; None if they are fixed.
         transfer: how learning rates follow the model's width; None if they do not.
+        betas_by_type: decay rates of the moments, by the keys of the multipliers.
     """
 
-    lr_multipliers: dict[str, float] = field(default_factory=dict)
+    lr_multipliers: dict[str, LRMultiplier] = field(default_factory=dict)
     weight_decay_multipliers: dict[str, float] = field(default_factory=dict)
     granularity: dict[str, Granularity] = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
     auto: AutoMultipliers | None = None
     transfer: Transfer | None = None
     preset: str = DEFAULT_PRESET
+    betas_by_type: dict[str, Betas] = field(default_factory=dict)
 
     @classmethod
     def parse(
@@ -216,6 +254,7 @@ class BlockSettings:
         granularity: object = None,
         rules: object = None,
         transfer: object = None,
+        betas_by_type: object = None,
     ) -> BlockSettings:
         """Check raw settings (a JSON's dicts and lists) and freeze them; None means the defaults.
 
@@ -228,7 +267,7 @@ class BlockSettings:
         """
         preset, lr_multipliers = _parse_preset(lr_multipliers)
         auto, lr_multipliers = parse_auto(lr_multipliers, preset)
-        of_lr = _parse_multipliers("lr_multipliers", lr_multipliers)
+        of_lr = _parse_lr_multipliers(lr_multipliers)
         of_weight_decay = _parse_multipliers("weight_decay_multipliers", weight_decay_multipliers)
         sizes = _parse_granularity(granularity)
         if rules is None:
@@ -242,12 +281,24 @@ class BlockSettings:
                 'lr_multipliers is "auto", which measures multipliers at this model\'s width, and transfer moves those '
                 "of another width here. Remove one of the two."
             )
-        return cls(of_lr, of_weight_decay, sizes, parsed, auto, width_rule, preset)
+        return cls(of_lr, of_weight_decay, sizes, parsed, auto, width_rule, preset, _parse_betas(betas_by_type))
 
     @property
     def is_default(self) -> bool:
         """True if the user set nothing."""
         return self == BlockSettings()
+
+    @property
+    def names_norm_places(self) -> bool:
+        """Whether a setting is for norms in one place only, so that the place of every norm has to be known."""
+        maps = (self.lr_multipliers, self.weight_decay_multipliers, self.granularity, self.betas_by_type)
+        return any(place in given for given in maps for place in NORM_PLACES)
+
+    @property
+    def moves(self) -> bool:
+        """Whether a multiplier changes over the run."""
+        given = (*self.lr_multipliers.values(), *(rule.lr_multiplier for rule in self.rules))
+        return any(isinstance(multiplier, MovingMultiplier) for multiplier in given)
 
     @property
     def norm_multiplier(self) -> float:
@@ -301,7 +352,14 @@ class BlockSettings:
         known = list(names)
         return [rule for rule in self.rules if not rule.optional and not any(map(rule.matches, known))]
 
-    def resolve(self, fqn: str, role: Role, is_bias: bool, other_names: tuple[str, ...] = ()) -> Resolved:
+    def resolve(
+        self,
+        fqn: str,
+        role: Role,
+        is_bias: bool,
+        other_names: tuple[str, ...] = (),
+        norm_place: NormPlace | None = None,
+    ) -> Resolved:
         """Settings of ``role`` in parameter ``fqn``: user rule, then role key, then block-type key, then default.
 
         Args:
@@ -309,17 +367,29 @@ class BlockSettings:
             role: the role.
             is_bias: bias of a linear.
             other_names: further names of the parameter, which rules may match as well.
+            norm_place: where a norm stands; its key wins over the role's.
 
         Raises:
-            RuleNeeded: several rules match the parameter, or the granularity is not allowed for the role.
+            RuleNeeded: several rules match the parameter, the granularity is not allowed for the role, or a setting is
+                for norms in one place and nothing tells where this one stands.
         """
         rule = self.rule_for(fqn, *other_names) or Rule(match="")
+        if role is Role.NORM and norm_place is None and rule.role is None and self.names_norm_places:
+            raise RuleNeeded(
+                "a setting is for norms in one place, and the modules around {parameter} do not tell where it stands. "
+                "Say it.",
+                fqn,
+                None,
+                {"role": CHOOSE},
+                {"role": NORM_CHOICES},
+            )
         block_type = BLOCK_TYPE_OF[role]
 
-        def pick(own: _Setting | None, chosen: Mapping[str, _Setting], default: _Setting) -> _Setting:
+        def pick(own: _Setting | None, chosen: Mapping[str, _Setting], default: _Default) -> _Setting | _Default:
             if own is not None:
                 return own
-            return chosen.get(role.value, chosen.get(block_type, default))
+            keys = (role.value if norm_place is None else norm_place, role.value, block_type)
+            return next((chosen[key] for key in keys if key in chosen), default)
 
         if is_bias:
             granularity = rule.granularity or self.granularity.get("bias", "element")
@@ -334,8 +404,9 @@ class BlockSettings:
             )
         measured = self.auto is not None and block_type != "other"
         unset = 1.0 if measured else LR_PRESETS[self.preset][block_type]  # 1 until something is measured
-        return Resolved(
-            lr_multiplier=pick(rule.lr_multiplier, self.lr_multipliers, unset),
-            weight_decay_multiplier=pick(rule.weight_decay_multiplier, self.weight_decay_multipliers, 1.0),
-            granularity=granularity,
+        update = UpdateSettings.of(
+            pick(rule.lr_multiplier, self.lr_multipliers, unset),
+            pick(rule.weight_decay_multiplier, self.weight_decay_multipliers, 1.0),
+            pick(rule.betas, self.betas_by_type, None),
         )
+        return Resolved(update, granularity)

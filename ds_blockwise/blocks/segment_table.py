@@ -8,7 +8,6 @@ to the tensor. Kernels read it and the tensors, nothing else.
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,6 +24,7 @@ from ds_blockwise.blocks.ranges import (
     tensor_split_blocks,
 )
 from ds_blockwise.blocks.spec import BlockSpec
+from ds_blockwise.blocks.update_settings import UpdateSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class TableRun:
-    """A `ranges.Run` with its multipliers; its ``block`` is a slot of the local block vector."""
+    """A `ranges.Run` with its settings; its ``block`` is a slot of the local block vector."""
 
     start: int
     count: int
@@ -64,8 +64,7 @@ class TableRun:
     repeat: int
     repeat_stride: int
     block_stride: int
-    lr_multiplier: float
-    weight_decay_multiplier: float
+    update: UpdateSettings
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -86,14 +85,13 @@ class TableRun:
 
 @dataclass(frozen=True, slots=True)
 class MultiplierRun:
-    """Elements that share their multipliers, of one or several blocks; input of the element-wise update."""
+    """Elements that share their settings, of one or several blocks; input of the element-wise update."""
 
     start: int
     count: int
     repeat: int
     repeat_stride: int
-    lr_multiplier: float
-    weight_decay_multiplier: float
+    update: UpdateSettings
 
     def of(self, flat: torch.Tensor) -> torch.Tensor:
         """View of the run's elements in a contiguous 1-D tensor, shape ``(repeat, count)``."""
@@ -102,6 +100,21 @@ class MultiplierRun:
             (self.repeat_stride, 1),
             flat.storage_offset() + self.start,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class BetaGroup:
+    """Elements whose moments decay at the same rates.
+
+    Attributes:
+        update: settings with these betas.
+        elements: where they lie in the stepped tensor, an index or all of it.
+        values: where their second moments lie, likewise.
+    """
+
+    update: UpdateSettings
+    elements: slice | torch.Tensor
+    values: slice | torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +136,7 @@ class SegmentTable:
         placements: the parameters in it, in storage order.
         runs: segments with their slots in the block vector; together they cover every non-padding element once. Empty
             if second moments are element-wise.
-        multiplier_runs: the same elements, merged where multipliers agree.
+        multiplier_runs: the same elements, merged where settings agree.
         num_blocks: length of this rank's block vector (``exp_avg_sq`` of Adam-mini): one slot per block with local
             elements, one per element of element-wise parts.
         slot_numel: fp64, shape ``(num_slots,)``: elements of each slot's block in the unsharded tensor. Slots from
@@ -147,6 +160,30 @@ class SegmentTable:
     def has_split_blocks(self) -> bool:
         """Whether a step sums any block over ranks, blocks without elements on this rank included."""
         return bool(self.dp_slots.numel() or self.tp_slots.numel())
+
+    @functools.cached_property
+    def moves(self) -> bool:
+        """Whether a multiplier in it changes over the run."""
+        return any(run.update.moves for run in self.multiplier_runs)
+
+    @functools.cached_property
+    def beta_groups(self) -> tuple[BetaGroup, ...]:
+        """The elements by their betas: one group with everything where all betas are the param group's."""
+        updates = {(run.update.beta1, run.update.beta2): run.update for run in self.multiplier_runs}
+        if not any(update.has_betas for update in updates.values()):
+            return (BetaGroup(UpdateSettings(1.0), slice(None), slice(None)),)
+        numbers = torch.arange(self.numel)
+        slots = torch.arange(self.num_blocks)
+        found = []
+        for betas, update in updates.items():
+            runs = [run for run in self.multiplier_runs if (run.update.beta1, run.update.beta2) == betas]
+            elements = torch.cat([run.of(numbers).reshape(-1) for run in runs])
+            values = elements
+            if self.shares_second_moment:
+                blocks = [run for run in self.runs if (run.update.beta1, run.update.beta2) == betas]
+                values = torch.tensor(sorted({int(s) for run in blocks for s in run.blocks_of(slots).flatten()}))
+            found.append(BetaGroup(update, elements, values))
+        return tuple(found)
 
     def on(self, device: torch.device) -> Slots:
         """Its index tensors on a device, copied there once, so that a step never waits for the host."""
@@ -253,8 +290,7 @@ class _SlotBuilder:
                 run.repeat,
                 run.repeat_stride,
                 run.block_stride,
-                part.lr_multiplier,
-                part.weight_decay_multiplier,
+                part.update,
             )
         )
 
@@ -341,50 +377,19 @@ def same_windows(placements: Sequence[Placement]) -> bool:
 def _merge_multipliers(runs: Sequence[TableRun]) -> list[MultiplierRun]:
     merged: list[MultiplierRun] = []
     for run in runs:
-        new = MultiplierRun(
-            run.start,
-            run.count * run.numel,
-            run.repeat,
-            run.repeat_stride,
-            run.lr_multiplier,
-            run.weight_decay_multiplier,
-        )
+        new = MultiplierRun(run.start, run.count * run.numel, run.repeat, run.repeat_stride, run.update)
         last = merged[-1] if merged else None
         if (
             last is not None
             and last.repeat == new.repeat
             and last.repeat_stride == new.repeat_stride
             and last.start + last.count == new.start
-            and last.lr_multiplier == new.lr_multiplier
-            and last.weight_decay_multiplier == new.weight_decay_multiplier
+            and last.update == new.update
         ):
             merged[-1] = replace(last, count=last.count + new.count)
         else:
             merged.append(new)
     return merged
-
-
-def fingerprint(placements: Sequence[Placement], *, of_shards: bool) -> str:
-    """Digest of what ranks that share blocks must agree on.
-
-    Args:
-        placements: parameters of one stepped tensor in storage order.
-        of_shards: True for data-parallel peers, which hold the same tensor-parallel shard and must know the same cuts;
-            False for tensor-parallel peers, which share names, unsharded shapes and block settings, and the held ranges
-            where the splits are even.
-    """
-    digest = hashlib.sha256()
-    # a parameter that is whole under tensor parallelism may be partitioned over all ranks (zero.Init before AutoTP)
-    windows = not of_shards and same_windows(placements) and any(p.shard is not None for p in placements)
-    for p in placements:
-        facts: tuple[object, ...] = (p.spec.fqn, p.spec.structure.stored_shape, p.spec.axis, p.spec.parts)
-        facts += (p.shard.dim, p.shard.chunks) if p.shard else (None,)
-        if of_shards:
-            facts += (p.cuts, p.shard.rank if p.shard else 0)
-        if windows:
-            facts += (p.param_start, p.numel)
-        digest.update(repr(facts).encode())
-    return digest.hexdigest()
 
 
 def whole_placement(spec: BlockSpec, shard: TensorShard | None) -> Placement:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from ds_blockwise.blocks.roles import QKV_LAYOUT_MEANING, QKVLayout, Role
+from ds_blockwise.blocks.roles import QKV_LAYOUT_MEANING, NormPlace, QKVLayout, Role
 from ds_blockwise.blocks.rule_needed import CHOOSE, RuleNeeded
 
 
@@ -63,6 +63,7 @@ class TensorStructure:
         matrices: if the tensor holds several matrices, each with blocks of its own (experts): their number, rows and
             columns in the order in which the elements are stored, which the registered shape may not show. ``axis``
             then is a dimension of these three.
+        norm_place: where a norm stands; None: it is no norm, or that is not known.
         other_names: further names that the user's rules may match: those of a tied weight, those of the module tree
             behind a host's own.
         width: of the residual stream that a matrix reads or writes (`transfer`); None if it is not known.
@@ -76,6 +77,7 @@ class TensorStructure:
     matrices: tuple[int, int, int] | None = None
     other_names: tuple[str, ...] = ()
     width: int | None = field(default=None, compare=False)
+    norm_place: NormPlace | None = None
 
     def __post_init__(self) -> None:
         at = 0

@@ -27,7 +27,7 @@ from ds_blockwise.tagging.tag import tag_with_settings
 from ds_blockwise.tagging.verify_layout import LayoutReport, default_outputs, verify_layout
 
 HELP = "print each parameter's role, multiplier, blocks and optimizer-state bytes"
-_BLOCK_SETTINGS = ("lr_multipliers", "weight_decay_multipliers", "granularity", "rules", "transfer")
+_BLOCK_SETTINGS = ("lr_multipliers", "weight_decay_multipliers", "betas_by_type", "granularity", "rules", "transfer")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,12 +88,12 @@ def _outputs(model: nn.Module) -> torch.Tensor:
 
 
 def block_settings(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The block settings (multipliers, granularity, rules) among an optimizer's parameters."""
+    """The block settings (multipliers, betas, granularity, rules) among an optimizer's parameters."""
     return {key: params[key] for key in _BLOCK_SETTINGS if key in params}
 
 
 def read_optimizer_settings(path: Path) -> dict[str, Any]:
-    """Read the block settings (multipliers, granularity, rules) from a DeepSpeed JSON.
+    """Read the block settings (multipliers, betas, granularity, rules) from a DeepSpeed JSON.
 
     Raises:
         ValueError: every mistake in the JSON, no optimizer of ours, or an unknown key.

@@ -6,6 +6,7 @@ Knows the optimizers and the tags on parameters, but no host. A host's own file 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ds_blockwise.blocks.segment_table import Placement, fingerprint
+from ds_blockwise.blocks.segment_table import Placement, same_windows
 from ds_blockwise.blocks.tagged_parameter import is_tagged
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.parallel.agree import disagreement, first_error
@@ -83,6 +84,29 @@ def window(offset: int, numel: int, rank: int, world_size: int, size: int) -> tu
     return max(offset, low), min(end, low + size), cuts
 
 
+def fingerprint(placements: Sequence[Placement], *, of_shards: bool) -> str:
+    """Digest of what ranks that share blocks must agree on.
+
+    Args:
+        placements: parameters of one stepped tensor in storage order.
+        of_shards: True for data-parallel peers, which hold the same tensor-parallel shard and must know the same cuts;
+            False for tensor-parallel peers, which share names, unsharded shapes and block settings, and the held ranges
+            where the splits are even.
+    """
+    digest = hashlib.sha256()
+    # a parameter that is whole under tensor parallelism may be partitioned over all ranks (zero.Init before AutoTP)
+    windows = not of_shards and same_windows(placements) and any(p.shard is not None for p in placements)
+    for p in placements:
+        facts: tuple[object, ...] = (p.spec.fqn, p.spec.structure.stored_shape, p.spec.axis, p.spec.parts)
+        facts += (p.shard.dim, p.shard.chunks) if p.shard else (None,)
+        if of_shards:
+            facts += (p.cuts, p.shard.rank if p.shard else 0)
+        if windows:
+            facts += (p.param_start, p.numel)
+        digest.update(repr(facts).encode())
+    return digest.hexdigest()
+
+
 def check_agreement(
     optimizer: BlockwiseOptimizer,
     stepped: Sequence[Stepped],
@@ -103,7 +127,8 @@ def check_agreement(
         ValueError: on every rank, if any two peers differ.
     """
     settings = [
-        (group["lr"], tuple(group["betas"]), group["eps"], group["weight_decay"]) for group in optimizer.param_groups
+        (group["lr"], tuple(group["betas"]), group["eps"], group["weight_decay"], optimizer.cautious_weight_decay)
+        for group in optimizer.param_groups
     ]
     kernels = sorted({binding.kernels.name for binding in optimizer.bindings()})
     for what, group, of_shards in (("data", data_peers, True), ("tensor", tensor_peers, False)):

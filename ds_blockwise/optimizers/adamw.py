@@ -26,8 +26,13 @@ class BlockwiseAdamW(BlockwiseOptimizer):
             per block type (``emb head qk ffn vo norm other``) or role; a key ``"preset"`` beside them names what the
             others have: see `ds_blockwise.blocks.defaults.LR_PRESETS`. ``"auto"``, or a key ``"auto"``, measures them:
             see `ds_blockwise.blocks.auto_settings.AutoMultipliers`.
-        weight_decay_multipliers: likewise; default 1.
+            ``{"norm": {"start": 1.0, "end": 0.25}}`` moves one over the decay of a schedule of ours (arXiv 2507.03526).
+        weight_decay_multipliers: per block type or role; default 1.
         granularity: accepted so that one JSON serves both optimizers; second moments are element-wise.
+        betas_by_type: pairs of betas per block type or role, null for the one of ``betas``:
+            ``{"norm": [0.9, 0.99], "emb": [null, 0.99]}``.
+        cautious_weight_decay: decay only those elements that the update does not move away from zero (arXiv
+            2510.12402, algorithm 1). Default: false.
         rules: list of ``{"match": regex, "role" | "lr_multiplier" | ...}`` for single parameters.
         transfer: ``{"base_width": 256}``: rates that were tuned at that width move to this model's; see
             `ds_blockwise.blocks.transfer.Transfer`. Default: off.

@@ -40,10 +40,12 @@ from ds_blockwise.optimizers.settings import (
     CheckpointFormat,
     MomentumDtype,
     check_backend,
+    check_cautious_weight_decay,
     check_checkpoint_format,
     check_extra_keys,
     check_group,
     check_momentum_dtype,
+    check_progress,
 )
 from ds_blockwise.optimizers.state_dict import like, second_moment_to_save, to_load, to_save
 from ds_blockwise.parallel.agree import any_rank, any_rank_of_all, is_first_rank
@@ -80,6 +82,8 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         granularity: object = None,
         rules: object = None,
         transfer: object = None,
+        betas_by_type: object = None,
+        cautious_weight_decay: bool = False,
         momentum_dtype: MomentumDtype = "fp32",
         backend: str = "auto",
         checkpoint_format: CheckpointFormat = "expanded",
@@ -90,8 +94,9 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         self.momentum_dtype = check_momentum_dtype(momentum_dtype)
         self.backend = check_backend(backend)
         self.checkpoint_format = check_checkpoint_format(checkpoint_format)
+        self.cautious_weight_decay = check_cautious_weight_decay(cautious_weight_decay)
         self.block_settings = BlockSettings.parse(
-            lr_multipliers, weight_decay_multipliers, granularity, rules, transfer
+            lr_multipliers, weight_decay_multipliers, granularity, rules, transfer, betas_by_type
         )
         self.step_calls = 0
         telemetry_settings = TelemetrySettings.parse(telemetry)
@@ -113,6 +118,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         self._finite_over: ReductionGroups | None = None
         self._observers: list[StepObserver] = []
         self._refusal: str | None = None
+        self._moving, self._moving_of = False, -1
         self._meter: Meter | None = None
         self.overflow = False  # DeepSpeed reads it after each step, counts the skipped one and holds the schedule
 
@@ -182,7 +188,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
             return kept
         if not tagged.is_default:
             raise ValueError(
-                f"parameter {structure.fqn!r} was tagged with other multipliers, rules or granularity than "
+                f"parameter {structure.fqn!r} was tagged with other multipliers, betas, rules or granularity than "
                 f"{type(self).__name__} has. Give them in one place: the optimizer (tag_parameters(model) then needs "
                 f"none), or tag_parameters before the optimizer is built (the optimizer then takes them over)."
             )
@@ -197,7 +203,14 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         # bindings are made anew: they are found by the ids of tensors, which a copy does not share
-        kept = ("block_settings", "momentum_dtype", "backend", "checkpoint_format", "step_calls")
+        kept = (
+            "block_settings",
+            "momentum_dtype",
+            "backend",
+            "checkpoint_format",
+            "cautious_weight_decay",
+            "step_calls",
+        )
         settings = None if self._meter is None else self._meter.settings
         return {
             **super().__getstate__(),
@@ -320,6 +333,8 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         if not self._may_update(work):
             return loss
         if work:
+            if self._moves():
+                check_progress(self.param_groups, type(self).__name__)
             for exchange in self.exchanges:
                 exchange(work, self._bindings, self.state)
             self._update([w for w in work if w.item.grad is not None])
@@ -328,11 +343,17 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
             observer.after_update(work)
         return loss
 
+    def _moves(self) -> bool:
+        """Whether a multiplier changes over the run; the same on ranks that hold none of its blocks."""
+        if self._moving_of != self._bindings.version:
+            self._moving_of, self._moving = self._bindings.version, self.block_settings.moves or self._bindings.moves
+        return self._moving
+
     def _collect(self) -> list[Work]:
         """The tensors of a step, with those that only other ranks may have gradients of."""
         work: list[Work] = []
         for group in self.param_groups:
-            hyper = hyper_of(group)
+            hyper = hyper_of(group, cautious=self.cautious_weight_decay)
             for tensor in group["params"]:
                 binding = self._bindings.of(tensor) or self.binding_of(tensor)
                 grad = tensor.grad

@@ -15,6 +15,8 @@ from ds_blockwise.blocks.defaults import DEFAULT_GRANULARITY, LR_PRESETS, PUBLIS
 from ds_blockwise.blocks.roles import (
     BLOCK_TYPE_OF,
     BLOCK_TYPES,
+    NORM_PLACE_MEANING,
+    NORM_PLACES,
     QKV_LAYOUT_MEANING,
     ROLE_MEANING,
     STORAGE_MEANING,
@@ -123,6 +125,8 @@ def _schedule_rows(cls: type[BlockwiseLR]) -> Iterator[tuple[str, str, str]]:
 def _roles() -> Iterator[tuple[str, str, str]]:
     for role in Role:
         yield f"`{role.value}`", f"`{BLOCK_TYPE_OF[role]}`", sentence(ROLE_MEANING[role])
+        if role is Role.NORM:
+            yield from ((f"`{place}`", "`norm`", sentence(NORM_PLACE_MEANING[place])) for place in NORM_PLACES)
 
 
 def _presets() -> Iterator[tuple[str, ...]]:
@@ -141,6 +145,8 @@ def _rule_rows() -> Iterator[tuple[str, str]]:
     meanings["role"] = 'A role, for the whole parameter; `"qkv"` for a fused weight, with `layout` and the head counts.'
     meanings["layout"] = "Order of the rows in a fused weight; see below."
     for field in fields(Rule):
+        if field.name == "norm_place":
+            continue  # said by the role
         key = _JSON_NAMES.get(field.name, field.name)
         yield f"`{key}`", sentence(meanings[key])
 

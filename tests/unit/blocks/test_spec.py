@@ -106,7 +106,7 @@ def test_number_of_blocks(shape, role, settings, num_blocks):
 def test_a_bias_has_the_multipliers_of_its_rows():
     """The bias of a fused linear: queries, keys and values at their own rates, element by element."""
     spec = qkv("concat", is_bias=True)
-    assert [(p.start, p.end, p.lr_multiplier, p.granularity) for p in spec.parts] == [
+    assert [(p.start, p.end, p.update.lr_multiplier, p.granularity) for p in spec.parts] == [
         (0, 8, 1, "element"),
         (8, 12, 1, "element"),
         (12, 16, 0.5, "element"),

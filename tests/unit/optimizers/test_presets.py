@@ -83,7 +83,7 @@ ROLE_OF = ("embedding", "output", "query", "ffn", "value", "norm", "router")
 
 def multipliers(given: object) -> tuple[float, ...]:
     settings = BlockSettings.parse(given)
-    return tuple(settings.resolve("x", Role(role), False).lr_multiplier for role in ROLE_OF)
+    return tuple(settings.resolve("x", Role(role), False).update.lr_multiplier for role in ROLE_OF)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

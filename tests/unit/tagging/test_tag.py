@@ -107,7 +107,7 @@ def test_reading_tags_changes_nothing_and_setting_them_replaces_all():
     assert all(tags_of(p) is None for p in read.parameters())
     for multiplier in (3, 5):
         tag_with_settings(read, BlockSettings.parse({"norm": multiplier}))
-        assert tags_of(read["norm"].weight).block_spec.parts[0].lr_multiplier == multiplier
+        assert tags_of(read["norm"].weight).block_spec.parts[0].update.lr_multiplier == multiplier
 
 
 def test_a_model_with_a_problem_gets_no_tag():
