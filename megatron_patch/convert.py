@@ -20,7 +20,7 @@ import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import nn
 
-from ds_blockwise.blocks.block_settings import BlockSettings
+from ds_blockwise.blocks.settings.block_settings import BlockSettings
 from ds_blockwise.hosts.pipeline_stages import check_rules, check_tied, rules_matched
 from ds_blockwise.hosts.stepped_tensors import Stepped, check_agreement, group_of
 from ds_blockwise.optimizers.base import BlockwiseOptimizer

@@ -22,8 +22,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ParamSpec, TypedDict, TypeVar
 
-from ds_blockwise.blocks.auto_settings import AUTO
-from ds_blockwise.blocks.defaults import LR_PRESETS, PUBLISHED
+from ds_blockwise.blocks.settings.auto_settings import AUTO
+from ds_blockwise.blocks.settings.defaults import LR_PRESETS, PUBLISHED
 from ds_blockwise.optimizers.registry import OPTIMIZERS
 from ds_blockwise.optimizers.settings import BACKENDS, MOMENTUM_DTYPES, MomentumDtype
 from megatron_patch.convert import convert_

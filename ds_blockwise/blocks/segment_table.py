@@ -23,8 +23,8 @@ from ds_blockwise.blocks.ranges import (
     runs_of_range,
     tensor_split_blocks,
 )
+from ds_blockwise.blocks.settings.update_settings import UpdateSettings
 from ds_blockwise.blocks.spec import BlockSpec
-from ds_blockwise.blocks.update_settings import UpdateSettings
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from ds_blockwise.blocks.block_settings import BlockSettings, Resolved, Rule
-from ds_blockwise.blocks.defaults import Granularity
 from ds_blockwise.blocks.ranges import AxisSpan, Batch
 from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, BlockType, Role
 from ds_blockwise.blocks.rule_needed import CHOOSE, RuleNeeded
+from ds_blockwise.blocks.settings.block_settings import BlockSettings, Resolved
+from ds_blockwise.blocks.settings.defaults import Granularity
+from ds_blockwise.blocks.settings.rules import Rule
+from ds_blockwise.blocks.settings.update_settings import UpdateSettings
 from ds_blockwise.blocks.structure import RoleSpan, TensorStructure
-from ds_blockwise.blocks.update_settings import UpdateSettings
 
 STATE_BYTES_PER_VALUE = 4  # exp_avg and exp_avg_sq are fp32 unless momentum_dtype says otherwise
 

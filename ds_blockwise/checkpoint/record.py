@@ -15,15 +15,16 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from ds_blockwise.blocks.auto_settings import AUTO
-from ds_blockwise.blocks.block_settings import BlockSettings, Rule
-from ds_blockwise.blocks.defaults import DEFAULT_GRANULARITY, LR_PRESETS
 from ds_blockwise.blocks.ranges import TensorShard
 from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, Role
 from ds_blockwise.blocks.segment_table import Placement, SegmentTable, build_table
+from ds_blockwise.blocks.settings.auto_settings import AUTO
+from ds_blockwise.blocks.settings.block_settings import BlockSettings
+from ds_blockwise.blocks.settings.defaults import DEFAULT_GRANULARITY, LR_PRESETS
+from ds_blockwise.blocks.settings.rules import Rule
+from ds_blockwise.blocks.settings.update_settings import MovingMultiplier, UpdateSettings
 from ds_blockwise.blocks.spec import BlockPart, BlockSpec
 from ds_blockwise.blocks.structure import RoleSpan, TensorStructure
-from ds_blockwise.blocks.update_settings import MovingMultiplier, UpdateSettings
 from ds_blockwise.checkpoint.record_check import check_record, check_run_record
 from ds_blockwise.checkpoint.record_types import (
     PackedGroup,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ds_blockwise.blocks.defaults import ADAMW_RATE, UNITS
+from ds_blockwise.blocks.settings.defaults import ADAMW_RATE, UNITS
 from ds_blockwise.checkpoint.record_types import Settings
 
 _BEFORE_PRESETS = "paper"  # of records without the key "preset"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ds_blockwise.blocks.block_settings import BlockSettings
+from ds_blockwise.blocks.settings.block_settings import BlockSettings
 from ds_blockwise.cli.models import MODEL_HELP, load_model
 from ds_blockwise.cli.progress import add_quiet
 from ds_blockwise.hosts.deepspeed.config.check import json_mistakes

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ds_blockwise.blocks.block_settings import BlockSettings
+from ds_blockwise.blocks.settings.block_settings import BlockSettings
 from ds_blockwise.blocks.tagged_parameter import is_tagged
 from ds_blockwise.parallel.agree import gather
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.segment_table import Placement, SegmentTable, build_table
+from ds_blockwise.blocks.settings.block_settings import BlockSettings
 from ds_blockwise.blocks.spec import resolved
 from ds_blockwise.kernels.base import Item, Kernels
 from ds_blockwise.kernels.select import kernels_for

@@ -19,8 +19,8 @@ from weakref import WeakSet
 import torch
 from torch.optim.optimizer import ParamsT
 
-from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.segment_table import Placement, SegmentTable, whole_placement
+from ds_blockwise.blocks.settings.block_settings import BlockSettings
 from ds_blockwise.blocks.spec import BlockSpec, apply_settings
 from ds_blockwise.blocks.tagged_parameter import as_tagged, is_tagged_by_host, user_tags_of
 from ds_blockwise.checkpoint.record import settings_of

@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass, replace
 
 from torch import nn
 
-from ds_blockwise.blocks.defaults import UNITS
 from ds_blockwise.blocks.roles import NormPlace, Role
+from ds_blockwise.blocks.settings.defaults import UNITS
+from ds_blockwise.blocks.settings.update_settings import Betas, shown_betas
 from ds_blockwise.blocks.spec import STATE_BYTES_PER_VALUE, BlockSpec, transfer_factor
 from ds_blockwise.blocks.tagged_parameter import tags_of
-from ds_blockwise.blocks.update_settings import Betas, shown_betas
 
 _NUMBER = re.compile(r"(?:(?<=\.)|^)[0-9]+(?=\.|$)")
 _MOST_RANGES = 6  # of numbered parts in one name

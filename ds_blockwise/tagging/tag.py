@@ -15,14 +15,15 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ds_blockwise.blocks.block_settings import BlockSettings, Rule
 from ds_blockwise.blocks.ranges import TensorShard
 from ds_blockwise.blocks.roles import LAYOUT_CHOICES, QKV_LAYOUT_MEANING, STORAGE_MEANING, QKVLayout, Role, Storage
 from ds_blockwise.blocks.rule_needed import CHOOSE, ROLE_CHOICES, RuleNeeded
+from ds_blockwise.blocks.settings.block_settings import BlockSettings
+from ds_blockwise.blocks.settings.rules import Rule
+from ds_blockwise.blocks.settings.transfer import stream_widths, width_of
 from ds_blockwise.blocks.spec import BlockSpec, apply_settings
 from ds_blockwise.blocks.structure import TensorStructure, fused_qkv, whole_tensor
 from ds_blockwise.blocks.tagged_parameter import set_tags
-from ds_blockwise.blocks.transfer import stream_widths, width_of
 from ds_blockwise.tagging.head_counts import find_heads, fused_heads, own_heads
 from ds_blockwise.tagging.module_facts import fused_qkv_layout, num_experts_in, storage_of
 from ds_blockwise.tagging.module_reader import READERS
@@ -74,7 +75,7 @@ def tag_parameters(
             ``"optional": True``.
         granularity: per block type, role or ``"bias"``; or ``"published"``, see `BlockwiseAdamMini`.
         weight_decay_multipliers: per block type or role.
-        transfer: ``{"base_width": 256}``: see `ds_blockwise.blocks.transfer.Transfer`.
+        transfer: ``{"base_width": 256}``: see `ds_blockwise.blocks.settings.transfer.Transfer`.
         betas_by_type: per block type or role, pairs of betas; see `BlockwiseAdamW`.
 
     Returns:

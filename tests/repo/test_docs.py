@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_blockwise.blocks.defaults import DEFAULT_PRESET, LR_PRESETS, UNITS
 from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, Role
+from ds_blockwise.blocks.settings.defaults import DEFAULT_PRESET, LR_PRESETS, UNITS
 from ds_blockwise.optimizers.registry import OPTIMIZERS
 from ds_blockwise.optimizers.settings import OPTIMIZER_KEYS
 from tests.helpers import ROOT

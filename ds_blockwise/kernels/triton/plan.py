@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from ds_blockwise.blocks.segment_table import SegmentTable, TableRun
-from ds_blockwise.blocks.update_settings import UpdateSettings
+from ds_blockwise.blocks.settings.update_settings import UpdateSettings
 from ds_blockwise.kernels.triton.tables import (
     COLUMN_ROWS,
     COLUMNS_LOG2,

@@ -9,9 +9,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields
 
-from ds_blockwise.blocks.auto_settings import AutoMultipliers
-from ds_blockwise.blocks.block_settings import Rule
-from ds_blockwise.blocks.defaults import DEFAULT_GRANULARITY, LR_PRESETS, PUBLISHED_GRANULARITY, UNITS
 from ds_blockwise.blocks.roles import (
     BLOCK_TYPE_OF,
     BLOCK_TYPES,
@@ -22,7 +19,10 @@ from ds_blockwise.blocks.roles import (
     STORAGE_MEANING,
     Role,
 )
-from ds_blockwise.blocks.transfer import Transfer
+from ds_blockwise.blocks.settings.auto_settings import AutoMultipliers
+from ds_blockwise.blocks.settings.defaults import DEFAULT_GRANULARITY, LR_PRESETS, PUBLISHED_GRANULARITY, UNITS
+from ds_blockwise.blocks.settings.rules import Rule
+from ds_blockwise.blocks.settings.transfer import Transfer
 from ds_blockwise.measure.readings import TelemetrySettings
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.optimizers.registry import OPTIMIZERS, SCHEDULES

@@ -3,9 +3,9 @@
 
 import pytest
 
-from ds_blockwise.blocks.block_settings import BlockSettings, Resolved
 from ds_blockwise.blocks.roles import Role
-from ds_blockwise.blocks.update_settings import UpdateSettings
+from ds_blockwise.blocks.settings.block_settings import BlockSettings, Resolved
+from ds_blockwise.blocks.settings.update_settings import UpdateSettings
 
 FQN = "layers.0.mlp.up_proj.weight"
 

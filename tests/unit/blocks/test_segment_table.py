@@ -15,10 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.ranges import TensorShard
 from ds_blockwise.blocks.roles import Role
 from ds_blockwise.blocks.segment_table import Placement, build_table, whole_placement
+from ds_blockwise.blocks.settings.block_settings import BlockSettings
 from ds_blockwise.blocks.spec import apply_settings
 from ds_blockwise.blocks.structure import HeadGeometry, RoleSpan, TensorStructure, fused_qkv, whole_tensor
 from ds_blockwise.hosts.stepped_tensors import fingerprint

@@ -3,9 +3,9 @@
 
 import pytest
 
-from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.ranges import AxisSpan, Batch
 from ds_blockwise.blocks.roles import Role
+from ds_blockwise.blocks.settings.block_settings import BlockSettings
 from ds_blockwise.blocks.spec import apply_settings
 from ds_blockwise.blocks.structure import HeadGeometry, fused_qkv, whole_tensor
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ds_blockwise.blocks.segment_table import SegmentTable, TableRun, _merge_multipliers
-from ds_blockwise.blocks.update_settings import UpdateSettings
+from ds_blockwise.blocks.settings.update_settings import UpdateSettings
 from ds_blockwise.kernels.base import Hyper, Item, ReferenceKernels
 from ds_blockwise.kernels.cpp.backend import CppKernels
 

@@ -16,9 +16,9 @@ from dataclasses import replace
 
 import pytest
 
-from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.roles import Role
 from ds_blockwise.blocks.segment_table import build_table
+from ds_blockwise.blocks.settings.block_settings import BlockSettings
 from ds_blockwise.blocks.spec import apply_settings
 from ds_blockwise.blocks.structure import HeadGeometry, fused_qkv, whole_tensor
 from ds_blockwise.kernels.base import Hyper, Item, ReferenceKernels

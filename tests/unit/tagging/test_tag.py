@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from ds_blockwise import BlockwiseAdamW, tag_parameters
-from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.ranges import TensorShard
 from ds_blockwise.blocks.roles import Role
+from ds_blockwise.blocks.settings.block_settings import BlockSettings
 from ds_blockwise.blocks.tagged_parameter import tags_of
 from ds_blockwise.hosts.model_tags import tag_for
 from ds_blockwise.tagging import module_reader

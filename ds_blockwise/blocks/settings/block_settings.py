@@ -8,13 +8,20 @@ it: their blocks are single elements, not the whole vector, which costs almost n
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from ds_blockwise.blocks.auto_settings import AUTO, AutoMultipliers, parse_auto
-from ds_blockwise.blocks.defaults import (
+from ds_blockwise.blocks.roles import (
+    BLOCK_TYPE_OF,
+    BLOCK_TYPES,
+    NORM_PLACES,
+    NormPlace,
+    Role,
+)
+from ds_blockwise.blocks.rule_needed import CHOOSE, NORM_CHOICES, RuleNeeded
+from ds_blockwise.blocks.settings.auto_settings import AUTO, AutoMultipliers, parse_auto
+from ds_blockwise.blocks.settings.defaults import (
     DEFAULT_GRANULARITY,
     DEFAULT_PRESET,
     GRANULARITIES,
@@ -24,20 +31,9 @@ from ds_blockwise.blocks.defaults import (
     PUBLISHED_GRANULARITY,
     Granularity,
 )
-from ds_blockwise.blocks.roles import (
-    BLOCK_TYPE_OF,
-    BLOCK_TYPES,
-    NORM_PLACES,
-    QKV_LAYOUTS,
-    STORAGES,
-    NormPlace,
-    QKVLayout,
-    Role,
-    Storage,
-)
-from ds_blockwise.blocks.rule_needed import CHOOSE, NORM_CHOICES, RuleNeeded
-from ds_blockwise.blocks.transfer import Transfer, parse_transfer
-from ds_blockwise.blocks.update_settings import (
+from ds_blockwise.blocks.settings.rules import ROLE_NAMES, Rule, as_granularity, parse_rule
+from ds_blockwise.blocks.settings.transfer import Transfer, parse_transfer
+from ds_blockwise.blocks.settings.update_settings import (
     Betas,
     LRMultiplier,
     MovingMultiplier,
@@ -45,26 +41,11 @@ from ds_blockwise.blocks.update_settings import (
     as_betas,
     as_lr_multiplier,
 )
-from ds_blockwise.values import as_count, as_mapping, as_multiplier, check_keys, if_given, suggest, unknown
+from ds_blockwise.values import as_mapping, as_multiplier, check_keys, suggest
 
 _Setting = TypeVar("_Setting")
 _Default = TypeVar("_Default")
-_ROLE_NAMES = tuple(role.value for role in Role)
-_SETTING_KEYS = tuple(dict.fromkeys((*BLOCK_TYPES, *_ROLE_NAMES, *NORM_PLACES)))
-_RULE_KEYS = (
-    "match",
-    "role",
-    "layout",
-    "num_heads",
-    "num_kv_heads",
-    "storage",
-    "lr_multiplier",
-    "weight_decay_multiplier",
-    "betas",
-    "granularity",
-    "width",
-)
-_OPTIONAL = "optional"
+_SETTING_KEYS = tuple(dict.fromkeys((*BLOCK_TYPES, *ROLE_NAMES, *NORM_PLACES)))
 PRESET = "preset"
 
 
@@ -72,103 +53,6 @@ def _checked(name: str, value: object, *extra: str) -> Mapping[str, object]:
     raw = as_mapping(name, value)
     check_keys(name, raw, (*_SETTING_KEYS, *extra))
     return raw
-
-
-def _granularity(name: str, value: object) -> Granularity:
-    if value not in GRANULARITIES:
-        raise ValueError(f"{name} must be one of {', '.join(GRANULARITIES)}, got {value!r}")
-    return value
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """One rule of the user.
-
-    Attributes:
-        match: regular expression, searched anywhere in a parameter's name. The other attributes say what the rule sets
-            for the parameters that it matches; None leaves it as it is.
-        role: role of the whole parameter.
-        qkv_layout: QKV layout of a fused weight; ``role`` is None then.
-        num_heads: query heads, or the heads of the one role.
-        num_kv_heads: key and value heads of a fused weight.
-        lr_multiplier: factor on the learning rate; ``{"start": 1.0, "end": 0.25}`` moves it over the schedule's decay.
-        weight_decay_multiplier: factor on the weight decay.
-        betas: decay rates of the two moments; null for the param group's.
-        granularity: size of a block.
-        storage: how the matrix is stored.
-        width: of the residual stream that the matrix reads or writes, for ``transfer``.
-        norm_place: where the norm stands, if the rule's role is ``norm_in``, ``norm_out`` or ``norm_qk``; its
-            ``role`` is ``norm`` then.
-        optional: the rule may match nothing, because engines of several models share the settings.
-    """
-
-    match: str
-    role: Role | None = None
-    qkv_layout: QKVLayout | None = None
-    num_heads: int | None = None
-    num_kv_heads: int | None = None
-    lr_multiplier: LRMultiplier | None = None
-    weight_decay_multiplier: float | None = None
-    betas: Betas | None = None
-    granularity: Granularity | None = None
-    storage: Storage | None = None
-    width: int | None = None
-    norm_place: NormPlace | None = None
-    optional: bool = False
-
-    def matches(self, fqn: str) -> bool:
-        """True if the rule's regular expression is found anywhere in ``fqn``."""
-        return re.search(self.match, fqn) is not None
-
-
-def _parse_rule(index: int, value: object) -> Rule:
-    name = f"rules[{index}]"
-    raw = as_mapping(name, value)
-    check_keys(name, raw, (*_RULE_KEYS, _OPTIONAL))
-    match = raw.get("match")
-    if not isinstance(match, str) or not match:
-        raise ValueError(f'{name} needs "match": a regular expression on parameter names, got {match!r}')
-    try:
-        re.compile(match)
-    except re.error as error:
-        raise ValueError(f"{name}: {match!r} is not a regular expression: {error}") from error
-    role, layout = raw.get("role"), raw.get("layout")
-    if role == "qkv":
-        if layout not in QKV_LAYOUTS:
-            raise ValueError(f'{name}: role "qkv" needs "layout": one of {", ".join(QKV_LAYOUTS)}, got {layout!r}')
-        role = None
-    else:
-        if layout is not None:
-            raise ValueError(f'{name}: "layout" goes with "role": "qkv" only, got role {role!r}')
-        if role is not None and role not in (*_ROLE_NAMES, *NORM_PLACES):
-            raise ValueError(f"{name}: {unknown('role', role, (*_ROLE_NAMES, *NORM_PLACES, 'qkv'))}")
-    place = next((known for known in NORM_PLACES if role == known), None)
-    storage = raw.get("storage")
-    if storage is not None and storage not in STORAGES:
-        raise ValueError(f"{name}.storage must be one of {', '.join(STORAGES)}, got {storage!r}")
-    optional = raw.get(_OPTIONAL, False)
-    if not isinstance(optional, bool):
-        raise TypeError(f"{name}.optional must be true or false, got {optional!r}")
-    rule = Rule(
-        match=match,
-        role=None if role is None else Role.NORM if place else Role(role),
-        qkv_layout=layout,
-        num_heads=if_given(as_count, f"{name}.num_heads", raw.get("num_heads")),
-        num_kv_heads=if_given(as_count, f"{name}.num_kv_heads", raw.get("num_kv_heads")),
-        lr_multiplier=if_given(as_lr_multiplier, f"{name}.lr_multiplier", raw.get("lr_multiplier")),
-        weight_decay_multiplier=if_given(
-            as_multiplier, f"{name}.weight_decay_multiplier", raw.get("weight_decay_multiplier")
-        ),
-        betas=if_given(as_betas, f"{name}.betas", raw.get("betas")),
-        granularity=if_given(_granularity, f"{name}.granularity", raw.get("granularity")),
-        storage=storage,
-        width=if_given(as_count, f"{name}.width", raw.get("width")),
-        norm_place=place,
-        optional=optional,
-    )
-    if rule == Rule(match, optional=optional):
-        raise ValueError(f"{name} ({match!r}) sets nothing. Give at least one of {', '.join(_RULE_KEYS[1:])}")
-    return rule
 
 
 def _parse_multipliers(name: str, value: object) -> dict[str, float]:
@@ -210,7 +94,7 @@ def _parse_granularity(value: object) -> dict[str, Granularity]:
                 f'"{PUBLISHED}" (the partition of the Adam-mini paper), got {value!r}{suggest(value, [PUBLISHED])}'
             )
         return {role.value: cut for role, cut in PUBLISHED_GRANULARITY.items() if cut != DEFAULT_GRANULARITY[role]}
-    return {k: _granularity(f"granularity[{k!r}]", v) for k, v in _checked("granularity", value, "bias").items()}
+    return {k: as_granularity(f"granularity[{k!r}]", v) for k, v in _checked("granularity", value, "bias").items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +158,7 @@ class BlockSettings:
             rules = ()
         if isinstance(rules, (str, Mapping)) or not isinstance(rules, Iterable):
             raise TypeError(f'rules must be a list of {{"match": ..., ...}}, got {rules!r}')
-        parsed = tuple(_parse_rule(index, rule) for index, rule in enumerate(rules))
+        parsed = tuple(parse_rule(index, rule) for index, rule in enumerate(rules))
         width_rule = parse_transfer(transfer)
         if auto is not None and width_rule is not None:
             raise ValueError(
