@@ -47,8 +47,8 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
         weight_decay: decoupled, multiplied by the block's learning rate.
         lr_multipliers: a preset (``"adamw_scale"``, the default, ``"paper"``, ``"tuned"``, ``"uniform"``), or numbers
             per block type (``emb head qk ffn vo norm other``) or role; a key ``"preset"`` beside them names what the
-            others have: see `ds_blockwise.blocks.settings.defaults.LR_PRESETS`. ``"auto"``, or a key ``"auto"``, measures
-            them: see `ds_blockwise.blocks.settings.auto_settings.AutoMultipliers`.
+            others have: see `ds_blockwise.blocks.settings.defaults.LR_PRESETS`. ``"auto"``, or a key ``"auto"``,
+            measures them: see `ds_blockwise.blocks.settings.auto_settings.AutoMultipliers`.
             ``{"norm": {"start": 1.0, "end": 0.25}}`` moves one over the decay of a schedule of ours (arXiv 2507.03526).
         weight_decay_multipliers: per block type or role; default 1.
         granularity: per block type, role or ``"bias"``: ``"head"``, ``"row"``, ``"tensor"`` or ``"element"``; or
