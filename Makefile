@@ -28,9 +28,9 @@ finetune: setup
 	$(BIN)/python launch/prepare_data.py --run configs/run/tiny.yaml
 	test -f runs/finetune/base/summary.json || $(BIN)/deepspeed --num_gpus 2 launch/finetune_hf.py $(FINETUNE) \
 		--model configs/model/tiny.yaml --tokenizer data/tiny/tokenizer.json --source stdlib \
-		--learning_rate 5e-4 --max_steps 300 --output_dir runs/finetune/base
+		--learning_rate 4e-3 --max_steps 300 --output_dir runs/finetune/base
 	$(BIN)/deepspeed --num_gpus 2 launch/finetune_hf.py $(FINETUNE) \
-		--model runs/finetune/base --source pydoc --learning_rate 2e-4 --max_steps 100 --output_dir runs/finetune/tuned $(ARGS)
+		--model runs/finetune/base --source pydoc --learning_rate 1.6e-3 --max_steps 100 --output_dir runs/finetune/tuned $(ARGS)
 
 # Six optimizers, each with its own sweep, seeds and ablations; goes on where it was stopped. QUICK=1: 15 minutes.
 # PLAN=warmup: three of them with a longer warm-up, PLAN=5m: with a larger model, in bf16; each about an hour.

@@ -22,7 +22,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ParamSpec, TypedDict, TypeVar
 
-from ds_blockwise.blocks.defaults import PUBLISHED
+from ds_blockwise.blocks.auto_settings import AUTO
+from ds_blockwise.blocks.defaults import LR_PRESETS, PUBLISHED
 from ds_blockwise.optimizers.registry import OPTIMIZERS
 from ds_blockwise.optimizers.settings import BACKENDS, MOMENTUM_DTYPES, MomentumDtype
 from megatron_patch.convert import convert_
@@ -65,17 +66,17 @@ def add_blockwise_args(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         default=None,
         help="Optimizer that takes Adam's place; needs --optimizer adam. Without it nothing is changed.",
     )
-    for name, example, word in (
-        ("lr-multipliers", '{"emb": 10, "qk": 8}', None),
-        ("weight-decay-multipliers", '{"norm": 0}', None),
-        ("granularity", '{"value": "tensor"}', PUBLISHED),
-        ("rules", '[{"match": "adapter", "role": "ffn"}]', None),
+    for name, example, words in (
+        ("lr-multipliers", '{"preset": "tuned", "head": 1}', (*LR_PRESETS, AUTO)),
+        ("weight-decay-multipliers", '{"norm": 0}', ()),
+        ("granularity", '{"value": "tensor"}', (PUBLISHED,)),
+        ("rules", '[{"match": "adapter", "role": "ffn"}]', ()),
     ):
         group.add_argument(
             f"--blockwise-{name}",
-            type=functools.partial(_json_value, word=word),
+            type=functools.partial(_json_value, words=words),
             default=None,
-            help=f"JSON, such as {example}, {f'{word}, ' if word else ''}or the path of a JSON file.",
+            help=f"JSON, such as {example}, {''.join(f'{word}, ' for word in words)}or the path of a JSON file.",
         )
     group.add_argument(
         "--blockwise-momentum-dtype", choices=list(MOMENTUM_DTYPES), default="fp32", help="Storage of the first moment."
@@ -191,10 +192,10 @@ def _with_args(pretrain: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-def _json_value(text: str, word: str | None) -> object:
-    """An argument's JSON, or what the file of that name holds; ``word`` stands for itself."""
-    if text == word:
-        return word
+def _json_value(text: str, words: Sequence[str]) -> object:
+    """An argument's JSON, or what the file of that name holds; ``words`` stand for themselves."""
+    if text in words:
+        return text
     source = text
     if not text.lstrip().startswith(("{", "[")):
         try:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.compare.trials import ARMS, BASELINE, MIN_LR_SHARE, OUR_CUTS, PUBLISHED_CUTS, Plan, Trial
-from ds_blockwise.blocks.defaults import DEFAULT_LR_MULTIPLIERS
+from ds_blockwise.blocks.defaults import ADAMW_RATE, LR_PRESETS
 
 ADAMW, OURS, MINI, OUR_MINI = BASELINE, "blockwise_adamw", "adam_mini", "blockwise_adam_mini"
 _TYPE_NAMES = {
@@ -20,6 +20,7 @@ _TYPE_NAMES = {
     "vo": "values and output",
     "norm": "norms",
 }
+_PAPER = LR_PRESETS["paper"]
 
 
 WORTH_CONFIRMING = 0.03  # nats: more than the seeds of one change differ from each other
@@ -138,17 +139,21 @@ def _block_types(best: Mapping[str, float]) -> list[Ablation]:
         Ablation(
             OURS,
             f"uniform-{block_type}",
-            f"{name} at AdamW's best rate ({uniform:.3g}x the base instead of {DEFAULT_LR_MULTIPLIERS[block_type]:g}x)",
+            f"{name} at AdamW's best rate ({_in_adamw_unit(uniform)} instead of {_in_adamw_unit(_PAPER[block_type])})",
             best[OURS],
             {"lr_multipliers": {block_type: uniform}},
         )
         for block_type, name in _TYPE_NAMES.items()
-        if uniform != DEFAULT_LR_MULTIPLIERS[block_type]
+        if uniform != _PAPER[block_type]
     ]
     for multiplier in (1, 4):
-        words = f"output layer at {multiplier}x the base instead of {DEFAULT_LR_MULTIPLIERS['head']:g}x"
+        words = f"output layer at {_in_adamw_unit(multiplier)} instead of {_in_adamw_unit(_PAPER['head'])}"
         found.append(Ablation(OURS, f"head-{multiplier}", words, best[OURS], {"lr_multipliers": {"head": multiplier}}))
     return found
+
+
+def _in_adamw_unit(multiplier: float) -> str:
+    return f"{multiplier / ADAMW_RATE:.3g}"
 
 
 def _measured(best: Mapping[str, float]) -> list[Ablation]:
@@ -164,7 +169,7 @@ def _measured(best: Mapping[str, float]) -> list[Ablation]:
         ("auto-early", "measured from step 16 on, the output layer's too", 2, early),
         ("auto", "measured from step 300 on, the output layer's too", 2, late),
         ("auto", "measured from step 300 on, the output layer's too", 4, late),
-        ("auto-head", "measured from step 300 on, the output layer at 10x", 2, without_head),
+        ("auto-head", "measured from step 300 on, the output layer at 1.25", 2, without_head),
     ]
     return [
         Ablation(

@@ -55,7 +55,7 @@ def losses(results: Results, rows: Sequence[ArmResult], plan: Plan, title: str, 
         first = len(curves[0]) // 3
         steps = [step for step, _ in curves[0]][first:]
         means = [statistics.fmean(values) for values in zip(*([loss for _, loss in c] for c in curves), strict=True)]
-        label = f"{ARMS[row.arm].label}\nlr {row.lr:g}: {row.loss.mean:.3f}"
+        label = f"{ARMS[row.arm].label}\nlr {ARMS[row.arm].adamw_rate(row.lr):.3g}: {row.loss.mean:.3f}"
         (lines[label],) = axes.plot(steps, means[first:], color=COLOURS[row.arm], marker="o", markersize=3)
         drawn += means[first:]
         for length in sorted({t.steps for t in results if _at(t, row) and t.steps != plan.steps}):
@@ -72,7 +72,7 @@ def losses(results: Results, rows: Sequence[ArmResult], plan: Plan, title: str, 
 
 
 def sweeps(results: Results, plan: Plan, title: str, path: Path) -> None:
-    """Final loss against base learning rate, the first seed; runs that diverged stand at the upper edge.
+    """Final loss against learning rate in AdamW's unit, the first seed; runs that diverged stand at the upper edge.
 
     Args:
         results: Of all trials.
@@ -86,13 +86,16 @@ def sweeps(results: Results, plan: Plan, title: str, path: Path) -> None:
     ceiling = min(max(ended), min(ended) + 0.5) + 0.02
     drawn: list[float] = []
     for arm in (a for a in ARMS if any(t.arm == a for t in swept)):
-        points = sorted((t.lr, _finite(results[t]["final_validation_loss"], ceiling)) for t in swept if t.arm == arm)
+        rate = ARMS[arm].adamw_rate
+        points = sorted(
+            (rate(t.lr), _finite(results[t]["final_validation_loss"], ceiling)) for t in swept if t.arm == arm
+        )
         axes.plot(*zip(*points, strict=True), color=COLOURS[arm], label=ARMS[arm].label, marker="o", markersize=4)
         drawn += [loss for _, loss in points]
     axes.set_xscale("log", base=2)
-    axes.set_xlabel("base learning rate (at the upper edge: this loss or more, or diverged)")
-    ticks = sorted({t.lr for t in swept})
-    axes.set_xticks(ticks, [f"{lr:g}" for lr in ticks], fontsize=7, rotation=45)
+    axes.set_xlabel("learning rate, in AdamW's unit (at the upper edge: this loss or more, or diverged)")
+    ticks = sorted({ARMS[t.arm].adamw_rate(t.lr) for t in swept})
+    axes.set_xticks(ticks, [f"{lr:.3g}" for lr in ticks], fontsize=7, rotation=45)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_ylabel(f"final {_LOSS}")
     axes.set_title(f"{title}: learning rates, {plan.steps} steps, one seed")

@@ -48,7 +48,7 @@ COLUMNS = (
 def table(rows: Sequence[ArmResult], results: Results, plan: Plan) -> str:
     """The comparison as Markdown, with where it comes from."""
     lines = [
-        f"| optimizer | best base lr | final validation loss, nats | minus AdamW's, nats | "
+        f"| optimizer | best lr, in AdamW's unit | final validation loss, nats | minus AdamW's, nats | "
         f"steps to AdamW's loss at {plan.steps} | CPU time to it / AdamW's | CPU time per step, s | "
         f"state, bytes per parameter |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
@@ -59,8 +59,9 @@ def table(rows: Sequence[ArmResult], results: Results, plan: Plan) -> str:
         reached, step_over_baseline = row.steps_to_baseline, row.cpu_seconds_per_step / of_baseline
         steps = "" if reached is None else reached.steps_text()
         time = "" if reached is None else reached.time_text(step_over_baseline, plan.steps)
+        arm, rate = ARMS[row.arm], f"{ARMS[row.arm].adamw_rate(row.lr):.3g}"
         lines.append(
-            f"| {ARMS[row.arm].label} | {row.lr:g} | {row.loss.text()} | {against} | {steps} | {time} | "
+            f"| {arm.label} | {rate} | {row.loss.text()} | {against} | {steps} | {time} | "
             f"{row.cpu_seconds_per_step:.3f} | {row.state_bytes:.2f} |"
         )
     return "\n".join([*lines, "", provenance_text(results, plan)])
@@ -77,7 +78,7 @@ def ablation_table(results: Results, plan: Plan, best: Mapping[str, float]) -> s
         best: Best learning rate by arm.
     """
     lines = [
-        "| optimizer | change | base lr | final validation loss, nats | change in loss, nats |",
+        "| optimizer | change | lr, in AdamW's unit | final validation loss, nats | change in loss, nats |",
         "|---|---|---:|---:|---:|",
     ]
     asked = ablations(best, plan)
@@ -95,7 +96,8 @@ def ablation_table(results: Results, plan: Plan, best: Mapping[str, float]) -> s
         shown = DIVERGED if diverged else Estimate.of(losses).text()
         change = "" if difference is None or diverged else difference.text("+.4f")
         change += "" if same_rate or not change else ", to the best rate"
-        lines.append(f"| {ARMS[ablation.arm].label} | {ablation.words} | {ablation.lr:g} | {shown} | {change} |")
+        arm, rate = ARMS[ablation.arm], f"{ARMS[ablation.arm].adamw_rate(ablation.lr):.3g}"
+        lines.append(f"| {arm.label} | {ablation.words} | {rate} | {shown} | {change} |")
     if len(missing) == len(asked):
         lines = []
     if missing:

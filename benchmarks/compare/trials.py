@@ -14,10 +14,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from ds_blockwise.blocks.defaults import ADAMW_RATE
+
 WARMUP_SHARE = 0.05
 MIN_LR_SHARE = 0.05  # the paper's: every block decays to one twentieth of the base learning rate
 COMMON = {"betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
 UNIFORM = {"lr_multipliers": {"emb": 1, "head": 1, "qk": 1, "ffn": 1, "vo": 1, "norm": 1, "other": 1}}
+PAPER = {"preset": "paper"}  # the unit of the blockwise arms' rates: that of the norms
 # said in full, so that a result never changes its meaning with the package's defaults
 PUBLISHED_CUTS = {"norm": "tensor"}  # Adam-mini's own partition
 OUR_CUTS = {"norm": "element"}
@@ -32,23 +35,31 @@ class Arm:
         type: DeepSpeed's name of the optimizer.
         params: Its parameters but the learning rate.
         grid: Base learning rates, ascending by factors of 2.
+        is_blockwise: Whether the multipliers are the paper's, and the rates in the unit of its norms.
     """
 
     label: str
     type: str
     params: Mapping[str, Any]
     grid: tuple[float, ...]
+    is_blockwise: bool = False
+
+    def adamw_rate(self, lr: float) -> float:
+        """A base learning rate in the unit of AdamW's, for tables and figures."""
+        return ADAMW_RATE * lr if self.is_blockwise else lr
 
 
 _HIGH = (2e-3, 4e-3, 8e-3, 1.6e-2)
 _LOW = (2.5e-4, 5e-4, 1e-3, 2e-3)
 ARMS = {
     "adamw": Arm("AdamW (torch)", "AdamW", {"torch_adam": True}, _HIGH),
-    "blockwise_adamw": Arm("Blockwise AdamW", "BlockwiseAdamW", {}, _LOW),
+    "blockwise_adamw": Arm("Blockwise AdamW", "BlockwiseAdamW", {}, _LOW, is_blockwise=True),
     "adam_mini": Arm(
         "Adam-mini (published partition)", "BlockwiseAdamMini", {**UNIFORM, "granularity": PUBLISHED_CUTS}, _HIGH
     ),
-    "blockwise_adam_mini": Arm("Blockwise Adam-mini", "BlockwiseAdamMini", {"granularity": OUR_CUTS}, _LOW),
+    "blockwise_adam_mini": Arm(
+        "Blockwise Adam-mini", "BlockwiseAdamMini", {"granularity": OUR_CUTS}, _LOW, is_blockwise=True
+    ),
     "muon": Arm("Muon + AdamW (torch)", "MuonAndAdamW", {}, _HIGH),
     "adamw_8bit": Arm("8-bit AdamW (torchao)", "AdamW8bit", {}, _HIGH),
 }
@@ -94,6 +105,8 @@ class Trial:
         """
         arm = ARMS[self.arm]
         params = {**copy.deepcopy(COMMON), **copy.deepcopy(dict(arm.params)), **copy.deepcopy(dict(self.params))}
+        if arm.is_blockwise:
+            params["lr_multipliers"] = PAPER | params.get("lr_multipliers", {})
         if arm.type == "MuonAndAdamW":
             params["vocab_size"] = vocab_size
         scheduler = self.scheduler or {"type": "BlockwiseCosineLR", "params": {"min_lr": MIN_LR_SHARE * self.lr}}
@@ -179,8 +192,14 @@ class Setup:
 
     def digest(self, trial: Trial) -> str:
         """What decides a trial's result, as text: a finished trial is used again only if this is unchanged."""
+        settings = self.settings(trial)
+        params = settings["optimizer"]["params"]
+        if ARMS[trial.arm].is_blockwise:
+            # the published runs are from before there were presets: the paper's numbers were the default, and unnamed
+            named = {key: value for key, value in params.pop("lr_multipliers").items() if key not in PAPER}
+            params |= {"lr_multipliers": named} if named else {}
         facts = {
-            "settings": self.settings(trial),
+            "settings": settings,
             "seed": trial.seed,
             "steps": trial.steps,
             "warmup": trial.warmup,

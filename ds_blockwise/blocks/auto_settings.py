@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-from ds_blockwise.blocks.defaults import DEFAULT_EXPONENT, DEFAULT_LR_MULTIPLIERS
+from ds_blockwise.blocks.defaults import DEFAULT_EXPONENT, DEFAULT_PRESET, LR_PRESETS, MEASURABLE
 from ds_blockwise.values import as_count, as_mapping, as_multiplier, check_keys, if_given
 
 AUTO = "auto"
@@ -24,8 +24,9 @@ class AutoMultipliers:
         not_before: least number of updates before the measurement, whatever ``after`` says. The order of sharpness
             settles after a number of steps, not after a share of the run (1,000 in arXiv 2502.19002; 300 in our small
             run of AdamW, docs/evidence.md).
-        exponent: above 0 and at most 1: ``p`` in ``r = clamp((S_norm / S_type) ** p, 1, high)``.
-        high: largest multiplier.
+        exponent: above 0 and at most 1: ``p`` in ``r = clamp((S_norm / S_type) ** p, 1, high)``. The multiplier is r in
+            the unit of ``"paper"``, and r / 8 in that of ``"adamw_scale"``.
+        high: largest ``r``.
         ramp: share of the run over which multipliers go from 1 to the measured ones.
         total_num_steps: updates of the whole run; None: taken from the JSON's schedule.
         head: whether the multiplier of an untied output layer is measured too. Off by default: the layer is sharp but
@@ -42,8 +43,12 @@ class AutoMultipliers:
     head: bool = False
 
 
-def parse_auto(value: object) -> tuple[AutoMultipliers | None, object]:
+def parse_auto(value: object, preset: str = DEFAULT_PRESET) -> tuple[AutoMultipliers | None, object]:
     """The measurement that ``lr_multipliers`` asks for (None: none), and the fixed multipliers beside it.
+
+    Args:
+        value: the setting, without its preset.
+        preset: gives the unit, and the multiplier of the output layer.
 
     Raises:
         ValueError: an unknown key, or a value outside its range.
@@ -55,6 +60,11 @@ def parse_auto(value: object) -> tuple[AutoMultipliers | None, object]:
         return None, value
     pinned = {key: multiplier for key, multiplier in value.items() if key != AUTO}
     name = f"lr_multipliers[{AUTO!r}]"
+    if preset not in MEASURABLE:
+        raise ValueError(
+            f'lr_multipliers has "{AUTO}" and "preset": {preset!r}. Measured multipliers take the place of a preset '
+            f"whose ratios follow from sharpness. Allowed beside it: {', '.join(MEASURABLE)}"
+        )
     raw = as_mapping(name, value[AUTO])
     check_keys(name, raw, [f.name for f in fields(AutoMultipliers)])
     after, exponent, high, ramp = (
@@ -83,5 +93,5 @@ def parse_auto(value: object) -> tuple[AutoMultipliers | None, object]:
             f"number, or true to measure it."
         )
     if not head:
-        pinned.setdefault("head", DEFAULT_LR_MULTIPLIERS["head"])
+        pinned.setdefault("head", LR_PRESETS[preset]["head"])
     return AutoMultipliers(after, exponent, high, ramp, total, not_before, head), pinned

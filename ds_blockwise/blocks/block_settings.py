@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The user's settings of blocks: multipliers, granularity and rules, checked once and then immutable.
 
-Defaults: multipliers of arXiv 2502.19002 (Emb 10, QK 8, FFN 6, VO 4, Norm 1), partition of Adam-mini
-(arXiv 2406.16793, algorithm 2): a block is a head of Q and K, a row of any other weight. Norms depart from it: their
-blocks are single elements, not the whole vector, which costs almost no memory (docs/evidence.md: what it gains).
+Defaults: the ratios of arXiv 2502.19002 (Emb 10, QK 8, FFN 6, VO 4, Norm 1) in the unit of AdamW's rate, partition of
+Adam-mini (arXiv 2406.16793, algorithm 2): a block is a head of Q and K, a row of any other weight. Norms depart from
+it: their blocks are single elements, not the whole vector, which costs almost no memory (docs/evidence.md: its gain).
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from ds_blockwise.blocks.auto_settings import AutoMultipliers, parse_auto
+from ds_blockwise.blocks.auto_settings import AUTO, AutoMultipliers, parse_auto
 from ds_blockwise.blocks.defaults import (
     DEFAULT_GRANULARITY,
-    DEFAULT_LR_MULTIPLIERS,
+    DEFAULT_PRESET,
     GRANULARITIES,
     HEAD_ROLES,
+    LR_PRESETS,
     PUBLISHED,
     PUBLISHED_GRANULARITY,
     Granularity,
@@ -42,6 +43,7 @@ _RULE_KEYS = (
     "granularity",
 )
 _OPTIONAL = "optional"
+PRESET = "preset"
 
 
 def _checked(name: str, value: object, *extra: str) -> Mapping[str, object]:
@@ -140,6 +142,25 @@ def _parse_multipliers(name: str, value: object) -> dict[str, float]:
     return {k: as_multiplier(f"{name}[{k!r}]", v) for k, v in _checked(name, value).items()}
 
 
+def _parse_preset(value: object) -> tuple[str, object]:
+    """The preset that ``lr_multipliers`` names, and the rest of the setting: numbers that win over the preset's."""
+    names = (*LR_PRESETS, AUTO)
+    if isinstance(value, str) and value != AUTO:
+        value = {PRESET: value}
+    if not isinstance(value, Mapping) or PRESET not in value:
+        return DEFAULT_PRESET, value
+    rest = {key: multiplier for key, multiplier in value.items() if key != PRESET}
+    name = value[PRESET]
+    if name == AUTO:
+        raise ValueError('lr_multipliers["preset"] is "auto". Write {"auto": {}, ...} to measure multipliers')
+    if not isinstance(name, str) or name not in LR_PRESETS:
+        raise ValueError(
+            f"lr_multipliers must be a mapping from block types or roles to numbers, or a preset, got {name!r}"
+            f"{suggest(name, names)}. Presets: {', '.join(names)}"
+        )
+    return name, rest
+
+
 def _parse_granularity(value: object) -> dict[str, Granularity]:
     if isinstance(value, str):
         if value != PUBLISHED:
@@ -165,6 +186,7 @@ class BlockSettings:
     """The user's settings: they give each role its multipliers and block size. Equal if they set the same.
 
     Attributes:
+        preset: key of `LR_PRESETS`: the multipliers of what ``lr_multipliers`` does not name, and the unit of ``lr``.
         lr_multipliers: factors on the learning rate by block type or role; a role wins over its block type.
         weight_decay_multipliers: factors on the weight decay, by the same keys.
         granularity: block sizes, by the same keys or ``bias``.
@@ -177,6 +199,7 @@ class BlockSettings:
     granularity: dict[str, Granularity] = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
     auto: AutoMultipliers | None = None
+    preset: str = DEFAULT_PRESET
 
     @classmethod
     def parse(
@@ -188,14 +211,15 @@ class BlockSettings:
     ) -> BlockSettings:
         """Check raw settings (a JSON's dicts and lists) and freeze them; None means the defaults.
 
-        ``lr_multipliers`` may be ``"auto"`` or have a key ``"auto"``: see `AutoMultipliers`. ``granularity`` may be
-        ``"published"``: `PUBLISHED_GRANULARITY`.
+        ``lr_multipliers`` may be a preset's name or have a key ``"preset"``: see `LR_PRESETS`. It may be ``"auto"`` or
+        have a key ``"auto"``: see `AutoMultipliers`. ``granularity`` may be ``"published"``: `PUBLISHED_GRANULARITY`.
 
         Raises:
             ValueError: unknown key or role, a value outside its range, a bad regular expression.
             TypeError: a value of the wrong type.
         """
-        auto, lr_multipliers = parse_auto(lr_multipliers)
+        preset, lr_multipliers = _parse_preset(lr_multipliers)
+        auto, lr_multipliers = parse_auto(lr_multipliers, preset)
         of_lr = _parse_multipliers("lr_multipliers", lr_multipliers)
         of_weight_decay = _parse_multipliers("weight_decay_multipliers", weight_decay_multipliers)
         sizes = _parse_granularity(granularity)
@@ -204,12 +228,17 @@ class BlockSettings:
         if isinstance(rules, (str, Mapping)) or not isinstance(rules, Iterable):
             raise TypeError(f'rules must be a list of {{"match": ..., ...}}, got {rules!r}')
         parsed = tuple(_parse_rule(index, rule) for index, rule in enumerate(rules))
-        return cls(of_lr, of_weight_decay, sizes, parsed, auto)
+        return cls(of_lr, of_weight_decay, sizes, parsed, auto, preset)
 
     @property
     def is_default(self) -> bool:
         """True if the user set nothing."""
         return self == BlockSettings()
+
+    @property
+    def norm_multiplier(self) -> float:
+        """The multiplier of a norm under the preset: what 1 of the paper's ratios is in its unit."""
+        return LR_PRESETS[self.preset]["norm"]
 
     def with_lr_multipliers(self, multipliers: Mapping[str, object]) -> BlockSettings:
         """These settings with some multipliers replaced; rules keep theirs.
@@ -289,7 +318,8 @@ class BlockSettings:
                 f'Use "row", "tensor" or "element".',
                 fqn,
             )
-        unset = DEFAULT_LR_MULTIPLIERS[block_type] if self.auto is None else 1.0  # nothing is measured yet
+        measured = self.auto is not None and block_type != "other"
+        unset = 1.0 if measured else LR_PRESETS[self.preset][block_type]  # 1 until something is measured
         return Resolved(
             lr_multiplier=pick(rule.lr_multiplier, self.lr_multipliers, unset),
             weight_decay_multiplier=pick(rule.weight_decay_multiplier, self.weight_decay_multipliers, 1.0),

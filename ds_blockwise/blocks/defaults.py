@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Default multipliers and block sizes by block type and role, with their sources."""
+"""Presets of multipliers and default block sizes by block type and role, with their sources."""
 
 from __future__ import annotations
 
@@ -11,15 +11,34 @@ Granularity = Literal["head", "row", "tensor", "element"]
 GRANULARITIES: tuple[Granularity, ...] = ("head", "row", "tensor", "element")
 
 
-DEFAULT_LR_MULTIPLIERS: dict[str, float] = {
-    "emb": 10.0,
-    "head": 10.0,
-    "qk": 8.0,
-    "ffn": 6.0,
-    "vo": 4.0,
-    "norm": 1.0,
-    "other": 1.0,
+ADAMW_RATE = 8.0
+"""AdamW's best learning rate in the unit of ``"paper"``, which is the rate of the norms.
+
+In our comparisons the best base rate of Blockwise AdamW in that unit was 1/8, 1/8 and 1/11 of the best rate of AdamW
+(docs/evidence.md), so with all multipliers divided by 8 a tuned rate of AdamW is right as it stands. A power of two:
+the two units give the same bits.
+"""
+
+_PAPER: dict[str, float] = {"emb": 10.0, "head": 10.0, "qk": 8.0, "ffn": 6.0, "vo": 4.0, "norm": 1.0, "other": 1.0}
+_ADAMW_SCALE = {block_type: multiplier / ADAMW_RATE for block_type, multiplier in _PAPER.items()}
+
+LR_PRESETS: dict[str, dict[str, float]] = {
+    "adamw_scale": _ADAMW_SCALE,
+    "tuned": {**_ADAMW_SCALE, "norm": 1.0},
+    "paper": _PAPER,
+    "uniform": dict.fromkeys(_PAPER, 1.0),
 }
+"""Multipliers by block type, by the name that the setting ``lr_multipliers`` uses.
+
+``adamw_scale``, the default: the ratios of arXiv 2502.19002, section 5; ``lr`` is AdamW's. ``paper``: the same ratios
+as published; ``lr`` is the rate of the norms. ``tuned``: the best of our comparison (docs/evidence.md), with norms at
+AdamW's rate. ``uniform``: no block type differs; plain AdamW or Adam-mini.
+"""
+DEFAULT_PRESET = "adamw_scale"
+UNITS = {**dict.fromkeys(LR_PRESETS, "AdamW"), "paper": "norms"}
+"""Whose learning rate ``lr`` is under each preset, for readers."""
+MEASURABLE = ("adamw_scale", "paper")
+"""The presets that measured multipliers can take the place of: those whose ratios follow from sharpness."""
 
 
 PUBLISHED = "published"

@@ -22,7 +22,6 @@ import torch
 from ds_blockwise.blocks.ranges import TensorShard
 from ds_blockwise.blocks.segment_table import SegmentTable, build_table, whole_placement
 from ds_blockwise.blocks.spec import BlockSpec
-from ds_blockwise.checkpoint.bad_values import bad_values
 from ds_blockwise.checkpoint.folder import publish, start_partial, write_latest
 from ds_blockwise.checkpoint.folder_rules.lock import holding
 from ds_blockwise.checkpoint.folder_rules.tags import checked_tag
@@ -31,6 +30,7 @@ from ds_blockwise.checkpoint.manifest import CheckpointError, files_in, sums_of,
 from ds_blockwise.checkpoint.portable_index import FORMAT, INDEX, KINDS, read_index
 from ds_blockwise.checkpoint.portable_types import Source, StoredTensor, TrainingState
 from ds_blockwise.checkpoint.record import spec_of
+from ds_blockwise.checkpoint.state_dicts import bad_values
 from ds_blockwise.checkpoint.typed_data import typed
 from ds_blockwise.kernels.update import block_sums
 

@@ -17,7 +17,7 @@ import torch
 
 from ds_blockwise.blocks.auto_settings import AUTO
 from ds_blockwise.blocks.block_settings import BlockSettings, Rule
-from ds_blockwise.blocks.defaults import DEFAULT_GRANULARITY, DEFAULT_LR_MULTIPLIERS
+from ds_blockwise.blocks.defaults import DEFAULT_GRANULARITY, LR_PRESETS
 from ds_blockwise.blocks.ranges import TensorShard
 from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, Role
 from ds_blockwise.blocks.segment_table import Placement, SegmentTable, build_table
@@ -124,6 +124,7 @@ def settings_of(optimizer: Recorded) -> Settings:
         given = next(iter(specs.values())).block_settings  # settings may have been given to tag_parameters instead
     settings: Settings = {
         "optimizer": type(optimizer).__name__,
+        "preset": given.preset,
         "lr_multipliers": _packed_multipliers(given, optimizer.lr_multipliers),
         "weight_decay_multipliers": dict(given.weight_decay_multipliers),
         "granularity": {
@@ -144,7 +145,7 @@ def settings_of(optimizer: Recorded) -> Settings:
 def _packed_multipliers(given: BlockSettings, present: Mapping[str, float]) -> dict[str, object]:
     if given.auto is not None:  # what was measured is no setting; it is part of "run"
         return {AUTO: asdict(given.auto), **given.lr_multipliers}
-    return {**DEFAULT_LR_MULTIPLIERS, **given.lr_multipliers, **present}
+    return {**LR_PRESETS[given.preset], **given.lr_multipliers, **present}
 
 
 def _packed_group(group: ParamGroup) -> PackedGroup:
@@ -339,51 +340,6 @@ def same_blocks(one: Sequence[Placement], two: Sequence[Placement]) -> bool:
         ]
 
     return facts(one) == facts(two)
-
-
-# ------------------------------------------------------------------------------- comparing
-
-
-def differences(saved: Settings, own: Settings) -> list[str]:
-    """What of ``settings_of`` changed between a checkpoint and the present run, a line each.
-
-    Learning rates are left out (schedules move them), and so is the form of the files.
-    """
-    lines: list[str] = []
-    for key in ("optimizer", "momentum_dtype"):
-        lines += _changed(key, saved.get(key), own.get(key))
-    by_name: dict[str, tuple[Mapping[str, object], Mapping[str, object]]] = {
-        "lr_multipliers": (saved.get("lr_multipliers", {}), own["lr_multipliers"]),
-        "weight_decay_multipliers": (saved.get("weight_decay_multipliers", {}), own["weight_decay_multipliers"]),
-        "granularity": (saved.get("granularity", {}), own["granularity"]),
-    }
-    for key, (was, now) in by_name.items():
-        for name in sorted({*was, *now}):
-            lines += _changed(f"{key}.{name}", was.get(name), now.get(name))
-    lines += _changed("rules", saved.get("rules"), own.get("rules"))
-    lines += _changed_groups(saved.get("groups", []), own.get("groups", []))
-    if not any(line.startswith(("granularity", "rules")) for line in lines) and saved.get("layout") and own["layout"]:
-        lines += _changed("layout (roles, heads or shapes)", saved["layout"][:12], own["layout"][:12])
-    return lines
-
-
-def _changed_groups(was: Sequence[Mapping[str, object]], now: Sequence[Mapping[str, object]]) -> list[str]:
-    if len(was) != len(now):
-        return [f"the number of param groups was {len(was)}, is {len(now)}"]
-    return [
-        line
-        for index, (old, new) in enumerate(zip(was, now, strict=True))
-        for key in ("betas", "eps", "weight_decay")
-        for line in _changed(f"param_groups[{index}].{key}", old.get(key), new.get(key))
-    ]
-
-
-def _changed(name: str, was: object, now: object) -> list[str]:
-    return [] if was == now else [f"{name} was {_shown(was)}, is {_shown(now)}"]
-
-
-def _shown(value: object) -> str:
-    return "not set" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _few(names: Iterable[str]) -> str:

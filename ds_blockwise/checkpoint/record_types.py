@@ -63,6 +63,7 @@ class PackedGroup(TypedDict):
 
 class _Settings(TypedDict, total=False):  # a record of an earlier version may lack some
     optimizer: str
+    preset: str
     lr_multipliers: dict[str, object]
     weight_decay_multipliers: dict[str, float]
     granularity: dict[str, str]

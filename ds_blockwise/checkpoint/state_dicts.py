@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether what a file gave as an optimizer's state dict is one, whoever wrote it."""
+"""Whether what a file gave as an optimizer's state can be one, whoever wrote it: its form and its values."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from ds_blockwise.checkpoint.typed_data import typed
 
 # moments of AdamW and ours, and of the published Adam-mini
 _MOMENTS = ("exp_avg", "exp_avg_sq", PER_BLOCK_KEY, "m", "v", "vmean")
+
+SECOND_MOMENT = "exp_avg_sq"
 
 
 class _Group(TypedDict):
@@ -58,3 +60,25 @@ def _check_step(value: object, where: str) -> None:
     number = typed(value, float, where)
     if number < 0 or number != int(number):
         raise ValueError(f"{where} must be a whole number of 0 or more, got {number!r}")
+
+
+def bad_values(kind: str, tensor: torch.Tensor) -> str | None:
+    """What is wrong with the values of a tensor, in words that follow its name; None if nothing is.
+
+    Args:
+        kind: what it is: ``weights``, ``exp_avg``, ``exp_avg_sq``, ``frozen`` or ``buffers``. A buffer may hold
+            infinities (masks do).
+        tensor: its values, in any shape and dtype; what is not floating-point has no bad ones.
+    """
+    if not tensor.is_floating_point():
+        return None
+    if tensor.element_size() == 1:
+        tensor = tensor.float()  # torch compares no 8-bit floats
+    found = {"NaN": torch.isnan(tensor)}
+    if kind != "buffers":
+        found["infinity"] = torch.isinf(tensor)
+    if kind == SECOND_MOMENT:
+        found["values below zero"] = tensor < 0
+    counted = {what: int(where.sum()) for what, where in found.items()}
+    listed = [f"{what} in {count}" for what, count in counted.items() if count]
+    return f"holds {' and '.join(listed)} of {tensor.numel()} elements" if listed else None

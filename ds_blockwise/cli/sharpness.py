@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ds_blockwise.blocks.auto_settings import EARLIEST_STEP, AutoMultipliers
-from ds_blockwise.blocks.defaults import DEFAULT_EXPONENT, DEFAULT_LR_MULTIPLIERS
+from ds_blockwise.blocks.defaults import DEFAULT_EXPONENT, DEFAULT_PRESET, LR_PRESETS
 from ds_blockwise.cli.extras import needs
 from ds_blockwise.cli.models import load_trained
 from ds_blockwise.cli.progress import add_quiet
@@ -62,11 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     plot.add_argument("--output", type=Path, metavar="FOLDER", help="for the two PNGs; default: that of the CSV")
     plot.set_defaults(run=_run_plot)
 
-    ratios = own.add_parser("ratios", help="propose lr_multipliers: (S(norm) / S(type)) ** exponent")
+    ratios = own.add_parser(
+        "ratios", help="propose lr_multipliers from (S(norm) / S(type)) ** exponent; lr stays AdamW's"
+    )
     _add_source(ratios)
     ratios.add_argument("--exponent", type=float, default=DEFAULT_EXPONENT, help=f"default {DEFAULT_EXPONENT}")
-    ratios.add_argument("--max", type=float, default=16.0, help="largest multiplier; default 16")
-    head = DEFAULT_LR_MULTIPLIERS["head"]
+    ratios.add_argument("--max", type=float, default=16.0, help="largest ratio to the norms; default 16")
+    head = LR_PRESETS[DEFAULT_PRESET]["head"]
     ratios.add_argument("--head", action="store_true", help=f"the output layer's too; default: its usual {head:g}")
     ratios.add_argument("--steps", type=int, help=f"of the whole run; default: from {_RUN_RECORD} beside the CSV")
     ratios.add_argument(
@@ -190,9 +192,11 @@ def _run_ratios(args: argparse.Namespace) -> tuple[str, int]:
     if not args.force:
         _check_time(report, args)
     sharpness: dict[str, float] = {str(block_type): value for block_type, value in report.by_type().items()}
-    found = multipliers_from_sharpness(sharpness, exponent=args.exponent, high=args.max)
+    usual = LR_PRESETS[DEFAULT_PRESET]
+    ratios = multipliers_from_sharpness(sharpness, exponent=args.exponent, high=args.max)
+    found = {block_type: usual["norm"] * ratio for block_type, ratio in ratios.items()}
     if "head" in found and not args.head:  # wants a higher rate than its sharpness says: docs/evidence.md
-        found["head"] = DEFAULT_LR_MULTIPLIERS["head"]
+        found["head"] = usual["head"]
     return json.dumps({"lr_multipliers": {name: float(f"{value:.3g}") for name, value in found.items()}}, indent=2), 0
 
 

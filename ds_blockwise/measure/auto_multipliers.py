@@ -28,13 +28,17 @@ LONGEST_SPACING = 20  # steps between readings; at beta2 = 0.95 second moments h
 STAGES = 10  # of the ramp; each rebuilds the segment tables
 
 
-class AutoState(TypedDict):
-    """What a run with measured multipliers has read so far; see `MeasuredMultipliers`."""
-
+class _AutoState(TypedDict):
     sums: dict[str, float]
     readings: int
     target: dict[str, float] | None
     measured_at: int
+
+
+class AutoState(_AutoState, total=False):
+    """What a run with measured multipliers has read so far; see `MeasuredMultipliers`."""
+
+    norm_multiplier: float  # 1 where an earlier version left it out
 
 
 class RunState(TypedDict):
@@ -62,6 +66,7 @@ class MeasuredMultipliers:
         settings: see `AutoMultipliers`.
         pinned: block types that the user has given a multiplier.
         total_num_steps: updates of the run; None until a host has said it.
+        norm_multiplier: the multiplier of norms, to which all others are relative; it says the unit of ``lr``.
         sums: per block type the mean second moments read so far, added up.
         readings: how many.
         target: the measured multipliers; None before the measurement.
@@ -71,6 +76,7 @@ class MeasuredMultipliers:
     settings: AutoMultipliers
     pinned: frozenset[str]
     total_num_steps: int | None
+    norm_multiplier: float
     sums: dict[str, float] = field(default_factory=dict)
     readings: int = 0
     target: dict[str, float] | None = None
@@ -83,7 +89,7 @@ class MeasuredMultipliers:
             return None
         # "other" is whatever fits no block type, so no order of sharpness is known of it
         pinned = frozenset(kind for kind in BLOCK_TYPES if kind in block_settings.lr_multipliers) | {"other"}
-        made = cls(block_settings.auto, pinned, None)
+        made = cls(block_settings.auto, pinned, None, block_settings.norm_multiplier)
         if block_settings.auto.total_num_steps is not None:
             made.set_total(block_settings.auto.total_num_steps)
         return made
@@ -158,7 +164,7 @@ class MeasuredMultipliers:
         sharpness = {kind: total / self.readings for kind, total in self.sums.items()}
         usable = {k: s for k, s in sharpness.items() if s > 0 and math.isfinite(s)}
         found = multipliers_from_sharpness(usable, exponent=self.settings.exponent, high=self.settings.high)
-        self.target = {kind: value for kind, value in found.items() if kind not in self.pinned}
+        self.target = {kind: r * self.norm_multiplier for kind, r in found.items() if kind not in self.pinned}
         self.measured_at = step
         if is_first_rank():
             left_out = [kind for kind in sharpness if kind not in usable and kind not in self.pinned]
@@ -202,14 +208,15 @@ class MeasuredMultipliers:
             "readings": self.readings,
             "target": None if self.target is None else dict(self.target),
             "measured_at": self.measured_at,
+            "norm_multiplier": self.norm_multiplier,
         }
 
     def load(self, state: AutoState | None) -> None:
-        """Go on from `state`; None starts afresh. Settings and pinned types are this object's own."""
+        """Go on from `state`; None starts afresh. Settings, unit and pinned types are this object's own."""
         if state is None:
             state = {"sums": {}, "readings": 0, "target": None, "measured_at": 0}
-        target = state["target"]
+        target, unit = state["target"], self.norm_multiplier / state.get("norm_multiplier", 1.0)
         self.sums = dict(state["sums"])
         self.readings = int(state["readings"])
-        self.target = None if target is None else {k: v for k, v in target.items() if k not in self.pinned}
+        self.target = None if target is None else {k: v * unit for k, v in target.items() if k not in self.pinned}
         self.measured_at = int(state["measured_at"])

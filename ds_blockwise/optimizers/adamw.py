@@ -18,12 +18,14 @@ class BlockwiseAdamW(BlockwiseOptimizer):
 
     Args:
         params: parameters or param groups (each may have its own ``lr``, ``betas``, ``eps``, ``weight_decay``).
-        lr: base learning rate: the one of norms, several times below AdamW's usual best.
+        lr: base learning rate: AdamW's; with ``"lr_multipliers": "paper"`` the rate of the norms, an eighth of it.
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled, multiplied by the block's learning rate.
-        lr_multipliers: per block type (``emb head qk ffn vo norm other``) or role; defaults 10, 10, 8, 6, 4, 1, 1.
-            ``"auto"``, or a key ``"auto"``, measures them: see `ds_blockwise.blocks.auto_settings.AutoMultipliers`.
+        lr_multipliers: a preset (``"adamw_scale"``, the default, ``"paper"``, ``"tuned"``, ``"uniform"``), or numbers
+            per block type (``emb head qk ffn vo norm other``) or role; a key ``"preset"`` beside them names what the
+            others have: see `ds_blockwise.blocks.defaults.LR_PRESETS`. ``"auto"``, or a key ``"auto"``, measures them:
+            see `ds_blockwise.blocks.auto_settings.AutoMultipliers`.
         weight_decay_multipliers: likewise; default 1.
         granularity: accepted so that one JSON serves both optimizers; second moments are element-wise.
         rules: list of ``{"match": regex, "role" | "lr_multiplier" | ...}`` for single parameters.

@@ -23,7 +23,8 @@ from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.segment_table import Placement, SegmentTable, whole_placement
 from ds_blockwise.blocks.spec import BlockSpec, apply_settings
 from ds_blockwise.blocks.tagged_parameter import as_tagged, is_tagged_by_host, user_tags_of
-from ds_blockwise.checkpoint.record import differences, settings_of
+from ds_blockwise.checkpoint.record import settings_of
+from ds_blockwise.checkpoint.record_changes import differences
 from ds_blockwise.checkpoint.record_types import RunRecord
 from ds_blockwise.kernels.base import Item, Kernels, StepState, wide_dtype
 from ds_blockwise.kernels.bindings import Binding, Bindings, StepObserver, Work, by_kernels, non_finite

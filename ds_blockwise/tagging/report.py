@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 
 from torch import nn
 
+from ds_blockwise.blocks.defaults import UNITS
 from ds_blockwise.blocks.spec import STATE_BYTES_PER_VALUE, BlockSpec
 from ds_blockwise.blocks.tagged_parameter import tags_of
 
@@ -51,9 +52,15 @@ class ReportRow:
 
 @dataclass(frozen=True, slots=True)
 class BlockReport:
-    """The rows of a model and their totals; ``str()`` is a table, ``to_dict()`` is for JSON."""
+    """The rows of a model and their totals; ``str()`` is a table, ``to_dict()`` is for JSON.
+
+    Attributes:
+        rows: one for each parameter and role.
+        presets: of ``lr_multipliers``; one, unless parameters were tagged with different settings.
+    """
 
     rows: tuple[ReportRow, ...]
+    presets: tuple[str, ...] = ()
 
     @property
     def totals(self) -> dict[str, float]:
@@ -72,7 +79,7 @@ class BlockReport:
 
     def to_dict(self) -> dict[str, object]:
         """Rows and totals as plain values."""
-        return {"parameters": [asdict(row) for row in self.rows], "totals": self.totals}
+        return {"parameters": [asdict(row) for row in self.rows], "totals": self.totals, "presets": list(self.presets)}
 
     def __str__(self) -> str:
         return self.table()
@@ -112,6 +119,7 @@ class BlockReport:
             f"({totals['adam_mini_state_bytes_per_parameter']:.3f} per parameter), of AdamW "
             f"{int(totals['adamw_state_bytes']):,} ({totals['adamw_state_bytes_per_parameter']:.3f})"
         )
+        text += [f'lr x: from the preset "{name}", in which lr is the rate of {UNITS[name]}' for name in self.presets]
         return "\n".join(text)
 
 
@@ -205,6 +213,7 @@ def block_report(model: nn.Module) -> BlockReport:
         ValueError: a trainable parameter is not tagged.
     """
     rows: list[ReportRow] = []
+    presets: dict[str, None] = {}
     for fqn, param in model.named_parameters():
         if not param.requires_grad:
             continue
@@ -218,7 +227,8 @@ def block_report(model: nn.Module) -> BlockReport:
                 f"deepspeed.initialize."
             )
         rows.extend(_rows_of(tags.block_spec))
-    return BlockReport(tuple(rows))
+        presets[tags.block_spec.block_settings.preset] = None
+    return BlockReport(tuple(rows), tuple(presets))
 
 
 def _rows_of(spec: BlockSpec) -> Iterator[ReportRow]:

@@ -64,8 +64,8 @@ def tag_parameters(
 
     Args:
         model: any module; its trainable parameters may be on the meta device or ZeRO-3 placeholders.
-        lr_multipliers: per block type or role, or ``"auto"``; see `BlockwiseAdamW`. An optimizer that is built later
-            and has no settings of its own takes these over, and so all below.
+        lr_multipliers: a preset, numbers per block type or role, or ``"auto"``; see `BlockwiseAdamW`. An optimizer that
+            is built later and has no settings of its own takes these over, and so all below.
         rules: list of ``{"match": regex, ...}`` for single parameters; each must match one, unless it has
             ``"optional": True``.
         granularity: per block type, role or ``"bias"``; or ``"published"``, see `BlockwiseAdamMini`.

@@ -235,6 +235,19 @@ def test_trials_have_names_of_their_own_and_settings_that_differ(plan):
     assert len(facts) == len(trials)
 
 
+@pytest.mark.parametrize("change", [{}, {"lr_multipliers": {"norm": 8.0}}])
+def test_blockwise_arms_say_their_unit_and_published_runs_still_count(change):
+    """Their rates are those of the norms; results from before there were presets did not name it."""
+    setup = Setup(256, {"tokenizer": {"sha256": "t"}, "splits": {}}, bf16=False)
+    trial = Trial(OURS, 5e-4, 1, PLAN.steps, "changed" if change else "", change)
+    named = change.get("lr_multipliers", {})
+    assert setup.settings(trial)["optimizer"]["params"]["lr_multipliers"] == {"preset": "paper", **named}
+    written = json.loads(setup.digest(trial))["settings"]["optimizer"]["params"]
+    assert written.get("lr_multipliers") == (named or None)
+    of_mini = json.loads(setup.digest(Trial(MINI, 5e-4, 1, PLAN.steps)))["settings"]["optimizer"]["params"]
+    assert of_mini["lr_multipliers"] == dict.fromkeys(("emb", "head", "qk", "ffn", "vo", "norm", "other"), 1)
+
+
 def test_the_whole_comparison_fits_three_hours_of_two_cores():
     """At 115 s for a run of 800 steps on each of two cores, with one grid in two that grows once."""
     trials = FakeTrials(_bowl(BEST, FLOOR))
@@ -276,7 +289,7 @@ def test_ablations_are_compared_with_the_same_seeds_and_what_is_missing_is_count
     text = report.ablation_table(trials.results, PLAN, rates)
     # the parabola: 0.4 above the best at four times its rate, which the sweep has not
     words = "multipliers measured from step 300 on, the output layer's too; 4x the best base rate"
-    measured = f"| {ARMS[OURS].label} | {words} | 0.002 |"
+    measured = f"| {ARMS[OURS].label} | {words} | 0.016 |"  # 8 times 0.002, the rate of the norms
     assert f"{measured} 3.8600 (one seed) | +0.4000 (one seed), to the best rate |" in text
     label = ARMS[MINI].label
     norms = "one second moment for each element of a norm"

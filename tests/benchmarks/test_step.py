@@ -105,7 +105,7 @@ def test_whole_case_shares_memory_and_fuses_qkv() -> None:
         assert sum(view.numel() for view in tensors) == case.numel
         assert tensors[0].data_ptr() == at and tensors[0].grad.data_ptr() == case.grad.data_ptr()
     (fused, *_) = [view for view in case.params if "linear_qkv" in view.block_spec.fqn]
-    assert {part.lr_multiplier for part in fused.block_spec.parts} == {8.0, 4.0}
+    assert {part.lr_multiplier for part in fused.block_spec.parts} == {1.0, 0.5}
 
 
 def test_verification_refuses_another_update() -> None:

@@ -112,6 +112,7 @@ class AutoTruth:
         exponent: of the ratio to norms.
         high: largest multiplier.
         pinned: multipliers that stay.
+        unit: the multiplier of norms: lr is AdamW's rate, eight times that of the norms.
     """
 
     reading_steps: Iterable[int]
@@ -119,6 +120,7 @@ class AutoTruth:
     exponent: float = 0.7
     high: float = 16.0
     pinned: Mapping[str, float] = field(default_factory=dict)
+    unit: float = 0.125
 
     def __post_init__(self) -> None:
         self._sums: dict[str, float] = {}
@@ -134,7 +136,7 @@ class AutoTruth:
             norm = self._sums["norm"]
             for kind, value in self._sums.items():
                 if kind not in self.pinned and kind != "other":
-                    self.target[kind] = min(self.high, max(1.0, (norm / value) ** self.exponent))
+                    self.target[kind] = self.unit * min(self.high, max(1.0, (norm / value) ** self.exponent))
         share = 0.0
         if step >= self.steps[-1]:
             # ten equal stairs, the last one at the top

@@ -19,7 +19,8 @@ from tests.helpers.launch.job_server import jobs
 from tests.helpers.launch.project import assert_same_checkpoint, prepare_project, write_json
 
 STEPS, STOP = 24, 15  # measured at step 10, ramped in until step 20
-SETTINGS = {"lr_multipliers": {"auto": {"ramp": 0.4, "not_before": 1}, "head": 2}, "telemetry": {"interval": 3}}
+MEASURED = {"preset": "paper", "auto": {"ramp": 0.4, "not_before": 1}, "head": 2}
+SETTINGS = {"lr_multipliers": MEASURED, "telemetry": {"interval": 3}}
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_blockwise.blocks.defaults import DEFAULT_LR_MULTIPLIERS
+from ds_blockwise.blocks.defaults import DEFAULT_PRESET, LR_PRESETS, UNITS
 from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, Role
 from ds_blockwise.optimizers.registry import OPTIMIZERS
 from ds_blockwise.optimizers.settings import OPTIMIZER_KEYS
@@ -62,12 +62,21 @@ def test_the_settings_shown_are_all_there_are() -> None:
     assert set(OPTIMIZER_KEYS) <= named
     for optimizer in OPTIMIZERS.values():
         assert optimizer([torch.nn.Parameter(torch.ones(1))], **params).block_settings.lr_multipliers
-    assert params["lr_multipliers"] == DEFAULT_LR_MULTIPLIERS
 
 
 def test_the_table_of_roles_shows_the_defaults() -> None:
     """Multipliers of the page are the ones in the code."""
+    default = LR_PRESETS[DEFAULT_PRESET]
     rows = re.findall(r"^\| [^|]+ \| `(\w+)` \| ([\d.]+) \|", SETTINGS, flags=re.MULTILINE)
-    assert {kind: float(value) for kind, value in rows} == DEFAULT_LR_MULTIPLIERS
+    assert {kind: float(value) for kind, value in rows} == default
     for role in Role:
-        assert BLOCK_TYPE_OF[role] in DEFAULT_LR_MULTIPLIERS and f"{role.value}" in SETTINGS
+        assert BLOCK_TYPE_OF[role] in default and f"{role.value}" in SETTINGS
+
+
+def test_the_table_of_presets_is_that_of_the_code() -> None:
+    """A user who copies a preset's numbers from the page would train at other rates than with its name."""
+    rows = re.findall(r'^ *\| `"(\w+)"` \|((?: (?:[\d.]+ )?\|)+) (\w+) \|', SETTINGS, flags=re.MULTILINE)
+    found = {name: ([float(cell) for cell in cells.split("|") if cell.strip()], unit) for name, cells, unit in rows}
+    assert found.pop("auto") == ([], UNITS[DEFAULT_PRESET])
+    kinds = ("emb", "head", "qk", "ffn", "vo", "norm", "other")
+    assert found == {name: ([m[kind] for kind in kinds], UNITS[name]) for name, m in LR_PRESETS.items()}

@@ -11,8 +11,15 @@ from dataclasses import fields
 
 from ds_blockwise.blocks.auto_settings import AutoMultipliers
 from ds_blockwise.blocks.block_settings import Rule
-from ds_blockwise.blocks.defaults import DEFAULT_GRANULARITY, DEFAULT_LR_MULTIPLIERS, PUBLISHED_GRANULARITY
-from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, QKV_LAYOUT_MEANING, ROLE_MEANING, STORAGE_MEANING, Role
+from ds_blockwise.blocks.defaults import DEFAULT_GRANULARITY, LR_PRESETS, PUBLISHED_GRANULARITY, UNITS
+from ds_blockwise.blocks.roles import (
+    BLOCK_TYPE_OF,
+    BLOCK_TYPES,
+    QKV_LAYOUT_MEANING,
+    ROLE_MEANING,
+    STORAGE_MEANING,
+    Role,
+)
 from ds_blockwise.measure.readings import TelemetrySettings
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.optimizers.registry import OPTIMIZERS, SCHEDULES
@@ -32,7 +39,7 @@ Python. An unknown key is an error that names the nearest known one.
 {
   "optimizer": {
     "type": "BlockwiseAdamMini",
-    "params": {"lr": 5e-4, "betas": [0.9, 0.95], "weight_decay": 0.1, "weight_decay_multipliers": {"norm": 0.0}}
+    "params": {"lr": 4e-3, "betas": [0.9, 0.95], "weight_decay": 0.1, "weight_decay_multipliers": {"norm": 0.0}}
   },
   "scheduler": {
     "type": "BlockwiseCosineLR",
@@ -73,8 +80,8 @@ def page() -> str:
     accepted = (f"`{key}`: {' or '.join(f'`{json.dumps(v)}`' for v in values)}" for key, values in _ADAMW_KEYS.items())
     lines += [f"So that an AdamW JSON needs a new `type` only, these are accepted too: {'; '.join(accepted)}.", ""]
     lines += ["## Block types and roles", "", *table(("role", "block type", "what it is"), _roles())]
-    lines += ["### Multipliers by default", ""]
-    lines += table(("block type", "lr multiplier"), ((f"`{k}`", f"{v:g}") for k, v in DEFAULT_LR_MULTIPLIERS.items()))
+    lines += ["### Presets of `lr_multipliers`", "", 'The default is `"adamw_scale"`.', ""]
+    lines += table(("preset", "`lr` is the rate of", *(f"`{kind}`" for kind in BLOCK_TYPES)), _presets())
     lines += ["### Granularity by default", "", "The elements that share one second moment in BlockwiseAdamMini.", ""]
     lines += table(("role", "default", '`"published"`'), _granularities())
     lines += [_RULES, *table(("key", "meaning"), _rule_rows())]
@@ -107,6 +114,11 @@ def _schedule_rows(cls: type[BlockwiseSchedule]) -> Iterator[tuple[str, str, str
 def _roles() -> Iterator[tuple[str, str, str]]:
     for role in Role:
         yield f"`{role.value}`", f"`{BLOCK_TYPE_OF[role]}`", sentence(ROLE_MEANING[role])
+
+
+def _presets() -> Iterator[tuple[str, ...]]:
+    for name, multipliers in LR_PRESETS.items():
+        yield f'`"{name}"`', UNITS[name], *(f"{multipliers[kind]:g}" for kind in BLOCK_TYPES)
 
 
 def _granularities() -> Iterator[tuple[str, str, str]]:

@@ -22,7 +22,7 @@ BLOCK_TYPE = {
     "router": "other",
     "other": "other",
 }
-MULTIPLIERS = {"emb": 10, "head": 10, "qk": 8, "ffn": 6, "vo": 4, "norm": 1, "other": 1}
+MULTIPLIERS = {"emb": 1.25, "head": 1.25, "qk": 1, "ffn": 0.75, "vo": 0.5, "norm": 0.125, "other": 0.125}
 
 
 @dataclass(frozen=True)

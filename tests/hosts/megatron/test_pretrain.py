@@ -118,6 +118,9 @@ def test_arguments_become_settings(tmp_path: Path) -> None:
     assert (parsed["momentum_dtype"], parsed["backend"], parsed["rules"]) == ("fp32", "auto", None)
     published = _parsed("--blockwise-optimizer", "BlockwiseAdamMini", "--blockwise-granularity", "published")
     assert published is not None and published["granularity"] == "published"
+    for preset in ("paper", "auto"):
+        named = _parsed("--blockwise-optimizer", "BlockwiseAdamW", "--blockwise-lr-multipliers", preset)
+        assert named is not None and named["lr_multipliers"] == preset
 
 
 def test_settings_without_the_optimizer_are_an_error() -> None:

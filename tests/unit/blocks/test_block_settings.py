@@ -16,20 +16,20 @@ def resolve(role, fqn=FQN, *, is_bias=False, **settings):
 @pytest.mark.parametrize(
     ("role", "multiplier", "granularity"),
     [
-        (Role.EMBEDDING, 10, "row"),
-        (Role.OUTPUT, 10, "row"),
-        (Role.QUERY, 8, "head"),
-        (Role.KEY, 8, "head"),
-        (Role.VALUE, 4, "row"),
-        (Role.ATTN_OUT, 4, "row"),
-        (Role.FFN, 6, "row"),
-        (Role.ROUTER, 1, "row"),
-        (Role.NORM, 1, "element"),
-        (Role.OTHER, 1, "row"),
+        (Role.EMBEDDING, 1.25, "row"),
+        (Role.OUTPUT, 1.25, "row"),
+        (Role.QUERY, 1, "head"),
+        (Role.KEY, 1, "head"),
+        (Role.VALUE, 0.5, "row"),
+        (Role.ATTN_OUT, 0.5, "row"),
+        (Role.FFN, 0.75, "row"),
+        (Role.ROUTER, 0.125, "row"),
+        (Role.NORM, 0.125, "element"),
+        (Role.OTHER, 0.125, "row"),
     ],
 )
 def test_defaults(role, multiplier, granularity):
-    """The paper's multipliers and Adam-mini's partition, but for norms."""
+    """The paper's ratios on AdamW's rate and Adam-mini's partition, but for norms."""
     assert resolve(role) == Resolved(multiplier, 1.0, granularity)
 
 
@@ -47,7 +47,7 @@ ROLE_KEYS = {
         (Role.FFN, (), Resolved(3, 0.5, "element")),
         (Role.QUERY, (), Resolved(5, 0.25, "row")),
         (Role.KEY, (), Resolved(7, 0.75, "tensor")),
-        (Role.VALUE, (), Resolved(4, 1.0, "row")),
+        (Role.VALUE, (), Resolved(0.5, 1.0, "row")),
         (Role.QUERY, [RULE], Resolved(2, 0, "tensor")),
         (Role.VALUE, [RULE], Resolved(2, 0, "tensor")),
         (Role.QUERY, [{"match": "up_proj", "lr_multiplier": 0}], Resolved(0, 0.25, "row")),
@@ -90,8 +90,8 @@ def test_measured_multipliers_are_one_until_they_are_measured():
         Role.KEY: (5, False),
         Role.VALUE: (3, False),
         Role.NORM: (1, True),
-        Role.OUTPUT: (10, False),  # the output layer is not measured unless "head": true
-        Role.OTHER: (1, False),
+        Role.OUTPUT: (1.25, False),  # the output layer is not measured unless "head": true
+        Role.OTHER: (0.125, False),
     }
     for role, (multiplier, measured) in expected.items():
         assert settings.resolve("x", role, False).lr_multiplier == multiplier, role

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Roles, block types and QKV layouts: each list is complete, so that no role is without a multiplier."""
 
-from ds_blockwise.blocks.defaults import DEFAULT_GRANULARITY, DEFAULT_LR_MULTIPLIERS, PUBLISHED_GRANULARITY
+from ds_blockwise.blocks.defaults import DEFAULT_GRANULARITY, LR_PRESETS, PUBLISHED_GRANULARITY
 from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, BLOCK_TYPES, LAYOUT_CHOICES, QKV_LAYOUTS, Role
 
 # arXiv 2502.19002, section 3: what the paper calls Emb, QK, VO, FFN and Norm
@@ -23,7 +23,7 @@ def test_block_types_are_those_of_the_paper():
 
 def test_every_role_has_defaults():
     """A role without one would fail on the first model that has it."""
-    assert set(DEFAULT_LR_MULTIPLIERS) == set(BLOCK_TYPES)
+    assert all(set(multipliers) == set(BLOCK_TYPES) for multipliers in LR_PRESETS.values())
     assert set(DEFAULT_GRANULARITY) == set(PUBLISHED_GRANULARITY) == set(Role)
 
 

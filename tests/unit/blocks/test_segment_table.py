@@ -23,7 +23,7 @@ from ds_blockwise.blocks.spec import apply_settings
 from ds_blockwise.blocks.structure import HeadGeometry, RoleSpan, TensorStructure, fused_qkv, whole_tensor
 from ds_blockwise.kernels.update import block_sums
 
-MULTIPLIERS = {Role.QUERY: 8, Role.KEY: 8, Role.VALUE: 4, Role.FFN: 6, Role.NORM: 1}
+MULTIPLIERS = {Role.QUERY: 1, Role.KEY: 1, Role.VALUE: 0.5, Role.FFN: 0.75, Role.NORM: 0.125}
 
 
 @dataclass(frozen=True)
@@ -253,19 +253,19 @@ def test_a_whole_fused_weight():
     table = table_of(placed(fused_qkv("qkv", (16, 3), "grouped", GQA, is_bias=False)))
     assert table.slot_numel.tolist() == [6, 6, 6, 3, 3] * 2
     assert [(run.start, run.count, run.numel, run.block, run.lr_multiplier) for run in table.runs] == [
-        (0, 2, 6, 0, 8),
-        (12, 1, 6, 2, 8),
-        (18, 2, 3, 3, 4),
-        (24, 2, 6, 5, 8),
-        (36, 1, 6, 7, 8),
-        (42, 2, 3, 8, 4),
+        (0, 2, 6, 0, 1),
+        (12, 1, 6, 2, 1),
+        (18, 2, 3, 3, 0.5),
+        (24, 2, 6, 5, 1),
+        (36, 1, 6, 7, 1),
+        (42, 2, 3, 8, 0.5),
     ]
     assert not table.has_split_blocks
     assert [(run.start, run.count, run.lr_multiplier) for run in table.multiplier_runs] == [
-        (0, 18, 8),
-        (18, 6, 4),
-        (24, 18, 8),
-        (42, 6, 4),
+        (0, 18, 1),
+        (18, 6, 0.5),
+        (24, 18, 1),
+        (42, 6, 0.5),
     ]
 
 

@@ -107,9 +107,9 @@ def test_a_bias_has_the_multipliers_of_its_rows():
     """The bias of a fused linear: queries, keys and values at their own rates, element by element."""
     spec = qkv("concat", is_bias=True)
     assert [(p.start, p.end, p.lr_multiplier, p.granularity) for p in spec.parts] == [
-        (0, 8, 8, "element"),
-        (8, 12, 8, "element"),
-        (12, 16, 4, "element"),
+        (0, 8, 1, "element"),
+        (8, 12, 1, "element"),
+        (12, 16, 0.5, "element"),
     ]
     assert spec.num_blocks == 0
 

@@ -11,8 +11,8 @@ from typing import Any, TypedDict
 import pytest
 import torch
 
-from ds_blockwise.checkpoint.bad_values import bad_values
 from ds_blockwise.checkpoint.given_files import load_torch_file, read_json, why_not_inside
+from ds_blockwise.checkpoint.state_dicts import bad_values
 from ds_blockwise.checkpoint.typed_data import typed
 
 

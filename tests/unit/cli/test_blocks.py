@@ -31,7 +31,7 @@ def test_the_table_of_a_hugging_face_config(llama, capsys):
     assert main(["blocks", str(llama)]) == 0
     out = capsys.readouterr().out
     (query,) = [line.split() for line in out.splitlines() if "q_proj" in line]
-    assert query == ["model.layers.0.self_attn.q_proj.weight", "48x48", "query", "qk", "8", "1", "head", "4", "9,232"]
+    assert query == ["model.layers.0.self_attn.q_proj.weight", "48x48", "query", "qk", "1", "1", "head", "4", "9,232"]
     assert "total: 28,272 parameters, 632 blocks" in out
 
 
@@ -57,7 +57,7 @@ def test_json_has_every_column_and_the_totals(llama, capsys):
         "shape": [24, 48],
         "role": "key",
         "block_type": "qk",
-        "lr_multiplier": 8.0,
+        "lr_multiplier": 1.0,
         "weight_decay_multiplier": 1.0,
         "granularity": "head",
         "num_blocks": 2,

@@ -142,7 +142,7 @@ def test_alarm_once_per_episode(caplog: pytest.LogCaptureFixture) -> None:
     assert counts == [0, 0, 1, 1, 1, 2, 3, 3]
     texts = [record.getMessage() for record in caplog.records]
     assert "'ffn'" in texts[0] and "step 3" in texts[0] and "above its band [0.001, 0.1]" in texts[0]
-    assert "effective lr 0.6" in texts[0] and "lower lr" in texts[0]
+    assert "effective lr 0.075" in texts[0] and "lower lr" in texts[0]
     assert "below its band" in texts[2] and "step 7" in texts[2] and "raise lr" in texts[2]
 
 

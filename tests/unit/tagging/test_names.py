@@ -198,7 +198,7 @@ def test_rules_give_roles_to_unknown_parameters_and_override_known_ones():
         ],
     )
     rows = {(row.fqn, row.role): row for row in report.rows}
-    assert rows["0.weight", "ffn"].lr_multiplier == 6 and rows["0.bias", "ffn bias"].granularity == "element"
+    assert rows["0.weight", "ffn"].lr_multiplier == 0.75 and rows["0.bias", "ffn bias"].granularity == "element"
     assert rows["1.weight", "query"].num_blocks == 2 and rows["1.weight", "value"].num_blocks == 4
     assert rows["1.weight", "value"].lr_multiplier == 3
 

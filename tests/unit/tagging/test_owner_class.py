@@ -93,7 +93,7 @@ def test_a_norm_with_a_row_for_each_head():
     for rows in (6, 2):
         model = attention_with(norm_class("CohereLayerNorm", (rows, 4)), **heads)
         (row,) = tag_parameters(model).rows
-        assert (row.role, row.lr_multiplier, row.granularity, row.num_blocks) == ("norm", 1, "element", rows * 4)
+        assert (row.role, row.lr_multiplier, row.granularity, row.num_blocks) == ("norm", 0.125, "element", rows * 4)
     with pytest.raises(ValueError, match=r"matches role 'norm' by name, but a norm of that role has 1 dimension"):
         tag_parameters(attention_with(norm_class("CohereLayerNorm", (5, 4)), **heads))
     declared = attention_with(norm_class("Scale", (5, 4)), **heads)
@@ -107,7 +107,7 @@ def test_a_norm_with_a_row_for_each_head_steps_like_adam():
     (weight,) = model.parameters()
     before = weight.detach().clone()
     weight.grad = torch.linspace(-3, 5, 24).reshape(6, 4) ** 3
-    BlockwiseAdamMini(model.parameters(), lr=0.01, weight_decay=0.0).step()
+    BlockwiseAdamMini(model.parameters(), lr=0.01, weight_decay=0.0, lr_multipliers="uniform").step()
     moved = (before - weight.detach()) / 0.01
     torch.testing.assert_close(moved, weight.grad.sign(), atol=1e-4, rtol=0)
 
@@ -192,8 +192,8 @@ def test_a_convolution_whose_name_says_nothing_trains_at_the_smallest_multiplier
     """Patch embeddings are known to break training at high rates; nobody measured a higher one for them."""
     rows = tag_parameters(under("whatever", conv)).rows
     assert [(row.role, row.lr_multiplier, row.granularity) for row in rows] == [
-        ("other", 1, "row"),
-        ("other bias", 1, "element"),
+        ("other", 0.125, "row"),
+        ("other bias", 0.125, "element"),
     ]
     assert rows[0].num_blocks == 6
 

@@ -25,12 +25,12 @@ def model():
 
 
 ROWS = [  # name, shape, role, type, multiplier, granularity, blocks, elements
-    ("self_attn.q_proj.weight", (8, 3), "query", "qk", 8, "head", 4, 24),
-    ("self_attn.k_proj.weight", (4, 3), "key", "qk", 8, "head", 2, 12),
-    ("self_attn.v_proj.weight", (4, 3), "value", "vo", 4, "row", 4, 12),
-    ("self_attn.v_proj.bias", (4,), "value bias", "vo", 4, "element", 4, 4),
-    ("self_attn.o_proj.weight", (3, 8), "attn_out", "vo", 4, "row", 3, 24),
-    ("norm.weight", (3,), "norm", "norm", 1, "element", 3, 3),
+    ("self_attn.q_proj.weight", (8, 3), "query", "qk", 1, "head", 4, 24),
+    ("self_attn.k_proj.weight", (4, 3), "key", "qk", 1, "head", 2, 12),
+    ("self_attn.v_proj.weight", (4, 3), "value", "vo", 0.5, "row", 4, 12),
+    ("self_attn.v_proj.bias", (4,), "value bias", "vo", 0.5, "element", 4, 4),
+    ("self_attn.o_proj.weight", (3, 8), "attn_out", "vo", 0.5, "row", 3, 24),
+    ("norm.weight", (3,), "norm", "norm", 0.125, "element", 3, 3),
 ]
 
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, TypedDict
 
 import torch
 
-from ds_blockwise.checkpoint.bad_values import bad_values
 from ds_blockwise.checkpoint.folder import (
     LATEST,
     LATEST_UNIVERSAL,
@@ -42,6 +41,7 @@ from ds_blockwise.checkpoint.portable import Portable, save_portable
 from ds_blockwise.checkpoint.portable_index import INDEX, KINDS
 from ds_blockwise.checkpoint.portable_types import Origin
 from ds_blockwise.checkpoint.record_types import PortableRecord, Settings
+from ds_blockwise.checkpoint.state_dicts import bad_values
 
 if TYPE_CHECKING:
     from ds_blockwise.hosts.deepspeed.checkpoint.read_files import DeepSpeedFiles

@@ -26,7 +26,8 @@ from ds_blockwise.checkpoint.manifest import (
     once_more,
     verify,
 )
-from ds_blockwise.checkpoint.record import KEY, differences, settings_of
+from ds_blockwise.checkpoint.record import KEY, settings_of
+from ds_blockwise.checkpoint.record_changes import differences
 from ds_blockwise.checkpoint.record_types import Settings
 from ds_blockwise.hosts.deepspeed.checkpoint.load_portable import load_portable
 from ds_blockwise.hosts.deepspeed.checkpoint.rehearse import misfits, model_file, universal_misfits

@@ -18,7 +18,6 @@ import torch
 
 from ds_blockwise.blocks.segment_table import Placement, build_table
 from ds_blockwise.blocks.spec import BlockSpec
-from ds_blockwise.checkpoint.bad_values import bad_values
 from ds_blockwise.checkpoint.given_files import foreign_globals, is_plain, pickled
 from ds_blockwise.checkpoint.manifest import CheckpointError, NoRecordError, Topology, read_manifest
 from ds_blockwise.checkpoint.portable import per_block, whole_of
@@ -26,6 +25,7 @@ from ds_blockwise.checkpoint.portable_index import TRAINED
 from ds_blockwise.checkpoint.portable_types import COUNTERS, LOSS_SCALE, Origin, TrainingState
 from ds_blockwise.checkpoint.record import PER_BLOCK_KEY, placements_of, record_in, spec_of
 from ds_blockwise.checkpoint.record_types import Record
+from ds_blockwise.checkpoint.state_dicts import bad_values
 from ds_blockwise.hosts.deepspeed.checkpoint.optimizer_files import (
     BaseState,
     check_state,
