@@ -32,10 +32,11 @@ def plan_table(run: RunConfig, plan: Plan, over_nodes: Sequence[Plan]) -> list[s
         over_nodes: for other numbers of nodes, one row each.
     """
     optimizer = str(run.deepspeed["optimizer"]["type"])
+    nodes = f"{plan.nodes} node{'s' * (plan.nodes > 1)}"
     lines = [
         f"{run.name}: {run.shape.count_parameters():,} parameters, {run.training.steps:,} steps of "
         f"{run.tokens_per_step:,} tokens ({run.file})",
-        f"{plan.nodes} node{'s' * (plan.nodes > 1)} x {plan.gpus_per_node} {plan.gpu} = tensor {plan.tp} x data {plan.dp}, "
+        f"{nodes} x {plan.gpus_per_node} {plan.gpu} = tensor {plan.tp} x data {plan.dp}, "
         f"micro batch {plan.micro_batch} x {plan.accumulation} accumulated, activation checkpointing: "
         f"{run.training.activation_checkpointing}",
         "",
