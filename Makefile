@@ -8,7 +8,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup train finetune compare test test-quick support test-slow test-faults test-hosts test-gpu test-asan reliability checkpoint-matrix docs lint clean bench bench-kernels bench-gpu bench-communication bench-end-to-end bench-data
+.PHONY: setup train finetune compare compare-same-lr test test-quick support test-slow test-faults test-hosts test-gpu test-asan reliability checkpoint-matrix docs lint clean bench bench-kernels bench-gpu bench-communication bench-end-to-end bench-data
 
 setup: $(STAMP)
 
@@ -38,6 +38,11 @@ compare: RUN = configs/run/compare$(if $(PLAN),_$(PLAN)).yaml
 compare: setup
 	$(BIN)/python launch/prepare_data.py --run $(RUN)
 	$(BIN)/python -m benchmarks.compare.run --run $(RUN) $(if $(QUICK),--quick) $(ARGS)
+
+# An AdamW JSON with only its type changed, at three rates around AdamW's best: 22 runs beside those of the comparison.
+compare-same-lr: setup
+	$(BIN)/python launch/prepare_data.py --run configs/run/compare.yaml
+	$(BIN)/python -m benchmarks.compare.same_rate $(ARGS)
 
 bench: bench-kernels bench-communication bench-end-to-end
 

@@ -70,7 +70,9 @@ class Trials:
         overrides: Iterable[str] = (),
         finished: Path | None = None,
     ) -> None:
-        self._finished = {} if finished is None else report.finished_in(finished)
+        self._finished: dict[str, dict[str, Any]] = {}
+        if finished is not None:
+            self.add_finished(finished)
         self.results: dict[Trial, dict[str, Any]] = {}
         self.compared = False  # all but the ablations has been trained
         self._overrides = list(overrides)
@@ -97,6 +99,11 @@ class Trials:
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
+
+    def add_finished(self, path: Path) -> None:
+        """Count the results of a CSV of the same run file as if they had been trained here; no file holds none."""
+        if path.is_file():
+            self._finished |= report.finished_in(path)
 
     def find(self, trials: Iterable[Trial]) -> list[Trial]:
         """Take over the results of earlier runs.

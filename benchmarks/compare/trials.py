@@ -196,7 +196,7 @@ class Setup:
         params = settings["optimizer"]["params"]
         if ARMS[trial.arm].is_blockwise:
             # the published runs are from before there were presets: the paper's numbers were the default, and unnamed
-            named = {key: value for key, value in params.pop("lr_multipliers").items() if key not in PAPER}
+            named = {key: value for key, value in params.pop("lr_multipliers").items() if PAPER.get(key) != value}
             params |= {"lr_multipliers": named} if named else {}
         facts = {
             "settings": settings,

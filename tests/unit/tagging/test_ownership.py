@@ -64,7 +64,7 @@ def test_a_wrapper_is_tagged_under_its_own_names():
     policy = Policy()
     host(policy)
     host(Wrapped(policy), rules=[{"match": r"^policy\.lm_head", "lr_multiplier": 0.5}])
-    assert seen(policy) == {"policy.mlp.up_proj.weight": ("ffn", 6), "policy.lm_head.weight": ("output", 0.5)}
+    assert seen(policy) == {"policy.mlp.up_proj.weight": ("ffn", 0.75), "policy.lm_head.weight": ("output", 0.5)}
 
 
 def test_role_rules_count_on_a_model_that_was_tagged_before():
@@ -72,9 +72,9 @@ def test_role_rules_count_on_a_model_that_was_tagged_before():
     policy = Policy()
     host(policy, rules=[ROLE_RULE])
     host(policy)
-    assert seen(policy)["mlp.up_proj.weight"] == ("ffn", 6)  # the first host's rule is gone with it
+    assert seen(policy)["mlp.up_proj.weight"] == ("ffn", 0.75)  # the first host's rule is gone with it
     host(policy, rules=[ROLE_RULE])
-    assert seen(policy)["mlp.up_proj.weight"] == ("value", 4)
+    assert seen(policy)["mlp.up_proj.weight"] == ("value", 0.5)
 
 
 def test_unfreezing_between_two_hosts_is_no_partly_tagged_model():
@@ -123,10 +123,10 @@ def test_the_users_settings_stay_through_hosts_and_their_settings():
         host(policy, lr_multipliers={"head": head})
         assert seen(policy)["lm_head.weight"] == ("output", head)
     host(policy)
-    assert seen(policy)["lm_head.weight"] == ("output", 10)
+    assert seen(policy)["lm_head.weight"] == ("output", 1.25)
     tag_parameters(policy, rules=[ROLE_RULE])
     host(policy)
-    assert seen(policy)["mlp.up_proj.weight"] == ("value", 4)
+    assert seen(policy)["mlp.up_proj.weight"] == ("value", 0.5)
     with pytest.raises(ValueError, match=r"'mlp.up_proj.weight' was tagged with other .* Give them in one place"):
         host(policy, lr_multipliers={"head": 3})
 
@@ -222,7 +222,7 @@ def test_a_plain_optimizer_takes_no_tags_of_a_host(cls):
     tag_parameters(policy)
     before = policy.lm_head.weight.detach().clone()
     step(policy, optimizer)
-    assert ((before - policy.lm_head.weight) / 1e-2).mean().item() == pytest.approx(10, rel=1e-4)
+    assert ((before - policy.lm_head.weight) / 1e-2).mean().item() == pytest.approx(1.25, rel=1e-4)
 
 
 @BOTH

@@ -55,12 +55,13 @@ def test_the_table_and_the_json_say_the_same():
     """One is for people, the other for scripts."""
     report = tag_parameters(model(), lr_multipliers={"auto": {}, "vo": 3})
     lines = str(report).splitlines()
+    assert lines.pop() == 'lr x: from the preset "adamw_scale", in which lr is the rate of AdamW'
     assert len(lines) == 2 + len(ROWS) + 1 and lines[-1].startswith("total: 79 parameters, 20 blocks; ")
     assert lines[2].split() == ["self_attn.q_proj.weight", "8x3", "query", "qk", "auto", "1", "head", "4", "112"]
     assert "396 bytes (5.013 per parameter), of AdamW 632 (8.000)" in lines[-1]
     found = json.loads(json.dumps(report.to_dict()))
     assert [row["is_measured"] for row in found["parameters"]] == [True, True, False, False, False, True]
-    assert found["totals"] == report.totals
+    assert found["totals"] == report.totals and found["presets"] == ["adamw_scale"]
 
 
 def test_a_fused_weight_has_a_row_for_each_role():

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is an AdamW JSON right with only its ``type`` changed? Three rates around AdamW's best, the same for all optimizers.
+
+python -m benchmarks.compare.same_rate            # 27 runs, a few minutes each on one core; goes on where it stopped
+python -m benchmarks.compare.same_rate --minutes 30
+
+AdamW's runs are those of `make compare` where they have been published. Everything else in the JSON stays as it is: the
+schedule with its absolute minimum, betas, weight decay, clipping. The optimizers have their defaults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+from benchmarks.compare import report
+from benchmarks.compare.ablations import OUR_MINI, OURS
+from benchmarks.compare.results import Estimate, Results, loss_of
+from benchmarks.compare.run import RUN_FILE, Stopped, Trials
+from benchmarks.compare.trials import ARMS, BASELINE, FULL, MIN_LR_SHARE, Trial
+from benchmarks.provenance import ROOT, cores, write_between
+
+RATES = (2e-3, 2.8e-3, 4e-3)  # AdamW's best in docs/compare/compare.csv, and a factor of sqrt 2 to each side
+SEEDS = (1, 2, 3)
+CHANGED = (OURS, OUR_MINI)
+MARK = "same_rate results"
+
+
+def baseline(lr: float, seed: int) -> Trial:
+    """AdamW, as the comparison trains it."""
+    return FULL.plain(BASELINE, lr, seed)
+
+
+def changed(arm: str, lr: float, seed: int) -> Trial:
+    """AdamW's JSON with another ``type``: the default multipliers, the same rate and the same minimum."""
+    scheduler = {"type": "BlockwiseCosineLR", "params": {"min_lr": MIN_LR_SHARE * lr}}
+    params = {"lr_multipliers": {"preset": "adamw_scale"}}
+    return Trial(arm, lr, seed, FULL.steps, "adamw-json", params, scheduler, FULL.warmup)
+
+
+def trials() -> list[Trial]:
+    """All runs, the first seed first."""
+    return [
+        trial
+        for seed in SEEDS
+        for lr in RATES
+        for trial in (baseline(lr, seed), *(changed(arm, lr, seed) for arm in CHANGED))
+    ]
+
+
+def table(results: Results) -> str:
+    """A row for each optimizer and rate, and where the numbers come from; only seeds that all three have."""
+    lines = [
+        "| `lr` | optimizer | final validation loss, nats | minus AdamW's at the same `lr`, nats | not above AdamW's |",
+        "|---:|---|---:|---:|---|",
+    ]
+    for lr in RATES:
+        seeds = [
+            s for s in SEEDS if all(t in results for t in (baseline(lr, s), *(changed(a, lr, s) for a in CHANGED)))
+        ]
+        if seeds:
+            lines += _rows(results, lr, seeds)
+    return "\n".join([*lines, "", report.provenance_text(results, FULL)])
+
+
+def _rows(results: Results, lr: float, seeds: Sequence[int]) -> Iterator[str]:
+    of_adamw = [loss_of(results, baseline(lr, seed)) for seed in seeds]
+    yield f"| {lr:g} | {ARMS[BASELINE].label} | {Estimate.of(of_adamw).text()} | | |"
+    for arm in CHANGED:
+        losses = [loss_of(results, changed(arm, lr, seed)) for seed in seeds]
+        difference = Estimate.of([loss - adamw for loss, adamw in zip(losses, of_adamw, strict=True)])
+        verdict = "yes" if difference.mean <= 0 else "no"
+        verdict += "" if difference.sign else ", within two standard errors"
+        yield f"| {lr:g} | {ARMS[arm].label} | {Estimate.of(losses).text()} | {difference.text('+.4f')} | {verdict} |"
+
+
+def main() -> int:
+    """Train what is missing, then write the table into the evidence page.
+
+    Returns:
+        0; 1 if the time was up before all had been trained.
+    """
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workers", type=int, default=cores(), help="runs at a time, one core each")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
+    options = parser.parse_args()
+    os.chdir(ROOT)
+    deadline, stopped = time.monotonic() + 60 * options.minutes, None
+    own = report.DOCS / "same_rate.csv"
+    with Trials(ROOT / "runs" / "compare" / "same_rate", RUN_FILE, options.workers, deadline, finished=own) as found:
+        found.add_finished(report.DOCS / "compare.csv")
+        try:
+            found.train(trials(), "the same rate")
+        except Stopped as reason:
+            stopped = reason
+        text = table(found.results)
+        print(text)
+        report.write_csv(found.results, own)
+        write_between(ROOT / "docs" / "evidence.md", MARK, text)
+    if stopped is not None:
+        print(f"not complete: {stopped}")
+    return int(stopped is not None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

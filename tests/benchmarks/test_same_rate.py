@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The comparison at AdamW's own rate: its runs are AdamW's JSON with another `type`, and its table is right."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("deepspeed", reason="trials are runs of the main job, which needs the extra 'deepspeed'")
+pytest.importorskip("megatron.core", reason="trials are runs of the main job, which needs the extra 'megatron'")
+
+from benchmarks.compare import same_rate
+from benchmarks.compare.ablations import OUR_MINI, OURS
+from benchmarks.compare.trials import PAPER, Setup
+from benchmarks.provenance import PROVENANCE
+from ds_blockwise.blocks.block_settings import BlockSettings
+
+SETUP = Setup(256, {"tokenizer": {"sha256": "t"}, "splits": {}}, bf16=False)
+
+
+@pytest.mark.parametrize("arm", same_rate.CHANGED)
+@pytest.mark.parametrize("lr", same_rate.RATES)
+def test_only_the_type_differs(arm, lr):
+    """A rate or a minimum of its own would answer another question."""
+    adamw, ours = SETUP.settings(same_rate.baseline(lr, 1)), SETUP.settings(same_rate.changed(arm, lr, 1))
+    params = [adamw.pop("optimizer")["params"], ours.pop("optimizer")["params"]]
+    assert adamw == ours and ours["scheduler"]["params"]["min_lr"] == pytest.approx(lr / 20)
+    params[0].pop("torch_adam")
+    assert BlockSettings.parse(params[1].pop("lr_multipliers")).is_default
+    params[1].pop("granularity", None)  # the default, spelt out
+    assert params[0] == params[1]
+
+
+def test_a_run_in_another_unit_is_another_run():
+    """Results in the paper's unit must not count as results at AdamW's rate."""
+    changed = same_rate.changed(OURS, 2e-3, 1)
+    other = type(changed)(OURS, 2e-3, 1, changed.steps, "adamw-json", {"lr_multipliers": PAPER}, changed.scheduler)
+    assert SETUP.fingerprint(changed) != SETUP.fingerprint(other)
+    assert len({trial.name for trial in same_rate.trials()}) == 27
+
+
+def test_the_table_compares_runs_of_one_seed():
+    """Differences are paired by seed, and a mean above AdamW's is said to be above."""
+    losses = {same_rate.baseline(lr, seed): 3.0 + 0.1 * seed for lr in same_rate.RATES for seed in (1, 2, 3)}
+    gains = {OURS: (0.01, 0.02, 0.03), OUR_MINI: (-0.01, 0.0, -0.02)}
+    for lr in same_rate.RATES[:1]:
+        for arm, of_arm in gains.items():
+            for seed, gain in zip((1, 2, 3), of_arm, strict=True):
+                losses[same_rate.changed(arm, lr, seed)] = 3.0 + 0.1 * seed - gain
+    results = {
+        trial: {
+            "final_validation_loss": loss,
+            "diverged": None,
+            "parameters": 1000,
+            "tokens": 8000,
+            "provenance": dict.fromkeys(PROVENANCE, "x"),
+        }
+        for trial, loss in losses.items()
+    }
+    rows = [line for line in same_rate.table(results).splitlines() if line.startswith("| 0.0")]
+    assert rows == [  # the other rates lack runs of ours
+        "| 0.002 | AdamW (torch) | 3.2000 ± 0.0577 | | |",
+        "| 0.002 | Blockwise AdamW | 3.1800 ± 0.0520 | -0.0200 ± 0.0058 | yes |",
+        "| 0.002 | Blockwise Adam-mini | 3.2100 ± 0.0608 | +0.0100 ± 0.0058 | no, within two standard errors |",
+    ]
