@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import socket
@@ -134,26 +133,12 @@ def test_every_block_works_after_its_install_line(page: str, environments: Envir
                     follow(environment, line, clone)
 
 
-def test_the_configuration_of_the_guide_trains(environments: Environments, clone: Path) -> None:
-    """In the tutorial's script, for as many steps as its schedule has."""
-    (script,) = (code for kind, code in blocks_of(ROOT / "docs/tutorial.md") if kind == "python")
-    (config,) = (code for kind, code in blocks_of(ROOT / "docs/guides/deepspeed.md") if kind == "json")
-    (clone / "my_training.py").write_text(script, encoding="utf-8")
-    (clone / "ds_config.json").write_text(config, encoding="utf-8")
-    steps = json.loads(config)["scheduler"]["params"]["total_num_steps"]
-    command = f"deepspeed --num_gpus 1 my_training.py --steps {steps}"
-    (loss,) = losses(run(environments("deepspeed", "hf"), command, clone))
-    assert loss < 5.3  # 5.5 is that of a uniform guess
-
-
 def test_what_init_writes_passes_the_check(environments: Environments, tmp_path: Path) -> None:
-    """Each file, from the wheel, with the extras that the main job needs."""
+    """From the wheel, with the extras that the main job needs; the run file names model and JSON."""
     environment = environments("deepspeed", "megatron", "launch")
     printed = run(environment, "ds-blockwise init my_run", tmp_path)
     assert re.findall(r"^wrote my_run/(\S+)$", printed, flags=re.MULTILINE) == list(FILES)
     assert "no problems" in run(environment, "ds-blockwise check my_run/run.yaml", tmp_path)
-    blocks = "ds-blockwise blocks my_run/model.yaml --ds-config my_run/deepspeed.json"
-    assert "1,262,720 parameters" in run(environment, blocks, tmp_path)
     subprocess.run(["bash", "-n", "my_run/slurm.sbatch"], cwd=tmp_path, check=True)
     assert re.search(r"^\S+ slots=\d+$", (tmp_path / "my_run" / "hostfile").read_text(), flags=re.MULTILINE)
 
