@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blockwise AdamW and Blockwise Adam-mini for DeepSpeed, Megatron-core and plain PyTorch.
 
-Importing this package, before or after DeepSpeed, registers both optimizers and the three schedules with it.
+Importing this package, before or after DeepSpeed, registers the optimizers and schedules with it.
 DeepSpeed itself is not imported.
 """
 
@@ -17,7 +17,12 @@ from ds_blockwise.measure.sharpness import measure_sharpness
 from ds_blockwise.measure.sharpness_report import SharpnessReport
 from ds_blockwise.optimizers.adam_mini import BlockwiseAdamMini
 from ds_blockwise.optimizers.adamw import BlockwiseAdamW
-from ds_blockwise.optimizers.schedules import BlockwiseCosineLR, BlockwiseLinearLR, BlockwiseWSDLR
+from ds_blockwise.optimizers.schedules.schedule import (
+    BlockwiseCosineLR,
+    BlockwiseLinearLR,
+    BlockwiseLR,
+    BlockwiseWSDLR,
+)
 from ds_blockwise.tagging.report import BlockReport, block_report
 from ds_blockwise.tagging.tag import tag_parameters
 from ds_blockwise.tagging.verify_layout import LayoutReport, verify_layout
@@ -30,6 +35,7 @@ __all__ = [
     "BlockwiseAdamMini",
     "BlockwiseAdamW",
     "BlockwiseCosineLR",
+    "BlockwiseLR",
     "BlockwiseLinearLR",
     "BlockwiseWSDLR",
     "LayoutReport",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
@@ -58,6 +59,11 @@ def check_keys(name: str, keys: Iterable[str], allowed: Sequence[str]) -> None:
             raise ValueError(f"{name} has an {unknown('key', key, allowed)}")
 
 
+def is_finite(value: float) -> bool:
+    """Whether a number is finite and no integer beyond all floats, which ``math.isfinite`` cannot take."""
+    return abs(value) <= sys.float_info.max
+
+
 def as_multiplier(name: str, value: object) -> float:
     """A finite number of at least 0.
 
@@ -67,7 +73,7 @@ def as_multiplier(name: str, value: object) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number >= 0, got {value!r}")
-    if not math.isfinite(value) or value < 0:
+    if not is_finite(value) or value < 0:
         raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
     return float(value)
 
@@ -106,7 +112,7 @@ def number(name: str, value: object, *, low: float, below: float = math.inf) -> 
         raise TypeError(f'{name} is "auto", which only HF Trainer and Accelerate fill in. Give a number.')
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not (math.isfinite(value) and low <= value < below):
+    if not (is_finite(value) and low <= value < below):
         upper = f" and < {below:g}" if below < math.inf else " and finite"
         raise ValueError(f"{name} must be >= {low:g}{upper}, got {value!r}")
     return float(value)

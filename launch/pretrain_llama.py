@@ -24,13 +24,13 @@ from ds_blockwise.cli.progress import waiting
 from ds_blockwise.hosts.deepspeed.monitor import add_monitor
 from ds_blockwise.optimizers.registry import OPTIMIZERS
 from ds_blockwise.runs.engine_json import optimizer_type, zero_stage
+from ds_blockwise.runs.metrics import METRICS_CSV, MetricsFile
 from ds_blockwise.runs.reading.problems import Problems
 from ds_blockwise.runs.run_file import RunConfig
 from job import run_folder
 from job.batches import RunData, check_data
 from job.heartbeat import HeartbeatMonitor, name_lost_host
 from job.interrupt import INTERRUPTED
-from job.metrics import METRICS_CSV, MetricsFile
 from job.options import job_options
 from job.process_groups import Processes, agree
 from job.rendezvous import exit_status

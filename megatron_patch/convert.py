@@ -58,6 +58,7 @@ def convert_(
     weight_decay_multipliers: object = None,
     granularity: object = None,
     rules: object = None,
+    transfer: object = None,
     momentum_dtype: MomentumDtype = "fp32",
     backend: str = "auto",
     telemetry: object = None,
@@ -82,6 +83,7 @@ def convert_(
         weight_decay_multipliers: per block type or role.
         granularity: per block type, role or ``"bias"``.
         rules: list of ``{"match": regex, ...}``; each must match a parameter of some pipeline stage.
+        transfer: ``{"base_width": 256}``.
         momentum_dtype: ``"fp32"`` or ``"bf16"``.
         backend: ``"auto"``, ``"cpp"``, ``"triton"`` or ``"reference"``.
         telemetry: see `measure.readings.TelemetrySettings`. Readings go to ``on_telemetry`` of each wrapper's
@@ -108,6 +110,7 @@ def convert_(
             weight_decay_multipliers=weight_decay_multipliers,
             granularity=granularity,
             rules=rules,
+            transfer=transfer,
             momentum_dtype=momentum_dtype,
             backend=backend,
             telemetry=telemetry,
@@ -117,7 +120,7 @@ def convert_(
             check_settings(wrapper)
             check_version(wrapper)
         models = [chunks.unwrapped(chunk) for chunk in wrapped]
-        block_settings = BlockSettings.parse(lr_multipliers, weight_decay_multipliers, granularity, rules)
+        block_settings = BlockSettings.parse(lr_multipliers, weight_decay_multipliers, granularity, rules, transfer)
         matched = rules_matched(chunks.names_in(models), block_settings)
     check_rules(matched, block_settings, "Layers are numbered from 0 in every stage.")
     with _together():

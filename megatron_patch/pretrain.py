@@ -32,7 +32,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 ArgsProvider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
-_BLOCK_SETTINGS = ("lr_multipliers", "weight_decay_multipliers", "granularity", "rules")
+_BLOCK_SETTINGS = ("lr_multipliers", "weight_decay_multipliers", "granularity", "rules", "transfer")
 _TRAINING = "megatron.training.training"
 _FACTORY = "get_megatron_optimizer"
 _MUON_FACTORY = "get_megatron_muon_optimizer"  # takes the factory's place for --optimizer muon and dist_muon
@@ -46,6 +46,7 @@ class Settings(TypedDict):
     weight_decay_multipliers: object
     granularity: object
     rules: object
+    transfer: object
     momentum_dtype: MomentumDtype
     backend: str
 
@@ -71,6 +72,7 @@ def add_blockwise_args(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         ("weight-decay-multipliers", '{"norm": 0}', ()),
         ("granularity", '{"value": "tensor"}', (PUBLISHED,)),
         ("rules", '[{"match": "adapter", "role": "ffn"}]', ()),
+        ("transfer", '{"base_width": 256}', ()),
     ):
         group.add_argument(
             f"--blockwise-{name}",
@@ -114,6 +116,7 @@ def settings_in(args: argparse.Namespace) -> Settings | None:
         "weight_decay_multipliers": args.blockwise_weight_decay_multipliers,
         "granularity": args.blockwise_granularity,
         "rules": args.blockwise_rules,
+        "transfer": args.blockwise_transfer,
         "momentum_dtype": args.blockwise_momentum_dtype,
         "backend": args.blockwise_backend,
     }

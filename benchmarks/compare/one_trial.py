@@ -19,7 +19,7 @@ import pretrain_llama
 from benchmarks.compare.peers import register
 from benchmarks.compare.trials import Setup, Trial, fingerprint
 from benchmarks.provenance import provenance
-from job.metrics import read_metric
+from ds_blockwise.runs.metrics import read_metric
 
 RESULT = "result.json"
 _BEGUN = "digest"  # of what is in the folder, finished or not

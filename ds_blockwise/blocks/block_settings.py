@@ -26,6 +26,7 @@ from ds_blockwise.blocks.defaults import (
 )
 from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, BLOCK_TYPES, QKV_LAYOUTS, STORAGES, QKVLayout, Role, Storage
 from ds_blockwise.blocks.rule_needed import RuleNeeded
+from ds_blockwise.blocks.transfer import Transfer, parse_transfer
 from ds_blockwise.values import as_count, as_mapping, as_multiplier, check_keys, if_given, suggest, unknown
 
 _Setting = TypeVar("_Setting")
@@ -41,6 +42,7 @@ _RULE_KEYS = (
     "lr_multiplier",
     "weight_decay_multiplier",
     "granularity",
+    "width",
 )
 _OPTIONAL = "optional"
 PRESET = "preset"
@@ -73,6 +75,7 @@ class Rule:
         weight_decay_multiplier: factor on the weight decay.
         granularity: size of a block.
         storage: how the matrix is stored.
+        width: of the residual stream that the matrix reads or writes, for ``transfer``.
         optional: the rule may match nothing, because engines of several models share the settings.
     """
 
@@ -85,6 +88,7 @@ class Rule:
     weight_decay_multiplier: float | None = None
     granularity: Granularity | None = None
     storage: Storage | None = None
+    width: int | None = None
     optional: bool = False
 
     def matches(self, fqn: str) -> bool:
@@ -131,6 +135,7 @@ def _parse_rule(index: int, value: object) -> Rule:
         ),
         granularity=if_given(_granularity, f"{name}.granularity", raw.get("granularity")),
         storage=storage,
+        width=if_given(as_count, f"{name}.width", raw.get("width")),
         optional=optional,
     )
     if rule == Rule(match, optional=optional):
@@ -192,6 +197,7 @@ class BlockSettings:
         granularity: block sizes, by the same keys or ``bias``.
         rules: rules for single parameters; they win over the three maps.
         auto: how multipliers are measured; None if they are fixed.
+        transfer: how learning rates follow the model's width; None if they do not.
     """
 
     lr_multipliers: dict[str, float] = field(default_factory=dict)
@@ -199,6 +205,7 @@ class BlockSettings:
     granularity: dict[str, Granularity] = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
     auto: AutoMultipliers | None = None
+    transfer: Transfer | None = None
     preset: str = DEFAULT_PRESET
 
     @classmethod
@@ -208,6 +215,7 @@ class BlockSettings:
         weight_decay_multipliers: object = None,
         granularity: object = None,
         rules: object = None,
+        transfer: object = None,
     ) -> BlockSettings:
         """Check raw settings (a JSON's dicts and lists) and freeze them; None means the defaults.
 
@@ -228,7 +236,13 @@ class BlockSettings:
         if isinstance(rules, (str, Mapping)) or not isinstance(rules, Iterable):
             raise TypeError(f'rules must be a list of {{"match": ..., ...}}, got {rules!r}')
         parsed = tuple(_parse_rule(index, rule) for index, rule in enumerate(rules))
-        return cls(of_lr, of_weight_decay, sizes, parsed, auto, preset)
+        width_rule = parse_transfer(transfer)
+        if auto is not None and width_rule is not None:
+            raise ValueError(
+                'lr_multipliers is "auto", which measures multipliers at this model\'s width, and transfer moves those '
+                "of another width here. Remove one of the two."
+            )
+        return cls(of_lr, of_weight_decay, sizes, parsed, auto, width_rule, preset)
 
     @property
     def is_default(self) -> bool:

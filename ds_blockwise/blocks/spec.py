@@ -8,9 +8,9 @@ Partition: arXiv 2406.16793 (Adam-mini), algorithm 2; block types: arXiv 2502.19
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ds_blockwise.blocks.block_settings import BlockSettings
+from ds_blockwise.blocks.block_settings import BlockSettings, Resolved, Rule
 from ds_blockwise.blocks.defaults import Granularity
 from ds_blockwise.blocks.ranges import AxisSpan, Batch
 from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, BlockType, Role
@@ -108,13 +108,14 @@ def apply_settings(structure: TensorStructure, block_settings: BlockSettings) ->
         ``tensor`` share one id in each matrix.
 
     Raises:
-        ValueError: the granularity is not allowed for the role, or it is ``head`` and the number of heads is unknown.
+        ValueError: the granularity is not allowed for the role, or it is ``head`` and the number of heads is unknown,
+            or the width rule needs a width that is unknown.
     """
     parts: list[BlockPart] = []
     whole_of_role: dict[Role, int] = {}
     num_blocks = 0
     for span in structure.spans:
-        settings = block_settings.resolve(structure.fqn, span.role, structure.is_bias, structure.other_names)
+        settings = resolved(structure, span.role, block_settings)
         size = span.end - span.start
         # where rows belong to no head (MLA's latent), granularity "head" means one block per row
         granularity = "row" if settings.granularity == "head" and span.head_rows == 1 else settings.granularity
@@ -139,6 +140,28 @@ def apply_settings(structure: TensorStructure, block_settings: BlockSettings) ->
             )
         )
     return BlockSpec(structure, tuple(parts), num_blocks * structure.num_matrices, block_settings)
+
+
+def resolved(structure: TensorStructure, role: Role, block_settings: BlockSettings) -> Resolved:
+    """The settings of one role in a parameter, its learning rate moved to the model's width.
+
+    Raises:
+        RuleNeeded: as `BlockSettings.resolve` and `Transfer.factor`.
+    """
+    found = block_settings.resolve(structure.fqn, role, structure.is_bias, structure.other_names)
+    return replace(found, lr_multiplier=found.lr_multiplier * transfer_factor(structure, role, block_settings))
+
+
+def transfer_factor(structure: TensorStructure, role: Role, block_settings: BlockSettings) -> float:
+    """What the width rule multiplies the learning rate of one role in a parameter by; 1 where none is set.
+
+    Raises:
+        RuleNeeded: as `Transfer.factor`.
+    """
+    if block_settings.transfer is None:
+        return 1.0
+    rule = block_settings.rule_for(*structure.names) or Rule(match="")
+    return block_settings.transfer.factor(structure, role, rule.width)
 
 
 def _rows_per_block(structure: TensorStructure, span: RoleSpan, granularity: Granularity) -> int:

@@ -7,7 +7,7 @@ Speaks of the unsharded tensor only. Knows nothing of multipliers, block sizes, 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ds_blockwise.blocks.roles import QKV_LAYOUT_MEANING, QKVLayout, Role
 from ds_blockwise.blocks.rule_needed import CHOOSE, RuleNeeded
@@ -65,6 +65,7 @@ class TensorStructure:
             then is a dimension of these three.
         other_names: further names that the user's rules may match: those of a tied weight, those of the module tree
             behind a host's own.
+        width: of the residual stream that a matrix reads or writes (`transfer`); None if it is not known.
     """
 
     fqn: str
@@ -74,6 +75,7 @@ class TensorStructure:
     is_bias: bool
     matrices: tuple[int, int, int] | None = None
     other_names: tuple[str, ...] = ()
+    width: int | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         at = 0
@@ -92,6 +94,11 @@ class TensorStructure:
     def axis_size(self) -> int:
         """Length of the block axis (1 for a scalar)."""
         return self.stored_shape[self.axis] if self.shape else 1
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether it is no matrix: a norm, a bias, one number for each row."""
+        return self.is_bias or self.numel_per_row == 1
 
     @property
     def stored_shape(self) -> tuple[int, ...]:

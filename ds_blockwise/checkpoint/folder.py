@@ -76,6 +76,17 @@ class Checkpoint:
 # --------------------------------------------------------------------------- finding them
 
 
+def checkpoints_folder(name: str, given: object) -> Path:
+    """The folder that an argument names.
+
+    Raises:
+        ValueError: it is empty, or no path.
+    """
+    if not given or not isinstance(given, (str, os.PathLike)):
+        raise ValueError(f"{name} must name a folder, got {given!r}")
+    return Path(given)
+
+
 def open_checkpoint(folder: Path) -> Checkpoint:
     """A tag folder as a `Checkpoint`; its files are not looked at.
 
@@ -113,8 +124,8 @@ def resolve_tag(folder: Path, tag: str | None = None, *, latest: str = LATEST) -
 
     Raises:
         ValueError: the tag breaks the rule for tags.
-        CheckpointError: the tag does not exist, ``latest`` names none and nothing complete is there, or the manifest
-            is damaged.
+        CheckpointError: the tag does not exist, ``latest`` names none and nothing complete is there, the manifest is
+            damaged, or the folder is a checkpoint itself.
     """
     if tag is not None:
         return _named(folder, checked_tag(tag))
@@ -134,6 +145,11 @@ def resolve_tag(folder: Path, tag: str | None = None, *, latest: str = LATEST) -
         return replace(newest, notes=(note,))
     if said:
         raise CheckpointError(f"{what}, and there is no complete checkpoint in {folder}.{_unfinished(folder)}")
+    if (folder / MANIFEST).is_file() or any(folder.glob("*model_states.pt")):
+        raise CheckpointError(
+            f"{folder} is a checkpoint itself, not a folder of checkpoints. Load from {str(folder.parent)!r} with "
+            f"tag={folder.name!r}."
+        )
     return None
 
 

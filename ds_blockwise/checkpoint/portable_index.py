@@ -35,6 +35,8 @@ def read_index(path: Path) -> PortableIndex:
     """
     try:
         said = read_json(path)
+        if not isinstance(said, dict):
+            raise TypeError(f"it is a {type(said).__name__}, not a mapping")
         missing = {"format", "record", "parameters", "param_groups", "origin", "tensors"} - set(said)
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}. A portable checkpoint has this file.") from error

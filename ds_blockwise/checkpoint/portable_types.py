@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol, TypedDict
+from typing import Any, Protocol, TypedDict
 
 import torch
 
@@ -62,7 +62,7 @@ class TrainingState(TypedDict):
     lr_scheduler: dict[str, object] | None
     counters: dict[str, int]
     loss_scale: dict[str, object]
-    client_state: dict[str, object]
+    client_state: dict[Any, object]
 
 
 class Source(Protocol):

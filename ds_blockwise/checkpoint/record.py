@@ -137,6 +137,8 @@ def settings_of(optimizer: Recorded) -> Settings:
         "layout": _digest(specs) if specs else "",
         "groups": [_packed_group(group) for group in optimizer.param_groups],
     }
+    if given.transfer is not None:
+        settings["transfer"] = asdict(given.transfer)
     if (run := optimizer.run_state()) is not None:
         settings["run"] = run
     return settings

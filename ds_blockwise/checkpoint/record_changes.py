@@ -27,6 +27,7 @@ def differences(saved: Settings, own: Settings) -> list[str]:
     for key, (was, now) in by_name.items():
         lines += _changed_keys(key, was, now)
     lines += _changed("rules", saved.get("rules"), own.get("rules"))
+    lines += _changed("transfer", saved.get("transfer"), own.get("transfer"))
     lines += _changed_groups(saved.get("groups", []), own.get("groups", []))
     if not any(line.startswith(("granularity", "rules")) for line in lines) and saved.get("layout") and own["layout"]:
         lines += _changed("layout (roles, heads or shapes)", saved["layout"][:12], own["layout"][:12])

@@ -117,7 +117,7 @@ def _part_problem(part: list[Any]) -> str | None:
         typed([] if head_rows is None else [head_rows], list[int], "the rows of a head")
     except ValueError as error:
         return str(error)
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         return f"there is no role {role!r}"
     if granularity not in GRANULARITIES:
         return f"there is no granularity {granularity!r}"

@@ -75,8 +75,12 @@ class _Settings(TypedDict, total=False):  # a record of an earlier version may l
 
 
 class Settings(_Settings, total=False):
-    """An optimizer's settings with the defaults spelt out; ``layout`` is a digest of its blocks."""
+    """An optimizer's settings with the defaults spelt out; ``layout`` is a digest of its blocks.
 
+    ``transfer`` is there only if the width rule is set; ``lr_multipliers`` are those before it.
+    """
+
+    transfer: dict[str, object]
     run: RunState
 
 

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 import torch
 
 from ds_blockwise.checkpoint.record import PER_BLOCK_KEY
-from ds_blockwise.checkpoint.typed_data import typed
+from ds_blockwise.checkpoint.typed_data import LARGEST_INTEGER, typed
 
 # moments of AdamW and ours, and of the published Adam-mini
 _MOMENTS = ("exp_avg", "exp_avg_sq", PER_BLOCK_KEY, "m", "v", "vmean")
@@ -31,7 +31,7 @@ def check_state_dict(state_dict: object) -> Mapping[str, Any]:
 
     Raises:
         ValueError: it is none, with the place: ``state`` by number, each with plain tensors as moments and a number of
-            steps, and ``param_groups`` with the numbers of their tensors.
+            steps, and ``param_groups`` with the numbers of their tensors, which are those of ``state``.
     """
     if not isinstance(state_dict, Mapping):
         raise ValueError(f"the state of an optimizer must be a mapping, got a {type(state_dict).__name__}")
@@ -48,7 +48,28 @@ def check_state_dict(state_dict: object) -> Mapping[str, Any]:
                     raise ValueError(f"{where} is {value.dtype}; moments are floating-point")
             elif key == "step":
                 _check_step(value, where)
+    for index, group in enumerate(state_dict["param_groups"]):
+        if group.get("step") is not None:
+            _check_step(group["step"], f"param_groups[{index}]['step']")
+    _check_numbers(state_dict["state"], checked["param_groups"])
     return state_dict
+
+
+def _check_numbers(state: Mapping[object, object], groups: Sequence[_Group]) -> None:
+    """A state whose number no group has would be passed over, and its tensor start from zero."""
+    numbers = [number for group in groups for number in group["params"]]
+    known = set(numbers)
+    if len(known) < len(numbers):
+        raise ValueError(f"param_groups has a number twice ({_shown(sorted(numbers))}); each tensor has its own")
+    unknown = [key for key in state if key not in known]
+    if unknown:
+        raise ValueError(
+            f"state[{unknown[0]!r}] belongs to no tensor of param_groups, whose numbers are {_shown(numbers)}"
+        )
+
+
+def _shown(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:3])) + (", ..." if len(numbers) > 3 else "") or "none"
 
 
 def _check_step(value: object, where: str) -> None:
@@ -58,7 +79,7 @@ def _check_step(value: object, where: str) -> None:
             raise ValueError(f"{where} has {value.numel()} elements; it must be one number")
         value = value.item()
     number = typed(value, float, where)
-    if number < 0 or number != int(number):
+    if not 0 <= number < LARGEST_INTEGER or number != int(number):
         raise ValueError(f"{where} must be a whole number of 0 or more, got {number!r}")
 
 

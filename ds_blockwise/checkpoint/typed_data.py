@@ -7,7 +7,6 @@ The types are those of the readers themselves (`TypedDict`, lists, unions), so w
 from __future__ import annotations
 
 import functools
-import math
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +14,8 @@ from itertools import islice
 from typing import Any, TypeVar, Union
 
 import torch
+
+from ds_blockwise.values import is_finite
 
 _T = TypeVar("_T")
 
@@ -59,7 +60,7 @@ def _misfits(value: object, expected: Any, where: str) -> Iterator[str]:
             yield _wrong(value, where, "a mapping")
             return
         for key, item in value.items():
-            if not isinstance(key, str):
+            if arguments[:1] != (Any,) and not isinstance(key, str):
                 yield _wrong(key, f"a key of {where}", "a string")
             elif arguments:
                 yield from _misfits(item, arguments[1], f"{where}[{key!r}]")
@@ -101,7 +102,7 @@ def _fits(value: object, expected: Any) -> bool:
     if expected is int:
         return type(value) is int and 0 <= value < LARGEST_INTEGER
     if expected is float:
-        return type(value) in (int, float) and math.isfinite(typing.cast("float", value))
+        return type(value) in (int, float) and is_finite(typing.cast("float", value))
     if expected is torch.Tensor:
         return isinstance(value, torch.Tensor) and _is_plain(value)
     return isinstance(value, expected)

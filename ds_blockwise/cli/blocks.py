@@ -27,7 +27,7 @@ from ds_blockwise.tagging.tag import tag_with_settings
 from ds_blockwise.tagging.verify_layout import LayoutReport, default_outputs, verify_layout
 
 HELP = "print each parameter's role, multiplier, blocks and optimizer-state bytes"
-_BLOCK_SETTINGS = ("lr_multipliers", "weight_decay_multipliers", "granularity", "rules")
+_BLOCK_SETTINGS = ("lr_multipliers", "weight_decay_multipliers", "granularity", "rules", "transfer")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

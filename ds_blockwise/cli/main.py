@@ -10,16 +10,20 @@ from collections.abc import Sequence
 
 from ds_blockwise.checkpoint.manifest import CheckpointError
 from ds_blockwise.checkpoint.record import VERSION
-from ds_blockwise.cli import blocks, check, convert, init, plan, sharpness
+from ds_blockwise.cli import blocks, check, convert, init, plan
 from ds_blockwise.cli.extras import missing_package
+from ds_blockwise.cli.measured import schedule, sharpness
 from ds_blockwise.cli.progress import waiting
+from ds_blockwise.cli.suggest import command as suggest
 
 _COMMANDS = {
     "init": init,
     "blocks": blocks,
+    "suggest": suggest,
     "plan": plan,
     "check": check,
     "convert": convert,
+    "schedule": schedule,
     "sharpness": sharpness,
 }
 

@@ -11,6 +11,7 @@ import torch
 
 from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.segment_table import Placement, SegmentTable, build_table
+from ds_blockwise.blocks.spec import resolved
 from ds_blockwise.kernels.base import Item, Kernels
 from ds_blockwise.kernels.select import kernels_for
 from ds_blockwise.kernels.tensor_checks import check_bindable
@@ -147,8 +148,7 @@ class Bindings:
 
 def _with_multipliers(placement: Placement, settings: BlockSettings) -> Placement:
     spec = placement.spec
-    of = spec.structure
-    rates = [settings.resolve(of.fqn, p.role, of.is_bias, of.other_names).lr_multiplier for p in spec.parts]
+    rates = [resolved(spec.structure, p.role, settings).lr_multiplier for p in spec.parts]
     if rates == [part.lr_multiplier for part in spec.parts]:
         return placement
     parts = tuple(replace(part, lr_multiplier=rate) for part, rate in zip(spec.parts, rates, strict=True))

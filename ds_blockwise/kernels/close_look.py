@@ -8,20 +8,37 @@ unless somebody replaces the tensor, its memory or its metadata. Torch compares 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
-try:
-    # What compiled functions are guarded with. It compares class, dispatch keys (device type, layout, sign bit), dtype,
-    # device index, shape and strides of many tensors.
+if TYPE_CHECKING:
     from torch._C._dynamo.guards import TensorGuards
-except ImportError:  # no public name: a torch without it looks closely in every step
-    TensorGuards = None  # type: ignore[assignment,misc]
 
 DATA_PTR = torch.Tensor.data_ptr
 OFFSET = torch.Tensor.storage_offset
 STORAGE = torch.Tensor.untyped_storage
 STORAGE_NBYTES = torch.UntypedStorage.nbytes
+
+
+def _guards() -> type[TensorGuards] | None:
+    """What compiled functions are guarded with; None where torch has it no longer, or in another form.
+
+    It compares class, dispatch keys (device type, layout, sign bit), dtype, device index, shape and strides of many
+    tensors. It has no public name: a torch without it looks closely in every step.
+    """
+    try:
+        from torch._C._dynamo.guards import TensorGuards
+
+        tensors = [torch.empty(1), torch.empty(2)]
+        probe = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        works = probe.check(*tensors) and not probe.check(*reversed(tensors))
+    except (ImportError, AttributeError, TypeError):
+        return None
+    return TensorGuards if works else None
+
+
+GUARDS = _guards()
 
 
 class CloseLook:
@@ -59,7 +76,7 @@ class CloseLook:
 
     def remember(self, tensors: Sequence[torch.Tensor], version: int) -> None:
         """Remember plain tensors that a close look found nothing wrong with; arguments as of `still_holds`."""
-        if TensorGuards is not None:
-            guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        if GUARDS is not None:
+            guards = GUARDS(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
             self._guards, self._count = guards, len(tensors)
             self._version, self._memory = version, self._memory_of(tensors)

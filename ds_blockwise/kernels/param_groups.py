@@ -4,6 +4,7 @@
 Besides AdamW's keys a group may hold ``lr_floor``: the rate to which a schedule of ours decays every block, whatever
 its multiplier. The floor stands there with the ``lr`` that it was set with, because a host, a user, another schedule or
 a loaded checkpoint may set ``lr`` too. A floor with another ``lr`` than the group's is left over and counts as 0.
+``schedule_progress`` stands there in the same way: how much of the decay is done, from 0 to 1.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from typing import Any
 from ds_blockwise.kernels.base import Hyper
 
 LR_FLOOR = "lr_floor"
+PROGRESS = "schedule_progress"
+SCHEDULED = ("lr", LR_FLOOR, PROGRESS)
+"""The keys of a group that a schedule of ours writes."""
 
 ParamGroup = dict[str, Any]
 """A group of ``torch.optim.Optimizer.param_groups``; hosts put keys of their own into it."""
@@ -41,3 +45,14 @@ def lr_floor_of(group: Mapping[str, Any]) -> float:
     """The floor that a schedule set together with the group's present ``lr``; 0 if none did."""
     lr, lr_floor = group.get(LR_FLOOR, (None, 0.0))
     return float(lr_floor) if lr == group["lr"] else 0.0
+
+
+def set_progress(group: ParamGroup, progress: float) -> None:
+    """Set the fraction of the decay that is done, from 0 to 1, beside the ``lr`` that was set (schedules only)."""
+    group[PROGRESS] = (group["lr"], progress)
+
+
+def progress_of(group: Mapping[str, Any]) -> float | None:
+    """The progress that a schedule set together with the group's present ``lr``; None if none did."""
+    lr, progress = group.get(PROGRESS, (None, None))
+    return float(progress) if progress is not None and lr == group["lr"] else None

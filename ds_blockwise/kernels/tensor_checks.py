@@ -24,17 +24,32 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """What parameters and gradients may be."""
 
 
+class _Seen:
+    """What close looks at one set of stepped tensors found."""
+
+    def __init__(self) -> None:
+        self.of_stepped, self.of_states = CloseLook(_memory_of_stepped), CloseLook(_addresses)
+        self.params_are_dense = False
+        self.grads_are_dense = False
+
+
 class StepChecks:
     """The checks of one optimizer's tensors in every step; only what changed since the last one is looked at closely.
 
-    Attributes:
-        params_are_dense: whether the memory of all parameters of the step holds their elements in order.
+    Hosts may step another set of tensors in each call (sub-groups, groups of layers, experts): each set is remembered
+    for itself, those that were seen last `REMEMBERED` of them.
     """
 
+    REMEMBERED = 64
+
     def __init__(self) -> None:
-        self.params_are_dense = False
-        self._grads_are_dense = False
-        self._of_stepped, self._of_states = CloseLook(_memory_of_stepped), CloseLook(_addresses)
+        self._seen: dict[tuple[int, int], _Seen] = {}
+        self._now = _Seen()
+
+    @property
+    def params_are_dense(self) -> bool:
+        """Whether the memory of all parameters of the step holds their elements in order."""
+        return self._now.params_are_dense
 
     def stepped(self, items: Sequence[Item], shapes: Callable[[], list[torch.Size]], version: int) -> None:
         """`check_stepped`; then replaces gradients whose memory does not hold their elements in order by copies.
@@ -46,24 +61,34 @@ class StepChecks:
         """
         params, grads = [item.param for item in items], [item.grad for item in items if item.grad is not None]
         tensors = params + grads
-        if not self._of_stepped.still_holds(tensors, version):
+        now = self._now = self._of_set(items)
+        if not now.of_stepped.still_holds(tensors, version):
             check_stepped(items, shapes())
-            self._of_stepped.remember(tensors, version)
-            self._of_states.forget()  # they fit to these parameters
-            self.params_are_dense, self._grads_are_dense = all(map(_is_dense, params)), all(map(_is_dense, grads))
-        if not self._grads_are_dense:
+            now.of_stepped.remember(tensors, version)
+            now.of_states.forget()  # they fit to these parameters
+            now.params_are_dense, now.grads_are_dense = all(map(_is_dense, params)), all(map(_is_dense, grads))
+        if not now.grads_are_dense:
             for item, grad in zip(items, grads, strict=True):
                 item.grad = dense(grad)
 
     def states(self, items: Sequence[Item], version: int) -> None:
-        """`check_states`; ``version`` is `Bindings.version`."""
+        """`check_states` of the items that were given to `stepped` last; ``version`` is `Bindings.version`."""
         states = [item.state for item in items]
         tensors = [state["exp_avg"] for state in states]
         tensors += [state["exp_avg_sq"] for state in states if "exp_avg_sq" in state]
         tensors += [item.param_copy for item in items if item.param_copy is not None]
-        if not self._of_states.still_holds(tensors, version):
+        if not self._now.of_states.still_holds(tensors, version):
             check_states(items)
-            self._of_states.remember(tensors, version)
+            self._now.of_states.remember(tensors, version)
+
+    def _of_set(self, items: Sequence[Item]) -> _Seen:
+        # two sets with one key are told apart by the look itself: then each of them is looked at closely
+        key = (id(items[0].table) if items else 0, len(items))
+        seen = self._seen.pop(key, None) or _Seen()
+        self._seen[key] = seen  # the last one again
+        if len(self._seen) > self.REMEMBERED:
+            del self._seen[next(iter(self._seen))]
+        return seen
 
 
 def check_plain(tensor: torch.Tensor) -> None:

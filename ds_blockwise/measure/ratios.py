@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 
 from ds_blockwise.blocks.defaults import DEFAULT_EXPONENT
+from ds_blockwise.values import is_finite
 
 
 def multipliers_from_sharpness(
@@ -35,7 +36,7 @@ def multipliers_from_sharpness(
             f"A model without trained norms needs multipliers given by hand."
         )
     for block_type, value in sharpness.items():
-        if not (math.isfinite(value) and value > 0.0):
+        if not (is_finite(value) and value > 0.0):
             raise ValueError(
                 f"the sharpness of {block_type!r} is {value}; ratios need a positive finite number. Its gradient was "
                 f"zero or overflowed, or the estimator was 'hutchinson', whose traces can be negative: measure again, "

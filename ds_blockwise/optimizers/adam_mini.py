@@ -53,6 +53,8 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
         granularity: per block type, role or ``"bias"``: ``"head"``, ``"row"``, ``"tensor"`` or ``"element"``; or
             ``"published"``, the paper's partition.
         rules: list of ``{"match": regex, "role" | "lr_multiplier" | ...}`` for single parameters.
+        transfer: ``{"base_width": 256}``: rates that were tuned at that width move to this model's; see
+            `ds_blockwise.blocks.transfer.Transfer`. Default: off.
         momentum_dtype: ``"fp32"`` or ``"bf16"``: storage of ``exp_avg``. Arithmetic is fp32 (fp64 for fp64 parameters),
             sums over blocks are fp64.
         backend: ``"auto"`` (C++ for CPU tensors, Triton for CUDA), ``"cpp"``, ``"triton"`` or ``"reference"``.

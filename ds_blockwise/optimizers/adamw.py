@@ -29,6 +29,8 @@ class BlockwiseAdamW(BlockwiseOptimizer):
         weight_decay_multipliers: likewise; default 1.
         granularity: accepted so that one JSON serves both optimizers; second moments are element-wise.
         rules: list of ``{"match": regex, "role" | "lr_multiplier" | ...}`` for single parameters.
+        transfer: ``{"base_width": 256}``: rates that were tuned at that width move to this model's; see
+            `ds_blockwise.blocks.transfer.Transfer`. Default: off.
         momentum_dtype: ``"fp32"`` or ``"bf16"``: storage of ``exp_avg``. Arithmetic is fp32 (fp64 for fp64 parameters).
         backend: ``"auto"`` (C++ for CPU tensors, Triton for CUDA), ``"cpp"``, ``"triton"`` or ``"reference"``.
         checkpoint_format: accepted so that one JSON serves both optimizers; second moments are element-wise.

@@ -31,6 +31,7 @@ from ds_blockwise.kernels.bindings import Binding, Bindings, StepObserver, Work,
 from ds_blockwise.kernels.param_groups import NO_HYPER, ParamGroup, StateDict, hyper_of
 from ds_blockwise.kernels.tensor_checks import StepChecks, check_plain, check_whole, dense
 from ds_blockwise.measure.auto_multipliers import MeasuredMultipliers, RunState
+from ds_blockwise.measure.first_steps import FirstSteps
 from ds_blockwise.measure.meter import Listener, Meter
 from ds_blockwise.measure.readings import Readings, TelemetrySettings
 from ds_blockwise.optimizers.exchange import Exchange
@@ -78,6 +79,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         weight_decay_multipliers: object = None,
         granularity: object = None,
         rules: object = None,
+        transfer: object = None,
         momentum_dtype: MomentumDtype = "fp32",
         backend: str = "auto",
         checkpoint_format: CheckpointFormat = "expanded",
@@ -88,7 +90,9 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         self.momentum_dtype = check_momentum_dtype(momentum_dtype)
         self.backend = check_backend(backend)
         self.checkpoint_format = check_checkpoint_format(checkpoint_format)
-        self.block_settings = BlockSettings.parse(lr_multipliers, weight_decay_multipliers, granularity, rules)
+        self.block_settings = BlockSettings.parse(
+            lr_multipliers, weight_decay_multipliers, granularity, rules, transfer
+        )
         self.step_calls = 0
         telemetry_settings = TelemetrySettings.parse(telemetry)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
@@ -569,6 +573,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         if settings is not None or auto is not None:
             self._meter = Meter(self, settings, auto)
             self.observe(self._meter)
+        self.observe(FirstSteps(self.block_settings.preset))
 
     @property
     def meter(self) -> Meter | None:

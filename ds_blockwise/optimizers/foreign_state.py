@@ -99,13 +99,10 @@ def from_published_adam_mini(
         ``state`` with ``step exp_avg exp_avg_sq`` (flat, one second moment per element) and ``param_groups``.
 
     Raises:
-        ValueError: a parameter of one side is missing on the other, or a state does not fit its parameter.
+        ValueError: it holds a parameter that ours lacks, two of one name, a group of several parameters, or a state
+            that does not fit its parameter.
     """
-    states = {
-        str(group.get("name")): state_dict["state"][group["params"][0]]
-        for group in state_dict["param_groups"]
-        if group["params"] and group["params"][0] in state_dict["state"]
-    }
+    states = _by_name(state_dict)
     wanted = [str(name).lower() for name in names]
     unknown, missing = sorted(set(states) - set(wanted)), sorted(set(wanted) - set(states))
     if unknown:
@@ -124,7 +121,26 @@ def from_published_adam_mini(
     return {"state": state, "param_groups": groups}
 
 
+def _by_name(state_dict: StateDict) -> dict[str, Mapping[str, Any]]:
+    """The states of a published Adam-mini, each in a group of its own that has the parameter's name."""
+    states: dict[str, Mapping[str, Any]] = {}
+    for index, group in enumerate(state_dict["param_groups"]):
+        held = [state for number in group["params"] if (state := state_dict["state"].get(number))]
+        name = str(group.get("name"))
+        if held and (len(group["params"]) > 1 or name in states):
+            what = f"{len(group['params'])} parameters" if len(group["params"]) > 1 else "the name of another one"
+            raise ValueError(
+                f"param_groups[{index}] ({name!r}) of the Adam-mini state dict has {what}: the published package keeps "
+                f"one named parameter in each group, and only by that name its state is found."
+            )
+        if held:
+            states[name] = held[0]
+    return states
+
+
 def _as_adamw(saved: Mapping[str, Any], name: str) -> dict[str, Any]:
+    if "m" not in saved or "step" not in saved or not saved.keys() & {"v", "vmean"}:
+        raise ValueError(f"Adam-mini state of {name!r} must have step, m and v or vmean, it has {', '.join(saved)}")
     exp_avg = saved["m"].reshape(-1)
     second = (saved["v"] if "v" in saved else saved["vmean"]).reshape(-1)
     if second.numel() == 0 or exp_avg.numel() % second.numel():

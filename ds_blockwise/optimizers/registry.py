@@ -9,15 +9,15 @@ from __future__ import annotations
 from ds_blockwise.optimizers.adam_mini import BlockwiseAdamMini
 from ds_blockwise.optimizers.adamw import BlockwiseAdamW
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
-from ds_blockwise.optimizers.schedules import (
+from ds_blockwise.optimizers.schedules.schedule import (
     BlockwiseCosineLR,
     BlockwiseLinearLR,
-    BlockwiseSchedule,
+    BlockwiseLR,
     BlockwiseWSDLR,
 )
 
 OPTIMIZERS: dict[str, type[BlockwiseOptimizer]] = {cls.__name__: cls for cls in (BlockwiseAdamW, BlockwiseAdamMini)}
 
-SCHEDULES: dict[str, type[BlockwiseSchedule]] = {
-    cls.__name__: cls for cls in (BlockwiseCosineLR, BlockwiseWSDLR, BlockwiseLinearLR)
+SCHEDULES: dict[str, type[BlockwiseLR]] = {
+    cls.__name__: cls for cls in (BlockwiseLR, BlockwiseCosineLR, BlockwiseWSDLR, BlockwiseLinearLR)
 }

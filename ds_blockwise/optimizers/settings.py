@@ -24,6 +24,7 @@ OPTIMIZER_KEYS = (
     "weight_decay_multipliers",
     "granularity",
     "rules",
+    "transfer",
     "momentum_dtype",
     "backend",
     "checkpoint_format",

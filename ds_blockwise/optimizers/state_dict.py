@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ds_blockwise.blocks.segment_table import Placement
 from ds_blockwise.checkpoint.record import (
     KEY,
     PER_BLOCK_KEY,
@@ -111,7 +112,8 @@ def to_load(optimizer: Stored, state_dict: StateDict, device: torch.device | Non
             state dict fits.
 
     Raises:
-        ValueError: the groups, the shapes or (compact state) the topology do not fit, or there are no first moments.
+        ValueError: the groups, the order of the parameters, the shapes or (compact state) the topology do not fit, or
+            there are no first moments.
     """
     check_state_dict(state_dict)
     if is_published_adam_mini(state_dict):
@@ -131,6 +133,8 @@ def to_load(optimizer: Stored, state_dict: StateDict, device: torch.device | Non
     ]
     _check_groups(groups)
     tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+    if record is not None:
+        _check_order(record, [optimizer.placements_in(tensor) for tensor in tensors])
     ids = [(i, group) for group in saved_groups for i in group["params"]]
     states: dict[torch.Tensor, StepState] = {}
     for position, ((number, group), tensor) in enumerate(zip(ids, tensors, strict=True)):
@@ -152,6 +156,19 @@ def _check_groups(groups: Sequence[ParamGroup]) -> None:
             check_group(group, f"param_groups[{index}] of the state dict: ")
         except TypeError as error:
             raise ValueError(str(error)) from error
+
+
+def _check_order(record: Record, own: Sequence[Sequence[Placement] | None]) -> None:
+    """Refuse a state dict with the parameters in another order: states are found by their place alone."""
+    saved = {p["fqn"]: place for place, held in enumerate(record["tensors"]) if held for p in held["placements"]}
+    here = {p.spec.fqn: place for place, held in enumerate(own) for p in held or ()}
+    moved = next((name for name, place in here.items() if saved.get(name, place) != place), None)
+    if moved is not None:
+        raise ValueError(
+            f"the state dict has the state of {moved!r} for tensor {saved[moved]}, but this optimizer has it in tensor "
+            f"{here[moved]}, which would get another parameter's moments. Give the parameters to the optimizer in the "
+            f"order, and in the groups, in which they were when the state was saved."
+        )
 
 
 def _state_to_load(
@@ -216,12 +233,17 @@ def like(
     """A copy of loaded values in the shape of a tensor, on its device or a given one.
 
     Raises:
-        ValueError: they have another number of elements.
+        ValueError: they have another number of elements, or as many in another shape (flat ones fit any).
     """
     if values.numel() != tensor.numel():
         raise ValueError(
             f"state {key!r} has {values.numel()} elements but its parameter has {tensor.numel()} (shape "
             f"{tuple(tensor.shape)}). The checkpoint is of another model or another partition."
+        )
+    if min(values.dim(), tensor.dim()) > 1 and values.shape != tensor.shape:
+        raise ValueError(
+            f"state {key!r} has the shape {tuple(values.shape)} but its parameter {tuple(tensor.shape)}: elements "
+            f"would go to other weights. The checkpoint is of another model, or of one whose weight was transposed."
         )
     return values.detach().to(device or tensor.device, dtype, copy=True).reshape(tensor.shape).contiguous()
 

@@ -9,6 +9,7 @@ import torch
 
 from ds_blockwise.blocks.auto_settings import AUTO
 from ds_blockwise.hosts.deepspeed.config.check import json_mistakes
+from ds_blockwise.optimizers.registry import SCHEDULES
 from ds_blockwise.runs.reading.problems import Problems
 from ds_blockwise.runs.reading.whole_files import JsonObject
 from ds_blockwise.runs.run_file import RunConfig
@@ -24,10 +25,9 @@ _MONITORS = ("csv_monitor", "tensorboard")
 _MONITOR_KEYS = ("output_path", "job_name")
 # What each schedule calls the number of warm-up steps and of all steps.
 _WARMUP, _TOTAL = "warmup_num_steps", "total_num_steps"
+_WARMUP_FRACTION = "warmup_fraction"  # which schedules of ours take in its place
 _SCHEDULE_KEYS = {
-    "BlockwiseCosineLR": (_WARMUP, _TOTAL),
-    "BlockwiseLinearLR": (_WARMUP, _TOTAL),
-    "BlockwiseWSDLR": (_WARMUP, _TOTAL),
+    **dict.fromkeys(SCHEDULES, (_WARMUP, _TOTAL)),
     "WarmupCosineLR": (_WARMUP, _TOTAL),
     "WarmupDecayLR": (_WARMUP, _TOTAL),
     "WarmupLR": (_WARMUP,),
@@ -137,14 +137,11 @@ def _fill_schedule(run: RunConfig, config: JsonObject, problems: Problems) -> No
     params = section.setdefault("params", {})
     values = {_WARMUP: run.training.warmup_steps, _TOTAL: run.training.steps}
     sources = {_WARMUP: "training.warmup_steps", _TOTAL: "training.steps"}
-    for key in _SCHEDULE_KEYS.get(section["type"], ()):
+    written = _SCHEDULE_KEYS.get(section["type"], ())
+    for key in (*written, _WARMUP_FRACTION):
         if key in params:
-            remedy = f"remove it here and set {sources[key]} in {run.file}"
-            problems.add(
-                run.deepspeed_file,
-                f"scheduler.params.{key}",
-                params[key],
-                "nothing, the launcher writes it",
-                remedy,
-            )
-        params[key] = values[key]
+            source = sources[_WARMUP if key == _WARMUP_FRACTION else key]
+            remedy = f"remove it here and set {source} in {run.file}"
+            allowed = "nothing, the launcher writes it"
+            problems.add(run.deepspeed_file, f"scheduler.params.{key}", params.pop(key), allowed, remedy)
+    params.update((key, values[key]) for key in written)

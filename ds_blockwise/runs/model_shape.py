@@ -150,9 +150,18 @@ class GPTShape(StrictSection):
         return embeddings + self.num_layers * (attention + ffn + biases + 2 * norm) + norm
 
 
+def is_model_file(file: Path) -> bool:
+    """Whether a YAML file has keys of a model file and none of a run file; what is in them is not checked."""
+    return _describes_model(read_yaml(file, Problems()))
+
+
+def _describes_model(values: JsonObject) -> bool:
+    return bool(values.keys() & GPTShape.__dataclass_fields__.keys()) and not values.keys() & _OF_RUN_FILES
+
+
 def note_model_file(file: Path, values: JsonObject, problems: Problems) -> bool:
     """Note that a model file stands where a run file should; False if ``values`` are not those of one."""
-    if not values.keys() & GPTShape.__dataclass_fields__.keys() or values.keys() & _OF_RUN_FILES:
+    if not _describes_model(values):
         return False
     allowed = "a run file, such as configs/run/tiny.yaml; this is a model file"
     remedy = f"`ds-blockwise blocks {file}` shows its blocks; a run file names it: model: {file.name}"

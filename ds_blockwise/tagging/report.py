@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from torch import nn
 
 from ds_blockwise.blocks.defaults import UNITS
-from ds_blockwise.blocks.spec import STATE_BYTES_PER_VALUE, BlockSpec
+from ds_blockwise.blocks.spec import STATE_BYTES_PER_VALUE, BlockSpec, transfer_factor
 from ds_blockwise.blocks.tagged_parameter import tags_of
 
 _NUMBER = re.compile(r"(?:(?<=\.)|^)[0-9]+(?=\.|$)")
@@ -35,6 +35,7 @@ class ReportRow:
         numel: elements of the role in the unsharded parameter.
         state_bytes: fp32 ``exp_avg`` plus one fp32 value per block, over all ranks, replicas not counted.
         is_measured: whether the multiplier is ``"auto"``.
+        transfer: the factor in ``lr_multiplier`` that the width rule (``"transfer"``) brought.
     """
 
     fqn: str
@@ -48,6 +49,7 @@ class ReportRow:
     numel: int
     state_bytes: int
     is_measured: bool = False
+    transfer: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +122,16 @@ class BlockReport:
             f"{int(totals['adamw_state_bytes']):,} ({totals['adamw_state_bytes_per_parameter']:.3f})"
         )
         text += [f'lr x: from the preset "{name}", in which lr is the rate of {UNITS[name]}' for name in self.presets]
-        return "\n".join(text)
+        return "\n".join([*text, *self._moved()])
+
+    def _moved(self) -> list[str]:
+        """What the width rule did, in a line; none without it."""
+        types: dict[float, dict[str, None]] = {}
+        for row in self.rows:
+            if row.transfer != 1.0:
+                types.setdefault(row.transfer, {})[row.block_type] = None
+        said = ", ".join(f"x{factor:g} ({', '.join(kinds)})" for factor, kinds in types.items())
+        return [f"rates moved to this model's width: {said}"] if said else []
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,4 +266,5 @@ def _rows_of(spec: BlockSpec) -> Iterator[ReportRow]:
             numel,
             (numel + num_blocks) * STATE_BYTES_PER_VALUE,
             spec.block_settings.is_measured(role, *spec.structure.names),
+            transfer_factor(spec.structure, role, spec.block_settings),
         )

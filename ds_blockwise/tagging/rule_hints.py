@@ -26,7 +26,11 @@ _WHERE: dict[Place, tuple[str, str]] = {
     "python": ("to the call", "rules="),
     "megatron": ("to convert_, or the list as JSON to --blockwise-rules", "rules="),
 }
-_COUNTS = {"num_heads": "how many heads the weight has", "num_kv_heads": "how many key and value heads it has"}
+_COUNTS = {
+    "num_heads": "how many heads the weight has",
+    "num_kv_heads": "how many key and value heads it has",
+    "width": "the width of the residual stream, a whole number",
+}
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,15 @@ from ds_blockwise.blocks.ranges import TensorShard
 from ds_blockwise.blocks.roles import LAYOUT_CHOICES, QKV_LAYOUT_MEANING, STORAGE_MEANING, QKVLayout, Role, Storage
 from ds_blockwise.blocks.rule_needed import CHOOSE, ROLE_CHOICES, RuleNeeded
 from ds_blockwise.blocks.spec import BlockSpec, apply_settings
-from ds_blockwise.blocks.structure import HeadGeometry, TensorStructure, fused_qkv, whole_tensor
+from ds_blockwise.blocks.structure import TensorStructure, fused_qkv, whole_tensor
 from ds_blockwise.blocks.tagged_parameter import set_tags
-from ds_blockwise.tagging.module_facts import NUM_HEADS, fused_qkv_layout, generic_heads, num_experts_in, storage_of
+from ds_blockwise.blocks.transfer import stream_widths, width_of
+from ds_blockwise.tagging.head_counts import find_heads, fused_heads, own_heads
+from ds_blockwise.tagging.module_facts import fused_qkv_layout, num_experts_in, storage_of
 from ds_blockwise.tagging.module_reader import READERS
 from ds_blockwise.tagging.name_rules import OWN_SHAPES
 from ds_blockwise.tagging.names import NameMatch, is_bias_name, merge_tied
 from ds_blockwise.tagging.owner_class import (
-    attention_of,
     is_convolution,
     is_matrix,
     proposed_role,
@@ -54,6 +55,7 @@ def tag_parameters(
     rules: Iterable[Mapping[str, object]] | None = None,
     granularity: Mapping[str, str] | str | None = None,
     weight_decay_multipliers: Mapping[str, float] | None = None,
+    transfer: Mapping[str, object] | None = None,
 ) -> BlockReport:
     """Find out what each trainable parameter is and set ``param.block_spec`` (and ``param.block_shard``) on it.
 
@@ -70,6 +72,7 @@ def tag_parameters(
             ``"optional": True``.
         granularity: per block type, role or ``"bias"``; or ``"published"``, see `BlockwiseAdamMini`.
         weight_decay_multipliers: per block type or role.
+        transfer: ``{"base_width": 256}``: see `ds_blockwise.blocks.transfer.Transfer`.
 
     Returns:
         A report: per parameter its roles, multipliers, blocks and state bytes; ``print`` it.
@@ -78,7 +81,7 @@ def tag_parameters(
         ValueError: a parameter that no rule or several rules match, rows that do not divide into heads, a rule that
             matches nothing, a setting outside its range.
     """
-    settings = BlockSettings.parse(lr_multipliers, weight_decay_multipliers, granularity, rules)
+    settings = BlockSettings.parse(lr_multipliers, weight_decay_multipliers, granularity, rules, transfer)
     tag_with_settings(model, settings, place="python")
     return block_report(model)
 
@@ -120,7 +123,7 @@ def read_tags(
     """
     check_plain(model)
     problems: list[ValueError] = []
-    found: list[ParameterTags] = []
+    read: list[tuple[nn.Parameter, TensorStructure, TensorShard | None]] = []
     every = registered_parameters(model, names)
     if not is_stage:
         problems += [
@@ -135,8 +138,16 @@ def read_tags(
             if not is_stepped(named):
                 continue  # its role does not matter
             structure, shard = _structure_of(named, block_settings)
-            structure = replace(structure, other_names=tuple(fqn for fqn in named.fqns if fqn != structure.fqn))
-            found.append((named.param, apply_settings(structure, block_settings), shard))
+            other_names = tuple(fqn for fqn in named.fqns if fqn != structure.fqn)
+            read.append((named.param, replace(structure, other_names=other_names), shard))
+        except ValueError as error:
+            problems.append(error)
+    widths = stream_widths(structure for _, structure, _ in read)
+    found: list[ParameterTags] = []
+    for param, structure, shard in read:
+        try:
+            structure = replace(structure, width=width_of(structure, widths))
+            found.append((param, apply_settings(structure, block_settings), shard))
         except ValueError as error:
             problems.append(error)
     if problems:
@@ -178,7 +189,7 @@ def _structure_of(named: RegisteredParameter, settings: BlockSettings) -> tuple[
         match = replace(match, storage=storage_of(owner))
     axis = 1 if match.storage == "in_out" and len(shape) == 2 and not match.is_bias else 0
     if match.qkv_layout is not None:
-        heads = _heads(named, match, rule)
+        heads = fused_heads(named, match, rule)
         structure = fused_qkv(fqn, shape, match.qkv_layout, heads, is_bias=match.is_bias, axis=axis)
         if exact:
             check_cut(structure, shard, match.qkv_layout)
@@ -187,7 +198,7 @@ def _structure_of(named: RegisteredParameter, settings: BlockSettings) -> tuple[
     assert match.role is not None
     _check_dims(named, shape, match)
     matrices = _matrices(named, shape, match)
-    num_heads, head_dim, source = _own_heads(named, match, rule)
+    num_heads, head_dim, source = own_heads(named, match, rule)
     structure = whole_tensor(
         fqn,
         shape,
@@ -336,7 +347,7 @@ def _match_as_registered(named: RegisteredParameter, registration: Registration)
 def _unknown_layout(
     named: RegisteredParameter, registration: Registration, layout: QKVLayout, dialect: str
 ) -> RuleNeeded:
-    heads = {} if _find_heads(named) is not None else {"num_heads": CHOOSE, "num_kv_heads": CHOOSE}
+    heads = {} if find_heads(named) is not None else {"num_heads": CHOOSE, "num_kv_heads": CHOOSE}
     megatron = " For a Megatron-core model import megatron_patch." if dialect == "megatron" else ""
     return RuleNeeded(
         f"{{parameter}} is a fused query, key and value weight, and neither its name nor "
@@ -348,53 +359,3 @@ def _unknown_layout(
         {"role": "qkv", "layout": CHOOSE, **heads},
         {"layout": {choice: QKV_LAYOUT_MEANING[choice] for choice in LAYOUT_CHOICES[layout]}},
     )
-
-
-def _own_heads(named: RegisteredParameter, match: NameMatch, rule: Rule | None) -> tuple[int | None, int | None, str]:
-    if match.role not in (Role.QUERY, Role.KEY, Role.VALUE) or match.is_bias or match.headless:
-        return None, None, ""
-    if rule is not None and rule.num_heads is not None:
-        return rule.num_heads, None, f"rule {rule.match!r}"
-    heads = _find_heads(named)
-    if heads is None:
-        if match.role is Role.VALUE:
-            return None, None, ""  # by default a block of values is a row, which needs no head count
-        raise _no_heads(named, match)
-    count = heads.num_heads if match.role is Role.QUERY else heads.num_kv_heads
-    return count, heads.head_dim, heads.source
-
-
-def _heads(named: RegisteredParameter, match: NameMatch, rule: Rule | None) -> HeadGeometry:
-    if rule is not None and rule.num_heads is not None:
-        return HeadGeometry(rule.num_heads, rule.num_kv_heads or rule.num_heads, None, f"rule {rule.match!r}")
-    # Megatron's modules count query groups, and count per tensor-parallel rank: only its reader can read them
-    heads = _ask_readers(named) if match.dialect == "megatron" else _find_heads(named)
-    if heads is None:
-        raise _no_heads(named, match)
-    return heads
-
-
-def _no_heads(named: RegisteredParameter, match: NameMatch) -> RuleNeeded:
-    role = {"role": "qkv", "layout": match.qkv_layout} if match.role is None else {"role": match.role.value}
-    kv_heads = {"num_kv_heads": CHOOSE} if match.role is None else {}
-    return RuleNeeded(
-        f"{{parameter}} has heads, but neither {type(attention_of(named.first)).__name__} nor its config says how many "
-        f"(looked for {', '.join(NUM_HEADS)}). For a Megatron-core model import megatron_patch; otherwise give it.",
-        named.fqn,
-        named.shape,
-        {**role, "num_heads": CHOOSE, **kv_heads},
-    )
-
-
-def _find_heads(named: RegisteredParameter) -> HeadGeometry | None:
-    attention = attention_of(named.first)
-    if attention is None:
-        return None
-    return _ask_readers(named) or generic_heads(attention)
-
-
-def _ask_readers(named: RegisteredParameter) -> HeadGeometry | None:
-    attention = attention_of(named.first)
-    if attention is None:
-        return None
-    return next((heads for reader in READERS if (heads := reader.heads(attention)) is not None), None)

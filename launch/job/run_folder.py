@@ -29,9 +29,9 @@ from ds_blockwise.checkpoint.folder import (
 from ds_blockwise.checkpoint.folder_rules.lock import hold_until_exit
 from ds_blockwise.checkpoint.manifest import CheckpointError, once_more
 from ds_blockwise.parallel.agree import is_first_rank, together
+from ds_blockwise.runs.metrics import EARLIER, METRICS_CSV
 from ds_blockwise.runs.reading.problems import Problems
 from ds_blockwise.runs.run_file import RunConfig
-from job.metrics import EARLIER, METRICS_CSV
 from job.process_groups import Processes
 
 logger = logging.getLogger(__name__)

@@ -138,6 +138,24 @@ def change_pickle(draw: random.Random, folder: Path) -> str:
     return f"{path.name} {at} = {what}"
 
 
+def change_places(draw: random.Random, folder: Path) -> str:
+    """States by other numbers than those of the groups, or in another order than the record's."""
+    (path,) = folder.glob("*.pt")
+    tree = torch.load(path, weights_only=False)
+    saved = tree["optimizer"]
+    one, two = draw.sample(range(len(saved["state"])), 2)
+    what = draw.choice(("numbers as text", "a number too many", "exchanged"))
+    if what == "numbers as text":
+        saved["state"] = {str(number): state for number, state in saved["state"].items()}
+    elif what == "a number too many":
+        saved["state"][10**6 + one] = saved["state"].pop(two)
+    else:
+        tensors = saved["ds_blockwise"]["tensors"]
+        tensors[one], tensors[two] = tensors[two], tensors[one]
+    torch.save(tree, path)
+    return f"{path.name} {what} ({one}, {two})"
+
+
 def change_bytes(draw: random.Random, folder: Path) -> str:
     path = draw.choice(sorted(p for p in folder.iterdir() if p.is_file()))
     content = bytearray(path.read_bytes())
@@ -297,12 +315,13 @@ def test_forged_state_dicts(tmp_path: Path) -> None:
             folder = tmp_path / str(seed)
             folder.mkdir()
             shutil.copy(SOURCE / "plain" / f"{name}_{form}.pt", folder / "state.pt")
-            what = draw.choice((change_pickle, change_pickle, change_bytes))(draw, folder)
+            change = draw.choice((change_pickle, change_pickle, change_bytes, change_places))
+            what = change(draw, folder)
             optimizer = getattr(ds_blockwise, name)(model.parameters(), **old.SETTINGS)
             yield Input(
                 f"{name} {form} {seed}: {what}",
                 lambda optimizer=optimizer, path=folder / "state.pt": load_plain(optimizer, path),
-                must="refuse" if "code" in what else "either",
+                must="refuse" if "code" in what or change is change_places else "either",
                 wrong=lambda state, folder=folder: not_possible(state, marker_of(folder)),
             )
 
@@ -330,6 +349,6 @@ def not_possible(optimizer: Any, marker: Path) -> str | None:
     for param, state in optimizer.state.items():
         if state and state["exp_avg"].shape != param.shape:
             return "a first moment of another shape"
-        if state and not (type(state["step"]) is int and state["step"] >= 0):
+        if state and not (type(state["step"]) is int and 0 <= state["step"] < 2**62):
             return f"step {state['step']!r}"
     return None

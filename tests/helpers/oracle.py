@@ -196,7 +196,12 @@ def scheduled_lr(
         if kind == "wsd":
             return min(1.0, max(0.0, (total - k) / decay))
         progress = min(1.0, (k - warmup) / (total - warmup))
-        return 0.5 * (1 + math.cos(math.pi * progress)) if kind == "cosine" else 1 - progress
+        shapes = {
+            "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+            "1-sqrt": 1 - progress**0.5,
+            "linear": 1 - progress,
+        }
+        return shapes[kind]
 
     def block_lr(multiplier: float, peak: float) -> float:
         if k <= warmup and warmup > 0:

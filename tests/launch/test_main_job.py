@@ -22,8 +22,8 @@ pytest.importorskip("deepspeed", reason="the main job needs the extra 'deepspeed
 pytest.importorskip("megatron.core", reason="the main job needs the extra 'megatron'")
 
 from ds_blockwise.checkpoint.folder_rules.lock import holding
+from ds_blockwise.runs.metrics import read_metric
 from job.interrupt import INTERRUPTED
-from job.metrics import read_metric
 from tests.helpers.launch.job_server import RUN_S, Job, jobs
 from tests.helpers.launch.project import LAUNCH, ROOT, assert_same_checkpoint, prepare_project
 

@@ -11,7 +11,7 @@ pytest.importorskip("deepspeed", reason="the main job needs the extra 'deepspeed
 pytest.importorskip("megatron.core", reason="the main job needs the extra 'megatron'")
 
 from ds_blockwise.measure.sharpness_report import read_csv
-from job.metrics import read_metric
+from ds_blockwise.runs.metrics import read_metric
 from tests.helpers.launch.job_server import Job, jobs
 from tests.helpers.launch.project import ROOT, assert_same_checkpoint, load, prepare_project
 

@@ -13,8 +13,8 @@ pytest.importorskip("megatron.core", reason="the main job needs the extra 'megat
 
 from ds_blockwise.runs.check import check_run_file
 from ds_blockwise.runs.engine_json import compose
+from ds_blockwise.runs.metrics import read_metric
 from ds_blockwise.runs.run_file import load_run
-from job.metrics import read_metric
 from tests.helpers.launch.job_server import jobs
 from tests.helpers.launch.project import assert_same_checkpoint, prepare_project, write_json
 
@@ -63,6 +63,7 @@ def test_the_run_file_says_how_long_the_run_is(project: Path) -> None:
     assert run is not None
     config = compose(run, problems)
     assert config["optimizer"]["params"]["lr_multipliers"] == {
+        "preset": "paper",
         "auto": {"ramp": 0.4, "not_before": 1, "total_num_steps": 6},
         "head": 2,
     }

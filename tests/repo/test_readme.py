@@ -66,7 +66,7 @@ def test_the_changed_lines_of_the_json_are_right():
     )
     assert (before["optimizer"]["type"], after["optimizer"]["type"]) == ("AdamW", "BlockwiseAdamMini")
     OPTIMIZERS["BlockwiseAdamMini"]([torch.nn.Parameter(torch.ones(1))], **after["optimizer"]["params"])
-    assert before["optimizer"]["params"] == after["optimizer"]["params"]
+    assert before["optimizer"]["params"] == after["optimizer"]["params"] and "lr" in after["optimizer"]["params"]
 
 
 @pytest.mark.parametrize("line", commands())

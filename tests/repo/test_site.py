@@ -18,8 +18,10 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from ds_blockwise.optimizers.registry import OPTIMIZERS, SCHEDULES
+from ds_blockwise.optimizers.schedules.shapes import SHAPES
 from tests.helpers import ROOT
 from tests.helpers.literals import literals_of
+from tests.helpers.pages import schedule_figure
 
 DOCS = ROOT / "docs"
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
@@ -141,6 +143,17 @@ def test_the_settings_of_the_pages_are_accepted():
         )
         schedule = SCHEDULES[example["scheduler"]["type"]](optimizer, **example["scheduler"]["params"])
         assert schedule.min_lr < example["optimizer"]["params"]["lr"]
+
+
+def test_the_schedules_page_shows_every_shape(tmp_path):
+    """Its JSONs are accepted, they are all that there are, and the figure is drawn from them."""
+    examples = schedule_figure.examples()
+    assert {example["params"]["shape"] for example in examples} == set(SHAPES)
+    for example in examples:
+        assert schedule_figure.schedule_of(example).min_lr < schedule_figure.PEAK
+    assert schedule_figure.draw(tmp_path / "shapes.png") == len(SHAPES)
+    (whole,) = [json.loads(code)["scheduler"] for code in blocks_of("schedules.md", "json") if '"scheduler"' in code]
+    assert schedule_figure.schedule_of(whole).warmup_num_steps == 2500
 
 
 def test_generated_pages_are_those_of_the_code():

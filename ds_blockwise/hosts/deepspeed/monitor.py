@@ -12,7 +12,10 @@ import math
 from ds_blockwise.hosts.deepspeed.engine import Engine, EventWriter
 from ds_blockwise.measure.readings import Readings
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
+from ds_blockwise.optimizers.registry import SCHEDULES
+from ds_blockwise.optimizers.schedules.schedule import warmup_of
 from ds_blockwise.parallel.agree import is_first_rank
+from ds_blockwise.values import as_count
 
 PREFIX = "blockwise"
 
@@ -33,7 +36,7 @@ def connect(engine: Engine, optimizer: BlockwiseOptimizer) -> None:
         return
     meter.host(
         total_num_steps=_of_schedule(engine, "total_num_steps"),
-        warmup_num_steps=_of_schedule(engine, "warmup_num_steps"),
+        warmup_num_steps=_warmup(engine),
         norm_source=functools.partial(_norm, engine),
     )
     if meter.settings is not None:
@@ -56,6 +59,14 @@ def _of_schedule(engine: Engine, key: str) -> int | None:
     params = engine.scheduler_params() or {}
     value = params.get(key, getattr(engine.client_lr_scheduler, key, None))
     return int(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _warmup(engine: Engine) -> int | None:
+    params = engine.scheduler_params() or {}
+    total, fraction = params.get("total_num_steps"), params.get("warmup_fraction")
+    if engine.scheduler_name() in SCHEDULES and fraction is not None and total is not None:
+        return warmup_of(as_count("total_num_steps", total), params.get("warmup_num_steps", 0), fraction)
+    return _of_schedule(engine, "warmup_num_steps")
 
 
 def _norm(engine: Engine) -> tuple[float | None, float]:

@@ -136,6 +136,7 @@ def settings_of(case: Case) -> dict[str, Any]:
             {"match": f"^{re.escape(name)}$", "lr_multiplier": multiplier}
             for name, multiplier in case.overrides.items()
         ],
+        "transfer": case.params.get("transfer"),
         "momentum_dtype": case.params.get("momentum_dtype", "fp32"),
         "backend": case.backend,
     }
@@ -188,6 +189,8 @@ SECOND_GROUP: dict[str, Callable[[str], bool]] = {
     "": lambda name: False,
     # leaves both groups with several kinds of weights
     "mixed": lambda name: "norm" in name or "v_proj" in name or name.endswith("bias"),
+    # the embedding, which is the output layer too: its second use is in no group
+    "tied": lambda name: name.endswith("wte.weight"),
     # a group of one vector, of which some ranks hold nothing
     "vector": lambda name: name.endswith("layers.0.self_attn.q_norm.weight"),
 }

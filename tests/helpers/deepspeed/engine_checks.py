@@ -173,7 +173,7 @@ def _own_block_lr(case: Case, k: int) -> Callable[[float, float], float]:
     p = case.scheduler_params
     kinds = {"BlockwiseCosineLR": "cosine", "BlockwiseWSDLR": "wsd", "BlockwiseLinearLR": "linear"}
     return scheduled_lr(
-        kinds[case.scheduler],
+        p.get("shape") or kinds[case.scheduler],
         k,
         warmup=p["warmup_num_steps"],
         total=p["total_num_steps"],

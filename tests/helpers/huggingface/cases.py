@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from itertools import product
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 from tests.helpers.deepspeed.engines import engine_config, forget_groups, open_engine, prepare_deepspeed
 from tests.helpers.distributed import RankContext
@@ -100,12 +102,15 @@ def plain_loop(optimizer: str, model: nn.Module, batches: list[Batch], lrs: list
 
 def trainer_resumes_bitwise(context: RankContext, optimizer: str, model: str, *way: str) -> None:
     """A resume that starts the moments or the schedule again would train another model; from a converted one too."""
-    build, more = (start_model, AUTOTP) if model == "autotp" else (MODELS[model][0], {})
+    build, more = (start_model, MORE[model]) if model in MORE else (MODELS[model][0], {})
     first, whole = train_with_trainer(context, optimizer, build(), more)
     split = first.model_wrapped.module.get_parameter(next(n for n in whole.weights[0] if "down_proj" in n)).block_shard
     assert (split is not None) == (model == "autotp")
     losses = [entry["loss"] for entry in first.state.log_history if "loss" in entry]
     close(first.model_wrapped)
+    if model == "schedule":  # two updates of warm-up and one at the peak, then 1 - sqrt over three
+        heights = [1 - math.sqrt(x / 3) for x in range(3)]
+        assert_close(whole.lrs, [0.0, LR / 2, LR, *(1e-4 + height * (LR - 1e-4) for height in heights)])
     converted = Path(first.args.output_dir) / "converted" if way else None
     if converted is not None:
         if context.rank == 0:
@@ -237,11 +242,16 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Classes]]] = {
     "whole": (start_model, lambda: hf_llama_classes(**SIZES)),
     "lora": (lora_model, lora_classes),
 }
-AUTOTP = {"tensor_parallel": {"autotp_size": 2}}
+_SCHEDULE = {"shape": "wsd", "decay_shape": "1-sqrt", "decay_num_steps": 3, "min_lr": 1e-4}
+_FILLED = {"warmup_num_steps": "auto", "total_num_steps": "auto"}
+MORE: dict[str, dict[str, Any]] = {
+    "autotp": {"tensor_parallel": {"autotp_size": 2}},
+    "schedule": {"scheduler": {"type": "BlockwiseLR", "params": {**_SCHEDULE, **_FILLED}}},
+}
 _FUNCTIONS: tuple[tuple[Callable[..., None], tuple[tuple[str, ...], ...]], ...] = (
     (trainer_against_plain_loop, tuple(product(SHORT_NAMES, MODELS))),
     (trainer_resumes_bitwise, (*product(SHORT_NAMES, ("whole",)), ("BlockwiseAdamMini", "lora"))),
-    (trainer_resumes_bitwise, (("BlockwiseAdamMini", "whole", "converted"),)),
+    (trainer_resumes_bitwise, (("BlockwiseAdamMini", "whole", "converted"), ("BlockwiseAdamW", "schedule"))),
     (accelerate_replaces_a_client_optimizer, ((),)),
     (accelerate_keeps_a_client_optimizer, ((),)),
     (compiled_engines, tuple((name,) for name in SHORT_NAMES)),

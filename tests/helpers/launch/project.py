@@ -89,13 +89,16 @@ def write_json(
 ) -> Path:
     """A DeepSpeed JSON like the shipped one, with another optimizer, precision or stage.
 
-    ``offload=True`` among the params moves the optimizer to the CPU; the others are the optimizer's.
+    ``offload=True`` among the params moves the optimizer to the CPU, ``clipped=False`` leaves the gradients as they
+    are; the others are the optimizer's.
     """
     config = json.loads((project / "mini.json").read_text(encoding="utf-8"))
     config["optimizer"]["type"] = optimizer
     config["zero_optimization"] = {"stage": stage}
     if params.pop("offload", False):
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    if not params.pop("clipped", True):
+        config["gradient_clipping"] = 0.0
     config["optimizer"]["params"] |= params
     if dtype == "bf16":
         config["bf16"] = {"enabled": True}

@@ -20,6 +20,9 @@ from tests.helpers.megatron.groups import megatron_groups
 SHAPES: dict[str, dict[str, int]] = {
     "gqa": {"heads": 4, "groups": 2, "head_dim": 6, "hidden": 15, "ffn": 14, "vocab": 22},
     "mqa": {"heads": 4, "groups": 1, "head_dim": 4, "hidden": 13, "ffn": 10, "vocab": 18},
+    # for three ranks: a KV head each; one KV head, with query heads that end inside a rank
+    "gqa3": {"heads": 6, "groups": 3, "head_dim": 4, "hidden": 15, "ffn": 12, "vocab": 21},
+    "mqa3": {"heads": 3, "groups": 1, "head_dim": 6, "hidden": 13, "ffn": 9, "vocab": 18},
 }
 LAYERS = 2
 
@@ -111,8 +114,8 @@ def gpt(shape: str, dtype: torch.dtype, *, tied: bool = False) -> nn.Module:
     return build_gpt(sizes, dtype=dtype)
 
 
-def small_gpt(shape: str, dtype: torch.dtype, tp_rank: int | None, *, tied: bool = False) -> nn.Module:
-    """``gpt`` with the weights of ``models.small_weight``, cut for a rank of 2 (None: whole)."""
+def small_gpt(shape: str, dtype: torch.dtype, tp_rank: int | None, *, tied: bool = False, tp: int = 2) -> nn.Module:
+    """``gpt`` with the weights of ``models.small_weight``, cut for a rank of ``tp`` (None: whole)."""
     model = gpt(shape, dtype, tied=tied)
     shapes = full_shapes(shape, tied=tied)
     named = dict(model.named_parameters())
@@ -120,5 +123,5 @@ def small_gpt(shape: str, dtype: torch.dtype, tp_rank: int | None, *, tied: bool
     with torch.no_grad():
         for name, parameter in named.items():
             whole = models.small_weight(name, shapes[name])
-            parameter.copy_(whole if tp_rank is None else cut(name, whole, tp_rank))
+            parameter.copy_(whole if tp_rank is None else cut(name, whole, tp_rank, tp))
     return model

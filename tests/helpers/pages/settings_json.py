@@ -7,7 +7,7 @@ import inspect
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import MISSING, Field, fields
 
 from ds_blockwise.blocks.auto_settings import AutoMultipliers
 from ds_blockwise.blocks.block_settings import Rule
@@ -20,10 +20,11 @@ from ds_blockwise.blocks.roles import (
     STORAGE_MEANING,
     Role,
 )
+from ds_blockwise.blocks.transfer import Transfer
 from ds_blockwise.measure.readings import TelemetrySettings
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.optimizers.registry import OPTIMIZERS, SCHEDULES
-from ds_blockwise.optimizers.schedules import BlockwiseSchedule
+from ds_blockwise.optimizers.schedules.schedule import BlockwiseLR
 from ds_blockwise.optimizers.settings import _ADAMW_KEYS, OPTIMIZER_KEYS
 from tests.helpers.pages.text import described, sentence, table
 
@@ -68,8 +69,9 @@ _JSON_NAMES = {"qkv_layout": "layout"}
 _SCHEDULES = """\
 ## Schedules
 
-All three warm up linearly from 0 and decay every block to one absolute `min_lr`. With `launch/pretrain_llama.py` leave
-out `warmup_num_steps` and `total_num_steps`: they come from the run file.
+All warm up linearly from 0 and decay every block to one absolute `min_lr`. `BlockwiseLR` has every shape; the other
+names are one shape each. Which one to take: [schedules](../schedules.md). With `launch/pretrain_llama.py` leave out
+`warmup_num_steps` and `total_num_steps`: they come from the run file.
 """
 
 
@@ -89,6 +91,13 @@ def page() -> str:
     lines += ["### `layout`", "", *table(("value", "order of rows"), _choices(QKV_LAYOUT_MEANING))]
     lines += ["### `storage`", "", *table(("value", "shape"), _choices(STORAGE_MEANING))]
     lines += ["## `lr_multipliers`: `auto`", "", *_text_of(AutoMultipliers)]
+    lines += [
+        "## `transfer`",
+        "",
+        "The exponents, and what was measured: [The width rule](../rates.md#the-width-rule).",
+        "",
+    ]
+    lines += _text_of(Transfer)
     lines += ["## `telemetry`", "", "What is measured: [Telemetry](../telemetry.md).", "", *_text_of(TelemetrySettings)]
     lines.append(_SCHEDULES)
     for name, schedule in SCHEDULES.items():
@@ -102,8 +111,8 @@ def _optimizer_rows(cls: type[BlockwiseOptimizer]) -> Iterator[tuple[str, str, s
         yield f"`{key}`", _default(signature[key].default), sentence(_linked(meanings[key]))
 
 
-def _schedule_rows(cls: type[BlockwiseSchedule]) -> Iterator[tuple[str, str, str]]:
-    meanings = described(BlockwiseSchedule, "Args")
+def _schedule_rows(cls: type[BlockwiseLR]) -> Iterator[tuple[str, str, str]]:
+    meanings = described(BlockwiseLR, "Args")
     own = described(cls, "Args")
     for key, parameter in inspect.signature(cls).parameters.items():
         if key not in ("optimizer", "last_batch_iteration"):  # DeepSpeed gives these
@@ -144,8 +153,14 @@ def _choices(meanings: dict[str, str]) -> Iterator[tuple[str, str]]:
 
 def _text_of(cls: type) -> list[str]:
     meanings = described(cls, "Attributes")
-    rows = ((f"`{f.name}`", _default(getattr(cls(), f.name)), sentence(meanings[f.name])) for f in fields(cls))
+    rows = ((f"`{f.name}`", _default_of(f), sentence(meanings[f.name])) for f in fields(cls))
     return table(("key", "default", "meaning"), rows)
+
+
+def _default_of(field: Field[object]) -> str:
+    if field.default_factory is not MISSING:
+        return _default(field.default_factory())
+    return "required" if field.default is MISSING else _default(field.default)
 
 
 def _default(value: object) -> str:
@@ -155,4 +170,5 @@ def _default(value: object) -> str:
 def _linked(text: str) -> str:
     """References to classes of the code become links to this page's sections."""
     text = re.sub(r"`[\w.]+\.AutoMultipliers`", "[`auto`](#lr_multipliers-auto)", text)
+    text = re.sub(r"`[\w.]+\.Transfer`", "[`transfer`](#transfer)", text)
     return re.sub(r"`[\w.]+\.TelemetrySettings`", "[`telemetry`](#telemetry)", text)

@@ -166,6 +166,8 @@ def tags_by_kind(model: nn.Module, prefix: str) -> Iterator[tuple[str, str]]:
     settings = BlockSettings.parse()
     seen: set[tuple[object, ...]] = set()
     for named in registered_parameters(model):
+        if named.param.is_floating_point():
+            named.param.requires_grad_(True)  # a class may freeze some (Whisper's positions), which a user may train
         if not is_stepped(named):
             continue
         registration = named.first

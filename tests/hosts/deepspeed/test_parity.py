@@ -18,6 +18,7 @@ from tests.helpers.deepspeed.engine_cases import BACKENDS, Case, takes_long
 from tests.helpers.deepspeed.engine_checks import run_case
 from tests.helpers.distributed import Outcome, passes
 from tests.helpers.suites import Suite, notices_a_wrong_multiplier
+from tests.helpers.tables import oracle_names
 
 # Not imported here: a worker has to choose the accelerator before DeepSpeed looks for one.
 pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
@@ -131,6 +132,8 @@ def _parameters() -> Named:
     yield _named("two_groups", 3, Case("adamw", 1, "fp32", groups="mixed"))
     for stage, dp in product(STAGES, (2, 3)):
         yield _named("empty_shards", dp, Case("mini", stage, "bf16", "slim", groups="vector"))
+    for stage, dp in ((0, 2), (1, 3), (2, 2), (3, 3)):
+        yield _named("groups_tied", dp, Case("mini", stage, model="nano", groups="tied"))
     for tag, case in _wrappers(frozen=("embed_tokens", "layers.1.self_attn.q_proj")):
         yield _named(f"{tag}frozen", 2, case)
     absent = ("model.layers.0.self_attn.k_proj.weight", "model.layers.1.mlp.up_proj.weight")
@@ -141,8 +144,15 @@ def _parameters() -> Named:
 MULTIPLIERS = {"lr_multipliers": {"emb": 3, "output": 0, "qk": 2, "key": 5}}
 RULES = {"model.layers.1.mlp.up_proj.weight": 2.5, "model.layers.0.self_attn.v_proj.bias": 0.0}
 
+WIDTH_RULE = {"transfer": {"base_width": 48, "rule": "sqrt"}}  # the model's width is 12: matrices x4, embeddings x2
+MOVED = {block_type: oracle_names.MULTIPLIERS[block_type] * 4 for block_type in ("head", "qk", "ffn", "vo")}
+MOVED["emb"] = oracle_names.MULTIPLIERS["emb"] * 2
+
 
 def _settings() -> Named:
+    for optimizer, (stage, dp) in product(BOTH, ((2, 3), (3, 2))):
+        case = Case(optimizer, stage, model="llama", params=WIDTH_RULE, oracle_multipliers=MOVED)
+        yield _named("width_rule", dp, case)
     for optimizer, (stage, dp) in product(BOTH, ((1, 2), (2, 3), (3, 2))):
         case = Case(optimizer, stage, params=MULTIPLIERS, overrides=RULES)
         yield _named("multipliers", dp, case)
@@ -161,6 +171,7 @@ OWN_SCHEDULES = {
     "BlockwiseCosineLR": {},
     "BlockwiseWSDLR": {"decay_num_steps": 3},
     "BlockwiseLinearLR": {},
+    "BlockwiseLR": {"shape": "1-sqrt"},
 }
 
 
@@ -175,7 +186,7 @@ def _schedules() -> Named:
 def _own_schedules() -> Named:
     for (name, extra), (stage, dp) in product(OWN_SCHEDULES.items(), ((0, 1), (1, 2), (2, 2), (3, 2))):
         for optimizer in BOTH if stage == 2 else ("mini",):
-            params = {"warmup_num_steps": 2, "total_num_steps": 7, "min_lr": 4e-3} | extra
+            params: dict[str, Any] = {"warmup_num_steps": 2, "total_num_steps": 7, "min_lr": 4e-3, **extra}
             case = Case(optimizer, stage, steps=9, scheduler=name, scheduler_params=params)
             yield _named(name, dp, case)
             if stage >= 2 and name == "BlockwiseCosineLR":

@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.helpers import models
 from tests.helpers.deepspeed.compared import Compared, assert_same, case_config, check_counters, hyper, set_lr
-from tests.helpers.deepspeed.engine_cases import BACKENDS, BETAS, EPS, LR, LR_FACTORS, WEIGHT_DECAY, takes_long
+from tests.helpers.deepspeed.engine_cases import BACKENDS, BETAS, EPS, GROUP_2, LR, LR_FACTORS, WEIGHT_DECAY, takes_long
 from tests.helpers.deepspeed.engines import DTYPES, feed_step, masters, open_engine, prepare_deepspeed
 from tests.helpers.distributed import Outcome, RankContext, passes
 from tests.helpers.megatron.gpt_shards import LAYERS, SHAPES, cut, cut_all, full_shapes, gpt, parallel, small_gpt
 from tests.helpers.models import GradientPlan
-from tests.helpers.oracle import Oracle, assert_same_update, clipped
+from tests.helpers.oracle import Hyper, Oracle, assert_same_update, clipped
 from tests.helpers.suites import Suite, notices_a_wrong_multiplier
 from tests.helpers.tables.oracle_names import ROLE, Classes, megatron_classes, regroup
 
@@ -30,13 +30,12 @@ from tests.helpers.tables.oracle_names import ROLE, Classes, megatron_classes, r
 _HOSTS_MISSING = find_spec("deepspeed") is None or find_spec("megatron") is None
 pytestmark = pytest.mark.skipif(_HOSTS_MISSING, reason="needs deepspeed and megatron")
 
-TP = 2
 DECAY_MULTIPLIERS = {"norm": 0.0, "value": 0.5}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A GPTModel on tensor-parallel size 2; the rest of the world is data-parallel."""
+    """A GPTModel on tensor-parallel size ``tp``; the rest of the world is data-parallel."""
 
     optimizer: str = "mini"
     stage: int = 1
@@ -45,6 +44,8 @@ class Case:
     clip: float = 0.0
     steps: int = 4
     tied: bool = False
+    tp: int = 2
+    second_group: tuple[str, ...] = ()  # parts of the names of its parameters
     config: dict[str, Any] = field(default_factory=dict)
     oracle_multipliers: dict[str, float] = field(default_factory=dict)
     value_tensor: bool = False
@@ -67,6 +68,28 @@ def _classes(case: Case) -> Classes:
     return regroup(regroup(classes, "value", ROLE), "norm", ROLE) if case.value_tensor else classes
 
 
+def _is_second(case: Case, name: str) -> bool:
+    return any(part in name for part in case.second_group)
+
+
+def _groups_of(case: Case) -> Callable[[nn.Module], list[dict[str, Any]]] | None:
+    """Splits a model's parameters into the case's two groups; None for a single one."""
+    if not case.second_group:
+        return None
+
+    def split(model: nn.Module) -> list[dict[str, Any]]:
+        named = list(model.named_parameters())
+        first, second = ([p for n, p in named if _is_second(case, n) is second] for second in (False, True))
+        return [{"params": first}, {"params": second} | GROUP_2]
+
+    return split
+
+
+def _hyper_of(case: Case, names: list[str]) -> dict[str, Hyper]:
+    second = hyper(**{key: GROUP_2[key] for key in ("betas", "eps", "weight_decay")})
+    return {name: replace(second if _is_second(case, name) else hyper()) for name in names}
+
+
 # ------------------------------------------------------------------------------------- the checks
 
 
@@ -87,31 +110,34 @@ def check_fed(context: RankContext, case: Case) -> None:
 
     shapes = full_shapes(case.shape, tied=case.tied)
     reference = _reference(case) if case.optimizer == "adamw" and not case.clip else None
-    with parallel(TP):
+    with parallel(case.tp):
         tp_rank = parallel_state.get_tensor_model_parallel_rank()
         tp_group = parallel_state.get_tensor_model_parallel_group()
         dp_rank = parallel_state.get_data_parallel_rank()
-        plan = GradientPlan(context.world_size // TP, 1, DTYPES[case.dtype])
-        with open_engine(
-            _config(case), lambda: small_gpt(case.shape, DTYPES[case.dtype], tp_rank, tied=case.tied), mpu=mpu_adapter()
-        ) as run:
-            dtype = DTYPES[case.dtype]
+        dtype = DTYPES[case.dtype]
+        plan = GradientPlan(context.world_size // case.tp, 1, dtype)
+
+        def build() -> nn.Module:
+            return small_gpt(case.shape, dtype, tp_rank, tied=case.tied, tp=case.tp)
+
+        with open_engine(_config(case), build, groups=_groups_of(case), mpu=mpu_adapter()) as run:
             start = {n: models.small_weight(n, s).to(dtype).float() for n, s in shapes.items()}
             oracle = Oracle(
                 start,
                 _classes(case),
                 case.optimizer == "mini",
-                hyper(),
+                _hyper_of(case, list(shapes)),
                 lr_multipliers=case.oracle_multipliers,
                 weight_decay_multipliers=DECAY_MULTIPLIERS,
             )
-            pair = Compared(run, oracle, lambda whole: cut_all(whole, tp_rank))
+            pair = Compared(run, oracle, lambda whole: cut_all(whole, tp_rank, case.tp))
             pair.check_start()
+            part = partial(cut, rank=tp_rank, size=case.tp)
             for step in range(case.steps):
                 pair.set_lr(step)
                 poisoned = step in case.poison
                 poison = float("nan") if poisoned and tp_rank == 1 else None
-                feed_step(run, plan, step, dp_rank, shapes=shapes, cut=partial(cut, rank=tp_rank), poison=poison)
+                feed_step(run, plan, step, dp_rank, shapes=shapes, cut=part, poison=poison)
                 if poisoned:
                     pair.check_skipped()
                     continue
@@ -120,7 +146,7 @@ def check_fed(context: RankContext, case: Case) -> None:
                     gradients = clipped(gradients, case.clip)
                 what = f"step {step}, tensor-parallel rank {tp_rank}"
                 pair.check_step(gradients, what=what)
-                _check_replicas(pair.now, tp_group)
+                _check_replicas(pair.now, tp_group, case.tp)
                 if reference is not None:
                     assert_same(pair.now, cut_all(reference(gradients, pair.lr), tp_rank), f"{what}: unsharded weights")
 
@@ -147,19 +173,19 @@ def _reference(case: Case) -> Callable[[dict[str, Tensor], float], dict[str, Ten
     return step
 
 
-def _check_replicas(weights: dict[str, Tensor], tp_group: Any) -> None:
+def _check_replicas(weights: dict[str, Tensor], tp_group: Any, tp: int) -> None:
     for name, weight in weights.items():
         if "layernorm" in name:
-            copies = [torch.empty_like(weight) for _ in range(TP)]
+            copies = [torch.empty_like(weight) for _ in range(tp)]
             dist.all_gather(copies, weight.contiguous(), group=tp_group)
-            assert torch.equal(copies[0], copies[1]), f"{name} differs between tensor ranks"
+            assert all(torch.equal(copy, copies[0]) for copy in copies), f"{name} differs between tensor ranks"
 
 
 def check_end_to_end(context: RankContext, case: Case) -> None:
     """The same batches through TP 1 and TP 2: whole tensors of one against shards of the other."""
     whole_runs = _train(context, case, 1)
-    parts_runs = _train(context, case, TP)
-    tp_rank = context.rank % TP
+    parts_runs = _train(context, case, case.tp)
+    tp_rank = context.rank % case.tp
     for step, ((whole_was, whole_now), (was, now)) in enumerate(zip(whole_runs, parts_runs, strict=True)):
         expected = cut_all(whole_was, tp_rank), cut_all(whole_now, tp_rank)
         # 1e-4: the matrix products of the two runs add up in another order, and an element far
@@ -202,8 +228,8 @@ def _cases() -> dict[str, tuple[int, Case]]:
 
     def add(kind: str, dp: int, case: Case) -> None:
         for backend in BACKENDS:
-            name = f"{kind}-{case.shape}-z{case.stage}-{case.dtype}-{case.optimizer}-tp2-dp{dp}-{backend}"
-            table[name] = (TP * dp, replace(case, backend=backend))
+            name = f"{kind}-{case.shape}-z{case.stage}-{case.dtype}-{case.optimizer}-tp{case.tp}-dp{dp}-{backend}"
+            table[name] = (case.tp * dp, replace(case, backend=backend))
 
     wrappers = ((0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16"))
     for dp, optimizer, (stage, dtype) in product((1, 2), ("adamw", "mini"), wrappers):
@@ -215,6 +241,11 @@ def _cases() -> dict[str, tuple[int, Case]]:
     add("value_tensor", 2, Case("mini", 1, value_tensor=True))
     add("value_tensor", 1, Case("mini", 0, shape="mqa", value_tensor=True))
     add("tied", 2, Case("mini", 1, tied=True))
+    for shape, stage in (("gqa3", 1), ("gqa3", 3), ("mqa3", 0), ("mqa3", 2)):
+        add("fed", 1, Case("mini", stage, shape=shape, tp=3))
+    for dp, stage in ((1, 0), (2, 1), (2, 3)):
+        add("fed_groups", dp, Case("mini", stage, second_group=("layernorm", "linear_fc2", "layers.1.")))
+    add("fed_tied_groups", 2, Case("mini", 2, tied=True, second_group=("word_embeddings",)))
     for stage in (1, 2):
         add("overflow", 2, Case("mini", stage, "bf16", poison=(0, 2), steps=5))
     add("overflow", 1, Case("mini", 0, "fp32", poison=(0, 2), steps=4))

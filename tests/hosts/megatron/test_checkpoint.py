@@ -168,7 +168,7 @@ def check_report(case: Case, directory: Path) -> None:
         load(run, case.form, directory)
     if dist.get_rank() == 0:
         (line,) = [line for line in lines if "other settings" in line]
-        assert "lr_multipliers.ffn was 6, is 5" in line
+        assert "lr_multipliers.ffn was 0.75, is 5" in line, line
     else:
         assert not lines
 

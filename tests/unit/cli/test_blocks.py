@@ -64,6 +64,7 @@ def test_json_has_every_column_and_the_totals(llama, capsys):
         "numel": 24 * 48,
         "state_bytes": 4 * (24 * 48 + 2),
         "is_measured": False,
+        "transfer": 1.0,
     }
     assert report["totals"]["adam_mini_state_bytes"] == 4 * (28272 + 632)
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The schedules decay every block to one absolute minimum and resume where they stopped."""
 
+import json
 import math
 
 import pytest
@@ -8,6 +9,9 @@ import torch
 from torch import nn
 
 from ds_blockwise import BlockwiseAdamW, BlockwiseCosineLR, BlockwiseLinearLR, BlockwiseWSDLR, tag_parameters
+from ds_blockwise.kernels.param_groups import progress_of
+from ds_blockwise.optimizers.registry import SCHEDULES
+from tests.helpers import ROOT
 
 PEAK, FLOOR, WARMUP, TOTAL = 1e-3, 5e-5, 4, 20
 
@@ -85,6 +89,35 @@ def test_a_resumed_schedule_continues_with_the_new_runs_settings():
         schedule.step(), resumed.step()
         assert schedule.get_last_lr() == resumed.get_last_lr() == resumed.get_lr()
         assert optimizer.param_groups[0]["lr_floor"] == again.param_groups[0]["lr_floor"]
+
+
+DECAY_BEGIN = {BlockwiseCosineLR: WARMUP, BlockwiseLinearLR: WARMUP, BlockwiseWSDLR: TOTAL - 5}
+
+
+@pytest.mark.parametrize("cls", SHAPES)
+def test_the_progress_goes_from_0_to_1_over_the_decay(cls):
+    """The optimizer reads it in its param groups; a schedule that is resumed sets it again."""
+    _, optimizer = make(peaks=(1e-3, 2e-4))
+    schedule = build(cls, optimizer)
+    for k in range(TOTAL + 3):
+        expected = min(1.0, max(0.0, (k - DECAY_BEGIN[cls]) / (TOTAL - DECAY_BEGIN[cls])))
+        found = [progress_of(group) for group in optimizer.param_groups]
+        assert [schedule.progress, *found] == pytest.approx([expected] * 3, rel=1e-15)
+        resumed = build(cls, make()[1])
+        resumed.load_state_dict(schedule.state_dict())
+        assert progress_of(resumed.optimizer.param_groups[0]) == found[0]
+        schedule.step()
+
+
+def test_the_progress_does_not_outlive_its_schedule():
+    """Of a rate that something else has set there is no progress; a group of another optimizer never had any."""
+    _, optimizer = make()
+    group = optimizer.param_groups[0]
+    assert progress_of(group) is None
+    build(BlockwiseCosineLR, optimizer)
+    assert progress_of(group) == 0.0
+    group["lr"] = 2e-4
+    assert progress_of(group) is None
 
 
 def test_the_floor_does_not_outlive_its_schedule():
@@ -210,6 +243,23 @@ def test_a_state_that_is_no_position_changes_nothing(state, words):
     with pytest.raises(ValueError, match=words):
         schedule.load_state_dict(state)
     assert (schedule.state_dict(), schedule.get_lr()) == before
+
+
+BEFORE = json.loads((ROOT / "tests/data/schedules/before_shapes.json").read_text())
+
+
+@pytest.mark.parametrize("case", BEFORE, ids=lambda case: f"{case['type']}-{'-'.join(case['params'])}")
+def test_the_named_schedules_have_the_same_bits_as_before_there_were_shapes(case):
+    """Rates and floors of two param groups at every update, a load in between, from the code before `BlockwiseLR`."""
+    groups = [{"params": [torch.zeros(1)], "lr": lr} for lr in (6e-4, 1.7e-3)]
+    schedule = SCHEDULES[case["type"]](torch.optim.SGD(groups, lr=1.0), **case["params"])
+    for k, row in enumerate(case["rows"]):
+        if k == 9 and "rewarm_num_steps" in case["params"]:
+            schedule.load_state_dict({"last_batch_iteration": 8})
+        found = [x for group in schedule.optimizer.param_groups for x in (group["lr"], group["lr_floor"][1])]
+        assert found == [float.fromhex(text) for text in row], k
+        schedule.step()
+    assert schedule.state_dict() == case["state"]
 
 
 @pytest.mark.parametrize("calls", [-1, 0, 1, 4])

@@ -163,6 +163,36 @@ BROKEN: dict[str, tuple[str, str, Any, tuple[str, ...]]] = {
     "unknown block type": ("engine", "optimizer.params.lr_multipliers", {"embd": 1}, ("embd", "emb")),
     "betas": ("engine", "optimizer.params.betas", [0.9, 1.0], ("betas[1]", "< 1")),
     "floor above the peak": ("engine", "scheduler.params.min_lr", 1e-2, ("min_lr (0.01) is above the peak",)),
+    "shape of a schedule": (
+        "engine",
+        "scheduler",
+        {"type": "BlockwiseLR", "params": {"shape": "cosin"}},
+        ("scheduler.params", "unknown shape 'cosin'", "did you mean 'cosine'"),
+    ),
+    "phases of a schedule": (
+        "engine",
+        "scheduler",
+        {"type": "BlockwiseWSDLR", "params": {"decay_num_steps": 10**6}},
+        ("decay_num_steps (1000000) do not fit into total_num_steps",),
+    ),
+    "table of a schedule": (
+        "engine",
+        "scheduler",
+        {"type": "BlockwiseLR", "params": {"shape": "table", "table": "nowhere.csv"}},
+        ("table 'nowhere.csv' cannot be read from", "No such file"),
+    ),
+    "key of a shape": (
+        "engine",
+        "scheduler",
+        {"type": "BlockwiseLR", "params": {"shape": "wsd", "decay_shpe": "linear"}},
+        ("scheduler.params.decay_shpe", "did you mean 'decay_shape'"),
+    ),
+    "schedule's warm-up": (
+        "engine",
+        "scheduler",
+        {"type": "BlockwiseLR", "params": {"shape": "cosine", "warmup_fraction": 0.1}},
+        ("params.warmup_fraction = 0.1", "training.warmup_steps"),
+    ),
     "schedule's length": (
         "engine",
         "scheduler.params.total_num_steps",

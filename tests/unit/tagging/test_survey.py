@@ -39,6 +39,7 @@ SAMPLE = (
     "qwen3_next",
     "siglip",
     "t5",
+    "whisper",
 )
 
 

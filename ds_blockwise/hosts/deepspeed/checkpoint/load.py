@@ -43,7 +43,7 @@ from ds_blockwise.hosts.deepspeed.checkpoint.topology import (
 )
 from ds_blockwise.hosts.deepspeed.engine import Engine, Loaded, LoadOptions, trusts
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
-from ds_blockwise.parallel.agree import first_error, gather, is_first_rank
+from ds_blockwise.parallel.agree import first_error, gather, is_first_rank, together
 
 __all__ = ["guard", "load_checkpoint", "load_rank_state", "save_checkpoint"]
 
@@ -102,6 +102,7 @@ def load_checkpoint(
             tags differ, or the checkpoint was saved by another number of ranks, another ZeRO wrapper or precision, or
             is of another model, optimizer or schedule.
     """
+    folder = together(lambda: files.checkpoints_folder("load_dir", load_dir))
     agreed = agreed_tag(tag)
     if load_module_only and isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
         load_optimizer_states = False  # else DeepSpeed loads nothing at all there: the weights are in the ZeRO files
@@ -116,9 +117,9 @@ def load_checkpoint(
     latest = files.LATEST_UNIVERSAL if universal else files.LATEST
 
     def one_version() -> Loaded:
-        checkpoint = _find(engine, Path(load_dir), agreed, latest)
+        checkpoint = _find(engine, folder, agreed, latest)
         if checkpoint is None:
-            return _nothing(Path(load_dir), universal=universal)
+            return _nothing(folder, universal=universal)
         loaded = _load_found(engine, checkpoint, options, universal=universal)
         check_not_replaced(engine, checkpoint)
         return loaded
@@ -145,7 +146,7 @@ def _load_found(engine: Engine, checkpoint: Checkpoint, options: LoadOptions, *,
     if universal:
         _check_universal(engine, checkpoint)
     else:
-        _check_topology(engine, checkpoint, options)
+        together(lambda: _check_topology(engine, checkpoint, options))
     model = _rehearse(engine, checkpoint, options, universal=universal)
     # DeepSpeed would load the schedule after the weights, and fail there on a checkpoint without one
     undo = load_schedule(engine, model["lr_scheduler"], _updates_of(model)) if scheduled else None
@@ -187,6 +188,9 @@ def _rehearse(engine: Engine, checkpoint: Checkpoint, options: LoadOptions, *, u
             found = misfits(engine, path, model, options, trust=trust)
     except (CheckpointError, NotReadError) as error:
         damage = str(error)
+    except Exception as error:  # of a file that is forged otherwise than the checks know: all ranks must hear of it
+        damage = f"{folder} cannot be compared with this engine: {type(error).__name__}: {error}"
+        logger.debug("the comparison failed", exc_info=True)
     everywhere: list[tuple[str | None, list[str]]] = gather((damage, found))
     damages = list(dict.fromkeys(said for said, _ in everywhere if said is not None))
     if damages:
@@ -224,8 +228,8 @@ def _verify(engine: Engine, checkpoint: Checkpoint, names: list[str]) -> None:
             problems += that_run_code(checkpoint.folder, mine)
     except ReplacedError as error:
         problems, replaced = [], str(error)
-    except (CheckpointError, OSError) as error:
-        problems = [str(error)]
+    except Exception as error:  # all ranks must hear of whatever one of them meets
+        problems = [str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"]
     raise_replaced(replaced)
     bad = [problem for found in gather(problems) for problem in found]
     if bad:
@@ -269,7 +273,7 @@ def _check_topology(engine: Engine, checkpoint: Checkpoint, options: LoadOptions
     partitioned = isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3)
     if partitioned and not optimizer:
         said = checkpoint.folder.parent / files.LATEST
-        if not said.is_file() or said.read_text(encoding="utf-8").strip() != checkpoint.tag:
+        if not said.is_file() or said.read_bytes().strip() != checkpoint.tag.encode():
             raise ValueError(
                 f"without optimizer states DeepSpeed's ZeRO-3 loads the weights of the checkpoint that {said} names, "
                 f"whatever the tag, and that is not {checkpoint.tag!r}. Write that tag into it, or load the optimizer "

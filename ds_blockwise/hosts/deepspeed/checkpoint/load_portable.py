@@ -8,7 +8,6 @@ before anything is changed. Checked with DeepSpeed 0.19.8.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -30,7 +29,8 @@ from ds_blockwise.kernels.base import wide_dtype
 from ds_blockwise.kernels.bindings import Binding
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.optimizers.registry import OPTIMIZERS
-from ds_blockwise.parallel.agree import first_error, is_first_rank
+from ds_blockwise.parallel.agree import first_error, is_first_rank, together
+from ds_blockwise.values import is_finite
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,8 @@ def load_portable(
     moments = load_optimizer_states and not load_module_only
     optimizer = _ours(engine, custom_load_fn)
     portable, training_state = _opened(folder)
-    _raise_everywhere(_problems(engine, optimizer, portable, strict=load_module_strict, moments=moments), ValueError)
+    problems = together(lambda: _problems(engine, optimizer, portable, strict=load_module_strict, moments=moments))
+    _raise_everywhere(problems, ValueError)
     counters = {key: training_state["counters"].get(key, 0) for key in COUNTERS}
     if load_lr_scheduler_states and not load_module_only:
         updates = max(0, counters["global_steps"] - counters["skipped_steps"])
@@ -104,7 +105,7 @@ def load_portable(
         "topology": portable.origin["topology"],
         "no_schedule": training_state["lr_scheduler"] is None,
     }
-    return str(folder), {KEY: saved, **training_state["client_state"]}
+    return str(folder), {**training_state["client_state"], KEY: saved}
 
 
 def _raise_everywhere(problem: str | None, kind: type[Exception]) -> None:
@@ -294,5 +295,5 @@ def _load_loss_scale(wrapper: Wrapper, saved: Mapping[str, object]) -> None:
     dynamic = own is not None and (getattr(own, "dynamic", False) or getattr(own, "dynamic_loss_scale", False))
     for name in LOSS_SCALE if dynamic else ():
         value = saved.get(name)
-        if hasattr(own, name) and isinstance(value, (int, float)) and math.isfinite(value):
+        if hasattr(own, name) and isinstance(value, (int, float)) and is_finite(value):
             setattr(own, name, value)

@@ -32,14 +32,8 @@ from ds_blockwise.hosts.deepspeed.checkpoint.optimizer_files import (
     load_optimizer_file,
     unpartitioned,
 )
-from ds_blockwise.hosts.deepspeed.checkpoint.tag_folder import ModelFile, TagFolder
+from ds_blockwise.hosts.deepspeed.checkpoint.tag_folder import NOT_OF_THE_USER, ModelFile, TagFolder
 
-# keys of a model file that are DeepSpeed's; everything else is the user's client_state
-_DEEPSPEED_KEYS = frozenset(
-    "module buffer_names optimizer param_shapes frozen_param_shapes shared_params frozen_param_fragments lr_scheduler "
-    "data_sampler random_ltd skipped_steps global_steps global_samples dp_world_size mp_world_size ds_config "
-    "ds_version checkpoint_parallel_dimensions universal_checkpoint_info num_experts".split()
-)
 _NOT_SOUND = "Such a state trains nothing: take a checkpoint that was saved before."
 
 _State = Mapping[str, Any]  # of one stepped tensor: step and moments
@@ -337,7 +331,7 @@ class DeepSpeedFiles:
                     )
 
     def _training_state(self, first: ModelFile, loss_scale: Mapping[str, object]) -> TrainingState:
-        client_state = {key: value for key, value in first.items() if key not in _DEEPSPEED_KEYS}
+        client_state = {key: value for key, value in first.items() if key not in NOT_OF_THE_USER}
         schedule = {"lr_scheduler": first["lr_scheduler"]}
         for holder in (client_state, schedule):
             for key, value in holder.items():

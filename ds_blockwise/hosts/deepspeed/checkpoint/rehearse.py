@@ -23,6 +23,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
 from ds_blockwise.checkpoint.manifest import CheckpointError
+from ds_blockwise.checkpoint.typed_data import typed
 from ds_blockwise.hosts.deepspeed.checkpoint.optimizer_files import OptimizerFile, load_optimizer_file, unpartitioned
 from ds_blockwise.hosts.deepspeed.checkpoint.tag_folder import ModelFile, load_file, load_model_file
 from ds_blockwise.hosts.deepspeed.engine import Engine, LoadOptions, is_partitioned, is_wrapped, offload_device
@@ -182,9 +183,7 @@ def _wrapper_misfits(engine: Engine, path: Path, saved: OptimizerFile) -> Iterat
         own, needed = list(wrapper.fp32_partitioned_groups_flat), ("loss_scaler", "dynamic_loss_scale", "overflow")
     elif isinstance(wrapper, DeepSpeedZeroOptimizer):
         own, needed = list(wrapper.single_partition_of_fp32_groups), ("ds_version",)
-        aligned = saved.entries.get("param_alignment_paddings")
-        if aligned is not None and aligned != wrapper.round_robin_bit16_padding:
-            yield f"{path.name}: zero_optimization.parameter_alignment was another"
+        yield from _alignment_misfits(path, saved, wrapper.round_robin_bit16_padding)
     elif isinstance(wrapper, BF16_Optimizer):
         own, needed = list(wrapper.fp32_groups_flat_partition), ("ds_version",)
     elif is_wrapped(engine) and hasattr(wrapper, "fp32_groups"):
@@ -199,6 +198,15 @@ def _wrapper_misfits(engine: Engine, path: Path, saved: OptimizerFile) -> Iterat
                 to_load(engine.basic_optimizer, dict(saved.base), torch.device("meta"))
             except ValueError as error:
                 yield f"{path.name}: {error}"
+
+
+def _alignment_misfits(path: Path, saved: OptimizerFile, own: list[list[int]]) -> Iterator[str]:
+    aligned = saved.entries.get("param_alignment_paddings")
+    try:
+        if aligned is not None and typed(aligned, list[list[int]], "param_alignment_paddings") != own:
+            yield f"{path.name}: zero_optimization.parameter_alignment was another"
+    except ValueError as error:
+        yield f"{path.name}: {error}"
 
 
 def _master_misfits(path: Path, own: Sequence[torch.Tensor], saved: Sequence[torch.Tensor]) -> Iterator[str]:

@@ -24,12 +24,13 @@ from __future__ import annotations
 import functools
 import io
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypedDict
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet, finalize
 
 import torch
@@ -41,35 +42,21 @@ from ds_blockwise.checkpoint import folder as files
 from ds_blockwise.checkpoint.folder_rules.lock import FolderInUseError, hold, let_go
 from ds_blockwise.checkpoint.folder_rules.tags import PARTIAL, agreed_tag, has_patterns
 from ds_blockwise.checkpoint.given_files import load_torch_file
-from ds_blockwise.checkpoint.manifest import CheckpointError, FileFacts, Topology, files_in, sums_of, write_manifest
+from ds_blockwise.checkpoint.manifest import CheckpointError, FileFacts, files_in, sums_of, write_manifest
 from ds_blockwise.checkpoint.record import KEY, settings_of
-from ds_blockwise.checkpoint.record_types import Settings
 from ds_blockwise.hosts.deepspeed.checkpoint.recording import recorded_by
+from ds_blockwise.hosts.deepspeed.checkpoint.tag_folder import NOT_OF_THE_USER, OwnEntry
 from ds_blockwise.hosts.deepspeed.checkpoint.topology import leads, node_of, tag_validation, topology_of
 from ds_blockwise.hosts.deepspeed.checkpoint.universal import universal_checkpoint_info
 from ds_blockwise.hosts.deepspeed.engine import Engine
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
-from ds_blockwise.parallel.agree import gather, is_first_rank
+from ds_blockwise.parallel.agree import gather, is_first_rank, together
 
 logger = logging.getLogger(__name__)
 
 _WARNED: WeakSet[Engine] = WeakSet()
 _HELD: WeakKeyDictionary[Engine, finalize[[Path], Engine]] = WeakKeyDictionary()  # gives back its folder's lock
 _SIGHT_S = 5.0  # how long a folder that another rank made may take to appear
-
-
-class OwnEntry(TypedDict):
-    """What `save_checkpoint` adds to the client state under ``ds_blockwise``.
-
-    Attributes:
-        settings: of the optimizer, if it is one of ours.
-        topology: of the run.
-        added: other keys that were added to the client state.
-    """
-
-    settings: Settings | None
-    topology: Topology
-    added: list[str]
 
 
 def save_checkpoint(
@@ -100,15 +87,11 @@ def save_checkpoint(
             unfinished folder is gone; ``latest`` and all other checkpoints are as they were.
         FolderInUseError: on every rank, before anything is written: another job saves in that folder.
         ValueError: on every rank, before anything is written: the tag breaks the rule, or the ranks' tags differ, or it
-            is the name of something that is no checkpoint. ``save_dir`` is empty, or ``client_state`` has the key
-            ``ds_blockwise``.
+            is the name of something that is no checkpoint. ``save_dir`` is empty, or ``client_state`` has a key of
+            DeepSpeed's own or ``ds_blockwise``.
         TypeError: the tag is neither text nor an integer.
     """
-    if not save_dir:
-        raise ValueError(f"save_dir must name a folder, got {save_dir!r}")
-    state = dict(client_state or {})
-    if KEY in state:
-        raise ValueError(f"client_state has the key {KEY!r}, which this package uses itself. Rename it.")
+    state = together(lambda: _checked_state(save_dir, client_state))
     own, info = _own_entries(engine)
     state |= {KEY: own} if UNIVERSAL_CHECKPOINT_INFO in state else {KEY: own, **info}
     given = f"global_step{engine.global_steps}" if tag is None else tag
@@ -138,6 +121,21 @@ def save_checkpoint(
         save.write_rank_state(rank_state)
     save.finish(own, save_latest)
     return True
+
+
+def _checked_state(save_dir: str | Path, client_state: object) -> dict[Any, object]:
+    """A copy of the client state, without keys by which it would replace what DeepSpeed saves."""
+    files.checkpoints_folder("save_dir", save_dir)
+    if not isinstance(client_state, Mapping | None):
+        raise ValueError(f"client_state must be a mapping, got a {type(client_state).__name__}")
+    state = dict(client_state or {})
+    taken = sorted(NOT_OF_THE_USER - {UNIVERSAL_CHECKPOINT_INFO} & state.keys())
+    if taken:
+        raise ValueError(
+            f"client_state has the key {', '.join(map(repr, taken))}, under which the engine's own state is saved and "
+            f"which no load gives back. Rename it."
+        )
+    return state
 
 
 def _own_entries(engine: Engine) -> tuple[OwnEntry, dict[str, object]]:
@@ -243,7 +241,7 @@ class _Save:
 
     def _in_sight(self) -> bool:
         deadline = time.monotonic() + _SIGHT_S
-        while not self.partial.is_dir():
+        while not os.path.isdir(self.partial):  # also False where this rank may not look
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.1)
@@ -339,7 +337,7 @@ class _Save:
 
 
 def _free(folder: Path) -> str:
-    while not folder.exists() and folder != folder.parent:
+    while not os.path.exists(folder) and folder != folder.parent:
         folder = folder.parent
     try:
         return f"{shutil.disk_usage(folder).free / 1e9:.2f} GB"
@@ -347,15 +345,17 @@ def _free(folder: Path) -> str:
         return "unknown space"
 
 
-def load_rank_state(path: str | Path) -> object:
+def load_rank_state(path: str | Path | None) -> object:
     """What this rank gave to `save_checkpoint` as ``rank_state``; None if the checkpoint has none for it.
 
     Args:
-        path: the path that `load_checkpoint` returned (the tag folder or a file in it).
+        path: the path that `load_checkpoint` returned (the tag folder or a file in it); None if it loaded nothing.
 
     Raises:
         CheckpointError: the file is damaged or holds more than plain containers and tensors.
     """
+    if path is None:
+        return None
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     file = folder / _rank_file(dist.get_rank() if dist.is_initialized() else 0)
     if not file.exists():

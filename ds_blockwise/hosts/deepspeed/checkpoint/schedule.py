@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from ds_blockwise.hosts.deepspeed.engine import Engine, Schedule
+from ds_blockwise.kernels.param_groups import SCHEDULED
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
-from ds_blockwise.optimizers.schedules import BlockwiseSchedule
+from ds_blockwise.optimizers.schedules.schedule import BlockwiseLR
 from ds_blockwise.parallel.agree import first_error, is_first_rank
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ def _load(schedule: Schedule, saved: object, updates: int, groups: Sequence[Muta
 
 def _counts_updates(schedule: Schedule) -> bool:
     """Whether a schedule's position is the number of updates alone: ours, and DeepSpeed's."""
-    return isinstance(schedule, BlockwiseSchedule) or set(schedule.state_dict()) == {"last_batch_iteration"}
+    return isinstance(schedule, BlockwiseLR) or set(schedule.state_dict()) == {"last_batch_iteration"}
 
 
 def set_rates(engine: Engine) -> None:
@@ -101,7 +102,7 @@ def set_rates(engine: Engine) -> None:
     """
     schedule = engine.lr_scheduler
     rates = getattr(schedule, "get_lr", None)
-    if schedule is not None and not isinstance(schedule, BlockwiseSchedule) and _counts_updates(schedule) and rates:
+    if schedule is not None and not isinstance(schedule, BlockwiseLR) and _counts_updates(schedule) and rates:
         for group, rate in zip(_groups_of(engine), rates(), strict=True):
             group["lr"] = rate
 
@@ -112,7 +113,7 @@ def _groups_of(engine: Engine) -> Sequence[MutableMapping[str, Any]]:
 
 
 def _rates(group: Mapping[str, object]) -> dict[str, object]:
-    return {key: group[key] for key in ("lr", "lr_floor") if key in group}
+    return {key: group[key] for key in SCHEDULED if key in group}
 
 
 def restore_groups(
@@ -134,7 +135,7 @@ def restore_groups(
         for key in set(group) - set(settings) - {"params"}:
             del group[key]
         group.update(settings)
-        if scheduler is not None and not isinstance(scheduler, BlockwiseSchedule):
+        if scheduler is not None and not isinstance(scheduler, BlockwiseLR):
             group["lr"] = saved[index]["lr"] if index < len(saved) else lr
-    if isinstance(scheduler, BlockwiseSchedule):
+    if isinstance(scheduler, BlockwiseLR):
         scheduler.load_state_dict(scheduler.state_dict())  # sets the rate of its update in the restored groups

@@ -21,7 +21,9 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from ds_blockwise.checkpoint.given_files import load_torch_file
-from ds_blockwise.checkpoint.manifest import CheckpointError, NotReadError
+from ds_blockwise.checkpoint.manifest import CheckpointError, NotReadError, Topology
+from ds_blockwise.checkpoint.record import KEY
+from ds_blockwise.checkpoint.record_types import Settings
 from ds_blockwise.checkpoint.typed_data import typed
 
 _SCALAR, _REBUILD = np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]
@@ -38,6 +40,13 @@ HARMLESS = (
     *(np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdSU")),
     *((function, name) for function, names in _NUMPY_FUNCTIONS.items() for name in names),
 )
+# keys of a model file that are DeepSpeed's, and ours; everything else is the user's client_state
+DEEPSPEED_KEYS = frozenset(
+    "module buffer_names optimizer param_shapes frozen_param_shapes shared_params frozen_param_fragments lr_scheduler "
+    "data_sampler random_ltd skipped_steps global_steps global_samples dp_world_size mp_world_size ds_config "
+    "ds_version checkpoint_parallel_dimensions universal_checkpoint_info num_experts".split()
+)
+NOT_OF_THE_USER = DEEPSPEED_KEYS | {KEY}
 _ANOTHER = "Restore it from a copy, or load another checkpoint."
 _MOST_RANKS = 1 << 20
 _SHOWN = 8  # missing files in one error
@@ -46,6 +55,20 @@ HOW_TO_TRUST = 'write "checkpoint": {"trust": true} into the DeepSpeed JSON'
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 _OPTIM = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _OTHER = re.compile(r"(?:(layer_(?!\d+_expert_))|layer_|expp_rank_|expert_).*\.pt")
+
+
+class OwnEntry(TypedDict):
+    """What `save_checkpoint` adds to the client state under ``ds_blockwise``.
+
+    Attributes:
+        settings: of the optimizer, if it is one of ours.
+        topology: of the run.
+        added: other keys that were added to the client state.
+    """
+
+    settings: Settings | None
+    topology: Topology
+    added: list[str]
 
 
 class _Required(TypedDict):
@@ -68,6 +91,7 @@ class ModelFile(_Required, total=False):
     global_samples: float  # with sequence parallelism DeepSpeed divides by its size
     ds_config: dict[str, Any]
     checkpoint_parallel_dimensions: dict[str, int] | None
+    ds_blockwise: OwnEntry
 
 
 def load_model_file(path: Path, *, trust: bool) -> ModelFile:

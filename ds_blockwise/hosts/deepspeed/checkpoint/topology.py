@@ -84,8 +84,8 @@ def find_together(
     if leads(engine):
         try:
             said = (*once_more(lambda: _with_files(folder, tag, latest)), None)
-        except (CheckpointError, OSError) as error:
-            said = (None, [], str(error))
+        except Exception as error:  # all ranks must hear of whatever one of them meets
+            said = (None, [], str(error) if isinstance(error, CheckpointError) else f"{folder}: {error}")
     by_node = {rank: answer for rank, answer in enumerate(gather(said)) if answer is not None}
     errors = dict.fromkeys(error for _, _, error in by_node.values() if error is not None)
     if errors:

@@ -19,7 +19,7 @@ import torch
 
 from ds_blockwise.hosts.deepspeed.config.words import AUTO, BATCH_KEYS, Mistake, correction, keys_allowed
 from ds_blockwise.optimizers.registry import OPTIMIZERS, SCHEDULES
-from ds_blockwise.values import nearest
+from ds_blockwise.values import is_finite, nearest
 
 # Records of DeepSpeed 0.19; a test compares them with the installed version.
 OPTIMIZERS_OF_DEEPSPEED = ("adagrad", "adam", "adamw", "lamb", "lion", "muadam", "muadamw", "muon", "musgd")
@@ -75,7 +75,7 @@ def clipping_mistake(value: object) -> str | None:
 
     DeepSpeed compares the value with 0, so that NaN and negative numbers turn clipping off without a word.
     """
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and is_finite(value) and value >= 0
     return None if fits else "a finite number, at least 0 (0: gradients are not clipped; DeepSpeed's default: 1.0)"
 
 
@@ -188,9 +188,7 @@ def _parameters(section: str, name: str) -> Mapping[str, object] | None:
 
 
 def _is_number(value: object, low: float = -math.inf) -> bool:
-    return (
-        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and float(value) >= low
-    )
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and is_finite(value) and value >= low
 
 
 def _are_betas(value: object) -> bool:

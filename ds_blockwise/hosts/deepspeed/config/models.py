@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -29,6 +28,7 @@ from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 from pydantic import BaseModel, ValidationError
 
 from ds_blockwise.hosts.deepspeed.config.words import AUTO, BATCH_KEYS, Mistake, correction, keys_allowed, word_for
+from ds_blockwise.values import is_finite
 
 MODELS: Mapping[str, type[BaseModel]] = {
     "bf16": DeepSpeedBF16Config,
@@ -209,7 +209,7 @@ def _fits(value: object, kind: object) -> bool:
             isinstance(value, int) or (isinstance(value, float) and value.is_integer())
         )
     if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and is_finite(value)
     return isinstance(value, str) if kind is str else True
 
 

@@ -59,6 +59,11 @@ def read_metric(output: Path, metric: str) -> Points:
     return points | {step: value for step, name, value in _rows(output / METRICS_CSV) if name == metric}
 
 
+def metric_names(output: Path) -> list[str]:
+    """The metrics in a run's file, in the order in which they came."""
+    return list(dict.fromkeys(name for _, name, _ in _rows(output / METRICS_CSV)))
+
+
 def _rows(path: Path) -> list[tuple[int, str, float]]:
     """The rows of a file; the last one is left out if a kill has cut it."""
     if not path.is_file():

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from job.metrics import METRICS_CSV, MetricsFile, read_metric
+from ds_blockwise.runs.metrics import METRICS_CSV, MetricsFile, read_metric
 
 
 def test_rows_in_the_order_of_the_run(tmp_path: Path) -> None:
