@@ -21,6 +21,19 @@ SETTINGS = (ROOT / "docs/settings.md").read_text(encoding="utf-8")
 FOLDERS = "ds_blockwise|megatron_patch|launch|configs|tests|docs|benchmarks"
 
 
+def test_the_citation_is_of_this_version_and_of_the_papers() -> None:
+    """Each paper that the README asks to cite, in the form that GitHub reads."""
+    yaml = pytest.importorskip("yaml", reason="CITATION.cff is YAML")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["cff-version"] == "1.2.0"
+    assert f'version="{citation["version"]}"' in (ROOT / "setup.py").read_text(encoding="utf-8")
+    sources = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Licence and sources")[2]
+    papers = re.findall(r"https://arxiv\.org/abs/[\d.]+", sources)
+    assert papers == [reference["url"] for reference in citation["references"]]
+    for reference in citation["references"]:
+        assert reference["title"] in " ".join(sources.split())
+
+
 def without_code(text: str) -> str:
     """Prose: what stands in code blocks is an example."""
     return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)

@@ -35,8 +35,9 @@ _INTRODUCTION = """\
 
 Written by `make docs` from the constructors and their docstrings; a test compares them.
 
-The keys are those of `"params"` in DeepSpeed's `"optimizer"` and `"scheduler"`, and the arguments of the classes in
-Python. An unknown key is an error that names the nearest known one.
+When to set which key, and why: [Settings](../settings.md). The keys are those of `"params"` in DeepSpeed's
+`"optimizer"` and `"scheduler"`, and the arguments of the classes in Python. An unknown key is an error that names the
+nearest known one.
 
 ```json
 {
