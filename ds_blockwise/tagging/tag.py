@@ -24,11 +24,11 @@ from ds_blockwise.blocks.settings.transfer import stream_widths, width_of
 from ds_blockwise.blocks.spec import BlockSpec, apply_settings
 from ds_blockwise.blocks.structure import TensorStructure, fused_qkv, whole_tensor
 from ds_blockwise.blocks.tagged_parameter import set_tags
-from ds_blockwise.tagging.head_counts import find_heads, fused_heads, own_heads
+from ds_blockwise.tagging.facts.head_counts import find_heads, fused_heads, own_heads
+from ds_blockwise.tagging.facts.norm_places import norm_place_of
 from ds_blockwise.tagging.module_facts import fused_qkv_layout, num_experts_in, storage_of
 from ds_blockwise.tagging.module_reader import READERS
 from ds_blockwise.tagging.names import NameMatch, is_bias_name, merge_tied
-from ds_blockwise.tagging.norm_places import norm_place_of
 from ds_blockwise.tagging.owner_class import (
     check_dims,
     is_convolution,

@@ -13,7 +13,7 @@ from torch import nn
 from ds_blockwise import BlockwiseAdamW, tag_parameters
 from ds_blockwise.blocks.roles import Role
 from ds_blockwise.blocks.tagged_parameter import tags_of
-from ds_blockwise.tagging import norm_places as known
+from ds_blockwise.tagging.facts import norm_places as known
 from tests.helpers.norm_probe import norm_places, token_inputs
 from tests.helpers.tables.families import FAMILIES, build
 from tests.helpers.tables.text_families import build_text
