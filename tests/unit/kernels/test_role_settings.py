@@ -169,7 +169,7 @@ def test_cautious_weight_decay_on_every_shape_and_dtype(backend, name, shared):
 @pytest.mark.parametrize("backend", ["reference", "cpp", "triton"])
 def test_only_elements_that_the_update_moves_away_from_zero_are_spared(backend):
     """arXiv 2510.12402, algorithm 1. An element whose first moment is 0 is decayed, however small others are."""
-    spec = apply_settings(whole_tensor("w", (6,), Role.NORM, is_bias=False), BlockSettings.parse())
+    spec = apply_settings(whole_tensor("w", (6,), Role.NORM, is_bias=False), BlockSettings.parse("uniform"))
     table = build_table(6, placements_of([spec], 0, 6, ()), shares_second_moment=False)
     kernels = kernels_for(backend, CPU)
     param = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, -1.0])
