@@ -117,7 +117,7 @@ def _end_interrupted(run: RunConfig, step: int, processes: Processes) -> NoRetur
     if processes.rank == 0:
         print(
             f"stopped at step {step} of {run.training.steps}, saved in {checkpoints_of(run)}: to go on, start it again "
-            f"with --resume (and without --overwrite)",
+            f"with --resume and without --overwrite (make train ARGS=--resume)",
             flush=True,
         )
     torch.distributed.destroy_process_group()

@@ -20,7 +20,7 @@ import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import nn
 
-from ds_blockwise.blocks.block_settings import BlockSettings
+from ds_blockwise.blocks.settings.block_settings import BlockSettings
 from ds_blockwise.hosts.pipeline_stages import check_rules, check_tied, rules_matched
 from ds_blockwise.hosts.stepped_tensors import Stepped, check_agreement, group_of
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
@@ -59,6 +59,8 @@ def convert_(
     granularity: object = None,
     rules: object = None,
     transfer: object = None,
+    betas_by_type: object = None,
+    cautious_weight_decay: bool = False,
     momentum_dtype: MomentumDtype = "fp32",
     backend: str = "auto",
     telemetry: object = None,
@@ -84,6 +86,8 @@ def convert_(
         granularity: per block type, role or ``"bias"``.
         rules: list of ``{"match": regex, ...}``; each must match a parameter of some pipeline stage.
         transfer: ``{"base_width": 256}``.
+        betas_by_type: pairs of betas, per block type or role.
+        cautious_weight_decay: weight decay only where it agrees with the update.
         momentum_dtype: ``"fp32"`` or ``"bf16"``.
         backend: ``"auto"``, ``"cpp"``, ``"triton"`` or ``"reference"``.
         telemetry: see `measure.readings.TelemetrySettings`. Readings go to ``on_telemetry`` of each wrapper's
@@ -111,6 +115,8 @@ def convert_(
             granularity=granularity,
             rules=rules,
             transfer=transfer,
+            betas_by_type=betas_by_type,
+            cautious_weight_decay=cautious_weight_decay,
             momentum_dtype=momentum_dtype,
             backend=backend,
             telemetry=telemetry,
@@ -120,7 +126,9 @@ def convert_(
             check_settings(wrapper)
             check_version(wrapper)
         models = [chunks.unwrapped(chunk) for chunk in wrapped]
-        block_settings = BlockSettings.parse(lr_multipliers, weight_decay_multipliers, granularity, rules, transfer)
+        block_settings = BlockSettings.parse(
+            lr_multipliers, weight_decay_multipliers, granularity, rules, transfer, betas_by_type
+        )
         matched = rules_matched(chunks.names_in(models), block_settings)
     check_rules(matched, block_settings, "Layers are numbered from 0 in every stage.")
     with _together():

@@ -22,8 +22,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ParamSpec, TypedDict, TypeVar
 
-from ds_blockwise.blocks.auto_settings import AUTO
-from ds_blockwise.blocks.defaults import LR_PRESETS, PUBLISHED
+from ds_blockwise.blocks.settings.auto_settings import AUTO
+from ds_blockwise.blocks.settings.defaults import LR_PRESETS, PUBLISHED
 from ds_blockwise.optimizers.registry import OPTIMIZERS
 from ds_blockwise.optimizers.settings import BACKENDS, MOMENTUM_DTYPES, MomentumDtype
 from megatron_patch.convert import convert_
@@ -32,7 +32,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 ArgsProvider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
-_BLOCK_SETTINGS = ("lr_multipliers", "weight_decay_multipliers", "granularity", "rules", "transfer")
+_BLOCK_SETTINGS = ("lr_multipliers", "weight_decay_multipliers", "betas_by_type", "granularity", "rules", "transfer")
 _TRAINING = "megatron.training.training"
 _FACTORY = "get_megatron_optimizer"
 _MUON_FACTORY = "get_megatron_muon_optimizer"  # takes the factory's place for --optimizer muon and dist_muon
@@ -44,6 +44,8 @@ class Settings(TypedDict):
     kind: str
     lr_multipliers: object
     weight_decay_multipliers: object
+    betas_by_type: object
+    cautious_weight_decay: bool
     granularity: object
     rules: object
     transfer: object
@@ -70,6 +72,7 @@ def add_blockwise_args(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     for name, example, words in (
         ("lr-multipliers", '{"preset": "tuned", "head": 1}', (*LR_PRESETS, AUTO)),
         ("weight-decay-multipliers", '{"norm": 0}', ()),
+        ("betas-by-type", '{"norm": [null, 0.99]}', ()),
         ("granularity", '{"value": "tensor"}', (PUBLISHED,)),
         ("rules", '[{"match": "adapter", "role": "ffn"}]', ()),
         ("transfer", '{"base_width": 256}', ()),
@@ -82,6 +85,11 @@ def add_blockwise_args(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         )
     group.add_argument(
         "--blockwise-momentum-dtype", choices=list(MOMENTUM_DTYPES), default="fp32", help="Storage of the first moment."
+    )
+    group.add_argument(
+        "--blockwise-cautious-weight-decay",
+        action="store_true",
+        help="Weight decay only where it agrees with the update.",
     )
     group.add_argument("--blockwise-backend", choices=list(BACKENDS), default="auto", help="Kernels.")
     return parser
@@ -104,6 +112,7 @@ def settings_in(args: argparse.Namespace) -> Settings | None:
     """
     if getattr(args, "blockwise_optimizer", None) is None:
         given = [name for name in _BLOCK_SETTINGS if getattr(args, f"blockwise_{name}", None) is not None]
+        given += ["cautious_weight_decay"] if getattr(args, "blockwise_cautious_weight_decay", False) else []
         if given:
             raise ValueError(
                 f"--blockwise-{given[0].replace('_', '-')} was given without --blockwise-optimizer. Add "
@@ -114,6 +123,8 @@ def settings_in(args: argparse.Namespace) -> Settings | None:
         "kind": args.blockwise_optimizer,
         "lr_multipliers": args.blockwise_lr_multipliers,
         "weight_decay_multipliers": args.blockwise_weight_decay_multipliers,
+        "betas_by_type": args.blockwise_betas_by_type,
+        "cautious_weight_decay": args.blockwise_cautious_weight_decay,
         "granularity": args.blockwise_granularity,
         "rules": args.blockwise_rules,
         "transfer": args.blockwise_transfer,

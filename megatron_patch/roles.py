@@ -14,10 +14,11 @@ from typing import Protocol, TypeGuard
 from megatron.core import parallel_state
 from torch import nn
 
-from ds_blockwise.blocks.roles import QKVLayout, Role, Storage
+from ds_blockwise.blocks.roles import NormPlace, QKVLayout, Role, Storage
 from ds_blockwise.blocks.structure import HeadGeometry
 from ds_blockwise.tagging.module_facts import class_names
 from ds_blockwise.tagging.names import NameMatch
+from ds_blockwise.tagging.owner_class import is_norm
 
 DIALECT = "megatron"
 _NORM_LEAVES = ("layer_norm_weight", "layer_norm_bias")  # of a norm that is fused into a linear
@@ -41,6 +42,14 @@ _CHILDREN: dict[str, tuple[tuple[str, Role, bool], ...]] = {
     "MambaMixer": ((r"norm", Role.NORM, False), (r"in_proj|out_proj|conv1d", Role.OTHER, False)),
     "GatedDeltaNet": ((r"out_norm", Role.NORM, False), (r"in_proj|out_proj|conv1d", Role.OTHER, False)),
 }
+# Of a class that holds norms: the norm's name in it, and where it stands. MLA's norms on latents stand in no such place
+_NORM_PLACES: dict[str, tuple[str, NormPlace]] = {
+    "TransformerLayer": (r"input_layernorm|pre_cross_attn_layernorm|pre_mlp_layernorm", "norm_in"),
+    "TransformerBlock": (r"final_layernorm", "norm_in"),
+    "MultiTokenPredictionLayer": (r"enorm|hnorm|final_layernorm", "norm_in"),
+    "SelfAttention": (r"[qk]_layernorm", "norm_qk"),
+}
+_OF_LATENTS = re.compile(r"linear_(?:q|kv)_up_proj")
 # Of a class that registers parameters itself: the parameter's name, the role, how it lies in memory
 _OWN: dict[str, tuple[tuple[str, Role, Storage | None], ...]] = {
     "Router": ((r"weight|bias", Role.ROUTER, None),),
@@ -67,7 +76,9 @@ def match_of(owner: nn.Module, parent: nn.Module | None, param: nn.Parameter, na
     """
     child, _, leaf = name.rpartition(".")
     if leaf in _NORM_LEAVES:
-        return NameMatch(Role.NORM, None, False, DIALECT)
+        # what a linear is fused with feeds it
+        place: NormPlace | None = None if _OF_LATENTS.fullmatch(child) else "norm_in"
+        return NameMatch(Role.NORM, None, False, DIALECT, norm_place=place)
     own = class_names(owner)
     for class_name in own if "MegatronModule" in own or "TEDotProductAttention" in own else ():
         for pattern, role, storage in _OWN.get(class_name, ()):
@@ -80,6 +91,10 @@ def match_of(owner: nn.Module, parent: nn.Module | None, param: nn.Parameter, na
     if "MegatronModule" not in names:
         return None  # another library's class of the same name
     is_bias = re.fullmatch(r"bias\d*", leaf) is not None
+    for class_name in names:
+        pattern, norm_place = _NORM_PLACES.get(class_name, ("", None))
+        if norm_place is not None and re.fullmatch(pattern, child) and is_norm(owner, parent):
+            return NameMatch(Role.NORM, None, False, DIALECT, norm_place=norm_place)
     layout = _layout(parent, names, child)
     if layout is not None:
         return NameMatch(None, layout, is_bias, DIALECT)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.compare.trials import ARMS, BASELINE, MIN_LR_SHARE, OUR_CUTS, PUBLISHED_CUTS, Plan, Trial
-from ds_blockwise.blocks.defaults import ADAMW_RATE, LR_PRESETS
+from ds_blockwise.blocks.settings.defaults import ADAMW_RATE, LR_PRESETS
 
 ADAMW, OURS, MINI, OUR_MINI = BASELINE, "blockwise_adamw", "adam_mini", "blockwise_adam_mini"
 _TYPE_NAMES = {

@@ -11,7 +11,7 @@ from pathlib import Path
 from matplotlib.ticker import NullLocator
 
 from benchmarks.compare.results import ArmResult, Results
-from benchmarks.compare.trials import ARMS, Plan, Trial
+from benchmarks.compare.trials import ARMS, BASELINE, Plan, Trial
 from ds_blockwise.figure_style import (
     OPTIMIZER_COLOURS,
     finish_lines,
@@ -39,7 +39,8 @@ _LOSS = "validation loss (nats per token)"
 def losses(results: Results, rows: Sequence[ArmResult], plan: Plan, title: str, path: Path) -> None:
     """Validation loss against steps at each arm's best learning rate, mean over seeds; shorter runs as points.
 
-    The first third of the steps, where the loss falls most, is left out.
+    The first third of the steps, where the loss falls most, is left out. Where a run has no curve (an older CSV), every
+    arm is drawn by the ends of its complete decays alone.
 
     Args:
         results: Of all trials.
@@ -49,26 +50,45 @@ def losses(results: Results, rows: Sequence[ArmResult], plan: Plan, title: str, 
         path: PNG file to write.
     """
     figure, (axes,) = new_figure(10.0, 5.0)
-    lines, drawn = {}, list[float]()
+    whole = [r for t, r in results.items() if t.steps == plan.steps and any(_at(t, row) for row in rows)]
+    has_curves = all(r["curve"] for r in whole if r["diverged"] is None)
+    lines, drawn, has_stars = {}, list[float](), not has_curves
     for row in rows:
-        curves = [r["curve"] for t, r in results.items() if _at(t, row) and t.steps == plan.steps and r["curve"]]
-        first = len(curves[0]) // 3
-        steps = [step for step, _ in curves[0]][first:]
-        means = [statistics.fmean(values) for values in zip(*([loss for _, loss in c] for c in curves), strict=True)]
+        points = _ends(results, row)
+        if has_curves:
+            curves = [r["curve"] for t, r in results.items() if _at(t, row) and t.steps == plan.steps and r["curve"]]
+            means = zip(*([loss for _, loss in curve] for curve in curves), strict=True)
+            shown = list(zip([step for step, _ in curves[0]], map(statistics.fmean, means), strict=True))
+            shown = shown[len(shown) // 3 :]
+            shorter = [point for point in points if point[0] != plan.steps]
+            has_stars = has_stars or bool(shorter)
+            drawn += [loss for _, loss in shorter]
+            for point in shorter:
+                axes.plot(*point, color=COLOURS[row.arm], marker="*", markersize=9)
+        else:
+            shown = points
+            if row.arm == BASELINE:
+                axes.axhline(row.loss.mean, color=COLOURS[row.arm], linestyle=":")
         label = f"{ARMS[row.arm].label}\nlr {ARMS[row.arm].adamw_rate(row.lr):.3g}: {row.loss.mean:.3f}"
-        (lines[label],) = axes.plot(steps, means[first:], color=COLOURS[row.arm], marker="o", markersize=3)
-        drawn += means[first:]
-        for length in sorted({t.steps for t in results if _at(t, row) and t.steps != plan.steps}):
-            ends = [r["final_validation_loss"] for t, r in results.items() if _at(t, row) and t.steps == length]
-            axes.plot(length, statistics.fmean(ends), color=COLOURS[row.arm], marker="*", markersize=9)
-            drawn.append(statistics.fmean(ends))
-    has_stars = any(_at(t, row) and t.steps != plan.steps for t in results for row in rows)
-    step_axis(axes, "optimizer step" + " (stars: the end of shorter complete decays)" * has_stars)
+        mark = {"marker": "o", "markersize": 3} if has_curves else {"marker": "*", "markersize": 9}
+        (lines[label],) = axes.plot(*zip(*shown, strict=True), color=COLOURS[row.arm], **mark)
+        drawn += [loss for _, loss in shown]
+    of = "shorter complete decays" if has_curves else "complete decays"
+    step_axis(axes, "optimizer step" + f" (stars: the end of {of})" * has_stars)
     axes.set_ylabel(_LOSS)
     axes.set_title(f"{title}: best learning rate of each optimizer")
     scale_y(axes, [loss for loss in drawn if math.isfinite(loss)], log=False)
     finish_lines(axes, lines)
     save(figure, path)
+
+
+def _ends(results: Results, row: ArmResult) -> list[tuple[int, float]]:
+    """(steps, final loss averaged over seeds) of an arm's runs of each length, at its best learning rate."""
+    found: dict[int, list[float]] = {}
+    for trial, result in results.items():
+        if _at(trial, row) and result["diverged"] is None:
+            found.setdefault(trial.steps, []).append(result["final_validation_loss"])
+    return [(steps, statistics.fmean(found[steps])) for steps in sorted(found)]
 
 
 def sweeps(results: Results, plan: Plan, title: str, path: Path) -> None:
@@ -104,11 +124,6 @@ def sweeps(results: Results, plan: Plan, title: str, path: Path) -> None:
     show_coinciding(axes.lines)
     figure.legend(loc="outside right center", fontsize=8, frameon=False)
     save(figure, path)
-
-
-def is_in_losses(trial: Trial, rows: Sequence[ArmResult], plan: Plan) -> bool:
-    """Whether `losses` draws the trial's curve, unless it diverged."""
-    return trial.steps == plan.steps and any(_at(trial, row) for row in rows)
 
 
 def _at(trial: Trial, row: ArmResult) -> bool:

@@ -226,18 +226,15 @@ def write(results: Results, run: RunConfig, plan: Plan, folder: Path, *, publish
     rows = arm_results(read, plan)
     text = table(rows, read, plan)
     changes = ablation_table(read, plan, {row.arm: row.lr for row in rows})
-    title = f"LLaMA of {next(r['parameters'] for r in results.values() if r['diverged'] is None) / 1e6:.1f}M parameters"
+    size = next(r["parameters"] for r in results.values() if r["diverged"] is None) / 1e6
+    title = f"LLaMA of {size:.1f}M parameters, {plan.warmup:.0%} warm-up"
     if published:
         write_csv(results, DOCS / f"{run.name}.csv")
-    drawn = [result for trial, result in results.items() if plots.is_in_losses(trial, rows, plan)]
-    drawable = all(result["curve"] for result in drawn if result["diverged"] is None)
     for target in (folder, DOCS) if published else (folder,):
-        if drawable:
-            plots.losses(results, rows, plan, title, target / f"{run.name}.png")
+        plots.losses(results, rows, plan, title, target / f"{run.name}.png")
         plots.sweeps(results, plan, title, target / f"{run.name}_sweep.png")
     (folder / "table.md").write_text(text + "\n", encoding="utf-8")
     if published:
         write_between(ROOT / "docs/evidence.md", f"{run.name} results", text)
         write_between(ROOT / "docs/evidence.md", f"{run.name} ablations", changes)
-    note = "" if drawable else f"; {run.name}.png is as it was: the CSV has no curves of its runs"
-    return f"{text}\n\n{changes}\n\nwritten to {folder}{note}"
+    return f"{text}\n\n{changes}\n\nwritten to {folder}"

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from ds_blockwise.blocks.defaults import ADAMW_RATE
+from ds_blockwise.blocks.settings.defaults import ADAMW_RATE
 
 WARMUP_SHARE = 0.05
 MIN_LR_SHARE = 0.05  # the paper's: every block decays to one twentieth of the base learning rate

@@ -23,7 +23,7 @@ from torch import nn
 from benchmarks.costs.telemetry import model_of
 from benchmarks.provenance import PROVENANCE, ROOT, provenance, read_csv, write_between, write_csv
 from ds_blockwise import BlockwiseAdamW, BlockwiseCosineLR, tag_parameters
-from ds_blockwise.blocks.transfer import TRANSFER_RULES
+from ds_blockwise.blocks.settings.transfer import TRANSFER_RULES
 
 CSV = ROOT / "docs/compare/widths.csv"
 BASE_WIDTH = 64

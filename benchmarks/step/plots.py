@@ -40,19 +40,19 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         path: PNG file to write.
     """
     layouts = [layout for layout in LAYOUT_NAMES if any(row["layout"] == layout for row in rows)]
-    figure, panels = new_figure(7.5 * len(layouts), 5.6, 1, len(layouts), sharey=True)
+    figure, panels = new_figure(9.5, 5.0 * len(layouts), len(layouts), 1, sharey=True)
     drawn = []
     for axes, layout in zip(panels, layouts, strict=True):
         drawn.append(_panel(axes, [row for row in rows if row["layout"] == layout and row["median_ms"]]))
         axes.set_title(LAYOUT_NAMES[layout])
-    panels[0].set_ylabel("nanoseconds per parameter")
+        axes.set_ylabel("nanoseconds per parameter")
     shown = [row for row in rows if row["contender"] in CONTENDERS and row["median_ms"]]
     spreads = [float(row[key]) * 1e6 / int(row["parameters"]) for row in shown for key in ("p20_ms", "p80_ms")]
     scale_y(panels[0], spreads, log=True)
     for axes, lines in zip(panels, drawn, strict=True):
         finish_lines(axes, lines)
     where = rows[0]["gpu"] if rows[0]["device"] == "cuda" else f"{rows[0]['cpu']}, {rows[0]['cores']} cores"
-    figure.suptitle(f"One optimizer step, fp32, {where}; median, bars from the 20th to the 80th percentile")
+    figure.suptitle(f"One optimizer step, fp32, {where}\nmedian, bars from the 20th to the 80th percentile")
     save(figure, path)
 
 

@@ -41,6 +41,16 @@ ROLE_MEANING: dict[Role, str] = {
 """One line on each role, for a user who has to choose one."""
 
 
+NormPlace = Literal["norm_in", "norm_out", "norm_qk"]
+"""Where a norm stands. Its role is ``norm`` and its block type ``norm`` in any case; settings may name the place."""
+
+NORM_PLACE_MEANING: dict[str, str] = {
+    "norm_in": "a norm whose output the projections of attention, an FFN or the output layer take (pre-norm)",
+    "norm_out": "a norm on what attention or an FFN computed, before it is added to the residual stream (post-norm)",
+    "norm_qk": "a norm on queries or keys",
+}
+NORM_PLACES: tuple[NormPlace, ...] = ("norm_in", "norm_out", "norm_qk")
+
 BlockType = Literal["emb", "head", "qk", "ffn", "vo", "norm", "other"]
 BLOCK_TYPES: tuple[BlockType, ...] = ("emb", "head", "qk", "ffn", "vo", "norm", "other")
 

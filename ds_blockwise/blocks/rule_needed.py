@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 
-from ds_blockwise.blocks.roles import ROLE_MEANING, Role
+from ds_blockwise.blocks.roles import NORM_PLACE_MEANING, ROLE_MEANING, Role
 
 CHOOSE = "?"
 """Stands in a proposed rule for what the user has to choose. No setting allows it, so that a rule which is pasted
@@ -22,6 +22,8 @@ ROLE_CHOICES: dict[str, str] = {
     "qkv": 'rows of several of these in one weight; give "layout", "num_heads" and "num_kv_heads" beside it',
 }
 """The roles that a rule may give, with one line on each."""
+NORM_CHOICES: dict[str, str] = {**NORM_PLACE_MEANING, Role.NORM.value: "a norm that the settings of no place are for"}
+"""What a rule may say of a norm whose place has to be known, likewise."""
 
 
 def exact_pattern(fqn: str) -> str:

@@ -23,7 +23,9 @@ from ds_blockwise.blocks.ranges import (
     runs_of_range,
     tensor_split_blocks,
 )
+from ds_blockwise.blocks.settings.update_settings import UpdateSettings
 from ds_blockwise.blocks.spec import BlockPart, BlockSpec
+from ds_blockwise.blocks.table_runs import BetaGroup, MultiplierRun, TableRun
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,57 +55,6 @@ class Placement:
 
 
 @dataclass(frozen=True, slots=True)
-class TableRun:
-    """A `ranges.Run` with its multipliers; its ``block`` is a slot of the local block vector."""
-
-    start: int
-    count: int
-    numel: int
-    block: int
-    repeat: int
-    repeat_stride: int
-    block_stride: int
-    lr_multiplier: float
-    weight_decay_multiplier: float
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """``(repeat, count, numel)``."""
-        return (self.repeat, self.count, self.numel)
-
-    def of(self, flat: torch.Tensor) -> torch.Tensor:
-        """View of the run's elements in a contiguous 1-D tensor, shape ``(repeat, count, numel)``."""
-        return flat.as_strided(self.shape, (self.repeat_stride, self.numel, 1), flat.storage_offset() + self.start)
-
-    def blocks_of(self, values: torch.Tensor) -> torch.Tensor:
-        """View of the run's values in a contiguous vector of block values, shape ``(repeat or 1, count, 1)``."""
-        repeat = self.repeat if self.block_stride else 1
-        return values.as_strided(
-            (repeat, self.count, 1), (self.block_stride, 1, 1), values.storage_offset() + self.block
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class MultiplierRun:
-    """Elements that share their multipliers, of one or several blocks; input of the element-wise update."""
-
-    start: int
-    count: int
-    repeat: int
-    repeat_stride: int
-    lr_multiplier: float
-    weight_decay_multiplier: float
-
-    def of(self, flat: torch.Tensor) -> torch.Tensor:
-        """View of the run's elements in a contiguous 1-D tensor, shape ``(repeat, count)``."""
-        return flat.as_strided(
-            (self.repeat, self.count),
-            (self.repeat_stride, 1),
-            flat.storage_offset() + self.start,
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class Slots:
     """The index tensors of a table on one device; see `SegmentTable` for what they mean."""
 
@@ -122,7 +73,7 @@ class SegmentTable:
         placements: the parameters in it, in storage order.
         runs: segments with their slots in the block vector; together they cover every non-padding element once. Empty
             if second moments are element-wise.
-        multiplier_runs: the same elements, merged where multipliers agree.
+        multiplier_runs: the same elements, merged where settings agree.
         num_blocks: length of this rank's block vector (``exp_avg_sq`` of Adam-mini): one slot per block with local
             elements, one per element of element-wise parts.
         slot_numel: fp64, shape ``(num_slots,)``: elements of each slot's block in the unsharded tensor. Slots from
@@ -157,6 +108,30 @@ class SegmentTable:
             run.of(elements).fill_(False)
             run.blocks_of(values).fill_(False)
         return elements.nonzero().view(-1), values.nonzero().view(-1)
+
+    @functools.cached_property
+    def moves(self) -> bool:
+        """Whether a multiplier in it changes over the run."""
+        return any(run.update.moves for run in self.multiplier_runs)
+
+    @functools.cached_property
+    def beta_groups(self) -> tuple[BetaGroup, ...]:
+        """The elements by their betas: one group with everything where all betas are the param group's."""
+        updates = {(run.update.beta1, run.update.beta2): run.update for run in self.multiplier_runs}
+        if not any(update.has_betas for update in updates.values()):
+            return (BetaGroup(UpdateSettings(1.0), slice(None), slice(None)),)
+        numbers = torch.arange(self.numel)
+        slots = torch.arange(self.num_blocks)
+        found = []
+        for betas, update in updates.items():
+            runs = [run for run in self.multiplier_runs if (run.update.beta1, run.update.beta2) == betas]
+            elements = torch.cat([run.of(numbers).reshape(-1) for run in runs])
+            values = elements
+            if self.shares_second_moment:
+                blocks = [run for run in self.runs if (run.update.beta1, run.update.beta2) == betas]
+                values = torch.tensor(sorted({int(s) for run in blocks for s in run.blocks_of(slots).flatten()}))
+            found.append(BetaGroup(update, elements, values))
+        return tuple(found)
 
     def on(self, device: torch.device) -> Slots:
         """Its index tensors on a device, copied there once, so that a step never waits for the host."""
@@ -266,8 +241,7 @@ class _SlotBuilder:
                 run.repeat,
                 run.repeat_stride,
                 run.block_stride,
-                part.lr_multiplier,
-                part.weight_decay_multiplier,
+                part.update,
             )
         )
 
@@ -367,22 +341,14 @@ def same_windows(placements: Sequence[Placement]) -> bool:
 def _merge_multipliers(runs: Sequence[TableRun]) -> list[MultiplierRun]:
     merged: list[MultiplierRun] = []
     for run in runs:
-        new = MultiplierRun(
-            run.start,
-            run.count * run.numel,
-            run.repeat,
-            run.repeat_stride,
-            run.lr_multiplier,
-            run.weight_decay_multiplier,
-        )
+        new = MultiplierRun(run.start, run.count * run.numel, run.repeat, run.repeat_stride, run.update)
         last = merged[-1] if merged else None
         if (
             last is not None
             and last.repeat == new.repeat
             and last.repeat_stride == new.repeat_stride
             and last.start + last.count == new.start
-            and last.lr_multiplier == new.lr_multiplier
-            and last.weight_decay_multiplier == new.weight_decay_multiplier
+            and last.update == new.update
         ):
             merged[-1] = replace(last, count=last.count + new.count)
         else:

@@ -11,11 +11,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ds_blockwise.blocks.block_settings import BlockSettings, Resolved, Rule
-from ds_blockwise.blocks.defaults import HEAD_ROLES, NOT_ORTHOGONALIZED, Granularity, Orthogonalize
 from ds_blockwise.blocks.ranges import AxisSpan, Batch
 from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, BlockType, Role
 from ds_blockwise.blocks.rule_needed import CHOOSE, RuleNeeded
+from ds_blockwise.blocks.settings.block_settings import BlockSettings, Resolved
+from ds_blockwise.blocks.settings.defaults import HEAD_ROLES, NOT_ORTHOGONALIZED, Granularity, Orthogonalize
+from ds_blockwise.blocks.settings.rules import Rule
+from ds_blockwise.blocks.settings.update_settings import UpdateSettings
 from ds_blockwise.blocks.structure import RoleSpan, TensorStructure
 
 STATE_BYTES_PER_VALUE = 4  # exp_avg and exp_avg_sq are fp32 unless momentum_dtype says otherwise
@@ -34,8 +36,7 @@ class BlockPart:
     role: Role
     block_type: BlockType
     granularity: Granularity
-    lr_multiplier: float
-    weight_decay_multiplier: float
+    update: UpdateSettings
     rows_per_block: int
     first_block: int
     orthogonalize: Orthogonalize | None = None
@@ -147,8 +148,7 @@ def apply_settings(structure: TensorStructure, block_settings: BlockSettings) ->
                 span.role,
                 BLOCK_TYPE_OF[span.role],
                 granularity,
-                settings.lr_multiplier,
-                settings.weight_decay_multiplier,
+                settings.update,
                 rows,
                 first,
                 how,
@@ -187,8 +187,10 @@ def resolved(structure: TensorStructure, role: Role, block_settings: BlockSettin
     Raises:
         RuleNeeded: as `BlockSettings.resolve` and `Transfer.factor`.
     """
-    found = block_settings.resolve(structure.fqn, role, structure.is_bias, structure.other_names)
-    return replace(found, lr_multiplier=found.lr_multiplier * transfer_factor(structure, role, block_settings))
+    place = structure.norm_place
+    found = block_settings.resolve(structure.fqn, role, structure.is_bias, structure.other_names, place)
+    factor = transfer_factor(structure, role, block_settings)
+    return replace(found, update=found.update.with_lr_times(factor))
 
 
 def transfer_factor(structure: TensorStructure, role: Role, block_settings: BlockSettings) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from ds_blockwise.blocks.roles import QKV_LAYOUT_MEANING, QKVLayout, Role
+from ds_blockwise.blocks.roles import QKV_LAYOUT_MEANING, NormPlace, QKVLayout, Role
 from ds_blockwise.blocks.rule_needed import CHOOSE, RuleNeeded
 
 
@@ -65,6 +65,7 @@ class TensorStructure:
             then is a dimension of these three.
         is_factor: rows and columns are not the layer's own: a factor of a low-rank adapter.
         fused_parts: equal parts of the block axis that are matrices of their own: 2 for a fused gate and up.
+        norm_place: where a norm stands; None: it is no norm, or that is not known.
         other_names: further names that the user's rules may match: those of a tied weight, those of the module tree
             behind a host's own.
         width: of the residual stream that a matrix reads or writes (`transfer`); None if it is not known.
@@ -81,6 +82,7 @@ class TensorStructure:
     is_factor: bool = field(default=False, compare=False)
     fused_parts: int = field(default=1, compare=False)
     width: int | None = field(default=None, compare=False)
+    norm_place: NormPlace | None = None
 
     def __post_init__(self) -> None:
         at = 0

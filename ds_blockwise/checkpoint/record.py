@@ -15,12 +15,14 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from ds_blockwise.blocks.auto_settings import AUTO
-from ds_blockwise.blocks.block_settings import BlockSettings, Rule
-from ds_blockwise.blocks.defaults import DEFAULT_GRANULARITY, LR_PRESETS
 from ds_blockwise.blocks.ranges import TensorShard
 from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, Role
 from ds_blockwise.blocks.segment_table import Placement, SegmentTable, build_table
+from ds_blockwise.blocks.settings.auto_settings import AUTO
+from ds_blockwise.blocks.settings.block_settings import BlockSettings
+from ds_blockwise.blocks.settings.defaults import DEFAULT_GRANULARITY, LR_PRESETS
+from ds_blockwise.blocks.settings.rules import Rule
+from ds_blockwise.blocks.settings.update_settings import MovingMultiplier, UpdateSettings
 from ds_blockwise.blocks.spec import BlockPart, BlockSpec
 from ds_blockwise.blocks.structure import RoleSpan, TensorStructure
 from ds_blockwise.checkpoint.record_check import check_record, check_run_record
@@ -80,6 +82,11 @@ class Recorded(Protocol):
     @property
     def param_groups(self) -> list[ParamGroup]:
         """As ``torch.optim.Optimizer`` has them."""
+        ...
+
+    @property
+    def cautious_weight_decay(self) -> bool:
+        """The setting ``cautious_weight_decay``."""
         ...
 
     def placements_in(self, tensor: torch.Tensor) -> tuple[Placement, ...] | None:
@@ -153,15 +160,20 @@ def settings_of(optimizer: Recorded) -> Settings:
         settings["own"] = {name: getattr(optimizer, name) for name in optimizer.own_settings}
     if given.transfer is not None:
         settings["transfer"] = asdict(given.transfer)
+    if given.betas_by_type:
+        settings["betas_by_type"] = {key: list(betas) for key, betas in given.betas_by_type.items()}
+    if optimizer.cautious_weight_decay:
+        settings["cautious_weight_decay"] = True
     if (run := optimizer.run_state()) is not None:
         settings["run"] = run
     return settings
 
 
 def _packed_multipliers(given: BlockSettings, present: Mapping[str, float]) -> dict[str, object]:
+    fixed = {key: _plain(value) for key, value in given.lr_multipliers.items()}
     if given.auto is not None:  # what was measured is no setting; it is part of "run"
-        return {AUTO: asdict(given.auto), **given.lr_multipliers}
-    return {**LR_PRESETS[given.preset], **given.lr_multipliers, **present}
+        return {AUTO: asdict(given.auto), **fixed}
+    return {**LR_PRESETS[given.preset], **fixed, **present}
 
 
 def _packed_group(group: ParamGroup) -> PackedGroup:
@@ -177,7 +189,14 @@ def _packed_group(group: ParamGroup) -> PackedGroup:
 def _packed_rule(rule: Rule) -> dict[str, object]:
     # whether a rule has to match says nothing about the model that was trained
     values = {f.name: getattr(rule, f.name) for f in fields(rule) if f.name != "optional"}
-    return {k: v.value if isinstance(v, Role) else v for k, v in values.items() if v is not None}
+    return {k: _plain(v) for k, v in values.items() if v is not None}
+
+
+def _plain(value: object) -> object:
+    """The value of a setting as a JSON has it."""
+    if isinstance(value, MovingMultiplier):
+        return value.packed()
+    return value.value if isinstance(value, Role) else list(value) if isinstance(value, tuple) else value
 
 
 def _digest(specs: Mapping[str, BlockSpec]) -> str:
@@ -204,8 +223,8 @@ def _packed_spec(spec: BlockSpec) -> PackedMatrices:
                 part.role.value,
                 span.head_rows,
                 part.granularity,
-                part.lr_multiplier,
-                part.weight_decay_multiplier,
+                part.update.lr_multiplier,
+                part.update.weight_decay_multiplier,
                 part.rows_per_block,
                 part.first_block,
             ]
@@ -286,7 +305,8 @@ def spec_of(record: PortableRecord, fqn: str) -> BlockSpec:
     for start, end, role_name, head_rows, granularity, lr, weight_decay, rows, first in packed["parts"]:
         role = Role(role_name)
         spans.append(RoleSpan(start, end, role, head_rows))
-        parts.append(BlockPart(start, end, role, BLOCK_TYPE_OF[role], granularity, lr, weight_decay, rows, first))
+        update = UpdateSettings(lr, weight_decay)  # of the start; the settings in the record say what else there was
+        parts.append(BlockPart(start, end, role, BLOCK_TYPE_OF[role], granularity, update, rows, first))
     matrices = None
     if "matrices" in packed:
         count, rows, columns = packed["matrices"]

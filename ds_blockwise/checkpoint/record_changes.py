@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ds_blockwise.blocks.defaults import ADAMW_RATE, UNITS
+from ds_blockwise.blocks.settings.defaults import ADAMW_RATE, UNITS
 from ds_blockwise.checkpoint.record_types import Settings
 
 _BEFORE_PRESETS = "paper"  # of records without the key "preset"
@@ -19,9 +19,12 @@ def differences(saved: Settings, own: Settings) -> list[str]:
     lines: list[str] = []
     for key in ("optimizer", "momentum_dtype"):
         lines += _changed(key, saved.get(key), own.get(key))
+    cautious = [settings.get("cautious_weight_decay", False) for settings in (saved, own)]
+    lines += _changed("cautious_weight_decay", *cautious)
     lines += _changed_multipliers(saved, own)
     by_name: dict[str, tuple[Mapping[str, object], Mapping[str, object]]] = {
         "weight_decay_multipliers": (saved.get("weight_decay_multipliers", {}), own["weight_decay_multipliers"]),
+        "betas_by_type": (saved.get("betas_by_type", {}), own.get("betas_by_type", {})),
         "granularity": (saved.get("granularity", {}), own["granularity"]),
     }
     for key, (was, now) in by_name.items():

@@ -11,8 +11,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from ds_blockwise.blocks.defaults import GRANULARITIES
 from ds_blockwise.blocks.roles import Role
+from ds_blockwise.blocks.settings.defaults import GRANULARITIES
 from ds_blockwise.checkpoint.record_types import (
     PackedMatrices,
     PackedPlacement,

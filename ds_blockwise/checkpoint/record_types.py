@@ -73,6 +73,8 @@ class _Settings(TypedDict, total=False):  # a record of an earlier version may l
     own: dict[str, object]
     lr_multipliers: dict[str, object]
     weight_decay_multipliers: dict[str, float]
+    betas_by_type: dict[str, list[float | None]]
+    cautious_weight_decay: bool
     granularity: dict[str, str]
     rules: list[dict[str, object]]
     momentum_dtype: str

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ds_blockwise.blocks.block_settings import BlockSettings
+from ds_blockwise.blocks.settings.block_settings import BlockSettings
 from ds_blockwise.cli.models import MODEL_HELP, load_model
 from ds_blockwise.cli.progress import add_quiet
 from ds_blockwise.hosts.deepspeed.config.check import json_mistakes
@@ -94,7 +94,7 @@ def block_settings(optimizer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_optimizer_settings(path: Path) -> dict[str, Any]:
-    """Read the block settings (multipliers, granularity, rules) from a DeepSpeed JSON.
+    """Read the block settings (multipliers, betas, granularity, rules) from a DeepSpeed JSON.
 
     Raises:
         ValueError: every mistake in the JSON, no optimizer of ours, or an unknown key.

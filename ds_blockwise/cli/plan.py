@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--nodes", type=_count, help="default: the run file's cluster.nodes; of a folder: the largest")
     parser.add_argument("--gpus-per-node", type=_count, help="default: the run file's")
-    parser.add_argument("--gpu", help="default: the run file's cluster.gpu")
+    parser.add_argument("--gpu", help="such as h100-80g; default: the run file's cluster.gpu")
     add_overrides(parser)
     parser.add_argument("--deepspeed-config", type=Path, metavar="JSON", help="use it instead of the run file's")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -46,15 +46,25 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def short_count(parameters: int) -> str:
+    """The size of a model as people say it: in billions from 0.1B on, in millions below."""
+    return f"{parameters / 1e9:.2f}B" if parameters >= 1e8 else f"{parameters / 1e6:.3g}M"
+
+
 def run_plan(args: argparse.Namespace) -> tuple[str, int]:
     """Plan, draw, and return the text to print with the exit status."""
     with needs("launch", "`ds-blockwise plan`"):
-        from ds_blockwise.runs.plan import make_plan
+        from ds_blockwise.runs.plan import GPUS, make_plan
         from ds_blockwise.runs.plan_files import choose_run, plan_over_nodes, read_runs
         from ds_blockwise.runs.plan_table import plan_table
     runs = read_runs(args.run_file, args.set, args.deepspeed_config)
     run = choose_run(runs, args.nodes)
     gpus, gpu = args.gpus_per_node or run.cluster.gpus_per_node, args.gpu or run.cluster.gpu
+    if not gpu:
+        raise ValueError(
+            f"{run.file} names no GPU, as a run on CPUs: say which one to plan for, such as --gpu h100-80g, or set "
+            f"cluster.gpu; allowed: {', '.join(GPUS)}"
+        )
     plan = make_plan(run, _held(run), args.nodes or run.cluster.nodes, gpus, gpu)
     over_nodes = plan_over_nodes(runs, run, _held, gpus, gpu)
     path = Path("plan.png") if args.plot is None else args.plot
@@ -62,7 +72,7 @@ def run_plan(args: argparse.Namespace) -> tuple[str, int]:
     if drawn:
         with needs("launch", "the figure"):
             from ds_blockwise.runs.plan_plot import plot_plans
-        size = f"{run.shape.count_parameters() / 1e9:.2f}B parameters"
+        size = f"{short_count(run.shape.count_parameters())} parameters"
         plot_plans(over_nodes, f"{run.name}, {size}, batch {run.training.global_batch_size}, {gpu}", path)
     if args.json:
         found = {"run": run.name, "plan": plan.to_dict(), "over_nodes": [p.to_dict() for p in over_nodes]}

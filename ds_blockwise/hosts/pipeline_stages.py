@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ds_blockwise.blocks.block_settings import BlockSettings
+from ds_blockwise.blocks.settings.block_settings import BlockSettings
 from ds_blockwise.blocks.tagged_parameter import is_tagged
 from ds_blockwise.parallel.agree import gather
 
@@ -56,11 +56,7 @@ def tied_copy(
         return TiedCopy((name, tuple(ranks)), fqn, "frozen", "frozen")
     spec, shard = param.block_spec, param.block_shard
     parts = ", ".join(
-        dict.fromkeys(
-            f"{part.role.value} (lr x{part.lr_multiplier:g}, weight decay x{part.weight_decay_multiplier:g}, "
-            f"granularity {part.granularity})"
-            for part in spec.parts
-        )
+        dict.fromkeys(f"{part.role.value} ({part.update}, granularity {part.granularity})" for part in spec.parts)
     )
     facts = repr((spec.structure.stored_shape, spec.axis, spec.parts, None if shard is None else shard.chunks))
     shown = "".join(f", {key} {value}" for key, value in settings.items())

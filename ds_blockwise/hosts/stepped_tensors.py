@@ -127,7 +127,8 @@ def check_agreement(
         ValueError: on every rank, if any two peers differ.
     """
     settings = [
-        (group["lr"], tuple(group["betas"]), group["eps"], group["weight_decay"]) for group in optimizer.param_groups
+        (group["lr"], tuple(group["betas"]), group["eps"], group["weight_decay"], optimizer.cautious_weight_decay)
+        for group in optimizer.param_groups
     ]
     kernels = sorted({binding.kernels.name for binding in optimizer.bindings()})
     for what, group, of_shards in (("data", data_peers, True), ("tensor", tensor_peers, False)):

@@ -16,9 +16,10 @@ import torch
 
 from ds_blockwise.blocks.segment_table import SegmentTable
 from ds_blockwise.kernels.update import (
+    Rates,
     block_sums,
     decay_,
-    denominator,
+    denominators,
     step_,
     update_exp_avg_,
     update_exp_avg_sq_,
@@ -55,6 +56,8 @@ class Hyper:
         beta2: decay rate of the second moment.
         eps: added to the root of the second moment.
         weight_decay: before the weight decay multiplier.
+        progress: how much of the schedule's decay is done, from 0 to 1; read by multipliers that move.
+        cautious: weight decay only where it agrees with the update: see `ds_blockwise.kernels.update.decay_`.
     """
 
     lr: float | torch.Tensor
@@ -63,6 +66,8 @@ class Hyper:
     beta2: float
     eps: float
     weight_decay: float
+    progress: float = 0.0
+    cautious: bool = False
 
 
 @dataclass(slots=True)
@@ -166,16 +171,16 @@ class ReferenceKernels(Kernels):
             sums = block_sums(grad, table, square=True) if item.sums is None else item.sums
             update_second_moment_(exp_avg_sq, sums, table, beta2=beta2)
         else:
-            update_exp_avg_sq_(exp_avg_sq, grad, beta2=beta2)
+            update_exp_avg_sq_(exp_avg_sq, grad, table, beta2=beta2)
 
     def _update_param(self, item: Item, param: torch.Tensor) -> None:
         assert item.grad is not None
         hyper, table, step = item.hyper, item.table, int(item.state["step"])
-        lr, lr_floor = float(hyper.lr), hyper.lr_floor
-        exp_avg = update_exp_avg_(item.state["exp_avg"].view(-1), item.grad.view(-1), beta1=hyper.beta1)
-        decay_(param, table, lr=lr, lr_floor=lr_floor, weight_decay=hyper.weight_decay)
-        denom = denominator(item.state["exp_avg_sq"].view(-1), step=step, beta2=hyper.beta2, eps=hyper.eps)
-        step_(param, exp_avg, denom, table, lr=lr, lr_floor=lr_floor, bias_correction1=1 - hyper.beta1**step)
+        rates: Rates = {"lr": float(hyper.lr), "lr_floor": hyper.lr_floor, "progress": hyper.progress}
+        exp_avg = update_exp_avg_(item.state["exp_avg"].view(-1), item.grad.view(-1), table, beta1=hyper.beta1)
+        decay_(param, exp_avg, table, weight_decay=hyper.weight_decay, cautious=hyper.cautious, **rates)
+        denom = denominators(item.state["exp_avg_sq"].view(-1), table, step=step, beta2=hyper.beta2, eps=hyper.eps)
+        step_(param, exp_avg, denom, table, step=step, beta1=hyper.beta1, **rates)
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

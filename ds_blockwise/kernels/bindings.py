@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.segment_table import Placement, SegmentTable, build_table
+from ds_blockwise.blocks.settings.block_settings import BlockSettings
 from ds_blockwise.blocks.spec import resolved
 from ds_blockwise.kernels.base import Item, Kernels
 from ds_blockwise.kernels.tensor_checks import check_bindable
@@ -125,6 +125,11 @@ class Bindings:
         return sorted(work, key=lambda w: order[id(w.binding.tensor)])
 
     @property
+    def moves(self) -> bool:
+        """Whether a multiplier in what is bound changes over the run."""
+        return any(b.table.moves for b in self)
+
+    @property
     def lr_multipliers(self) -> dict[str, float]:
         """The multipliers that replace those of the settings, by block type or role; empty if none do."""
         return dict(self._lr_multipliers or {})
@@ -155,10 +160,10 @@ class Bindings:
 
 def _with_multipliers(placement: Placement, settings: BlockSettings) -> Placement:
     spec = placement.spec
-    rates = [resolved(spec.structure, p.role, settings).lr_multiplier for p in spec.parts]
-    if rates == [part.lr_multiplier for part in spec.parts]:
+    updates = [resolved(spec.structure, p.role, settings).update for p in spec.parts]
+    if updates == [part.update for part in spec.parts]:
         return placement
-    parts = tuple(replace(part, lr_multiplier=rate) for part, rate in zip(spec.parts, rates, strict=True))
+    parts = tuple(replace(part, update=update) for part, update in zip(spec.parts, updates, strict=True))
     return replace(placement, spec=replace(spec, parts=parts))
 
 

@@ -29,10 +29,16 @@ NO_HYPER = Hyper(0.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 """Of tensors that only take part in reductions."""
 
 
-def hyper_of(group: Mapping[str, Any]) -> Hyper:
-    """The settings of a param group as kernels see them."""
+def hyper_of(group: Mapping[str, Any], *, cautious: bool = False) -> Hyper:
+    """The settings of a param group as kernels see them.
+
+    Args:
+        group: the param group.
+        cautious: the optimizer's ``cautious_weight_decay``.
+    """
     lr, (beta1, beta2) = group["lr"], group["betas"]
-    return Hyper(lr, lr_floor_of(group), beta1, beta2, group["eps"], group["weight_decay"])
+    progress = progress_of(group) or 0.0
+    return Hyper(lr, lr_floor_of(group), beta1, beta2, group["eps"], group["weight_decay"], progress, cautious)
 
 
 def set_lr(group: ParamGroup, lr: float, lr_floor: float) -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.roles import Role
 from ds_blockwise.blocks.segment_table import Placement, SegmentTable, build_table
+from ds_blockwise.blocks.settings.block_settings import BlockSettings
 from ds_blockwise.blocks.spec import apply_settings
 from ds_blockwise.blocks.structure import RoleSpan, TensorStructure
 from ds_blockwise.kernels.base import Hyper, Item, Kernels, ReferenceKernels, StepState

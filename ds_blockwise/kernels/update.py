@@ -3,16 +3,25 @@
 
 Tensors are positional and 1-D contiguous; scalars are keyword-only. Nothing here knows optimizers, groups or ranks.
 AdamW: arXiv 1711.05101, algorithm 2. One second moment per block: arXiv 2406.16793, algorithm 1.
-Learning rate per block type: arXiv 2502.19002, section 5.
+Learning rate per block type: arXiv 2502.19002, section 5. Cautious weight decay: arXiv 2510.12402, algorithm 1.
 """
 
 from __future__ import annotations
 
 import math
+from typing import TypedDict
 
 import torch
 
 from ds_blockwise.blocks.segment_table import SegmentTable
+
+
+class Rates(TypedDict):
+    """What a block's learning rate is made of; see `block_lr` and `UpdateSettings.lr_multiplier_at`."""
+
+    lr: float
+    lr_floor: float
+    progress: float
 
 
 def block_lr(multiplier: float, *, lr: float, lr_floor: float) -> float:
@@ -52,33 +61,42 @@ def update_second_moment_(exp_avg_sq: torch.Tensor, sums: torch.Tensor, table: S
     Args:
         exp_avg_sq: shape ``(num_blocks,)``, changed in place.
         sums: fp64, shape ``(num_slots,)``: sums of squares over the whole, unsharded blocks.
-        table: gives the blocks' sizes.
-        beta2: decay rate of the second moment.
+        table: gives the blocks' sizes, and their own betas where they have any.
+        beta2: decay rate of the second moment in this param group.
     """
     numel = table.on(sums.device).slot_numel[: table.num_blocks]
     mean = (sums[: table.num_blocks] / numel).to(exp_avg_sq.dtype)
-    exp_avg_sq.mul_(beta2).add_(mean, alpha=1 - beta2)
+    for group in table.beta_groups:
+        rate = group.update.beta2_or(beta2)
+        values = exp_avg_sq[group.values]
+        exp_avg_sq[group.values] = values.mul_(rate).add_(mean[group.values], alpha=1 - rate)
 
 
-def update_exp_avg_sq_(exp_avg_sq: torch.Tensor, grad: torch.Tensor, *, beta2: float) -> None:
+def update_exp_avg_sq_(exp_avg_sq: torch.Tensor, grad: torch.Tensor, table: SegmentTable, *, beta2: float) -> None:
     """``v = beta2 * v + (1 - beta2) * g^2`` element by element, in place; both 1-D, ``exp_avg_sq`` fp32 or fp64."""
     grad = grad.to(exp_avg_sq.dtype)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    for group in table.beta_groups:
+        rate = group.update.beta2_or(beta2)
+        values, part = exp_avg_sq[group.elements], grad[group.elements]
+        exp_avg_sq[group.elements] = values.mul_(rate).addcmul_(part, part, value=1 - rate)
 
 
-def update_exp_avg_(exp_avg: torch.Tensor, grad: torch.Tensor, *, beta1: float) -> torch.Tensor:
+def update_exp_avg_(exp_avg: torch.Tensor, grad: torch.Tensor, table: SegmentTable, *, beta1: float) -> torch.Tensor:
     """``m = beta1 * m + (1 - beta1) * g``, stored in place.
 
     Args:
         exp_avg: 1-D, fp32, fp64 or bf16; changed in place.
         grad: 1-D, any floating dtype.
-        beta1: decay rate of the first moment.
+        table: the tensor's segments, with their own betas where they have any.
+        beta1: decay rate of the first moment in this param group.
 
     Returns:
         The new first moment before it was rounded to the dtype of ``exp_avg`` (``exp_avg`` itself if that is wide).
     """
     wide = exp_avg.to(torch.promote_types(exp_avg.dtype, torch.float32))
-    wide.lerp_(grad.to(wide.dtype), 1 - beta1)
+    for group in table.beta_groups:
+        rate = group.update.beta1_or(beta1)
+        wide[group.elements] = wide[group.elements].lerp_(grad[group.elements].to(wide.dtype), 1 - rate)
     if wide is not exp_avg:
         exp_avg.copy_(wide)
     return wide
@@ -89,27 +107,49 @@ def denominator(exp_avg_sq: torch.Tensor, *, step: int, beta2: float, eps: float
     return (exp_avg_sq.sqrt() / math.sqrt(1 - beta2**step)).add_(eps)
 
 
+def denominators(exp_avg_sq: torch.Tensor, table: SegmentTable, *, step: int, beta2: float, eps: float) -> torch.Tensor:
+    """`denominator` with each block's own beta2; ``beta2`` is the param group's."""
+    found = torch.ones_like(exp_avg_sq)
+    for group in table.beta_groups:
+        rate = group.update.beta2_or(beta2)
+        found[group.values] = denominator(exp_avg_sq[group.values], step=step, beta2=rate, eps=eps)
+    return found
+
+
 def decay_(
     param: torch.Tensor,
+    exp_avg: torch.Tensor,
     table: SegmentTable,
     *,
     lr: float,
     lr_floor: float,
     weight_decay: float,
+    progress: float,
+    cautious: bool,
 ) -> None:
     """Decoupled weight decay with each block's own learning rate, ``p *= 1 - lr_block * weight_decay``, in place.
 
     Args:
         param: 1-D fp32 or fp64, changed in place.
+        exp_avg: the new first moment, like ``param``.
         table: the tensor's segments.
         lr: base learning rate.
         lr_floor: see `block_lr`.
         weight_decay: before the weight decay multiplier.
+        progress: see `UpdateSettings.lr_multiplier_at`.
+        cautious: leave out the elements that the update moves away from zero: those whose ``exp_avg`` has the other
+            sign than they have. (An element of ``exp_avg`` 0 is decayed, as in the paper.)
     """
     for run in table.multiplier_runs:
-        decay = weight_decay * run.weight_decay_multiplier
+        decay = weight_decay * run.update.weight_decay_multiplier
         if decay:
-            run.of(param).mul_(1 - block_lr(run.lr_multiplier, lr=lr, lr_floor=lr_floor) * decay)
+            p, m = run.of(param), run.of(exp_avg)
+            factor = 1 - block_lr(run.update.lr_multiplier_at(progress), lr=lr, lr_floor=lr_floor) * decay
+            if cautious:
+                grows = ((m < 0) & (p > 0)) | ((m > 0) & (p < 0))
+                p.copy_(torch.where(grows, p, p * factor))
+            else:
+                p.mul_(factor)
 
 
 def step_(
@@ -120,9 +160,11 @@ def step_(
     *,
     lr: float,
     lr_floor: float,
-    bias_correction1: float,
+    progress: float,
+    step: int,
+    beta1: float,
 ) -> None:
-    """``p -= lr_block / bias_correction1 * m / denom``, in place.
+    """``p -= lr_block / (1 - beta1^step) * m / denom``, in place.
 
     Args:
         param: 1-D fp32 or fp64, changed in place.
@@ -131,14 +173,20 @@ def step_(
         table: the tensor's segments.
         lr: base learning rate.
         lr_floor: see `block_lr`.
-        bias_correction1: ``1 - beta1^step``.
+        progress: see `UpdateSettings.lr_multiplier_at`.
+        step: updates made, with this one.
+        beta1: decay rate of the first moment in this param group.
     """
     for run, run_denom in table.runs_with(denom):
-        size = block_lr(run.lr_multiplier, lr=lr, lr_floor=lr_floor) / bias_correction1
+        rate = block_lr(run.update.lr_multiplier_at(progress), lr=lr, lr_floor=lr_floor)
+        size = rate / (1 - run.update.beta1_or(beta1) ** step)
         run.of(param).addcdiv_(run.of(exp_avg), run_denom, value=-size)
 
 
-def descend_(param: torch.Tensor, update: torch.Tensor, table: SegmentTable, *, lr: float, lr_floor: float) -> None:
+def descend_(
+    param: torch.Tensor, update: torch.Tensor, table: SegmentTable, *, lr: float, lr_floor: float, progress: float
+) -> None:
     """``p -= lr_block * update``, in place; both 1-D, fp32 or fp64."""
     for run in table.multiplier_runs:
-        run.of(param).sub_(run.of(update), alpha=block_lr(run.lr_multiplier, lr=lr, lr_floor=lr_floor))
+        rate = block_lr(run.update.lr_multiplier_at(progress), lr=lr, lr_floor=lr_floor)
+        run.of(param).sub_(run.of(update), alpha=rate)

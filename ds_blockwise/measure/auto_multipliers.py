@@ -14,9 +14,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypedDict
 
-from ds_blockwise.blocks.auto_settings import AutoMultipliers
-from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.roles import BLOCK_TYPES
+from ds_blockwise.blocks.settings.auto_settings import AutoMultipliers
+from ds_blockwise.blocks.settings.block_settings import BlockSettings
 from ds_blockwise.measure.ratios import multipliers_from_sharpness
 from ds_blockwise.parallel.agree import is_first_rank
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from ds_blockwise.blocks.defaults import DEFAULT_EXPONENT
+from ds_blockwise.blocks.settings.defaults import DEFAULT_EXPONENT
 from ds_blockwise.values import is_finite
 
 

@@ -16,14 +16,15 @@ import torch
 
 from ds_blockwise.blocks.ranges import runs_of_range
 from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, BlockType, Role
-from ds_blockwise.blocks.segment_table import MultiplierRun, Placement, TableRun
+from ds_blockwise.blocks.segment_table import Placement
+from ds_blockwise.blocks.table_runs import MultiplierRun, TableRun
 from ds_blockwise.kernels.bindings import Binding
 from ds_blockwise.parallel.agree import gather
 
 
 @dataclass(frozen=True, slots=True)
 class RolePart:
-    """Elements of one role in one stepped tensor, with their multipliers.
+    """Elements of one role in one stepped tensor, with their settings.
 
     Attributes:
         piece: number of the piece that they belong to, as the sums count.
@@ -194,8 +195,7 @@ def _pieces(placement: Placement, blocks: Iterator[TableRun]) -> list[tuple[_Pie
     by_role: dict[Role, list[_Run]] = {}
     for run in runs_of_range(placement.view(), start, start + placement.numel):
         at, part = placement.flat_start + run.start, spec.parts[run.tag]
-        rates = (part.lr_multiplier, part.weight_decay_multiplier)
-        whole = MultiplierRun(at, run.count * run.numel, run.repeat, run.repeat_stride, *rates)
+        whole = MultiplierRun(at, run.count * run.numel, run.repeat, run.repeat_stride, part.update)
         by_role.setdefault(part.role, []).append((whole, next(blocks, None)))
     shard = 0 if placement.shard is None else placement.shard.rank
     return [

@@ -114,13 +114,19 @@ class _Reader:
 
     def _block_lr(self, part: RolePart) -> float:
         hyper = self._hyper
-        return block_lr(part.elements.lr_multiplier, lr=float(hyper.lr), lr_floor=hyper.lr_floor)
+        return block_lr(self._multiplier(part), lr=float(hyper.lr), lr_floor=hyper.lr_floor)
+
+    def _multiplier(self, part: RolePart) -> float:
+        return part.elements.update.lr_multiplier_at(self._hyper.progress)
+
+    def _correction1(self, part: RolePart) -> float:
+        return 1 - part.elements.update.beta1_or(self._hyper.beta1) ** self._step
 
     def lr(self, part: RolePart) -> float:
         return self._block_lr(part) * part.elements.count * part.elements.repeat
 
     def lr_multiplier(self, part: RolePart) -> float:
-        return part.elements.lr_multiplier * part.elements.count * part.elements.repeat
+        return self._multiplier(part) * part.elements.count * part.elements.repeat
 
     def param(self, part: RolePart) -> torch.Tensor:
         return _squares(part.elements.of(self._param))
@@ -131,12 +137,12 @@ class _Reader:
     def momentum(self, part: RolePart) -> torch.Tensor | None:
         if self._exp_avg is None:
             return None
-        return _squares(part.elements.of(self._exp_avg)) / (1 - self._hyper.beta1**self._step) ** 2
+        return _squares(part.elements.of(self._exp_avg)) / self._correction1(part) ** 2
 
     def second_moment(self, part: RolePart) -> torch.Tensor | None:
         if self._exp_avg_sq is None:
             return None
-        correction = 1 - self._hyper.beta2**self._step
+        correction = 1 - part.elements.update.beta2_or(self._hyper.beta2) ** self._step
         if part.blocks is None or not self._in_blocks:
             return part.elements.of(self._exp_avg_sq).sum(dtype=torch.float64) / correction
         values = part.blocks.blocks_of(self._exp_avg_sq)
@@ -151,8 +157,9 @@ class _Reader:
         else:
             second, first = part.blocks.blocks_of(self._exp_avg_sq), part.blocks.of(self._exp_avg)
         hyper = self._hyper
-        denom = denominator(second, step=self._step, beta2=hyper.beta2, eps=hyper.eps)
-        factor = self._block_lr(part) / (1 - hyper.beta1**self._step)
+        beta2 = part.elements.update.beta2_or(hyper.beta2)
+        denom = denominator(second, step=self._step, beta2=beta2, eps=hyper.eps)
+        factor = self._block_lr(part) / self._correction1(part)
         return _squares(first.to(self._wide) / denom) * factor**2
 
 

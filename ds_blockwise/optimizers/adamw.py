@@ -24,13 +24,18 @@ class BlockwiseAdamW(BlockwiseOptimizer):
         weight_decay: decoupled, multiplied by the block's learning rate.
         lr_multipliers: a preset (``"adamw_scale"``, the default, ``"paper"``, ``"tuned"``, ``"uniform"``), or numbers
             per block type (``emb head qk ffn vo norm other``) or role; a key ``"preset"`` beside them names what the
-            others have: see `ds_blockwise.blocks.defaults.LR_PRESETS`. ``"auto"``, or a key ``"auto"``, measures them:
-            see `ds_blockwise.blocks.auto_settings.AutoMultipliers`.
-        weight_decay_multipliers: likewise; default 1.
+            others have: see `ds_blockwise.blocks.settings.defaults.LR_PRESETS`. ``"auto"``, or a key ``"auto"``,
+            measures them: see `ds_blockwise.blocks.settings.auto_settings.AutoMultipliers`.
+            ``{"norm": {"start": 1.0, "end": 0.25}}`` moves one over the decay of a schedule of ours (arXiv 2507.03526).
+        weight_decay_multipliers: per block type or role; default 1.
         granularity: accepted so that one JSON serves both optimizers; second moments are element-wise.
+        betas_by_type: pairs of betas per block type or role, null for the one of ``betas``:
+            ``{"norm": [0.9, 0.99], "emb": [null, 0.99]}``.
+        cautious_weight_decay: decay only those elements that the update does not move away from zero (arXiv
+            2510.12402, algorithm 1). Default: false.
         rules: list of ``{"match": regex, "role" | "lr_multiplier" | ...}`` for single parameters.
         transfer: ``{"base_width": 256}``: rates that were tuned at that width move to this model's; see
-            `ds_blockwise.blocks.transfer.Transfer`. Default: off.
+            `ds_blockwise.blocks.settings.transfer.Transfer`. Default: off.
         momentum_dtype: ``"fp32"`` or ``"bf16"``: storage of ``exp_avg``. Arithmetic is fp32 (fp64 for fp64 parameters).
         backend: ``"auto"`` (C++ for CPU tensors, Triton for CUDA), ``"cpp"``, ``"triton"`` or ``"reference"``.
         checkpoint_format: accepted so that one JSON serves both optimizers; second moments are element-wise.

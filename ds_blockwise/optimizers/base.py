@@ -19,8 +19,8 @@ from weakref import WeakSet
 import torch
 from torch.optim.optimizer import ParamsT
 
-from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.segment_table import Placement, SegmentTable, whole_placement
+from ds_blockwise.blocks.settings.block_settings import BlockSettings
 from ds_blockwise.blocks.spec import BlockSpec, apply_settings
 from ds_blockwise.blocks.tagged_parameter import as_tagged, is_tagged_by_host, user_tags_of
 from ds_blockwise.checkpoint.record import settings_of
@@ -42,10 +42,12 @@ from ds_blockwise.optimizers.settings import (
     CheckpointFormat,
     MomentumDtype,
     check_backend,
+    check_cautious_weight_decay,
     check_checkpoint_format,
     check_extra_keys,
     check_group,
     check_momentum_dtype,
+    check_progress,
 )
 from ds_blockwise.optimizers.state_dict import like, second_moment_to_save, to_load, to_save
 from ds_blockwise.parallel.agree import any_rank, any_rank_of_all, is_first_rank
@@ -82,6 +84,8 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         granularity: object = None,
         rules: object = None,
         transfer: object = None,
+        betas_by_type: object = None,
+        cautious_weight_decay: bool = False,
         momentum_dtype: MomentumDtype = "fp32",
         backend: str = "auto",
         checkpoint_format: CheckpointFormat = "expanded",
@@ -92,8 +96,9 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         self.momentum_dtype = check_momentum_dtype(momentum_dtype)
         self.backend = check_backend(backend)
         self.checkpoint_format = check_checkpoint_format(checkpoint_format)
+        self.cautious_weight_decay = check_cautious_weight_decay(cautious_weight_decay)
         self.block_settings = BlockSettings.parse(
-            lr_multipliers, weight_decay_multipliers, granularity, rules, transfer
+            lr_multipliers, weight_decay_multipliers, granularity, rules, transfer, betas_by_type
         )
         self.step_calls = 0
         telemetry_settings = TelemetrySettings.parse(telemetry)
@@ -121,6 +126,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         self._observers: list[StepObserver] = []
         self._refusal: str | None = None
         self.is_given_its_own_state = False
+        self._moving, self._moving_of = False, -1
         self._meter: Meter | None = None
         self.overflow = False  # DeepSpeed reads it after each step, counts the skipped one and holds the schedule
 
@@ -209,7 +215,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
             return kept
         if not spec.block_settings.is_default:
             raise ValueError(
-                f"parameter {structure.fqn!r} was tagged with other multipliers, rules or granularity than "
+                f"parameter {structure.fqn!r} was tagged with other multipliers, betas, rules or granularity than "
                 f"{type(self).__name__} has. Give them in one place: the optimizer (tag_parameters(model) then needs "
                 f"none), or tag_parameters before the optimizer is built (the optimizer then takes them over)."
             )
@@ -224,7 +230,15 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         # bindings are made anew: they are found by the ids of tensors, which a copy does not share
-        kept = ("block_settings", "momentum_dtype", "backend", "checkpoint_format", "step_calls", *self.own_settings)
+        kept = (
+            "block_settings",
+            "momentum_dtype",
+            "backend",
+            "checkpoint_format",
+            "cautious_weight_decay",
+            "step_calls",
+            *self.own_settings,
+        )
         settings = None if self._meter is None else self._meter.settings
         return {
             **super().__getstate__(),
@@ -355,6 +369,8 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         if not self._may_update(work):
             return loss
         if work:
+            if self._moves():
+                check_progress(self.param_groups, type(self).__name__)
             for exchange in self.exchanges:
                 exchange(work, self._bindings, self.state)
             self._update([w for w in work if w.item.grad is not None])
@@ -363,11 +379,17 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
             observer.after_update(work)
         return loss
 
+    def _moves(self) -> bool:
+        """Whether a multiplier changes over the run; the same on ranks that hold none of its blocks."""
+        if self._moving_of != self._bindings.version:
+            self._moving_of, self._moving = self._bindings.version, self.block_settings.moves or self._bindings.moves
+        return self._moving
+
     def _collect(self) -> list[Work]:
         """The tensors of a step, with those that only other ranks may have gradients of."""
         work: list[Work] = []
         for group in self.param_groups:
-            hyper = hyper_of(group)
+            hyper = hyper_of(group, cautious=self.cautious_weight_decay)
             for tensor in group["params"]:
                 binding = self._bindings.of(tensor) or self.binding_of(tensor)
                 grad = tensor.grad

@@ -11,7 +11,7 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from ds_blockwise.kernels.base import Item, Kernels, ReferenceKernels
-from ds_blockwise.kernels.update import decay_, descend_
+from ds_blockwise.kernels.update import Rates, decay_, descend_
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.optimizers.settings import CheckpointFormat, MomentumDtype
 
@@ -29,14 +29,18 @@ class LionKernels(ReferenceKernels):
     def _update_param(self, item: Item, param: torch.Tensor) -> None:
         assert item.grad is not None
         hyper, table, kept = item.hyper, item.table, item.state["exp_avg"].view(-1)
-        lr, lr_floor = float(hyper.lr), hyper.lr_floor
+        rates: Rates = {"lr": float(hyper.lr), "lr_floor": hyper.lr_floor, "progress": hyper.progress}
         exp_avg, grad = kept.to(param.dtype), item.grad.view(-1).to(param.dtype)
-        direction = exp_avg.lerp(grad, 1 - hyper.beta1).sign_()
-        exp_avg.lerp_(grad, 1 - hyper.beta2)
+        direction = torch.zeros_like(exp_avg)
+        for group in table.beta_groups:
+            beta1, beta2 = group.update.beta1_or(hyper.beta1), group.update.beta2_or(hyper.beta2)
+            moment, step = exp_avg[group.elements], grad[group.elements]
+            direction[group.elements] = moment.lerp(step, 1 - beta1).sign_()
+            exp_avg[group.elements] = moment.lerp(step, 1 - beta2)
         if exp_avg is not kept:
             kept.copy_(exp_avg)
-        decay_(param, table, lr=lr, lr_floor=lr_floor, weight_decay=hyper.weight_decay)
-        descend_(param, direction, table, lr=lr, lr_floor=lr_floor)
+        decay_(param, direction, table, weight_decay=hyper.weight_decay, cautious=hyper.cautious, **rates)
+        descend_(param, direction, table, **rates)
 
 
 @functools.cache
@@ -70,6 +74,9 @@ class BlockwiseLion(BlockwiseOptimizer):
             ``"auto"`` is refused: it is measured on second moments, which Lion does not keep.
         weight_decay_multipliers: likewise; default 1.
         granularity: accepted so that one JSON serves all optimizers; there are no second moments.
+        betas_by_type: pairs of betas per block type or role, null for the one of ``betas``.
+        cautious_weight_decay: decay only those elements that the update does not move away from zero (arXiv
+            2510.12402, algorithm 1). Default: false.
         rules: list of ``{"match": regex, "role" | "lr_multiplier" | ...}`` for single parameters.
         transfer: ``{"base_width": 256}``: rates that were tuned at that width move to this model's; see
             `ds_blockwise.blocks.transfer.Transfer`. Default: off.
@@ -102,6 +109,8 @@ class BlockwiseLion(BlockwiseOptimizer):
         weight_decay_multipliers: object = None,
         granularity: object = None,
         rules: object = None,
+        betas_by_type: object = None,
+        cautious_weight_decay: bool = False,
         transfer: object = None,
         momentum_dtype: MomentumDtype = "fp32",
         backend: str = "auto",
@@ -123,6 +132,8 @@ class BlockwiseLion(BlockwiseOptimizer):
             weight_decay_multipliers=weight_decay_multipliers,
             granularity=granularity,
             rules=rules,
+            betas_by_type=betas_by_type,
+            cautious_weight_decay=cautious_weight_decay,
             transfer=transfer,
             momentum_dtype=momentum_dtype,
             backend=backend,

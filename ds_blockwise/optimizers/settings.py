@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+from ds_blockwise.kernels.param_groups import progress_of
 from ds_blockwise.values import number, one_of, suggest, unknown
 
 MomentumDtype = Literal["fp32", "bf16"]
@@ -21,7 +22,9 @@ OPTIMIZER_KEYS = (
     "eps",
     "weight_decay",
     "lr_multipliers",
+    "betas_by_type",
     "weight_decay_multipliers",
+    "cautious_weight_decay",
     "granularity",
     "rules",
     "transfer",
@@ -32,7 +35,7 @@ OPTIMIZER_KEYS = (
 )
 
 # those of `BlockSettings`
-BLOCK_KEYS = ("lr_multipliers", "weight_decay_multipliers", "granularity", "rules", "transfer")
+BLOCK_KEYS = ("lr_multipliers", "weight_decay_multipliers", "betas_by_type", "granularity", "rules", "transfer")
 
 # Keys that DeepSpeed's own AdamW takes in the JSON; accepted at the one value that says what we do anyway, so that only
 # "type" has to change in an existing file.
@@ -59,6 +62,38 @@ def check_group(group: Mapping[str, object], where: str) -> None:
         raise TypeError(f"{where}betas must be two numbers, got {betas!r}")
     for index, beta in enumerate(betas):
         number(f"{where}betas[{index}]", beta, low=0.0, below=1.0)
+
+
+def check_cautious_weight_decay(value: object) -> bool:
+    """Return ``value`` if it is true or false.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"cautious_weight_decay must be true or false, got {value!r}")
+    return value
+
+
+def check_progress(groups: Sequence[Mapping[str, object]], optimizer: str) -> None:
+    """Refuse a step with multipliers that move, where no schedule says how far.
+
+    Args:
+        groups: the param groups.
+        optimizer: its class name.
+
+    Raises:
+        ValueError: a group whose ``lr`` is not from a schedule of ours.
+    """
+    for index, group in enumerate(groups):
+        if progress_of(group) is None:
+            raise ValueError(
+                f"{optimizer} has a multiplier with a start and an end, which moves over the decay of a schedule, but "
+                f"the lr {group['lr']!r} of param group {index} is from no schedule of ds_blockwise. Write "
+                f'"scheduler": {{"type": "BlockwiseCosineLR", "params": {{"total_num_steps": ...}}}} in the JSON, or '
+                f"schedule = ds_blockwise.BlockwiseCosineLR(optimizer, total_num_steps=...) in Python and "
+                f"schedule.step() after every step; or give plain numbers in lr_multipliers."
+            )
 
 
 def check_momentum_dtype(value: object) -> MomentumDtype:

@@ -7,7 +7,7 @@ import copy
 
 import torch
 
-from ds_blockwise.blocks.auto_settings import AUTO
+from ds_blockwise.blocks.settings.auto_settings import AUTO
 from ds_blockwise.hosts.deepspeed.config.check import json_mistakes
 from ds_blockwise.optimizers.registry import SCHEDULES
 from ds_blockwise.runs.reading.problems import Problems

@@ -32,11 +32,12 @@ def plan_table(run: RunConfig, plan: Plan, over_nodes: Sequence[Plan]) -> list[s
         over_nodes: for other numbers of nodes, one row each.
     """
     optimizer = str(run.deepspeed["optimizer"]["type"])
+    nodes = f"{plan.nodes} node{'s' * (plan.nodes > 1)}"
     lines = [
         f"{run.name}: {run.shape.count_parameters():,} parameters, {run.training.steps:,} steps of "
         f"{run.tokens_per_step:,} tokens ({run.file})",
-        f"{plan.nodes} nodes x {plan.gpus_per_node} {plan.gpu} = tensor {plan.tp} x data {plan.dp}, micro batch "
-        f"{plan.micro_batch} x {plan.accumulation} accumulated, activation checkpointing: "
+        f"{nodes} x {plan.gpus_per_node} {plan.gpu} = tensor {plan.tp} x data {plan.dp}, "
+        f"micro batch {plan.micro_batch} x {plan.accumulation} accumulated, activation checkpointing: "
         f"{run.training.activation_checkpointing}",
         "",
         *_memory_rows(plan),
@@ -47,15 +48,14 @@ def plan_table(run: RunConfig, plan: Plan, over_nodes: Sequence[Plan]) -> list[s
         f"over tensor-parallel ranks",
         "optimizer's part of a step: " + ", ".join(f"{n} {s * 1e3:.2f} ms" for n, s in plan.optimizer_seconds.items()),
         "",
-        "nodes   step, ms        MFU, %     days          GPU-hours",
+        "nodes   step, ms          MFU, %     days          GPU-hours",
     ]
     lines += [
-        f"{p.nodes:>5}   {_range(p.step_seconds, 1e3, 0):<13}   {_range(p.mfu[::-1], 100, 0):<8}   "
+        f"{p.nodes:>5}   {_range(p.step_seconds, 1e3, 0):<15}   {_range(p.mfu[::-1], 100, 0):<8}   "
         f"{_range(p.days, 1, 2):<11}   {_range(p.gpu_hours, 1, 0)}"
         for p in over_nodes
     ]
-    published = "; ".join(f"{text} {share:.0%}" for text, _, share in REFERENCES)
-    return [*lines, "", f"published, % of the peak: {published}"]
+    return [*lines, "", "published MFU:", *(f"{share:>6.0%}  {text}" for text, _, share in REFERENCES)]
 
 
 def _memory_rows(plan: Plan) -> list[str]:

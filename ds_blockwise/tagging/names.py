@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from ds_blockwise.blocks.roles import LAYOUT_CHOICES, QKVLayout, Role, Storage
+from ds_blockwise.blocks.roles import LAYOUT_CHOICES, NormPlace, QKVLayout, Role, Storage
 from ds_blockwise.blocks.rule_needed import CHOOSE, ROLE_CHOICES, RuleNeeded
 from ds_blockwise.tagging.name_rules import NAME_RULES, NameRule
 
@@ -44,6 +44,7 @@ class NameMatch:
         headless: the role usually has heads, but these rows belong to none (MLA's latent projections): one block per
             row.
         storage: how the matrix is stored; None if neither the name nor the module says.
+        norm_place: where a norm stands; None if the module does not say.
     """
 
     role: Role | None
@@ -52,6 +53,7 @@ class NameMatch:
     dialect: str
     headless: bool = False
     storage: Storage | None = None
+    norm_place: NormPlace | None = None
 
 
 def canonical_fqn(name: str) -> str:

@@ -16,8 +16,9 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from ds_blockwise.blocks.roles import QKVLayout, Role
 from ds_blockwise.blocks.rule_needed import CHOOSE, ROLE_CHOICES, RuleNeeded
 from ds_blockwise.tagging.module_facts import class_names, generic_heads
+from ds_blockwise.tagging.name_rules import OWN_SHAPES
 from ds_blockwise.tagging.names import NameMatch, is_bias_name, match_name, meaning_of
-from ds_blockwise.tagging.registered import Registration
+from ds_blockwise.tagging.registered import RegisteredParameter, Registration
 
 DIALECT = "class"
 
@@ -142,6 +143,30 @@ def attention_of(registration: Registration) -> nn.Module | None:
 def is_convolution(owner: nn.Module) -> bool:
     """Whether a module's weight is the kernel of a convolution, with its output channels first."""
     return isinstance(owner, _ConvNd) and not isinstance(owner, _ConvTransposeNd)
+
+
+def check_dims(named: RegisteredParameter, shape: tuple[int, ...], match: NameMatch) -> None:
+    """Refuse a parameter whose number of dimensions no weight, bias or norm of its role has.
+
+    Raises:
+        RuleNeeded: what its name says does not fit its shape.
+    """
+    if match.role in (Role.OTHER, Role.ROUTER) or match.dialect in ("rule", "class", *OWN_SHAPES):
+        return
+    expected = 1 if match.is_bias or match.role is Role.NORM else 2
+    of_experts = match.role is Role.FFN and len(shape) == expected + 1
+    fits = len(shape) <= 1 if match.role is Role.NORM else len(shape) == expected or of_experts
+    if not fits and not (is_convolution(named.first.owner) and not match.is_bias):
+        assert match.role is not None
+        what = "bias" if match.is_bias else "norm" if match.role is Role.NORM else "weight"
+        raise RuleNeeded(
+            f"{{parameter}} matches role {match.role.value!r} by name, but a {what} of that role has {expected} "
+            f"dimension(s). Give its role.",
+            named.fqn,
+            shape,
+            {"role": CHOOSE},
+            {"role": ROLE_CHOICES},
+        )
 
 
 def is_matrix(owner: nn.Module) -> bool:

@@ -10,7 +10,9 @@ from dataclasses import asdict, dataclass, replace
 
 from torch import nn
 
-from ds_blockwise.blocks.defaults import UNITS
+from ds_blockwise.blocks.roles import NormPlace, Role
+from ds_blockwise.blocks.settings.defaults import UNITS
+from ds_blockwise.blocks.settings.update_settings import Betas, shown_betas
 from ds_blockwise.blocks.spec import STATE_BYTES_PER_VALUE, BlockPart, BlockSpec, transfer_factor
 from ds_blockwise.blocks.tagged_parameter import tags_of
 
@@ -26,7 +28,8 @@ class ReportRow:
     Attributes:
         fqn: fully qualified name.
         shape: unsharded shape of the parameter.
-        role: see `Role`; ``bias`` is appended for biases of linears.
+        role: see `Role`; ``bias`` is appended for biases of linears. ``norm_in`` and the like of a norm, where a
+            setting asks for its place.
         block_type: ``emb head qk ffn vo norm other``.
         lr_multiplier: factor on the base learning rate; where it is to be measured (``is_measured``), the 1 until then.
         weight_decay_multiplier: factor on the weight decay.
@@ -35,6 +38,9 @@ class ReportRow:
         numel: elements of the role in the unsharded parameter.
         state_bytes: fp32 ``exp_avg`` plus one fp32 value per block, over all ranks, replicas not counted.
         is_measured: whether the multiplier is ``"auto"``.
+        lr_multiplier_end: ``lr_multiplier`` when the schedule's decay is done; None: it does not move.
+        norm_place: where a norm stands (``norm_in``, ``norm_out``, ``norm_qk``); None: no norm, or not known.
+        betas: the role's own decay rates of the two moments, None for those of the param group.
         transfer: the factor in ``lr_multiplier`` that the width rule (``"transfer"``) brought.
     """
 
@@ -49,6 +55,9 @@ class ReportRow:
     numel: int
     state_bytes: int
     is_measured: bool = False
+    lr_multiplier_end: float | None = None
+    betas: Betas = (None, None)
+    norm_place: NormPlace | None = None
     transfer: float = 1.0
 
 
@@ -94,7 +103,8 @@ class BlockReport:
                 share them: ``layers.0-3.mlp.weight``. Blocks and bytes are those of one of them, and the last column
                 says how many there are.
         """
-        lines = [_Line(row.fqn, _cells(row)) for row in self.rows]
+        betas = any(row.betas != (None, None) for row in self.rows)
+        lines = [_Line(row.fqn, (*_cells(row), *([shown_betas(row.betas)] if betas else []))) for row in self.rows]
         if not full:
             lines = _collapsed(lines)
         shared = any(line.count > 1 for line in lines)
@@ -109,6 +119,7 @@ class BlockReport:
             "granularity",
             "blocks",
             "state bytes",
+            *(["betas"] if betas else []),
             *(["times"] if shared else []),
         )
         widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
@@ -148,12 +159,19 @@ def _cells(row: ReportRow) -> tuple[str, ...]:
         "x".join(map(str, row.shape)) or "scalar",
         row.role,
         row.block_type,
-        "auto" if row.is_measured else f"{row.lr_multiplier:g}",
+        _lr_cell(row),
         f"{row.weight_decay_multiplier:g}",
         row.granularity,
         f"{row.num_blocks:,}",
         f"{row.state_bytes:,}",
     )
+
+
+def _lr_cell(row: ReportRow) -> str:
+    if row.is_measured:
+        return "auto"
+    end = "" if row.lr_multiplier_end is None else f" to {row.lr_multiplier_end:g}"
+    return f"{row.lr_multiplier:g}{end}"
 
 
 def _collapsed(lines: Sequence[_Line]) -> list[_Line]:
@@ -248,6 +266,11 @@ def _granularity(part: BlockPart) -> str:
     )
 
 
+def _role_name(spec: BlockSpec, role: Role) -> str:
+    place = spec.structure.norm_place if spec.block_settings.names_norm_places else None
+    return place or role.value + (" bias" if spec.structure.is_bias else "")
+
+
 def _rows_of(spec: BlockSpec) -> Iterator[ReportRow]:
     per_row = spec.structure.numel_per_row * spec.structure.num_matrices
     for role in dict.fromkeys(part.role for part in spec.parts):
@@ -260,17 +283,21 @@ def _rows_of(spec: BlockSpec) -> Iterator[ReportRow]:
                 part.first_block + i for part in parts for i in range((part.end - part.start) // part.rows_per_block)
             }
             num_blocks = len(blocks) * spec.structure.num_matrices
+        update = parts[0].update
         yield ReportRow(
             spec.fqn,
             spec.shape,
-            role.value + (" bias" if spec.structure.is_bias else ""),
+            _role_name(spec, role),
             parts[0].block_type,
-            parts[0].lr_multiplier,
-            parts[0].weight_decay_multiplier,
+            update.lr_multiplier,
+            update.weight_decay_multiplier,
             _granularity(parts[0]),
             num_blocks,
             numel,
             (numel + num_blocks) * STATE_BYTES_PER_VALUE,
             spec.block_settings.is_measured(role, *spec.structure.names),
+            update.lr_multiplier_end,
+            (update.beta1, update.beta2),
+            spec.structure.norm_place,
             transfer_factor(spec.structure, role, spec.block_settings),
         )

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.rule_needed import CHOOSE, RuleNeeded, exact_pattern
+from ds_blockwise.blocks.settings.block_settings import BlockSettings
 from ds_blockwise.tagging.registered import RegisteredParameter
 
 Place = Literal["json", "python", "megatron"]

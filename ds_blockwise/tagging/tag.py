@@ -9,26 +9,28 @@ counts come from a rule, the module or its config; ``head_dim`` is never compute
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import nn
 
-from ds_blockwise.blocks.block_settings import BlockSettings, Rule
 from ds_blockwise.blocks.ranges import TensorShard
 from ds_blockwise.blocks.roles import LAYOUT_CHOICES, QKV_LAYOUT_MEANING, STORAGE_MEANING, QKVLayout, Role, Storage
 from ds_blockwise.blocks.rule_needed import CHOOSE, ROLE_CHOICES, RuleNeeded
+from ds_blockwise.blocks.settings.block_settings import BlockSettings
+from ds_blockwise.blocks.settings.rules import Rule
+from ds_blockwise.blocks.settings.transfer import stream_widths, width_of
 from ds_blockwise.blocks.spec import BlockSpec, apply_settings
 from ds_blockwise.blocks.structure import TensorStructure, fused_qkv, whole_tensor
 from ds_blockwise.blocks.tagged_parameter import set_tags
-from ds_blockwise.blocks.transfer import stream_widths, width_of
-from ds_blockwise.tagging.head_counts import find_heads, fused_heads, own_heads
+from ds_blockwise.tagging.facts.head_counts import find_heads, fused_heads, own_heads
+from ds_blockwise.tagging.facts.norm_places import norm_place_of
 from ds_blockwise.tagging.module_facts import fused_qkv_layout, num_experts_in, storage_of
 from ds_blockwise.tagging.module_reader import READERS
-from ds_blockwise.tagging.name_rules import OWN_SHAPES
 from ds_blockwise.tagging.names import NameMatch, is_bias_name, merge_tied
 from ds_blockwise.tagging.owner_class import (
+    check_dims,
     is_convolution,
     is_matrix,
     proposed_role,
@@ -57,6 +59,7 @@ def tag_parameters(
     granularity: Mapping[str, str] | str | None = None,
     weight_decay_multipliers: Mapping[str, float] | None = None,
     transfer: Mapping[str, object] | None = None,
+    betas_by_type: Mapping[str, Sequence[float | None]] | None = None,
 ) -> BlockReport:
     """Find out what each trainable parameter is and set ``param.block_spec`` (and ``param.block_shard``) on it.
 
@@ -73,7 +76,8 @@ def tag_parameters(
             ``"optional": True``.
         granularity: per block type, role or ``"bias"``; or ``"published"``, see `BlockwiseAdamMini`.
         weight_decay_multipliers: per block type or role.
-        transfer: ``{"base_width": 256}``: see `ds_blockwise.blocks.transfer.Transfer`.
+        transfer: ``{"base_width": 256}``: see `ds_blockwise.blocks.settings.transfer.Transfer`.
+        betas_by_type: per block type or role, pairs of betas; see `BlockwiseAdamW`.
 
     Returns:
         A report: per parameter its roles, multipliers, blocks and state bytes; ``print`` it.
@@ -82,7 +86,9 @@ def tag_parameters(
         ValueError: a parameter that no rule or several rules match, rows that do not divide into heads, a rule that
             matches nothing, a setting outside its range.
     """
-    settings = BlockSettings.parse(lr_multipliers, weight_decay_multipliers, granularity, rules, transfer)
+    settings = BlockSettings.parse(
+        lr_multipliers, weight_decay_multipliers, granularity, rules, transfer, betas_by_type
+    )
     tag_with_settings(model, settings, place="python")
     return block_report(model)
 
@@ -196,7 +202,7 @@ def _structure_of(named: RegisteredParameter, settings: BlockSettings) -> tuple[
             return structure, shard
         return structure, cut_by_role(structure, shard, match.qkv_layout)
     assert match.role is not None
-    _check_dims(named, shape, match)
+    check_dims(named, shape, match)
     matrices = _matrices(named, shape, match)
     num_heads, head_dim, source = own_heads(named, match, rule)
     structure = whole_tensor(
@@ -213,6 +219,8 @@ def _structure_of(named: RegisteredParameter, settings: BlockSettings) -> tuple[
     )
     if exact:
         check_cut(structure, shard, None)
+    if match.role is Role.NORM:
+        structure = replace(structure, norm_place=match.norm_place or norm_place_of(named.first))
     return structure, shard
 
 
@@ -224,25 +232,6 @@ def _shard(named: RegisteredParameter) -> tuple[TensorShard | None, bool]:
         return next((said for said in found if said[0] is not None), (None, False))
     except ValueError as error:  # a reader knows the module but not the parameter's name in the model
         raise ValueError(f"parameter {named.fqn!r}: {error}") from error
-
-
-def _check_dims(named: RegisteredParameter, shape: tuple[int, ...], match: NameMatch) -> None:
-    if match.role in (Role.OTHER, Role.ROUTER) or match.dialect in ("rule", "class", *OWN_SHAPES):
-        return
-    expected = 1 if match.is_bias or match.role is Role.NORM else 2
-    of_experts = match.role is Role.FFN and len(shape) == expected + 1
-    fits = len(shape) <= 1 if match.role is Role.NORM else len(shape) == expected or of_experts
-    if not fits and not (is_convolution(named.first.owner) and not match.is_bias):
-        assert match.role is not None
-        what = "bias" if match.is_bias else "norm" if match.role is Role.NORM else "weight"
-        raise RuleNeeded(
-            f"{{parameter}} matches role {match.role.value!r} by name, but a {what} of that role has {expected} "
-            f"dimension(s). Give its role.",
-            named.fqn,
-            shape,
-            {"role": CHOOSE},
-            {"role": ROLE_CHOICES},
-        )
 
 
 def _matrices(named: RegisteredParameter, shape: tuple[int, ...], match: NameMatch) -> tuple[int, int, int] | None:
@@ -283,7 +272,8 @@ def _match(named: RegisteredParameter, rule: Rule | None) -> NameMatch:
             )
         # rows of a low rank belong to no head, whatever role the rule gives them
         headless = named.first.is_low_rank_input and rule.num_heads is None
-        return NameMatch(rule.role, rule.qkv_layout, bias, "rule", headless, None if bias else _said_storage(named))
+        storage = None if bias else _said_storage(named)
+        return NameMatch(rule.role, rule.qkv_layout, bias, "rule", headless, storage, rule.norm_place)
     said = (_match_as_registered(named, registration) for registration in named.registrations)
     matches = [match for match in said if match is not None]
     if not matches:

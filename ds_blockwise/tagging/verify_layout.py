@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.roles import Role
 from ds_blockwise.blocks.segment_table import whole_placement
+from ds_blockwise.blocks.settings.block_settings import BlockSettings
 from ds_blockwise.blocks.tagged_parameter import shard_of, tags_of
 from ds_blockwise.tagging.module_reader import READERS
 from ds_blockwise.tagging.names import match_name

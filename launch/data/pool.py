@@ -187,13 +187,13 @@ class ProgressLine:
         """Documents, rates and the time left at ``now``, in seconds of `time.monotonic`."""
         seconds = max(now - self._started, 1e-9)
         documents, text, tokens = (self._counts[index] for index in range(3))
-        left = "-"
-        if self._finished:
-            whole = int(seconds * (self._total - self._finished) / self._finished)
-            left = f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+        done = f"{documents:,} documents, {text / seconds / 1e6:.2f} MB/s, {tokens / seconds:,.0f} tokens/s"
+        if not self._finished:  # nothing to tell the rest of the time from, as with a single part
+            return done
+        left = int(seconds * (self._total - self._finished) / self._finished)
         return (
-            f"{documents:,} documents, {text / seconds / 1e6:.2f} MB/s, {tokens / seconds:,.0f} tokens/s, "
-            f"{self._finished / max(self._total, 1):.0%} of the parts' bytes finished, {left} left"
+            f"{done}, {self._finished / self._total:.0%} of the parts' bytes finished, "
+            f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
         )
 
     def close(self) -> None:

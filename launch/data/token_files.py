@@ -159,7 +159,7 @@ def _make_parts(
     records = _finished_parts(settings, keys)
     missing = [(part, key) for part, key in zip(parts, keys, strict=True) if key not in records]
     if missing:
-        logger.info("writing tokens to %s: %d parts, %d to do", settings.folder.parent, len(parts), len(missing))
+        logger.info("writing tokens to %s, %d of %d parts to do", settings.folder.parent, len(missing), len(parts))
         write_parts(settings, missing, workers)
     return records | {key: read_record(settings, key) for _, key in missing}
 

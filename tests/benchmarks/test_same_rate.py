@@ -12,7 +12,7 @@ from benchmarks.compare import same_rate
 from benchmarks.compare.ablations import OUR_MINI, OURS
 from benchmarks.compare.trials import PAPER, Setup
 from benchmarks.provenance import PROVENANCE
-from ds_blockwise.blocks.block_settings import BlockSettings
+from ds_blockwise.blocks.settings.block_settings import BlockSettings
 
 SETUP = Setup(256, {"tokenizer": {"sha256": "t"}, "splits": {}}, bf16=False)
 

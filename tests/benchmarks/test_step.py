@@ -94,7 +94,7 @@ def test_flat_case_begins_and_ends_inside_a_block(size: str) -> None:
         run_.blocks_of(held).add_(float(run_.repeat * run_.numel))
     for slot in (table.runs[0].block, last.block + last.count - 1):
         assert held[slot] < table.slot_numel[slot], "the block is not cut"
-    assert len({run_.lr_multiplier for run_ in table.multiplier_runs}) >= 4, "qk, vo, ffn and norm"
+    assert len({run_.update.lr_multiplier for run_ in table.multiplier_runs}) >= 4, "qk, vo, ffn and norm"
 
 
 def test_whole_case_shares_memory_and_fuses_qkv() -> None:
@@ -105,7 +105,7 @@ def test_whole_case_shares_memory_and_fuses_qkv() -> None:
         assert sum(view.numel() for view in tensors) == case.numel
         assert tensors[0].data_ptr() == at and tensors[0].grad.data_ptr() == case.grad.data_ptr()
     (fused, *_) = [view for view in case.params if "linear_qkv" in view.block_spec.fqn]
-    assert {part.lr_multiplier for part in fused.block_spec.parts} == {1.0, 0.5}
+    assert {part.update.lr_multiplier for part in fused.block_spec.parts} == {1.0, 0.5}
 
 
 def test_verification_refuses_another_update() -> None:
@@ -158,7 +158,8 @@ def test_our_optimizers_are_timed_with_their_default_multipliers() -> None:
     """Multipliers of 1 would be one run for the whole tensor: an easier case than users have."""
     case = shapes.make_case("1M", "whole", CPU)
     optimizer = build_ours(BlockwiseAdamMini, case)
-    spans = {part.lr_multiplier for p in case.params for part in optimizer.binding_of(p).table.placements[0].spec.parts}
+    specs = [optimizer.binding_of(p).table.placements[0].spec for p in case.params]
+    spans = {part.update.lr_multiplier for spec in specs for part in spec.parts}
     assert spans == {10.0, 8.0, 6.0, 4.0, 1.0}
 
 

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import venv
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -40,6 +41,20 @@ def build_wheel(folder: Path) -> Path:
     subprocess.run([*command, "--wheel-dir", str(folder), str(sources)], check=True, timeout=300)
     (wheel,) = folder.glob("*.whl")
     return wheel
+
+
+def blocks_of(page: Path) -> Iterator[tuple[str, str]]:
+    """Headings (as kind ``heading``) and code blocks of a page, in its order: kind and text."""
+    text = page.read_text(encoding="utf-8")
+    for kind, code, heading in re.findall(r"^```(\w+)\n(.*?)^```|^(## [^\n]+)", text, flags=re.MULTILINE | re.DOTALL):
+        yield (kind, code) if kind else ("heading", heading)
+
+
+def set_up_extras() -> list[str]:
+    """What `make setup` installs."""
+    found = re.search(r'--editable "\.\[([\w,]+)\]"', (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert found is not None
+    return found[1].split(",")
 
 
 class Environment:

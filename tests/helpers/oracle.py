@@ -2,8 +2,9 @@
 """An independent, slow definition of both optimizers on full tensors.
 
 Written from the papers (AdamW arXiv 1711.05101, Adam-mini 2406.16793, multipliers per block type
-2502.19002) and the project's contract. It shares no line and no idea with ``ds_blockwise``: blocks
-are an integer label on every element; ``oracle_names`` says by hand which rows are what.
+2502.19002, cautious weight decay 2510.12402) and the project's contract. It shares no line and no
+idea with ``ds_blockwise``: blocks are an integer label on every element; ``oracle_names`` says by
+hand which rows are what.
 """
 
 from __future__ import annotations
@@ -49,6 +50,10 @@ class Oracle:
         mini: True for Blockwise Adam-mini, False for Blockwise AdamW.
         hyper: One for all, or name -> Hyper.
         overrides: Parameter name -> lr multiplier, whatever its role (a user's rule).
+        betas_by_type: Role or block type -> two betas, None for the group's.
+        end_multipliers: Role or block type -> lr multiplier at progress 1; linear in between.
+        progress: How much of the schedule's decay is done in the next step.
+        cautious: Decay an element only unless its first moment has the opposite sign.
         arithmetic: torch.float64 (the truth) or torch.float32 (the same formula, rounded).
         momentum: dtype that the first moment is stored in between updates.
         state: Moments by name, once a parameter has been updated.
@@ -62,6 +67,10 @@ class Oracle:
     lr_multipliers: Mapping[str, float] = field(default_factory=dict)
     weight_decay_multipliers: Mapping[str, float] = field(default_factory=dict)
     overrides: Mapping[str, float] = field(default_factory=dict)
+    betas_by_type: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)
+    end_multipliers: Mapping[str, float] = field(default_factory=dict)
+    progress: float = 0.0
+    cautious: bool = False
     arithmetic: torch.dtype = torch.float64
     momentum: torch.dtype | None = None
 
@@ -82,7 +91,14 @@ class Oracle:
         """A key that is a role wins over the key of its block type, and that over the default."""
         block_type = BLOCK_TYPE[role]
         chosen = self.lr_multipliers
-        return chosen.get(role, chosen.get(block_type, MULTIPLIERS[block_type]))
+        start = chosen.get(role, chosen.get(block_type, MULTIPLIERS[block_type]))
+        end = self.end_multipliers.get(role, self.end_multipliers.get(block_type, start))
+        return (1 - self.progress) * start + self.progress * end
+
+    def betas(self, role: str, of_group: tuple[float, float]) -> list[float]:
+        chosen = self.betas_by_type
+        own = chosen.get(role, chosen.get(BLOCK_TYPE[role], (None, None)))
+        return [g if o is None else o for o, g in zip(own, of_group, strict=True)]
 
     def decay_multiplier(self, role: str) -> float:
         chosen = self.weight_decay_multipliers
@@ -172,12 +188,13 @@ class Oracle:
         g = gradient.to(self.arithmetic)
         state = self.state.setdefault(name, State(torch.zeros_like(p), torch.zeros_like(p)))
         state.step += 1
-        beta1, beta2 = h.betas
-        p = p * (1 - lr * decay)
+        beta1, beta2 = (self.per_element(name, lambda role, i=i: self.betas(role, h.betas)[i]) for i in (0, 1))
         state.m = beta1 * state.m + (1 - beta1) * g
         state.v = beta2 * state.v + (1 - beta2) * self.mean_square(name, gradient).to(p.dtype)
         m_hat = state.m / (1 - beta1**state.step)
         v_hat = state.v / (1 - beta2**state.step)
+        decayed = p * (1 - lr * decay)
+        p = torch.where(m_hat.sign() * p.sign() < 0, p, decayed) if self.cautious else decayed
         p = p - lr * m_hat / (v_hat.sqrt() + h.eps)
         if self.momentum is not None:
             state.m = state.m.to(self.momentum).to(self.arithmetic)

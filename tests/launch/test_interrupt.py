@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,8 +17,11 @@ import pytest
 
 from job.interrupt import INTERRUPTED, Interrupt
 from job.rendezvous import exit_status
-from tests.helpers.launch.project import LAUNCH
+from tests.helpers import ROOT
+from tests.helpers.launch.job_server import jobs
+from tests.helpers.launch.project import LAUNCH, assert_same_checkpoint, make_project
 from tests.helpers.launch.stubs import RUN, Bench
+from tests.helpers.launch.terminal import in_terminal
 
 # Waits in C, with the signals that are given sent to itself, as a rank waits in a collective.
 _WAITS = """
@@ -126,3 +132,61 @@ def test_a_signal_reaches_the_ranks_below_deepspeeds_command(tmp_path: Path, num
     assert process.wait(30) != 0
     assert Path(f"{calls}.signals").read_text(encoding="utf-8") == expected
     assert len(bench.calls("deepspeed")) == 1
+
+
+STEPS = 150  # the interrupt comes in between
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A checkout whose tiny run is the tests' small one, and whose set-up is the present environment."""
+    if not (Path(sys.prefix) / "pyvenv.cfg").is_file():
+        pytest.skip(f"{sys.prefix} is no virtual environment, as `make setup` makes one")
+    configs = tmp_path / "configs" / "run"
+    configs.mkdir(parents=True)
+    make_project(configs)
+    run = (configs / "run.yaml").read_text(encoding="utf-8")
+    (configs / "tiny.yaml").write_text(run.replace("steps: 6", f"steps: {STEPS}"), encoding="utf-8")
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    for name in ("launch", "Makefile"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    return tmp_path
+
+
+def test_make_train_goes_on_after_ctrl_c_as_if_there_had_been_none(checkout: Path) -> None:
+    """Make, its shell, the launcher and the ranks all get the terminal's Ctrl-C; the result is bitwise the same."""
+    pytest.importorskip("deepspeed", reason="the main job needs the extra 'deepspeed'")
+    pytest.importorskip("megatron.core", reason="the main job needs the extra 'megatron'")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    kept = {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "VENV")
+    }
+    env = kept | {"MASTER_PORT": port, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    train = ["make", "--old-file=setup", "train"]
+
+    status, screen = in_terminal(train, checkout, env, limit=300, ctrl_c_after="step      4  validation loss")
+    assert status != 0, screen
+    stopped = re.search(
+        rf"^stopped at step (\d+) of {STEPS}, saved in \S+: .*\(make train ARGS=--resume\)$", screen, re.M
+    )
+    assert stopped is not None, screen
+    assert 4 <= int(stopped[1]) < STEPS
+    assert "Traceback" not in screen and "giving up" not in screen, screen
+
+    status, screen = in_terminal([*train, "ARGS=--resume"], checkout, env, limit=300)
+    assert status == 0, screen
+    assert f"step_{int(stopped[1]):07d}, {stopped[1]} of {STEPS} steps" in screen
+    assert "step      0  validation loss" not in screen
+
+    run = checkout / "configs" / "run" / "tiny.yaml"
+    arguments = ("--run", str(run), "--set", f"output={checkout / 'whole'}")
+    jobs().start(checkout / "log", *arguments).succeed()
+    resumed, whole = (folder / "mini" for folder in (run.parent / "runs", checkout / "whole"))
+    losses = [
+        json.loads((folder / "summary.json").read_text(encoding="utf-8"))["final_validation_loss"]
+        for folder in (resumed, whole)
+    ]
+    assert losses[0] == losses[1]
+    assert_same_checkpoint(*(folder / "checkpoints" / f"step_{STEPS:07d}" for folder in (resumed, whole)))

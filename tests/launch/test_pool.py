@@ -48,6 +48,7 @@ def test_progress_is_rare_in_a_log_and_counts_right(
         clock[0] += 1.0
         progress.count(2, 1_000_000, 50)
     assert caplog.messages == []
+    assert progress.line(clock[0]).endswith(" tokens/s")  # of the only part nobody knows how much is left
     progress.finish((span,))
     clock[0] += 1.0
     progress.count(2, 1_000_000, 50)

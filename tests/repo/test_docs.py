@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_blockwise.blocks.defaults import DEFAULT_PRESET, LR_PRESETS, UNITS
 from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, Role
+from ds_blockwise.blocks.settings.defaults import DEFAULT_PRESET, LR_PRESETS, UNITS
 from ds_blockwise.optimizers.registry import OPTIMIZERS
 from ds_blockwise.optimizers.settings import OPTIMIZER_KEYS
 from tests.helpers import ROOT
@@ -19,6 +19,19 @@ from tests.helpers import ROOT
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SETTINGS = (ROOT / "docs/settings.md").read_text(encoding="utf-8")
 FOLDERS = "ds_blockwise|megatron_patch|launch|configs|tests|docs|benchmarks"
+
+
+def test_the_citation_is_of_this_version_and_of_the_papers() -> None:
+    """Each paper that the README asks to cite, in the form that GitHub reads."""
+    yaml = pytest.importorskip("yaml", reason="CITATION.cff is YAML")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["cff-version"] == "1.2.0"
+    assert f'version="{citation["version"]}"' in (ROOT / "setup.py").read_text(encoding="utf-8")
+    sources = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Licence and sources")[2]
+    papers = re.findall(r"https://arxiv\.org/abs/[\d.]+", sources)
+    assert papers == [reference["url"] for reference in citation["references"]]
+    for reference in citation["references"]:
+        assert reference["title"] in " ".join(sources.split())
 
 
 def without_code(text: str) -> str:

@@ -129,14 +129,14 @@ def test_code_of_the_migration_page_is_what_one_comes_from(code, peer):
 
 
 def test_the_settings_of_the_pages_are_accepted():
-    """By the optimizer and the schedule that they name; what the tutorial's script itself does is the README's test."""
+    """By the optimizer and the schedule that they name; test_newcomer.py runs the tutorial's script."""
     examples = [
         json.loads(code)
-        for name in ("tutorial.md", "reference/settings_json.md")
+        for name in ("tutorial.md", "guides/deepspeed.md", "reference/settings_json.md")
         for code in blocks_of(name, "json")
         if '"scheduler"' in code
     ]
-    assert len(examples) == 2
+    assert len(examples) == 3
     for example in examples:
         optimizer = OPTIMIZERS[example["optimizer"]["type"]](
             [torch.nn.Parameter(torch.ones(1))], **example["optimizer"]["params"]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from ds_blockwise.blocks.auto_settings import EARLIEST_STEP, AutoMultipliers
-from ds_blockwise.blocks.defaults import DEFAULT_EXPONENT, DEFAULT_PRESET, LR_PRESETS
+from ds_blockwise.blocks.settings.auto_settings import EARLIEST_STEP, AutoMultipliers
+from ds_blockwise.blocks.settings.defaults import DEFAULT_EXPONENT, DEFAULT_PRESET, LR_PRESETS
 from ds_blockwise.cli.extras import needs
 from ds_blockwise.cli.models import load_trained
 from ds_blockwise.cli.progress import add_quiet

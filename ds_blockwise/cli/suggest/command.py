@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ds_blockwise.blocks.block_settings import BlockSettings
+from ds_blockwise.blocks.settings.block_settings import BlockSettings
 from ds_blockwise.cli.blocks import read_optimizer_settings
 from ds_blockwise.cli.extras import needs
 from ds_blockwise.cli.models import MODEL_HELP, load_model

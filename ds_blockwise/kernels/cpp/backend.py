@@ -70,14 +70,14 @@ class CppKernels(Kernels):
             runs = [(r.start, r.count, 1, 0, r.repeat, r.repeat_stride, 0) for r in table.multiplier_runs]
         source = table.runs if table.shares_second_moment else table.multiplier_runs
         integers = array("q", [value for run in runs for value in run])
-        multipliers = array("d", [v for run in source for v in (run.lr_multiplier, run.weight_decay_multiplier)])
+        settings = array("d", [value for run in source for value in run.update.numbers()])
         is_split = torch.zeros(table.num_blocks, dtype=torch.uint8)
         for slots in (table.dp_slots, table.tp_slots):
             is_split[slots[slots < table.num_blocks]] = 1
         handle = self._plan(
             ctypes.c_int64(len(runs)),
             _address(integers),
-            _address(multipliers),
+            _address(settings),
             ctypes.c_int64(table.num_blocks),
             ctypes.c_void_p(table.slot_numel.data_ptr()),
             ctypes.c_void_p(is_split.data_ptr()),
@@ -154,7 +154,8 @@ def _without_addresses(
 def _scalars(h: Hyper, step: int) -> tuple[float, ...]:
     """``Scalars`` of step.h."""
     corrections = (1 - h.beta1**step, 1 - h.beta2**step)
-    return (float(h.lr), h.lr_floor, h.beta1, h.beta2, h.eps, h.weight_decay, *corrections)
+    own = (h.progress, float(step), float(h.cautious))
+    return (float(h.lr), h.lr_floor, h.beta1, h.beta2, h.eps, h.weight_decay, *corrections, *own)
 
 
 def _moved(param: torch.Tensor) -> str:

@@ -69,9 +69,12 @@ void complete_blocks(const S& step, const Plan& plan, const double* sums) {
   const int64_t local = int64_t(plan.local.blocks.size()), split = int64_t(plan.split.blocks.size());
 #pragma omp for schedule(static) nowait
   for (int64_t i = 0; i < local; ++i)
-    step.complete(plan.local.blocks[i].slot, step.combined(plan.local, plan.local.blocks[i]));
+    step.complete(plan.local.blocks[i].slot, step.combined(plan.local, plan.local.blocks[i]), plan.local.blocks[i].run);
 #pragma omp for schedule(static) nowait
-  for (int64_t i = 0; i < split; ++i) step.complete(plan.split.blocks[i].slot, sums[plan.split.blocks[i].slot]);
+  for (int64_t i = 0; i < split; ++i) {
+    const Combined& block = plan.split.blocks[i];
+    step.complete(block.slot, sums[block.slot], block.run);
+  }
 }
 
 template <class S>
@@ -88,14 +91,15 @@ Plan& plan_of(const Row& row) { return *reinterpret_cast<Plan*>(row.plan); }
 
 extern "C" {
 
-// runs: per run start, count, numel, slot, repeat, repeat_stride, block_stride; multipliers: per run lr, weight decay.
-void* ds_blockwise_plan(int64_t num_runs, const int64_t* runs, const double* multipliers, int64_t num_blocks,
+// runs: per run start, count, numel, slot, repeat, repeat_stride, block_stride; settings: per run the doubles of `Run`.
+void* ds_blockwise_plan(int64_t num_runs, const int64_t* runs, const double* settings, int64_t num_blocks,
                         const double* slot_numel, const uint8_t* is_split, int64_t shares) {
   Plan* plan = new Plan;
   plan->shares = shares != 0;
   for (int64_t i = 0; i < num_runs; ++i) {
     const int64_t* r = runs + 7 * i;
-    plan->runs.push_back({r[0], r[1], r[2], r[3], r[4], r[5], r[6], multipliers[2 * i], multipliers[2 * i + 1]});
+    const double* s = settings + 5 * i;
+    plan->runs.push_back({r[0], r[1], r[2], r[3], r[4], r[5], r[6], s[0], s[1], s[2], s[3], s[4]});
   }
   plan->slot_numel.assign(slot_numel, slot_numel + num_blocks);
   Planner(*plan, is_split).build(num_blocks);

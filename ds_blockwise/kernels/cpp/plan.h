@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -18,6 +19,8 @@ constexpr int64_t kPiece = 32768;
 // Up to here a block is summed and updated by one thread and its gradient is still in the second-level cache (512 KiB of
 // the 1 to 2 MiB that servers have; smaller caches only read it twice).
 constexpr int64_t kFused = 262144;
+// Elements whose step sizes a cautious update holds at a time: they stay in the first-level cache.
+constexpr int64_t kChunk = 512;
 // Strided blocks with fewer consecutive elements are summed column by column.
 constexpr int64_t kColumns = 64;
 
@@ -49,6 +52,7 @@ struct ColumnSum {
 // Partial sums of one block, in order: partials[first..last).
 struct Combined {
   int64_t slot, first, last;
+  int32_t run;
 };
 
 struct Group {  // what is summed in one go: blocks that stay here, or blocks that are split over ranks
@@ -65,7 +69,11 @@ struct Stripe {  // entries of column_scale: one per column of a strided run
 
 struct Run {
   int64_t start, count, numel, slot, repeat, repeat_stride, block_stride;
-  double lr_multiplier, weight_decay_multiplier;
+  double lr_multiplier, weight_decay_multiplier, lr_multiplier_change;
+  double beta1, beta2;  // NaN: those of the tensor
+
+  double beta1_or(double of_tensor) const { return std::isnan(beta1) ? of_tensor : beta1; }
+  double beta2_or(double of_tensor) const { return std::isnan(beta2) ? of_tensor : beta2; }
 };
 
 struct Plan {
@@ -101,16 +109,19 @@ class Planner {
   }
 
  private:
-  // (slot, partial) pairs in the order of the elements
-  using Pairs = std::vector<std::pair<int64_t, int64_t>>;
+  struct Piece {  // of a block, in the order of the elements
+    int64_t slot, partial;
+    int32_t run;
+  };
+  using Pieces = std::vector<Piece>;
 
   void count_pieces(int64_t num_blocks) {
-    pieces_.assign(num_blocks, 0);
+    num_pieces_.assign(num_blocks, 0);
     for (const Run& run : plan_.runs) {
       const bool recurs = run.repeat > 1 && run.block_stride == 0;
       for (int64_t r = 0; r < (recurs ? 1 : run.repeat); ++r)
         for (int64_t i = 0; i < run.count; ++i) {
-          uint8_t& n = pieces_[run.slot + r * run.block_stride + i];
+          uint8_t& n = num_pieces_[run.slot + r * run.block_stride + i];
           n = uint8_t(recurs || n ? 2 : 1);
         }
     }
@@ -124,7 +135,7 @@ class Planner {
   }
 
   Kind kind_of(const Run& run, int64_t slot) const {
-    if (pieces_[slot] != 1 || is_split_[slot] || run.numel > kFused) return Kind::given;
+    if (num_pieces_[slot] != 1 || is_split_[slot] || run.numel > kFused) return Kind::given;
     return run.numel == 1 && plan_.slot_numel[slot] == 1 ? Kind::elements : Kind::blocks;
   }
 
@@ -144,7 +155,7 @@ class Planner {
         while (end < run.count && kind_of(run, slot + end) == kind && bool(is_split_[slot + end]) == split) ++end;
         const int64_t at = start + i * run.numel;
         push(at, end - i, run.numel, slot + i, index, kind);
-        if (kind == Kind::given) push_sums(at, end - i, run.numel, slot + i, split);
+        if (kind == Kind::given) push_sums(at, end - i, run.numel, slot + i, split, index);
         i = end;
       }
     }
@@ -164,7 +175,7 @@ class Planner {
       while (end < std::min(run.count, i + step) && bool(is_split_[run.slot + end]) == split) ++end;
       group(split).columns.push_back({run.start + i * run.numel, (end - i) * run.numel, run.numel, run.repeat,
                                       run.repeat_stride, plan_.num_partials});
-      for (int64_t b = i; b < end; ++b) pairs(split).push_back({run.slot + b, plan_.num_partials++});
+      for (int64_t b = i; b < end; ++b) pieces(split).push_back({run.slot + b, plan_.num_partials++, index});
       i = end;
     }
   }
@@ -189,19 +200,19 @@ class Planner {
       plan_.segments.push_back({start + b * numel, std::min(step, count - b), numel, slot + b, run, kind});
   }
 
-  void push_sums(int64_t start, int64_t count, int64_t numel, int64_t slot, bool split) {
+  void push_sums(int64_t start, int64_t count, int64_t numel, int64_t slot, bool split, int32_t run) {
     if (numel <= kPiece) {
       const int64_t step = std::max<int64_t>(1, kTask / numel);
       for (int64_t b = 0; b < count; b += step)
         group(split).sums.push_back(
             {start + b * numel, std::min(step, count - b), numel, plan_.num_partials + b});
-      for (int64_t b = 0; b < count; ++b) pairs(split).push_back({slot + b, plan_.num_partials++});
+      for (int64_t b = 0; b < count; ++b) pieces(split).push_back({slot + b, plan_.num_partials++, run});
       return;
     }
     for (int64_t b = 0; b < count; ++b)
       for (int64_t k = 0; k < numel; k += kPiece) {
         group(split).sums.push_back({start + b * numel + k, 1, std::min(kPiece, numel - k), plan_.num_partials});
-        pairs(split).push_back({slot + b, plan_.num_partials++});
+        pieces(split).push_back({slot + b, plan_.num_partials++, run});
       }
   }
 
@@ -217,23 +228,24 @@ class Planner {
     plan_.tasks.push_back(int64_t(plan_.segments.size()));
   }
 
-  static void order_partials(Group& group, Pairs& pairs) {
-    std::stable_sort(pairs.begin(), pairs.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
-    for (const auto& [slot, partial] : pairs) {
+  static void order_partials(Group& group, Pieces& pieces) {
+    std::stable_sort(pieces.begin(), pieces.end(), [](const Piece& a, const Piece& b) { return a.slot < b.slot; });
+    for (const Piece& piece : pieces) {
       const int64_t at = int64_t(group.partials.size());
-      if (group.blocks.empty() || group.blocks.back().slot != slot) group.blocks.push_back({slot, at, at});
-      group.partials.push_back(partial);
+      if (group.blocks.empty() || group.blocks.back().slot != piece.slot)
+        group.blocks.push_back({piece.slot, at, at, piece.run});
+      group.partials.push_back(piece.partial);
       group.blocks.back().last = at + 1;
     }
   }
 
   Group& group(bool split) { return split ? plan_.split : plan_.local; }
-  Pairs& pairs(bool split) { return split ? partials_split_ : partials_local_; }
+  Pieces& pieces(bool split) { return split ? partials_split_ : partials_local_; }
 
   Plan& plan_;
   const uint8_t* is_split_;
-  std::vector<uint8_t> pieces_;
-  Pairs partials_local_, partials_split_;
+  std::vector<uint8_t> num_pieces_;
+  Pieces partials_local_, partials_split_;
 };
 
 }  // namespace blockwise

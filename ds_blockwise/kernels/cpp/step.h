@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The update of consecutive elements, and of a plan's segments. AdamW: arXiv 1711.05101, algorithm 2; one second moment
-// per block: arXiv 2406.16793, algorithm 1; a learning rate per block: arXiv 2502.19002, section 5.
+// per block: arXiv 2406.16793, algorithm 1; a learning rate per block: arXiv 2502.19002, section 5; cautious weight decay:
+// arXiv 2510.12402, algorithm 1.
 #pragma once
 
 #include <cmath>
@@ -11,7 +12,7 @@
 namespace blockwise {
 
 struct Scalars {
-  double lr, lr_floor, beta1, beta2, eps, weight_decay, bias_correction1, bias_correction2;
+  double lr, lr_floor, beta1, beta2, eps, weight_decay, bias_correction1, bias_correction2, progress, step, cautious;
 };
 
 // One tensor in one step; P, G, M, W: dtypes of param, grad, exp_avg, and of arithmetic and exp_avg_sq.
@@ -29,13 +30,19 @@ struct Tensors {
 // Factors of a run, rounded once.
 template <class W>
 struct Factors {
-  W keep, decay, size;  // m += keep * (g - m); p *= decay; p -= size * m / denominator
+  W keep, decay, size;   // m += keep * (g - m); p *= decay; p -= size * m / denominator
+  W beta2, keep2, root;  // v = beta2 * v + keep2 * g^2; denominator = sqrt(v) * root + eps
 
-  Factors(const Run& run, const Scalars& s) {
-    const double lr = run.lr_multiplier * (s.lr - s.lr_floor) + s.lr_floor;
-    keep = W(1 - s.beta1);
+  Factors(const Run& run, const Scalars& s, W root_of_tensor) {
+    const double multiplier = run.lr_multiplier + run.lr_multiplier_change * s.progress;
+    const double lr = multiplier * (s.lr - s.lr_floor) + s.lr_floor;
+    const double beta1 = run.beta1_or(s.beta1), own_beta2 = run.beta2_or(s.beta2);
+    keep = W(1 - beta1);
     decay = W(1 - lr * s.weight_decay * run.weight_decay_multiplier);
-    size = W(lr / s.bias_correction1);
+    size = W(lr / (std::isnan(run.beta1) ? s.bias_correction1 : 1 - std::pow(beta1, s.step)));
+    beta2 = W(own_beta2);
+    keep2 = W(1 - own_beta2);
+    root = std::isnan(run.beta2) ? root_of_tensor : W(1 / std::sqrt(1 - std::pow(own_beta2, s.step)));
   }
 };
 
@@ -81,21 +88,30 @@ class Step {
   }
 
   // v = beta2 * v + (1 - beta2) * mean; the mean is rounded first, as the reference does
-  void complete(int64_t slot, double sum) const {
+  void complete(int64_t slot, double sum, int32_t run) const {
     const W mean = W(sum / plan_.slot_numel[slot]);
+    const double beta2 = plan_.runs[run].beta2_or(s_.beta2);
     W& v = t_.exp_avg_sq[slot];
-    v = W(s_.beta2) * v + W(1 - s_.beta2) * mean;
+    v = W(beta2) * v + W(1 - beta2) * mean;
   }
 
   void fill(const Stripe& stripe) const {
-    const Factors<W> f(plan_.runs[stripe.run], s_);
+    const Factors<W> f(plan_.runs[stripe.run], s_, root_);
     for (int64_t c = 0; c < stripe.columns; ++c)
       plan_.column_scale[stripe.first + c] = scale(f, stripe.slot + c / stripe.numel);
   }
 
   void update(const Segment& segment) const {
-    const Factors<W> f(plan_.runs[segment.run], s_);
-    const bool copies = t_.copy != nullptr;
+    const Factors<W> f(plan_.runs[segment.run], s_, root_);
+    if (s_.cautious != 0)
+      update_cautiously(f, segment);
+    else
+      update_plainly(f, segment);
+    if (t_.copy != nullptr) copy(segment.start, segment.count * segment.numel);
+  }
+
+ private:
+  void update_plainly(const Factors<W>& f, const Segment& segment) const {
     switch (segment.kind) {
       case Kind::elements:
         elements(f, segment.start, segment.numel, t_.exp_avg_sq + segment.slot);
@@ -111,13 +127,60 @@ class Step {
           block(f, segment.start + i * segment.numel, segment.numel, W(scale(f, segment.slot + i)));
         break;
     }
-    if (copies) copy(segment.start, segment.count * segment.numel);
   }
 
- private:
+  // All kinds in one loop, which takes the scale of each element from a buffer: a second form of every loop above would
+  // double the time that compiling takes.
+  void update_cautiously(const Factors<W>& f, const Segment& segment) const {
+    W scales[kChunk];
+    for (int64_t i = 0; i < segment.count; ++i) {
+      const int64_t start = segment.start + i * segment.numel, slot = segment.slot + i, n = segment.numel;
+      if (segment.kind == Kind::blocks) {
+        double sum = 0;
+        for (int64_t k = 0; k < n; k += kPiece) sum += sum_squares(t_.grad + start + k, std::min(kPiece, n - k));
+        complete(slot, sum, segment.run);
+      }
+      if (segment.kind == Kind::blocks || segment.kind == Kind::given)
+        std::fill_n(scales, std::min(kChunk, n), W(scale(f, slot)));
+      for (int64_t k = 0; k < n; k += kChunk) {
+        const int64_t size = std::min(kChunk, n - k);
+        if (segment.kind == Kind::elements) own_scales(f, start + k, size, t_.exp_avg_sq + slot + k, scales);
+        if (segment.kind == Kind::columns) std::copy_n(plan_.column_scale.data() + slot + k, size, scales);
+        spare(f, start + k, size, scales);
+      }
+    }
+  }
+
+  void own_scales(const Factors<W>& f, int64_t start, int64_t n, W* __restrict__ v, W* __restrict__ scales) const {
+    const G* __restrict__ g = t_.grad + start;
+    const W beta2 = f.beta2, keep2 = f.keep2, size = f.size, root = f.root, eps = W(s_.eps);
+#pragma omp simd
+    for (int64_t k = 0; k < n; ++k) {
+      const W grad = W(load(g[k])), square = beta2 * v[k] + keep2 * grad * grad;
+      v[k] = square;
+      scales[k] = size / (std::sqrt(square) * root + eps);
+    }
+  }
+
+  // Decays the elements that the update does not move away from zero.
+  void spare(const Factors<W>& f, int64_t start, int64_t n, const W* __restrict__ scales) const {
+    P* __restrict__ p = t_.param + start;
+    const G* __restrict__ g = t_.grad + start;
+    M* __restrict__ m = t_.exp_avg + start;
+    const W keep = f.keep, decay = f.decay;
+#pragma omp simd
+    for (int64_t k = 0; k < n; ++k) {
+      const W old = W(load(m[k])), was = W(load(p[k]));
+      const W now = old + keep * (W(load(g[k])) - old);
+      const bool grows = (now < 0 && was > 0) || (now > 0 && was < 0);
+      store(m[k], now);
+      store(p[k], was * (grows ? W(1) : decay) - scales[k] * now);
+    }
+  }
+
   // lr / bias_correction1 / (sqrt(v / bias_correction2) + eps): one division per block instead of one per element
   double scale(const Factors<W>& f, int64_t slot) const {
-    const W denominator = std::sqrt(t_.exp_avg_sq[slot]) * root_ + W(s_.eps);
+    const W denominator = std::sqrt(t_.exp_avg_sq[slot]) * f.root + W(s_.eps);
     return double(f.size) / double(denominator);
   }
 
@@ -152,7 +215,7 @@ class Step {
     for (int64_t k = 0; k < n; k += kPiece) sum += sum_squares(t_.grad + segment.start + k, std::min(kPiece, n - k));
     for (int64_t i = 0; i < segment.count; ++i) {
       const int64_t start = segment.start + i * n, slot = segment.slot + i;
-      complete(slot, sum);
+      complete(slot, sum, segment.run);
       const W factor = W(scale(f, slot));
       if (i + 1 == segment.count)
         block(f, start, n, factor);
@@ -186,8 +249,8 @@ class Step {
     P* __restrict__ p = t_.param + start;
     const G* __restrict__ g = t_.grad + start;
     M* __restrict__ m = t_.exp_avg + start;
-    const W keep = f.keep, decay = f.decay, size = f.size, root = root_, eps = W(s_.eps);
-    const W beta2 = W(s_.beta2), keep2 = W(1 - s_.beta2);
+    const W keep = f.keep, decay = f.decay, size = f.size, root = f.root, eps = W(s_.eps);
+    const W beta2 = f.beta2, keep2 = f.keep2;
     constexpr int64_t lanes = SquareSum::lanes;
     for (int64_t from = 0; from < n; from += lanes) {
       const int64_t to = std::min(from + lanes, n);

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton backend: one launch for all tensors of a step, through tables of addresses, jobs and tiles.
 
-Launches of a step: `prepare_kernel` (counts steps, computes bias corrections and the rates of each pair of multipliers)
+Launches of a step: `prepare_kernel` (counts steps, computes bias corrections and the rates of each row of settings)
 and `update_kernel`. Two more launches lie between them where they are needed: `sum_kernel` for blocks that one tile of
 the update cannot sum, and `finish_kernel` for blocks in several pieces, in several runs or on several ranks.
 
@@ -122,6 +122,7 @@ class TritonKernels(Kernels):
         tables = (program.tiles, program.jobs, batch.addresses, batch.scalars)
         meta: dict[str, object] = {name: _type(dtype) for name, dtype in zip("PGMVC", group.dtypes, strict=True)}
         meta |= {"SAME": not group.shares, "ALIGNED": group.aligned, "BY_HAND": _INTERPRETED}
+        meta["CAUTIOUS"] = group.cautious
         meta |= {"WIDE": tl.float64 if wide else tl.float32, "HAS": program.has, "SHIFTS": program.shifts}
         _launch(update_kernel, program.tiles.numel(), *tables, **meta, num_warps=NUM_WARPS)
 
@@ -136,7 +137,7 @@ def _add_up(batch: Batch, sums: SumProgram | None, group: Group, *, to_sums: boo
     tables = (program.tiles, program.jobs, batch.addresses, batch.scalars, sums.entries)
     _launch(sum_kernel, program.tiles.numel(), *tables, **meta, G=g, V=v, num_warps=NUM_WARPS)
     blocks = len(sums.finish)
-    totals = (sums.finish, sums.order, sums.entries, batch.addresses, batch.scalars, batch.row_ends, blocks)
+    totals = (sums.finish, sums.order, sums.entries, batch.addresses, batch.scalars, blocks)
     _launch(finish_kernel, -(-blocks // FINISH_BLOCKS), *totals, TO_SUMS=to_sums, V=v, num_warps=SMALL_WARPS)
 
 

@@ -70,7 +70,7 @@ def join_jobs(
     Args:
         jobs: of each tensor.
         tiles: numbers of tiles of each tensor's jobs.
-        rows: pairs of multipliers that each tensor has.
+        rows: distinct settings that each tensor has.
         entries: partial sums that each tensor has; None if the jobs are the update's.
         device: where the kernels read them.
     """
@@ -113,7 +113,8 @@ def join_sums(sums: Sequence[Sums], rows: Sequence[int], device: torch.device) -
     program = join_jobs([s.jobs for s in sums], [s.tiles for s in sums], rows, counts, device)
     offsets = itertools.accumulate(counts, initial=0)
     order = torch.cat([s.order + offset for s, offset in zip(sums, offsets, strict=False)])
-    finish = torch.cat(_number(_number([s.finish for s in sums], Finish.ITEM), Finish.FIRST, counts))
+    blocks = _number(_number([s.finish for s in sums], Finish.ITEM), Finish.FIRST, counts)
+    finish = torch.cat(_number(blocks, Finish.ROW, rows))
     entries = torch.empty(len(order), dtype=torch.float64, device=device)
     return SumProgram(program, entries, order.to(device), finish.to(device))
 
@@ -128,6 +129,7 @@ class Group:
         dtypes: of parameter, gradient, both moments and 16-bit copy, the first columns of `Address`; None if absent.
         aligned: whether all their addresses divide by `ALIGNMENT`.
         shares: whether second moments are one per block.
+        cautious: whether weight decay is.
         addresses: the table of `Address`, row after row.
         settings: the table of `Setting`, row after row.
     """
@@ -137,6 +139,7 @@ class Group:
     dtypes: tuple[torch.dtype | None, ...]
     aligned: bool
     shares: bool
+    cautious: bool
     addresses: list[int]
     settings: list[float]
 
@@ -156,10 +159,11 @@ def group_items(items: Sequence[Item]) -> list[Group]:
         aligned = not (where[0] | where[1] | where[2] | where[3] | where[4]) & (ALIGNMENT - 1)
         where += [0 if item.sums is None else item.sums.data_ptr(), 0, 0]
         settings = _settings(item, where, device) if moments[0] is not None else [0.0] * len(Setting)
-        key = (device, dtypes, aligned, item.plan.shares)
+        cautious = item.hyper.cautious
+        key = (device, dtypes, aligned, item.plan.shares, cautious)
         found = groups.get(key)
         if found is None:
-            found = groups[key] = Group([], device, dtypes, aligned, item.plan.shares, [], [])
+            found = groups[key] = Group([], device, dtypes, aligned, item.plan.shares, cautious, [], [])
         found.items.append(item)
         found.addresses += where
         found.settings += settings
@@ -180,7 +184,7 @@ def _settings(item: Item, where: list[int], device: torch.device) -> list[float]
                 f'torch.float64. Write group["lr"] = group["lr"].float()'
             )
         where[Address.LR], bits, lr = lr.data_ptr(), 8 * lr.element_size(), 0.0
-    return [float(lr), h.lr_floor, h.beta1, h.beta2, h.eps, h.weight_decay, float(bits)]
+    return [float(lr), h.lr_floor, h.beta1, h.beta2, h.eps, h.weight_decay, h.progress, float(bits)]
 
 
 class Batch:

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ds_blockwise.blocks.segment_table import SegmentTable, TableRun
+from ds_blockwise.blocks.segment_table import SegmentTable
+from ds_blockwise.blocks.settings.update_settings import UpdateSettings
+from ds_blockwise.blocks.table_runs import TableRun
 from ds_blockwise.kernels.triton.tables import (
     COLUMN_ROWS,
     COLUMNS_LOG2,
@@ -63,7 +65,7 @@ class TritonPlan:
         numel: elements of the tensor.
         num_slots: see `SegmentTable`.
         shares: whether second moments are one per block.
-        rows: fp64, shape ``(rows, len(Multiplier))``: the distinct pairs of multipliers.
+        rows: fp64, shape ``(rows, len(Multiplier))``: the distinct settings of its runs.
         jobs: the update's jobs.
         tiles: tiles of each.
         own: sums of blocks of this rank alone that no single tile of the update can sum.
@@ -103,11 +105,18 @@ class _Jobs:
         records = torch.tensor(self.records, dtype=torch.int64).view(-1, len(Job))
         return records, torch.tensor(self.tiles, dtype=torch.int64)
 
-    def sums(self, slot_numel: torch.Tensor, needed: torch.Tensor | None, also: torch.Tensor | None) -> Sums:
+    def sums(
+        self,
+        slot_numel: torch.Tensor,
+        slot_row: torch.Tensor,
+        needed: torch.Tensor | None,
+        also: torch.Tensor | None,
+    ) -> Sums:
         """Sort entries by block.
 
         Args:
             slot_numel: sizes of the unsharded blocks.
+            slot_row: rows of their settings.
             needed: slots that get a total although they may have no entry; None: those with entries.
             also: slots whose total is already in ``item.sums``.
         """
@@ -122,6 +131,7 @@ class _Jobs:
             count = torch.cat([count, torch.full_like(also, COMPLETE)])
         numel = slot_numel[found].to(torch.int64)
         columns = {Finish.SLOT: found, Finish.FIRST: first, Finish.COUNT: count, Finish.NUMEL: numel}
+        columns[Finish.ROW] = slot_row[found]
         finish = torch.stack([columns.get(column, torch.zeros_like(found)) for column in Finish], 1)
         # blocks of many entries side by side, so that few programs loop over them
         finish = finish[torch.sort(finish[:, Finish.COUNT], stable=True).indices]
@@ -132,7 +142,8 @@ class _Planner:
     def __init__(self, table: SegmentTable) -> None:
         self.table = table
         self.main, self.own, self.split = _Jobs(), _Jobs(), _Jobs()
-        self.row_of: dict[tuple[float, float], int] = {}
+        self.row_of: dict[UpdateSettings, int] = {}
+        self.slot_row = torch.zeros(table.num_slots, dtype=torch.int64)
 
     def plan(self) -> TritonPlan:
         table = self.table
@@ -143,17 +154,18 @@ class _Planner:
                 self._add_run(run, classes)
         else:
             for merged in table.multiplier_runs:
-                row = self._row(merged.lr_multiplier, merged.weight_decay_multiplier)
+                row = self._row(merged.update)
                 self._add_elements(row, merged.start, merged.count, merged.start, merged.repeat, merged.repeat_stride)
         local = split_slots[split_slots < table.num_blocks]
-        rows = torch.tensor(list(self.row_of), dtype=torch.float64).view(-1, len(Multiplier))
-        own = self.own.sums(table.slot_numel, None, local)
-        split = self.split.sums(table.slot_numel, split_slots, None)
+        rows = torch.tensor([update.numbers() for update in self.row_of], dtype=torch.float64)
+        rows = rows.view(-1, len(Multiplier))
+        own = self.own.sums(table.slot_numel, self.slot_row, None, local)
+        split = self.split.sums(table.slot_numel, self.slot_row, split_slots, None)
         shares = table.shares_second_moment
         return TritonPlan(table.numel, table.num_slots, shares, rows, *self.main.tensors(), own, split)
 
-    def _row(self, lr_multiplier: float, weight_decay_multiplier: float) -> int:
-        return self.row_of.setdefault((lr_multiplier, weight_decay_multiplier), len(self.row_of))
+    def _row(self, update: UpdateSettings) -> int:
+        return self.row_of.setdefault(update, len(self.row_of))
 
     def _add_elements(
         self, row: int, start: int, count: int, slot: int, repeat: int, stride: int, v_stride: int | None = None
@@ -175,7 +187,8 @@ class _Planner:
     def _add_run(self, run: TableRun, classes: torch.Tensor) -> None:
         if not (run.count and run.numel and run.repeat):
             return
-        row = self._row(run.lr_multiplier, run.weight_decay_multiplier)
+        row = self._row(run.update)
+        self.slot_row[run.block : run.block + run.count] = row
         numel = int(self.table.slot_numel[run.block])
         if numel == 1:  # the block's mean is the element's own square
             self._add_elements(row, run.start, run.count, run.block, run.repeat, run.repeat_stride, run.block_stride)

@@ -29,6 +29,7 @@ ADDRESS_COLUMNS, GRAD, EXP_AVG_SQ, SUMS = constants(len(Address), Address.GRAD, 
 SCALAR_COLUMNS, SCALAR_BETA2, SCALAR_SQUARE_WEIGHT = constants(len(Scalar), Scalar.BETA2, Scalar.SQUARE_WEIGHT)
 FINISH_COLUMNS, FINISH_ITEM, FINISH_SLOT = constants(len(Finish), Finish.ITEM, Finish.SLOT)
 FINISH_FIRST, FINISH_COUNT, FINISH_NUMEL = constants(Finish.FIRST, Finish.COUNT, Finish.NUMEL)
+(FINISH_ROW,) = constants(Finish.ROW)
 FINISH_BLOCKS, FINISH_LANES, COMPLETE = constants(tables.FINISH_BLOCKS, tables.FINISH_LANES, tables.COMPLETE)
 TILE, TILE_LOG2, PIECE = constants(tables.TILE, tables.TILE_LOG2, tables.PIECE)
 INDEX_BITS, INDEX_MASK = constants(tables.TILE_INDEX_BITS, tables.TILE_INDEX_MASK)
@@ -125,7 +126,7 @@ def sum_kernel(tiles, jobs, addresses, scalars, entries, HAS: tl.constexpr, SHIF
 
 
 @triton.jit
-def finish_kernel(finish, order, entries, addresses, scalars, row_starts, blocks, TO_SUMS: tl.constexpr,
+def finish_kernel(finish, order, entries, addresses, scalars, blocks, TO_SUMS: tl.constexpr,
                   V: tl.constexpr, VERSION: tl.constexpr):  # fmt: skip
     """Add the entries of some blocks in their order: the sums of split blocks (``TO_SUMS``), or new second moments."""
     block = tl.program_id(0).to(tl.int64) * FINISH_BLOCKS + tl.arange(0, FINISH_BLOCKS)
@@ -157,7 +158,7 @@ def finish_kernel(finish, order, entries, addresses, scalars, row_starts, blocks
         v = tl.load(mine + EXP_AVG_SQ, mask=mask, other=0).to(tl.pointer_type(V)) + slot
         old = tl.load(v, mask=mask, other=0.0)
         numel = tl.load(record + FINISH_NUMEL, mask=mask, other=1).to(tl.float64)
-        s = scalars + tl.load(row_starts + item, mask=mask, other=0) * SCALAR_COLUMNS
+        s = scalars + tl.load(record + FINISH_ROW, mask=mask, other=0) * SCALAR_COLUMNS
         # not `new_second_moment`: the lanes beyond the last block must not read scalars
         mean = (total / numel).to(V).to(tl.float64)
         beta2 = tl.load(s + SCALAR_BETA2, mask=mask, other=0.0)

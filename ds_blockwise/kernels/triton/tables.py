@@ -128,14 +128,18 @@ class Setting(IntEnum):
     BETA2 = 3
     EPS = 4
     WEIGHT_DECAY = 5
-    LR_BITS = 6  # 32 or 64: read the learning rate at `Address.LR`, of this width; 0: it is `LR`
+    PROGRESS = 6
+    LR_BITS = 7  # 32 or 64: read the learning rate at `Address.LR`, of this width; 0: it is `LR`
 
 
 class Multiplier(IntEnum):
-    """A distinct pair of multipliers of one tensor, fp64, shape ``(rows, len(Multiplier))``."""
+    """A distinct row of `UpdateSettings.numbers` in one tensor, fp64, shape ``(rows, len(Multiplier))``."""
 
     LR = 0
     WEIGHT_DECAY = 1
+    LR_CHANGE = 2
+    BETA1 = 3  # NaN: the tensor's, as the next
+    BETA2 = 4
 
 
 class Scalar(IntEnum):
@@ -164,6 +168,7 @@ class Finish(IntEnum):
     FIRST = 2  # its first partial sum in the table ``order``
     COUNT = 3  # how many they are; `COMPLETE`: none, the sum is already at `Address.SUMS`
     NUMEL = 4  # elements of the unsharded block
+    ROW = 5  # position of its multipliers in the launch
 
 
 COMPLETE = -1

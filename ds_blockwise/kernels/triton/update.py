@@ -2,8 +2,8 @@
 """The Triton kernel that updates parameters and state; see `backend` for how a step uses it.
 
 Names in its functions: ``p g m v c`` point to parameter, gradient, first and second moments and 16-bit copy, ``s`` to
-the scalars of a pair of multipliers. ``WIDE`` is the dtype of the arithmetic, ``COPY`` whether there is a 16-bit copy,
-``OWN`` whether every element has its own second moment.
+the scalars of a row of settings. ``WIDE`` is the dtype of the arithmetic, ``COPY`` whether there is a 16-bit copy,
+``OWN`` whether every element has its own second moment, ``CAUTIOUS`` whether weight decay is (arXiv 2510.12402).
 """
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 
@@ -54,13 +54,18 @@ def _store(pointers, value, mask, BY_HAND: tl.constexpr):
 
 
 @triton.jit
-def _apply(p, m, c, offs, mask, grad, scale, s, WIDE: tl.constexpr, COPY: tl.constexpr, BY_HAND: tl.constexpr):
+def _apply(p, m, c, offs, mask, grad, scale, s, WIDE: tl.constexpr, COPY: tl.constexpr, CAUTIOUS: tl.constexpr,
+           BY_HAND: tl.constexpr):  # fmt: skip
     """Decay, first moment, step; ``scale`` is the step size over the denominator."""
     exp_avg = tl.load(m + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(WIDE)
     param = tl.load(p + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(WIDE)
     exp_avg = exp_avg + tl.load(s + SCALAR_GRAD_WEIGHT).to(WIDE) * (grad.to(WIDE) - exp_avg)
     _store(m + offs, exp_avg, mask, BY_HAND)
-    param = param * tl.load(s + SCALAR_DECAY).to(WIDE) - scale * exp_avg
+    decayed = param * tl.load(s + SCALAR_DECAY).to(WIDE)
+    if CAUTIOUS:
+        grows = ((exp_avg < 0) & (param > 0)) | ((exp_avg > 0) & (param < 0))
+        decayed = tl.where(grows, param, decayed)
+    param = decayed - scale * exp_avg
     _store(p + offs, param, mask, BY_HAND)
     if COPY:
         _store(c + offs, param, mask, BY_HAND)
@@ -80,7 +85,7 @@ def _scale(v, s, WIDE: tl.constexpr):
 
 @triton.jit
 def _rows(p, g, m, v, c, s, first, start, numel, count, slot, block_numel, LENGTH: tl.constexpr, ALIGNED: tl.constexpr,
-          WIDE: tl.constexpr, COPY: tl.constexpr, BY_HAND: tl.constexpr):  # fmt: skip
+          WIDE: tl.constexpr, COPY: tl.constexpr, CAUTIOUS: tl.constexpr, BY_HAND: tl.constexpr):  # fmt: skip
     """Rows of at most ``LENGTH`` elements, each held in registers between its sum and its update."""
     NUM_ROWS: tl.constexpr = TILE // LENGTH
     row = first + tl.arange(0, NUM_ROWS)
@@ -102,14 +107,14 @@ def _rows(p, g, m, v, c, s, first, start, numel, count, slot, block_numel, LENGT
     tl.debug_barrier()
     tl.store(v + slot + row, new, mask=row < count)
     scale = _scale(new, s, WIDE)[:, None]
-    _apply(p, m, c, offs, mask, grad, scale, s, WIDE, COPY, BY_HAND)
+    _apply(p, m, c, offs, mask, grad, scale, s, WIDE, COPY, CAUTIOUS, BY_HAND)
     if ALIGNED:
-        _apply(p, m, c, edge, edge_mask, edge_grad, scale, s, WIDE, COPY, BY_HAND)
+        _apply(p, m, c, edge, edge_mask, edge_grad, scale, s, WIDE, COPY, CAUTIOUS, BY_HAND)
 
 
 @triton.jit
 def _loop(p, g, m, v, c, s, start, numel, slot, block_numel, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
-          COPY: tl.constexpr, BY_HAND: tl.constexpr):  # fmt: skip
+          COPY: tl.constexpr, CAUTIOUS: tl.constexpr, BY_HAND: tl.constexpr):  # fmt: skip
     """One long row: sum it, then update it while its gradient is still cached."""
     low, high = vector_body(start, start + numel, ALIGNED)
     total = tl.zeros([TILE], tl.float64)
@@ -132,10 +137,10 @@ def _loop(p, g, m, v, c, s, start, numel, slot, block_numel, ALIGNED: tl.constex
         offs = low + at + tl.arange(0, TILE)
         mask = offs < high
         grad = tl.load(g + offs, mask=mask, other=0.0, eviction_policy="evict_first")
-        _apply(p, m, c, offs, mask, grad, scale, s, WIDE, COPY, BY_HAND)
+        _apply(p, m, c, offs, mask, grad, scale, s, WIDE, COPY, CAUTIOUS, BY_HAND)
         at += TILE
     if ALIGNED:
-        _apply(p, m, c, edge, edge_mask, edge_grad, scale, s, WIDE, COPY, BY_HAND)
+        _apply(p, m, c, edge, edge_mask, edge_grad, scale, s, WIDE, COPY, CAUTIOUS, BY_HAND)
 
 
 @triton.jit
@@ -151,7 +156,7 @@ def _own_v(v, offs, mask, grad, s):
 
 @triton.jit
 def _contiguous(p, g, m, v, c, s, start, end, slot, SAME: tl.constexpr, OWN: tl.constexpr, ALIGNED: tl.constexpr,
-                WIDE: tl.constexpr, COPY: tl.constexpr, BY_HAND: tl.constexpr):  # fmt: skip
+                WIDE: tl.constexpr, COPY: tl.constexpr, CAUTIOUS: tl.constexpr, BY_HAND: tl.constexpr):  # fmt: skip
     """At most one tile of elements: with their own second moments, or those of a block whose value is known.
 
     ``slot`` is the index of the second moment of the first element; with ``SAME`` it is ``start``.
@@ -165,18 +170,18 @@ def _contiguous(p, g, m, v, c, s, start, end, slot, SAME: tl.constexpr, OWN: tl.
         scale = _scale(_own_v(v, v_offs, mask, grad, s), s, WIDE)
     else:
         scale = _scale(tl.load(v + slot), s, WIDE)
-    _apply(p, m, c, offs, mask, grad, scale, s, WIDE, COPY, BY_HAND)
+    _apply(p, m, c, offs, mask, grad, scale, s, WIDE, COPY, CAUTIOUS, BY_HAND)
     if ALIGNED:
         edge, edge_mask = edges(start, end, low, high, edge_lanes())
         edge_grad = tl.load(g + edge, mask=edge_mask, other=0.0)
         if OWN:
             scale = _scale(_own_v(v, edge - start + slot, edge_mask, edge_grad, s), s, WIDE)
-        _apply(p, m, c, edge, edge_mask, edge_grad, scale, s, WIDE, COPY, BY_HAND)
+        _apply(p, m, c, edge, edge_mask, edge_grad, scale, s, WIDE, COPY, CAUTIOUS, BY_HAND)
 
 
 @triton.jit
 def _rect(p, g, m, v, c, s, job, index, OWN: tl.constexpr, WIDE: tl.constexpr, COPY: tl.constexpr,
-          BY_HAND: tl.constexpr):  # fmt: skip
+          CAUTIOUS: tl.constexpr, BY_HAND: tl.constexpr):  # fmt: skip
     """Strided elements, ``2^shift`` columns of as many repetitions as fit; nothing is known of their alignment."""
     numel, slot, repeat = tl.load(job + JOB_NUMEL), tl.load(job + JOB_SLOT), tl.load(job + JOB_REPEAT)
     width = tl.load(job + JOB_COUNT) * numel
@@ -192,13 +197,14 @@ def _rect(p, g, m, v, c, s, job, index, OWN: tl.constexpr, WIDE: tl.constexpr, C
         scale = _scale(_own_v(v, v_offs, mask, grad, s), s, WIDE)
     else:
         scale = _scale(tl.load(v + slot + column // numel, mask=mask, other=0.0), s, WIDE)
-    _apply(p, m, c, offs, mask, grad, scale, s, WIDE, COPY, BY_HAND)
+    _apply(p, m, c, offs, mask, grad, scale, s, WIDE, COPY, CAUTIOUS, BY_HAND)
 
 
 @triton.jit
 def update_kernel(tiles, jobs, addresses, scalars, HAS: tl.constexpr, SHIFTS: tl.constexpr, SAME: tl.constexpr,
                   ALIGNED: tl.constexpr, WIDE: tl.constexpr, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
-                  V: tl.constexpr, C: tl.constexpr, BY_HAND: tl.constexpr, VERSION: tl.constexpr):  # fmt: skip
+                  V: tl.constexpr, C: tl.constexpr, CAUTIOUS: tl.constexpr, BY_HAND: tl.constexpr,
+                  VERSION: tl.constexpr):  # fmt: skip
     """One tile.
 
     ``P G M V C`` are the dtypes of the tensors (``C``: None without a copy), ``HAS`` the sum of the kinds of job in the
@@ -224,25 +230,26 @@ def update_kernel(tiles, jobs, addresses, scalars, HAS: tl.constexpr, SHIFTS: tl
             if (kind == ROWS) & (tl.load(job + JOB_SHIFT) == shift):
                 first = index << (TILE_LOG2 - shift)
                 _rows(p, g, m, v, c, s, first, start, numel, count, slot, block_numel, 1 << shift, ALIGNED, WIDE, COPY,
-                      BY_HAND)  # fmt: skip
+                      CAUTIOUS, BY_HAND)  # fmt: skip
     if LOOP & HAS:
         if kind == LOOP:
             begin = start + index * numel
-            _loop(p, g, m, v, c, s, begin, numel, slot + index, block_numel, ALIGNED, WIDE, COPY, BY_HAND)
+            _loop(p, g, m, v, c, s, begin, numel, slot + index, block_numel, ALIGNED, WIDE, COPY, CAUTIOUS, BY_HAND)
     if CHUNK & HAS:
         if kind == CHUNK:
             parts = tl.load(job + JOB_PARTS)
             block, part = index // parts, index % parts
             begin = start + block * numel
             low, high = begin + part * TILE, tl.minimum(begin + numel, begin + (part + 1) * TILE)
-            _contiguous(p, g, m, v, c, s, low, high, slot + block, SAME, False, ALIGNED, WIDE, COPY, BY_HAND)
+            _contiguous(p, g, m, v, c, s, low, high, slot + block, SAME, False, ALIGNED, WIDE, COPY, CAUTIOUS, BY_HAND)
     if ELEMENTS & HAS:
         if kind == ELEMENTS:
             low, high = start + index * TILE, tl.minimum(start + count, start + (index + 1) * TILE)
-            _contiguous(p, g, m, v, c, s, low, high, slot + index * TILE, SAME, True, ALIGNED, WIDE, COPY, BY_HAND)
+            v_at = slot + index * TILE
+            _contiguous(p, g, m, v, c, s, low, high, v_at, SAME, True, ALIGNED, WIDE, COPY, CAUTIOUS, BY_HAND)
     if RECT & HAS:
         if kind == RECT:
-            _rect(p, g, m, v, c, s, job, index, False, WIDE, COPY, BY_HAND)
+            _rect(p, g, m, v, c, s, job, index, False, WIDE, COPY, CAUTIOUS, BY_HAND)
     if ELEMENT_RECT & HAS:
         if kind == ELEMENT_RECT:
-            _rect(p, g, m, v, c, s, job, index, True, WIDE, COPY, BY_HAND)
+            _rect(p, g, m, v, c, s, job, index, True, WIDE, COPY, CAUTIOUS, BY_HAND)

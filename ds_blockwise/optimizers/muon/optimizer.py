@@ -10,14 +10,14 @@ from typing import Any, Literal
 import torch
 from torch.optim.optimizer import ParamsT
 
-from ds_blockwise.blocks.block_settings import PRESET, BlockSettings
-from ds_blockwise.blocks.defaults import DEFAULT_PRESET, LR_PRESETS
 from ds_blockwise.blocks.segment_table import SegmentTable
+from ds_blockwise.blocks.settings.block_settings import PRESET, BlockSettings
+from ds_blockwise.blocks.settings.defaults import DEFAULT_PRESET, LR_PRESETS
 from ds_blockwise.checkpoint.record_types import SecondMomentOf
 from ds_blockwise.kernels.base import WIDE, Item, Kernels, wide_dtype
 from ds_blockwise.kernels.bindings import Binding, Bindings, Work
 from ds_blockwise.kernels.newton_schulz import COEFFICIENTS, SCALES, newton_schulz, normalized_rows
-from ds_blockwise.kernels.update import decay_, descend_
+from ds_blockwise.kernels.update import Rates, decay_, descend_
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.optimizers.exchange import Exchange, settle_loaded_second_moments, sum_split_blocks
 from ds_blockwise.optimizers.muon.plan import Plan, make_plan
@@ -57,6 +57,10 @@ class BlockwiseMuon(BlockwiseOptimizer):
             1 for all: the ratios of arXiv 2502.19002 are of Adam's updates. ``"auto"`` is refused.
         weight_decay_multipliers: likewise; default 1.
         granularity: as for `BlockwiseAdamMini`, of what is not orthogonalised. A matrix has one value for each row.
+        betas_by_type: pairs of betas per block type or role, null for the one of ``betas``, of what is stepped by
+            Adam-mini; matrices have ``momentum``.
+        cautious_weight_decay: decay only those elements that the update does not move away from zero (arXiv
+            2510.12402, algorithm 1). Default: false.
         rules: list of ``{"match": regex, "role" | "lr_multiplier" | "orthogonalize" | ...}`` for single parameters.
         transfer: refused: its exponents are those of Adam's updates. ``scale="mup"`` moves matrices over widths.
         momentum_dtype: ``"fp32"`` or ``"bf16"``: storage of ``exp_avg``. Arithmetic is fp32 (fp64 for fp64 parameters).
@@ -99,6 +103,8 @@ class BlockwiseMuon(BlockwiseOptimizer):
         weight_decay_multipliers: object = None,
         granularity: object = None,
         rules: object = None,
+        betas_by_type: object = None,
+        cautious_weight_decay: bool = False,
         transfer: object = None,
         momentum_dtype: MomentumDtype = "fp32",
         backend: str = "auto",
@@ -129,6 +135,8 @@ class BlockwiseMuon(BlockwiseOptimizer):
             weight_decay_multipliers=weight_decay_multipliers,
             granularity=granularity,
             rules=rules,
+            betas_by_type=betas_by_type,
+            cautious_weight_decay=cautious_weight_decay,
             transfer=transfer,
             momentum_dtype=momentum_dtype,
             backend=backend,
@@ -238,10 +246,10 @@ class BlockwiseMuon(BlockwiseOptimizer):
 
 def _descend(item: Item, table: SegmentTable, update: torch.Tensor) -> None:
     hyper, data = item.hyper, item.param.detach().view(-1)
-    lr, lr_floor = float(hyper.lr), hyper.lr_floor
+    rates: Rates = {"lr": float(hyper.lr), "lr_floor": hyper.lr_floor, "progress": hyper.progress}
     wide = data if data.dtype in WIDE else data.to(torch.float32)
-    decay_(wide, table, lr=lr, lr_floor=lr_floor, weight_decay=hyper.weight_decay)
-    descend_(wide, update, table, lr=lr, lr_floor=lr_floor)
+    decay_(wide, update, table, weight_decay=hyper.weight_decay, cautious=hyper.cautious, **rates)
+    descend_(wide, update, table, **rates)
     if wide is not data:
         data.copy_(wide)
     if item.param_copy is not None:

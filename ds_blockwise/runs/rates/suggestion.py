@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ds_blockwise.blocks.defaults import ADAMW_RATE, DEFAULT_PRESET
+from ds_blockwise.blocks.settings.defaults import ADAMW_RATE, DEFAULT_PRESET
 from ds_blockwise.runs.plan import COMPUTE_EFFICIENCY, GPUS
 from ds_blockwise.runs.rates.scaling_rules import ScalingRule, TrainingSize, rule_for
 from ds_blockwise.values import suggest, unknown

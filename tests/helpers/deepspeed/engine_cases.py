@@ -141,6 +141,7 @@ def settings_of(case: Case) -> dict[str, Any]:
         "transfer": case.params.get("transfer"),
         "momentum_dtype": case.params.get("momentum_dtype", "fp32"),
         "backend": case.backend,
+        **{key: case.params[key] for key in ("betas_by_type", "cautious_weight_decay") if key in case.params},
     }
 
 
@@ -224,12 +225,17 @@ def oracle_of(case: Case, weights: dict[str, Tensor], hyper: dict[str, Hyper]) -
     classes = MODELS[case.model][1]
     for role, size in GRANULARITIES[case.granularity][1]:
         classes = regroup(classes, role, HEAD_ROWS[case.model] if size == HEAD else size)
+    given = case.params.get("lr_multipliers", {})
+    moving = {key: value for key, value in given.items() if isinstance(value, dict)}
     return oracle_for(
         case.optimizer,
         weights,
         classes,
         hyper,
-        lr_multipliers=case.params.get("lr_multipliers", {}) | case.oracle_multipliers,
+        lr_multipliers=given | {key: value["start"] for key, value in moving.items()} | case.oracle_multipliers,
+        end_multipliers={key: value["end"] for key, value in moving.items()},
+        betas_by_type=case.params.get("betas_by_type", {}),
+        cautious=case.params.get("cautious_weight_decay", False),
         weight_decay_multipliers=DECAY_MULTIPLIERS if case.decay_multipliers else {},
         overrides=case.overrides,
         momentum=torch.bfloat16 if case.params.get("momentum_dtype") == "bf16" else None,

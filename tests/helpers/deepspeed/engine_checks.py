@@ -139,6 +139,7 @@ class _Fed:
         if self.case.scheduler.startswith("Blockwise"):
             block_lr, lr = _own_block_lr(self.case, self.applied), LR
             self.oracle.hyper = hyper_of(self.case, list(before))
+            self.oracle.progress = _progress(self.case, self.applied)
         was = self.oracle.weights()
         self.oracle.step(gradients, block_lr)
         assert_same_update(
@@ -186,6 +187,13 @@ def _own_block_lr(case: Case, k: int) -> Callable[[float, float], float]:
         min_lr=p.get("min_lr", 0.0),
         decay=p.get("decay_num_steps", 0),
     )
+
+
+def _progress(case: Case, k: int) -> float:
+    """How much of the decay is done at update k."""
+    p = case.scheduler_params
+    decay = p.get("decay_num_steps", p["total_num_steps"] - p["warmup_num_steps"])
+    return min(1.0, max(0.0, 1 - (p["total_num_steps"] - k) / decay))
 
 
 def _expected_scheduler(case: Case) -> Callable[[int], list[float]] | None:

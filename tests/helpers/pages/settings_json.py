@@ -9,18 +9,20 @@ import re
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields
 
-from ds_blockwise.blocks.auto_settings import AutoMultipliers
-from ds_blockwise.blocks.block_settings import Rule
-from ds_blockwise.blocks.defaults import DEFAULT_GRANULARITY, LR_PRESETS, PUBLISHED_GRANULARITY, UNITS
 from ds_blockwise.blocks.roles import (
     BLOCK_TYPE_OF,
     BLOCK_TYPES,
+    NORM_PLACE_MEANING,
+    NORM_PLACES,
     QKV_LAYOUT_MEANING,
     ROLE_MEANING,
     STORAGE_MEANING,
     Role,
 )
-from ds_blockwise.blocks.transfer import Transfer
+from ds_blockwise.blocks.settings.auto_settings import AutoMultipliers
+from ds_blockwise.blocks.settings.defaults import DEFAULT_GRANULARITY, LR_PRESETS, PUBLISHED_GRANULARITY, UNITS
+from ds_blockwise.blocks.settings.rules import Rule
+from ds_blockwise.blocks.settings.transfer import Transfer
 from ds_blockwise.measure.readings import TelemetrySettings
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.optimizers.registry import OPTIMIZERS, SCHEDULES
@@ -33,8 +35,9 @@ _INTRODUCTION = """\
 
 Written by `make docs` from the constructors and their docstrings; a test compares them.
 
-The keys are those of `"params"` in DeepSpeed's `"optimizer"` and `"scheduler"`, and the arguments of the classes in
-Python. An unknown key is an error that names the nearest known one.
+When to set which key, and why: [Settings](../settings.md). The keys are those of `"params"` in DeepSpeed's
+`"optimizer"` and `"scheduler"`, and the arguments of the classes in Python. An unknown key is an error that names the
+nearest known one.
 
 ```json
 {
@@ -123,6 +126,8 @@ def _schedule_rows(cls: type[BlockwiseLR]) -> Iterator[tuple[str, str, str]]:
 def _roles() -> Iterator[tuple[str, str, str]]:
     for role in Role:
         yield f"`{role.value}`", f"`{BLOCK_TYPE_OF[role]}`", sentence(ROLE_MEANING[role])
+        if role is Role.NORM:
+            yield from ((f"`{place}`", "`norm`", sentence(NORM_PLACE_MEANING[place])) for place in NORM_PLACES)
 
 
 def _presets() -> Iterator[tuple[str, ...]]:
@@ -141,6 +146,8 @@ def _rule_rows() -> Iterator[tuple[str, str]]:
     meanings["role"] = 'A role, for the whole parameter; `"qkv"` for a fused weight, with `layout` and the head counts.'
     meanings["layout"] = "Order of the rows in a fused weight; see below."
     for field in fields(Rule):
+        if field.name == "norm_place":
+            continue  # said by the role
         key = _JSON_NAMES.get(field.name, field.name)
         yield f"`{key}`", sentence(meanings[key])
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ds_blockwise.blocks.block_settings import BlockSettings
+from ds_blockwise.blocks.settings.block_settings import BlockSettings
 from ds_blockwise.blocks.structure import TensorStructure
 from ds_blockwise.tagging.registered import RegisteredParameter, registered_parameters
 from ds_blockwise.tagging.tag import _structure_of, is_stepped

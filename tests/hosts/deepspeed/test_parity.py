@@ -160,6 +160,22 @@ def _settings() -> Named:
         yield _named("momentum_bf16", dp, case)
 
 
+BY_ROLE = {
+    "betas_by_type": {"norm": [0.8, 0.99], "ffn": [None, 0.9], "key": [0.5, None]},
+    "cautious_weight_decay": True,
+}
+MOVING = {"lr_multipliers": {"norm": {"start": 1.0, "end": 0.25}, "value": {"start": 0.5, "end": 2}, "qk": 2}}
+
+
+def _role_settings() -> Named:
+    for optimizer, (stage, dp) in product(BOTH, ((1, 2), (2, 3), (3, 2))):
+        yield _named("by_role", dp, Case(optimizer, stage, params=BY_ROLE))
+    schedule = {"warmup_num_steps": 2, "total_num_steps": 7, "min_lr": 4e-3}
+    for optimizer, stage in product(BOTH, (1, 2, 3)):
+        case = Case(optimizer, stage, steps=8, params=BY_ROLE | MOVING, scheduler="BlockwiseCosineLR")
+        yield _named("moving", 2, replace(case, scheduler_params=schedule))
+
+
 DEEPSPEED_SCHEDULES = {
     "WarmupLR": {"warmup_max_lr": 0.04, "warmup_num_steps": 4},
     "WarmupDecayLR": {"warmup_max_lr": 0.04, "warmup_num_steps": 3, "total_num_steps": 8},
@@ -250,7 +266,7 @@ def _table(make: Callable[[], Named]) -> dict[str, tuple[int, Case]]:
 
 
 GRID, FAMILIES, PARTITIONS = _table(_grid), _table(_model_families), _table(_partitions)
-GRANULARITY, SETTINGS = _table(_granularities), _table(_settings)
+GRANULARITY, SETTINGS, BY_ROLES = _table(_granularities), _table(_settings), _table(_role_settings)
 OFFLOADED, ACCUMULATION = _table(_offload), _table(_accumulation_and_clipping)
 OVERFLOW, PARAMETERS, SCHEDULES = _table(_overflow), _table(_parameters), _table(_schedules)
 OWN, END_TO_END, MUTANTS = _table(_own_schedules), _table(_end_to_end), _table(_mutants)
@@ -258,7 +274,7 @@ MUON = {name: (world_size, case) for name, world_size, case in _muon()}
 LION = {name: (world_size, case) for name, world_size, case in _lion()}
 ALL = {
     **GRID, **FAMILIES, **PARTITIONS, **GRANULARITY, **SETTINGS, **OFFLOADED, **ACCUMULATION, **OVERFLOW, **PARAMETERS,
-    **SCHEDULES, **OWN, **END_TO_END, **MUTANTS, **LION, **MUON,
+    **SCHEDULES, **OWN, **END_TO_END, **MUTANTS, **BY_ROLES, **LION, **MUON,
 }  # fmt: skip
 
 
@@ -293,6 +309,12 @@ def test_granularity(outcome: Outcome, name: str) -> None:
 @SUITE.tests(SETTINGS)
 def test_settings_of_the_json(outcome: Outcome, name: str) -> None:
     """Multipliers, rules or the momentum's dtype from the JSON would not reach the shards."""
+    passes(outcome, name)
+
+
+@SUITE.tests(BY_ROLES)
+def test_betas_decay_and_moving_multipliers_of_a_role(outcome: Outcome, name: str) -> None:
+    """An element of a shard would get the betas, the decay or the moving multiplier of its neighbour's role."""
     passes(outcome, name)
 
 

@@ -152,7 +152,7 @@ def check_rules(context: RankContext, _: None) -> None:
     case = Case(params={"rules": [{"match": r"^1\.mlp\.c_fc\.weight", "lr_multiplier": multiplier}]})
     with open_engine(config_of(case), start(), feed=False) as run:
         found = {
-            part.lr_multiplier
+            part.update.lr_multiplier
             for name, p in run.model.named_parameters()
             if name == "1.mlp.c_fc.weight"
             for part in p.block_spec.parts

@@ -209,6 +209,9 @@ def _cases() -> Iterator[tuple[str, tuple[int, tuple[str, Case]]]]:
     yield resume("resume_offload", 2, Case("adamw", 2, "bf16", zero=OFFLOAD))
     yield resume("resume_bf16_optimizer", 2, Case("mini", 1, "bf16", config=BF16_OPTIMIZER))
     yield resume("resume_momentum", 2, Case("mini", 2, "bf16", params={"momentum_dtype": "bf16"}))
+    for optimizer, stage, form in (("mini", 2, "compact"), ("mini", 3, "expanded"), ("adamw", 1, "expanded")):
+        params = BY_ROLE | {"checkpoint_format": form}
+        yield resume("resume_by_role", 2, Case(optimizer, stage, params=params, **SCHEDULE))
     yield resume("resume_round_robin", 2, Case("mini", 2, "bf16", zero={"round_robin_gradients": True}))
     yield resume("resume_slim", 3, Case("mini", 2, "fp32", model="slim", groups="vector"))
     yield resume("resume_deepspeed_schedule", 2, Case("mini", 2, scheduler="WarmupLR", scheduler_params=WARMUP))
@@ -228,6 +231,11 @@ def _cases() -> Iterator[tuple[str, tuple[int, tuple[str, Case]]]]:
         yield f"{kind}-{optimizer}-z{stage}", (2, (kind, case))
 
 
+BY_ROLE = {
+    "betas_by_type": {"norm": [0.8, 0.99], "key": [None, 0.9]},
+    "lr_multipliers": {"norm": {"start": 1.0, "end": 0.25}, "value": {"start": 0.5, "end": 2.0}},
+    "cautious_weight_decay": True,
+}
 WARMUP = {"warmup_max_lr": 0.04, "warmup_num_steps": 6}
 SUITE = Suite(run_case, dict(_cases()))
 outcome = SUITE.outcome()

@@ -33,6 +33,7 @@ _HOSTS_MISSING = find_spec("deepspeed") is None or find_spec("megatron") is None
 pytestmark = pytest.mark.skipif(_HOSTS_MISSING, reason="needs deepspeed and megatron")
 
 DECAY_MULTIPLIERS = {"norm": 0.0, "value": 0.5}
+BETAS_BY_TYPE = {"norm": [0.8, 0.99], "ffn": [None, 0.9], "key": [0.5, None]}
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Case:
     value_tensor: bool = False
     poison: tuple[int, ...] = ()  # steps at which tensor-parallel rank 1 feeds a NaN
     end_to_end: bool = False
+    by_role: bool = False  # betas and cautious weight decay
     backend: str = "auto"
     params: dict[str, Any] = field(default_factory=dict)
     oracle: dict[str, Any] = field(default_factory=dict)  # what only Muon's oracle is told
@@ -62,6 +64,7 @@ def _config(case: Case) -> dict[str, Any]:
     granularity = {"value": "tensor", "norm": "tensor"} if case.value_tensor else {}
     params = {"weight_decay_multipliers": DECAY_MULTIPLIERS, "granularity": granularity, "backend": case.backend}
     params |= case.params
+    params |= {"betas_by_type": BETAS_BY_TYPE, "cautious_weight_decay": True} if case.by_role else {}
     # end to end an element far below eps keeps the noise of two runs below eps
     eps = {"eps": 1e-3} if case.end_to_end else {}
     clip = {"gradient_clipping": case.clip} if case.clip else {}
@@ -114,7 +117,8 @@ def check_fed(context: RankContext, case: Case) -> None:
     from megatron_patch import mpu_adapter
 
     shapes = full_shapes(case.shape, tied=case.tied)
-    reference = _reference(case) if case.optimizer in ("adamw", "muon") and not case.clip else None
+    exact = case.optimizer in ("adamw", "muon") and not (case.clip or case.by_role)
+    reference = _reference(case) if exact else None
     with parallel(case.tp):
         tp_rank = parallel_state.get_tensor_model_parallel_rank()
         tp_group = parallel_state.get_tensor_model_parallel_group()
@@ -135,6 +139,8 @@ def check_fed(context: RankContext, case: Case) -> None:
                 lr_multipliers=case.oracle_multipliers,
                 weight_decay_multipliers=DECAY_MULTIPLIERS,
                 **case.oracle,
+                betas_by_type=BETAS_BY_TYPE if case.by_role else {},
+                cautious=case.by_role,
             )
             pair = Compared(run, oracle, lambda whole: cut_all(whole, tp_rank, case.tp))
             pair.check_start()
@@ -247,6 +253,8 @@ def _cases() -> dict[str, tuple[int, Case]]:
     accumulate = {"data_types": {"grad_accum_dtype": "fp32"}}
     add("bf16_optimizer", 2, Case("mini", 1, "bf16", config=accumulate))
     add("value_tensor", 2, Case("mini", 1, value_tensor=True))
+    add("by_role", 1, Case("mini", 2, by_role=True))
+    add("by_role", 2, Case("adamw", 3, by_role=True))
     add("value_tensor", 1, Case("mini", 0, shape="mqa", value_tensor=True))
     add("tied", 2, Case("mini", 1, tied=True))
     for shape, stage in (("gqa3", 1), ("gqa3", 3), ("mqa3", 0), ("mqa3", 2)):
@@ -277,7 +285,7 @@ SUITE = Suite(run_case, _cases(), per_spawn=12, slow=takes_long)
 outcome = SUITE.outcome()
 
 
-@SUITE.cases("fed", "bf16_optimizer", "tied", "value_tensor")
+@SUITE.cases("fed", "bf16_optimizer", "tied", "value_tensor", "by_role")
 def test_tensor_parallel_values(outcome: Outcome, name: str) -> None:
     """Row-parallel weights would get each rank's own second moment, and replicas drift apart."""
     passes(outcome, name)

@@ -66,6 +66,26 @@ def test_a_wrong_reading_of_linear_qkv_is_caught(name, reading):
         verify_layout(MODELS[name][0](), rules=rules)
 
 
+BEFORE = {"input_layernorm": "norm_in", "pre_mlp_layernorm": "norm_in", "final_layernorm": "norm_in"}
+ON_HEADS = {"q_layernorm": "norm_qk", "k_layernorm": "norm_qk"}
+FUSED = {"linear_qkv": "norm_in", "linear_fc1": "norm_in"}
+PLACES = {
+    "llama": BEFORE,
+    "gpt with biases, q/k norms, tied": BEFORE | ON_HEADS,
+    "te": FUSED | {"final_layernorm": "norm_in"},
+    "latent attention": BEFORE | {"q_layernorm": None, "kv_layernorm": None},  # norms of latents are neither
+    "te latent attention": BEFORE | {"linear_q_up_proj": None, "linear_kv_up_proj": None},
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_where_norms_stand(name):
+    """Decay helps the gains of norms before projections and hurts those on heads; a fused norm feeds its linear."""
+    model = MODELS[name][0]()
+    rows = [row for row in tag_parameters(model).rows if row.role == "norm"]
+    assert {row.fqn.split(".")[-2]: row.norm_place for row in rows} == PLACES[name]
+
+
 def test_the_copy_of_a_tied_embedding_on_the_last_pipeline_stage_is_an_embedding():
     """Its name says output layer. With another multiplier than the first stage's copy the two would drift apart."""
     model = models.gpt(**models.LLAMA)

@@ -65,6 +65,8 @@ def check_values(context: RankContext, case: Case, run: Run) -> None:
     hyper = {name: Hyper(LR, BETAS, EPS, 0.0 if "layernorm" in name else WEIGHT_DECAY) for name in start}
     classes = megatron_classes(layers=LAYERS, **SHAPES[stack.shape])
     oracle = oracle_for(stack.optimizer, start, classes, hyper, lr_multipliers=case.oracle_multipliers)
+    oracle.betas_by_type = stack.settings.get("betas_by_type", {})
+    oracle.cautious = stack.settings.get("cautious_weight_decay", False)
     applied = 0
     for step in range(case.steps):
         poisoned = step in case.poison
@@ -151,6 +153,9 @@ def _cases() -> dict[str, tuple[int, Case]]:
     add("values", 2, replace(mini, tp=2))
     add("buckets", 2, replace(mini, bucket_size=900))
     add("mixed", 2, replace(mini, dtype="bf16", mixed=True))
+    by_role = {"betas_by_type": {"norm": [0.8, 0.99], "key": [0.5, None]}, "cautious_weight_decay": True}
+    add("by_role", 2, replace(mini, settings=by_role))
+    add("by_role", 1, Stack("adamw", tp=2, settings=by_role))
     add("clip", 2, replace(mini, clip=0.05))
     add("clip", 1, replace(mini, clip=0.05, tp=2, wrapper="plain"))
     add("decoupled", 2, replace(mini, decoupled=True))
@@ -168,7 +173,7 @@ def _cases() -> dict[str, tuple[int, Case]]:
 CASES = _cases()
 
 
-@pytest.mark.parametrize("name", of_kinds(CASES, "values", "mqa", "buckets", "mixed", "tied"))
+@pytest.mark.parametrize("name", of_kinds(CASES, "values", "mqa", "buckets", "mixed", "tied", "by_role"))
 def test_values(outcome: Outcome, name: str) -> None:
     """A shard would get the second moment of its own part of a block, or another block's multiplier."""
     passes(outcome, name)

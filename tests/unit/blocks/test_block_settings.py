@@ -3,8 +3,9 @@
 
 import pytest
 
-from ds_blockwise.blocks.block_settings import BlockSettings, Resolved
 from ds_blockwise.blocks.roles import Role
+from ds_blockwise.blocks.settings.block_settings import BlockSettings, Resolved
+from ds_blockwise.blocks.settings.update_settings import UpdateSettings
 
 FQN = "layers.0.mlp.up_proj.weight"
 
@@ -30,7 +31,7 @@ def resolve(role, fqn=FQN, *, is_bias=False, **settings):
 )
 def test_defaults(role, multiplier, granularity):
     """The paper's ratios on AdamW's rate and Adam-mini's partition, but for norms."""
-    assert resolve(role) == Resolved(multiplier, 1.0, granularity)
+    assert resolve(role) == Resolved(UpdateSettings(multiplier, 1.0), granularity)
 
 
 RULE = {"match": "up_proj", "lr_multiplier": 2, "weight_decay_multiplier": 0, "granularity": "tensor"}
@@ -44,14 +45,14 @@ ROLE_KEYS = {
 @pytest.mark.parametrize(
     ("role", "rules", "expected"),
     [
-        (Role.FFN, (), Resolved(3, 0.5, "element")),
-        (Role.QUERY, (), Resolved(5, 0.25, "row")),
-        (Role.KEY, (), Resolved(7, 0.75, "tensor")),
-        (Role.VALUE, (), Resolved(0.5, 1.0, "row")),
-        (Role.QUERY, [RULE], Resolved(2, 0, "tensor")),
-        (Role.VALUE, [RULE], Resolved(2, 0, "tensor")),
-        (Role.QUERY, [{"match": "up_proj", "lr_multiplier": 0}], Resolved(0, 0.25, "row")),
-        (Role.QUERY, [{"match": "down_proj", "lr_multiplier": 0}], Resolved(5, 0.25, "row")),
+        (Role.FFN, (), Resolved(UpdateSettings(3, 0.5), "element")),
+        (Role.QUERY, (), Resolved(UpdateSettings(5, 0.25), "row")),
+        (Role.KEY, (), Resolved(UpdateSettings(7, 0.75), "tensor")),
+        (Role.VALUE, (), Resolved(UpdateSettings(0.5, 1.0), "row")),
+        (Role.QUERY, [RULE], Resolved(UpdateSettings(2, 0), "tensor")),
+        (Role.VALUE, [RULE], Resolved(UpdateSettings(2, 0), "tensor")),
+        (Role.QUERY, [{"match": "up_proj", "lr_multiplier": 0}], Resolved(UpdateSettings(0, 0.25), "row")),
+        (Role.QUERY, [{"match": "down_proj", "lr_multiplier": 0}], Resolved(UpdateSettings(5, 0.25), "row")),
     ],
 )
 def test_a_rule_wins_over_a_role_and_a_role_over_its_block_type(role, rules, expected):
@@ -94,9 +95,9 @@ def test_measured_multipliers_are_one_until_they_are_measured():
         Role.OTHER: (0.125, False),
     }
     for role, (multiplier, measured) in expected.items():
-        assert settings.resolve("x", role, False).lr_multiplier == multiplier, role
+        assert settings.resolve("x", role, False).update.lr_multiplier == multiplier, role
         assert settings.is_measured(role, "x") == measured, role
-        assert settings.resolve(FQN, role, False).lr_multiplier == 2 and not settings.is_measured(role, FQN)
+        assert settings.resolve(FQN, role, False).update.lr_multiplier == 2 and not settings.is_measured(role, FQN)
     assert not any(BlockSettings.parse().is_measured(role) for role in Role)
 
 

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.ranges import (
     AxisSpan,
     Batch,
@@ -20,6 +19,7 @@ from ds_blockwise.blocks.ranges import (
 )
 from ds_blockwise.blocks.roles import Role
 from ds_blockwise.blocks.segment_table import Placement, build_table
+from ds_blockwise.blocks.settings.block_settings import BlockSettings
 from ds_blockwise.blocks.spec import apply_settings
 from ds_blockwise.blocks.structure import RoleSpan, TensorStructure
 

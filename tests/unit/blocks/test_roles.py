@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Roles, block types and QKV layouts: each list is complete, so that no role is without a multiplier."""
 
-from ds_blockwise.blocks.defaults import DEFAULT_GRANULARITY, LR_PRESETS, PUBLISHED_GRANULARITY
 from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, BLOCK_TYPES, LAYOUT_CHOICES, QKV_LAYOUTS, Role
+from ds_blockwise.blocks.settings.defaults import DEFAULT_GRANULARITY, LR_PRESETS, PUBLISHED_GRANULARITY
 
 # arXiv 2502.19002, section 3: what the paper calls Emb, QK, VO, FFN and Norm
 PAPER = {

@@ -15,10 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.ranges import TensorShard
 from ds_blockwise.blocks.roles import Role
 from ds_blockwise.blocks.segment_table import Placement, build_table, whole_placement
+from ds_blockwise.blocks.settings.block_settings import BlockSettings
 from ds_blockwise.blocks.spec import apply_settings
 from ds_blockwise.blocks.structure import HeadGeometry, RoleSpan, TensorStructure, fused_qkv, whole_tensor
 from ds_blockwise.hosts.stepped_tensors import fingerprint
@@ -145,7 +145,7 @@ def slots_of_elements(table, numel):
         slots = run.blocks_of(torch.arange(table.num_blocks)).expand(run.shape)
         for offset, slot in zip(run.of(offsets).flatten().tolist(), slots.flatten().tolist(), strict=True):
             assert offset not in found, "an element lies in two segments"
-            found[offset] = slot, run.lr_multiplier, run.weight_decay_multiplier
+            found[offset] = slot, run.update.lr_multiplier, run.update.weight_decay_multiplier
     assert sorted(found) == list(range(numel)), "the segments are not the partition"
     return [found[offset] for offset in range(numel)]
 
@@ -231,7 +231,7 @@ def test_element_wise_tables_hold_every_element_with_its_multipliers(data):
         for run in table.multiplier_runs:
             for offset in run.of(offsets).flatten().tolist():
                 assert offset not in found, "an element would be updated twice"
-                found[offset] = run.lr_multiplier
+                found[offset] = run.update.lr_multiplier
         assert [found[i] for i in range(len(elements))] == [MULTIPLIERS[p.block(e)[0]] for p, e in elements]
         assert len(found) == len(elements)
 
@@ -253,7 +253,7 @@ def test_a_whole_fused_weight():
     """Grouped rows: per group two heads of queries, one of keys, two rows of values; 3 columns."""
     table = table_of(placed(fused_qkv("qkv", (16, 3), "grouped", GQA, is_bias=False)))
     assert table.slot_numel.tolist() == [6, 6, 6, 3, 3] * 2
-    assert [(run.start, run.count, run.numel, run.block, run.lr_multiplier) for run in table.runs] == [
+    assert [(run.start, run.count, run.numel, run.block, run.update.lr_multiplier) for run in table.runs] == [
         (0, 2, 6, 0, 1),
         (12, 1, 6, 2, 1),
         (18, 2, 3, 3, 0.5),
@@ -262,7 +262,7 @@ def test_a_whole_fused_weight():
         (42, 2, 3, 8, 0.5),
     ]
     assert not table.has_split_blocks
-    assert [(run.start, run.count, run.lr_multiplier) for run in table.multiplier_runs] == [
+    assert [(run.start, run.count, run.update.lr_multiplier) for run in table.multiplier_runs] == [
         (0, 18, 1),
         (18, 6, 0.5),
         (24, 18, 1),

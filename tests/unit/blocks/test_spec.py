@@ -3,9 +3,9 @@
 
 import pytest
 
-from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.ranges import AxisSpan, Batch
 from ds_blockwise.blocks.roles import Role
+from ds_blockwise.blocks.settings.block_settings import BlockSettings
 from ds_blockwise.blocks.spec import apply_settings
 from ds_blockwise.blocks.structure import HeadGeometry, fused_qkv, whole_tensor
 
@@ -106,7 +106,7 @@ def test_number_of_blocks(shape, role, settings, num_blocks):
 def test_a_bias_has_the_multipliers_of_its_rows():
     """The bias of a fused linear: queries, keys and values at their own rates, element by element."""
     spec = qkv("concat", is_bias=True)
-    assert [(p.start, p.end, p.lr_multiplier, p.granularity) for p in spec.parts] == [
+    assert [(p.start, p.end, p.update.lr_multiplier, p.granularity) for p in spec.parts] == [
         (0, 8, 1, "element"),
         (8, 12, 1, "element"),
         (12, 16, 0.5, "element"),

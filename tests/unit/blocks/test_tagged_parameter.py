@@ -4,9 +4,9 @@
 import torch
 from torch import nn
 
-from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.ranges import TensorShard
 from ds_blockwise.blocks.roles import Role
+from ds_blockwise.blocks.settings.block_settings import BlockSettings
 from ds_blockwise.blocks.spec import apply_settings
 from ds_blockwise.blocks.structure import whole_tensor
 from ds_blockwise.blocks.tagged_parameter import set_tags, tags_of

@@ -10,10 +10,10 @@ import pytest
 from torch import nn
 
 from ds_blockwise import tag_parameters
-from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.roles import Role
+from ds_blockwise.blocks.settings.block_settings import BlockSettings
+from ds_blockwise.blocks.settings.transfer import Transfer, stream_widths, width_of
 from ds_blockwise.blocks.structure import HeadGeometry, TensorStructure, fused_qkv, whole_tensor
-from ds_blockwise.blocks.transfer import Transfer, stream_widths, width_of
 from ds_blockwise.tagging import tag as tagging
 
 WIDTH = 8  # of the residual stream; the FFN has 20, attention 2 heads of 6

@@ -65,6 +65,9 @@ def test_json_has_every_column_and_the_totals(llama, capsys):
         "state_bytes": 4 * (24 * 48 + 2),
         "is_measured": False,
         "transfer": 1.0,
+        "lr_multiplier_end": None,
+        "betas": [None, None],
+        "norm_place": None,
     }
     assert report["totals"]["adam_mini_state_bytes"] == 4 * (28272 + 632)
 

@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("megatron.core", reason="blocks are counted on Megatron-core's model")
 
 from ds_blockwise.cli.main import main
+from ds_blockwise.cli.plan import short_count
 from tests.helpers import ROOT
 
 pytestmark = pytest.mark.usefixtures("ends_process_groups")
@@ -54,6 +55,26 @@ def test_the_command_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_plan_that_cannot_be_is_named(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(FOLDER / "nodes_1.yaml"), "--plot", "", *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_run_for_cpus_says_which_gpu_to_name(capsys: pytest.CaptureFixture[str]) -> None:
+    """The run file that a newcomer has; the empty name of a GPU was "not known"."""
+    tiny = str(ROOT / "configs" / "run" / "tiny.yaml")
+    assert main(["plan", tiny, "--plot", ""]) == 2
+    said = capsys.readouterr().err
+    assert f"{tiny} names no GPU" in said
+    assert "--gpu h100-80g" in said and "a100-40g, a100-80g" in said
+    assert "''" not in said
+    assert main(["plan", tiny, "--plot", "", "--gpu", "h100-80g"]) == 0
+    assert "1 node x 2 h100-80g" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(1_262_720, "1.26M"), (134_105_856, "0.13B"), (99_999_999, "100M"), (1_937_000_000, "1.94B")]
+)
+def test_sizes_are_in_the_unit_that_people_use(count: int, text: str) -> None:
+    """A title said 0.00B."""
+    assert short_count(count) == text
 
 
 def test_a_run_that_does_not_fit_says_so(capsys: pytest.CaptureFixture[str]) -> None:

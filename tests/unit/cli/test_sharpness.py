@@ -175,7 +175,7 @@ def test_ratios_from_too_early_a_measurement_are_refused(folder, capsys):
 
 def test_ratios_and_auto_take_the_same_first_step(folder, capsys):
     """A proposal from a step that "auto" would not measure at contradicts it."""
-    from ds_blockwise.blocks.block_settings import BlockSettings
+    from ds_blockwise.blocks.settings.block_settings import BlockSettings
     from ds_blockwise.measure.auto_multipliers import MeasuredMultipliers
 
     for total in (2_000, 49_999, 50_000, 50_001, 123_456):

@@ -6,7 +6,9 @@ import random
 import pytest
 import torch
 
-from ds_blockwise.blocks.segment_table import SegmentTable, TableRun, _merge_multipliers
+from ds_blockwise.blocks.segment_table import SegmentTable, _merge_multipliers
+from ds_blockwise.blocks.settings.update_settings import UpdateSettings
+from ds_blockwise.blocks.table_runs import TableRun
 from ds_blockwise.kernels.base import Hyper, Item, ReferenceKernels
 from ds_blockwise.kernels.cpp.backend import CppKernels
 
@@ -22,13 +24,19 @@ class Runs:
         self.rng = rng
         self.runs: list[TableRun] = []
         self.numels: list[int] = []
+        self.betas: dict[int, tuple[float | None, float | None]] = {}  # by slot: one block has one beta2
         self.at = rng.randrange(9)
 
     def add(self, count, numel, slot=None, repeat=1, stride=0, factor=1):
         new = slot is None
         slot = len(self.numels) if new else slot
         multipliers = self.rng.choice([1.0, 4.0, 8.0]), self.rng.choice([0.0, 1.0])
-        self.runs.append(TableRun(self.at, count, numel, slot, repeat, stride, 0, *multipliers))
+        change = self.rng.choice([0.0, 0.0, 2.0])
+        betas = self.betas.setdefault(
+            slot, self.rng.choice([(None, None)] * 3 + [(None, 0.99), (0.5, None), (0.0, 0.9)])
+        )
+        update = UpdateSettings(*multipliers, change, *betas)
+        self.runs.append(TableRun(self.at, count, numel, slot, repeat, stride, 0, update))
         if new:
             self.numels += [numel * repeat * factor] * count
         return slot
@@ -131,7 +139,7 @@ def test_random_tables_are_stepped_as_by_the_reference(seed):
         (torch.randn(table.numel) * 1e-3 * inside).to(momentum),
         (second if table.shares_second_moment else second * inside).to(wide),
     )
-    hyper = Hyper(LR, rng.choice([0.0, 1e-4]), 0.9, 0.95, 1e-8, rng.choice([0.0, 0.1]))
+    hyper = Hyper(LR, rng.choice([0.0, 1e-4]), 0.9, 0.95, 1e-8, rng.choice([0.0, 0.1]), 0.25, rng.random() < 0.3)
     exact = param_type in (F32, F64) and momentum is not BF16
     steps = 2 if exact else 1  # a rounding to 16 bits that falls to the other side would be carried on
     (a, state_a, copy_a), (b, state_b, copy_b) = (

@@ -258,19 +258,21 @@ def compile_for_a_gpu():
     tool = str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
     tables = {"tiles": "*i64", "jobs": "*i64", "addresses": "*i64", "scalars": "*fp64"}
     f32, bf16 = tl.float32, tl.bfloat16
-    for name, has, shifts, types in (
-        ("AdamW", Kind.ELEMENTS, 0, (f32, f32, f32, f32, None)),
-        ("AdamMini", Kind.ROWS | Kind.CHUNK, 1 << 12, (f32, f32, f32, f32, None)),
-        ("AdamMini bf16", sum(Kind), 1 << 11, (f32, bf16, bf16, f32, bf16)),
+    for name, has, shifts, types, cautious in (
+        ("AdamW", Kind.ELEMENTS, 0, (f32, f32, f32, f32, None), False),
+        ("AdamMini", Kind.ROWS | Kind.CHUNK, 1 << 12, (f32, f32, f32, f32, None), False),
+        ("AdamMini bf16", sum(Kind), 1 << 11, (f32, bf16, bf16, f32, bf16), False),
+        ("cautious AdamW", Kind.ELEMENTS, 0, (f32, f32, f32, f32, None), True),
+        ("cautious AdamMini", Kind.ROWS | Kind.CHUNK, 1 << 12, (f32, f32, f32, f32, None), True),
     ):
-        constants = {"HAS": int(has), "SHIFTS": shifts, "SAME": name == "AdamW", "ALIGNED": True, "WIDE": f32}
-        constants |= {**dict(zip("PGMVC", types, strict=True)), "BY_HAND": False}
+        constants = {"HAS": int(has), "SHIFTS": shifts, "SAME": name.endswith("AdamW"), "ALIGNED": True, "WIDE": f32}
+        constants |= {**dict(zip("PGMVC", types, strict=True)), "CAUTIOUS": cautious, "BY_HAND": False}
         show(name, triton_kernels.update_kernel, tables, constants, triton_kernels.NUM_WARPS)
     constants = {"HAS": int(sum(SumKind)), "SHIFTS": 1 << 7, "ALIGNED": True, "G": f32, "V": f32}
     show("sum", triton_kernels.sum_kernel, {**tables, "entries": "*fp64"}, constants, triton_kernels.NUM_WARPS)
     for to_sums in (True, False):
         signature = {"finish": "*i64", "order": "*i64", "entries": "*fp64", "addresses": "*i64", "scalars": "*fp64"}
-        signature |= {"row_starts": "*i64", "blocks": "i32"}
+        signature |= {"blocks": "i32"}
         show("finish", triton_kernels.finish_kernel, signature, {"TO_SUMS": to_sums, "V": f32}, 1)
     signature = {
         "addresses": "*i64",
@@ -295,8 +297,9 @@ def test_kernels_compile_for_a_gpu_with_wide_accesses_and_without_spills():
     out = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert out.returncode == 0, out.stderr[-3000:]
     found = dict(re.findall(r"^(.+): (.+)$", out.stdout, re.M))
-    assert set(found) == {"AdamW", "AdamMini", "AdamMini bf16", "sum", "finish", "prepare"}
-    for name in ("AdamW", "AdamMini", "AdamMini bf16"):
+    steps = ("AdamW", "AdamMini", "AdamMini bf16", "cautious AdamW", "cautious AdamMini")
+    assert set(found) == {*steps, "sum", "finish", "prepare"}
+    for name in steps:
         loads, stores, spilled, rounding = map(int, found[name].split())
         assert loads and stores and not spilled, found
         assert bool(rounding) == name.endswith("bf16"), "bf16 must be rounded by the hardware"

@@ -26,7 +26,7 @@ HYPER = Hyper(lr=1e-2, lr_floor=1e-3, beta1=0.8, beta2=0.9, eps=1e-6, weight_dec
 @pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
 def test_steps_are_those_of_the_papers(shares: bool, rows: int, columns: int, dtype: torch.dtype) -> None:
     block_spec = spec((rows, columns), Role.FFN)
-    multiplier = block_spec.parts[0].lr_multiplier
+    multiplier = block_spec.parts[0].update.lr_multiplier
     assert multiplier != 1.0, "a multiplier of 1 would hide a wrong one"
     table = build_table(rows * columns, [whole_placement(block_spec, None)], shares_second_moment=shares)
     generator = torch.Generator().manual_seed(rows * columns)
@@ -38,7 +38,7 @@ def test_steps_are_those_of_the_papers(shares: bool, rows: int, columns: int, dt
     m = [[0.0] * columns for _ in range(rows)]
     v = [[0.0] * columns for _ in range(rows)]
     rate = multiplier * (HYPER.lr - HYPER.lr_floor) + HYPER.lr_floor
-    decay = HYPER.weight_decay * block_spec.parts[0].weight_decay_multiplier
+    decay = HYPER.weight_decay * block_spec.parts[0].update.weight_decay_multiplier
     for step in range(1, 4):
         before = param.double().tolist()
         grad = torch.randn(rows, columns, generator=generator).to(dtype)
@@ -79,8 +79,9 @@ def test_sums_are_fp64_whatever_the_gradient_is() -> None:
 
 
 def test_momentum_in_bf16_is_used_before_it_is_rounded() -> None:
+    table = build_table(1, [], shares_second_moment=False)
     stored = torch.tensor([1.0], dtype=BF16)
-    used = update_exp_avg_(stored, torch.tensor([1.001]), beta1=0.5)
+    used = update_exp_avg_(stored, torch.tensor([1.001]), table, beta1=0.5)
     assert used.item() == pytest.approx(1.0005, abs=1e-6)
     assert stored.item() == 1.0
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ds_blockwise import BlockwiseAdamMini, BlockwiseAdamW, block_report, tag_parameters
-from ds_blockwise.blocks.block_settings import BlockSettings
+from ds_blockwise.blocks.settings.block_settings import BlockSettings
 from ds_blockwise.cli.main import main as command_line
 from ds_blockwise.measure.auto_multipliers import MeasuredMultipliers
 from tests.helpers.deepspeed.engine_cases import LR, Case, build, config_of

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from ds_blockwise.blocks.defaults import DEFAULT_EXPONENT
+from ds_blockwise.blocks.settings.defaults import DEFAULT_EXPONENT
 from ds_blockwise.measure.ratios import multipliers_from_sharpness
 
 PAPER = {"emb": 8.5e-7, "qk": 1.45e-6, "ffn": 2.9e-6, "vo": 5.4e-6, "norm": 3.1e-5}  # LLaMA 0.25B, step 40000

@@ -36,8 +36,8 @@ class SignMomentum(BlockwiseOptimizer):
             exp_avg = item.state["exp_avg"].view(-1).lerp_(item.grad.view(-1), 1 - item.hyper.beta1)
             param = item.param.detach().view(-1)
             for run in item.table.multiplier_runs:
-                lr = block_lr(run.lr_multiplier, lr=float(item.hyper.lr), lr_floor=item.hyper.lr_floor)
-                decay = item.hyper.weight_decay * run.weight_decay_multiplier
+                lr = block_lr(run.update.lr_multiplier, lr=float(item.hyper.lr), lr_floor=item.hyper.lr_floor)
+                decay = item.hyper.weight_decay * run.update.weight_decay_multiplier
                 run.of(param).mul_(1 - lr * decay).sub_(lr * run.of(exp_avg).sign())
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ds_blockwise import BlockwiseAdamMini, BlockwiseAdamW, tag_parameters
-from ds_blockwise.blocks.block_settings import BlockSettings
+from ds_blockwise.blocks.settings.block_settings import BlockSettings
 from ds_blockwise.optimizers import adam_mini
 from ds_blockwise.optimizers.registry import OPTIMIZERS
 from ds_blockwise.tagging.tag import tag_with_settings

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from ds_blockwise import BlockwiseAdamMini, BlockwiseMuon, tag_parameters
-from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.ranges import TensorShard
 from ds_blockwise.blocks.roles import Role
 from ds_blockwise.blocks.segment_table import Placement
+from ds_blockwise.blocks.settings.block_settings import BlockSettings
 from ds_blockwise.blocks.spec import apply_settings
 from ds_blockwise.blocks.structure import HeadGeometry, fused_qkv, whole_tensor
 from ds_blockwise.kernels.newton_schulz import COEFFICIENTS, newton_schulz

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ds_blockwise import BlockwiseCosineLR, tag_parameters
-from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.roles import Role
+from ds_blockwise.blocks.settings.block_settings import BlockSettings
 from ds_blockwise.checkpoint.record import settings_of
 from ds_blockwise.checkpoint.record_changes import differences
 from ds_blockwise.measure.auto_multipliers import MeasuredMultipliers
@@ -83,7 +83,7 @@ ROLE_OF = ("embedding", "output", "query", "ffn", "value", "norm", "router")
 
 def multipliers(given: object) -> tuple[float, ...]:
     settings = BlockSettings.parse(given)
-    return tuple(settings.resolve("x", Role(role), False).lr_multiplier for role in ROLE_OF)
+    return tuple(settings.resolve("x", Role(role), False).update.lr_multiplier for role in ROLE_OF)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

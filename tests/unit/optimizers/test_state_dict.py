@@ -162,7 +162,7 @@ def test_load_under_other_settings_says_what_changed_and_keeps_its_own(caplog: p
     assert "layout" not in caplog.text  # follows from the granularity
     train(two, second, range(2, 3))
     part = next(p for p in second.placements_in(two.get_parameter("model.embed_tokens.weight")))
-    assert part.spec.parts[0].lr_multiplier == 8.0
+    assert part.spec.parts[0].update.lr_multiplier == 8.0
 
 
 def test_load_under_the_same_settings_says_nothing(caplog: pytest.LogCaptureFixture) -> None:

@@ -148,10 +148,10 @@ def test_the_users_own_rules_keep_their_meaning_in_a_wrapper():
     tag_parameters(policy, rules=[{"match": "^lm_head", "lr_multiplier": 0.5}])
     optimizer = host(Wrapped(policy))
     weight = policy.lm_head.weight
-    assert (weight.block_spec.fqn, weight.block_spec.parts[0].lr_multiplier) == ("policy.lm_head.weight", 0.5)
+    assert (weight.block_spec.fqn, weight.block_spec.parts[0].update.lr_multiplier) == ("policy.lm_head.weight", 0.5)
     optimizer.bind(weight, placements(weight), LOCAL)
     optimizer.set_lr_multipliers({"head": 7})
-    assert optimizer.bindings().of(weight).table.multiplier_runs[0].lr_multiplier == 0.5
+    assert optimizer.bindings().of(weight).table.multiplier_runs[0].update.lr_multiplier == 0.5
     tag_parameters(policy, rules=[{"match": "policy", "lr_multiplier": 2, "optional": True}])
     with pytest.raises(ValueError, match=r"called 'policy\.mlp.* by now, and the rules set something else"):
         host(Wrapped(policy))

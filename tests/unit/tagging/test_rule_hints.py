@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ds_blockwise import tag_parameters
-from ds_blockwise.blocks.block_settings import BlockSettings
 from ds_blockwise.blocks.roles import Role
+from ds_blockwise.blocks.settings.block_settings import BlockSettings
 from ds_blockwise.blocks.tagged_parameter import tags_of
 from ds_blockwise.tagging.tag import read_tags
 from tests.helpers.proposed_rules import proposed_rules

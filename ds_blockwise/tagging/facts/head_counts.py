@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from ds_blockwise.blocks.block_settings import Rule
 from ds_blockwise.blocks.roles import Role
 from ds_blockwise.blocks.rule_needed import CHOOSE, RuleNeeded
+from ds_blockwise.blocks.settings.rules import Rule
 from ds_blockwise.blocks.structure import HeadGeometry
 from ds_blockwise.tagging.module_facts import NUM_HEADS, generic_heads
 from ds_blockwise.tagging.module_reader import READERS

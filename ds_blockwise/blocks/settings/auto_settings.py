@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-from ds_blockwise.blocks.defaults import DEFAULT_EXPONENT, DEFAULT_PRESET, LR_PRESETS, MEASURABLE
+from ds_blockwise.blocks.settings.defaults import DEFAULT_EXPONENT, DEFAULT_PRESET, LR_PRESETS, MEASURABLE
 from ds_blockwise.values import as_count, as_mapping, as_multiplier, check_keys, if_given
 
 AUTO = "auto"

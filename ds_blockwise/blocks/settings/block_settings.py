@@ -8,13 +8,20 @@ it: their blocks are single elements, not the whole vector, which costs almost n
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from ds_blockwise.blocks.auto_settings import AUTO, AutoMultipliers, parse_auto
-from ds_blockwise.blocks.defaults import (
+from ds_blockwise.blocks.roles import (
+    BLOCK_TYPE_OF,
+    BLOCK_TYPES,
+    NORM_PLACES,
+    NormPlace,
+    Role,
+)
+from ds_blockwise.blocks.rule_needed import CHOOSE, NORM_CHOICES, RuleNeeded
+from ds_blockwise.blocks.settings.auto_settings import AUTO, AutoMultipliers, parse_auto
+from ds_blockwise.blocks.settings.defaults import (
     DEFAULT_GRANULARITY,
     DEFAULT_ORTHOGONALIZE,
     DEFAULT_PRESET,
@@ -28,28 +35,21 @@ from ds_blockwise.blocks.defaults import (
     Granularity,
     Orthogonalize,
 )
-from ds_blockwise.blocks.roles import BLOCK_TYPE_OF, BLOCK_TYPES, QKV_LAYOUTS, STORAGES, QKVLayout, Role, Storage
-from ds_blockwise.blocks.rule_needed import RuleNeeded
-from ds_blockwise.blocks.transfer import Transfer, parse_transfer
-from ds_blockwise.values import as_count, as_mapping, as_multiplier, check_keys, if_given, suggest, unknown
+from ds_blockwise.blocks.settings.rules import ROLE_NAMES, Rule, as_granularity, as_orthogonalize, parse_rule
+from ds_blockwise.blocks.settings.transfer import Transfer, parse_transfer
+from ds_blockwise.blocks.settings.update_settings import (
+    Betas,
+    LRMultiplier,
+    MovingMultiplier,
+    UpdateSettings,
+    as_betas,
+    as_lr_multiplier,
+)
+from ds_blockwise.values import as_mapping, as_multiplier, check_keys, suggest
 
 _Setting = TypeVar("_Setting")
-_ROLE_NAMES = tuple(role.value for role in Role)
-_SETTING_KEYS = tuple(dict.fromkeys((*BLOCK_TYPES, *_ROLE_NAMES)))
-_RULE_KEYS = (
-    "match",
-    "role",
-    "layout",
-    "num_heads",
-    "num_kv_heads",
-    "storage",
-    "lr_multiplier",
-    "weight_decay_multiplier",
-    "granularity",
-    "orthogonalize",
-    "width",
-)
-_OPTIONAL = "optional"
+_Default = TypeVar("_Default")
+_SETTING_KEYS = tuple(dict.fromkeys((*BLOCK_TYPES, *ROLE_NAMES, *NORM_PLACES)))
 PRESET = "preset"
 
 
@@ -59,107 +59,16 @@ def _checked(name: str, value: object, *extra: str) -> Mapping[str, object]:
     return raw
 
 
-def _granularity(name: str, value: object) -> Granularity:
-    if value not in GRANULARITIES:
-        raise ValueError(f"{name} must be one of {', '.join(GRANULARITIES)}, got {value!r}")
-    return value
-
-
-def _orthogonalize(name: str, value: object) -> str:
-    allowed = (*ORTHOGONALIZE, NOT_ORTHOGONALIZED)
-    if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}{suggest(value, allowed)}")
-    return value
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """One rule of the user.
-
-    Attributes:
-        match: regular expression, searched anywhere in a parameter's name. The other attributes say what the rule sets
-            for the parameters that it matches; None leaves it as it is.
-        role: role of the whole parameter.
-        qkv_layout: QKV layout of a fused weight; ``role`` is None then.
-        num_heads: query heads, or the heads of the one role.
-        num_kv_heads: key and value heads of a fused weight.
-        lr_multiplier: factor on the learning rate.
-        weight_decay_multiplier: factor on the weight decay.
-        granularity: size of a block.
-        storage: how the matrix is stored.
-        orthogonalize: what `BlockwiseMuon` takes for one matrix, or ``none``; the other optimizers do not read it.
-        width: of the residual stream that the matrix reads or writes, for ``transfer``.
-        optional: the rule may match nothing, because engines of several models share the settings.
-    """
-
-    match: str
-    role: Role | None = None
-    qkv_layout: QKVLayout | None = None
-    num_heads: int | None = None
-    num_kv_heads: int | None = None
-    lr_multiplier: float | None = None
-    weight_decay_multiplier: float | None = None
-    granularity: Granularity | None = None
-    storage: Storage | None = None
-    orthogonalize: str | None = None
-    width: int | None = None
-    optional: bool = False
-
-    def matches(self, fqn: str) -> bool:
-        """True if the rule's regular expression is found anywhere in ``fqn``."""
-        return re.search(self.match, fqn) is not None
-
-
-def _parse_rule(index: int, value: object) -> Rule:
-    name = f"rules[{index}]"
-    raw = as_mapping(name, value)
-    check_keys(name, raw, (*_RULE_KEYS, _OPTIONAL))
-    match = raw.get("match")
-    if not isinstance(match, str) or not match:
-        raise ValueError(f'{name} needs "match": a regular expression on parameter names, got {match!r}')
-    try:
-        re.compile(match)
-    except re.error as error:
-        raise ValueError(f"{name}: {match!r} is not a regular expression: {error}") from error
-    role, layout = raw.get("role"), raw.get("layout")
-    if role == "qkv":
-        if layout not in QKV_LAYOUTS:
-            raise ValueError(f'{name}: role "qkv" needs "layout": one of {", ".join(QKV_LAYOUTS)}, got {layout!r}')
-        role = None
-    else:
-        if layout is not None:
-            raise ValueError(f'{name}: "layout" goes with "role": "qkv" only, got role {role!r}')
-        if role is not None and role not in _ROLE_NAMES:
-            raise ValueError(f"{name}: {unknown('role', role, (*_ROLE_NAMES, 'qkv'))}")
-    storage = raw.get("storage")
-    if storage is not None and storage not in STORAGES:
-        raise ValueError(f"{name}.storage must be one of {', '.join(STORAGES)}, got {storage!r}")
-    optional = raw.get(_OPTIONAL, False)
-    if not isinstance(optional, bool):
-        raise TypeError(f"{name}.optional must be true or false, got {optional!r}")
-    rule = Rule(
-        match=match,
-        role=None if role is None else Role(role),
-        qkv_layout=layout,
-        num_heads=if_given(as_count, f"{name}.num_heads", raw.get("num_heads")),
-        num_kv_heads=if_given(as_count, f"{name}.num_kv_heads", raw.get("num_kv_heads")),
-        lr_multiplier=if_given(as_multiplier, f"{name}.lr_multiplier", raw.get("lr_multiplier")),
-        weight_decay_multiplier=if_given(
-            as_multiplier, f"{name}.weight_decay_multiplier", raw.get("weight_decay_multiplier")
-        ),
-        granularity=if_given(_granularity, f"{name}.granularity", raw.get("granularity")),
-        storage=storage,
-        orthogonalize=if_given(_orthogonalize, f"{name}.orthogonalize", raw.get("orthogonalize")),
-        width=if_given(as_count, f"{name}.width", raw.get("width")),
-        optional=optional,
-    )
-    if rule == Rule(match, optional=optional):
-        raise ValueError(f"{name} ({match!r}) sets nothing. Give at least one of {', '.join(_RULE_KEYS[1:])}")
-    return rule
-
-
 def _parse_multipliers(name: str, value: object) -> dict[str, float]:
     return {k: as_multiplier(f"{name}[{k!r}]", v) for k, v in _checked(name, value).items()}
+
+
+def _parse_lr_multipliers(value: object) -> dict[str, LRMultiplier]:
+    return {k: as_lr_multiplier(f"lr_multipliers[{k!r}]", v) for k, v in _checked("lr_multipliers", value).items()}
+
+
+def _parse_betas(value: object) -> dict[str, Betas]:
+    return {k: as_betas(f"betas_by_type[{k!r}]", v) for k, v in _checked("betas_by_type", value).items()}
 
 
 def _parse_preset(value: object) -> tuple[str, object]:
@@ -189,15 +98,14 @@ def _parse_granularity(value: object) -> dict[str, Granularity]:
                 f'"{PUBLISHED}" (the partition of the Adam-mini paper), got {value!r}{suggest(value, [PUBLISHED])}'
             )
         return {role.value: cut for role, cut in PUBLISHED_GRANULARITY.items() if cut != DEFAULT_GRANULARITY[role]}
-    return {k: _granularity(f"granularity[{k!r}]", v) for k, v in _checked("granularity", value, "bias").items()}
+    return {k: as_granularity(f"granularity[{k!r}]", v) for k, v in _checked("granularity", value, "bias").items()}
 
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
     """The settings of one role in one parameter."""
 
-    lr_multiplier: float
-    weight_decay_multiplier: float
+    update: UpdateSettings
     granularity: Granularity
     orthogonalize: Orthogonalize | None = None
     by_rule: bool = False  # a rule asked for that
@@ -209,22 +117,25 @@ class BlockSettings:
 
     Attributes:
         preset: key of `LR_PRESETS`: the multipliers of what ``lr_multipliers`` does not name, and the unit of ``lr``.
-        lr_multipliers: factors on the learning rate by block type or role; a role wins over its block type.
+        lr_multipliers: factors on the learning rate by block type or role, some of them moving over the run; a role
+            wins over its block type.
         weight_decay_multipliers: factors on the weight decay, by the same keys.
         granularity: block sizes, by the same keys or ``bias``.
-        rules: rules for single parameters; they win over the three maps.
+        rules: rules for single parameters; they win over the maps.
         auto: how multipliers are measured; None if they are fixed.
         orthogonalize: what is one matrix, by the same keys; None where nothing is orthogonalised (all but Muon).
         transfer: how learning rates follow the model's width; None if they do not.
+        betas_by_type: decay rates of the moments, by the keys of the multipliers.
     """
 
-    lr_multipliers: dict[str, float] = field(default_factory=dict)
+    lr_multipliers: dict[str, LRMultiplier] = field(default_factory=dict)
     weight_decay_multipliers: dict[str, float] = field(default_factory=dict)
     granularity: dict[str, Granularity] = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
     auto: AutoMultipliers | None = None
     transfer: Transfer | None = None
     preset: str = DEFAULT_PRESET
+    betas_by_type: dict[str, Betas] = field(default_factory=dict)
     orthogonalize: dict[str, str] | None = None
 
     @classmethod
@@ -235,6 +146,7 @@ class BlockSettings:
         granularity: object = None,
         rules: object = None,
         transfer: object = None,
+        betas_by_type: object = None,
         *,
         orthogonalize: object = None,
     ) -> BlockSettings:
@@ -250,27 +162,40 @@ class BlockSettings:
         """
         preset, lr_multipliers = _parse_preset(lr_multipliers)
         auto, lr_multipliers = parse_auto(lr_multipliers, preset)
-        of_lr = _parse_multipliers("lr_multipliers", lr_multipliers)
+        of_lr = _parse_lr_multipliers(lr_multipliers)
         of_weight_decay = _parse_multipliers("weight_decay_multipliers", weight_decay_multipliers)
         sizes = _parse_granularity(granularity)
         if rules is None:
             rules = ()
         if isinstance(rules, (str, Mapping)) or not isinstance(rules, Iterable):
             raise TypeError(f'rules must be a list of {{"match": ..., ...}}, got {rules!r}')
-        parsed = tuple(_parse_rule(index, rule) for index, rule in enumerate(rules))
+        parsed = tuple(parse_rule(index, rule) for index, rule in enumerate(rules))
         width_rule = parse_transfer(transfer)
         if auto is not None and width_rule is not None:
             raise ValueError(
                 'lr_multipliers is "auto", which measures multipliers at this model\'s width, and transfer moves those '
                 "of another width here. Remove one of the two."
             )
-        found = cls(of_lr, of_weight_decay, sizes, parsed, auto, width_rule, preset)
+        betas = _parse_betas(betas_by_type)
+        found = cls(of_lr, of_weight_decay, sizes, parsed, auto, width_rule, preset, betas)
         return found if orthogonalize is None else found.with_orthogonalize(orthogonalize)
 
     @property
     def is_default(self) -> bool:
         """True if the user set nothing."""
         return self == BlockSettings()
+
+    @property
+    def names_norm_places(self) -> bool:
+        """Whether a setting is for norms in one place only, so that the place of every norm has to be known."""
+        maps = (self.lr_multipliers, self.weight_decay_multipliers, self.granularity, self.betas_by_type)
+        return any(place in given for given in maps for place in NORM_PLACES)
+
+    @property
+    def moves(self) -> bool:
+        """Whether a multiplier changes over the run."""
+        given = (*self.lr_multipliers.values(), *(rule.lr_multiplier for rule in self.rules))
+        return any(isinstance(multiplier, MovingMultiplier) for multiplier in given)
 
     @property
     def norm_multiplier(self) -> float:
@@ -296,7 +221,7 @@ class BlockSettings:
         checked = {}
         for key, how in _checked("orthogonalize", value).items():
             name = f"orthogonalize[{key!r}]"
-            checked[key] = _orthogonalize(name, how)
+            checked[key] = as_orthogonalize(name, how)
             with_heads = {*(role.value for role in HEAD_ROLES), *(BLOCK_TYPE_OF[role] for role in HEAD_ROLES)}
             if how == "head" and key not in with_heads:
                 raise ValueError(f'{name}: "head" is for query, key and value weights. Use "role", "matrix" or "none"')
@@ -340,7 +265,14 @@ class BlockSettings:
         known = list(names)
         return [rule for rule in self.rules if not rule.optional and not any(map(rule.matches, known))]
 
-    def resolve(self, fqn: str, role: Role, is_bias: bool, other_names: tuple[str, ...] = ()) -> Resolved:
+    def resolve(
+        self,
+        fqn: str,
+        role: Role,
+        is_bias: bool,
+        other_names: tuple[str, ...] = (),
+        norm_place: NormPlace | None = None,
+    ) -> Resolved:
         """Settings of ``role`` in parameter ``fqn``: user rule, then role key, then block-type key, then default.
 
         Args:
@@ -348,17 +280,29 @@ class BlockSettings:
             role: the role.
             is_bias: bias of a linear.
             other_names: further names of the parameter, which rules may match as well.
+            norm_place: where a norm stands; its key wins over the role's.
 
         Raises:
-            RuleNeeded: several rules match the parameter, or the granularity is not allowed for the role.
+            RuleNeeded: several rules match the parameter, the granularity is not allowed for the role, or a setting is
+                for norms in one place and nothing tells where this one stands.
         """
         rule = self.rule_for(fqn, *other_names) or Rule(match="")
+        if role is Role.NORM and norm_place is None and rule.role is None and self.names_norm_places:
+            raise RuleNeeded(
+                "a setting is for norms in one place, and the modules around {parameter} do not tell where it stands. "
+                "Say it.",
+                fqn,
+                None,
+                {"role": CHOOSE},
+                {"role": NORM_CHOICES},
+            )
         block_type = BLOCK_TYPE_OF[role]
 
-        def pick(own: _Setting | None, chosen: Mapping[str, _Setting], default: _Setting) -> _Setting:
+        def pick(own: _Setting | None, chosen: Mapping[str, _Setting], default: _Default) -> _Setting | _Default:
             if own is not None:
                 return own
-            return chosen.get(role.value, chosen.get(block_type, default))
+            keys = (role.value if norm_place is None else norm_place, role.value, block_type)
+            return next((chosen[key] for key in keys if key in chosen), default)
 
         if is_bias:
             granularity = rule.granularity or self.granularity.get("bias", "element")
@@ -377,10 +321,10 @@ class BlockSettings:
             by_rule = rule.orthogonalize is not None
         measured = self.auto is not None and block_type != "other"
         unset = 1.0 if measured else LR_PRESETS[self.preset][block_type]  # 1 until something is measured
-        return Resolved(
-            lr_multiplier=pick(rule.lr_multiplier, self.lr_multipliers, unset),
-            weight_decay_multiplier=pick(rule.weight_decay_multiplier, self.weight_decay_multipliers, 1.0),
-            granularity=granularity,
-            orthogonalize=next((each for each in ORTHOGONALIZE if each == how), None),
-            by_rule=by_rule,
+        update = UpdateSettings.of(
+            pick(rule.lr_multiplier, self.lr_multipliers, unset),
+            pick(rule.weight_decay_multiplier, self.weight_decay_multipliers, 1.0),
+            pick(rule.betas, self.betas_by_type, None),
         )
+        orthogonalize = next((each for each in ORTHOGONALIZE if each == how), None)
+        return Resolved(update, granularity, orthogonalize, by_rule)
