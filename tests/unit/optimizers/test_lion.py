@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from ds_blockwise import BlockwiseAdamMini, BlockwiseAdamW, BlockwiseLion, tag_parameters
+from ds_blockwise import BlockwiseAdamMini, BlockwiseAdamW, BlockwiseLion, BlockwiseMuon, tag_parameters
+from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from tests.helpers.deepspeed.engine_cases import MODELS
 from tests.helpers.oracle import Hyper, LionOracle, assert_same_update
 
@@ -111,3 +112,43 @@ def test_it_goes_on_bit_for_bit_and_takes_the_momentum_of_others() -> None:
 def test_what_it_cannot_do_is_refused_by_name(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         made(**settings)  # type: ignore[arg-type]
+
+
+def test_betas_of_a_block_type_are_those_of_a_run_with_them() -> None:
+    """A fused weight holds queries, keys and values: its parts then have momenta of their own."""
+    runs = [made(), made(betas=(0.5, 0.7)), made(betas_by_type={"qk": [0.5, 0.7]})]
+    for step in range(3):
+        for model, optimizer in runs:
+            feed(model, step)
+            optimizer.step()
+    plain, other, mixed = (dict(model.named_parameters()) for model, _ in runs)
+    for name, found in mixed.items():
+        wanted = plain[name].detach().clone()
+        if name.endswith("c_attn.weight"):
+            queries_and_keys = 2 * len(wanted) // 3
+            wanted[:queries_and_keys] = other[name][:queries_and_keys].detach()
+            assert not torch.equal(wanted, plain[name])
+        if not name.endswith("c_attn.bias"):
+            assert torch.equal(found, wanted), name
+
+
+@pytest.mark.parametrize("cls", [BlockwiseLion, BlockwiseMuon])
+def test_cautious_weight_decay_leaves_out_what_the_update_moves_away_from_zero(cls: type[BlockwiseOptimizer]) -> None:
+    torch.manual_seed(0)
+    model = MODELS["nano"][0]()
+    tag_parameters(model)
+    start = copy.deepcopy(model.state_dict())
+    results = []
+    for decay in (0.0, DECAY):
+        model.load_state_dict(start)
+        settings = {"weight_decay": decay, "cautious_weight_decay": True, "lr_multipliers": "uniform"}
+        optimizer = cls(model.parameters(), lr=LR, **settings)  # type: ignore[arg-type]
+        feed(model, 5)  # 0 gives the weights
+        optimizer.step()
+        results.append({name: param.detach().clone() for name, param in model.named_parameters()})
+    for name, without in results[0].items():
+        before = start[name]
+        grows = (before - without) * before < 0
+        wanted = without - torch.where(grows, 0.0, LR * DECAY * before)
+        assert 0 < int(grows.sum()) < grows.numel() or "ln_" in name or "bias" in name
+        torch.testing.assert_close(results[1][name], wanted, rtol=1e-5, atol=1e-6)
