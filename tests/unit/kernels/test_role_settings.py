@@ -69,7 +69,7 @@ def specs_of(settings):
     ends = settings.get("end_multipliers", {})
     moving = {key: {"start": start, "end": ends[key]} for key, start in settings.get("lr_multipliers", {}).items()}
     decay = {"vo": 0.0, "norm": 0.5}
-    chosen = BlockSettings.parse(moving, decay, {"value": "row"}, None, settings.get("betas_by_type"))
+    chosen = BlockSettings.parse(moving, decay, {"value": "row"}, betas_by_type=settings.get("betas_by_type"))
     pooled = replace(chosen, granularity={"value": "tensor"})
     roles = {"one": Role.FFN, "emb": Role.EMBEDDING, "bias": Role.FFN, "norm": Role.NORM, "ffn": Role.FFN}
     roles |= {"vo": Role.ATTN_OUT, "large": Role.VALUE}
