@@ -78,6 +78,7 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
     """
 
     second_moment = "block"
+    keeps_adamw_rate = True
 
     @property
     def exchanges(self) -> tuple[Exchange, ...]:

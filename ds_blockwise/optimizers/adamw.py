@@ -51,3 +51,4 @@ class BlockwiseAdamW(BlockwiseOptimizer):
     """
 
     second_moment = "element"
+    keeps_adamw_rate = True

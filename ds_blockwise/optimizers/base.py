@@ -66,6 +66,8 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
 
     #: the form in which ``exp_avg_sq`` is kept in memory
     second_moment: ClassVar[SecondMoment]
+    #: whether a rate that was tuned, or published, for AdamW holds for it with the default settings
+    keeps_adamw_rate: ClassVar[bool] = False
     #: whether telemetry and measured multipliers can read its steps
     can_be_measured: ClassVar[bool] = True
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ds_blockwise.blocks.settings.defaults import ADAMW_RATE, DEFAULT_PRESET
+from ds_blockwise.optimizers.registry import OPTIMIZERS
 from ds_blockwise.runs.plan import COMPUTE_EFFICIENCY, GPUS
 from ds_blockwise.runs.rates.scaling_rules import ScalingRule, TrainingSize, rule_for
 from ds_blockwise.values import suggest, unknown
 
-SAME_AS_ADAMW = ("BlockwiseAdamMini", "BlockwiseAdamW")
+SAME_AS_ADAMW = tuple(sorted(name for name, cls in OPTIMIZERS.items() if cls.keeps_adamw_rate))
 """The optimizers whose base rate is AdamW's by default; for others no rule is known."""
 PAPER_UNIT = 1 / ADAMW_RATE  # of AdamW's rate: that of the norms
 SMALL = 100_000_000  # parameters; below, our sweeps found the best base rate at AdamW's
