@@ -79,7 +79,7 @@ class BlockwiseLion(BlockwiseOptimizer):
             2510.12402, algorithm 1). Default: false.
         rules: list of ``{"match": regex, "role" | "lr_multiplier" | ...}`` for single parameters.
         transfer: ``{"base_width": 256}``: rates that were tuned at that width move to this model's; see
-            `ds_blockwise.blocks.transfer.Transfer`. Default: off.
+            `ds_blockwise.blocks.settings.transfer.Transfer`. Default: off.
         momentum_dtype: ``"fp32"`` or ``"bf16"``: storage of ``exp_avg``. Arithmetic is fp32 (fp64 for fp64 parameters).
         backend: ``"auto"`` or ``"reference"``; both are torch's operations.
         checkpoint_format: accepted so that one JSON serves all optimizers; there are no second moments.
