@@ -89,7 +89,7 @@ def build_ours(cls: type, case: Case, **settings: object) -> torch.optim.Optimiz
 
 
 def _ours(device: torch.device) -> Iterator[Contender | Missing]:
-    for cls in OPTIMIZERS.values():
+    for cls in (cls for cls in OPTIMIZERS.values() if cls.can_be_measured):  # those with Adam's update, as the peers
         family = ADAM_MINI if cls.second_moment == "block" else ADAMW
         for backend in (name for name in BACKENDS if name != "auto"):
             problem = _problem(backend, device)

@@ -396,5 +396,5 @@ def check_sharpness(run: RunConfig, copies: int, batches: int, key: str, problem
     name = section.get("type") if isinstance(section, dict) else None
     if not isinstance(name, str) or name not in OPTIMIZERS:
         allowed = f"{' or '.join(OPTIMIZERS)} where sharpness is measured: others do not know the blocks"
-        remedy = "BlockwiseAdamW with all lr_multipliers 1 is AdamW; or set training.sharpness_interval to 0"
+        remedy = 'BlockwiseAdamW with "lr_multipliers": "uniform" is AdamW; or set training.sharpness_interval to 0'
         problems.add(run.deepspeed_file, "optimizer.type", name, allowed, remedy)

@@ -106,7 +106,7 @@ def check_engine(engine: Engine, estimator: str) -> BlockwiseOptimizer:
     if not isinstance(optimizer, BlockwiseOptimizer):
         raise ValueError(
             f"the engine's optimizer is {type(optimizer).__name__}, which does not know where blocks lie. Train with "
-            f'BlockwiseAdamW; with "lr_multipliers": {{"emb": 1, "head": 1, "qk": 1, "ffn": 1, "vo": 1}} it is AdamW.'
+            f'BlockwiseAdamW; with "lr_multipliers": "uniform" it is AdamW.'
         )
     if not optimizer.bindings():
         raise ValueError("the engine's optimizer is not attached: call ds_blockwise.attach(engine) first")
