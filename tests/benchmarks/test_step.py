@@ -160,7 +160,7 @@ def test_our_optimizers_are_timed_with_their_default_multipliers() -> None:
     optimizer = build_ours(BlockwiseAdamMini, case)
     specs = [optimizer.binding_of(p).table.placements[0].spec for p in case.params]
     spans = {part.update.lr_multiplier for spec in specs for part in spec.parts}
-    assert spans == {10.0, 8.0, 6.0, 4.0, 1.0}
+    assert spans == {1.25, 1.0, 0.75, 0.5, 0.125}
 
 
 # ----------------------------------------------------------------------------------- acceptance

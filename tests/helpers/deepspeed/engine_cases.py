@@ -226,7 +226,7 @@ def oracle_of(case: Case, weights: dict[str, Tensor], hyper: dict[str, Hyper]) -
     for role, size in GRANULARITIES[case.granularity][1]:
         classes = regroup(classes, role, HEAD_ROWS[case.model] if size == HEAD else size)
     given = case.params.get("lr_multipliers", {})
-    moving = {key: value for key, value in given.items() if isinstance(value, dict)}
+    moving = {key: value for key, value in given.items() if isinstance(value, dict) and "start" in value}
     return oracle_for(
         case.optimizer,
         weights,

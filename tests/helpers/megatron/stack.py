@@ -23,8 +23,9 @@ from tests.helpers.megatron.gpt_shards import cut, full_shapes, gpt, parallel, w
 from tests.helpers.models import GradientPlan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LR, INIT_LR, MIN_LR, WARMUP, TOTAL = 2e-2, 5e-3, 2e-3, 2, 9  # of the schedule, in steps
-DECOUPLED_LR = 3e-2
+# AdamW's unit: multipliers are at most 1.25, and smaller updates would drown in the rounding of fp32 weights
+LR, INIT_LR, MIN_LR, WARMUP, TOTAL = 0.16, 0.04, 0.016, 2, 9  # of the schedule, in steps
+DECOUPLED_LR = 0.24
 LOSS_SCALE = 2.0**6
 EMBEDDING = "embedding.word_embeddings.weight"
 

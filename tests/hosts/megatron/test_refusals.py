@@ -165,7 +165,7 @@ CASES: dict[str, tuple[int, Case]] = {
         Case(
             "other_copy",
             "ValueError",
-            ("tied weight 'embedding.word_embeddings.weight'", "lr x10", "'output_layer.weight' as embedding (lr x4"),
+            ("tied weight 'embedding.word_embeddings.weight'", "lr x1.25", "'output_layer.weight' as embedding (lr x4"),
             stack=Stack(stock=True, pp=2, tied=True),
         ),
     ),

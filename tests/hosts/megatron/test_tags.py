@@ -30,8 +30,8 @@ def test_a_second_conversion_tags_anew():
     """The rules of the first one set roles, which a second one without them must not keep."""
     models = [chunk(), chunk()]
     role, of_another_stage = {"match": "up_proj", "role": "value"}, {"match": "layers.9", "lr_multiplier": 2}
-    assert tagged(models, rules=[role, of_another_stage])["mlp.up_proj.weight"] == ("value", 4)
-    assert tagged(models)["mlp.up_proj.weight"] == ("ffn", 6)
+    assert tagged(models, rules=[role, of_another_stage])["mlp.up_proj.weight"] == ("value", 0.5)
+    assert tagged(models)["mlp.up_proj.weight"] == ("ffn", 0.75)
     assert tagged([*models, chunk()], lr_multipliers={"ffn": 2})["mlp.up_proj.weight"] == ("ffn", 2)
 
 
@@ -43,4 +43,4 @@ def test_the_users_tags_stay_and_are_not_filled_up():
         tagged([first, second])
     tag_parameters(second, rules=[{"match": "up_proj", "role": "value"}])
     for _ in range(2):
-        assert tagged([first, second])["mlp.up_proj.weight"] == ("value", 4)
+        assert tagged([first, second])["mlp.up_proj.weight"] == ("value", 0.5)
