@@ -7,6 +7,7 @@ A thread acts on the signals: Python's own handlers wait for the main thread, wh
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import threading
@@ -15,13 +16,14 @@ import time
 INTERRUPTED = 128 + signal.SIGINT  # exit status, as a shell reports it
 _TERMINATED = 128 + signal.SIGTERM
 _SAME_S = 1.0  # the terminal's Ctrl-C and the same one, passed on by a launcher
+_ORDER_S = 0.5  # two signals that wait together may be noted by two threads, in either order
 
 
 class Interrupt:
     """Notes that a stop was asked for, while in its context; enter it in the main thread.
 
-    SIGTERM ends the process at once, as it would without this, but not after a SIGINT: a launcher that gets the same
-    Ctrl-C sends it to its ranks, and waits for them (DeepSpeed's: 30 s).
+    SIGTERM ends the process, as it would without this, but not beside a SIGINT: a launcher that gets the same Ctrl-C
+    sends it to its ranks, and waits for them (DeepSpeed's: 30 s).
 
     Args:
         notice: written to stderr at the first SIGINT; empty on all ranks but one.
@@ -54,6 +56,11 @@ class Interrupt:
     def _watch(self) -> None:
         first = 0.0
         while arrived := os.read(self._read, 1):
+            if arrived[0] == signal.SIGTERM and not self.asked:
+                follows = select.select([self._read], [], [], _ORDER_S)[0] and os.read(self._read, 1)
+                if follows != bytes([signal.SIGINT]):
+                    os._exit(_TERMINATED)
+                arrived = follows
             if arrived[0] == signal.SIGINT and not self.asked:
                 self.asked = True
                 first = time.monotonic()
@@ -61,5 +68,3 @@ class Interrupt:
                     print(f"\n{self._notice}", file=sys.stderr, flush=True)
             elif arrived[0] == signal.SIGINT and time.monotonic() - first > _SAME_S:
                 os._exit(INTERRUPTED)
-            elif arrived[0] == signal.SIGTERM and not self.asked:
-                os._exit(_TERMINATED)
