@@ -105,8 +105,19 @@ def ablation_table(results: Results, plan: Plan, best: Mapping[str, float]) -> s
     return "\n".join(lines).lstrip("\n")
 
 
-def provenance_text(results: Results, plan: Plan) -> str:
-    """One paragraph: what was trained, where, with which versions."""
+_BEST = "Every optimizer has the best of its own learning rates, found with the first seed."
+
+
+def provenance_text(results: Results, plan: Plan, *, rates: str = _BEST, seeds: int | None = None) -> str:
+    """One paragraph: what was trained, where, with which versions.
+
+    Args:
+        results: All that a table shows.
+        plan: Its steps, warm-up and precision.
+        rates: How learning rates were chosen.
+        seeds: How many; None: the plan's.
+    """
+    seeds = plan.seeds if seeds is None else seeds
     trial, some = next((t, r) for t, r in results.items() if r["diverged"] is None)
     of = some["provenance"]
     commits = sorted({r["provenance"]["commit"] for r in results.values()})
@@ -115,9 +126,9 @@ def provenance_text(results: Results, plan: Plan) -> str:
     precision = "bf16 with fp32 master weights" if plan.bf16 else "fp32"
     return (
         f"LLaMA of {some['parameters']:,} parameters on Python source text, {precision}, {plan.steps} steps of "
-        f"{some['tokens'] // trial.steps:,} tokens, {plan.warmup:.0%} of them warm-up, complete decays. Every "
-        f"optimizer has the best of its own learning rates, found with the first seed. {plan.seeds} seeds; differences "
-        f"are between runs of the same seed; ± is one standard error. CPU time includes validation. Measured by "
+        f"{some['tokens'] // trial.steps:,} tokens, {plan.warmup:.0%} of them warm-up, complete decays. {rates} "
+        f"{'One seed' if seeds == 1 else f'{seeds} seeds'}; differences are between runs of the same seed; ± is one "
+        f"standard error. CPU time includes validation. Measured by "
         f"`benchmarks/compare/run.py`, one process on one core of {' or '.join(machines)}, torch {of['torch']}, "
         f"DeepSpeed {of['deepspeed']}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, "
         f"commit {', '.join(commits)}."

@@ -57,13 +57,18 @@ def table(results: Results) -> str:
         "| `lr` | optimizer | final validation loss, nats | minus AdamW's at the same `lr`, nats | not above AdamW's |",
         "|---:|---|---:|---:|---|",
     ]
+    arms, most = (BASELINE, *CHANGED), 0
     for lr in RATES:
-        seeds = [
-            s for s in SEEDS if all(t in results for t in (baseline(lr, s), *(changed(a, lr, s) for a in CHANGED)))
-        ]
+        seeds = [seed for seed in SEEDS if all(_trial(arm, lr, seed) in results for arm in arms)]
         if seeds:
             lines += _rows(results, lr, seeds)
-    return "\n".join([*lines, "", report.provenance_text(results, FULL)])
+            most = max(most, len(seeds))
+    same = "All optimizers have the same learning rate and the same minimum."
+    return "\n".join([*lines, "", report.provenance_text(results, FULL, rates=same, seeds=most)])
+
+
+def _trial(arm: str, lr: float, seed: int) -> Trial:
+    return baseline(lr, seed) if arm == BASELINE else changed(arm, lr, seed)
 
 
 def _rows(results: Results, lr: float, seeds: Sequence[int]) -> Iterator[str]:

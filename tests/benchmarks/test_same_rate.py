@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
+import csv
+
 import pytest
 
 pytest.importorskip("deepspeed", reason="trials are runs of the main job, which needs the extra 'deepspeed'")
 pytest.importorskip("megatron.core", reason="trials are runs of the main job, which needs the extra 'megatron'")
 
-from benchmarks.compare import same_rate
+from benchmarks.compare import report, same_rate
 from benchmarks.compare.ablations import OUR_MINI, OURS
 from benchmarks.compare.trials import PAPER, Setup
-from benchmarks.provenance import PROVENANCE
+from benchmarks.provenance import PROVENANCE, ROOT, between
 from ds_blockwise.blocks.settings.block_settings import BlockSettings
 
 SETUP = Setup(256, {"tokenizer": {"sha256": "t"}, "splits": {}}, bf16=False)
@@ -62,3 +64,18 @@ def test_the_table_compares_runs_of_one_seed():
         "| 0.002 | Blockwise AdamW | 3.1800 ± 0.0520 | -0.0200 ± 0.0058 | yes |",
         "| 0.002 | Blockwise Adam-mini | 3.2100 ± 0.0608 | +0.0100 ± 0.0058 | no, within two standard errors |",
     ]
+
+
+def test_the_page_shows_what_is_in_the_csv():
+    """Every number in the table follows from a file that the script wrote."""
+    path = report.DOCS / "same_rate.csv"
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = {(r["arm"], r["change"], r["base_lr"], r["seed"]): r["fingerprint"] for r in csv.DictReader(file)}
+    finished = report.finished_in(path)
+    results = {
+        trial: finished[rows[key]]
+        for trial in same_rate.trials()
+        if (key := (trial.arm, trial.change, f"{trial.lr:g}", str(trial.seed))) in rows
+    }
+    assert len(results) == len(rows)
+    assert between((ROOT / "docs/evidence.md").read_text(encoding="utf-8"), same_rate.MARK) == same_rate.table(results)
