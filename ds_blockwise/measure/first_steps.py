@@ -21,8 +21,7 @@ from ds_blockwise.parallel.agree import is_first_rank
 logger = logging.getLogger(__name__)
 
 LARGEST_RATIO = 0.1
-"""RMS of an update over the RMS of the weights. In our tiny run, whose rate is higher than a large model's, it stays
-below 0.05 at AdamW's best rate, and passes 0.1 within 16 updates at eight times that (docs/telemetry.md)."""
+"""RMS of an update over the RMS of the weights. Set by hand, on one small model: it catches gross mistakes only."""
 LOOKED_AT = frozenset({8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048})
 """Numbers of the updates. From 2048 on a run is past its warm-up."""
 _SAMPLE = 1024  # elements of a run; a few thousand of each type tell an RMS well enough
