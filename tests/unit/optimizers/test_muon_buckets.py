@@ -163,17 +163,17 @@ class Sharded:
         return [group.sent for group in groups]
 
 
-ORTHOGONALIZE: dict[str, Any] = {
-    "roles": None,
-    "heads": {"qk": "head", "vo": "head"},
-    "weights": {"qk": "matrix", "vo": "matrix", "ffn": "matrix"},
+CASES: dict[str, dict[str, Any]] = {
+    "roles": {},
+    "heads in bf16": {"orthogonalize": {"qk": "head", "vo": "head"}, "newton_schulz_dtype": "bf16"},
+    "weights": {"orthogonalize": {"qk": "matrix", "vo": "matrix", "ffn": "matrix"}},
 }
 GRIDS = [(3, 1, 1), (3, 1, 3), (1, 2, 3), (2, 2, 1), (2, 2, 3)]  # data- and tensor-parallel ranks, ZeRO stage
 
 
-@pytest.mark.parametrize("how", ORTHOGONALIZE)
-def test_no_bit_depends_on_ranks_or_buckets(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = {"orthogonalize": ORTHOGONALIZE[how]}
+@pytest.mark.parametrize("name", CASES)
+def test_no_bit_depends_on_ranks_or_buckets(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = CASES[name]
     (whole,) = Sharded(ThreadedRanks(1, monkeypatch), 1, settings=settings).train()
     for dp, tp, stage in GRIDS:
         counted = []
