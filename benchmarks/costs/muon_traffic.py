@@ -44,7 +44,7 @@ from ds_blockwise.runs.model_shape import GPTShape
 from ds_blockwise.runs.plan_muon import MatrixKind, muon_costs
 
 STAGES = ("1/2", "3")
-RANKS = 8  # evenly spread data-parallel ranks that are counted, of those that own a matrix and of the others
+RANKS = 4  # evenly spread data-parallel ranks that are counted, of those that own a matrix and of the others
 COLUMNS = (
     "model_parameters",
     "zero_stage",
@@ -247,7 +247,7 @@ def markdown(rows: list[dict[str, str]]) -> str:
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=LLAMA_2B, help="a model file such as configs/model/tiny.yaml")
-    parser.add_argument("--dp", nargs="+", type=int, default=[8, 16, 64, 256, 1024], metavar="N")
+    parser.add_argument("--dp", nargs="+", type=int, default=[8, 64, 256, 1024], metavar="N")
     parser.add_argument("--tp", nargs="+", type=int, default=[1, 4], metavar="N")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/bench", help="folder of the CSV")
     parser.add_argument("--docs", action="store_true", help="also write the table into docs/benchmarks.md")

@@ -14,7 +14,7 @@ pytest.importorskip("megatron.core", reason="the benchmarks count on Megatron-co
 pytest.importorskip("adam_mini", reason="the published Adam-mini is a peer: extra 'dev'")
 
 from benchmarks.provenance import PROVENANCE, read_csv
-from benchmarks.step import peers, probe, shapes, tables
+from benchmarks.step import muon, peers, probe, shapes, tables
 from benchmarks.step.peers import PEERS, Contender, Missing, build_ours, find_contenders
 from benchmarks.step.verify import verify
 from ds_blockwise import BlockwiseAdamMini, BlockwiseAdamW
@@ -31,6 +31,15 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, list[dic
     quickest = ("--sizes", "1M", "--rounds", 3, "--without", COMPILED, "--probe", "sweeps")
     text = run_benchmark("step.run", *quickest, "--out", out)
     return out, text, read_csv(out / "kernels_cpu.csv")
+
+
+def test_muons_step_is_timed_beside_its_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # DeepSpeed's would be compiled for minutes
+    run_benchmark("step.muon", "--width", 64, "--layers", 1, "--rounds", 2, "--out", tmp_path)
+    rows = read_csv(tmp_path / "muon_step.csv")
+    assert tuple(rows[0]) == muon.COLUMNS
+    assert {(row["optimizer"], row["matrices"]) for row in rows} == set(muon.CONTENDERS)
+    assert all(float(row["median_ms"]) >= float(row["lowest_ms"]) > 0 for row in rows)
 
 
 def test_kernel_benchmark_leaves_out_nobody_in_silence(quick: tuple[Path, str, list[dict[str, str]]]) -> None:
