@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -21,6 +22,7 @@ from benchmarks.compare.ablations import ADAMW, MINI, OUR_MINI, OURS, ablations,
 from benchmarks.compare.results import DIVERGED, Estimate, StepsTo, arm_results
 from benchmarks.compare.trials import ARMS, BASELINE, FULL, LARGER, PATIENT, PUBLISHED_PLANS, QUICK, Plan, Setup, Trial
 from benchmarks.provenance import PROVENANCE
+from ds_blockwise.runs.model_shape import GPTShape
 from tests.helpers.launch.project import ROOT
 
 PLAN = Plan(steps=100, grid=3, seeds=3, lengths=(0.5,), widen=2, refine=0, ablations="all")
@@ -65,8 +67,9 @@ def _bowl(best, floor):
     return loss
 
 
-BEST = dict(zip(ARMS, (1.6e-2, 5e-4, 4e-3, 2.5e-4, 8e-3, 4e-3), strict=True))
-FLOOR = dict(zip(ARMS, (3.5, 3.45, 3.6, 3.5, 3.4, 3.52), strict=True))
+SHAPE = GPTShape.load(ROOT / "configs/model/tiny.yaml")
+BEST = dict(zip(ARMS, (1.6e-2, 5e-4, 4e-3, 2.5e-4, 8e-3, 4e-3, 8e-3, 8e-3), strict=True))
+FLOOR = dict(zip(ARMS, (3.5, 3.45, 3.6, 3.5, 3.4, 3.52, 3.53, 3.54), strict=True))
 
 
 def test_a_grid_grows_until_its_best_is_inside():
@@ -121,7 +124,7 @@ def test_the_table_says_what_the_formula_does():
     assert rows["muon"].steps_to_baseline.steps_text() == "71"
     assert rows["adamw_8bit"].steps_to_baseline.steps_text() == "not within 100"
     text = report.table(list(rows.values()), trials.results, PLAN)
-    assert "| Muon + AdamW (torch) | 0.008 | 3.4200 ± 0.0058 | -0.1000 ± 0.0000 | 71 | 0.71 | 0.500 | 8.00 |" in text
+    assert f"| {ARMS['muon'].label} | 0.008 | 3.4200 ± 0.0058 | -0.1000 ± 0.0000 | 71 | 0.71 | 0.500 | 8.00 |" in text
     assert (
         f"| {ARMS['adamw_8bit'].label} | 0.004 | 3.5400 ± 0.0058 | +0.0200 ± 0.0000 | not within 100 |  | 0.500" in text
     )
@@ -166,7 +169,7 @@ def test_the_larger_model_is_trained_in_bf16_with_its_own_rates_and_few_ablation
     assert LARGER.learning_rates(BASELINE) == (2e-3, 4e-3, 8e-3)
     assert {t.change for t in trials.results} == {"", "published-cuts", "uniform-norm", "wsd"}
     trial = next(iter(trials.results))
-    setups = [Setup(2048, {"tokenizer": {"sha256": "x"}, "splits": {}}, bf16) for bf16 in (False, True)]
+    setups = [Setup(SHAPE, {"tokenizer": {"sha256": "x"}, "splits": {}}, bf16) for bf16 in (False, True)]
     fp32, bf16 = (setup.settings(trial) for setup in setups)
     assert {**fp32, "bf16": {"enabled": True}, "zero_optimization": {"stage": 1}} == bf16
     assert setups[0].digest(trial) != setups[1].digest(trial)
@@ -230,7 +233,7 @@ def test_trials_have_names_of_their_own_and_settings_that_differ(plan):
     assert len(changes) > 30
     trials = list(dict.fromkeys([*trials, *changes]))
     assert len({t.name for t in trials}) == len(trials)
-    facts = {json.dumps([t.settings(2048), t.seed, t.steps, t.warmup], sort_keys=True) for t in trials}
+    facts = {json.dumps([t.settings(SHAPE), t.seed, t.steps, t.warmup], sort_keys=True) for t in trials}
     # a change to the default would be compared with itself
     assert len(facts) == len(trials)
 
@@ -238,7 +241,7 @@ def test_trials_have_names_of_their_own_and_settings_that_differ(plan):
 @pytest.mark.parametrize("change", [{}, {"lr_multipliers": {"norm": 8.0}}])
 def test_blockwise_arms_say_their_unit_and_published_runs_still_count(change):
     """Their rates are those of the norms; results from before there were presets did not name it."""
-    setup = Setup(256, {"tokenizer": {"sha256": "t"}, "splits": {}}, bf16=False)
+    setup = Setup(SHAPE, {"tokenizer": {"sha256": "t"}, "splits": {}}, bf16=False)
     trial = Trial(OURS, 5e-4, 1, PLAN.steps, "changed" if change else "", change)
     named = change.get("lr_multipliers", {})
     assert setup.settings(trial)["optimizer"]["params"]["lr_multipliers"] == {"preset": "paper", **named}
@@ -248,12 +251,12 @@ def test_blockwise_arms_say_their_unit_and_published_runs_still_count(change):
     assert of_mini["lr_multipliers"] == dict.fromkeys(("emb", "head", "qk", "ffn", "vo", "norm", "other"), 1)
 
 
-def test_the_whole_comparison_fits_three_hours_of_two_cores():
+def test_the_whole_comparison_takes_the_time_that_it_says():
     """At 115 s for a run of 800 steps on each of two cores, with one grid in two that grows once."""
     trials = FakeTrials(_bowl(BEST, FLOOR))
     comparison.train_all(trials, FULL)
     steps = sum(t.steps for t in trials.results)
-    assert steps / 800 * 230 / 2 < 3 * 3600
+    assert 3.25 < steps / 800 * 230 / 2 / 3600 < 3.75
 
 
 def test_ablations_need_only_the_arms_that_were_trained():
@@ -373,3 +376,40 @@ def test_muon_steps_hidden_matrices_and_adamw_the_rest():
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     with pytest.raises(ValueError, match="vocab_size = 21"):
         peers.MuonAndAdamW(ours, lr=1e-2, vocab_size=21)
+
+
+def test_a_fused_weight_is_stepped_like_separate_ones():
+    """A peer that orthogonalises queries, keys and values as one matrix is weaker than anyone would run it."""
+    torch.manual_seed(4)
+    heads, groups, size, ffn, width = 4, 2, 2, 5, 8
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in [(20, 8), (16, 8), (10, 8), (8, 5), (20, 8)]]
+    both = peers.MuonAndAdamW(ours, lr=1e-2, vocab_size=20, heads=(heads, groups, size), ffn_rows=ffn)
+
+    def separate(qkv, fc1):
+        """By hand: each group has two query heads, a key and a value of two rows each."""
+        q, k, v = (
+            torch.cat([qkv[8 * g + start : 8 * g + end] for g in range(groups)])
+            for start, end in ((0, 4), (4, 6), (6, 8))
+        )
+        return [q, k, v, fc1[:ffn], fc1[ffn:]]
+
+    theirs = [torch.nn.Parameter(p.clone()) for p in [*separate(*(p.detach() for p in ours[1:3])), ours[3].detach()]]
+    assert [tuple(p.shape) for p in theirs] == [(8, 8), (4, 8), (4, 8), (5, 8), (5, 8), (8, 5)] and width == 8
+    muon = torch.optim.Muon(theirs, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for step in range(4):
+        for p in ours:
+            p.grad = torch.randn_like(p)
+        for p, grad in zip(theirs, [*separate(ours[1].grad, ours[2].grad), ours[3].grad], strict=True):
+            p.grad = grad.clone()
+        if step == 2:  # as after a stop: the state of a file, in another optimizer
+            saved = copy.deepcopy(both.state_dict())
+            both = peers.MuonAndAdamW(ours, lr=1e-2, vocab_size=20, heads=(heads, groups, size), ffn_rows=ffn)
+            both.load_state_dict(saved)
+        both.step()
+        muon.step()
+        for a, b in zip([*separate(*(p.detach() for p in ours[1:3])), ours[3]], theirs, strict=True):
+            assert torch.equal(a, b), step
+    assert sum(t.numel() for t in both.state[ours[1]].values()) == ours[1].numel()
+    for heads, ffn in (((4, 2, 3), 0), (None, 6), ((4, 2, 2), 8)):
+        with pytest.raises(ValueError, match="rows"):
+            peers.MuonAndAdamW(ours, lr=1e-2, vocab_size=20, heads=heads, ffn_rows=ffn)
