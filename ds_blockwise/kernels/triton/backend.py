@@ -66,7 +66,11 @@ def unavailable(device: torch.device) -> str | None:
 
 def _launch(kernel: _Kernel, programs: int, *args: torch.Tensor | int, **meta: object) -> None:
     if programs:
-        kernel[(programs,)](*args, **meta, VERSION=VERSION)
+        _run(kernel, programs, *args, **meta, VERSION=VERSION, enable_fp_fusion=True)
+
+
+def _run(kernel: _Kernel, programs: int, *args: torch.Tensor | int, **meta: object) -> None:
+    kernel[(programs,)](*args, **meta)
 
 
 def _type(dtype: torch.dtype | None) -> object:

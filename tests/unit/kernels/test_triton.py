@@ -9,9 +9,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import inspect
-import re
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -27,7 +24,6 @@ from ds_blockwise.kernels.triton import batch as triton_batch  # noqa: E402
 from ds_blockwise.kernels.triton.batch import join_jobs  # noqa: E402
 from ds_blockwise.kernels.triton.plan import make_plan  # noqa: E402
 from ds_blockwise.kernels.triton.tables import (  # noqa: E402
-    VERSION,
     Address,
     Finish,
     Job,
@@ -225,84 +221,6 @@ def test_cached_kernels_of_other_tables_are_not_taken(name):
 
 def test_both_alignments_are_stepped_in_one_call(kernels):
     compare(kernels, [*CASES["odd rows"]()[:3], *CASES["storage offsets"]()[:2]], True)
-
-
-def compile_for_a_gpu():
-    """Print per kernel: 16-byte loads, 16-byte stores, bytes of spilled registers, hardware bf16 roundings."""
-    import tempfile
-    from pathlib import Path
-
-    import triton
-    import triton.language as tl
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    def show(name, kernel, signature, constants, num_warps):
-        names = kernel.arg_names
-        aligned = {(names.index(n),): [["tt.divisibility", 16]] for n, t in signature.items() if t.startswith("*")}
-        constants = constants | {"VERSION": VERSION}
-        signature = signature | dict.fromkeys(constants, "constexpr")
-        source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"])
-            file.flush()
-            usage = subprocess.check_output([tool, "--dump-resource-usage", file.name], text=True)
-        spilled = sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage.split("Function")[-1]))
-        loads, stores, rounding = (
-            len(re.findall(p, compiled.asm["ptx"]))
-            for p in (r"ld\.global\S*\.v4", r"st\.global\S*\.v4", r"cvt\.rn\.bf16")
-        )
-        print(f"{name}:", loads, stores, spilled, rounding)
-
-    tool = str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
-    tables = {"tiles": "*i64", "jobs": "*i64", "addresses": "*i64", "scalars": "*fp64"}
-    f32, bf16 = tl.float32, tl.bfloat16
-    for name, has, shifts, types, cautious in (
-        ("AdamW", Kind.ELEMENTS, 0, (f32, f32, f32, f32, None), False),
-        ("AdamMini", Kind.ROWS | Kind.CHUNK, 1 << 12, (f32, f32, f32, f32, None), False),
-        ("AdamMini bf16", sum(Kind), 1 << 11, (f32, bf16, bf16, f32, bf16), False),
-        ("cautious AdamW", Kind.ELEMENTS, 0, (f32, f32, f32, f32, None), True),
-        ("cautious AdamMini", Kind.ROWS | Kind.CHUNK, 1 << 12, (f32, f32, f32, f32, None), True),
-    ):
-        constants = {"HAS": int(has), "SHIFTS": shifts, "SAME": name.endswith("AdamW"), "ALIGNED": True, "WIDE": f32}
-        constants |= {**dict(zip("PGMVC", types, strict=True)), "CAUTIOUS": cautious, "BY_HAND": False}
-        show(name, triton_kernels.update_kernel, tables, constants, triton_kernels.NUM_WARPS)
-    constants = {"HAS": int(sum(SumKind)), "SHIFTS": 1 << 7, "ALIGNED": True, "G": f32, "V": f32}
-    show("sum", triton_kernels.sum_kernel, {**tables, "entries": "*fp64"}, constants, triton_kernels.NUM_WARPS)
-    for to_sums in (True, False):
-        signature = {"finish": "*i64", "order": "*i64", "entries": "*fp64", "addresses": "*i64", "scalars": "*fp64"}
-        signature |= {"blocks": "i32"}
-        show("finish", triton_kernels.finish_kernel, signature, {"TO_SUMS": to_sums, "V": f32}, 1)
-    signature = {
-        "addresses": "*i64",
-        "settings": "*fp64",
-        "row_ends": "*i64",
-        "multipliers": "*fp64",
-        "scalars": "*fp64",
-    }
-    show("prepare", triton_kernels.prepare_kernel, signature, {}, 1)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton's wheel holds the GPU assembler on Linux only")
-def test_kernels_compile_for_a_gpu_with_wide_accesses_and_without_spills():
-    """In a process without the interpreter; needs the assembler in Triton's wheel, no device."""
-    paths = os.pathsep.join(p for p in sys.path if p)
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": paths}
-    command = [
-        sys.executable,
-        "-c",
-        "from tests.unit.kernels.test_triton import compile_for_a_gpu; compile_for_a_gpu()",
-    ]
-    out = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert out.returncode == 0, out.stderr[-3000:]
-    found = dict(re.findall(r"^(.+): (.+)$", out.stdout, re.M))
-    steps = ("AdamW", "AdamMini", "AdamMini bf16", "cautious AdamW", "cautious AdamMini")
-    assert set(found) == {*steps, "sum", "finish", "prepare"}
-    for name in steps:
-        loads, stores, spilled, rounding = map(int, found[name].split())
-        assert loads and stores and not spilled, found
-        assert bool(rounding) == name.endswith("bf16"), "bf16 must be rounded by the hardware"
 
 
 def test_a_step_of_split_blocks_takes_the_completed_sums(kernels):
