@@ -9,6 +9,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import inspect
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -54,6 +55,10 @@ def launches(monkeypatch):
     return names
 
 
+def batches_of(kernels):
+    return [batch for found in kernels.batches._of_plan.values() for batch in found.values()]
+
+
 def items_of(cases, kernels, shared):
     return [clone(item_of(case, i, shared)[0], kernels) for i, case in enumerate(cases)]
 
@@ -87,7 +92,7 @@ def test_nothing_is_sent_when_nothing_changed(kernels, launches, shared):
     items = items_of(layer(), kernels, shared)
     for _ in range(3):
         kernels.step_(items)
-    (batch,) = kernels.batches._found.values()
+    (batch,) = batches_of(kernels)
     assert batch.uploads == 1
     items[0].hyper = replace(HYPER, lr=2 * LR)
     kernels.step_(items)
@@ -108,8 +113,7 @@ def test_a_learning_rate_on_the_device_is_read_there(kernels):
         kernels.step_([by_tensor])
         kernels.step_([by_number])
         assert torch.equal(by_tensor.param, by_number.param)
-    uploads = [b.uploads for b in kernels.batches._found.values() if b.plans[0] is by_tensor.plan]
-    assert uploads == [1]
+    assert [batch.uploads for batch in kernels.batches._of_plan[by_tensor.plan].values()] == [1]
 
 
 def test_a_learning_rate_of_another_dtype_is_refused(kernels):
@@ -142,7 +146,7 @@ def test_graphs_and_steps_outside_them_do_not_read_each_others_addresses(kernels
     """Both use one table on the device: a replay must not step with an eager step's addresses, nor the reverse."""
     items = items_of(layer(), kernels, True)
     kernels.step_(items)
-    (batch,) = kernels.batches._found.values()
+    (batch,) = batches_of(kernels)
     captured = batch.addresses.clone()
     capturing = [True]
     monkeypatch.setattr(triton_batch, "_capturing", lambda device: capturing[0])
@@ -161,10 +165,54 @@ def test_graphs_and_steps_outside_them_do_not_read_each_others_addresses(kernels
     before = batch.uploads
     kernels.step_(items)
     assert batch.uploads == before + 1, "a replay may have been in between"
-    monkeypatch.setattr(kernels.batches, "LIMIT", 2)
-    for _ in range(4):
-        kernels.step_(items_of(layer(), kernels, True))
-    assert batch in kernels.batches._found.values(), "a graph still reads it"
+    read_by_graph = weakref.ref(batch)
+    del batch, items
+    assert read_by_graph() is not None, "a graph still reads it"
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """Weak references to the batches built so far."""
+    found = []
+
+    class Counted(triton_batch.Batch):
+        def __init__(self, *args, **settings):
+            super().__init__(*args, **settings)
+            found.append(weakref.ref(self))
+
+    monkeypatch.setattr(triton_batch, "Batch", Counted)
+    return found
+
+
+def test_groups_stepped_in_turn_are_built_once_and_go_with_their_tensors(kernels, launches, built):
+    """ZeRO-3 steps its sub-groups one after the other, and a layer-wise host its layers: any number of them."""
+    cut = flat([spec((6, 50), Role.FFN)], 25, 260)
+    groups = [items_of([cut, *layer(8)[:2]], kernels, True) for _ in range(40)]
+
+    def step_all():
+        for items in groups:
+            kernels.sum_split_blocks(items[:1])
+            kernels.step_(items)
+
+    step_all()
+    assert len(built) == 80, "one for the sums and one for the update of each group"
+    step_all()
+    step_all()
+    assert len(built) == 80
+    groups[0][1] = items_of(layer(8)[:1], kernels, True)[0]  # bound anew: under other multipliers, say
+    step_all()
+    assert len(built) == 81
+    groups.clear()
+    assert not [batch for batch in built if batch() is not None], "batches outlive their tensors"
+
+
+def test_calls_with_other_tensors_every_time_do_not_pile_up(kernels, launches, built):
+    """Experts without tokens have no gradient: a step may leave any of them out."""
+    items = items_of(layer(8) * 6, kernels, True)
+    for left_out in range(1, len(items)):
+        kernels.step_([item for index, item in enumerate(items) if index != left_out])
+    assert len(built) == len(items) - 1 > kernels.batches.PER_PLAN
+    assert len(batches_of(kernels)) == kernels.batches.PER_PLAN
 
 
 def test_a_step_makes_few_python_calls_per_tensor(kernels, launches):
