@@ -582,7 +582,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         self.state.update(loaded.states)
         run = None if loaded.record is None else loaded.record["settings"].get("run")
         self.load_run_state(run, max((int(state["step"]) for state in loaded.states.values()), default=0))
-        self.report_changes(loaded.record)
+        self.report_changes(loaded.record, loaded.started_anew)
 
     @contextmanager
     def given_its_own_state(self) -> Iterator[None]:
@@ -593,8 +593,15 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         finally:
             self.is_given_its_own_state = False
 
-    def report_changes(self, record: RunRecord | None) -> None:
-        """Warn, on the first rank, of settings in a loaded record that differ from this object's."""
+    def report_changes(self, record: RunRecord | None, started_anew: str | None = None) -> None:
+        """Warn, on the first rank, of settings in a loaded record that differ from this object's.
+
+        Args:
+            record: of what was loaded; None if another optimizer wrote it.
+            started_anew: what of the loaded state starts anew (`check_kind`), to be said too.
+        """
+        if started_anew is not None and is_first_rank():
+            logger.warning("%s", started_anew)
         changed = [] if record is None else differences(record["settings"], settings_of(self))
         if changed and is_first_rank():
             logger.warning(
