@@ -32,7 +32,7 @@ finetune: setup
 	$(BIN)/deepspeed --num_gpus 2 launch/finetune_hf.py $(FINETUNE) \
 		--model runs/finetune/base --source pydoc --learning_rate 1.6e-3 --max_steps 100 --output_dir runs/finetune/tuned $(ARGS)
 
-# Six optimizers, each with its own sweep, seeds and ablations; goes on where it was stopped. QUICK=1: 15 minutes.
+# Eight optimizers, each with its own sweep, seeds and ablations; goes on where it was stopped. QUICK=1: 15 minutes.
 # PLAN=warmup: three of them with a longer warm-up, PLAN=5m: with a larger model, in bf16; each about an hour.
 compare: RUN = configs/run/compare$(if $(PLAN),_$(PLAN)).yaml
 compare: setup
