@@ -40,6 +40,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
+    py_modules=["ds_blockwise_autoload"],
     packages=find_packages(include=["ds_blockwise*", "megatron_patch*"]),
     package_data={
         "ds_blockwise": ["py.typed", "kernels/cpp/*.cpp", "kernels/cpp/*.h", "cli/templates/*"],
@@ -47,5 +48,8 @@ setup(
     },
     install_requires=["torch>=2.6", "ninja"],
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["ds-blockwise=ds_blockwise.cli.main:main"]},
+    entry_points={
+        "console_scripts": ["ds-blockwise=ds_blockwise.cli.main:main"],
+        "torch.backends": ["ds_blockwise=ds_blockwise_autoload:activate"],
+    },
 )

@@ -375,7 +375,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
                 check_progress(self.param_groups, type(self).__name__)
             for exchange in self.exchanges:
                 exchange(work, self._bindings, self.state)
-            self._update([w for w in work if w.item.grad is not None])
+            self._update(work)
             self.step_calls += 1
         for observer in self._observers:
             observer.after_update(work)
@@ -432,15 +432,17 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         return not self.overflow and all([observer.before_update(work) for observer in self._observers])
 
     def _update(self, work: Sequence[Work]) -> None:
-        self._checks.states([w.item for w in work], self._bindings.version)
+        stepped = [w for w in work if w.item.grad is not None]
+        self._checks.states([w.item for w in stepped], self._bindings.version)
         scattered: list[tuple[Item, torch.Tensor]] = []
-        for w in () if self._checks.params_are_dense else work:
+        for w in () if self._checks.params_are_dense else stepped:
             param = dense(w.item.param)
             if param is not w.item.param:
                 scattered.append((w.item, w.item.param))
                 w.item.param = param
-        for kernels, items in by_kernels(work):
+        for kernels, items in by_kernels(stepped):
             self.update_(kernels, items)
+        self.update_together_(work)
         for item, original in scattered:
             original.copy_(item.param)
 
@@ -452,6 +454,14 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
             items: tensors with a gradient, their parameters contiguous. The exchanges are complete.
         """
         kernels.step_(items)
+
+    def update_together_(self, work: Sequence[Work]) -> None:
+        """Update, after `update_`, what ranks exchange while they update it; nothing for most optimizers.
+
+        Args:
+            work: all tensors of the step, those that only other ranks have a gradient of too. Parameters with a
+                gradient are contiguous.
+        """
 
     def _unknown(self, tensor: torch.Tensor) -> str:
         shape, plain = tuple(tensor.shape), "ds_blockwise.tag_parameters(model)"

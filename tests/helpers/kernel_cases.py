@@ -235,6 +235,11 @@ CASES: dict[str, Callable[[], list[Case]]] = {
         flat([spec((40, 600), Role.FFN)], 599, 20_001),
         flat([spec((9, 5), Role.FFN)], 7, 8),
     ],
+    "many short rows": lambda: [
+        case
+        for n in (2, 3, 4, 5, 8, 11, 16, 31, 32, 33, 64, 65)
+        for case in (whole(spec((600 // n + 300, n), Role.FFN), offset=1), row_parallel((150, 2 * n)))
+    ],
     "row-parallel": lambda: [row_parallel((6, 40)), row_parallel((3, 2600))],
     "storage offsets": lambda: [whole(spec((3, 70), Role.FFN), offset=k) for k in (1, 2, 4, 8, 13)],
     "groups": lambda: [

@@ -30,7 +30,7 @@ import triton.language as tl  # type: ignore[import-untyped]
 
 from ds_blockwise.blocks.segment_table import SegmentTable
 from ds_blockwise.kernels.base import Item, Kernels
-from ds_blockwise.kernels.triton.batch import Batch, Batches, Group, SumProgram, group_items
+from ds_blockwise.kernels.triton.batch import Batch, Batches, Group, group_items
 from ds_blockwise.kernels.triton.plan import TritonPlan, make_plan
 from ds_blockwise.kernels.triton.prepare import prepare_kernel
 from ds_blockwise.kernels.triton.sums import finish_kernel, sum_kernel
@@ -66,7 +66,11 @@ def unavailable(device: torch.device) -> str | None:
 
 def _launch(kernel: _Kernel, programs: int, *args: torch.Tensor | int, **meta: object) -> None:
     if programs:
-        kernel[(programs,)](*args, **meta, VERSION=VERSION)
+        _run(kernel, programs, *args, **meta, VERSION=VERSION, enable_fp_fusion=True)
+
+
+def _run(kernel: _Kernel, programs: int, *args: torch.Tensor | int, **meta: object) -> None:
+    kernel[(programs,)](*args, **meta)
 
 
 def _type(dtype: torch.dtype | None) -> object:
@@ -101,7 +105,7 @@ class TritonKernels(Kernels):
             batch = self.batches.of(group, sums=True)
             with _on(batch.device):
                 batch.upload(group)
-                _add_up(batch, batch.split, group, to_sums=True)
+                _add_up(batch, group, to_sums=True)
 
     def step_(self, items: Sequence[Item]) -> None:
         """See `Kernels.step_`."""
@@ -112,13 +116,14 @@ class TritonKernels(Kernels):
                 scalars = (batch.row_ends, batch.multipliers, batch.scalars)
                 tables = (batch.addresses, batch.settings, *scalars)
                 _launch(prepare_kernel, len(group.items), *tables, num_warps=SMALL_WARPS)
-                _add_up(batch, batch.own, group, to_sums=False)
+                _add_up(batch, group, to_sums=False)
                 self._update(batch, group)
         torch.autograd.graph.increment_version([item.param for item in items])
 
     def _update(self, batch: Batch, group: Group) -> None:
         wide = torch.float64 in (group.dtypes[Address.PARAM], group.dtypes[Address.EXP_AVG])
         program = batch.update
+        assert program is not None, "it is for sums"
         tables = (program.tiles, program.jobs, batch.addresses, batch.scalars)
         meta: dict[str, object] = {name: _type(dtype) for name, dtype in zip("PGMVC", group.dtypes, strict=True)}
         meta |= {"SAME": not group.shares, "ALIGNED": group.aligned, "BY_HAND": _INTERPRETED}
@@ -127,7 +132,8 @@ class TritonKernels(Kernels):
         _launch(update_kernel, program.tiles.numel(), *tables, **meta, num_warps=NUM_WARPS)
 
 
-def _add_up(batch: Batch, sums: SumProgram | None, group: Group, *, to_sums: bool) -> None:
+def _add_up(batch: Batch, group: Group, *, to_sums: bool) -> None:
+    sums = batch.adds
     if sums is None:
         return
     program = sums.program

@@ -11,7 +11,7 @@ import itertools
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from weakref import WeakKeyDictionary, ref
 
 import torch
 
@@ -190,16 +190,26 @@ def _settings(item: Item, where: list[int], device: torch.device) -> list[float]
 class Batch:
     """Everything on the device that one launch for a sequence of plans reads beside the tensors themselves.
 
+    It holds no plan: a plan holds it (see `Batches`).
+
+    Args:
+        plans: one for each tensor.
+        device: where the tensors lie.
+        sums: whether it is for the sums of split blocks, and not for an update.
+
     Attributes:
         uploads: how often addresses or settings were sent.
+        update: the update's jobs; None if it is for sums.
+        adds: what sums blocks that are split, or that an update cannot sum in a tile; None if there are none.
+        sums: fp64, a view for each tensor: sums of its blocks; empty if it is for an update.
     """
 
     def __init__(self, plans: Sequence[TritonPlan], device: torch.device, *, sums: bool) -> None:
-        self.plans, self.device, self.uploads = plans, device, 0
-        self.rows = [len(plan.rows) for plan in plans]
-        self.row_ends = torch.tensor([0, *itertools.accumulate(self.rows)], device=device)
+        self.device, self.uploads = device, 0
+        rows = [len(plan.rows) for plan in plans]
+        self.row_ends = torch.tensor([0, *itertools.accumulate(rows)], device=device)
         self.multipliers = torch.cat([plan.rows for plan in plans]).to(device)
-        self.scalars = torch.zeros(max(1, sum(self.rows)), len(Scalar), dtype=torch.float64, device=device)
+        self.scalars = torch.zeros(max(1, sum(rows)), len(Scalar), dtype=torch.float64, device=device)
         # one piece of memory, so that both tables travel in one copy
         self._on_device = torch.zeros(len(plans) * (len(Address) + len(Setting)), dtype=torch.int64, device=device)
         self.addresses = self._on_device[: len(plans) * len(Address)]
@@ -209,35 +219,16 @@ class Batch:
         # and kept for good.
         self._spare: torch.Tensor | None = self._buffer()
         self._captured: list[tuple[torch.Tensor, tuple[list[int], list[float]]]] = []
-        if sums:
-            slots = [plan.num_slots for plan in plans]
-            self.sums = torch.zeros(sum(slots), dtype=torch.float64, device=device).split(slots)  # type: ignore[no-untyped-call]
+        added = [plan.split if sums else plan.own for plan in plans]
+        needed = any(len(one.finish) or len(one.jobs) for one in added)
+        self.adds = join_sums(added, rows, device) if needed else None
+        slots = [plan.num_slots for plan in plans] if sums else []
+        self.sums = torch.zeros(sum(slots), dtype=torch.float64, device=device).split(slots)  # type: ignore[no-untyped-call]
+        jobs, tiles = [plan.jobs for plan in plans], [plan.tiles for plan in plans]
+        self.update = None if sums else join_jobs(jobs, tiles, rows, None, device)
 
     def _buffer(self) -> torch.Tensor:
         return torch.empty(self._on_device.shape, dtype=torch.int64, pin_memory=self.device.type == "cuda")
-
-    def _program_of(self, sums: list[Sums]) -> SumProgram | None:
-        return join_sums(sums, self.rows, self.device) if any(len(s.finish) or len(s.jobs) for s in sums) else None
-
-    @cached_property
-    def update(self) -> Program:
-        """The update's jobs."""
-        return join_jobs([p.jobs for p in self.plans], [p.tiles for p in self.plans], self.rows, None, self.device)
-
-    @cached_property
-    def own(self) -> SumProgram | None:
-        """Sums that a step needs before the update; None if there are none."""
-        return self._program_of([plan.own for plan in self.plans])
-
-    @cached_property
-    def split(self) -> SumProgram | None:
-        """Sums of split blocks; None if there are none."""
-        return self._program_of([plan.split for plan in self.plans])
-
-    @property
-    def captured(self) -> bool:
-        """Whether a CUDA graph reads this batch's memory."""
-        return bool(self._captured)
 
     def upload(self, group: Group) -> None:
         """Send addresses and settings if they may not be on the device.
@@ -286,25 +277,42 @@ def _capturing(device: torch.device) -> bool:
 
 
 class Batches:
-    """Batches by the plans of a call; the least recently used ones are dropped, but never what a CUDA graph reads."""
+    """Batches by the plans of a call, each as long as its plans: a host may step any number of groups in turn.
 
-    LIMIT = 32
+    The first plan of a call holds its batches. Of calls that begin with the same plan (experts without tokens leave
+    other tensors out in every step) the least recently used are dropped. What a CUDA graph reads is kept for good.
+    """
+
+    PER_PLAN = 16
 
     def __init__(self) -> None:
-        self._found: dict[tuple[object, ...], Batch] = {}
+        self._of_plan: WeakKeyDictionary[TritonPlan, dict[tuple[object, ...], Batch]] = WeakKeyDictionary()
+        self._captured: list[Batch] = []
 
     def of(self, group: Group, *, sums: bool) -> Batch:
         """The batch of a group; with ``sums``, whose memory becomes ``item.sums``."""
-        key = (group.device, sums, group.dtypes, group.aligned, *[id(item.plan) for item in group.items])
-        batch = self._found.pop(key, None)
+        plans = [item.plan for item in group.items]
+        found = self._of_plan.get(plans[0])
+        if found is None:
+            found = self._of_plan[plans[0]] = {}
+        # weak references are equal while their plans live, so no new plan is taken for a dead one at its address
+        key = (group.device, sums, group.dtypes, group.aligned, *map(ref, plans))
+        batch = found.pop(key, None)
         if batch is None:
-            batch = Batch([item.plan for item in group.items], group.device, sums=sums)
-            old = [k for k, b in self._found.items() if not b.captured]
-            if len(old) >= self.LIMIT:
-                del self._found[old[0]]
-        self._found[key] = batch
-        if sums:
-            for index, (item, values) in enumerate(zip(group.items, batch.sums, strict=True)):
-                item.sums = values
-                group.addresses[index * len(Address) + Address.SUMS] = values.data_ptr()
+            _drop_some(found, self.PER_PLAN)
+            batch = Batch(plans, group.device, sums=sums)
+        found[key] = batch
+        if _capturing(group.device) and batch not in self._captured:
+            self._captured.append(batch)
+        for index, (item, values) in enumerate(zip(group.items, batch.sums, strict=False)):
+            item.sums = values
+            group.addresses[index * len(Address) + Address.SUMS] = values.data_ptr()
         return batch
+
+
+def _drop_some(found: dict[tuple[object, ...], Batch], limit: int) -> None:
+    """Make room for one more batch of a plan: without those of dead plans, then without the oldest."""
+    for key in [key for key in found if any(isinstance(part, ref) and part() is None for part in key)]:
+        del found[key]
+    while len(found) >= limit:
+        del found[next(iter(found))]

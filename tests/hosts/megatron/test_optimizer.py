@@ -30,7 +30,7 @@ from tests.helpers.megatron.stack import (
 )
 from tests.helpers.models import GradientPlan
 from tests.helpers.muon_oracle import oracle_for, tolerance_for
-from tests.helpers.oracle import Hyper, assert_same_update, clipped
+from tests.helpers.oracle import Hyper, assert_same_update, clipped, told
 from tests.helpers.tables.oracle_names import megatron_classes
 
 pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="needs megatron")
@@ -65,9 +65,8 @@ def check_values(context: RankContext, case: Case, run: Run) -> None:
         assert torch.equal(value, run.cut(name, run.start(name))), f"start of {name}"
     hyper = {name: Hyper(LR, BETAS, EPS, 0.0 if "layernorm" in name else WEIGHT_DECAY) for name in start}
     classes = megatron_classes(layers=LAYERS, **SHAPES[stack.shape])
-    oracle = oracle_for(stack.optimizer, start, classes, hyper, lr_multipliers=case.oracle_multipliers, **case.oracle)
-    oracle.betas_by_type = stack.settings.get("betas_by_type", {})
-    oracle.cautious = stack.settings.get("cautious_weight_decay", False)
+    settings = told(stack.settings, case.oracle_multipliers) | case.oracle
+    oracle = oracle_for(stack.optimizer, start, classes, hyper, **settings)
     applied = 0
     for step in range(case.steps):
         poisoned = step in case.poison

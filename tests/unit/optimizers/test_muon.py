@@ -58,6 +58,26 @@ def test_newton_schulz_is_its_polynomial_on_singular_values(coefficients: str) -
     assert torch.equal(newton_schulz(torch.zeros(3, 4), coefficients), torch.zeros(3, 4))
 
 
+BF16_TOLERANCES = {"quintic": 0.05, "simple": 0.15, "polar_express": 0.3}  # the docstring's
+
+
+@pytest.mark.parametrize("coefficients", COEFFICIENTS)
+@pytest.mark.parametrize("spectrum", ["random", "steep"])
+def test_bf16_brings_singular_values_to_about_the_same_place(coefficients: str, spectrum: str) -> None:
+    generator = torch.Generator().manual_seed(2)
+    for rows, columns in ((16, 16), (96, 33), (64, 256), (1, 9)):
+        matrix = torch.randn(rows, columns, generator=generator)
+        if spectrum == "steep":
+            left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+            matrix = left * torch.arange(1.0, len(values) + 1) ** -1.5 @ right
+        wide, narrow = (newton_schulz(matrix, coefficients, dtype) for dtype in ("fp32", "bf16"))
+        assert narrow.dtype == torch.float32 and not torch.equal(narrow, wide)
+        left, values, right = torch.linalg.svd(wide.double(), full_matrices=False)
+        found = torch.diagonal(left.mT @ narrow.double() @ right.mT)
+        torch.testing.assert_close(found, values, rtol=0, atol=BF16_TOLERANCES[coefficients])
+    assert torch.equal(newton_schulz(torch.zeros(3, 4), coefficients, "bf16"), torch.zeros(3, 4))
+
+
 SETTINGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "fused": ("nano", {}, {}),
     "grouped queries": ("qwen3", {}, {}),
@@ -333,6 +353,7 @@ def test_what_it_cannot_go_on_with_is_refused_by_name() -> None:
         ({"scale": "rsm"}, "rms"),
         ({"transfer": {"base_width": 8}}, "BlockwiseMuon does not take transfer"),
         ({"coefficients": "cubic"}, "quintic"),
+        ({"newton_schulz_dtype": "fp16"}, "newton_schulz_dtype must be one of fp32, bf16"),
         ({"momentum": 1.0}, "momentum"),
         ({"lr_multipliers": "auto"}, 'BlockwiseMuon does not support "lr_multipliers": "auto": it is measured on'),
         ({"rules": [{"match": "wte", "orthogonalize": "rol"}]}, "orthogonalize must be one of"),

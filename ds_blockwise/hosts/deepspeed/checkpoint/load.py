@@ -20,10 +20,8 @@ from ds_blockwise.checkpoint.folder_rules.tags import agreed_tag, refuse_pattern
 from ds_blockwise.checkpoint.manifest import (
     CheckpointError,
     NotReadError,
-    ReplacedError,
     Topology,
     once_more,
-    verify,
 )
 from ds_blockwise.checkpoint.record import settings_of
 from ds_blockwise.checkpoint.record_changes import differences
@@ -32,20 +30,14 @@ from ds_blockwise.hosts.deepspeed.checkpoint.load_portable import load_portable
 from ds_blockwise.hosts.deepspeed.checkpoint.rehearse import misfits, model_file, starts_anew, universal_misfits
 from ds_blockwise.hosts.deepspeed.checkpoint.save import load_rank_state, save_checkpoint
 from ds_blockwise.hosts.deepspeed.checkpoint.schedule import load_schedule, restore_groups, set_rates
-from ds_blockwise.hosts.deepspeed.checkpoint.tag_folder import (
-    ModelFile,
-    take_own_entry,
-    that_run_code,
-    universal_misfit,
-)
+from ds_blockwise.hosts.deepspeed.checkpoint.tag_folder import ModelFile, take_own_entry, universal_misfit
 from ds_blockwise.hosts.deepspeed.checkpoint.topology import (
     check_not_replaced,
     find_together,
-    node_of,
-    raise_replaced,
     topology_of,
+    verify_together,
 )
-from ds_blockwise.hosts.deepspeed.engine import Engine, Loaded, LoadOptions, trusts
+from ds_blockwise.hosts.deepspeed.engine import Engine, Loaded, LoadOptions, trusts, verifies
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.optimizers.second_moment import start_matrices_anew
 from ds_blockwise.parallel.agree import first_error, gather, is_first_rank, together
@@ -65,7 +57,7 @@ def guard(engine: Engine) -> None:
     Args:
         engine: any ``DeepSpeedEngine``; only this object is changed.
     """
-    trusts(engine)  # a wrong value is refused before training, not after
+    trusts(engine), verifies(engine)  # a wrong value is refused before training, not after
     engine.save_checkpoint = functools.partial(save_checkpoint, engine)
     engine.load_checkpoint = functools.partial(load_checkpoint, engine)
 
@@ -80,7 +72,7 @@ def load_checkpoint(
     load_module_only: bool = False,
     custom_load_fn: object = None,
 ) -> Loaded:
-    """Load a checkpoint after verifying every file of it; a collective over all ranks.
+    """Load a checkpoint after verifying it as the JSON says (`verifies`); a collective over all ranks.
 
     With one of our optimizers the settings of its param groups stay those of the present JSON, and the learning rate
     follows the loaded schedule. Portable checkpoints are recognised by their manifest.
@@ -219,46 +211,8 @@ def _find(engine: Engine, folder: Path, tag: str | None, latest: str) -> Checkpo
     if is_first_rank():
         for note in checkpoint.notes:
             logger.warning("%s", note)
-    _verify(engine, checkpoint, names)
+    verify_together(engine, checkpoint, names)
     return checkpoint
-
-
-def _verify(engine: Engine, checkpoint: Checkpoint, names: list[str]) -> None:
-    peers = [rank for rank, node in enumerate(gather(node_of(engine))) if node == node_of(engine)]
-    mine = names[peers.index(engine.global_rank) :: len(peers)]
-    replaced: str | None = None
-    try:
-        problems = verify(checkpoint.folder, mine, version=checkpoint.version)
-        if checkpoint.manifest is None:
-            problems += _absent(engine, checkpoint)
-        if not problems and not trusts(engine):
-            problems += that_run_code(checkpoint.folder, mine)
-    except ReplacedError as error:
-        problems, replaced = [], str(error)
-    except Exception as error:  # all ranks must hear of whatever one of them meets
-        problems = [str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"]
-    raise_replaced(replaced)
-    bad = [problem for found in gather(problems) for problem in found]
-    if bad:
-        listed = "\n  - ".join(dict.fromkeys(bad))
-        raise CheckpointError(
-            f"checkpoint {checkpoint.folder} is damaged; nothing was loaded:\n  - {listed}\nRestore these files from a "
-            f"copy, or load another checkpoint: pass its tag, or write it into {files.LATEST!r}."
-        )
-
-
-def _absent(engine: Engine, checkpoint: Checkpoint) -> list[str]:
-    """Files that this rank would ask for in vain, where no manifest lists them."""
-    if engine.load_universal_checkpoint():
-        return []  # it has other files, which `universal_misfits` looks for
-    load_dir, tag = str(checkpoint.folder.parent), checkpoint.tag
-    if not engine._get_all_ckpt_names(load_dir, tag):
-        return ["*model_states.pt: missing"]
-    if not engine.zero_optimization():
-        return []
-    path = Path(engine._get_zero_ckpt_name(load_dir, tag))
-    name = path.name
-    return [] if path.is_file() else [f"{name}: missing (or saved with fewer ranks, or another precision)"]
 
 
 def _check_universal(engine: Engine, checkpoint: Checkpoint) -> None:
