@@ -21,6 +21,8 @@ constexpr int64_t kPiece = 32768;
 constexpr int64_t kFused = 262144;
 // Elements whose step sizes a cautious update holds at a time: they stay in the first-level cache.
 constexpr int64_t kChunk = 512;
+// Up to here blocks are stepped many at a time.
+constexpr int64_t kShort = 64;
 // Strided blocks with fewer consecutive elements are summed column by column.
 constexpr int64_t kColumns = 64;
 

@@ -46,13 +46,6 @@ struct Factors {
   }
 };
 
-// Prefetches the cache lines of SquareSum::lanes elements.
-template <class T>
-inline void ask_for(const T* at) {
-  constexpr int64_t line = 64 / sizeof(T);
-  for (int64_t k = 0; k < SquareSum::lanes; k += line) __builtin_prefetch(at + k);
-}
-
 template <class P, class G, class M, class W>
 class Step {
  public:
@@ -60,6 +53,13 @@ class Step {
       : plan_(plan), t_(tensors), s_(scalars), root_(W(1 / std::sqrt(scalars.bias_correction2))) {}
 
   void sum(const Sum& sum) const {
+    if (sum.numel <= kShort) {
+      const int64_t step = kRoom / sum.numel;
+      for (int64_t i = 0; i < sum.count; i += step)
+        sum_short_blocks(t_.grad + sum.start + i * sum.numel, std::min(step, sum.count - i), sum.numel,
+                         plan_.partial.data() + sum.partial + i);
+      return;
+    }
     for (int64_t i = 0; i < sum.count; ++i)
       plan_.partial[sum.partial + i] = sum_squares(t_.grad + sum.start + i * sum.numel, sum.numel);
   }
@@ -103,7 +103,10 @@ class Step {
 
   void update(const Segment& segment) const {
     const Factors<W> f(plan_.runs[segment.run], s_, root_);
-    if (s_.cautious != 0)
+    const bool per_block = segment.kind == Kind::blocks || segment.kind == Kind::given;
+    if (per_block && segment.numel <= kShort)
+      short_blocks(f, segment);
+    else if (s_.cautious != 0)
       update_cautiously(f, segment);
     else
       update_plainly(f, segment);
@@ -205,6 +208,58 @@ class Step {
 
   void columns(const Factors<W>& f, int64_t start, int64_t n, const double* __restrict__ scales) const {
     apply(f, start, n, [scales](int64_t k) { return W(scales[k]); });
+  }
+
+  // Sums of many blocks, then their step sizes, then their updates: one after the other, a short block takes less time
+  // than its own sum, root and divisions do, each of which waits for the one before.
+  void short_blocks(const Factors<W>& f, const Segment& segment) const {
+    const int64_t n = segment.numel, step = kRoom / n;
+    double sums[kRoom];
+    W scales[kRoom], of_elements[kRoom + kSpread];
+    for (int64_t i = 0; i < segment.count; i += step) {
+      const int64_t count = std::min(step, segment.count - i), start = segment.start + i * n, slot = segment.slot + i;
+      if (segment.kind == Kind::blocks) {
+        sum_short_blocks(t_.grad + start, count, n, sums);
+        complete_all(f, slot, count, sums);
+      }
+      scale_all(f, slot, count, scales);
+      spread(scales, count, n, of_elements);
+      if (s_.cautious != 0)
+        spare(f, start, count * n, of_elements);
+      else
+        for (int64_t k = 0; k < count * n; k += SquareSum::lanes) {
+          ask_for(t_.param + start + k + kRoom), ask_for(t_.exp_avg + start + k + kRoom);
+          const W* of = of_elements + k;
+          apply(f, start + k, std::min<int64_t>(SquareSum::lanes, count * n - k), [of](int64_t j) { return of[j]; });
+        }
+    }
+  }
+
+  // `complete` and `scale` of consecutive slots
+  void complete_all(const Factors<W>& f, int64_t slot, int64_t count, const double* __restrict__ sums) const {
+    const double* __restrict__ numel = plan_.slot_numel.data() + slot;
+    W* __restrict__ v = t_.exp_avg_sq + slot;
+    const W beta2 = f.beta2, keep2 = f.keep2;
+    for (int64_t from = 0; from < count; from += SquareSum::lanes) {
+      const int64_t to = std::min<int64_t>(from + SquareSum::lanes, count);
+      ask_for(numel + from + kRoom / 2), ask_for(v + from + kRoom / 2);
+#pragma omp simd
+      for (int64_t i = from; i < to; ++i) {
+        const W mean = W(sums[i] / numel[i]);
+        v[i] = beta2 * v[i] + keep2 * mean;
+      }
+    }
+  }
+
+  void scale_all(const Factors<W>& f, int64_t slot, int64_t count, W* __restrict__ scales) const {
+    const W* __restrict__ v = t_.exp_avg_sq + slot;
+    const W root = f.root, eps = W(s_.eps);
+    const double size = double(f.size);
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+      const W denominator = std::sqrt(v[i]) * root + eps;
+      scales[i] = W(size / double(denominator));
+    }
   }
 
   // Updates a block while it sums the next one, so that parameters, state and gradients stream from memory all the

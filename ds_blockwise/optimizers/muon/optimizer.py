@@ -74,7 +74,7 @@ class BlockwiseMuon(BlockwiseOptimizer):
         momentum_dtype: ``"fp32"`` or ``"bf16"``: storage of ``exp_avg``. Arithmetic is fp32 (fp64 for fp64 parameters).
         backend: what steps the part of Adam-mini, see `BlockwiseAdamMini`; matrices are torch's products on any device.
         checkpoint_format: see `BlockwiseAdamMini`.
-        telemetry: refused for now: it reads Adam's update.
+        telemetry: see `BlockwiseAdamMini`; second moments are not read: those of matrices are of updates.
         orthogonalize: per block type or role ``"matrix"`` (the whole weight), ``"role"``, ``"head"`` (query, key,
             value) or ``"none"``; default ``"role"``.
         momentum: decay rate of the momentum of matrices.

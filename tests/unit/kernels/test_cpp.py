@@ -162,3 +162,43 @@ def test_random_tables_are_stepped_as_by_the_reference(seed):
         return  # a copy of what is 16 bits already
     difference = (copy_a.double() - copy_b.double()).abs()[inside]
     assert bool((difference <= (error + 2.0**-7 * a.double().abs())[inside]).all())
+
+
+def sum_in_lanes(squares):
+    """The order of a short row's additions: element k goes to lane k modulo 32, then lanes are folded in halves."""
+    lanes = torch.zeros(squares.shape[0], 32, dtype=F64)
+    for k in range(squares.shape[1]):
+        lanes[:, k % 32] += squares[:, k]
+    while lanes.shape[1] > 1:
+        half = lanes.shape[1] // 2
+        lanes = lanes[:, :half] + lanes[:, half:]
+    return lanes[:, 0]
+
+
+@pytest.mark.parametrize("grad_type", [F32, BF16])
+@pytest.mark.parametrize("numel", [*range(2, 34), 48, 63, 64, 65, 100])
+def test_the_sum_of_a_row_depends_on_its_elements_alone(numel, grad_type):
+    """Rows alone, among many and split over ranks must have one sum, bit by bit, wherever a run is resumed."""
+    kernels, count = CppKernels(), 700
+    torch.manual_seed(numel)
+    grad = (torch.randn(count, numel) * torch.logspace(-6, 0, numel)[torch.randperm(numel)]).to(grad_type)
+    expected = sum_in_lanes(grad.double().square())
+    for split in ([], list(range(count))):
+        for rows in (slice(0, count), slice(5, 6)):
+            part = grad[rows].contiguous()
+            n = len(part)
+            runs = TableRun(0, n, numel, 0, 1, 0, 0, UpdateSettings(1.0, 1.0))
+            slots = torch.tensor(split[:n], dtype=torch.int64)
+            numels = torch.full((n,), float(numel), dtype=F64)
+            none = torch.empty(0, dtype=torch.int64)
+            table = SegmentTable(
+                n * numel, True, (), (runs,), tuple(_merge_multipliers([runs])), n, numels, slots, none
+            )
+            param = torch.zeros(n * numel, dtype=F64)
+            state = {"step": 0, "exp_avg": param.clone(), "exp_avg_sq": torch.zeros(n, dtype=F64)}
+            hyper = Hyper(LR, 0.0, 0.9, 0.0, 1e-8, 0.0)
+            item = Item(table, kernels.plan(table, CPU), param, state, hyper, part.view(-1))
+            if split:
+                kernels.sum_split_blocks([item])
+            kernels.step_([item])
+            assert torch.equal(state["exp_avg_sq"], expected[rows] / numel)
