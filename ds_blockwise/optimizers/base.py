@@ -50,7 +50,7 @@ from ds_blockwise.optimizers.settings import (
     check_progress,
 )
 from ds_blockwise.optimizers.state_dict import like, second_moment_to_save, to_load, to_save
-from ds_blockwise.parallel.agree import any_rank, any_rank_of_all, is_first_rank
+from ds_blockwise.parallel.agree import any_peer, any_rank, any_rank_of_all, is_first_rank
 from ds_blockwise.parallel.reduce import LOCAL, ReductionGroups
 
 logger = logging.getLogger(__name__)
@@ -425,9 +425,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
 
     def _may_update(self, work: Sequence[Work]) -> bool:
         """Whether this step changes anything, decided alike on every rank."""
-        self.overflow = self._finite_over is not None and any_rank(
-            non_finite(work), [self._finite_over], self._finite_over.device or torch.device("cpu")
-        )
+        self.overflow = self._finite_over is not None and any_peer(non_finite(work), self._finite_over)
         # a list: every observer is asked, whatever the one before it said
         return not self.overflow and all([observer.before_update(work) for observer in self._observers])
 

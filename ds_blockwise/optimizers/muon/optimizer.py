@@ -31,6 +31,9 @@ from ds_blockwise.optimizers.muon.rounds import step_matrices_
 from ds_blockwise.optimizers.settings import CheckpointFormat, MomentumDtype
 from ds_blockwise.values import as_count, number, one_of
 
+BUCKET_BYTES = 1 << 28
+"""Default of ``bucket_bytes``."""
+
 _EPS = 1e-8  # added to the roots of rows' second moments
 
 
@@ -137,7 +140,7 @@ class BlockwiseMuon(BlockwiseOptimizer):
         scale: Literal["rms", "keller", "mup"] = "rms",
         coefficients: Literal["quintic", "polar_express", "simple"] = "quintic",
         newton_schulz_dtype: Literal["fp32", "bf16"] = "fp32",
-        bucket_bytes: int = 268_435_456,
+        bucket_bytes: int = BUCKET_BYTES,
         **extra: object,
     ) -> None:
         self.orthogonalize = BlockSettings().with_orthogonalize(orthogonalize).orthogonalize

@@ -127,9 +127,16 @@ MIXES: dict[str, Callable[[], list[Item]]] = {
     "LLaMA 2B, ZeRO shard, AdamW": lambda: shard(llama(), shared=False),
     "LLaMA 2B, ZeRO shard, AdamW, gradient at 8 bytes": lambda: shard(llama(), shared=False, off=(0, 2, 0, 0, 0)),
     "LLaMA 2B, ZeRO shard, AdamW, gradient at 4 bytes": lambda: shard(llama(), shared=False, off=(0, 1, 0, 0, 0)),
+    "LLaMA 2B, cut at an odd place": lambda: shard(llama(), shared=True, ranks=7),
+    "LLaMA 2B, cut at an odd place, bf16": lambda: shard(
+        llama(), shared=True, ranks=7, grad=BF16, exp_avg=BF16, copy=BF16
+    ),
+    "LLaMA 2B, cut at an odd place, cautious AdamW": lambda: shard(llama(), shared=False, ranks=7, cautious=True),
     "GPT-2 medium": lambda: whole(gpt2_medium(), shared=True),
     "GPT-2 medium, ZeRO shard": lambda: shard(gpt2_medium(), shared=True),
+    "GPT-2 medium, cut at an odd place": lambda: shard(gpt2_medium(), shared=True, ranks=7),
     "GPT-2 medium, AdamW": lambda: whole(gpt2_medium(), shared=False),
     "MoE": lambda: whole(moe(), shared=True),
     "LoRA": lambda: whole(lora(), shared=True),
+    "LoRA, cut at an odd place": lambda: shard(lora(), shared=True, ranks=7),
 }

@@ -19,6 +19,7 @@ from tests.helpers import ROOT
 
 FOLDER = ROOT / "build" / "triton"
 CAPABILITIES = ("80", "90")
+MOST_SPILLED = 32  # bytes a thread; assemblers differ, and the pinned one may spill nothing (`make test`)
 
 
 def floor() -> tuple[int, ...]:
@@ -59,7 +60,7 @@ def compiled_by(version: str) -> str:
     """Compile everything anew and say what came of it.
 
     Raises:
-        RuntimeError: a kernel does not compile, or its code spills registers.
+        RuntimeError: a kernel does not compile, or its code spills more than `MOST_SPILLED`.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join((str(installed(version)), str(ROOT)))
@@ -76,16 +77,17 @@ def compiled_by(version: str) -> str:
     if done.returncode:
         raise RuntimeError(done.stderr[-3000:])
     launches = [json.loads(line) for line in done.stdout.splitlines()]
-    spilled = [launch for launch in launches if launch["spilled"]]
-    if spilled:
-        raise RuntimeError(f"registers are spilled: {spilled[0]}")
+    most = max(launches, key=lambda launch: launch["spilled"])
+    if most["spilled"] > MOST_SPILLED:
+        raise RuntimeError(f"registers are spilled: {most}")
     if any(launch["triton"] != version for launch in launches):
         raise RuntimeError(f"Triton {launches[0]['triton']} was found before {version}")
     by_kernel: dict[str, list[int]] = {}
     for launch in launches:
         by_kernel.setdefault(launch["kernel"], []).append(launch["registers"])
     registers = ", ".join(f"{name} {min(found)} to {max(found)}" for name, found in by_kernel.items())
-    return f"{len(launches)} launches in {time.monotonic() - begin:.0f} s; registers: {registers}"
+    cost = f"{len(launches)} launches in {time.monotonic() - begin:.0f} s"
+    return f"{cost}; registers: {registers}; at most {most['spilled']} bytes spilled"
 
 
 def main() -> int:
