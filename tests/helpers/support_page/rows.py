@@ -62,7 +62,7 @@ ROWS: tuple[Row, ...] = (
     *(
         works(
             DEEPSPEED,
-            f"ZeRO-{stage}, fp32 and bf16, dp 1, 2 and 3 (Lion and Muon: one dtype for each stage, dp 2 and 3)",
+            f"ZeRO-{stage}, fp32 and bf16, dp 1, 2 and 3 (Lion and Muon: one dtype for each stage, dp 2 or 3)",
             f"{_PARITY}test_zero_stages[grid-z{stage}-*-{{o}}-*]",
             lion=(f"{_PARITY}test_lion[*-z{stage}-*",),
             muon=(f"{_PARITY}test_muon[*-z{stage}-*",),
@@ -122,7 +122,7 @@ ROWS: tuple[Row, ...] = (
     ),
     mixed(
         DEEPSPEED,
-        "from DeepSpeed's AdamW, and from BlockwiseAdamMini by `ds-blockwise convert`",
+        "from DeepSpeed's AdamW (Muon: also from BlockwiseAdamMini, converted or universal)",
         Works((f"{_RESUME}*[from_adamw-{{o}}-*",)),
         Works((f"{_RESUME}*[from_adamw-{{o}}-*",)),
         muon=Works((f"{_RESUME}*[from_*-{{o}}-*",)),
