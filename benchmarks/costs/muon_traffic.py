@@ -221,15 +221,15 @@ def markdown(rows: list[dict[str, str]]) -> str:
     """The table of docs/benchmarks.md."""
     lines = [
         "| ZeRO stage | tensor-parallel size | data-parallel size | MB sent, mean | predicted | at most | % of the "
-        "gradient's reduce-scatter | 2/N, % | buckets | plan, s | MB gathered once |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "gradient's reduce-scatter | 2/N, % | buckets | MB gathered once |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
         sent = (int(row[key]) / 1e6 for key in ("mean_bytes", "predicted_bytes", "max_bytes"))
         shares = (100 * float(row[key]) for key in ("mean_share", "two_nths"))
         lines.append(
             f"| {row['zero_stage']} | {row['tp']} | {row['dp']} | {' | '.join(f'{value:,.1f}' for value in sent)} | "
-            f"{' | '.join(f'{value:.2f}' for value in shares)} | {row['buckets']} | {row['plan_seconds']} | "
+            f"{' | '.join(f'{value:.2f}' for value in shares)} | {row['buckets']} | "
             f"{int(row['gathered_bytes']) / 1e6:.2f} |"
         )
     first = rows[0]
