@@ -8,7 +8,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup train finetune compare compare-same-lr test test-quick support test-slow test-faults test-hosts test-gpu test-asan reliability checkpoint-matrix docs lint clean bench bench-kernels bench-gpu bench-communication bench-end-to-end bench-data
+.PHONY: setup train finetune compare compare-same-lr test test-quick support test-slow test-faults test-hosts test-gpu test-asan test-triton-versions reliability checkpoint-matrix docs lint clean bench bench-kernels bench-gpu bench-communication bench-end-to-end bench-data
 
 setup: $(STAMP)
 
@@ -32,7 +32,7 @@ finetune: setup
 	$(BIN)/deepspeed --num_gpus 2 launch/finetune_hf.py $(FINETUNE) \
 		--model runs/finetune/base --source pydoc --learning_rate 1.6e-3 --max_steps 100 --output_dir runs/finetune/tuned $(ARGS)
 
-# Six optimizers, each with its own sweep, seeds and ablations; goes on where it was stopped. QUICK=1: 15 minutes.
+# Eight optimizers, each with its own sweep, seeds and ablations; goes on where it was stopped. QUICK=1: 15 minutes.
 # PLAN=warmup: three of them with a longer warm-up, PLAN=5m: with a larger model, in bf16; each about an hour.
 compare: RUN = configs/run/compare$(if $(PLAN),_$(PLAN)).yaml
 compare: setup
@@ -55,6 +55,7 @@ bench-gpu: setup
 bench-communication: setup
 	$(BIN)/python -m benchmarks.costs.communication --docs
 	$(BIN)/python -m benchmarks.costs.communication_overhead --docs
+	$(BIN)/python -m benchmarks.costs.muon_traffic --docs
 
 bench-end-to-end: setup
 	$(BIN)/python -m benchmarks.costs.end_to_end --docs $(ARGS)
@@ -91,6 +92,10 @@ test-gpu: setup
 # The C++ kernels compiled with AddressSanitizer, on random segment tables and on replaced tensors; needs g++.
 test-asan: setup
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=2 $(BIN)/python -m tests.helpers.asan tests/unit/kernels/test_cpp.py tests/attacks/test_replaced_tensors.py $(ARGS)
+
+# Every kernel compiled, without a GPU, by each Triton from 3.2 on; ONLY="oldest newest" takes two of them. 200 MB each.
+test-triton-versions: setup
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m tests.helpers.gpu_code.versions $(ONLY)
 
 # The attacks of tests/attacks; writes docs/reliability.md. TIMES=5: five times as many inputs.
 reliability: setup

@@ -35,11 +35,23 @@ EXTRAS = {
 setup(
     name="ds_blockwise",
     version="0.1.0",
-    description="Blockwise AdamW and Blockwise Adam-mini for DeepSpeed, Megatron-core and PyTorch",
+    description="Blockwise AdamW, Adam-mini, Muon and Lion for DeepSpeed, Megatron-core and PyTorch",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    keywords="optimizer AdamW Adam-mini Muon Lion DeepSpeed Megatron ZeRO transformers",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
+    py_modules=["ds_blockwise_autoload"],
     packages=find_packages(include=["ds_blockwise*", "megatron_patch*"]),
     package_data={
         "ds_blockwise": ["py.typed", "kernels/cpp/*.cpp", "kernels/cpp/*.h", "cli/templates/*"],
@@ -47,5 +59,8 @@ setup(
     },
     install_requires=["torch>=2.6", "ninja"],
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["ds-blockwise=ds_blockwise.cli.main:main"]},
+    entry_points={
+        "console_scripts": ["ds-blockwise=ds_blockwise.cli.main:main"],
+        "torch.backends": ["ds_blockwise=ds_blockwise_autoload:activate"],
+    },
 )

@@ -11,7 +11,6 @@ from ds_blockwise import _quiet  # noqa: F401 # before what imports torch
 from ds_blockwise.blocks.roles import Role
 from ds_blockwise.blocks.spec import BlockSpec
 from ds_blockwise.checkpoint.record import VERSION
-from ds_blockwise.hosts.deepspeed.import_hook import after_import as _after_import
 from ds_blockwise.hosts.deepspeed.sharpness import probe_engine
 from ds_blockwise.measure.sharpness import measure_sharpness
 from ds_blockwise.measure.sharpness_report import SharpnessReport
@@ -28,6 +27,7 @@ from ds_blockwise.optimizers.schedules.schedule import (
 from ds_blockwise.tagging.report import BlockReport, block_report
 from ds_blockwise.tagging.tag import tag_parameters
 from ds_blockwise.tagging.verify_layout import LayoutReport, verify_layout
+from ds_blockwise_autoload import after_import as _after_import
 
 __version__ = VERSION
 

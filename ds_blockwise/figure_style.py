@@ -45,6 +45,7 @@ OPTIMIZER_COLOURS: dict[str, str] = {
     "BlockwiseLion": "#442244",
     "BlockwiseMuon": "#8800ee",
     "Muon": "#b2182b",
+    "MuonRoles": "#bb66ff",  # torch's Muon, the roles of fused weights apart
 }
 
 _STYLE: dict[str, object] = {

@@ -23,6 +23,7 @@ from ds_blockwise.checkpoint.record_types import RunRecord
 from ds_blockwise.checkpoint.state_dicts import check_kind
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.optimizers.foreign_state import FOR_ADAMW, group_to_load
+from ds_blockwise.optimizers.second_moment import start_matrices_anew
 from ds_blockwise.parallel.agree import first_error
 from megatron_patch.wrappers import MEGATRON_VERSION, Buffer
 
@@ -161,6 +162,8 @@ class BlockwiseDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
     """``DistributedOptimizer`` that steps with one of our optimizers."""
 
     optimizer: BlockwiseOptimizer
+    #: of what is being loaded: moments may come in a second call
+    matrices_start_anew = False
     buffers: Sequence[Buffer]
     model_param_group_index_map: MutableMapping[nn.Parameter, tuple[int, int]]
 
@@ -199,7 +202,8 @@ class BlockwiseDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
         """
         optimizer, saved = self.optimizer, state_dict["optimizer"]
         record = run_record_in(saved)
-        check_kind(optimizer, record)
+        started_anew = check_kind(optimizer, record)
+        self.matrices_start_anew = started_anew is not None
         optimizer.allocate_state()  # upstream would make its own, uninitialised
         in_order = same_kinds(optimizer.param_groups, saved["param_groups"])
         with optimizer.given_its_own_state():  # upstream hands it back in a state dict of its own
@@ -212,8 +216,8 @@ class BlockwiseDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
             state["step"] = step
         # upstream hands on neither the record nor, before its files are read, any moments
         optimizer.load_run_state(None if record is None else record["settings"].get("run"), step)
-        settle(self)
-        optimizer.report_changes(record)
+        self._settle()
+        optimizer.report_changes(record, started_anew)
 
     def load_parameter_state_from_dp_zero(
         self, state_dict: Mapping[str, object] | None, *, update_legacy_format: bool = False
@@ -229,6 +233,11 @@ class BlockwiseDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
                 "checkpoint with the stock optimizer and load the result."
             )
         super().load_parameter_state_from_dp_zero(state_dict)
+        self._settle()
+
+    def _settle(self) -> None:
+        if self.matrices_start_anew:
+            start_matrices_anew(self.optimizer.state, self.optimizer.bindings())
         settle(self)
 
     def sharded_param_state_fully_reshardable(

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -25,7 +25,7 @@ from ds_blockwise.hosts.pipeline_stages import check_rules, check_tied, rules_ma
 from ds_blockwise.hosts.stepped_tensors import Stepped, check_agreement, group_of
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.optimizers.registry import OPTIMIZERS
-from ds_blockwise.optimizers.settings import MomentumDtype, check_group
+from ds_blockwise.optimizers.settings import OPTIMIZER_KEYS, MomentumDtype, check_group
 from ds_blockwise.parallel.agree import is_first_rank, raise_together
 from ds_blockwise.values import suggest
 from megatron_patch import checkpoint, chunks, partitions
@@ -64,11 +64,12 @@ def convert_(
     momentum_dtype: MomentumDtype = "fp32",
     backend: str = "auto",
     telemetry: object = None,
+    **own: Any,
 ) -> OptimizerT:
     """Let the optimizer that ``get_megatron_optimizer`` returned step as one of ours, in place.
 
     A collective over all ranks. Call it once, before the first step and before a checkpoint is loaded (AdamW's
-    checkpoints load into both kinds). Learning rate, betas, eps and weight decay are those of the param groups, which
+    checkpoints load into all kinds). Learning rate, betas, eps and weight decay are those of the param groups, which
     stay the same dicts. The optimizer is left as it was if an error is raised.
 
     A step with NaN or infinite gradients is skipped where Megatron-core looks for them, that is with a loss scale
@@ -79,7 +80,7 @@ def convert_(
             or ``DistributedOptimizer``.
         model_chunks: what was given to ``get_megatron_optimizer``. Their parameters are tagged, unless
             ``ds_blockwise.tag_parameters`` already did; layers count from 0 in every chunk.
-        kind: ``"BlockwiseAdamMini"`` or ``"BlockwiseAdamW"``.
+        kind: name of one of our optimizers.
         lr_multipliers: as in `ds_blockwise.BlockwiseAdamW`, like all below but ``telemetry``. ``"auto"`` needs
             ``total_num_steps`` and a model that one optimizer steps (experts have another).
         weight_decay_multipliers: per block type or role.
@@ -92,6 +93,7 @@ def convert_(
         backend: ``"auto"``, ``"cpp"``, ``"triton"`` or ``"reference"``.
         telemetry: see `measure.readings.TelemetrySettings`. Readings go to ``on_telemetry`` of each wrapper's
             inner ``optimizer``; what they know of clipping is None.
+        **own: settings that only ``kind`` has, such as ``momentum`` and ``orthogonalize`` of `BlockwiseMuon`.
 
     Returns:
         ``optimizer``.
@@ -108,6 +110,7 @@ def convert_(
     wrapped = [model_chunks] if isinstance(model_chunks, nn.Module) else list(model_chunks)
     with _together():
         _check_kind(kind)
+        _check_own(own)
         build = functools.partial(
             OPTIMIZERS[kind],
             lr_multipliers=lr_multipliers,
@@ -120,6 +123,7 @@ def convert_(
             momentum_dtype=momentum_dtype,
             backend=backend,
             telemetry=telemetry,
+            **own,
         )
         wrappers = wrappers_in(optimizer)
         for wrapper in wrappers:
@@ -157,6 +161,16 @@ def _together() -> Iterator[None]:
 def _check_kind(kind: object) -> None:
     if kind not in OPTIMIZERS:
         raise ValueError(f"kind must be one of {', '.join(OPTIMIZERS)}, got {kind!r}{suggest(str(kind), OPTIMIZERS)}")
+
+
+def _check_own(own: Mapping[str, object]) -> None:
+    """Refuse what a converted optimizer takes from elsewhere; unknown keys its constructor refuses."""
+    misplaced = next((key for key in own if key in OPTIMIZER_KEYS), None)
+    if misplaced is not None:
+        raise ValueError(
+            f"convert_ does not take {misplaced}: lr, betas, eps and weight_decay are those of the param groups "
+            f"(OptimizerConfig), and Megatron-core's checkpoints have a form of their own. Remove it."
+        )
 
 
 def _prepare(

@@ -20,26 +20,26 @@ import runpy
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import ParamSpec, TypedDict, TypeVar
+from typing import Any, ParamSpec, TypedDict, TypeVar
 
 from ds_blockwise.blocks.settings.auto_settings import AUTO
 from ds_blockwise.blocks.settings.defaults import LR_PRESETS, PUBLISHED
 from ds_blockwise.optimizers.registry import OPTIMIZERS
-from ds_blockwise.optimizers.settings import BACKENDS, MOMENTUM_DTYPES, MomentumDtype
+from ds_blockwise.optimizers.settings import BACKENDS, BLOCK_KEYS, MOMENTUM_DTYPES, MomentumDtype
 from megatron_patch.convert import convert_
 
 P = ParamSpec("P")
 R = TypeVar("R")
 ArgsProvider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
-_BLOCK_SETTINGS = ("lr_multipliers", "weight_decay_multipliers", "betas_by_type", "granularity", "rules", "transfer")
+_JSON_SETTINGS = (*BLOCK_KEYS, "own")
 _TRAINING = "megatron.training.training"
 _FACTORY = "get_megatron_optimizer"
 _MUON_FACTORY = "get_megatron_muon_optimizer"  # takes the factory's place for --optimizer muon and dist_muon
 
 
 class Settings(TypedDict):
-    """Keyword arguments of `convert_`."""
+    """Keyword arguments of `convert_`; those that only some optimizers have are `own_settings_in`."""
 
     kind: str
     lr_multipliers: object
@@ -76,6 +76,7 @@ def add_blockwise_args(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         ("granularity", '{"value": "tensor"}', (PUBLISHED,)),
         ("rules", '[{"match": "adapter", "role": "ffn"}]', ()),
         ("transfer", '{"base_width": 256}', ()),
+        ("own", '{"momentum": 0.9, "orthogonalize": {"qk": "head"}} for BlockwiseMuon', ()),
     ):
         group.add_argument(
             f"--blockwise-{name}",
@@ -111,7 +112,7 @@ def settings_in(args: argparse.Namespace) -> Settings | None:
         ValueError: other arguments of ours were given without ``--blockwise-optimizer``.
     """
     if getattr(args, "blockwise_optimizer", None) is None:
-        given = [name for name in _BLOCK_SETTINGS if getattr(args, f"blockwise_{name}", None) is not None]
+        given = [name for name in _JSON_SETTINGS if getattr(args, f"blockwise_{name}", None) is not None]
         given += ["cautious_weight_decay"] if getattr(args, "blockwise_cautious_weight_decay", False) else []
         if given:
             raise ValueError(
@@ -131,6 +132,18 @@ def settings_in(args: argparse.Namespace) -> Settings | None:
         "momentum_dtype": args.blockwise_momentum_dtype,
         "backend": args.blockwise_backend,
     }
+
+
+def own_settings_in(args: argparse.Namespace) -> Mapping[str, Any]:
+    """Keyword arguments of `convert_` that only the chosen optimizer has; empty if none were given.
+
+    Raises:
+        ValueError: ``--blockwise-own`` holds something else than a JSON object.
+    """
+    own = args.blockwise_own or {}
+    if not isinstance(own, Mapping):
+        raise ValueError(f'--blockwise-own must be a JSON object such as {{"momentum": 0.9}}, got {own!r}')
+    return own
 
 
 def patch_training() -> None:
@@ -172,10 +185,11 @@ def _converting(factory: Callable[P, R], get_args: Callable[[], argparse.Namespa
     @functools.wraps(factory)
     def build(*args: P.args, **kwargs: P.kwargs) -> R:
         settings = settings_in(get_args())
-        optimizer = factory(*args, **kwargs)
         if settings is None:
-            return optimizer
-        return convert_(optimizer, signature.bind(*args, **kwargs).arguments["model_chunks"], **settings)
+            return factory(*args, **kwargs)
+        own = own_settings_in(get_args())
+        optimizer = factory(*args, **kwargs)
+        return convert_(optimizer, signature.bind(*args, **kwargs).arguments["model_chunks"], **settings, **own)
 
     build.calls_ds_blockwise = True  # type: ignore[attr-defined]  # how `patch_training` knows it again
     return build

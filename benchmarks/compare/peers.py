@@ -6,11 +6,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+class _Cut:
+    """A fused weight as the matrices that a model with separate weights would have.
+
+    Args:
+        weight: The fused weight, 2-D.
+        rows: Per matrix the numbers of its rows.
+    """
+
+    def __init__(self, weight: Tensor, rows: Sequence[Tensor]) -> None:
+        self.weight, self._rows = weight, rows
+        self.parts = [torch.nn.Parameter(weight.detach()[numbers]) for numbers in rows]
+
+    def split(self, own: dict[str, Any], state: MutableMapping[Tensor, Any]) -> None:
+        """Give the matrices their rows of weight and gradient, and of the weight's own state."""
+        for number, (part, rows) in enumerate(zip(self.parts, self._rows, strict=True)):
+            part.detach().copy_(self.weight.detach()[rows])
+            part.grad = None if self.weight.grad is None else self.weight.grad[rows]
+            if f"momentum_{number}" in own:
+                state[part] = {"momentum_buffer": own[f"momentum_{number}"]}
+
+    def join(self, own: dict[str, Any], state: MutableMapping[Tensor, Any]) -> None:
+        """Take the stepped matrices back."""
+        for number, (part, rows) in enumerate(zip(self.parts, self._rows, strict=True)):
+            self.weight.detach()[rows] = part.detach()
+            if part in state:
+                own[f"momentum_{number}"] = state.pop(part)["momentum_buffer"]
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
@@ -25,6 +53,9 @@ class MuonAndAdamW(torch.optim.Optimizer):
         eps: AdamW's.
         weight_decay: Decoupled, of both.
         vocab_size: Rows of the embedding and of the output layer, by which they are known.
+        heads: Query heads, key and value heads, and rows of a head: Megatron's fused QKV weight, known by its number of
+            rows, is then three matrices, as in a model with separate weights. None: one matrix.
+        ffn_rows: Rows of the gate, by which Megatron's fused gate and up are known; then two matrices. 0: one matrix.
     """
 
     def __init__(
@@ -35,6 +66,8 @@ class MuonAndAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.1,
         vocab_size: int = 0,
+        heads: tuple[int, int, int] | None = None,
+        ffn_rows: int = 0,
     ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         everything = [p for group in self.param_groups for p in group["params"]]
@@ -45,8 +78,11 @@ class MuonAndAdamW(torch.optim.Optimizer):
                 f"vocab_size = {vocab_size}: expected an untied model with two matrices of so many rows and hidden "
                 f"layers, got {len(hidden)} hidden matrices and {[tuple(p.shape) for p in rest if p.ndim == 2]}"
             )
+        cuts = fused_rows(heads, ffn_rows, {p.shape[0] for p in hidden})
+        self._cuts = [_Cut(p, cuts[p.shape[0]]) for p in hidden if p.shape[0] in cuts]
+        matrices = [p for p in hidden if p.shape[0] not in cuts] + [p for cut in self._cuts for p in cut.parts]
         self._parts = [
-            torch.optim.Muon(hidden, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(rest, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay),
         ]
 
@@ -54,11 +90,44 @@ class MuonAndAdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> None:
         """One update of both; closures are not used by DeepSpeed."""
         assert closure is None
+        for cut in self._cuts:
+            cut.split(self.state[cut.weight], self.state)
         for part in self._parts:
+            part.state = self.state  # also after a load, which makes a new one
             for group in part.param_groups:
                 group["lr"] = self.param_groups[0]["lr"]
             part.step()
-            self.state.update(part.state)
+        for cut in self._cuts:
+            cut.join(self.state[cut.weight], self.state)
+
+
+def fused_rows(
+    heads: tuple[int, int, int] | None, ffn_rows: int, sizes: Iterable[int]
+) -> dict[int, tuple[Tensor, ...]]:
+    """Which rows of Megatron's fused weights are one matrix, by the weight's number of rows.
+
+    Args:
+        heads: Query heads, key and value heads, rows of a head; None for no fused QKV.
+        ffn_rows: Rows of the gate; 0 for no fused gate and up.
+        sizes: Numbers of rows of the model's hidden matrices.
+
+    Raises:
+        ValueError: The model has no weight of so many rows, or both kinds have the same number.
+    """
+    cuts: dict[int, tuple[Tensor, ...]] = {}
+    if heads is not None:
+        queries, groups, size = heads
+        # Megatron's order: for each group its query heads, its key, its value
+        rows = torch.arange((queries + 2 * groups) * size).view(groups, queries // groups + 2, size)
+        cuts[rows.numel()] = (rows[:, :-2].flatten(), rows[:, -2].flatten(), rows[:, -1].flatten())
+    if ffn_rows:
+        if 2 * ffn_rows in cuts:
+            raise ValueError(f"fused QKV and fused gate and up both have {2 * ffn_rows} rows: which is which?")
+        cuts[2 * ffn_rows] = (torch.arange(ffn_rows), torch.arange(ffn_rows, 2 * ffn_rows))
+    missing = cuts.keys() - set(sizes)
+    if missing:
+        raise ValueError(f"heads = {heads}, ffn_rows = {ffn_rows}: no hidden matrix has {sorted(missing)} rows")
+    return cuts
 
 
 def _adamw_8bit() -> type[torch.optim.Optimizer]:

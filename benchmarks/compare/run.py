@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train the tiny model with six optimizers, each with its own learning-rate sweep, and write what came out.
+"""Train the tiny model with eight optimizers, each with its own learning-rate sweep, and write what came out.
 
-python -m benchmarks.compare.run          # everything: sweeps, seeds, shorter runs, ablations; about 3 hours
+python -m benchmarks.compare.run          # everything: sweeps, seeds, shorter runs, ablations; about 3.5 hours
 python -m benchmarks.compare.run --quick  # shorter runs, 3 learning rates, 2 seeds; about 15 minutes
 
 One process on one core (or GPU) per trial. What has finished is never trained again, so a run that was stopped goes
@@ -86,7 +86,7 @@ class Trials:
                 f"no prepared data in {run.data_directory}: python launch/prepare_data.py --run {run_file}"
             )
         self._folder, self._run_file, self._deadline = folder, run_file, deadline
-        self._setup = Setup(run.shape.vocab_size, metadata, bf16)
+        self._setup = Setup(run.shape, metadata, bf16)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOAD)  # the packages are imported once
         # the server finds modules by this variable only

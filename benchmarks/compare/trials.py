@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ds_blockwise.blocks.settings.defaults import ADAMW_RATE
+from ds_blockwise.runs.model_shape import GPTShape
 
 WARMUP_SHARE = 0.05
 MIN_LR_SHARE = 0.05  # the paper's: every block decays to one twentieth of the base learning rate
@@ -36,6 +37,7 @@ class Arm:
         params: Its parameters but the learning rate.
         grid: Base learning rates, ascending by factors of 2.
         is_blockwise: Whether the multipliers are the paper's, and the rates in the unit of its norms.
+        are_roles_apart: Whether Muon's companion is told where the roles of fused weights lie.
     """
 
     label: str
@@ -43,6 +45,7 @@ class Arm:
     params: Mapping[str, Any]
     grid: tuple[float, ...]
     is_blockwise: bool = False
+    are_roles_apart: bool = False
 
     def adamw_rate(self, lr: float) -> float:
         """A base learning rate in the unit of AdamW's, for tables and figures."""
@@ -60,8 +63,11 @@ ARMS = {
     "blockwise_adam_mini": Arm(
         "Blockwise Adam-mini", "BlockwiseAdamMini", {"granularity": OUR_CUTS}, _LOW, is_blockwise=True
     ),
-    "muon": Arm("Muon + AdamW (torch)", "MuonAndAdamW", {}, _HIGH),
+    "muon": Arm("Muon + AdamW (torch), fused weights whole", "MuonAndAdamW", {}, _HIGH),
     "adamw_8bit": Arm("8-bit AdamW (torchao)", "AdamW8bit", {}, _HIGH),
+    # as anyone has it whose model has separate weights for queries, keys, values, gate and up
+    "muon_roles": Arm("Muon + AdamW (torch)", "MuonAndAdamW", {}, _HIGH, are_roles_apart=True),
+    "blockwise_muon": Arm("Blockwise Muon", "BlockwiseMuon", {"lr_multipliers": {"preset": "uniform"}}, _HIGH),
 }
 BASELINE = "adamw"
 
@@ -96,11 +102,11 @@ class Trial:
         change = f"_{self.change}" if self.change else ""
         return f"{self.arm}{change}_lr{self.lr:g}_steps{self.steps}_seed{self.seed}"
 
-    def settings(self, vocab_size: int, *, bf16: bool = False) -> dict[str, Any]:
+    def settings(self, shape: GPTShape, *, bf16: bool = False) -> dict[str, Any]:
         """The DeepSpeed JSON.
 
         Args:
-            vocab_size: Of the model, by which Muon's companion knows its parameters.
+            shape: Of the model, by which Muon's companion knows its parameters.
             bf16: Whether weights and gradients are in bf16, with fp32 master weights.
         """
         arm = ARMS[self.arm]
@@ -108,7 +114,10 @@ class Trial:
         if arm.is_blockwise:
             params["lr_multipliers"] = PAPER | params.get("lr_multipliers", {})
         if arm.type == "MuonAndAdamW":
-            params["vocab_size"] = vocab_size
+            params["vocab_size"] = shape.vocab_size
+        if arm.are_roles_apart:
+            params["heads"] = [shape.num_heads, shape.num_kv_heads, shape.head_dim]
+            params["ffn_rows"] = shape.ffn_hidden_size
         scheduler = self.scheduler or {"type": "BlockwiseCosineLR", "params": {"min_lr": MIN_LR_SHARE * self.lr}}
         precision = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
         return {
@@ -177,18 +186,18 @@ class Setup:
     """What all trials of one comparison share.
 
     Attributes:
-        vocab_size: Of the model.
+        shape: Of the model.
         data: `metadata.json` of the prepared text.
         bf16: As `Plan.bf16`.
     """
 
-    vocab_size: int
+    shape: GPTShape
     data: Mapping[str, Any]
     bf16: bool
 
     def settings(self, trial: Trial) -> dict[str, Any]:
         """The trial's DeepSpeed JSON."""
-        return trial.settings(self.vocab_size, bf16=self.bf16)
+        return trial.settings(self.shape, bf16=self.bf16)
 
     def digest(self, trial: Trial) -> str:
         """What decides a trial's result, as text: a finished trial is used again only if this is unchanged."""

@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
     facts = provenance()
     rows = []
     for tp in options.tp:
-        models = {tp_rank: _model(shape, tp_rank, tp) for tp_rank in sorted({0, tp // 2, tp - 1})}
+        models = {tp_rank: model_of_rank(shape, tp_rank, tp) for tp_rank in sorted({0, tp // 2, tp - 1})}
         for stage in STAGES:
             for dp in options.dp:
                 row = _row(shape, models, stage, dp, tp)
@@ -168,7 +168,7 @@ def _pretended_ranks(rank: int, world_size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _model(shape: GPTShape, tp_rank: int, tp: int) -> list[nn.Parameter]:
+def model_of_rank(shape: GPTShape, tp_rank: int, tp: int) -> list[nn.Parameter]:
     """Tagged parameters of one tensor-parallel rank, on the meta device."""
     with _pretended_ranks(tp_rank, tp):
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, create_gloo_process_groups=False)
@@ -215,17 +215,17 @@ def _tables(params: list[nn.Parameter], stage: str, dp_rank: int, dp: int) -> It
             placement = whole_placement(param.block_spec, param.block_shard)
             yield build_table(param.numel(), [placement], shares_second_moment=True)
         return
-    placements, numel = (_flat if stage == "1/2" else _partitions)(params, dp_rank, dp)
+    placements, numel = (flat_window if stage == "1/2" else partitions)(params, dp_rank, dp)
     yield build_table(numel, placements, shares_second_moment=True)
 
 
-def _flat(params: list[nn.Parameter], dp_rank: int, dp: int) -> tuple[tuple[Placement, ...], int]:
+def flat_window(params: list[nn.Parameter], dp_rank: int, dp: int) -> tuple[tuple[Placement, ...], int]:
     """ZeRO 1 and 2: one window of the flat buffer, which DeepSpeed pads to a multiple of 2 elements per rank."""
     size = 2 * -(-sum(param.numel() for param in params) // (2 * dp))
     return zero_window(params, offsets_of(params), dp_rank, dp, size), size
 
 
-def _partitions(params: list[nn.Parameter], dp_rank: int, dp: int) -> tuple[tuple[Placement, ...], int]:
+def partitions(params: list[nn.Parameter], dp_rank: int, dp: int) -> tuple[tuple[Placement, ...], int]:
     """ZeRO 3: a piece of every parameter, in one sub-group (their number changes neither bytes nor messages)."""
     for param in params:
         param.ds_numel = param.numel()

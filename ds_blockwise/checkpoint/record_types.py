@@ -10,7 +10,7 @@ from ds_blockwise.measure.auto_multipliers import RunState
 SecondMomentOf = Literal["gradients", "updates", "nothing"]
 """What ``exp_avg_sq`` is the mean square of: gradients (Adam), orthogonalised updates in part (Muon), or there is none.
 
-State of one kind means nothing to an optimizer that keeps another.
+What an optimizer does with state of another kind says `checkpoint.state_dicts.check_kind`.
 """
 
 

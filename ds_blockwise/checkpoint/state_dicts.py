@@ -84,25 +84,45 @@ def _check_step(value: object, where: str) -> None:
         raise ValueError(f"{where} must be a whole number of 0 or more, got {number!r}")
 
 
-def check_kind(optimizer: Recorded, record: RunRecord | None) -> None:
-    """Refuse second moments that mean something else than the optimizer's own.
+def check_kind(optimizer: Recorded, record: RunRecord | None) -> str | None:
+    """`check_second_moments` of a state with its record; None if another optimizer wrote it, which then is Adam's."""
+    if record is None:
+        return check_second_moments(optimizer, "another optimizer", "gradients")
+    return check_second_moments(optimizer, record["optimizer"], record.get("second_moment_of", "gradients"))
+
+
+def check_second_moments(optimizer: Recorded, wrote: str, saved: str) -> str | None:
+    """Refuse second moments that mean something else than the optimizer's own, and cannot be replaced.
+
+    An optimizer without second moments takes the first moments of any other. One whose second moments are of updates
+    takes over those of gradients: they serve what it steps as Adam does, and its matrices' start anew. Not the other
+    way round: one step count corrects both of Adam's moments, and there is none that is right for a first moment that
+    is kept beside a second one that starts anew.
 
     Args:
         optimizer: one of ours, which is to go on with the state.
-        record: of that state; None if another optimizer wrote it, which then is Adam's.
+        wrote: class name of the optimizer that wrote the state, or other words for it.
+        saved: what its second moments are of (`SecondMomentOf`).
+
+    Returns:
+        What starts anew, a sentence for the log; None if all goes on as it is.
 
     Raises:
-        ValueError: the two do not fit. An optimizer without second moments takes the first moments of any other.
+        ValueError: the two do not fit.
     """
     own = optimizer.second_moment_of
-    saved = "gradients" if record is None else record.get("second_moment_of", "gradients")
     if own in ("nothing", saved):
-        return
-    wrote = "another optimizer" if record is None else str(record["optimizer"])
+        return None
+    name = type(optimizer).__name__
+    if (own, saved) == ("updates", "gradients"):
+        return (
+            f"the optimizer state was written by {wrote}: {name} takes its exp_avg over as momentum. The second "
+            f"moments of the rows of matrices start anew, those of everything else go on."
+        )
     kept = "no second moment" if saved == "nothing" else f"a second moment of {saved}"
     raise ValueError(
-        f"the optimizer state was written by {wrote}, which keeps {kept}; {type(optimizer).__name__} keeps one of "
-        f"{own}. Load weights only (DeepSpeed: load_optimizer_states=False), and start with fresh optimizer state."
+        f"the optimizer state was written by {wrote}, which keeps {kept}; {name} keeps one of {own}. Load weights only "
+        f"(DeepSpeed: load_optimizer_states=False), and start with fresh optimizer state."
     )
 
 

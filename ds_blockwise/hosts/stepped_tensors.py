@@ -16,8 +16,9 @@ from torch import nn
 
 from ds_blockwise.blocks.segment_table import Placement, same_windows
 from ds_blockwise.blocks.tagged_parameter import is_tagged
+from ds_blockwise.kernels.select import why_reference
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
-from ds_blockwise.parallel.agree import disagreement, first_error
+from ds_blockwise.parallel.agree import disagreement, first_error, gather
 
 
 @dataclass(frozen=True)
@@ -130,18 +131,47 @@ def check_agreement(
         (group["lr"], tuple(group["betas"]), group["eps"], group["weight_decay"], optimizer.cautious_weight_decay)
         for group in optimizer.param_groups
     ]
-    kernels = sorted({binding.kernels.name for binding in optimizer.bindings()})
+    _check_kernels(optimizer)
     for what, group, of_shards in (("data", data_peers, True), ("tensor", tensor_peers, False)):
         digests = [fingerprint(item.placements, of_shards=of_shards) for item in stepped]
         measured = None if optimizer.meter is None else optimizer.meter.facts()
-        different = disagreement(repr((settings, kernels, digests, measured)), group)
+        different = disagreement(repr((settings, digests, measured)), group)
         message = None
         if different:
             message = (
-                f"{what}-parallel ranks {different} of the group disagree with its rank 0 about parameters, blocks, "
-                f"settings or kernels. Every rank must build the same model with the same {settings_are_in}; if a "
-                f'machine cannot compile the kernels (it says so in its log), set "backend": "reference" for all.'
+                f"{what}-parallel ranks {different} of the group disagree with its rank 0 about parameters, blocks or "
+                f"settings. Every rank must build the same model with the same {settings_are_in}."
             )
         message = first_error(message)
         if message is not None:
             raise ValueError(message)
+
+
+_NAMED = 4  # ranks; the others are counted
+
+
+def _check_kernels(optimizer: BlockwiseOptimizer) -> None:
+    """Collective over all ranks: refuse that ranks step their tensors with different kernels.
+
+    Results differ by rounding, and copies of a weight would drift apart.
+
+    Raises:
+        ValueError: on every rank, with the ranks that cannot have the others' kernels, and why.
+    """
+    devices = {binding.tensor.device: binding.kernels.name for binding in optimizer.bindings()}
+    mine = {d.type: (name, why_reference(optimizer.backend, d)) for d, name in devices.items() if name == "reference"}
+    mine |= {d.type: (name, None) for d, name in devices.items() if name != "reference"}
+    everyone = gather(mine)
+    for kind in sorted({kind for found in everyone for kind in found}):
+        by_rank = {rank: found[kind] for rank, found in enumerate(everyone) if kind in found}
+        names = sorted({name for name, _ in by_rank.values()})
+        if len(names) == 1:
+            continue
+        without = {rank: why for rank, (_, why) in by_rank.items() if why is not None}
+        said = [f"rank {rank} cannot: {why}" for rank, why in list(without.items())[:_NAMED]]
+        said += [f"{len(without) - _NAMED} more ranks cannot"] if len(without) > _NAMED else []
+        raise ValueError(
+            f"ranks would step their {kind} tensors with different kernels: {' and '.join(names)}. "
+            f'{"; ".join(said) or "They were given different settings"}. Repair these machines, or set "backend": '
+            f'"reference" for all.'
+        )

@@ -3,8 +3,8 @@
 
 Newton-Schulz for momentum: Jordan et al., "Muon", 2024 (kellerjordan.github.io/posts/muon). Second moment per row with
 the norm kept: NorMuon, arXiv 2510.05491. Scale of RMS 0.2: arXiv 2502.16982, section 2.2.
-One matrix at a time: the bits of a batched product may depend on what else is in the batch, and what lies on one rank
-depends on the number of ranks.
+One matrix at a time: the bits of a batched product depend on how many matrices are in the batch and on the place among
+them (seen with MKL, in fp32 and fp64), and what lies on one rank depends on the number of ranks.
 """
 
 from __future__ import annotations
@@ -59,12 +59,18 @@ meaning. ``keller``: the original's. ``mup``: learning rates that transfer over 
 """
 
 
-def newton_schulz(matrix: torch.Tensor, coefficients: str) -> torch.Tensor:
+NEWTON_SCHULZ_DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
+"""By name: what matrices are rounded to before the first iteration and after each product; None: not at all."""
+
+
+def newton_schulz(matrix: torch.Tensor, coefficients: str, dtype: str = "fp32") -> torch.Tensor:
     """The nearest matrix with orthonormal rows or columns, about: all singular values become about 1.
 
     Args:
         matrix: 2-D, fp32 or fp64.
         coefficients: key of `COEFFICIENTS`.
+        dtype: key of `NEWTON_SCHULZ_DTYPES`. In bf16 singular values end within 0.05 (``quintic``), 0.15 (``simple``)
+            or 0.3 (``polar_express``) of where fp32 brings them.
 
     Returns:
         Of the same shape and dtype; zeros for zeros. It does not depend on the size of ``matrix``, only on its
@@ -73,10 +79,11 @@ def newton_schulz(matrix: torch.Tensor, coefficients: str) -> torch.Tensor:
     safety, steps = COEFFICIENTS[coefficients]
     wide = matrix.mT if matrix.size(0) > matrix.size(1) else matrix
     norm = torch.linalg.vector_norm(wide, dtype=torch.float64) * safety
-    x = wide / torch.where(norm > 0, norm, 1.0).to(wide.dtype)
+    x = (wide / torch.where(norm > 0, norm, 1.0).to(wide.dtype)).to(NEWTON_SCHULZ_DTYPES[dtype] or wide.dtype)
     for a, b, c in steps:
         gram = x @ x.mT
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    x = x.to(matrix.dtype)
     return x.mT if wide is not matrix else x
 
 

@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import logging
 import os
+import socket
 
 import torch
 
@@ -51,29 +52,31 @@ def _triton_unavailable(device: torch.device) -> str | None:
     return unavailable(device)
 
 
-def _say(message: str, *args: object, level: int) -> None:
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        logger.log(level, message, *args)
-
-
 @functools.cache
-def _chosen(device_type: str, index: int | None) -> Kernels:
-    """What ``"auto"`` means for a device; cached, so that it is said once."""
+def _chosen(device_type: str, index: int | None) -> tuple[Kernels, str | None]:
+    """What ``"auto"`` means for a device, and why it is only the reference; cached, so that it is said once."""
     device = torch.device(device_type) if index is None else torch.device(device_type, index)
     try:
         kernels, problem = _preferred(device), None
     except (BuildError, ValueError) as error:
         kernels, problem = _reference(), str(error)
-    if problem is None:
-        _say("ds_blockwise: %s tensors are stepped by the %s backend", device_type, kernels.name, level=logging.INFO)
-    else:
-        _say(
-            "ds_blockwise: %s tensors are stepped by the reference backend, which is several times slower: %s",
+    rank = os.environ.get("RANK")
+    if problem is not None:
+        # on every rank: one alone may lack what the others have
+        logger.warning(
+            "ds_blockwise: %s tensors%s are stepped by the reference backend, which is several times slower: %s",
             device_type,
+            "" if rank is None else f" of rank {rank} on {socket.gethostname()}",
             problem,
-            level=logging.WARNING,
         )
-    return kernels
+    elif os.environ.get("LOCAL_RANK", "0") == "0":
+        logger.info("ds_blockwise: %s tensors are stepped by the %s backend", device_type, kernels.name)
+    return kernels, problem
+
+
+def why_reference(backend: str, device: torch.device) -> str | None:
+    """Why a setting that allows other kernels means the reference for a device; None if it does not."""
+    return _chosen(device.type, device.index)[1] if backend == "auto" else None
 
 
 def _preferred(device: torch.device) -> Kernels:
@@ -104,7 +107,7 @@ def kernels_for(backend: str, device: torch.device) -> Kernels:
         ValueError: the backend that was asked for by name cannot be had here.
     """
     if backend == "auto":
-        return _chosen(device.type, device.index)
+        return _chosen(device.type, device.index)[0]
     if backend == "cpp":
         try:
             return _cpp()

@@ -14,6 +14,7 @@ from typing import TypedDict
 import torch
 
 from ds_blockwise.blocks.segment_table import SegmentTable
+from ds_blockwise.blocks.settings.update_settings import UpdateSettings
 
 
 class Rates(TypedDict):
@@ -141,15 +142,39 @@ def decay_(
             sign than they have. (An element of ``exp_avg`` 0 is decayed, as in the paper.)
     """
     for run in table.multiplier_runs:
-        decay = weight_decay * run.update.weight_decay_multiplier
-        if decay:
-            p, m = run.of(param), run.of(exp_avg)
-            factor = 1 - block_lr(run.update.lr_multiplier_at(progress), lr=lr, lr_floor=lr_floor) * decay
-            if cautious:
-                grows = ((m < 0) & (p > 0)) | ((m > 0) & (p < 0))
-                p.copy_(torch.where(grows, p, p * factor))
-            else:
-                p.mul_(factor)
+        decay_part_(
+            run.of(param),
+            run.of(exp_avg),
+            run.update,
+            lr=lr,
+            lr_floor=lr_floor,
+            weight_decay=weight_decay,
+            progress=progress,
+            cautious=cautious,
+        )
+
+
+def decay_part_(
+    param: torch.Tensor,
+    exp_avg: torch.Tensor,
+    update: UpdateSettings,
+    *,
+    lr: float,
+    lr_floor: float,
+    weight_decay: float,
+    progress: float,
+    cautious: bool,
+) -> None:
+    """`decay_` of elements with the same settings ``update``; both tensors of any one shape."""
+    decay = weight_decay * update.weight_decay_multiplier
+    if not decay:
+        return
+    factor = 1 - block_lr(update.lr_multiplier_at(progress), lr=lr, lr_floor=lr_floor) * decay
+    if cautious:
+        grows = ((exp_avg < 0) & (param > 0)) | ((exp_avg > 0) & (param < 0))
+        param.copy_(torch.where(grows, param, param * factor))
+    else:
+        param.mul_(factor)
 
 
 def step_(
@@ -188,5 +213,18 @@ def descend_(
 ) -> None:
     """``p -= lr_block * update``, in place; both 1-D, fp32 or fp64."""
     for run in table.multiplier_runs:
-        rate = block_lr(run.update.lr_multiplier_at(progress), lr=lr, lr_floor=lr_floor)
-        run.of(param).sub_(run.of(update), alpha=rate)
+        descend_part_(run.of(param), run.of(update), run.update, lr=lr, lr_floor=lr_floor, progress=progress)
+
+
+def descend_part_(
+    param: torch.Tensor,
+    direction: torch.Tensor,
+    update: UpdateSettings,
+    *,
+    lr: float,
+    lr_floor: float,
+    progress: float,
+) -> None:
+    """`descend_` of elements with the same settings ``update``; both tensors of any one shape."""
+    rate = block_lr(update.lr_multiplier_at(progress), lr=lr, lr_floor=lr_floor)
+    param.sub_(direction, alpha=rate)

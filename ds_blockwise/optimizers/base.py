@@ -68,7 +68,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
     second_moment: ClassVar[SecondMoment]
     #: whether a rate that was tuned, or published, for AdamW holds for it with the default settings
     keeps_adamw_rate: ClassVar[bool] = False
-    #: whether telemetry and measured multipliers can read its steps
+    #: whether multipliers can be measured: on Adam's second moments, of every block
     can_be_measured: ClassVar[bool] = True
 
     # --------------------------------------------------------------- settings
@@ -375,7 +375,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
                 check_progress(self.param_groups, type(self).__name__)
             for exchange in self.exchanges:
                 exchange(work, self._bindings, self.state)
-            self._update([w for w in work if w.item.grad is not None])
+            self._update(work)
             self.step_calls += 1
         for observer in self._observers:
             observer.after_update(work)
@@ -430,15 +430,17 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         return not self.overflow and all([observer.before_update(work) for observer in self._observers])
 
     def _update(self, work: Sequence[Work]) -> None:
-        self._checks.states([w.item for w in work], self._bindings.version)
+        stepped = [w for w in work if w.item.grad is not None]
+        self._checks.states([w.item for w in stepped], self._bindings.version)
         scattered: list[tuple[Item, torch.Tensor]] = []
-        for w in () if self._checks.params_are_dense else work:
+        for w in () if self._checks.params_are_dense else stepped:
             param = dense(w.item.param)
             if param is not w.item.param:
                 scattered.append((w.item, w.item.param))
                 w.item.param = param
-        for kernels, items in by_kernels(work):
+        for kernels, items in by_kernels(stepped):
             self.update_(kernels, items)
+        self.update_together_(work)
         for item, original in scattered:
             original.copy_(item.param)
 
@@ -450,6 +452,14 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
             items: tensors with a gradient, their parameters contiguous. The exchanges are complete.
         """
         kernels.step_(items)
+
+    def update_together_(self, work: Sequence[Work]) -> None:
+        """Update, after `update_`, what ranks exchange while they update it; nothing for most optimizers.
+
+        Args:
+            work: all tensors of the step, those that only other ranks have a gradient of too. Parameters with a
+                gradient are contiguous.
+        """
 
     def _unknown(self, tensor: torch.Tensor) -> str:
         shape, plain = tuple(tensor.shape), "ds_blockwise.tag_parameters(model)"
@@ -580,7 +590,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         self.state.update(loaded.states)
         run = None if loaded.record is None else loaded.record["settings"].get("run")
         self.load_run_state(run, max((int(state["step"]) for state in loaded.states.values()), default=0))
-        self.report_changes(loaded.record)
+        self.report_changes(loaded.record, loaded.started_anew)
 
     @contextmanager
     def given_its_own_state(self) -> Iterator[None]:
@@ -591,8 +601,15 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         finally:
             self.is_given_its_own_state = False
 
-    def report_changes(self, record: RunRecord | None) -> None:
-        """Warn, on the first rank, of settings in a loaded record that differ from this object's."""
+    def report_changes(self, record: RunRecord | None, started_anew: str | None = None) -> None:
+        """Warn, on the first rank, of settings in a loaded record that differ from this object's.
+
+        Args:
+            record: of what was loaded; None if another optimizer wrote it.
+            started_anew: what of the loaded state starts anew (`check_kind`), to be said too.
+        """
+        if started_anew is not None and is_first_rank():
+            logger.warning("%s", started_anew)
         changed = [] if record is None else differences(record["settings"], settings_of(self))
         if changed and is_first_rank():
             logger.warning(
@@ -645,11 +662,10 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
 
     def _measure_with(self, settings: TelemetrySettings | None) -> None:
         auto = MeasuredMultipliers.of(self.block_settings)
-        if not self.can_be_measured and (settings is not None or auto is not None):
-            asked = "telemetry" if settings is not None else '"lr_multipliers": "auto"'
+        if not self.can_be_measured and auto is not None:
             raise ValueError(
-                f"{type(self).__name__} does not support {asked} yet: it reads Adam's moments and update. Leave it "
-                f"out, or use BlockwiseAdamMini."
+                f'{type(self).__name__} does not support "lr_multipliers": "auto": it is measured on second moments of '
+                f"gradients. Leave it out, or use BlockwiseAdamMini."
             )
         if settings is not None or auto is not None:
             self._meter = Meter(self, settings, auto)

@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 
+from ds_blockwise.blocks.segment_table import build_table
 from ds_blockwise.kernels.base import StepState, wide_dtype
 from ds_blockwise.kernels.bindings import Binding
 from ds_blockwise.kernels.update import block_sums
@@ -60,6 +61,29 @@ def per_element(values: torch.Tensor, binding: Binding) -> torch.Tensor:
     if not is_per_block(values, binding):
         return values
     return binding.table.expand(values).reshape(binding.tensor.shape)
+
+
+def start_matrices_anew_(values: torch.Tensor, binding: Binding) -> None:
+    """Set the second moments of what is orthogonalised to zero, as before a first step; the others stay.
+
+    Args:
+        values: ``exp_avg_sq`` of the bound tensor in either form, contiguous; changed in place.
+        binding: of the tensor.
+    """
+    if not binding.kernel_table.is_partial:
+        return
+    table = build_table(binding.table.numel, binding.table.placements, shares_second_moment=True, orthogonalized=True)
+    in_blocks = is_per_block(values, binding)
+    for run in table.runs:
+        (run.blocks_of(values) if in_blocks else run.of(values.view(-1))).zero_()
+
+
+def start_matrices_anew(states: States, bindings: Iterable[Binding]) -> None:
+    """`start_matrices_anew_` of all tensors that have a state."""
+    for binding in bindings:
+        values = states.get(binding.tensor, _NO_STATE).get("exp_avg_sq")
+        if values is not None:
+            start_matrices_anew_(values, binding)
 
 
 def unsettled(states: States, bindings: Iterable[Binding]) -> list[Binding]:

@@ -35,7 +35,13 @@ from ds_blockwise.optimizers.foreign_state import (
     is_published_adam_mini,
     step_of,
 )
-from ds_blockwise.optimizers.second_moment import SecondMoment, is_per_block, per_block, per_element
+from ds_blockwise.optimizers.second_moment import (
+    SecondMoment,
+    is_per_block,
+    per_block,
+    per_element,
+    start_matrices_anew_,
+)
 from ds_blockwise.optimizers.settings import check_group
 
 
@@ -66,11 +72,13 @@ class Loaded:
         groups: the param groups as ``torch.optim.Optimizer.load_state_dict`` takes them.
         states: by stepped tensor; tensors that the state dict does not know are missing.
         record: what wrote it says about the run; None if another optimizer wrote it.
+        started_anew: what of the state starts anew, a sentence for the log; None if all goes on as it is.
     """
 
     groups: list[ParamGroup]
     states: dict[torch.Tensor, StepState]
     record: RunRecord | None
+    started_anew: str | None = None
 
 
 def to_save(optimizer: Stored, packed: StateDict) -> StateDict:
@@ -122,8 +130,9 @@ def to_load(optimizer: Stored, state_dict: StateDict, device: torch.device | Non
         names = [_name_of(optimizer, tensor) for group in optimizer.param_groups for tensor in group["params"]]
         state_dict = from_published_adam_mini(state_dict, optimizer.param_groups, names)
     run, record = run_record_in(state_dict), record_in(state_dict)
+    started_anew = None
     if state_dict["state"] and not (run is None and optimizer.is_given_its_own_state):
-        check_kind(optimizer, run)
+        started_anew = check_kind(optimizer, run)
     saved_groups = state_dict["param_groups"]
     saved_sizes, own_sizes = ([len(g["params"]) for g in gs] for gs in (saved_groups, optimizer.param_groups))
     if saved_sizes != own_sizes:
@@ -144,13 +153,27 @@ def to_load(optimizer: Stored, state_dict: StateDict, device: torch.device | Non
     for position, ((number, group), tensor) in enumerate(zip(ids, tensors, strict=True)):
         saved = state_dict["state"].get(number)
         if saved and "exp_avg" in saved:
-            states[tensor] = _state_to_load(optimizer, tensor, saved, group, record, position, device or tensor.device)
+            state = _state_to_load(optimizer, tensor, saved, group, record, position, device or tensor.device)
+            if started_anew is not None:
+                start_matrices_anew_(state["exp_avg_sq"], _known(optimizer, tensor, position))
+            states[tensor] = state
         elif any(key != "step" and isinstance(value, torch.Tensor) for key, value in (saved or {}).items()):
             raise ValueError(
                 f"the state of tensor {position} has no first moment (it has {', '.join(sorted(saved))}): it is of "
                 f"another kind of optimizer. Load weights only, and start with fresh optimizer state."
             )
-    return Loaded(groups, states, run)
+    return Loaded(groups, states, run, started_anew)
+
+
+def _known(optimizer: Stored, tensor: torch.Tensor, position: int) -> Binding:
+    """The binding of a tensor in which matrices are looked for."""
+    binding = optimizer.binding_of(tensor)
+    if binding is None:
+        raise ValueError(
+            f"what lies in tensor {position} is not known, so its matrices cannot be told from the rest. Call "
+            f"ds_blockwise.tag_parameters(model) before you load another optimizer's state."
+        )
+    return binding
 
 
 def _check_groups(groups: Sequence[ParamGroup]) -> None:

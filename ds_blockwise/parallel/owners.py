@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parts of many things that lie on several ranks, brought to one owner each and back, packed into one exchange."""
+"""Parts of many things that lie on several ranks, brought to one owner each and back, many in one exchange."""
 
 from __future__ import annotations
 
-import itertools
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -55,76 +55,93 @@ class Loads:
 class Routes:
     """What travels between the ranks of a group, the same list of things on all of them.
 
+    What a rank sends is one vector, with the parts for the first owner first; what it gets as an owner is another one.
+    Both stay where they are: parts that come back are written over those that were sent.
+
     Attributes:
-        group: the ranks; None: this one alone, and nothing travels.
+        group: the ranks.
         owners: per thing the rank that gets all its parts.
-        sizes: per thing the elements of its part on each rank; 0 where a rank holds none.
+        sizes: per thing the elements of this rank's part; 0 where it holds none.
+        arriving: per thing that this rank owns the elements of its part on each rank.
         dtype: of all parts.
         device: of all parts.
         travels_on: device on which collectives run.
     """
 
-    group: dist.ProcessGroup | None
+    group: Group
     owners: tuple[int, ...]
-    sizes: tuple[tuple[int, ...], ...]
+    sizes: tuple[int, ...]
+    arriving: Mapping[int, tuple[int, ...]]
     dtype: torch.dtype
     device: torch.device
     travels_on: torch.device
 
+    @functools.cached_property
+    def _sent(self) -> list[int]:
+        """The things of which this rank holds a part, in the order in which they travel."""
+        held = (thing for thing, size in enumerate(self.sizes) if size)
+        return sorted(held, key=self.owners.__getitem__)  # a stable order
+
+    @functools.cached_property
+    def _away(self) -> list[int]:
+        """Per rank the elements that it gets."""
+        found = [0] * size_of(self.group)
+        for thing in self._sent:
+            found[self.owners[thing]] += self.sizes[thing]
+        return found
+
+    @functools.cached_property
+    def _coming(self) -> list[int]:
+        """Per rank the elements that come from it."""
+        return [sum(sizes) for sizes in zip(*self.arriving.values(), strict=True)] or [0] * size_of(self.group)
+
     @property
-    def owned(self) -> list[int]:
-        """The things that this rank owns."""
-        return self._owned_by(rank_in(self.group))
+    def sent_bytes(self) -> int:
+        """What leaves this rank, there and back."""
+        mine = rank_in(self.group)
+        numel = sum(self._away) - self._away[mine] + sum(self._coming) - self._coming[mine]
+        return numel * self.dtype.itemsize
 
-    def _owned_by(self, rank: int) -> list[int]:
-        return [thing for thing, owner in enumerate(self.owners) if owner == rank]
+    def own_parts(self) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """Memory for what this rank sends: the vector, and in it, as views, its part of each thing; not filled."""
+        vector = torch.empty(sum(self._away), dtype=self.dtype, device=self.device)
+        parts = torch.split_with_sizes(vector, [self.sizes[thing] for thing in self._sent])
+        return vector, dict(zip(self._sent, parts, strict=True))
 
-    @property
-    def _ranks(self) -> range:
-        return range(size_of(self.group))
-
-    def to_owners(self, parts: Mapping[int, torch.Tensor]) -> dict[int, list[torch.Tensor]]:
+    def to_owners(self, sent: torch.Tensor) -> tuple[torch.Tensor, dict[int, dict[int, torch.Tensor]]]:
         """Collective over the group: bring all parts to the owners.
 
         Args:
-            parts: this rank's part of each thing of which it holds one, 1-D.
+            sent: the vector of `own_parts`, filled.
 
         Returns:
-            Per thing that this rank owns its parts by rank, those without elements included.
+            The vector that arrived, and in it, as views, the parts of each thing that this rank owns, by rank.
         """
-        rank, owned = rank_in(self.group), self.owned
-        sent = [[parts[thing] for thing in self._owned_by(to) if self.sizes[thing][rank]] for to in self._ranks]
-        flat = self._exchanged(sent, [[self.sizes[thing][by] for thing in owned] for by in self._ranks])
-        return {thing: [flat[by][place] for by in self._ranks] for place, thing in enumerate(owned)}
+        arrived = torch.empty(sum(self._coming), dtype=self.dtype, device=self.device)
+        self._exchange_(arrived, sent, self._coming, self._away)
+        places = [(thing, by) for by in range(size_of(self.group)) for thing in self.arriving]
+        parts = torch.split_with_sizes(arrived, [self.arriving[thing][by] for thing, by in places])
+        found: dict[int, dict[int, torch.Tensor]] = {thing: {} for thing in self.arriving}
+        for (thing, by), part in zip(places, parts, strict=True):
+            if part.numel():
+                found[thing][by] = part
+        return arrived, found
 
-    def back(self, owned: Mapping[int, Sequence[torch.Tensor]]) -> dict[int, torch.Tensor]:
+    def back_(self, sent: torch.Tensor, arrived: torch.Tensor) -> None:
         """Collective over the group: bring parts back to where they came from.
 
         Args:
-            owned: as `to_owners` returned them, with other values.
-
-        Returns:
-            This rank's part of each thing of which it holds one.
+            sent: the vector of `own_parts`; what comes back is written over it.
+            arrived: the vector of `to_owners`, with other values.
         """
-        rank = rank_in(self.group)
-        mine = [[thing for thing in self._owned_by(by) if self.sizes[thing][rank]] for by in self._ranks]
-        sent = [[owned[thing][to] for thing in self.owned] for to in self._ranks]
-        flat = self._exchanged(sent, [[self.sizes[thing][rank] for thing in things] for things in mine])
-        pairs = (zip(things, parts, strict=True) for things, parts in zip(mine, flat, strict=True))
-        return {thing: part for of_rank in pairs for thing, part in of_rank}
+        self._exchange_(sent, arrived, self._away, self._coming)
 
-    def _exchanged(
-        self, sent: Sequence[Sequence[torch.Tensor]], sizes: Sequence[Sequence[int]]
-    ) -> list[tuple[torch.Tensor, ...]]:
-        """One ``all_to_all_single``: what each rank sent, in parts of the sizes."""
-        empty = torch.empty(0, dtype=self.dtype, device=self.device)
-        packed = torch.cat([empty, *(part for parts in sent for part in parts)])
-        if self.group is not None:
-            away = [sum(part.numel() for part in parts) for parts in sent]
-            coming = [sum(each) for each in sizes]
-            arrived = torch.empty(sum(coming), dtype=self.dtype, device=self.travels_on)
-            dist.all_to_all_single(arrived, packed.to(self.travels_on), coming, away, group=self.group)
-            packed = arrived.to(self.device)
-        parts: tuple[torch.Tensor, ...] = torch.split_with_sizes(packed, [size for each in sizes for size in each])
-        ends = list(itertools.accumulate((len(each) for each in sizes), initial=0))
-        return [parts[start:end] for start, end in itertools.pairwise(ends)]
+    def _exchange_(
+        self, target: torch.Tensor, source: torch.Tensor, coming: Sequence[int], away: Sequence[int]
+    ) -> None:
+        if self.travels_on == self.device:
+            dist.all_to_all_single(target, source, list(coming), list(away), group=self.group)
+            return
+        there = torch.empty_like(target, device=self.travels_on)
+        dist.all_to_all_single(there, source.to(self.travels_on), list(coming), list(away), group=self.group)
+        target.copy_(there)

@@ -14,6 +14,7 @@ import torch
 
 from ds_blockwise.hosts.deepspeed.refusals import facts_of_json, refusals
 from ds_blockwise.optimizers.registry import OPTIMIZERS, SCHEDULES
+from ds_blockwise.optimizers.settings import check_progress
 from ds_blockwise.runs.engine_json import compose, optimizer_type, parameter_dtype
 from ds_blockwise.runs.reading.problems import Problems
 from ds_blockwise.runs.reading.whole_files import JsonObject
@@ -130,3 +131,9 @@ def _check_optimizer(run: RunConfig, config: JsonObject, problems: Problems) -> 
             SCHEDULES[schedule["type"]](optimizer, **schedule["params"])
         except (ValueError, TypeError) as error:
             problems.refuse(run.deepspeed_file, "scheduler.params", schedule["params"], str(error))
+            return
+    if optimizer.block_settings.moves:
+        try:
+            check_progress(optimizer.param_groups, section["type"])
+        except ValueError as error:
+            problems.refuse(run.deepspeed_file, "optimizer.params", section.get("params"), str(error))

@@ -9,18 +9,18 @@ import math
 import sys
 
 import pytest
-import torch
 
 pytest.importorskip("deepspeed", reason="trials are runs of the main job, which needs the extra 'deepspeed'")
 pytest.importorskip("megatron.core", reason="trials are runs of the main job, which needs the extra 'megatron'")
 pytest.importorskip("torchao", reason="one of the compared optimizers is torchao's")
 
-from benchmarks.compare import peers, report
+from benchmarks.compare import report
 from benchmarks.compare import run as comparison
 from benchmarks.compare.ablations import ADAMW, MINI, OUR_MINI, OURS, ablations, confirmation
 from benchmarks.compare.results import DIVERGED, Estimate, StepsTo, arm_results
 from benchmarks.compare.trials import ARMS, BASELINE, FULL, LARGER, PATIENT, PUBLISHED_PLANS, QUICK, Plan, Setup, Trial
 from benchmarks.provenance import PROVENANCE
+from ds_blockwise.runs.model_shape import GPTShape
 from tests.helpers.launch.project import ROOT
 
 PLAN = Plan(steps=100, grid=3, seeds=3, lengths=(0.5,), widen=2, refine=0, ablations="all")
@@ -65,8 +65,9 @@ def _bowl(best, floor):
     return loss
 
 
-BEST = dict(zip(ARMS, (1.6e-2, 5e-4, 4e-3, 2.5e-4, 8e-3, 4e-3), strict=True))
-FLOOR = dict(zip(ARMS, (3.5, 3.45, 3.6, 3.5, 3.4, 3.52), strict=True))
+SHAPE = GPTShape.load(ROOT / "configs/model/tiny.yaml")
+BEST = dict(zip(ARMS, (1.6e-2, 5e-4, 4e-3, 2.5e-4, 8e-3, 4e-3, 8e-3, 8e-3), strict=True))
+FLOOR = dict(zip(ARMS, (3.5, 3.45, 3.6, 3.5, 3.4, 3.52, 3.53, 3.54), strict=True))
 
 
 def test_a_grid_grows_until_its_best_is_inside():
@@ -121,7 +122,7 @@ def test_the_table_says_what_the_formula_does():
     assert rows["muon"].steps_to_baseline.steps_text() == "71"
     assert rows["adamw_8bit"].steps_to_baseline.steps_text() == "not within 100"
     text = report.table(list(rows.values()), trials.results, PLAN)
-    assert "| Muon + AdamW (torch) | 0.008 | 3.4200 ± 0.0058 | -0.1000 ± 0.0000 | 71 | 0.71 | 0.500 | 8.00 |" in text
+    assert f"| {ARMS['muon'].label} | 0.008 | 3.4200 ± 0.0058 | -0.1000 ± 0.0000 | 71 | 0.71 | 0.500 | 8.00 |" in text
     assert (
         f"| {ARMS['adamw_8bit'].label} | 0.004 | 3.5400 ± 0.0058 | +0.0200 ± 0.0000 | not within 100 |  | 0.500" in text
     )
@@ -166,7 +167,7 @@ def test_the_larger_model_is_trained_in_bf16_with_its_own_rates_and_few_ablation
     assert LARGER.learning_rates(BASELINE) == (2e-3, 4e-3, 8e-3)
     assert {t.change for t in trials.results} == {"", "published-cuts", "uniform-norm", "wsd"}
     trial = next(iter(trials.results))
-    setups = [Setup(2048, {"tokenizer": {"sha256": "x"}, "splits": {}}, bf16) for bf16 in (False, True)]
+    setups = [Setup(SHAPE, {"tokenizer": {"sha256": "x"}, "splits": {}}, bf16) for bf16 in (False, True)]
     fp32, bf16 = (setup.settings(trial) for setup in setups)
     assert {**fp32, "bf16": {"enabled": True}, "zero_optimization": {"stage": 1}} == bf16
     assert setups[0].digest(trial) != setups[1].digest(trial)
@@ -230,7 +231,7 @@ def test_trials_have_names_of_their_own_and_settings_that_differ(plan):
     assert len(changes) > 30
     trials = list(dict.fromkeys([*trials, *changes]))
     assert len({t.name for t in trials}) == len(trials)
-    facts = {json.dumps([t.settings(2048), t.seed, t.steps, t.warmup], sort_keys=True) for t in trials}
+    facts = {json.dumps([t.settings(SHAPE), t.seed, t.steps, t.warmup], sort_keys=True) for t in trials}
     # a change to the default would be compared with itself
     assert len(facts) == len(trials)
 
@@ -238,7 +239,7 @@ def test_trials_have_names_of_their_own_and_settings_that_differ(plan):
 @pytest.mark.parametrize("change", [{}, {"lr_multipliers": {"norm": 8.0}}])
 def test_blockwise_arms_say_their_unit_and_published_runs_still_count(change):
     """Their rates are those of the norms; results from before there were presets did not name it."""
-    setup = Setup(256, {"tokenizer": {"sha256": "t"}, "splits": {}}, bf16=False)
+    setup = Setup(SHAPE, {"tokenizer": {"sha256": "t"}, "splits": {}}, bf16=False)
     trial = Trial(OURS, 5e-4, 1, PLAN.steps, "changed" if change else "", change)
     named = change.get("lr_multipliers", {})
     assert setup.settings(trial)["optimizer"]["params"]["lr_multipliers"] == {"preset": "paper", **named}
@@ -248,12 +249,12 @@ def test_blockwise_arms_say_their_unit_and_published_runs_still_count(change):
     assert of_mini["lr_multipliers"] == dict.fromkeys(("emb", "head", "qk", "ffn", "vo", "norm", "other"), 1)
 
 
-def test_the_whole_comparison_fits_three_hours_of_two_cores():
+def test_the_whole_comparison_takes_the_time_that_it_says():
     """At 115 s for a run of 800 steps on each of two cores, with one grid in two that grows once."""
     trials = FakeTrials(_bowl(BEST, FLOOR))
     comparison.train_all(trials, FULL)
     steps = sum(t.steps for t in trials.results)
-    assert steps / 800 * 230 / 2 < 3 * 3600
+    assert 3.25 < steps / 800 * 230 / 2 / 3600 < 3.75
 
 
 def test_ablations_need_only_the_arms_that_were_trained():
@@ -349,27 +350,3 @@ def test_tables_are_the_same_from_the_csv(tmp_path):
         rates = {row.arm: row.lr for row in rows}
         shown.append((report.table(rows, results, PLAN), report.ablation_table(results, PLAN, rates)))
     assert shown[0] == shown[1]
-
-
-def test_muon_steps_hidden_matrices_and_adamw_the_rest():
-    """Against both of torch's optimizers, each with its own parameters."""
-    torch.manual_seed(3)
-    shapes = [(20, 8), (8, 8), (24, 8), (8,), (20, 8)]
-    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
-    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-    both = peers.MuonAndAdamW(ours, lr=1e-2, vocab_size=20)
-    muon = torch.optim.Muon(theirs[1:3], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    rest = [theirs[0], *theirs[3:]]
-    adamw = torch.optim.AdamW(rest, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-    for step in range(3):
-        for a, b in zip(ours, theirs, strict=True):
-            a.grad = torch.randn_like(a)
-            b.grad = a.grad.clone()
-        for group in (*both.param_groups, *muon.param_groups, *adamw.param_groups):
-            group["lr"] = 1e-2 / (step + 1)
-        both.step()
-        muon.step()
-        adamw.step()
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    with pytest.raises(ValueError, match="vocab_size = 21"):
-        peers.MuonAndAdamW(ours, lr=1e-2, vocab_size=21)

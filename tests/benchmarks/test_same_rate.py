@@ -15,8 +15,9 @@ from benchmarks.compare.ablations import OUR_MINI, OURS
 from benchmarks.compare.trials import PAPER, Setup
 from benchmarks.provenance import PROVENANCE, ROOT, between
 from ds_blockwise.blocks.settings.block_settings import BlockSettings
+from ds_blockwise.runs.model_shape import GPTShape
 
-SETUP = Setup(256, {"tokenizer": {"sha256": "t"}, "splits": {}}, bf16=False)
+SETUP = Setup(GPTShape.load(ROOT / "configs/model/tiny.yaml"), {"tokenizer": {"sha256": "t"}, "splits": {}}, bf16=False)
 
 
 @pytest.mark.parametrize("arm", same_rate.CHANGED)

@@ -231,6 +231,18 @@ CASES: dict[str, Callable[[], list[Case]]] = {
     "bias and norm": lambda: [whole(spec((4099,), Role.FFN, is_bias=True)), whole(spec((4099,), Role.NORM))],
     "flat": lambda: [flat(_mixed(), 37, 4500, padding=5), flat(_mixed(), 1001, 3001)],
     "flat, transposed": lambda: [flat([spec((30, 21), Role.FFN, axis=1), qkv(9, 4, 2, "grouped", axis=1)], 50, 800)],
+    "flat, one row of a transposed weight": lambda: [
+        flat([spec((30, 24), Role.FFN, axis=1)], 72, 96),
+        flat([spec((30, 24), Role.FFN, axis=1)], 72, 120),
+    ],
+    "even": lambda: [
+        *[whole(spec((16, n), Role.FFN)) for n in (8, 40, 136, 520, 1032, 2056, 4104)],
+        flat([spec((40, 600), Role.FFN), spec((48,), Role.NORM)], 24, 24_048),
+        whole(qkv(16, 4, 4, "concat", axis=1)),
+        whole(spec((72, 1040), Role.FFN, axis=1, granularity={"ffn": "element"})),
+        whole(spec((2104, 64), Role.FFN, axis=1)),
+        whole(spec((24, 3000), Role.QUERY, num_heads=2)),
+    ],
     "flat, short rows cut": lambda: [
         flat([spec((40, 600), Role.FFN)], 599, 20_001),
         flat([spec((9, 5), Role.FFN)], 7, 8),

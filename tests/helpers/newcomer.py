@@ -18,7 +18,10 @@ from packaging.utils import canonicalize_name
 
 from tests.helpers import ROOT
 
-_SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "ds_blockwise", "megatron_patch")
+_SOURCES = (
+    *("setup.py", "pyproject.toml", "README.md", "LICENSE"),
+    *("ds_blockwise", "ds_blockwise_autoload.py", "megatron_patch"),
+)
 
 
 def build_wheel(folder: Path) -> Path:
@@ -85,12 +88,13 @@ class Environment:
         self.packages: set[str] = set()
         self._bring(metadata.Distribution.at(own).requires or [], set(extras))
 
-    def run(self, command: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    def run(self, command: Sequence[str], folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
         """Run a command as somebody does who has activated the environment; stdout and stderr are captured."""
         environment = _clean() | {
             "PATH": f"{self.bin}{os.pathsep}{os.environ['PATH']}",
             "DS_ACCELERATOR": "cpu",
             "OMP_NUM_THREADS": "1",
+            **variables,
         }
         program = shutil.which(command[0], path=str(self.bin)) or command[0]
         return subprocess.run(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -199,6 +200,37 @@ class Oracle:
         if self.momentum is not None:
             state.m = state.m.to(self.momentum).to(self.arithmetic)
         self._p[name] = p
+
+
+BY_ROLE: dict[str, Any] = {
+    # 0.93: fed gradients have few bits, and with 0.9 some of an embedding cancel to a momentum of no sign
+    "betas_by_type": {"norm": [0.8, 0.99], "ffn": [None, 0.9], "key": [0.5, None], "emb": [0.93, None]},
+    "cautious_weight_decay": True,
+}
+"""Settings per role, as a JSON has them."""
+
+ROLE_SETTINGS: dict[str, Any] = {
+    **BY_ROLE,
+    "lr_multipliers": {"norm": {"start": 1.0, "end": 0.25}, "value": {"start": 0.5, "end": 2}, "qk": 2},
+}
+"""With multipliers that move: something has to say how far the decay is."""
+
+
+def told(params: Mapping[str, Any], multipliers: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """What the oracle is told of an optimizer's parameters in a JSON.
+
+    Args:
+        params: The JSON's.
+        multipliers: What the oracle is told beside them, or instead.
+    """
+    given = params.get("lr_multipliers") or {}
+    moving = {key: value for key, value in given.items() if isinstance(value, Mapping) and "start" in value}
+    return {
+        "lr_multipliers": {**given, **{key: value["start"] for key, value in moving.items()}, **(multipliers or {})},
+        "end_multipliers": {key: value["end"] for key, value in moving.items()},
+        "betas_by_type": params.get("betas_by_type") or {},
+        "cautious": params.get("cautious_weight_decay", False),
+    }
 
 
 class LionOracle(Oracle):

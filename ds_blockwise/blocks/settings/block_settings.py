@@ -16,6 +16,7 @@ from ds_blockwise.blocks.roles import (
     BLOCK_TYPE_OF,
     BLOCK_TYPES,
     NORM_PLACES,
+    BlockType,
     NormPlace,
     Role,
 )
@@ -201,6 +202,10 @@ class BlockSettings:
     def norm_multiplier(self) -> float:
         """The multiplier of a norm under the preset: what 1 of the paper's ratios is in its unit."""
         return LR_PRESETS[self.preset]["norm"]
+
+    def lr_multiplier_of(self, block_type: BlockType) -> LRMultiplier:
+        """The multiplier of a block type where no role and no rule has another; of a measured one the preset's."""
+        return self.lr_multipliers.get(block_type, LR_PRESETS[self.preset][block_type])
 
     def with_lr_multipliers(self, multipliers: Mapping[str, object]) -> BlockSettings:
         """These settings with some multipliers replaced; rules keep theirs.

@@ -292,6 +292,10 @@ def offload_device(engine: Engine) -> str:
     return "none" if offload is None else str(getattr(offload.device, "value", offload.device))
 
 
+VERIFY = ("all", "own", "size")
+"""Values of ``"checkpoint": {"verify": ...}`` in the JSON; see `verifies`."""
+
+
 def sequence_parallel_size(engine: Engine) -> int:
     """Ranks that share each sequence; 1 without sequence parallelism."""
     return int(getattr(engine, "sequence_parallel_size", 1))
@@ -312,8 +316,27 @@ def trusts(engine: Engine) -> bool:
     Raises:
         ValueError: it says something else than true or false.
     """
-    section = engine._config._param_dict.get("checkpoint")
-    value = section.get("trust", False) if isinstance(section, Mapping) else False
+    value = _of_checkpoint(engine, "trust", False)
     if not isinstance(value, bool):
         raise ValueError(f'"checkpoint": {{"trust": ...}} must be true or false, got {value!r}')
     return value
+
+
+def verifies(engine: Engine) -> str:
+    """What of a checkpoint's contents is compared with its manifest: the JSON's ``"checkpoint": {"verify": ...}``.
+
+    ``all`` (default): every file, each by one rank of its storage. ``own``: on each rank the files that it reads (of a
+    portable or universal checkpoint: all). ``size``: none; names and sizes are compared in every case.
+
+    Raises:
+        ValueError: it says something else.
+    """
+    value = _of_checkpoint(engine, "verify", VERIFY[0])
+    if value not in VERIFY:
+        raise ValueError(f'"checkpoint": {{"verify": ...}} must be one of {", ".join(VERIFY)}, got {value!r}')
+    return str(value)
+
+
+def _of_checkpoint(engine: Engine, key: str, default: object) -> object:
+    section = engine._config._param_dict.get("checkpoint")
+    return section.get(key, default) if isinstance(section, Mapping) else default

@@ -2,8 +2,9 @@
 """The Triton backend: one launch for all tensors of a step, through tables of addresses, jobs and tiles.
 
 Launches of a step: `prepare_kernel` (counts steps, computes bias corrections and the rates of each row of settings)
-and `update_kernel`. Two more launches lie between them where they are needed: `sum_kernel` for blocks that one tile of
-the update cannot sum, and `finish_kernel` for blocks in several pieces, in several runs or on several ranks.
+and an `update_kernel` for each form of job (`ds_blockwise.kernels.triton.batch.Program`), so that each has the
+registers that it needs. More launches lie between them where they are needed: `sum_kernel`, for each form of blocks
+that one tile of the update cannot sum, and `finish_kernel` for blocks in several pieces, runs or ranks.
 
 No races, by kind of job (`ds_blockwise.kernels.triton.tables.Kind`). ROWS and LOOP: only the program that sums a block
 reads or writes its second moment, and a barrier lies between the reading of the old value by all its threads and the
@@ -30,16 +31,17 @@ import triton.language as tl  # type: ignore[import-untyped]
 
 from ds_blockwise.blocks.segment_table import SegmentTable
 from ds_blockwise.kernels.base import Item, Kernels
-from ds_blockwise.kernels.triton.batch import Batch, Batches, Group, SumProgram, group_items
+from ds_blockwise.kernels.triton.batch import Batch, Batches, Group, Program, group_items
 from ds_blockwise.kernels.triton.plan import TritonPlan, make_plan
 from ds_blockwise.kernels.triton.prepare import prepare_kernel
 from ds_blockwise.kernels.triton.sums import finish_kernel, sum_kernel
-from ds_blockwise.kernels.triton.tables import FINISH_BLOCKS, VERSION, Address
+from ds_blockwise.kernels.triton.tables import FINISH_BLOCKS, VERSION, Address, Vectors, tile_log2
 from ds_blockwise.kernels.triton.update import update_kernel
 
-# 16 elements a thread: four 16-byte loads of each fp32 tensor, and few enough registers for two or three programs on a
+# At most 16 elements a thread (`tile_log2`): 16-byte loads, and few enough registers for four programs on a
 # multiprocessor. Nothing may be autotuned: a trial run of an in-place kernel is a step of the user's weights.
 NUM_WARPS = 8
+MAX_REGISTERS = 64  # a thread: four programs of `NUM_WARPS` share the 65536 of a multiprocessor
 SMALL_WARPS = 1  # of the kernels that step no tensors
 
 _INTERPRETED = not isinstance(update_kernel, triton.JITFunction)
@@ -66,7 +68,11 @@ def unavailable(device: torch.device) -> str | None:
 
 def _launch(kernel: _Kernel, programs: int, *args: torch.Tensor | int, **meta: object) -> None:
     if programs:
-        kernel[(programs,)](*args, **meta, VERSION=VERSION)
+        _run(kernel, programs, *args, **meta, VERSION=VERSION, enable_fp_fusion=True)
+
+
+def _run(kernel: _Kernel, programs: int, *args: torch.Tensor | int, **meta: object) -> None:
+    kernel[(programs,)](*args, **meta)
 
 
 def _type(dtype: torch.dtype | None) -> object:
@@ -101,7 +107,7 @@ class TritonKernels(Kernels):
             batch = self.batches.of(group, sums=True)
             with _on(batch.device):
                 batch.upload(group)
-                _add_up(batch, batch.split, group, to_sums=True)
+                _add_up(batch, group, to_sums=True)
 
     def step_(self, items: Sequence[Item]) -> None:
         """See `Kernels.step_`."""
@@ -112,30 +118,46 @@ class TritonKernels(Kernels):
                 scalars = (batch.row_ends, batch.multipliers, batch.scalars)
                 tables = (batch.addresses, batch.settings, *scalars)
                 _launch(prepare_kernel, len(group.items), *tables, num_warps=SMALL_WARPS)
-                _add_up(batch, batch.own, group, to_sums=False)
+                _add_up(batch, group, to_sums=False)
                 self._update(batch, group)
         torch.autograd.graph.increment_version([item.param for item in items])
 
     def _update(self, batch: Batch, group: Group) -> None:
         wide = torch.float64 in (group.dtypes[Address.PARAM], group.dtypes[Address.EXP_AVG])
-        program = batch.update
-        tables = (program.tiles, program.jobs, batch.addresses, batch.scalars)
         meta: dict[str, object] = {name: _type(dtype) for name, dtype in zip("PGMVC", group.dtypes, strict=True)}
-        meta |= {"SAME": not group.shares, "ALIGNED": group.aligned, "BY_HAND": _INTERPRETED}
-        meta["CAUTIOUS"] = group.cautious
-        meta |= {"WIDE": tl.float64 if wide else tl.float32, "HAS": program.has, "SHIFTS": program.shifts}
-        _launch(update_kernel, program.tiles.numel(), *tables, **meta, num_warps=NUM_WARPS)
+        meta |= {f"ALIGN_{name}": bytes_ for name, bytes_ in zip("PGMVC", group.alignments, strict=True)}
+        if group.shares:
+            meta["ALIGN_V"] = 1  # read one by one
+        meta |= {"SAME": not group.shares, "BY_HAND": _INTERPRETED}
+        meta |= {"CAUTIOUS": group.cautious, "WIDE": tl.float64 if wide else tl.float32}
+        for program in batch.update:
+            tables = (program.tiles, program.jobs, batch.addresses, batch.scalars)
+            form = {**_form(program, group), "LOG2": tile_log2(program.kind, program.shift)}
+            _launch(update_kernel, program.tiles.numel(), *tables, **meta, **form, **_limits(wide=wide))
 
 
-def _add_up(batch: Batch, sums: SumProgram | None, group: Group, *, to_sums: bool) -> None:
+def _form(program: Program, group: Group) -> dict[str, int]:
+    vectors = (Vectors.EVEN if program.even else Vectors.EDGED) if group.vectors else Vectors.NONE
+    return {"KIND": program.kind, "SHIFT": program.shift, "VECTORS": int(vectors)}
+
+
+def _limits(*, wide: bool) -> dict[str, int]:
+    """Options of launches that read tensors; ``wide``: the arithmetic is in fp64."""
+    if wide or torch.version.hip is not None:
+        return {"num_warps": NUM_WARPS}
+    return {"num_warps": NUM_WARPS, "maxnreg": MAX_REGISTERS}
+
+
+def _add_up(batch: Batch, group: Group, *, to_sums: bool) -> None:
+    sums = batch.adds
     if sums is None:
         return
-    program = sums.program
     # tensors without a gradient are not read: any dtype will do
     g, v = (_type(group.dtypes[column] or torch.float32) for column in (Address.GRAD, Address.EXP_AVG_SQ))
-    meta = {"HAS": program.has, "SHIFTS": program.shifts, "ALIGNED": group.aligned}
-    tables = (program.tiles, program.jobs, batch.addresses, batch.scalars, sums.entries)
-    _launch(sum_kernel, program.tiles.numel(), *tables, **meta, G=g, V=v, num_warps=NUM_WARPS)
+    for program in sums.programs:
+        tables = (program.tiles, program.jobs, batch.addresses, batch.scalars, sums.entries)
+        meta = {**_form(program, group), "ALIGN": group.alignments[Address.GRAD], "G": g, "V": v}
+        _launch(sum_kernel, program.tiles.numel(), *tables, **meta, **_limits(wide=False))
     blocks = len(sums.finish)
     totals = (sums.finish, sums.order, sums.entries, batch.addresses, batch.scalars, blocks)
     _launch(finish_kernel, -(-blocks // FINISH_BLOCKS), *totals, TO_SUMS=to_sums, V=v, num_warps=SMALL_WARPS)

@@ -11,7 +11,7 @@ import itertools
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from weakref import WeakKeyDictionary, ref
 
 import torch
 
@@ -20,31 +20,33 @@ from ds_blockwise.kernels.triton.plan import Sums, TritonPlan
 from ds_blockwise.kernels.triton.tables import (
     ALIGNMENT,
     TILE_INDEX_BITS,
+    VECTOR,
     Address,
     Finish,
     Job,
     Kind,
     Scalar,
     Setting,
-    SumKind,
 )
 
 
 @dataclass(frozen=True)
 class Program:
-    """Jobs of several tensors as one launch reads them.
+    """Jobs of several tensors that one launch does; all of one form, for which it is compiled.
 
     Attributes:
         jobs: int64, shape ``(jobs, len(Job))``, on the device.
         tiles: int64, shape ``(programs,)``, on the device: job in the upper half, index in it in the lower half.
-        has: sum of the kinds of job in it; the other kinds are not compiled.
-        shifts: bit n is set if a tile of rows has rows of up to ``2^n`` elements; other lengths are not compiled.
+        kind: of its jobs.
+        shift: of rows and of the update's rectangles: a tile is ``2^shift`` elements wide; else 0.
+        even: whether all rows begin and end at multiples of `VECTOR` elements.
     """
 
     jobs: torch.Tensor
     tiles: torch.Tensor
-    has: int
-    shifts: int
+    kind: int
+    shift: int
+    even: bool
 
 
 def _number(tensors: Sequence[torch.Tensor], column: int, steps: Sequence[int] | None = None) -> list[torch.Tensor]:
@@ -64,8 +66,8 @@ def join_jobs(
     rows: Sequence[int],
     entries: Sequence[int] | None,
     device: torch.device,
-) -> Program:
-    """One program of the jobs of several tensors.
+) -> tuple[Program, ...]:
+    """The jobs of several tensors, a program for each form that they have.
 
     Args:
         jobs: of each tensor.
@@ -78,16 +80,30 @@ def join_jobs(
     if entries is not None:
         found = _number(found, Job.ENTRY, entries)
     table, counts = torch.cat(found), torch.cat(list(tiles))
-    number = torch.repeat_interleave(torch.arange(len(table)), counts)
+    forms, form_of = torch.unique(_forms(table, of_sums=entries is not None), dim=0, return_inverse=True)
+    programs = []
+    for number, (kind, shift, even) in enumerate(forms.tolist()):
+        mine = form_of == number
+        tiles_of = _tiles(counts[mine])
+        programs.append(Program(table[mine].to(device), tiles_of.to(device), kind, shift, bool(even)))
+    return tuple(programs)
+
+
+def _forms(table: torch.Tensor, *, of_sums: bool) -> torch.Tensor:
+    """Kind, shift and evenness of each job, int64."""
+    kind, numel, strides = table[:, Job.KIND], table[:, Job.NUMEL], table[:, Job.REPEAT_STRIDE]
+    repeats = table[:, Job.REPEAT] > 1
+    # blocks that share a row, or have an element each, end where the row ends; others end every `NUMEL` elements
+    fills = repeats if of_sums else repeats | (kind == Kind.ELEMENTS)
+    lengths = torch.where(fills, table[:, Job.COUNT] * numel, numel)
+    even = (table[:, Job.START] | lengths | torch.where(repeats, strides, 0)) % VECTOR == 0
+    return torch.stack([kind, table[:, Job.SHIFT], even.to(torch.int64)], 1)
+
+
+def _tiles(counts: torch.Tensor) -> torch.Tensor:
+    number = torch.repeat_interleave(torch.arange(len(counts)), counts)
     index = torch.arange(len(number)) - (counts.cumsum(0) - counts)[number]
-    kinds = table[:, Job.KIND]
-    shifts = table[:, Job.SHIFT][kinds == (Kind.ROWS if entries is None else SumKind.ROWS)]
-    return Program(
-        table.to(device),
-        ((number << TILE_INDEX_BITS) | index).to(device),
-        sum(set(kinds.tolist())),
-        sum(1 << shift for shift in set(shifts.tolist())),
-    )
+    return (number << TILE_INDEX_BITS) | index
 
 
 @dataclass(frozen=True)
@@ -95,28 +111,28 @@ class SumProgram:
     """Sums of several tensors, on the device.
 
     Attributes:
-        program: the jobs that write entries.
+        programs: the jobs that write entries.
         entries: fp64, shape ``(entries,)``: partial sums.
         order: int64, shape ``(entries,)``: see `Sums`.
         finish: int64, shape ``(blocks, len(Finish))``: the blocks whose sums are put together.
     """
 
-    program: Program
+    programs: tuple[Program, ...]
     entries: torch.Tensor
     order: torch.Tensor
     finish: torch.Tensor
 
 
 def join_sums(sums: Sequence[Sums], rows: Sequence[int], device: torch.device) -> SumProgram:
-    """One program of the sums of several tensors."""
+    """The sums of several tensors."""
     counts = [s.num_entries for s in sums]
-    program = join_jobs([s.jobs for s in sums], [s.tiles for s in sums], rows, counts, device)
+    programs = join_jobs([s.jobs for s in sums], [s.tiles for s in sums], rows, counts, device)
     offsets = itertools.accumulate(counts, initial=0)
     order = torch.cat([s.order + offset for s, offset in zip(sums, offsets, strict=False)])
     blocks = _number(_number([s.finish for s in sums], Finish.ITEM), Finish.FIRST, counts)
     finish = torch.cat(_number(blocks, Finish.ROW, rows))
     entries = torch.empty(len(order), dtype=torch.float64, device=device)
-    return SumProgram(program, entries, order.to(device), finish.to(device))
+    return SumProgram(programs, entries, order.to(device), finish.to(device))
 
 
 @dataclass
@@ -127,7 +143,7 @@ class Group:
         items: the tensors.
         device: where all of them lie.
         dtypes: of parameter, gradient, both moments and 16-bit copy, the first columns of `Address`; None if absent.
-        aligned: whether all their addresses divide by `ALIGNMENT`.
+        alignments: what divides the address of each of these, in bytes, up to `ALIGNMENT`.
         shares: whether second moments are one per block.
         cautious: whether weight decay is.
         addresses: the table of `Address`, row after row.
@@ -137,11 +153,20 @@ class Group:
     items: list[Item]
     device: torch.device
     dtypes: tuple[torch.dtype | None, ...]
-    aligned: bool
+    alignments: tuple[int, ...]
     shares: bool
     cautious: bool
     addresses: list[int]
     settings: list[float]
+
+    @property
+    def vectors(self) -> bool:
+        """Whether any of the tensors can be read or written by vectors."""
+        pairs = zip(self.dtypes, self.alignments, strict=True)
+        return any(dtype is not None and alignment > dtype.itemsize for dtype, alignment in pairs)
+
+
+_ALIGNED = (ALIGNMENT,) * 5
 
 
 def group_items(items: Sequence[Item]) -> list[Group]:
@@ -156,14 +181,16 @@ def group_items(items: Sequence[Item]) -> list[Group]:
         tensors = (param, grad, *moments, copy)  # as the columns of `Address`
         dtypes = tuple([None if t is None else t.dtype for t in tensors])
         where = [0 if t is None else t.data_ptr() for t in tensors]
-        aligned = not (where[0] | where[1] | where[2] | where[3] | where[4]) & (ALIGNMENT - 1)
+        alignments: tuple[int, ...] = _ALIGNED
+        if (where[0] | where[1] | where[2] | where[3] | where[4]) & (ALIGNMENT - 1):
+            alignments = tuple([min(ALIGNMENT, a & -a) if a else ALIGNMENT for a in where])
         where += [0 if item.sums is None else item.sums.data_ptr(), 0, 0]
         settings = _settings(item, where, device) if moments[0] is not None else [0.0] * len(Setting)
         cautious = item.hyper.cautious
-        key = (device, dtypes, aligned, item.plan.shares, cautious)
+        key = (device, dtypes, alignments, item.plan.shares, cautious)
         found = groups.get(key)
         if found is None:
-            found = groups[key] = Group([], device, dtypes, aligned, item.plan.shares, cautious, [], [])
+            found = groups[key] = Group([], device, dtypes, alignments, item.plan.shares, cautious, [], [])
         found.items.append(item)
         found.addresses += where
         found.settings += settings
@@ -190,16 +217,26 @@ def _settings(item: Item, where: list[int], device: torch.device) -> list[float]
 class Batch:
     """Everything on the device that one launch for a sequence of plans reads beside the tensors themselves.
 
+    It holds no plan: a plan holds it (see `Batches`).
+
+    Args:
+        plans: one for each tensor.
+        device: where the tensors lie.
+        sums: whether it is for the sums of split blocks, and not for an update.
+
     Attributes:
         uploads: how often addresses or settings were sent.
+        update: the update's jobs; empty if it is for sums.
+        adds: what sums blocks that are split, or that an update cannot sum in a tile; None if there are none.
+        sums: fp64, a view for each tensor: sums of its blocks; empty if it is for an update.
     """
 
     def __init__(self, plans: Sequence[TritonPlan], device: torch.device, *, sums: bool) -> None:
-        self.plans, self.device, self.uploads = plans, device, 0
-        self.rows = [len(plan.rows) for plan in plans]
-        self.row_ends = torch.tensor([0, *itertools.accumulate(self.rows)], device=device)
+        self.device, self.uploads = device, 0
+        rows = [len(plan.rows) for plan in plans]
+        self.row_ends = torch.tensor([0, *itertools.accumulate(rows)], device=device)
         self.multipliers = torch.cat([plan.rows for plan in plans]).to(device)
-        self.scalars = torch.zeros(max(1, sum(self.rows)), len(Scalar), dtype=torch.float64, device=device)
+        self.scalars = torch.zeros(max(1, sum(rows)), len(Scalar), dtype=torch.float64, device=device)
         # one piece of memory, so that both tables travel in one copy
         self._on_device = torch.zeros(len(plans) * (len(Address) + len(Setting)), dtype=torch.int64, device=device)
         self.addresses = self._on_device[: len(plans) * len(Address)]
@@ -209,35 +246,16 @@ class Batch:
         # and kept for good.
         self._spare: torch.Tensor | None = self._buffer()
         self._captured: list[tuple[torch.Tensor, tuple[list[int], list[float]]]] = []
-        if sums:
-            slots = [plan.num_slots for plan in plans]
-            self.sums = torch.zeros(sum(slots), dtype=torch.float64, device=device).split(slots)  # type: ignore[no-untyped-call]
+        added = [plan.split if sums else plan.own for plan in plans]
+        needed = any(len(one.finish) or len(one.jobs) for one in added)
+        self.adds = join_sums(added, rows, device) if needed else None
+        slots = [plan.num_slots for plan in plans] if sums else []
+        self.sums = torch.zeros(sum(slots), dtype=torch.float64, device=device).split(slots)  # type: ignore[no-untyped-call]
+        jobs, tiles = [plan.jobs for plan in plans], [plan.tiles for plan in plans]
+        self.update = () if sums else join_jobs(jobs, tiles, rows, None, device)
 
     def _buffer(self) -> torch.Tensor:
         return torch.empty(self._on_device.shape, dtype=torch.int64, pin_memory=self.device.type == "cuda")
-
-    def _program_of(self, sums: list[Sums]) -> SumProgram | None:
-        return join_sums(sums, self.rows, self.device) if any(len(s.finish) or len(s.jobs) for s in sums) else None
-
-    @cached_property
-    def update(self) -> Program:
-        """The update's jobs."""
-        return join_jobs([p.jobs for p in self.plans], [p.tiles for p in self.plans], self.rows, None, self.device)
-
-    @cached_property
-    def own(self) -> SumProgram | None:
-        """Sums that a step needs before the update; None if there are none."""
-        return self._program_of([plan.own for plan in self.plans])
-
-    @cached_property
-    def split(self) -> SumProgram | None:
-        """Sums of split blocks; None if there are none."""
-        return self._program_of([plan.split for plan in self.plans])
-
-    @property
-    def captured(self) -> bool:
-        """Whether a CUDA graph reads this batch's memory."""
-        return bool(self._captured)
 
     def upload(self, group: Group) -> None:
         """Send addresses and settings if they may not be on the device.
@@ -286,25 +304,42 @@ def _capturing(device: torch.device) -> bool:
 
 
 class Batches:
-    """Batches by the plans of a call; the least recently used ones are dropped, but never what a CUDA graph reads."""
+    """Batches by the plans of a call, each as long as its plans: a host may step any number of groups in turn.
 
-    LIMIT = 32
+    The first plan of a call holds its batches. Of calls that begin with the same plan (experts without tokens leave
+    other tensors out in every step) the least recently used are dropped. What a CUDA graph reads is kept for good.
+    """
+
+    PER_PLAN = 16
 
     def __init__(self) -> None:
-        self._found: dict[tuple[object, ...], Batch] = {}
+        self._of_plan: WeakKeyDictionary[TritonPlan, dict[tuple[object, ...], Batch]] = WeakKeyDictionary()
+        self._captured: list[Batch] = []
 
     def of(self, group: Group, *, sums: bool) -> Batch:
         """The batch of a group; with ``sums``, whose memory becomes ``item.sums``."""
-        key = (group.device, sums, group.dtypes, group.aligned, *[id(item.plan) for item in group.items])
-        batch = self._found.pop(key, None)
+        plans = [item.plan for item in group.items]
+        found = self._of_plan.get(plans[0])
+        if found is None:
+            found = self._of_plan[plans[0]] = {}
+        # weak references are equal while their plans live, so no new plan is taken for a dead one at its address
+        key = (group.device, sums, group.dtypes, group.alignments, *map(ref, plans))
+        batch = found.pop(key, None)
         if batch is None:
-            batch = Batch([item.plan for item in group.items], group.device, sums=sums)
-            old = [k for k, b in self._found.items() if not b.captured]
-            if len(old) >= self.LIMIT:
-                del self._found[old[0]]
-        self._found[key] = batch
-        if sums:
-            for index, (item, values) in enumerate(zip(group.items, batch.sums, strict=True)):
-                item.sums = values
-                group.addresses[index * len(Address) + Address.SUMS] = values.data_ptr()
+            _drop_some(found, self.PER_PLAN)
+            batch = Batch(plans, group.device, sums=sums)
+        found[key] = batch
+        if _capturing(group.device) and batch not in self._captured:
+            self._captured.append(batch)
+        for index, (item, values) in enumerate(zip(group.items, batch.sums, strict=False)):
+            item.sums = values
+            group.addresses[index * len(Address) + Address.SUMS] = values.data_ptr()
         return batch
+
+
+def _drop_some(found: dict[tuple[object, ...], Batch], limit: int) -> None:
+    """Make room for one more batch of a plan: without those of dead plans, then without the oldest."""
+    for key in [key for key in found if any(isinstance(part, ref) and part() is None for part in key)]:
+        del found[key]
+    while len(found) >= limit:
+        del found[next(iter(found))]

@@ -8,7 +8,7 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
 from ds_blockwise.kernels.triton import tables
-from ds_blockwise.kernels.triton.tables import Address, Scalar
+from ds_blockwise.kernels.triton.tables import Address, Scalar, Vectors
 
 
 def constants(*numbers: int) -> tuple[tl.constexpr, ...]:
@@ -22,16 +22,15 @@ def constants(*numbers: int) -> tuple[tl.constexpr, ...]:
 
 (ADDRESS_COLUMNS,) = constants(len(Address))
 SCALAR_BETA2, SCALAR_SQUARE_WEIGHT = constants(Scalar.BETA2, Scalar.SQUARE_WEIGHT)
-ALIGNMENT, VECTOR, EDGE_LANES = constants(tables.ALIGNMENT, tables.VECTOR, tables.EDGE_LANES)
+VECTOR, EDGE_LANES = constants(tables.VECTOR, tables.EDGE_LANES)
+EDGED, EVEN = constants(Vectors.EDGED, Vectors.EVEN)
 
 
 @triton.jit
-def tensor_pointer(addresses, item, column: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Pointer to a tensor of dtype ``TYPE``, whose address is in ``column`` of row ``item``."""
+def tensor_pointer(addresses, item, column: tl.constexpr, TYPE: tl.constexpr, ALIGN: tl.constexpr):
+    """Pointer to a tensor of dtype ``TYPE``: its address, in ``column`` of row ``item``, divides by ``ALIGN``."""
     pointer = tl.load(addresses + item * ADDRESS_COLUMNS + column).to(tl.pointer_type(TYPE))
-    if ALIGNED:
-        pointer = tl.multiple_of(pointer, ALIGNMENT)
-    return pointer
+    return tl.multiple_of(pointer, ALIGN)
 
 
 @triton.jit
@@ -42,14 +41,35 @@ def squares(grad):
 
 
 @triton.jit
-def vector_body(start, end, ALIGNED: tl.constexpr):
-    """The part of ``[start, end)`` that aligned vectors cover; all of it if nothing is aligned."""
-    if ALIGNED:
+def known_even(number, VECTORS: tl.constexpr):
+    """The same number; where all is even the compiler learns that it is a multiple of `VECTOR`.
+
+    By arithmetic: a hint on an argument of a function is lost when Triton inlines the function.
+    """
+    if EVEN == VECTORS:
+        return number // VECTOR * VECTOR
+    else:
+        return number
+
+
+@triton.jit
+def tile_base(start, VECTORS: tl.constexpr):
+    """Where pointers of a tile point, at most a vector before ``start``: all its offsets then fit into 32 bits."""
+    if EDGED == VECTORS:
+        return tl.multiple_of(start // VECTOR * VECTOR, VECTOR)
+    else:
+        return known_even(start, VECTORS)
+
+
+@triton.jit
+def vector_body(start, end, VECTORS: tl.constexpr):
+    """The part of ``[start, end)`` that vectors cover; all of it if there are none, or if they cover all."""
+    if EDGED == VECTORS:
         return tl.multiple_of((start + (VECTOR - 1)) // VECTOR * VECTOR, VECTOR), tl.multiple_of(
             end // VECTOR * VECTOR, VECTOR
         )
     else:
-        return start, end
+        return known_even(start, VECTORS), known_even(end, VECTORS)
 
 
 @triton.jit

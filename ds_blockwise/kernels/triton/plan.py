@@ -23,6 +23,7 @@ from ds_blockwise.kernels.triton.tables import (
     COMPLETE,
     LOOP_LIMIT,
     PIECE,
+    RECT_SHIFTS,
     ROW_SHIFTS,
     SHORT,
     TILE,
@@ -32,6 +33,7 @@ from ds_blockwise.kernels.triton.tables import (
     Kind,
     Multiplier,
     SumKind,
+    tile_log2,
 )
 
 # where the elements of a block lie: in one run, in several runs of this rank, or on several ranks
@@ -172,16 +174,16 @@ class _Planner:
     ) -> None:
         fields = {"row": row, "start": start, "numel": 1, "count": count, "slot": slot, "repeat": repeat}
         if repeat == 1:
-            self.main.add(-(-count // TILE), kind=Kind.ELEMENTS, **fields)
+            self.main.add(-(-count >> tile_log2(Kind.ELEMENTS, 0)), kind=Kind.ELEMENTS, **fields)
             return
         v_stride = stride if v_stride is None else v_stride
         self._add_rect(Kind.ELEMENT_RECT, fields | {"repeat_stride": stride, "block_stride": v_stride})
 
     def _add_rect(self, kind: int, fields: dict[str, int]) -> None:
         width = fields["count"] * fields["numel"]
-        shift = min(TILE_LOG2, max(0, (width - 1).bit_length()))
+        shift = next((s for s in RECT_SHIFTS if width <= 1 << s), RECT_SHIFTS[-1])
         parts = -(-width >> shift)
-        high = -(-fields["repeat"] >> (TILE_LOG2 - shift))
+        high = -(-fields["repeat"] >> (tile_log2(kind, shift) - shift))
         self.main.add(parts * high, kind=kind, **fields | {"shift": shift, "parts": parts})
 
     def _add_run(self, run: TableRun, classes: torch.Tensor) -> None:
@@ -213,7 +215,8 @@ class _Planner:
             if shift is None:
                 self.main.add(count, kind=Kind.LOOP, **fields)
             else:
-                self.main.add(-(-count >> (TILE_LOG2 - shift)), kind=Kind.ROWS, shift=shift, **fields)
+                rows = tile_log2(Kind.ROWS, shift) - shift
+                self.main.add(-(-count >> rows), kind=Kind.ROWS, shift=shift, **fields)
             return
         self._add_sums(fields, kind)
         if fields["repeat"] > 1 or numel < SHORT:

@@ -12,18 +12,20 @@ from ds_blockwise.kernels.triton.device_functions import (
     constants,
     edge_lanes,
     edges,
+    known_even,
     new_second_moment,
     squares,
     tensor_pointer,
+    tile_base,
     vector_body,
 )
-from ds_blockwise.kernels.triton.tables import Address, Finish, Job, Scalar, SumKind
+from ds_blockwise.kernels.triton.tables import Address, Finish, Job, Scalar, SumKind, Vectors
 
-JOB_COLUMNS, JOB_KIND, JOB_ITEM, JOB_ROW = constants(len(Job), Job.KIND, Job.ITEM, Job.ROW)
+JOB_COLUMNS, JOB_ITEM, JOB_ROW = constants(len(Job), Job.ITEM, Job.ROW)
 JOB_START, JOB_NUMEL, JOB_COUNT, JOB_SLOT = constants(Job.START, Job.NUMEL, Job.COUNT, Job.SLOT)
 JOB_REPEAT, JOB_REPEAT_STRIDE, JOB_BLOCK_NUMEL = constants(Job.REPEAT, Job.REPEAT_STRIDE, Job.BLOCK_NUMEL)
 JOB_PARTS, JOB_ENTRY, JOB_DIRECT = constants(Job.PARTS, Job.ENTRY, Job.DIRECT)
-JOB_SHIFT, JOB_SPAN = constants(Job.SHIFT, Job.SPAN)
+(JOB_SPAN,) = constants(Job.SPAN)
 SUM_PIECE, SUM_ROWS, SUM_COLUMNS, SUM_RECT = constants(SumKind.PIECE, SumKind.ROWS, SumKind.COLUMNS, SumKind.RECT)
 ADDRESS_COLUMNS, GRAD, EXP_AVG_SQ, SUMS = constants(len(Address), Address.GRAD, Address.EXP_AVG_SQ, Address.SUMS)
 SCALAR_COLUMNS, SCALAR_BETA2, SCALAR_SQUARE_WEIGHT = constants(len(Scalar), Scalar.BETA2, Scalar.SQUARE_WEIGHT)
@@ -33,96 +35,92 @@ FINISH_FIRST, FINISH_COUNT, FINISH_NUMEL = constants(Finish.FIRST, Finish.COUNT,
 FINISH_BLOCKS, FINISH_LANES, COMPLETE = constants(tables.FINISH_BLOCKS, tables.FINISH_LANES, tables.COMPLETE)
 TILE, TILE_LOG2, PIECE = constants(tables.TILE, tables.TILE_LOG2, tables.PIECE)
 INDEX_BITS, INDEX_MASK = constants(tables.TILE_INDEX_BITS, tables.TILE_INDEX_MASK)
-FIRST_SHIFT, SHORT_LOG2 = constants(min(tables.ROW_SHIFTS), tables.SHORT_LOG2)
 COLUMNS_LOG2, COLUMNS = constants(tables.COLUMNS_LOG2, 1 << tables.COLUMNS_LOG2)
-(COLUMN_TILE_ROWS,) = constants(tables.TILE >> tables.COLUMNS_LOG2)
+COLUMN_TILE_ROWS, EDGED = constants(tables.COLUMN_TILE_ROWS, Vectors.EDGED)
 
 
 @triton.jit
-def sum_kernel(tiles, jobs, addresses, scalars, entries, HAS: tl.constexpr, SHIFTS: tl.constexpr, ALIGNED: tl.constexpr,
-               G: tl.constexpr, V: tl.constexpr, VERSION: tl.constexpr):  # fmt: skip
+def sum_kernel(tiles, jobs, addresses, scalars, entries, KIND: tl.constexpr, SHIFT: tl.constexpr, VECTORS: tl.constexpr,
+               ALIGN: tl.constexpr, G: tl.constexpr, V: tl.constexpr, VERSION: tl.constexpr):  # fmt: skip
     """Sum of squares of one tile: to its entry or, if the tile is the whole block, into the second moment.
 
-    ``G`` and ``V`` are the dtypes of gradients and second moments, ``HAS`` and ``SHIFTS`` as in ``update_kernel``.
+    ``G`` and ``V`` are the dtypes of gradients and second moments, ``ALIGN`` what divides the addresses of gradients,
+    the others as in ``update_kernel``.
     """
     tile = tl.load(tiles + tl.program_id(0))
     job = jobs + (tile >> INDEX_BITS) * JOB_COLUMNS
     index = tile & INDEX_MASK
-    kind, item = tl.load(job + JOB_KIND), tl.load(job + JOB_ITEM)
+    item = tl.load(job + JOB_ITEM)
     s = scalars + tl.load(job + JOB_ROW) * SCALAR_COLUMNS
-    start, numel = tl.load(job + JOB_START), tl.load(job + JOB_NUMEL)
+    start, numel = known_even(tl.load(job + JOB_START), VECTORS), tl.load(job + JOB_NUMEL)
     count, slot = tl.load(job + JOB_COUNT), tl.load(job + JOB_SLOT)
-    repeat, stride = tl.load(job + JOB_REPEAT), tl.load(job + JOB_REPEAT_STRIDE)
+    repeat, stride = tl.load(job + JOB_REPEAT), known_even(tl.load(job + JOB_REPEAT_STRIDE), VECTORS)
     parts, span = tl.load(job + JOB_PARTS), tl.load(job + JOB_SPAN)
     block_numel, direct = tl.load(job + JOB_BLOCK_NUMEL).to(tl.float64), tl.load(job + JOB_DIRECT)
     out = entries + tl.load(job + JOB_ENTRY)
-    g = tensor_pointer(addresses, item, GRAD, G, ALIGNED)
-    v = tensor_pointer(addresses, item, EXP_AVG_SQ, V, ALIGNED)
+    g = tensor_pointer(addresses, item, GRAD, G, ALIGN)
+    v = tensor_pointer(addresses, item, EXP_AVG_SQ, V, 1)
     if tl.load(addresses + item * ADDRESS_COLUMNS + GRAD) != 0:  # 0: no gradient; the finish kernel makes the sum 0
-        if SUM_PIECE & HAS:
-            if kind == SUM_PIECE:
-                at = start + index // parts * numel + index % parts * PIECE
-                size = tl.minimum(numel - index % parts * PIECE, PIECE)
-                low, high = vector_body(at, at + size, ALIGNED)
-                total = tl.zeros([TILE], tl.float64)
-                done = 0
+        if SUM_ROWS == KIND:
+            first = index << (TILE_LOG2 - SHIFT)
+            row, lane = tl.arange(0, TILE >> SHIFT), tl.arange(0, 1 << SHIFT)[None, :]
+            inside = row < tl.minimum(count - first, TILE >> SHIFT).to(tl.int32)
+            length = known_even(numel.to(tl.int32), VECTORS)
+            offs, mask = row[:, None] * length + lane, inside[:, None] & (lane < length)
+            grad = tl.load(g + start + first * numel + offs, mask=mask, other=0.0)
+            tl.store(out + first + row, tl.sum(squares(grad), axis=1), mask=inside)
+        elif SUM_COLUMNS == KIND:
+            first_column, first = index // parts << COLUMNS_LOG2, index % parts * span
+            column = tl.arange(0, COLUMNS)
+            inside = column < known_even(tl.minimum(count - first_column, COLUMNS).to(tl.int32), VECTORS)
+            sums = tl.zeros([COLUMN_TILE_ROWS, COLUMNS], tl.float64)
+            done = 0
+            while done < span:
+                row = tl.arange(0, COLUMN_TILE_ROWS)[:, None]
+                mask = (row < tl.minimum(repeat - first - done, COLUMN_TILE_ROWS).to(tl.int32)) & inside[None, :]
+                here = g + start + first_column + (first + done) * stride
+                sums += squares(tl.load(here + row * stride + column[None, :], mask=mask, other=0.0))
+                done += COLUMN_TILE_ROWS
+            totals = tl.sum(sums, axis=0)
+            if direct != 0:
+                v += slot + first_column
+                old = tl.load(v + column, mask=inside, other=0.0)
+                tl.store(v + column, new_second_moment(old, totals, block_numel, s), mask=inside)
+            else:
+                tl.store(out + index % parts * count + first_column + column, totals, mask=inside)
+        else:
+            total = tl.zeros([TILE], tl.float64)
+            done = 0
+            if SUM_PIECE == KIND:
+                begin = known_even(start + index // parts * numel + index % parts * PIECE, VECTORS)
+                size = known_even(tl.minimum(numel - index % parts * PIECE, PIECE).to(tl.int32), VECTORS)
+                base = tile_base(begin, VECTORS)
+                at = (begin - base).to(tl.int32)
+                low, high = vector_body(at, at + size, VECTORS)
                 while done < size:
                     offs = low + done + tl.arange(0, TILE)
-                    total += squares(tl.load(g + offs, mask=offs < high, other=0.0))
+                    total += squares(tl.load(g + base + offs, mask=offs < high, other=0.0))
                     done += TILE
                 whole = tl.sum(total, axis=0)
-                if ALIGNED:
+                if EDGED == VECTORS:
                     edge, edge_mask = edges(at, at + size, low, high, edge_lanes())
-                    whole += tl.sum(squares(tl.load(g + edge, mask=edge_mask, other=0.0)), axis=0)
-                if direct != 0:
-                    old = tl.load(v + slot + index)
-                    tl.store(v + slot + index, new_second_moment(old, whole, block_numel, s))
-                else:
-                    tl.store(out + index, whole)
-        for shift in tl.static_range(FIRST_SHIFT, SHORT_LOG2 + 1):
-            if (SUM_ROWS & HAS) and (SHIFTS >> shift) & 1:
-                if (kind == SUM_ROWS) & (tl.load(job + JOB_SHIFT) == shift):
-                    row = (index << (TILE_LOG2 - shift)) + tl.arange(0, TILE >> shift)
-                    lane = tl.arange(0, 1 << shift)[None, :]
-                    mask = (row[:, None] < count) & (lane < numel)
-                    grad = tl.load(g + start + row[:, None] * numel + lane, mask=mask, other=0.0)
-                    tl.store(out + row, tl.sum(squares(grad), axis=1), mask=row < count)
-        if SUM_COLUMNS & HAS:
-            if kind == SUM_COLUMNS:
-                column = (index // parts << COLUMNS_LOG2) + tl.arange(0, COLUMNS)
-                sums = tl.zeros([COLUMN_TILE_ROWS, COLUMNS], tl.float64)
-                first = index % parts * span
-                done = 0
-                while done < span:
-                    repetition = (first + done + tl.arange(0, COLUMN_TILE_ROWS))[:, None]
-                    mask = (repetition < repeat) & (column[None, :] < count)
-                    sums += squares(tl.load(g + start + repetition * stride + column[None, :], mask=mask, other=0.0))
-                    done += COLUMN_TILE_ROWS
-                totals = tl.sum(sums, axis=0)
-                if direct != 0:
-                    old = tl.load(v + slot + column, mask=column < count, other=0.0)
-                    new = new_second_moment(old, totals, block_numel, s)
-                    tl.store(v + slot + column, new, mask=column < count)
-                else:
-                    tl.store(out + index % parts * count + column, totals, mask=column < count)
-        if SUM_RECT & HAS:
-            if kind == SUM_RECT:
-                at = start + index // parts * numel
-                first = index % parts * span
-                size = tl.minimum(span, repeat - first) * numel
-                total = tl.zeros([TILE], tl.float64)
-                done = 0
+                    whole += tl.sum(squares(tl.load(g + base + edge, mask=edge_mask, other=0.0)), axis=0)
+            else:
+                first, length = index % parts * span, numel.to(tl.int32)
+                size = (tl.minimum(span, repeat - first) * numel).to(tl.int32)
+                here = g + start + index // parts * numel + first * stride
                 while done < size:
-                    lane = done + tl.arange(0, TILE).to(tl.int64)
-                    offs = at + (first + lane // numel) * stride + lane % numel
-                    total += squares(tl.load(g + offs, mask=lane < size, other=0.0))
+                    lane = done + tl.arange(0, TILE)
+                    row = lane // length
+                    offs = row * stride + (lane - row * length)
+                    total += squares(tl.load(here + offs, mask=lane < size, other=0.0))
                     done += TILE
                 whole = tl.sum(total, axis=0)
-                if direct != 0:
-                    old = tl.load(v + slot + index)
-                    tl.store(v + slot + index, new_second_moment(old, whole, block_numel, s))
-                else:
-                    tl.store(out + index, whole)
+            if direct != 0:
+                old = tl.load(v + slot + index)
+                tl.store(v + slot + index, new_second_moment(old, whole, block_numel, s))
+            else:
+                tl.store(out + index, whole)
 
 
 @triton.jit

@@ -10,13 +10,13 @@ numbers.
 from __future__ import annotations
 
 import zlib
-from enum import IntEnum, IntFlag
+from enum import IntEnum
 from pathlib import Path
 
 # ------------------------------------------------------------------------------------------ sizes
 
-# A program updates 4096 elements: 48 KiB of fp32 reads in flight for Adam-mini, 64 KiB for AdamW. An H200 needs about
-# 30 KiB a multiprocessor to cover its memory latency, so one resident program suffices and two or three hide the rest.
+# A program updates 4096 elements: 48 KiB of fp32 reads in flight for Adam-mini. An H200 needs about 30 KiB a
+# multiprocessor to cover its memory latency. See `tile_log2` for what takes less.
 TILE_LOG2 = 12
 TILE = 1 << TILE_LOG2
 # Longer rows are summed in a loop and read again by the same program, which finds them in its L1 or in L2: 128 KiB of
@@ -30,11 +30,15 @@ SHORT_LOG2 = 9
 SHORT = 1 << SHORT_LOG2
 # Row lengths, as powers of two, for which a tile of rows is compiled. A row takes the next larger one.
 ROW_SHIFTS = (5, 7, SHORT_LOG2, 10, 11, TILE_LOG2)
-# A tile of a sum over columns is 2^5 columns wide and at most so many rows high.
+# Widths likewise of a tile of a rectangle. Wider ones are cut, so that a thread's elements lie in few columns and it
+# needs few second moments.
+RECT_SHIFTS = (5, 7, SHORT_LOG2)
+# A tile of a sum over columns is 2^5 columns wide, and a program sums at most so many rows.
 COLUMNS_LOG2 = 5
+COLUMN_TILE_ROWS = 64
 COLUMN_ROWS = 1024
-# Addresses divide by 16 bytes or the launch is compiled for unaligned ones. Vectors of 8 elements are then aligned for
-# every dtype; the up to 7 elements before and after them take the two halves of 16 lanes.
+# What divides a tensor's address, up to 16 bytes, decides the width of its accesses. Vectors begin at multiples of 8
+# elements of the tensor; the up to 7 elements before and after them take the two halves of 16 lanes.
 ALIGNMENT = 16
 VECTOR = 8
 EDGE_LANES = 2 * VECTOR
@@ -52,27 +56,46 @@ TILE_INDEX_MASK = (1 << TILE_INDEX_BITS) - 1
 # ------------------------------------------------------------------------------ jobs: (jobs, len(Job))
 
 
-class Kind(IntFlag):
-    """What a job of the update does. Single bits, so that the kinds in a launch (``HAS``) are one number.
+class Kind(IntEnum):
+    """What a job of the update does. Each kind is a launch of its own.
 
-    A kind that is not in ``HAS`` is not compiled: it would still cost registers, and so resident programs.
+    In one launch with others it would take the registers of the hungriest, and so fewer programs would be resident.
     """
 
-    ROWS = 1  # several short rows, each one block: summed and updated from registers
-    LOOP = 2  # one long row, which is one block: summed in a loop, then updated
-    CHUNK = 4  # a tile of a row whose new second moment is already known
-    ELEMENTS = 8  # elements with a second moment each
-    RECT = 16  # strided elements of blocks whose new second moments are already known
-    ELEMENT_RECT = 32  # strided elements with a second moment each
+    ROWS = 0  # several short rows, each one block: summed and updated from registers
+    LOOP = 1  # one long row, which is one block: summed in a loop, then updated
+    CHUNK = 2  # a tile of a row whose new second moment is already known
+    ELEMENTS = 3  # elements with a second moment each
+    RECT = 4  # strided elements of blocks whose new second moments are already known
+    ELEMENT_RECT = 5  # strided elements with a second moment each
 
 
-class SumKind(IntFlag):
-    """What a job of the sum kernel does; single bits as in `Kind`."""
+def tile_log2(kind: int, shift: int) -> int:
+    """Elements that one program of the update takes, as a power of two.
 
-    PIECE = 1  # up to `PIECE` elements of one row
-    ROWS = 2  # several short rows
-    COLUMNS = 4  # blocks of one column each
-    RECT = 8  # several pieces of rows of one block
+    Less than `TILE` for what needs more registers for an element: second moments of its own, many rows. A program then
+    takes 64 registers a thread or less, and a multiprocessor has room for four.
+    """
+    if kind in (Kind.LOOP, Kind.CHUNK) or (kind == Kind.ROWS and shift == TILE_LOG2):
+        return TILE_LOG2
+    return TILE_LOG2 - 2 if kind == Kind.ROWS and shift == min(ROW_SHIFTS) else TILE_LOG2 - 1
+
+
+class Vectors(IntEnum):
+    """How a launch reads and writes tensors: by vectors of as many elements as addresses allow, or one by one."""
+
+    NONE = 0  # every address divides by the size of an element only
+    EDGED = 1  # vectors for what lies between multiples of `VECTOR` elements, elements before and after
+    EVEN = 2  # vectors for everything: all its rows begin and end at multiples of `VECTOR` elements
+
+
+class SumKind(IntEnum):
+    """What a job of the sum kernel does; each kind is a launch as in `Kind`."""
+
+    PIECE = 0  # up to `PIECE` elements of one row
+    ROWS = 1  # several short rows
+    COLUMNS = 2  # blocks of one column each
+    RECT = 3  # several pieces of rows of one block
 
 
 class Job(IntEnum):
@@ -92,7 +115,7 @@ class Job(IntEnum):
     PARTS = 11  # tiles across one block or one width
     ENTRY = 12  # first partial sum that a sum job writes
     DIRECT = 13  # 1: the sum is the whole block's, so the sum job itself updates the second moment
-    SHIFT = 14  # row length as a power of two, of ROWS; width, of rectangles
+    SHIFT = 14  # row length as a power of two, of ROWS; width of a tile, of the update's rectangles
     SPAN = 15  # elements, or repetitions, that one tile sums
 
 

@@ -17,18 +17,20 @@ from ds_blockwise.kernels.triton.device_functions import (
     constants,
     edge_lanes,
     edges,
+    known_even,
     new_second_moment,
     squares,
     tensor_pointer,
+    tile_base,
     vector_body,
 )
-from ds_blockwise.kernels.triton.tables import Address, Job, Kind, Scalar
+from ds_blockwise.kernels.triton.tables import Address, Job, Kind, Scalar, Vectors
 
-JOB_COLUMNS, JOB_KIND, JOB_ITEM, JOB_ROW = constants(len(Job), Job.KIND, Job.ITEM, Job.ROW)
+JOB_COLUMNS, JOB_ITEM, JOB_ROW = constants(len(Job), Job.ITEM, Job.ROW)
 JOB_START, JOB_NUMEL, JOB_COUNT, JOB_SLOT = constants(Job.START, Job.NUMEL, Job.COUNT, Job.SLOT)
 JOB_REPEAT, JOB_REPEAT_STRIDE = constants(Job.REPEAT, Job.REPEAT_STRIDE)
 JOB_BLOCK_STRIDE, JOB_BLOCK_NUMEL = constants(Job.BLOCK_STRIDE, Job.BLOCK_NUMEL)
-JOB_PARTS, JOB_SHIFT = constants(Job.PARTS, Job.SHIFT)
+(JOB_PARTS,) = constants(Job.PARTS)
 ROWS, LOOP, CHUNK, ELEMENTS = constants(Kind.ROWS, Kind.LOOP, Kind.CHUNK, Kind.ELEMENTS)
 RECT, ELEMENT_RECT = constants(Kind.RECT, Kind.ELEMENT_RECT)
 PARAM, GRAD, PARAM_COPY = constants(Address.PARAM, Address.GRAD, Address.PARAM_COPY)
@@ -36,8 +38,8 @@ EXP_AVG, EXP_AVG_SQ = constants(Address.EXP_AVG, Address.EXP_AVG_SQ)
 SCALAR_COLUMNS, SCALAR_DECAY, SCALAR_STEP_SIZE = constants(len(Scalar), Scalar.DECAY, Scalar.STEP_SIZE)
 SCALAR_ROOT_CORRECTION, SCALAR_EPS = constants(Scalar.ROOT_CORRECTION, Scalar.EPS)
 SCALAR_GRAD_WEIGHT, SCALAR_BETA2 = constants(Scalar.GRAD_WEIGHT, Scalar.BETA2)
-SCALAR_SQUARE_WEIGHT, FIRST_SHIFT = constants(Scalar.SQUARE_WEIGHT, min(tables.ROW_SHIFTS))
-TILE, TILE_LOG2 = constants(tables.TILE, tables.TILE_LOG2)
+(SCALAR_SQUARE_WEIGHT,) = constants(Scalar.SQUARE_WEIGHT)
+TILE, EDGED = constants(tables.TILE, Vectors.EDGED)
 INDEX_BITS, INDEX_MASK = constants(tables.TILE_INDEX_BITS, tables.TILE_INDEX_MASK)
 
 
@@ -84,62 +86,70 @@ def _scale(v, s, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _rows(p, g, m, v, c, s, first, start, numel, count, slot, block_numel, LENGTH: tl.constexpr, ALIGNED: tl.constexpr,
-          WIDE: tl.constexpr, COPY: tl.constexpr, CAUTIOUS: tl.constexpr, BY_HAND: tl.constexpr):  # fmt: skip
-    """Rows of at most ``LENGTH`` elements, each held in registers between its sum and its update."""
-    NUM_ROWS: tl.constexpr = TILE // LENGTH
-    row = first + tl.arange(0, NUM_ROWS)
-    begin = start + row * numel
-    end = tl.where(row < count, begin + numel, begin)
-    low, high = vector_body(begin, end, ALIGNED)
+def _rows(p, g, m, v, c, s, start, numel, count, block_numel, NUM_ROWS: tl.constexpr, LENGTH: tl.constexpr,
+          VECTORS: tl.constexpr, WIDE: tl.constexpr, COPY: tl.constexpr, CAUTIOUS: tl.constexpr,
+          BY_HAND: tl.constexpr):  # fmt: skip
+    """``count`` rows of at most ``LENGTH`` elements, each held in registers between its sum and its update."""
+    base = tile_base(start, VECTORS)
+    p, g, m, c = p + base, g + base, m + base, c + base
+    row = tl.arange(0, NUM_ROWS)
+    inside = row < tl.minimum(count, NUM_ROWS).to(tl.int32)
+    length = known_even(numel.to(tl.int32), VECTORS)
+    begin = (start - base).to(tl.int32) + row * length
+    end = tl.where(inside, begin + length, begin)
+    low, high = vector_body(begin, end, VECTORS)
     offs = low[:, None] + tl.arange(0, LENGTH)[None, :]
     mask = offs < high[:, None]
     grad = tl.load(g + offs, mask=mask, other=0.0)
     total = tl.sum(squares(grad), axis=1)
-    if ALIGNED:
+    if EDGED == VECTORS:
         lane = edge_lanes()[None, :]
         edge, edge_mask = edges(begin[:, None], end[:, None], low[:, None], high[:, None], lane)
         edge_grad = tl.load(g + edge, mask=edge_mask, other=0.0)
         total += tl.sum(squares(edge_grad), axis=1)
-    old = tl.load(v + slot + row, mask=row < count, other=0.0)
+    old = tl.load(v + row, mask=inside, other=0.0)
     new = new_second_moment(old, total, block_numel.to(tl.float64), s)
     # several threads load one second moment; none may load what another one has already stored
     tl.debug_barrier()
-    tl.store(v + slot + row, new, mask=row < count)
+    tl.store(v + row, new, mask=inside)
     scale = _scale(new, s, WIDE)[:, None]
     _apply(p, m, c, offs, mask, grad, scale, s, WIDE, COPY, CAUTIOUS, BY_HAND)
-    if ALIGNED:
+    if EDGED == VECTORS:
         _apply(p, m, c, edge, edge_mask, edge_grad, scale, s, WIDE, COPY, CAUTIOUS, BY_HAND)
 
 
 @triton.jit
-def _loop(p, g, m, v, c, s, start, numel, slot, block_numel, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
-          COPY: tl.constexpr, CAUTIOUS: tl.constexpr, BY_HAND: tl.constexpr):  # fmt: skip
+def _loop(p, g, m, v, c, s, start, numel, block_numel, VECTORS: tl.constexpr, WIDE: tl.constexpr, COPY: tl.constexpr,
+          CAUTIOUS: tl.constexpr, BY_HAND: tl.constexpr):  # fmt: skip
     """One long row: sum it, then update it while its gradient is still cached."""
-    low, high = vector_body(start, start + numel, ALIGNED)
+    base = tile_base(start, VECTORS)
+    p, g, m, c = p + base, g + base, m + base, c + base
+    begin, length = (start - base).to(tl.int32), numel.to(tl.int32)
+    end = begin + length
+    low, high = vector_body(begin, end, VECTORS)
     total = tl.zeros([TILE], tl.float64)
     at = 0
-    while at < numel:
+    while at < length:
         offs = low + at + tl.arange(0, TILE)
         total += squares(tl.load(g + offs, mask=offs < high, other=0.0, eviction_policy="evict_last"))
         at += TILE
     whole = tl.sum(total, axis=0)
-    if ALIGNED:
-        edge, edge_mask = edges(start, start + numel, low, high, edge_lanes())
+    if EDGED == VECTORS:
+        edge, edge_mask = edges(begin, end, low, high, edge_lanes())
         edge_grad = tl.load(g + edge, mask=edge_mask, other=0.0)
         whole += tl.sum(squares(edge_grad), axis=0)
-    new = new_second_moment(tl.load(v + slot), whole, block_numel.to(tl.float64), s)
+    new = new_second_moment(tl.load(v), whole, block_numel.to(tl.float64), s)
     tl.debug_barrier()  # as in `_rows`
-    tl.store(v + slot, new)
+    tl.store(v, new)
     scale = _scale(new, s, WIDE)
     at = 0
-    while at < numel:
+    while at < length:
         offs = low + at + tl.arange(0, TILE)
         mask = offs < high
         grad = tl.load(g + offs, mask=mask, other=0.0, eviction_policy="evict_first")
         _apply(p, m, c, offs, mask, grad, scale, s, WIDE, COPY, CAUTIOUS, BY_HAND)
         at += TILE
-    if ALIGNED:
+    if EDGED == VECTORS:
         _apply(p, m, c, edge, edge_mask, edge_grad, scale, s, WIDE, COPY, CAUTIOUS, BY_HAND)
 
 
@@ -155,101 +165,109 @@ def _own_v(v, offs, mask, grad, s):
 
 
 @triton.jit
-def _contiguous(p, g, m, v, c, s, start, end, slot, SAME: tl.constexpr, OWN: tl.constexpr, ALIGNED: tl.constexpr,
+def _contiguous(p, g, m, v, c, s, start, end, LENGTH: tl.constexpr, OWN: tl.constexpr, VECTORS: tl.constexpr,
                 WIDE: tl.constexpr, COPY: tl.constexpr, CAUTIOUS: tl.constexpr, BY_HAND: tl.constexpr):  # fmt: skip
-    """At most one tile of elements: with their own second moments, or those of a block whose value is known.
+    """At most ``LENGTH`` elements: with their own second moments, or those of a block whose value is known.
 
-    ``slot`` is the index of the second moment of the first element; with ``SAME`` it is ``start``.
+    ``v`` points to the block's value or, with ``OWN``, is to the values what ``p`` is to the parameters.
     """
-    low, high = vector_body(start, end, ALIGNED)
-    offs = low + tl.arange(0, TILE)
+    base = tile_base(start, VECTORS)
+    p, g, m, c = p + base, g + base, m + base, c + base
+    begin, after = (start - base).to(tl.int32), (end - base).to(tl.int32)
+    low, high = vector_body(begin, after, VECTORS)
+    offs = low + tl.arange(0, LENGTH)
     mask = offs < high
     grad = tl.load(g + offs, mask=mask, other=0.0, eviction_policy="evict_first")
     if OWN:
-        v_offs = offs if SAME else offs - start + slot
-        scale = _scale(_own_v(v, v_offs, mask, grad, s), s, WIDE)
+        v += base
+        scale = _scale(_own_v(v, offs, mask, grad, s), s, WIDE)
     else:
-        scale = _scale(tl.load(v + slot), s, WIDE)
+        scale = _scale(tl.load(v), s, WIDE)
     _apply(p, m, c, offs, mask, grad, scale, s, WIDE, COPY, CAUTIOUS, BY_HAND)
-    if ALIGNED:
-        edge, edge_mask = edges(start, end, low, high, edge_lanes())
+    if EDGED == VECTORS:
+        edge, edge_mask = edges(begin, after, low, high, edge_lanes())
         edge_grad = tl.load(g + edge, mask=edge_mask, other=0.0)
         if OWN:
-            scale = _scale(_own_v(v, edge - start + slot, edge_mask, edge_grad, s), s, WIDE)
+            scale = _scale(_own_v(v, edge, edge_mask, edge_grad, s), s, WIDE)
         _apply(p, m, c, edge, edge_mask, edge_grad, scale, s, WIDE, COPY, CAUTIOUS, BY_HAND)
 
 
 @triton.jit
-def _rect(p, g, m, v, c, s, job, index, OWN: tl.constexpr, WIDE: tl.constexpr, COPY: tl.constexpr,
-          CAUTIOUS: tl.constexpr, BY_HAND: tl.constexpr):  # fmt: skip
-    """Strided elements, ``2^shift`` columns of as many repetitions as fit; nothing is known of their alignment."""
+def _rect(p, g, m, v, c, s, job, index, LOG2: tl.constexpr, SHIFT: tl.constexpr, OWN: tl.constexpr, SAME: tl.constexpr,
+          VECTORS: tl.constexpr, WIDE: tl.constexpr, COPY: tl.constexpr, CAUTIOUS: tl.constexpr,
+          BY_HAND: tl.constexpr):  # fmt: skip
+    """Strided elements: ``2^SHIFT`` columns of as many repetitions as fit; vectors only where all is even."""
+    NUM_ROWS: tl.constexpr = 1 << (LOG2 - SHIFT)
     numel, slot, repeat = tl.load(job + JOB_NUMEL), tl.load(job + JOB_SLOT), tl.load(job + JOB_REPEAT)
-    width = tl.load(job + JOB_COUNT) * numel
-    parts, shift = tl.load(job + JOB_PARTS), tl.load(job + JOB_SHIFT)
-    lane = tl.arange(0, TILE).to(tl.int64)
-    column = ((index % parts) << shift) + (lane & ((1 << shift) - 1))
-    repetition = ((index // parts) << (TILE_LOG2 - shift)) + (lane >> shift)
-    offs = tl.load(job + JOB_START) + repetition * tl.load(job + JOB_REPEAT_STRIDE) + column
-    mask = (column < width) & (repetition < repeat)
+    parts, stride = tl.load(job + JOB_PARTS), known_even(tl.load(job + JOB_REPEAT_STRIDE), VECTORS)
+    first_column, first_row = (index % parts) << SHIFT, (index // parts) << (LOG2 - SHIFT)
+    columns = tl.minimum(tl.load(job + JOB_COUNT) * numel - first_column, 1 << SHIFT).to(tl.int32)
+    columns = known_even(columns, VECTORS)
+    base = known_even(tl.load(job + JOB_START) + first_row * stride + first_column, VECTORS)
+    p, g, m, c = p + base, g + base, m + base, c + base
+    row, column = tl.arange(0, NUM_ROWS)[:, None], tl.arange(0, 1 << SHIFT)[None, :]
+    offs = row * stride + column
+    mask = (row < tl.minimum(repeat - first_row, NUM_ROWS).to(tl.int32)) & (column < columns)
     grad = tl.load(g + offs, mask=mask, other=0.0)
     if OWN:
-        v_offs = slot + repetition * tl.load(job + JOB_BLOCK_STRIDE) + column
-        scale = _scale(_own_v(v, v_offs, mask, grad, s), s, WIDE)
+        if SAME:
+            scale = _scale(_own_v(v + base, offs, mask, grad, s), s, WIDE)
+        else:
+            v_stride = tl.load(job + JOB_BLOCK_STRIDE)
+            v += slot + first_row * v_stride + first_column
+            scale = _scale(_own_v(v, row * v_stride + column, mask, grad, s), s, WIDE)
     else:
-        scale = _scale(tl.load(v + slot + column // numel, mask=mask, other=0.0), s, WIDE)
+        block = ((first_column % numel).to(tl.int32) + column) // numel.to(tl.int32)
+        scale = _scale(tl.load(v + slot + first_column // numel + block, mask=column < columns, other=0.0), s, WIDE)
     _apply(p, m, c, offs, mask, grad, scale, s, WIDE, COPY, CAUTIOUS, BY_HAND)
 
 
 @triton.jit
-def update_kernel(tiles, jobs, addresses, scalars, HAS: tl.constexpr, SHIFTS: tl.constexpr, SAME: tl.constexpr,
-                  ALIGNED: tl.constexpr, WIDE: tl.constexpr, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
-                  V: tl.constexpr, C: tl.constexpr, CAUTIOUS: tl.constexpr, BY_HAND: tl.constexpr,
-                  VERSION: tl.constexpr):  # fmt: skip
-    """One tile.
+def update_kernel(tiles, jobs, addresses, scalars, KIND: tl.constexpr, LOG2: tl.constexpr, SHIFT: tl.constexpr,
+                  VECTORS: tl.constexpr, SAME: tl.constexpr, WIDE: tl.constexpr, P: tl.constexpr, G: tl.constexpr,
+                  M: tl.constexpr, V: tl.constexpr, C: tl.constexpr, ALIGN_P: tl.constexpr, ALIGN_G: tl.constexpr,
+                  ALIGN_M: tl.constexpr, ALIGN_V: tl.constexpr, ALIGN_C: tl.constexpr, CAUTIOUS: tl.constexpr,
+                  BY_HAND: tl.constexpr, VERSION: tl.constexpr):  # fmt: skip
+    """One tile of ``2^LOG2`` elements.
 
-    ``P G M V C`` are the dtypes of the tensors (``C``: None without a copy), ``HAS`` the sum of the kinds of job in the
-    launch, ``SHIFTS`` has bit n set if it has rows of up to ``2^n`` elements.
+    ``P G M V C`` are the dtypes of the tensors (``C``: None without a copy), ``ALIGN_`` what divides their addresses.
+    ``KIND`` and ``SHIFT`` are those of `ds_blockwise.kernels.triton.batch.Program`, ``VECTORS`` is of
+    `ds_blockwise.kernels.triton.tables.Vectors`. ``SAME``: the second moment of an element has the element's index.
     """
     COPY: tl.constexpr = C is not None
     tile = tl.load(tiles + tl.program_id(0))
     job = jobs + (tile >> INDEX_BITS) * JOB_COLUMNS
     index = tile & INDEX_MASK
-    kind, item = tl.load(job + JOB_KIND), tl.load(job + JOB_ITEM)
+    item = tl.load(job + JOB_ITEM)
     s = scalars + tl.load(job + JOB_ROW) * SCALAR_COLUMNS
     start, numel = tl.load(job + JOB_START), tl.load(job + JOB_NUMEL)
     count, slot = tl.load(job + JOB_COUNT), tl.load(job + JOB_SLOT)
-    p = tensor_pointer(addresses, item, PARAM, P, ALIGNED)
-    g = tensor_pointer(addresses, item, GRAD, G, ALIGNED)
-    m = tensor_pointer(addresses, item, EXP_AVG, M, ALIGNED)
-    v = tensor_pointer(addresses, item, EXP_AVG_SQ, V, ALIGNED)
-    c = tensor_pointer(addresses, item, PARAM_COPY, P if C is None else C, ALIGNED)
+    p = tensor_pointer(addresses, item, PARAM, P, ALIGN_P)
+    g = tensor_pointer(addresses, item, GRAD, G, ALIGN_G)
+    m = tensor_pointer(addresses, item, EXP_AVG, M, ALIGN_M)
+    v = tensor_pointer(addresses, item, EXP_AVG_SQ, V, ALIGN_V)
+    c = tensor_pointer(addresses, item, PARAM_COPY, P if C is None else C, ALIGN_C)
     block_numel = tl.load(job + JOB_BLOCK_NUMEL)
-    # constants on the left of `&`: in the interpreter HAS is an int, which takes no constant of Triton's on its right
-    for shift in tl.static_range(FIRST_SHIFT, TILE_LOG2 + 1):
-        if (ROWS & HAS) and (SHIFTS >> shift) & 1:
-            if (kind == ROWS) & (tl.load(job + JOB_SHIFT) == shift):
-                first = index << (TILE_LOG2 - shift)
-                _rows(p, g, m, v, c, s, first, start, numel, count, slot, block_numel, 1 << shift, ALIGNED, WIDE, COPY,
-                      CAUTIOUS, BY_HAND)  # fmt: skip
-    if LOOP & HAS:
-        if kind == LOOP:
-            begin = start + index * numel
-            _loop(p, g, m, v, c, s, begin, numel, slot + index, block_numel, ALIGNED, WIDE, COPY, CAUTIOUS, BY_HAND)
-    if CHUNK & HAS:
-        if kind == CHUNK:
-            parts = tl.load(job + JOB_PARTS)
-            block, part = index // parts, index % parts
-            begin = start + block * numel
-            low, high = begin + part * TILE, tl.minimum(begin + numel, begin + (part + 1) * TILE)
-            _contiguous(p, g, m, v, c, s, low, high, slot + block, SAME, False, ALIGNED, WIDE, COPY, CAUTIOUS, BY_HAND)
-    if ELEMENTS & HAS:
-        if kind == ELEMENTS:
-            low, high = start + index * TILE, tl.minimum(start + count, start + (index + 1) * TILE)
-            v_at = slot + index * TILE
-            _contiguous(p, g, m, v, c, s, low, high, v_at, SAME, True, ALIGNED, WIDE, COPY, CAUTIOUS, BY_HAND)
-    if RECT & HAS:
-        if kind == RECT:
-            _rect(p, g, m, v, c, s, job, index, False, WIDE, COPY, CAUTIOUS, BY_HAND)
-    if ELEMENT_RECT & HAS:
-        if kind == ELEMENT_RECT:
-            _rect(p, g, m, v, c, s, job, index, True, WIDE, COPY, CAUTIOUS, BY_HAND)
+    # constants of ours on the left: in the interpreter KIND is an int, which is compared with no constant of Triton's
+    if ROWS == KIND:
+        first = index << (LOG2 - SHIFT)
+        _rows(p, g, m, v + slot + first, c, s, start + first * numel, numel, count - first, block_numel,
+              1 << (LOG2 - SHIFT), 1 << SHIFT, VECTORS, WIDE, COPY, CAUTIOUS, BY_HAND)  # fmt: skip
+    if LOOP == KIND:
+        _loop(p, g, m, v + slot + index, c, s, start + index * numel, numel, block_numel, VECTORS, WIDE, COPY, CAUTIOUS,
+              BY_HAND)  # fmt: skip
+    if CHUNK == KIND:
+        parts = tl.load(job + JOB_PARTS)
+        block, part = index // parts, index % parts
+        begin = start + block * numel
+        low, high = begin + (part << LOG2), tl.minimum(begin + numel, begin + ((part + 1) << LOG2))
+        _contiguous(p, g, m, v + slot + block, c, s, low, high, 1 << LOG2, False, VECTORS, WIDE, COPY, CAUTIOUS,
+                    BY_HAND)  # fmt: skip
+    if ELEMENTS == KIND:
+        low, high = start + (index << LOG2), tl.minimum(start + count, start + ((index + 1) << LOG2))
+        own = v if SAME else v + slot - start
+        _contiguous(p, g, m, own, c, s, low, high, 1 << LOG2, True, VECTORS, WIDE, COPY, CAUTIOUS, BY_HAND)
+    if RECT == KIND:
+        _rect(p, g, m, v, c, s, job, index, LOG2, SHIFT, False, SAME, VECTORS, WIDE, COPY, CAUTIOUS, BY_HAND)
+    if ELEMENT_RECT == KIND:
+        _rect(p, g, m, v, c, s, job, index, LOG2, SHIFT, True, SAME, VECTORS, WIDE, COPY, CAUTIOUS, BY_HAND)

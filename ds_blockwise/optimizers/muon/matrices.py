@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ds_blockwise.blocks.ranges import TensorShard
+from ds_blockwise.blocks.settings.update_settings import UpdateSettings
 from ds_blockwise.blocks.spec import BlockPart, BlockSpec
 
 
@@ -25,12 +26,14 @@ class Matrix:
     Attributes:
         number: of the stored matrix (the expert) that it is a part of; 0 if there is one.
         ranges: its indices of the block axis: half-open, ascending.
+        updates: the settings of each range.
         rows: their number.
         columns: elements of a row.
     """
 
     number: int
     ranges: tuple[tuple[int, int], ...]
+    updates: tuple[UpdateSettings, ...]
     rows: int
     columns: int
 
@@ -43,6 +46,11 @@ class Matrix:
         return ids[_indices(self.ranges)]
 
     @property
+    def size(self) -> int:
+        """Numbers that arrive at its owner: the elements, and a second moment for each row."""
+        return self.rows * (self.columns + 1)
+
+    @property
     def cost(self) -> int:
         """Operations of Newton-Schulz, up to a factor: max(m, n) min(m, n)^2."""
         return self.rows * self.columns * min(self.rows, self.columns)
@@ -50,7 +58,10 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True)
 class Rectangle:
-    """``height`` runs of ``width`` elements, in two flat tensors: ``start + i * stride`` is where run i begins."""
+    """``height`` runs of ``width`` elements, in two flat tensors: ``start + i * stride`` is where run i begins.
+
+    ``part`` is the number of the matrix's range in which its rows lie.
+    """
 
     height: int
     width: int
@@ -58,6 +69,7 @@ class Rectangle:
     stride: int
     other_start: int
     other_stride: int
+    part: int = 0
 
     @property
     def numel(self) -> int:
@@ -77,11 +89,12 @@ class Rectangle:
 
 @dataclass(frozen=True, slots=True)
 class _Segment:
-    """Indices of a dimension: where they lie in a shard, and where in a matrix."""
+    """Indices of a dimension: where they lie in a shard, where in a matrix, and in which of its ranges."""
 
     local: int
     place: int
     size: int
+    part: int
 
 
 @dataclass(frozen=True)
@@ -111,6 +124,19 @@ class LocalMatrix:
         numel = self.shape[0] * self.shape[1]
         return numel + self.shape[self.row_dim] if numel else 0
 
+    def held_before(self, places: torch.Tensor) -> torch.Tensor:
+        """How many of its elements lie before places in the flattened shard; int64, of the shape of ``places``."""
+        at = (places - self._offset).clamp(min=0)
+        rows, columns = at // max(self._shard_width, 1), at % max(self._shard_width, 1)
+        whole, in_row = torch.zeros_like(at), torch.zeros_like(at)
+        for wide in self._widths:
+            in_row += (columns - wide.local).clamp(0, wide.size)
+        for tall in self._heights:
+            above = rows - tall.local
+            whole += above.clamp(0, tall.size) * self.shape[1]
+            whole += torch.where((above >= 0) & (above < tall.size), in_row, 0)
+        return whole
+
     def window(self, start: int, end: int) -> tuple[Rectangle, ...]:
         """The elements in a window of the flattened shard.
 
@@ -134,7 +160,8 @@ class LocalMatrix:
                     if r0 < r1 and c0 < c1:
                         here = self._offset + r0 * self._shard_width + c0 - start
                         there = (at_row + r0 - tall.local) * self.shape[1] + at_column + c0 - wide.local
-                        found.append(Rectangle(r1 - r0, c1 - c0, here, self._shard_width, there, self.shape[1]))
+                        part = (tall, wide)[self.row_dim].part
+                        found.append(Rectangle(r1 - r0, c1 - c0, here, self._shard_width, there, self.shape[1], part))
                 at_column += wide.size
             at_row += tall.size
         return tuple(found)
@@ -188,17 +215,25 @@ def _bands(start: int, end: int, width: int) -> Iterator[tuple[int, int, int, in
 
 def matrices_of(spec: BlockSpec) -> list[Matrix]:
     """The matrices of a parameter that are orthogonalised, in the order in which they begin; none for most others."""
-    ranges: dict[tuple[object, ...], list[tuple[int, int]]] = {}
+    ranges: dict[tuple[object, ...], list[tuple[int, int, UpdateSettings]]] = {}
     for index, part in enumerate(spec.parts):
         for key, start, end in _pieces(spec, index, part):
             known = ranges.setdefault(key, [])
-            if known and known[-1][1] == start:
-                known[-1] = (known[-1][0], end)
-            else:
-                known.append((start, end))
+            if known and known[-1][1:] == (start, part.update):
+                start = known.pop()[0]
+            known.append((start, end, part.update))
     columns = spec.structure.numel_per_row if ranges else 0
-    one = [(tuple(r), sum(end - start for start, end in r)) for r in ranges.values()]
-    return [Matrix(number, r, rows, columns) for number in range(spec.structure.num_matrices) for r, rows in one]
+    return [
+        Matrix(
+            number,
+            tuple((start, end) for start, end, _ in known),
+            tuple(update for _, _, update in known),
+            sum(end - start for start, end, _ in known),
+            columns,
+        )
+        for number in range(spec.structure.num_matrices)
+        for known in ranges.values()
+    ]
 
 
 def _pieces(spec: BlockSpec, index: int, part: BlockPart) -> Iterator[tuple[tuple[object, ...], int, int]]:
@@ -258,10 +293,10 @@ def _segments(held: Sequence[tuple[int, int]], wanted: Sequence[tuple[int, int]]
     at = 0
     for first, last in held:
         place = 0
-        for start, end in wanted:
+        for number, (start, end) in enumerate(wanted):
             low, high = max(first, start), min(last, end)
             if low < high:
-                yield _Segment(at + low - first, place + low - start, high - low)
+                yield _Segment(at + low - first, place + low - start, high - low, number)
             place += end - start
         at += last - first
 

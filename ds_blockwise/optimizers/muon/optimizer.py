@@ -10,21 +10,29 @@ from typing import Any, Literal
 import torch
 from torch.optim.optimizer import ParamsT
 
-from ds_blockwise.blocks.segment_table import SegmentTable
 from ds_blockwise.blocks.settings.block_settings import PRESET, BlockSettings
 from ds_blockwise.blocks.settings.defaults import DEFAULT_PRESET, LR_PRESETS
 from ds_blockwise.checkpoint.record_types import SecondMomentOf
-from ds_blockwise.kernels.base import WIDE, Item, Kernels, wide_dtype
-from ds_blockwise.kernels.bindings import Binding, Bindings, Work
-from ds_blockwise.kernels.newton_schulz import COEFFICIENTS, SCALES, newton_schulz, normalized_rows
-from ds_blockwise.kernels.update import Rates, decay_, descend_
+from ds_blockwise.kernels.base import Item, Kernels
+from ds_blockwise.kernels.bindings import Binding, Work
+from ds_blockwise.kernels.newton_schulz import (
+    COEFFICIENTS,
+    NEWTON_SCHULZ_DTYPES,
+    SCALES,
+    newton_schulz,
+    normalized_rows,
+)
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.optimizers.exchange import Exchange, settle_loaded_second_moments, sum_split_blocks
-from ds_blockwise.optimizers.muon.plan import Plan, make_plan
-from ds_blockwise.optimizers.muon.rounds import orthogonalize_
-from ds_blockwise.optimizers.second_moment import States
+from ds_blockwise.optimizers.muon.buckets import Plan
+from ds_blockwise.optimizers.muon.elements import Elements
+from ds_blockwise.optimizers.muon.plan import make_plan
+from ds_blockwise.optimizers.muon.rounds import step_matrices_
 from ds_blockwise.optimizers.settings import CheckpointFormat, MomentumDtype
-from ds_blockwise.values import number, one_of
+from ds_blockwise.values import as_count, number, one_of
+
+BUCKET_BYTES = 1 << 28
+"""Default of ``bucket_bytes``."""
 
 _EPS = 1e-8  # added to the roots of rows' second moments
 
@@ -66,7 +74,7 @@ class BlockwiseMuon(BlockwiseOptimizer):
         momentum_dtype: ``"fp32"`` or ``"bf16"``: storage of ``exp_avg``. Arithmetic is fp32 (fp64 for fp64 parameters).
         backend: what steps the part of Adam-mini, see `BlockwiseAdamMini`; matrices are torch's products on any device.
         checkpoint_format: see `BlockwiseAdamMini`.
-        telemetry: refused for now: it reads Adam's update.
+        telemetry: see `BlockwiseAdamMini`; second moments are not read: those of matrices are of updates.
         orthogonalize: per block type or role ``"matrix"`` (the whole weight), ``"role"``, ``"head"`` (query, key,
             value) or ``"none"``; default ``"role"``.
         momentum: decay rate of the momentum of matrices.
@@ -76,6 +84,10 @@ class BlockwiseMuon(BlockwiseOptimizer):
         scale: ``"rms"`` (0.2 sqrt(max(m, n)): a root mean square of 0.2, AdamW's), ``"keller"`` (sqrt(max(1, m/n))) or
             ``"mup"`` (sqrt(m/n)).
         coefficients: of Newton-Schulz: ``"quintic"``, ``"polar_express"`` or ``"simple"``, each of five iterations.
+        newton_schulz_dtype: ``"fp32"`` or ``"bf16"``: products of Newton-Schulz, for GPUs, where those in bf16 are much
+            faster. What travels, momentum and weights stay fp32.
+        bucket_bytes: of matrices that a rank gets from others at a time; at least one matrix. Less of it needs less
+            memory and more exchanges; results are the same.
 
     State on each rank: per stepped tensor ``step`` (int), ``exp_avg`` in the tensor's shape, and ``exp_avg_sq`` of
     shape ``(num_blocks,)``: a value for each row of a matrix, the mean square of its orthogonalised rows; of other
@@ -89,7 +101,17 @@ class BlockwiseMuon(BlockwiseOptimizer):
 
     second_moment = "block"
     can_be_measured = False
-    own_settings = ("orthogonalize", "momentum", "nesterov", "normuon", "normuon_beta2", "scale", "coefficients")
+    own_settings = (
+        "orthogonalize",
+        "momentum",
+        "nesterov",
+        "normuon",
+        "normuon_beta2",
+        "scale",
+        "coefficients",
+        "newton_schulz_dtype",
+        "bucket_bytes",
+    )
 
     def __init__(
         self,
@@ -117,6 +139,8 @@ class BlockwiseMuon(BlockwiseOptimizer):
         normuon_beta2: float = 0.95,
         scale: Literal["rms", "keller", "mup"] = "rms",
         coefficients: Literal["quintic", "polar_express", "simple"] = "quintic",
+        newton_schulz_dtype: Literal["fp32", "bf16"] = "fp32",
+        bucket_bytes: int = BUCKET_BYTES,
         **extra: object,
     ) -> None:
         self.orthogonalize = BlockSettings().with_orthogonalize(orthogonalize).orthogonalize
@@ -125,6 +149,8 @@ class BlockwiseMuon(BlockwiseOptimizer):
         self.nesterov, self.normuon = _switch("nesterov", nesterov), _switch("normuon", normuon)
         self.scale = one_of("scale", scale, tuple(SCALES))
         self.coefficients = one_of("coefficients", coefficients, tuple(COEFFICIENTS))
+        self.newton_schulz_dtype = one_of("newton_schulz_dtype", newton_schulz_dtype, tuple(NEWTON_SCHULZ_DTYPES))
+        self.bucket_bytes = as_count("bucket_bytes", bucket_bytes)
         super().__init__(
             params,
             lr,
@@ -149,7 +175,6 @@ class BlockwiseMuon(BlockwiseOptimizer):
         super()._forget_tensors()
         self._plans: dict[tuple[int, ...], Plan] = {}
         self._plans_version = -1
-        self._directions: dict[int, tuple[SegmentTable, torch.Tensor]] = {}
 
     @property
     def second_moment_of(self) -> SecondMomentOf:
@@ -158,8 +183,8 @@ class BlockwiseMuon(BlockwiseOptimizer):
 
     @property
     def exchanges(self) -> tuple[Exchange, ...]:
-        """Adam-mini's, then parts of matrices to their owners and back."""
-        return settle_loaded_second_moments, sum_split_blocks, self._orthogonalize
+        """Adam-mini's; those of matrices are part of the update."""
+        return settle_loaded_second_moments, sum_split_blocks
 
     def completed(self, settings: BlockSettings) -> BlockSettings:
         """Settings with what this optimizer orthogonalises, and its own preset of multipliers where none is given."""
@@ -186,75 +211,40 @@ class BlockwiseMuon(BlockwiseOptimizer):
         several = binding.groups.dp_group is not None or binding.groups.tp_group is not None
         return super()._is_shared(binding) or (several and binding.kernel_table is not binding.table)
 
-    def _orthogonalize(self, work: Sequence[Work], bindings: Bindings, states: States) -> None:
-        """Momentum and its orthogonalisation, of all tensors with a matrix; see `Exchange`."""
+    def update_together_(self, work: Sequence[Work]) -> None:
+        """The matrices: momentum, orthogonalisation, weights; see `BlockwiseOptimizer.update_together_`."""
+        bindings = self.bindings()
         concerned = bindings.in_order_of_binding([w for w in work if w.binding.kernel_table is not w.binding.table])
         if not concerned:
             return
-        plan = self._plan_of([w.binding for w in concerned], bindings.version)
-        updates, second_moments = [], []
-        for w, table in zip(concerned, plan.tables, strict=True):
-            update = self._moved(w.item, table)
-            second = w.item.state.get("exp_avg_sq")
-            updates.append(update)
-            second_moments.append(update.new_zeros(table.num_blocks) if second is None else second)
-            if w.item.grad is not None:
-                self._directions[id(w.item)] = (table, update)
-        orthogonalize_(plan, updates, second_moments, self._direct)
+        elements = [
+            Elements(w.item, w.binding.table.num_blocks, momentum=self.momentum, nesterov=self.nesterov)
+            for w in concerned
+        ]
+        step_matrices_(self._plan_of([w.binding for w in concerned], bindings.version), elements, self._direct)
 
     def _plan_of(self, bindings: Sequence[Binding], version: int) -> Plan:
         if self._plans_version != version:
             self._plans, self._plans_version = {}, version
         key = tuple(id(binding.tensor) for binding in bindings)
         if key not in self._plans:
-            self._plans[key] = make_plan(bindings)
+            self._plans[key] = make_plan(bindings, self.bucket_bytes)
         return self._plans[key]
 
-    def _moved(self, item: Item, table: SegmentTable) -> torch.Tensor:
-        """The momentum of matrices with this gradient, stored, and what of it is orthogonalised; zeros elsewhere."""
-        update = torch.zeros(table.numel, dtype=wide_dtype(item.param.dtype), device=item.param.device)
-        if item.grad is None:
-            return update
-        exp_avg, grad = item.state["exp_avg"].view(-1), item.grad.view(-1)
-        for run in table.multiplier_runs:
-            kept, target = run.of(exp_avg), run.of(update)
-            step = run.of(grad).to(update.dtype)
-            moved = kept.to(update.dtype).lerp_(step, 1 - self.momentum)
-            if moved is not kept:
-                kept.copy_(moved)
-            target.copy_(step.lerp(moved, self.momentum) if self.nesterov else moved)
-        return update
-
     def _direct(self, matrix: torch.Tensor, second_moment: torch.Tensor, row_dim: int) -> torch.Tensor:
-        update = newton_schulz(matrix, self.coefficients)
+        update = newton_schulz(matrix, self.coefficients, self.newton_schulz_dtype)
         if self.normuon:
             update = normalized_rows(update, second_moment, beta2=self.normuon_beta2, eps=_EPS, row_dim=row_dim)
         return update * SCALES[self.scale](matrix.size(row_dim), matrix.size(1 - row_dim))
 
     def update_(self, kernels: Kernels, items: Sequence[Item]) -> None:
-        """Adam-mini's update by the kernels, then that of the matrices."""
+        """Adam-mini's update by the kernels; a tensor of matrices alone has only its steps counted."""
         by_kernels = [item for item in items if item.table.runs]
         if by_kernels:
             kernels.step_(by_kernels)
         for item in items:
             if not item.table.runs:
                 item.state["step"] += 1
-            found = self._directions.pop(id(item), None)
-            if found is not None:
-                _descend(item, *found)
-
-
-def _descend(item: Item, table: SegmentTable, update: torch.Tensor) -> None:
-    hyper, data = item.hyper, item.param.detach().view(-1)
-    rates: Rates = {"lr": float(hyper.lr), "lr_floor": hyper.lr_floor, "progress": hyper.progress}
-    wide = data if data.dtype in WIDE else data.to(torch.float32)
-    decay_(wide, update, table, weight_decay=hyper.weight_decay, cautious=hyper.cautious, **rates)
-    descend_(wide, update, table, **rates)
-    if wide is not data:
-        data.copy_(wide)
-    if item.param_copy is not None:
-        for run in table.multiplier_runs:
-            run.of(item.param_copy.view(-1)).copy_(run.of(wide))
 
 
 def _spelt_out(lr_multipliers: object) -> object:

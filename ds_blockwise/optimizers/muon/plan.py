@@ -1,165 +1,64 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who orthogonalises which matrix: made once from the segment tables.
+"""Who orthogonalises which matrix, and when: made once from the segment tables.
 
 A matrix that lies whole on a rank is done there. Any other gets an owner, to which its parts travel. Parts that
 data-parallel ranks hold come together first, then the shards of tensor-parallel ranks, over the groups that a host has
-anyway. Owners are balanced by the cost of their matrices.
+anyway. Owners are balanced by the cost of their matrices, the largest first. In that order matrices are cut into
+buckets, so that in each of them all owners have about as much to do.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
-from ds_blockwise.blocks.ranges import runs_of_range
-from ds_blockwise.blocks.segment_table import Placement, SegmentTable, build_table, same_windows
-from ds_blockwise.kernels.base import wide_dtype
+from ds_blockwise.blocks.segment_table import same_windows
 from ds_blockwise.kernels.bindings import Binding
-from ds_blockwise.optimizers.muon.matrices import LocalMatrix, Matrix, Rectangle, local_matrix, matrices_of, of_rank
-from ds_blockwise.parallel.owners import Group, Loads, Routes, gather_in, rank_in, size_of
+from ds_blockwise.optimizers.muon.buckets import Bucket, Form, Plan, Share, Trip, cut_at, in_order
+from ds_blockwise.optimizers.muon.elements import Held
+from ds_blockwise.optimizers.muon.matrices import Rectangle
+from ds_blockwise.optimizers.muon.tasks import Task, by, held_of, tasks_of
+from ds_blockwise.parallel.owners import Group, Loads, Routes, rank_in, size_of
 
-Window = tuple[int, int]
-"""Start and end of what a data-parallel rank holds of a flattened shard."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """What one data-parallel rank holds of a local matrix.
-
-    Attributes:
-        rectangles: its elements, from the window to the local matrix.
-        rows: the rows that it touches, counted in the local matrix.
-    """
-
-    rectangles: tuple[Rectangle, ...]
-    rows: torch.Tensor
-
-    @property
-    def size(self) -> int:
-        """Numbers that travel: the elements, and a second moment for each row."""
-        return sum(r.numel for r in self.rectangles) + self.rows.numel()
+_T = TypeVar("_T")
 
 
-@dataclass(frozen=True, eq=False)
-class Task:
-    """One matrix of one stepped tensor, as this rank's tensor-parallel shard has it.
-
-    Attributes:
-        binding: number of the tensor in the plan.
-        flat_start: where the parameter begins in it.
-        matrix: the matrix.
-        local: what this tensor-parallel rank holds of it.
-        shards: what each tensor-parallel rank holds of it; one if it is not split.
-        windows: per data-parallel rank what it holds of the flattened shard.
-        parts: what each data-parallel rank holds of ``local``; None for nothing.
-        mine: which of them is this rank's.
-        slots: of the rows of this rank's part in the tensor's block vector.
-        dtype: of the arithmetic.
-    """
-
-    binding: int
-    flat_start: int
-    matrix: Matrix
-    local: LocalMatrix
-    shards: tuple[LocalMatrix, ...]
-    windows: tuple[Window, ...]
-    parts: tuple[Part | None, ...]
-    mine: int
-    slots: torch.Tensor
-    dtype: torch.dtype
-
-    @property
-    def holders(self) -> list[int]:
-        """The data-parallel ranks with elements of ``local``."""
-        return [rank for rank, part in enumerate(self.parts) if part is not None]
-
-    @property
-    def is_split(self) -> bool:
-        """Whether several tensor-parallel ranks hold elements of the matrix."""
-        return sum(1 for shard in self.shards if shard.size) > 1
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What this rank does in a step.
-
-    Attributes:
-        bindings: the stepped tensors, in the order common to all ranks.
-        tables: of each its elements that are orthogonalised.
-        whole: tasks done here without an exchange.
-        over_dp: exchanges that bring local matrices together, with their tasks.
-        over_tp: exchanges that bring whole matrices together, with their tasks: those whose local matrix is put
-            together on this data-parallel rank.
-    """
-
-    bindings: tuple[Binding, ...]
-    tables: tuple[SegmentTable, ...]
-    whole: tuple[Task, ...]
-    over_dp: tuple[tuple[Routes, tuple[Task, ...]], ...]
-    over_tp: tuple[tuple[Routes, tuple[Task, ...]], ...]
-
-
-def is_shared(binding: Binding) -> bool:
-    """Whether other ranks may wait for this one's part in the exchange of a tensor."""
-    several = binding.groups.dp_group is not None or binding.groups.tp_group is not None
-    return several and any(matrices_of(p.spec) for p in binding.table.placements)
-
-
-def make_plan(bindings: Sequence[Binding]) -> Plan:
+def make_plan(bindings: Sequence[Binding], bucket_bytes: int) -> Plan:
     """Find an owner for every matrix; a collective over the groups of the tensors.
 
     Args:
         bindings: the tensors of a step, in the order common to all ranks.
+        bucket_bytes: of matrices that a rank gets at a time, if it is more than one.
 
     Raises:
         ValueError: on every rank of a tensor-parallel group, if its ranks do not have the same place in their
             data-parallel groups.
     """
-    return _Planner(bindings).plan()
+    return _Planner(bindings, bucket_bytes).plan()
 
 
 class _Planner:
     """The tasks of a step, sorted by what has to travel for them."""
 
-    def __init__(self, bindings: Sequence[Binding]) -> None:
-        self.bindings = tuple(bindings)
+    def __init__(self, bindings: Sequence[Binding], bucket_bytes: int) -> None:
+        self.bindings, self.bucket_bytes = tuple(bindings), bucket_bytes
         self.groups = [binding.groups for binding in bindings]
-        _check_grid(bindings)
-        windows = _windows(bindings)
-        self.tasks = [
-            task for number, binding in enumerate(bindings) for task in _tasks_of(number, binding, windows[number])
-        ]
+        self.mine = [rank_in(groups.dp_group) for groups in self.groups]
+        self.tasks = tasks_of(bindings)
         self.split_owners = self._owners_of_split()
 
     def plan(self) -> Plan:
-        whole = [task for task in self.tasks if not task.is_split and task.holders == [task.mine]]
-        apart = [task for task in self.tasks if self._travels_over_dp(task)]
-        split = [task for task in self.tasks if task.is_split and self.split_owners[task][0] == task.mine]
-        over_dp = []
-        for members in _by(apart, lambda task: self.groups[task.binding].dp_group):
-            owners = self._owners_over_dp(members)
-            sizes = [tuple(0 if part is None else part.size for part in task.parts) for task in members]
-            group = self.groups[members[0].binding].dp_group
-            over_dp.append((self._routes(group, members, owners, sizes), tuple(members)))
-        over_tp = []
-        for members in _by(split, lambda task: self.groups[task.binding].tp_group):
-            owners = [self.split_owners[task][1] for task in members]
-            sizes = [tuple(shard.size for shard in task.shards) for task in members]
-            group = self.groups[members[0].binding].tp_group
-            over_tp.append((self._routes(group, members, owners, sizes), tuple(members)))
-        tables = [
-            build_table(b.table.numel, b.table.placements, shares_second_moment=True, orthogonalized=True)
-            for b in self.bindings
-        ]
-        return Plan(self.bindings, tuple(tables), tuple(whole), tuple(over_dp), tuple(over_tp))
+        alone = [task for task in self.tasks if not task.is_split and task.holders == [self.mine[task.binding]]]
+        here = tuple((task.form, self._held_whole(task)) for task in alone)
+        buckets = [*self._split_over_tp(), *self._split_over_dp()]
+        if here:
+            buckets[:1] = [replace(buckets[0] if buckets else Bucket(), here=here)]
+        return Plan(self.bindings, tuple(buckets))
 
-    def _travels_over_dp(self, task: Task) -> bool:
-        if task.is_split:
-            return bool(task.holders) and task.holders != [self.split_owners[task][0]]
-        return len(task.holders) > 1
+    # ------------------------------------------------------------- what shards of tensor-parallel ranks make up
 
     def _owners_of_split(self) -> dict[Task, tuple[int, int]]:
         """Per matrix that tensor parallelism splits, the data- and the tensor-parallel rank that own it.
@@ -171,128 +70,183 @@ class _Planner:
         found: dict[Task, tuple[int, int]] = {}
         for task in _largest_first(task for task in self.tasks if task.is_split):
             groups, binding = self.groups[task.binding], self.bindings[task.binding]
-            ranks, shards = len(task.parts), len(task.shards)
+            ranks, shards = len(task.windows), len(task.shards)
             grid = loads.setdefault((groups.dp_group, groups.tp_group), Loads(ranks * shards))
-            held = set(task.holders) if same_windows(binding.table.placements) else set()
-            for shard in task.shards if held else ():
-                held |= {rank for rank, window in enumerate(task.windows) if shard.window(*window)}
-            among = range(ranks * shards)
-            if len(held) == 1:
-                (only,) = held
-                among = range(only * shards, (only + 1) * shards)
+            among = None
+            if same_windows(binding.table.placements):
+                held = sum(held_of(shard, task.windows) for shard in task.shards if shard.size)
+                assert isinstance(held, torch.Tensor)
+                if len(only := held.nonzero()) == 1:
+                    among = range(int(only) * shards, (int(only) + 1) * shards)
             found[task] = divmod(grid.give(task.matrix.cost, among), shards)
         return found
 
-    def _owners_over_dp(self, members: Sequence[Task]) -> list[int]:
+    def _split_over_tp(self) -> Iterator[Bucket]:
+        """Their buckets are those of all ranks of both groups."""
+        for members in by(self.split_owners, self._groups_of):
+            for bucket in _runs_of(members, cut_at(map(self._load_of_split, members), self.bucket_bytes)):
+                owners = [self.split_owners[task] for task in bucket]
+                mine = self.mine[bucket[0].binding]
+                apart = {
+                    task: dp for task, (dp, _) in zip(bucket, owners, strict=True) if task.holders not in ([], [dp])
+                }
+                over_dp = self._over_dp(apart)
+                ours = {task: tp for task, (dp, tp) in zip(bucket, owners, strict=True) if dp == mine}
+                yield Bucket(over_dp, self._over_tp(ours, list(apart)))
+
+    def _groups_of(self, task: Task) -> Hashable:
+        groups = self.groups[task.binding]
+        return groups.dp_group, groups.tp_group, task.dtype
+
+    def _load_of_split(self, task: Task) -> torch.Tensor:
+        """What each rank gets: the shards of its tensor-parallel place, and the matrix, if it is its owner."""
+        dp, tp = self.split_owners[task]
+        load = torch.zeros(len(task.windows), len(task.shards), dtype=torch.int64)
+        load[dp] = torch.tensor([task.bytes(shard.size) for shard in task.shards])
+        load[dp, tp] += task.bytes(task.matrix.size)
+        return load
+
+    def _over_tp(self, owners: Mapping[Task, int], before: Sequence[Task]) -> Trip | None:
+        if not owners:
+            return None
+        tasks = list(owners)
+        group = self.groups[tasks[0].binding].tp_group
+        assert group is not None, "only tensor parallelism splits a shard"
+        owned = [thing for thing, owner in enumerate(owners.values()) if owner == rank_in(group)]
+        routes = self._routes(
+            group,
+            list(owners.values()),
+            [task.local.size for task in tasks],
+            {thing: tuple(shard.size for shard in tasks[thing].shards) for thing in owned},
+            tasks[0],
+        )
+        held, passed_on = {}, {}
+        for thing, task in enumerate(tasks):
+            if task in before:
+                passed_on[thing] = before.index(task)
+            elif task.local.size:
+                held[thing] = self._held_whole(task)
+        return Trip(
+            routes,
+            held,
+            passed_on,
+            {thing: _form_of(tasks[thing]) for thing in owned},
+            {thing: _shares_of_shards(tasks[thing], routes.device) for thing in owned},
+            tuple(owned),
+        )
+
+    # --------------------------------------------------------------- what parts of data-parallel ranks make up
+
+    def _split_over_dp(self) -> Iterator[Bucket]:
+        apart = _largest_first(task for task in self.tasks if not task.is_split and len(task.holders) > 1)
+        for members in by(apart, lambda task: (self.groups[task.binding].dp_group, task.dtype)):
+            owners = self._owners_over_dp(members)
+            loads = (_load(task, owner) for task, owner in owners.items())
+            for bucket in _runs_of(members, cut_at(loads, self.bucket_bytes)):
+                yield Bucket(self._over_dp({task: owners[task] for task in bucket}))
+
+    def _owners_over_dp(self, members: Sequence[Task]) -> dict[Task, int]:
         """Per task the data-parallel rank that owns it."""
         group = self.groups[members[0].binding].dp_group
-        loads = Loads(len(members[0].parts))
+        loads = Loads(len(members[0].windows))
         for task in self.tasks:
             if self.groups[task.binding].dp_group is group:
                 if task.is_split:
                     loads.add(self.split_owners[task][0], task.matrix.cost // len(task.shards))
                 elif len(task.holders) == 1:
                     loads.add(task.holders[0], task.matrix.cost)
-        owners = {task: self.split_owners[task][0] for task in members if task.is_split}
-        for task in _largest_first(task for task in members if not task.is_split):
-            owners[task] = loads.give(task.matrix.cost)
-        return [owners[task] for task in members]
+        return {task: loads.give(task.matrix.cost) for task in members}
+
+    def _over_dp(self, owners: Mapping[Task, int]) -> Trip | None:
+        if not owners:
+            return None
+        tasks = list(owners)
+        group, mine = self.groups[tasks[0].binding].dp_group, self.mine[tasks[0].binding]
+        assert group is not None, "only data parallelism cuts a shard"
+        held = {}
+        for thing, task in enumerate(tasks):
+            if rectangles := task.rectangles(mine):
+                held[thing] = self._held(task, in_order(rectangles)[0], task.local.rows_of(rectangles))
+        device = self.bindings[tasks[0].binding].tensor.device
+        shares = {
+            thing: {rank: _share(tasks[thing], rank, device) for rank in tasks[thing].holders}
+            for thing, owner in enumerate(owners.values())
+            if owner == mine
+        }
+        routes = self._routes(
+            group,
+            list(owners.values()),
+            [held[thing].size if thing in held else 0 for thing in range(len(tasks))],
+            {
+                thing: tuple(of[rank].size if rank in of else 0 for rank in range(size_of(group)))
+                for thing, of in shares.items()
+            },
+            tasks[0],
+        )
+        forms = {thing: tasks[thing].form for thing in shares}
+        return Trip(routes, held, {}, forms, shares, tuple(t for t in shares if not tasks[t].is_split))
+
+    # ---------------------------------------------------------------------------------------------- of both
+
+    def _held_whole(self, task: Task) -> Held:
+        """Of a local matrix of which this rank holds all elements, in the form of one."""
+        rows = torch.arange(task.local.shape[task.local.row_dim])
+        return self._held(task, task.rectangles(self.mine[task.binding]), rows)
+
+    def _held(self, task: Task, rectangles: Sequence[Rectangle], rows: torch.Tensor) -> Held:
+        """Of rectangles from this rank's window to a vector, and the rows of the local matrix that follow them."""
+        return Held(
+            task.binding,
+            tuple(replace(r, start=r.start + task.flat_start) for r in rectangles),
+            task.slots(rows).to(self.bindings[task.binding].tensor.device),
+            task.matrix.updates,
+        )
 
     def _routes(
-        self, group: Group | None, members: Sequence[Task], owners: Sequence[int], sizes: Sequence[tuple[int, ...]]
+        self,
+        group: Group,
+        owners: Sequence[int],
+        sizes: Sequence[int],
+        arriving: Mapping[int, tuple[int, ...]],
+        task: Task,
     ) -> Routes:
-        groups = self.groups[members[0].binding]
-        device = self.bindings[members[0].binding].tensor.device
-        dtype = functools.reduce(torch.promote_types, (task.dtype for task in members))
-        return Routes(group, tuple(owners), tuple(sizes), dtype, device, groups.device or device)
+        device = self.bindings[task.binding].tensor.device
+        travels_on = self.groups[task.binding].device or device
+        return Routes(group, tuple(owners), tuple(sizes), arriving, task.dtype, device, travels_on)
 
 
-def _by(tasks: Iterable[Task], key: Callable[[Task], Hashable]) -> list[list[Task]]:
-    found: dict[Hashable, list[Task]] = {}
-    for task in tasks:
-        found.setdefault(key(task), []).append(task)
-    return list(found.values())
+def _form_of(task: Task) -> Form:
+    """The unsharded matrix as it is stored."""
+    sizes, row_dim = (task.matrix.rows, task.matrix.columns), task.local.row_dim
+    return Form(sizes if row_dim == 0 else (sizes[1], sizes[0]), row_dim)
+
+
+def _shares_of_shards(task: Task, device: torch.device) -> dict[int, Share]:
+    return {
+        rank: Share(shard.in_whole(), shard.rows_in_whole().to(device))
+        for rank, shard in enumerate(task.shards)
+        if shard.size
+    }
+
+
+def _share(task: Task, rank: int, device: torch.device) -> Share:
+    rectangles = task.rectangles(rank)
+    return Share(in_order(rectangles)[1], task.local.rows_of(rectangles).to(device))
+
+
+def _load(task: Task, owner: int) -> torch.Tensor:
+    """What each data-parallel rank sends, and what it gets."""
+    load = torch.stack([task.held, torch.zeros_like(task.held)])
+    load[1, owner] = task.matrix.size
+    return load * task.dtype.itemsize
+
+
+def _runs_of(members: Sequence[_T], lengths: Sequence[int]) -> Iterator[list[_T]]:
+    at = 0
+    for length in lengths:
+        yield list(members[at : at + length])
+        at += length
 
 
 def _largest_first(tasks: Iterable[Task]) -> list[Task]:
     return sorted(tasks, key=lambda task: -task.matrix.cost)  # a stable order
-
-
-def _check_grid(bindings: Sequence[Binding]) -> None:
-    """Refuse tensor-parallel ranks whose places in their data-parallel groups differ: parts would not meet."""
-    seen: set[Hashable] = set()
-    for groups in (binding.groups for binding in bindings):
-        if groups.tp_group is None or (groups.dp_group, groups.tp_group) in seen:
-            continue
-        seen.add((groups.dp_group, groups.tp_group))
-        places = gather_in(groups.tp_group, (rank_in(groups.dp_group), size_of(groups.dp_group)))
-        if len(set(places)) > 1:
-            raise ValueError(
-                f"BlockwiseMuon needs tensor-parallel ranks with the same place in their data-parallel groups, but "
-                f"theirs are {places} (place, size). Use BlockwiseAdamMini, or another order of parallel groups."
-            )
-
-
-def _windows(bindings: Sequence[Binding]) -> list[list[list[Window]]]:
-    """Per tensor, per data-parallel rank, per parameter what that rank holds of the flattened shard."""
-    numbers: dict[Hashable, list[int]] = {}
-    for number, binding in enumerate(bindings):
-        numbers.setdefault(binding.groups.dp_group, []).append(number)
-    found: dict[int, list[list[Window]]] = {}
-    for of_group in numbers.values():
-        mine = [[(p.param_start, p.param_start + p.numel) for p in bindings[n].table.placements] for n in of_group]
-        everyone = gather_in(bindings[of_group[0]].groups.dp_group, mine)
-        for place, number in enumerate(of_group):
-            found[number] = [held[place] for held in everyone]
-    return [found[number] for number in range(len(bindings))]
-
-
-def _tasks_of(number: int, binding: Binding, windows: Sequence[Sequence[Window]]) -> Iterator[Task]:
-    mine = rank_in(binding.groups.dp_group)
-    for place, placement in enumerate(binding.table.placements):
-        matrices = matrices_of(placement.spec)
-        slots = _slots_of(binding.table, placement) if matrices else None
-        held = [of_rank[place] for of_rank in windows]
-        for matrix in matrices:
-            yield _task(number, placement, matrix, held, mine, slots, wide_dtype(binding.tensor.dtype))
-
-
-def _task(
-    number: int,
-    placement: Placement,
-    matrix: Matrix,
-    windows: Sequence[Window],
-    mine: int,
-    slots: Callable[[torch.Tensor], torch.Tensor] | None,
-    dtype: torch.dtype,
-) -> Task:
-    spec, shard = placement.spec, placement.shard
-    local = local_matrix(spec, shard, matrix)
-    ranks = 1 if shard is None else len(shard.chunks)
-    shards = [local] if ranks == 1 else [local_matrix(spec, of_rank(shard, rank), matrix) for rank in range(ranks)]
-    parts = [_part(local, window) for window in windows]
-    own = parts[mine]
-    rows = torch.empty(0, dtype=torch.int64)
-    if own is not None and slots is not None:
-        rows = slots(matrix.block_ids(spec)[local.rows_in_whole()[own.rows]])
-    return Task(
-        number, placement.flat_start, matrix, local, tuple(shards), tuple(windows), tuple(parts), mine, rows, dtype
-    )
-
-
-def _part(local: LocalMatrix, window: Window) -> Part | None:
-    rectangles = local.window(*window)
-    return Part(rectangles, local.rows_of(rectangles)) if rectangles else None
-
-
-def _slots_of(table: SegmentTable, placement: Placement) -> Callable[[torch.Tensor], torch.Tensor]:
-    """From the ids of a parameter's blocks, of which this rank holds elements, to their slots in the block vector."""
-    start, end = placement.flat_start, placement.flat_start + placement.numel
-    runs = runs_of_range(placement.view(), placement.param_start, placement.param_start + placement.numel)
-    held = [run for run in table.runs if start <= run.start < end] if placement.numel else []
-    pairs = [(r.block, h.block, r.count) for r, h in zip(runs, held, strict=True) if not r.element_wise]
-    ids = torch.cat([torch.arange(first, first + count) for first, _, count in pairs] or [torch.empty(0)])
-    values = torch.cat([torch.arange(slot, slot + count) for _, slot, count in pairs] or [torch.empty(0)])
-    order = ids.argsort(stable=True)
-    ids, values = ids[order], values[order]
-    return lambda wanted: values[torch.searchsorted(ids, wanted)]

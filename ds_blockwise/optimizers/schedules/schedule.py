@@ -9,14 +9,21 @@ together with the base rate; see `update.block_lr`. Any other schedule may be us
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import ClassVar, Protocol, TypedDict, runtime_checkable
 
 import torch
 
+from ds_blockwise.blocks.roles import BLOCK_TYPES
+from ds_blockwise.blocks.settings.block_settings import BlockSettings
+from ds_blockwise.blocks.settings.update_settings import MovingMultiplier
 from ds_blockwise.kernels.param_groups import set_lr, set_progress
 from ds_blockwise.optimizers.schedules.shapes import curve_of, num_steps
+from ds_blockwise.parallel.agree import is_first_rank
 from ds_blockwise.values import as_count, number
+
+logger = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -26,6 +33,15 @@ class WrapsOptimizer(Protocol):
     @property
     def optimizer(self) -> object:
         """What is wrapped."""
+
+
+@runtime_checkable
+class HasBlockSettings(Protocol):
+    """An optimizer of ours."""
+
+    @property
+    def block_settings(self) -> BlockSettings:
+        """The user's settings of blocks."""
 
 
 class ScheduleState(TypedDict, total=False):
@@ -129,8 +145,27 @@ class BlockwiseLR:
                     f"min_lr ({self.min_lr:g}) is above the peak lr of param group {index} ({peak:g}); it is absolute, "
                     f"not a ratio"
                 )
+        self._warn_of_a_high_floor()
         self.last_batch_iteration = last_batch_iteration
         self._set(last_batch_iteration + 1)
+
+    def _warn_of_a_high_floor(self) -> None:
+        """Say it where a block type's rate would rise during the decay."""
+        optimizer = self.optimizer
+        if not (isinstance(optimizer, HasBlockSettings) and optimizer.block_settings.auto is None and is_first_rank()):
+            return
+        settings, peak = optimizer.block_settings, max(self.base_lrs)
+        given = {kind: settings.lr_multiplier_of(kind) for kind in BLOCK_TYPES if kind != "other"}
+        starts = {kind: one.start if isinstance(one, MovingMultiplier) else one for kind, one in given.items()}
+        low = {kind: start for kind, start in starts.items() if 0 < start * peak < self.min_lr}
+        if low:
+            logger.warning(
+                "min_lr (%g) is above the peak learning rate of %s: there the rate rises during the decay, while the "
+                "others fall. Set min_lr to %g or less, or give larger lr_multipliers.",
+                self.min_lr,
+                " and ".join(f"{kind!r} ({start:g} x {peak:g} = {start * peak:g})" for kind, start in low.items()),
+                peak * min(low.values()),
+            )
 
     @property
     def decay_num_steps(self) -> int:

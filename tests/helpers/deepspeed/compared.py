@@ -45,6 +45,14 @@ def set_lr(run: SimpleNamespace, step: int) -> float:
     return lr
 
 
+def set_progress(run: SimpleNamespace, progress: float) -> None:
+    """Say how much of the decay is done, as a schedule of ours does beside the rate."""
+    from ds_blockwise.kernels import param_groups
+
+    for group in run.engine.basic_optimizer.param_groups:
+        param_groups.set_progress(group, progress)
+
+
 class Compared:
     """A real engine and the oracle, which starts from its weights; every step of one is compared with the other's.
 
@@ -79,8 +87,11 @@ class Compared:
             assert torch.equal(value, start[name].to(value.dtype)), f"start of {name}"
 
     def set_lr(self, step: int) -> None:
-        """As `set_lr`, for the engine and the oracle."""
+        """As `set_lr`, for the engine and the oracle; multipliers that move are further at each step."""
         self.lr = set_lr(self.run, step)
+        if self.oracle.end_multipliers:
+            self.oracle.progress = (step + 1) / 8
+            set_progress(self.run, self.oracle.progress)
         own = self.oracle.hyper
         for settings in (own,) if isinstance(own, Hyper) else own.values():
             settings.lr = self.lr

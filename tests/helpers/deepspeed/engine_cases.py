@@ -17,7 +17,7 @@ from tests.helpers import models
 from tests.helpers.deepspeed.engines import engine_config
 from tests.helpers.muon_oracle import oracle_for
 from tests.helpers.optimizers import FULL_NAME
-from tests.helpers.oracle import Hyper, Oracle
+from tests.helpers.oracle import Hyper, Oracle, told
 from tests.helpers.tables.oracle_names import ROLE, Classes, gpt2_classes, hf_llama_classes, regroup
 
 LR = 2e-2
@@ -225,17 +225,12 @@ def oracle_of(case: Case, weights: dict[str, Tensor], hyper: dict[str, Hyper]) -
     classes = MODELS[case.model][1]
     for role, size in GRANULARITIES[case.granularity][1]:
         classes = regroup(classes, role, HEAD_ROWS[case.model] if size == HEAD else size)
-    given = case.params.get("lr_multipliers", {})
-    moving = {key: value for key, value in given.items() if isinstance(value, dict) and "start" in value}
     return oracle_for(
         case.optimizer,
         weights,
         classes,
         hyper,
-        lr_multipliers=given | {key: value["start"] for key, value in moving.items()} | case.oracle_multipliers,
-        end_multipliers={key: value["end"] for key, value in moving.items()},
-        betas_by_type=case.params.get("betas_by_type", {}),
-        cautious=case.params.get("cautious_weight_decay", False),
+        **told(case.params, case.oracle_multipliers),
         weight_decay_multipliers=DECAY_MULTIPLIERS if case.decay_multipliers else {},
         overrides=case.overrides,
         momentum=torch.bfloat16 if case.params.get("momentum_dtype") == "bf16" else None,

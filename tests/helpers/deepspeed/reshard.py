@@ -32,7 +32,7 @@ from tests.helpers.deepspeed.reshard_cells import CELLS, TOPOLOGIES, Cell, Topol
 from tests.helpers.distributed import RankContext
 from tests.helpers.megatron import gpt_shards
 from tests.helpers.models import GradientPlan, small_weight
-from tests.helpers.oracle import Hyper, Oracle, Weights, assert_same_update, update_errors
+from tests.helpers.oracle import BY_ROLE, Hyper, Oracle, Weights, assert_same_update, told, update_errors
 from tests.helpers.tables.oracle_names import ROLE, megatron_classes, regroup
 
 SHAPE = "gqa"
@@ -92,7 +92,7 @@ def engine_of(
             stage=topology.stage,
             dtype=topology.dtype,
             zero=topology.zero,
-            params={**params, "weight_decay_multipliers": DECAY_MULTIPLIERS, **topology.params},
+            params={**params, "weight_decay_multipliers": DECAY_MULTIPLIERS, **BY_ROLE, **topology.params},
             **topology.config,
             **universal,
         )
@@ -181,7 +181,7 @@ def reference(source: str, target: str, value_tensor: bool) -> list[tuple[float,
     start = {name: start_weight(name) for name in SHAPES}
 
     def oracle(weights: Weights, mini: bool, classes: Any) -> Oracle:
-        return Oracle(weights, classes, mini, hyper, weight_decay_multipliers=DECAY_MULTIPLIERS)
+        return Oracle(weights, classes, mini, hyper, weight_decay_multipliers=DECAY_MULTIPLIERS, **told(BY_ROLE))
 
     def step(run: Oracle, number: int) -> None:
         hyper.lr = lr_at(number)

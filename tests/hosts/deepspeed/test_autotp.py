@@ -20,7 +20,7 @@ from tests.helpers.deepspeed.engines import DTYPES, prepare_deepspeed
 from tests.helpers.distributed import Outcome, RankContext, passes
 from tests.helpers.models import GradientPlan
 from tests.helpers.muon_oracle import oracle_for, tolerance_for
-from tests.helpers.oracle import Weights, clipped
+from tests.helpers.oracle import ROLE_SETTINGS, Weights, clipped, told
 from tests.helpers.suites import Suite, notices_a_wrong_multiplier
 from tests.helpers.tables.oracle_names import ROLE, regroup
 
@@ -44,8 +44,8 @@ def run_case(context: RankContext, case: Case) -> None:
             start,
             classes,
             hyper(),
-            lr_multipliers=case.oracle_multipliers,
             weight_decay_multipliers=DECAY_MULTIPLIERS,
+            **told(case.params, case.oracle_multipliers),
         )
 
         def part(whole: Weights) -> dict[str, Tensor]:
@@ -117,6 +117,8 @@ def _cases() -> dict[str, tuple[int, Case]]:
         )
     for stage, dp in ((0, 1), (1, 2), (3, 2)):
         add("clip", dp, Case("mini", stage, clip=0.05))
+    for optimizer, stage, dp, model in (("mini", 1, 2, "qwen3"), ("mini", 3, 2, "even"), ("adamw", 2, 1, "mqa")):
+        add("by_role", dp, Case(optimizer, stage, model=model, params=ROLE_SETTINGS, steps=4))
     add("mutant", 1, Case("mini", 2, oracle_multipliers={"value": 4.01}, steps=2))
     return table
 
@@ -125,7 +127,7 @@ SUITE = Suite(run_case, _cases())
 outcome = SUITE.outcome()
 
 
-@SUITE.cases("values", "bf16_optimizer", "sub_groups", "zero_init")
+@SUITE.cases("values", "bf16_optimizer", "sub_groups", "zero_init", "by_role")
 def test_autotp_trains_like_whole_tensors(outcome: Outcome, name: str) -> None:
     """Columns of a row-parallel weight would get each rank's own second moment, and uneven heads the wrong rows."""
     passes(outcome, name)

@@ -22,6 +22,7 @@ from tests.helpers.deepspeed.expert_models import EXPERTS, build, classes_of, se
 from tests.helpers.distributed import Outcome, RankContext, passes
 from tests.helpers.models import Feed, GradientPlan
 from tests.helpers.muon_oracle import oracle_for, tolerance_for
+from tests.helpers.oracle import ROLE_SETTINGS, told
 from tests.helpers.suites import Suite, notices_a_wrong_multiplier
 
 pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
@@ -74,6 +75,7 @@ class Case:
     residual: bool = False
     what: str = "trains"
     config: dict[str, Any] = field(default_factory=dict)
+    params: dict[str, Any] = field(default_factory=dict)
     oracle_multipliers: dict[str, float] = field(default_factory=dict)
     expected: tuple[str, ...] = ()
 
@@ -82,7 +84,7 @@ class Case:
 def engine_of(context: RankContext, case: Case) -> Iterator[SimpleNamespace]:
     from deepspeed.utils import groups
 
-    config = case_config(case, params={"backend": "cpp"})
+    config = case_config(case, params={"backend": "cpp", **case.params})
     ep_rank = context.rank % case.ep
 
     def make() -> nn.Module:
@@ -152,7 +154,7 @@ def check_trains(context: RankContext, case: Case) -> None:
         start = {n: models.small_weight(n, s).to(DTYPES[case.dtype]).float() for n, s in shapes.items()}
         classes = classes_of(residual=case.residual)
         assert set(shapes) == set(classes), set(shapes) ^ set(classes)
-        oracle = oracle_for(case.optimizer, start, classes, hyper(), lr_multipliers=case.oracle_multipliers)
+        oracle = oracle_for(case.optimizer, start, classes, hyper(), **told(case.params, case.oracle_multipliers))
         pair = Compared(run, oracle, lambda whole: {n: whole[n] for n in run.whole.values()}, whole_masters)
         pair.check_start()
         for step in range(case.steps):
@@ -209,6 +211,8 @@ def _cases() -> dict[str, tuple[int, Case]]:
         add("values", 4, Case("mini", stage, dtype, groups="small"))
     for stage in (0, 2):
         add("values", 4, Case("muon", stage))
+    add("by_role", 4, Case("mini", 2, params=ROLE_SETTINGS))
+    add("by_role", 2, Case("adamw", 1, "bf16", params=ROLE_SETTINGS))
     add("residual", 2, Case("mini", 2, residual=True))
     add("bf16_optimizer", 4, Case("mini", 1, "bf16", config={"data_types": {"grad_accum_dtype": "fp32"}}))
     add("resume", 2, Case("mini", 1, what="resumes"))
@@ -229,7 +233,7 @@ SUITE = Suite(run_case, CASES)
 outcome = SUITE.outcome()
 
 
-@SUITE.cases("values", "residual", "bf16_optimizer")
+@SUITE.cases("values", "residual", "bf16_optimizer", "by_role")
 def test_experts_train_like_whole_tensors(outcome: Outcome, name: str) -> None:
     """An expert's blocks would be summed with those of the experts of other ranks."""
     passes(outcome, name)

@@ -16,11 +16,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
+from ds_blockwise.checkpoint import manifest
 from ds_blockwise.checkpoint.manifest import MANIFEST, files_in, sums_of, write_manifest
 from tests.helpers import models
 from tests.helpers.deepspeed.compared import assert_same
@@ -235,6 +238,46 @@ def code(context: RankContext, folder: Path, manifest: bool) -> None:
         assert '"checkpoint": {"trust": ...} must be true or false' in text
 
 
+def how_much_is_verified(context: RankContext, folder: Path, _: None) -> None:
+    """On 64 nodes every byte that is read in vain counts; what is not looked at must be what the page says."""
+    saved(context, folder, stage=2)
+    own = f"zero_pp_rank_{context.rank}_mp_rank_00_optim_states.pt"
+    everything_of = sorted(files_in(folder / "t"))
+    for how, mine in (("all", None), ("own", sorted([MODEL, own])), ("size", [])):
+        with (
+            mock.patch.object(manifest, "sha256_of", side_effect=manifest.sha256_of) as summed,
+            engine(stage=2, checkpoint={"verify": how}) as run,
+        ):
+            assert run.engine.load_checkpoint(str(folder))[0] is not None
+        read = [call.args[0].name for call in summed.call_args_list]
+        together: list[Any] = [None] * context.world_size
+        dist.all_gather_object(together, read)
+        if mine is None:
+            assert sorted(name for names in together for name in names) == everything_of, "each file once, by one rank"
+        else:
+            assert sorted(read) == mine, how
+    if context.rank == 0:  # a bit of rank 1's moments
+        with (folder / "t" / OPTIM).open("r+b") as file:
+            file.seek(-3000, os.SEEK_END)
+            byte = file.read(1)
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte[0] ^ 1]))
+    context.barrier()
+    for how in ("all", "own"):
+        with engine(stage=2, checkpoint={"verify": how}) as run:
+            train(run, context, 0)
+            refused(context, run, folder, RuntimeError, OPTIM, "its contents have changed")
+    if context.rank == 0:  # cut
+        with (folder / "t" / OPTIM).open("r+b") as file:
+            file.truncate((folder / "t" / OPTIM).stat().st_size - 1)
+    context.barrier()
+    with engine(stage=2, checkpoint={"verify": "size"}) as run:
+        train(run, context, 0)
+        refused(context, run, folder, RuntimeError, OPTIM, "it was cut or overwritten")
+    text = raised(lambda: engine(stage=2, checkpoint={"verify": "none"}).__enter__(), ValueError)
+    assert '"checkpoint": {"verify": ...} must be one of all, own, size, got \'none\'' in text
+
+
 class Harmless:
     """Not on the list, though it does nothing."""
 
@@ -284,7 +327,7 @@ CHECKS: dict[str, Callable[[RankContext, Path, Any], None]] = {
     each.__name__: each
     for each in (
         *(other_models, other_optimizers, other_stages, from_adamw, from_adamw_with_a_schedule),
-        *(one_rank, code, weights_alone, counters),
+        *(one_rank, code, how_much_is_verified, weights_alone, counters),
     )
 }
 
@@ -302,7 +345,10 @@ def _cases() -> dict[str, tuple[int, tuple[str, Any]]]:
     for name, stages in (("other_models", (0, 2, 3)), ("from_adamw", (0, 2, 3)), ("one_rank", (1, 3))):
         table |= {f"{name}-z{stage}": (name, stage) for stage in stages}
     table |= {f"other_optimizers-z{stage}": ("other_optimizers", stage) for stage in (0, 2)}
-    table |= {name: (name, None) for name in ("other_stages", "from_adamw_with_a_schedule", "counters")}
+    table |= {
+        name: (name, None)
+        for name in ("other_stages", "from_adamw_with_a_schedule", "counters", "how_much_is_verified")
+    }
     table |= {"code-manifest": ("code", True), "code-foreign": ("code", False), "weights_alone": ("weights_alone", 2)}
     return {name: (2, case) for name, case in table.items()}
 

@@ -17,6 +17,7 @@ import pytest
 from tests.helpers.deepspeed.engine_cases import BACKENDS, Case, takes_long
 from tests.helpers.deepspeed.engine_checks import run_case
 from tests.helpers.distributed import Outcome, passes
+from tests.helpers.oracle import BY_ROLE, ROLE_SETTINGS
 from tests.helpers.suites import Suite, notices_a_wrong_multiplier
 from tests.helpers.tables import oracle_names
 
@@ -160,19 +161,12 @@ def _settings() -> Named:
         yield _named("momentum_bf16", dp, case)
 
 
-BY_ROLE = {
-    "betas_by_type": {"norm": [0.8, 0.99], "ffn": [None, 0.9], "key": [0.5, None]},
-    "cautious_weight_decay": True,
-}
-MOVING = {"lr_multipliers": {"norm": {"start": 1.0, "end": 0.25}, "value": {"start": 0.5, "end": 2}, "qk": 2}}
-
-
 def _role_settings() -> Named:
     for optimizer, (stage, dp) in product(BOTH, ((1, 2), (2, 3), (3, 2))):
         yield _named("by_role", dp, Case(optimizer, stage, params=BY_ROLE))
     schedule = {"warmup_num_steps": 2, "total_num_steps": 7, "min_lr": 4e-3}
     for optimizer, stage in product(BOTH, (1, 2, 3)):
-        case = Case(optimizer, stage, steps=8, params=BY_ROLE | MOVING, scheduler="BlockwiseCosineLR")
+        case = Case(optimizer, stage, steps=8, params=ROLE_SETTINGS, scheduler="BlockwiseCosineLR")
         yield _named("moving", 2, replace(case, scheduler_params=schedule))
 
 

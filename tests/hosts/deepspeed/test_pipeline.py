@@ -33,7 +33,7 @@ from tests.helpers.deepspeed.pipe_models import (
 from tests.helpers.distributed import Outcome, RankContext, passes
 from tests.helpers.models import GradientPlan
 from tests.helpers.muon_oracle import oracle_for, tolerance_for
-from tests.helpers.oracle import clipped
+from tests.helpers.oracle import ROLE_SETTINGS, clipped, told
 from tests.helpers.suites import Suite, notices_a_wrong_multiplier
 
 pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
@@ -81,8 +81,7 @@ def check_values(context: RankContext, case: Case) -> None:
         shapes = {name: tuple(p.shape) for name, p in Unpiped().named_parameters()}
         own = masters(run)
         assert sorted({n for names in gathered(list(own)) for n in names}) == sorted(shapes)
-        multipliers = case.params.get("lr_multipliers", {}) | case.oracle_multipliers
-        pair = beside_oracle(run, case, lr_multipliers=multipliers)
+        pair = beside_oracle(run, case)
         for step in range(4):
             feed.step, feed.poison = step, step in case.poison and context.rank == 0
             pair.set_lr(step)
@@ -98,11 +97,13 @@ def check_values(context: RankContext, case: Case) -> None:
             check_copies(run)
 
 
-def beside_oracle(run: SimpleNamespace, case: Case, **settings: Any) -> Compared:
+def beside_oracle(run: SimpleNamespace, case: Case) -> Compared:
     """The engine beside an oracle on the weights of all stages; each rank compares its own."""
     own = masters(run)
     whole = {n: w for weights in gathered(own) for n, w in weights.items()}
-    oracle = oracle_for(case.optimizer, whole, pipe_classes(), hyper(eps=case.params.get("eps", EPS)), **settings)
+    own_hyper = hyper(eps=case.params.get("eps", EPS))
+    settings = told(case.params, case.oracle_multipliers)
+    oracle = oracle_for(case.optimizer, whole, pipe_classes(), own_hyper, **settings)
     return Compared(run, oracle, lambda weights: {n: weights[n] for n in own})
 
 
@@ -209,6 +210,7 @@ def refused(case: Case, *words: str, own_head: bool = False, own_groups: bool = 
 CHECKS = {
     "values": check_values,
     "clip": check_values,
+    "by_role": check_values,
     "overflow": check_values,
     "mutant": check_values,
     "training": check_training,
@@ -252,6 +254,8 @@ def _cases() -> dict[str, tuple[int, tuple[str, Any]]]:
     ):
         add("values", wrapper, optimizer, dp=2)
     add("values", "z1-fp32", "muon", dp=2)
+    add("by_role", "z1-fp32", dp=2, params=ROLE_SETTINGS)
+    add("by_role", "z0-bf16", "adamw", params=ROLE_SETTINGS)
     add("clip", "z1-fp32", dp=2, config={"gradient_clipping": 0.05})
     add("overflow", "z0-fp32", poison=(0, 2))
     add("overflow", "z1-bf16", poison=(0, 2))
@@ -275,7 +279,7 @@ SUITE = Suite(run_case, _cases(), per_spawn=20)
 outcome = SUITE.outcome()
 
 
-@SUITE.cases("values", "clip")
+@SUITE.cases("values", "clip", "by_role")
 def test_values_of_a_pipeline(outcome: Outcome, name: str) -> None:
     """A stage would step with another stage's blocks, or sum blocks over the pipeline."""
     passes(outcome, name)

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +20,7 @@ from tests.helpers.deepspeed.engine_cases import LR, Case, build, config_of, gro
 from tests.helpers.deepspeed.engines import DTYPES, feed_step, masters, model_weights, open_engine, prepare_deepspeed
 from tests.helpers.distributed import Outcome, RankContext, passes
 from tests.helpers.models import GradientPlan
+from tests.helpers.muon_oracle import tolerance_for
 from tests.helpers.oracle import assert_same_update
 from tests.helpers.suites import Suite
 
@@ -42,6 +44,8 @@ def run_case(context: RankContext, what: tuple[str, Case]) -> None:
         "portable": check_portable,
         "universal": check_universal,
         "from_adamw": check_from_adamw,
+        "from_mini": check_from_mini,
+        "from_universal": check_from_universal,
         "to_adamw": check_to_adamw,
     }
     checks[kind](context, case)
@@ -82,8 +86,6 @@ def check_resume(context: RankContext, case: Case) -> None:
 
 def check_portable(context: RankContext, case: Case) -> None:
     """The portable form into another ZeRO stage: element-wise state goes on bit for bit, whatever the cut."""
-    from ds_blockwise.hosts.deepspeed.checkpoint.inspect import convert_checkpoint
-
     folder = context.tmp_path / f"portable-{case.optimizer}"
     config = config_of(case)
     with open_engine(config, lambda: build(case, config)) as run:
@@ -91,15 +93,33 @@ def check_portable(context: RankContext, case: Case) -> None:
         run.engine.save_checkpoint(str(folder / "saved"), tag="saved")
         train(run, context, case, range(SAVED, LAST))
         wanted = masters(run)
-    if context.rank == 0:
-        convert_checkpoint(folder / "saved", folder / "portable")
-    context.barrier()
+    portable = portable_of(context, folder / "saved")
     other = replace(case, stage=3 if case.stage < 3 else 1)
     config = config_of(other)
     with open_engine(config, lambda: build(other, config)) as run:
-        run.engine.load_checkpoint(str(folder / "portable"))
+        run.engine.load_checkpoint(str(portable))
         train(run, context, other, range(SAVED, LAST))
         assert_same(masters(run), wanted, "masters")
+
+
+def portable_of(context: RankContext, folder: Path) -> Path:
+    """The portable form of a checkpoint, beside it."""
+    from ds_blockwise.hosts.deepspeed.checkpoint.inspect import convert_checkpoint
+
+    portable = folder.with_name(f"{folder.name}-portable")
+    if context.rank == 0:
+        convert_checkpoint(folder, portable)
+    context.barrier()
+    return portable
+
+
+def to_universal_beside(context: RankContext, folder: Path) -> Path:
+    """The universal form of the checkpoint ``saved`` in a folder, which is then the folder's newest."""
+    if context.rank == 0:
+        to_universal(folder / "saved", folder / "universal")
+        (folder / "latest_universal").write_text("universal", encoding="utf-8")
+    context.barrier()
+    return folder
 
 
 def check_universal(context: RankContext, case: Case) -> None:
@@ -115,6 +135,8 @@ def check_universal(context: RankContext, case: Case) -> None:
     if context.rank == 0:
         to_universal(folder / "saved", folder / "universal")
     context.barrier()
+    if case.optimizer == "muon" and case.stage == 2:
+        check_muons_is_refused(case, folder)
     config["checkpoint"] = {"load_universal": True}
     with open_engine(config, lambda: build(case, config), groups=groups_of(case)) as run:
         _, client_state = run.engine.load_checkpoint(str(folder), tag="universal")
@@ -122,6 +144,16 @@ def check_universal(context: RankContext, case: Case) -> None:
         assert group_settings(run) == settings
         train(run, context, case, range(SAVED, LAST))
         assert_same(masters(run), wanted, "masters")
+
+
+def check_muons_is_refused(case: Case, folder: Path) -> None:
+    """Adam would divide by the second moments of orthogonal rows."""
+    other = config_of(replace(case, optimizer="mini")) | {"checkpoint": {"load_universal": True}}
+    with open_engine(other, lambda: build(case, other), groups=groups_of(case)) as run:
+        before = masters(run)
+        with pytest.raises(ValueError, match="written by BlockwiseMuon, which keeps a second moment of updates"):
+            run.engine.load_checkpoint(str(folder), tag="universal")
+        assert_same(masters(run), before, "masters")
 
 
 def group_settings(run: SimpleNamespace) -> list[dict[str, Any]]:
@@ -157,24 +189,45 @@ def check_from_adamw(context: RankContext, case: Case) -> None:
     switch(context, (adamw_config(case), uniform), (config_of(case), case))
 
 
+def check_from_mini(context: RankContext, case: Case) -> None:
+    """A Blockwise Adam-mini run goes on with another of ours at another stage, through the portable form."""
+    mini = replace(case, optimizer="mini", stage=2, params={"lr_multipliers": ONES})
+    switch(context, (config_of(mini), mini), (config_of(case), case), through=portable_of)
+
+
+def check_from_universal(context: RankContext, case: Case) -> None:
+    """The same at one stage, through DeepSpeed's universal form."""
+    mini = replace(case, optimizer="mini", params={"lr_multipliers": ONES})
+    universal = config_of(case) | {"checkpoint": {"load_universal": True}}
+    switch(context, (config_of(mini), mini), (universal, case), through=to_universal_beside)
+
+
 def check_to_adamw(context: RankContext, case: Case) -> None:
     uniform = replace(case, optimizer="adamw", params=case.params | {"lr_multipliers": ONES})
     switch(context, (config_of(case), case), (adamw_config(case), uniform))
 
 
-def switch(context: RankContext, first: tuple[dict[str, Any], Case], second: tuple[dict[str, Any], Case]) -> None:
-    folder = str(context.tmp_path / "switch")
-    plan = GradientPlan(context.world_size, 1, DTYPES[first[1].dtype])
+def switch(
+    context: RankContext,
+    first: tuple[dict[str, Any], Case],
+    second: tuple[dict[str, Any], Case],
+    *,
+    through: Callable[[RankContext, Path], Path] = lambda context, folder: folder,
+) -> None:
     (config, case), (next_config, next_case) = first, second
+    name = f"switch-{case.optimizer}{case.stage}-{next_case.optimizer}{next_case.stage}"
+    folder = context.tmp_path / name  # others save without manifests, which then must not be there
+    plan = GradientPlan(context.world_size, 1, DTYPES[case.dtype])
     with open_engine(config, lambda: build(case, config)) as run:
         start = masters(run)
         oracle = oracle_of(case, start, hyper_of(case, list(start)))
         for step in range(SAVED):
             feed_step(run, plan, step, context.rank)
             oracle.step({n: plan.mean(n, tuple(p.shape), step) for n, p in start.items()})
-        run.engine.save_checkpoint(folder, tag="saved")
+        run.engine.save_checkpoint(str(folder), tag="saved")
+    folder = through(context, folder)
     with open_engine(next_config, lambda: build(next_case, next_config)) as run:
-        run.engine.load_checkpoint(folder)
+        run.engine.load_checkpoint(str(folder))
         now = masters(run)
         follower = oracle_of(next_case, oracle.weights(), hyper_of(next_case, list(now)))
         follower.take_over(oracle.state)
@@ -183,7 +236,10 @@ def switch(context: RankContext, first: tuple[dict[str, Any], Case], second: tup
             before, now, was = now, masters(run), follower.weights()
             follower.step({n: plan.mean(n, tuple(p.shape), step) for n, p in start.items()})
             # the weights have moved by several lr: each update rounds twice at their new size
-            assert_same_update((before, now), (was, follower.weights()), LR, weight_roundings=4, what=f"step {step}")
+            assert_same_update(
+                (before, now), (was, follower.weights()), LR,
+                tolerance=tolerance_for(next_case.optimizer), weight_roundings=4, what=f"step {step}",
+            )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------ cases
@@ -223,12 +279,22 @@ def _cases() -> Iterator[tuple[str, tuple[int, tuple[str, Case]]]]:
     for optimizer, stage in product(("mini", "adamw"), (1, 2, 3)):
         case = Case(optimizer, stage, "bf16" if stage > 1 else "fp32", groups="mixed", **SCHEDULE)
         yield f"universal-{optimizer}-z{stage}", (2, ("universal", case))
+    for stage in (2, 3):
+        case = Case("muon", stage, groups="mixed", **SCHEDULE)
+        yield f"universal-muon-z{stage}", (2, ("universal", case))
+        case = Case("muon", stage, decay_multipliers=False)
+        yield f"from_universal-muon-z{stage}-dp2", (2, ("from_universal", case))
     warmup = Case("mini", 3, scheduler="WarmupLR", scheduler_params=WARMUP, groups="mixed")
     yield "universal_deepspeed_schedule-z3", (2, ("universal", warmup))
     for kind, (optimizer, stage) in product(("from_adamw", "to_adamw"), product(("mini", "adamw"), (0, 1, 2, 3))):
         # the same decay everywhere, because AdamW has one
         case = Case(optimizer, stage, "fp32", decay_multipliers=False)
         yield f"{kind}-{optimizer}-z{stage}", (2, (kind, case))
+    for dp, stage in ((2, 0), (1, 1), (2, 2), (2, 3)):
+        case = Case("muon", stage, decay_multipliers=False)
+        yield f"from_adamw-muon-z{stage}-dp{dp}", (dp, ("from_adamw", case))
+    for dp, stage in ((1, 1), (2, 3)):
+        yield f"from_mini-muon-z{stage}-dp{dp}", (dp, ("from_mini", Case("muon", stage, decay_multipliers=False)))
 
 
 BY_ROLE = {
@@ -253,9 +319,10 @@ def test_universal_checkpoint_at_the_same_topology(outcome: Outcome, name: str) 
     passes(outcome, name)
 
 
-@SUITE.cases("from_adamw")
-def test_deepspeeds_adamw_goes_on_with_ours(outcome: Outcome, name: str) -> None:
-    """Moments would be dropped, or second moments averaged over a rank's part of a block only."""
+@SUITE.cases("from_adamw", "from_mini", "from_universal")
+def test_a_run_goes_on_with_another_optimizer(outcome: Outcome, name: str) -> None:
+    """Moments would be dropped, or second moments averaged over a rank's part of a block only; or Muon's rows would
+    begin with those of gradients."""
     passes(outcome, name)
 
 

@@ -24,7 +24,7 @@ from tests.helpers.megatron.gpt_shards import LAYERS, SHAPES, cut, cut_all, full
 from tests.helpers.models import GradientPlan
 from tests.helpers.muon_oracle import oracle_for, tolerance_for
 from tests.helpers.optimizers import FULL_NAME
-from tests.helpers.oracle import Hyper, assert_same_update, clipped
+from tests.helpers.oracle import ROLE_SETTINGS, Hyper, assert_same_update, clipped, told
 from tests.helpers.suites import Suite, notices_a_wrong_multiplier
 from tests.helpers.tables.oracle_names import ROLE, Classes, megatron_classes, regroup
 
@@ -33,7 +33,6 @@ _HOSTS_MISSING = find_spec("deepspeed") is None or find_spec("megatron") is None
 pytestmark = pytest.mark.skipif(_HOSTS_MISSING, reason="needs deepspeed and megatron")
 
 DECAY_MULTIPLIERS = {"norm": 0.0, "value": 0.5}
-BETAS_BY_TYPE = {"norm": [0.8, 0.99], "ffn": [None, 0.9], "key": [0.5, None]}
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,6 @@ class Case:
     value_tensor: bool = False
     poison: tuple[int, ...] = ()  # steps at which tensor-parallel rank 1 feeds a NaN
     end_to_end: bool = False
-    by_role: bool = False  # betas and cautious weight decay
     backend: str = "auto"
     params: dict[str, Any] = field(default_factory=dict)
     oracle: dict[str, Any] = field(default_factory=dict)  # what only Muon's oracle is told
@@ -64,7 +62,6 @@ def _config(case: Case) -> dict[str, Any]:
     granularity = {"value": "tensor", "norm": "tensor"} if case.value_tensor else {}
     params = {"weight_decay_multipliers": DECAY_MULTIPLIERS, "granularity": granularity, "backend": case.backend}
     params |= case.params
-    params |= {"betas_by_type": BETAS_BY_TYPE, "cautious_weight_decay": True} if case.by_role else {}
     # end to end an element far below eps keeps the noise of two runs below eps
     eps = {"eps": 1e-3} if case.end_to_end else {}
     clip = {"gradient_clipping": case.clip} if case.clip else {}
@@ -117,7 +114,7 @@ def check_fed(context: RankContext, case: Case) -> None:
     from megatron_patch import mpu_adapter
 
     shapes = full_shapes(case.shape, tied=case.tied)
-    exact = case.optimizer in ("adamw", "muon") and not (case.clip or case.by_role)
+    exact = case.optimizer in ("adamw", "muon") and not (case.clip or case.params)
     reference = _reference(case) if exact else None
     with parallel(case.tp):
         tp_rank = parallel_state.get_tensor_model_parallel_rank()
@@ -136,11 +133,9 @@ def check_fed(context: RankContext, case: Case) -> None:
                 start,
                 _classes(case),
                 _hyper_of(case, list(shapes)),
-                lr_multipliers=case.oracle_multipliers,
                 weight_decay_multipliers=DECAY_MULTIPLIERS,
+                **told(case.params, case.oracle_multipliers),
                 **case.oracle,
-                betas_by_type=BETAS_BY_TYPE if case.by_role else {},
-                cautious=case.by_role,
             )
             pair = Compared(run, oracle, lambda whole: cut_all(whole, tp_rank, case.tp))
             pair.check_start()
@@ -253,8 +248,8 @@ def _cases() -> dict[str, tuple[int, Case]]:
     accumulate = {"data_types": {"grad_accum_dtype": "fp32"}}
     add("bf16_optimizer", 2, Case("mini", 1, "bf16", config=accumulate))
     add("value_tensor", 2, Case("mini", 1, value_tensor=True))
-    add("by_role", 1, Case("mini", 2, by_role=True))
-    add("by_role", 2, Case("adamw", 3, by_role=True))
+    add("by_role", 1, Case("mini", 2, params=ROLE_SETTINGS))
+    add("by_role", 2, Case("adamw", 3, params=ROLE_SETTINGS))
     add("value_tensor", 1, Case("mini", 0, shape="mqa", value_tensor=True))
     add("tied", 2, Case("mini", 1, tied=True))
     for shape, stage in (("gqa3", 1), ("gqa3", 3), ("mqa3", 0), ("mqa3", 2)):

@@ -21,7 +21,7 @@ from tests.helpers.deepspeed.engine_cases import LR, MODELS
 from tests.helpers.deepspeed.engines import DTYPES, masters, open_engine, prepare_deepspeed, true_shape
 from tests.helpers.distributed import Outcome, RankContext, passes
 from tests.helpers.models import Feed, GradientPlan
-from tests.helpers.oracle import Oracle, assert_same_update
+from tests.helpers.oracle import ROLE_SETTINGS, Oracle, assert_same_update, told
 from tests.helpers.suites import Suite, notices_a_wrong_multiplier
 
 _MISSING = [name for name in ("deepspeed", "transformers") if find_spec(name) is None]
@@ -40,13 +40,14 @@ class Case:
     what: str = "fed"
     expected: str = ""
     config: dict[str, Any] = field(default_factory=dict)
+    params: dict[str, Any] = field(default_factory=dict)
     oracle_multipliers: dict[str, float] = field(default_factory=dict)
 
 
 def _config(case: Case) -> dict[str, Any]:
     # end to end an element far below eps keeps the noise of two runs below eps
     eps = {"eps": 1e-3} if case.what == "end_to_end" and case.optimizer == "adamw" else {}
-    return case_config(case, params={"backend": "cpp"} | eps)
+    return case_config(case, params={"backend": "cpp"} | eps | case.params)
 
 
 @contextmanager
@@ -83,9 +84,8 @@ def check_fed(context: RankContext, case: Case) -> None:
         open_engine(_config(case), lambda: models.set_small_weights(make()), mpu=mpu, feed=False) as run,
     ):
         run.feed = Feed(run.model)
-        oracle = Oracle(
-            masters(run), classes, case.optimizer == "mini", hyper(), lr_multipliers=case.oracle_multipliers
-        )
+        settings = told(case.params, case.oracle_multipliers)
+        oracle = Oracle(masters(run), classes, case.optimizer == "mini", hyper(), **settings)
         pair = Compared(run, oracle)
         for step in range(case.steps):
             pair.set_lr(step)
@@ -210,6 +210,7 @@ def _cases() -> dict[str, tuple[int, Case]]:
 
     for optimizer, stage, dp in product(("adamw", "mini"), (0, 1, 2, 3), (1, 2)):
         add("fed", dp, Case(optimizer, stage, "bf16" if (stage + dp) % 2 else "fp32"))
+    add("by_role", 2, Case("mini", 2, params=ROLE_SETTINGS))
     for optimizer, stage in (("mini", 1), ("adamw", 2), ("mini", 3)):
         add("end_to_end", 1, Case(optimizer, stage, what="end_to_end"))
     add("resume", 1, Case("mini", 2, what="resumes"))
@@ -226,7 +227,7 @@ SUITE = Suite(run_case, _cases())
 outcome = SUITE.outcome()
 
 
-@SUITE.cases("fed")
+@SUITE.cases("fed", "by_role")
 def test_sequence_parallel_values(outcome: Outcome, name: str) -> None:
     """Blocks would be summed over the ranks of one sequence as if each held other columns, or over too few ranks."""
     passes(outcome, name)

@@ -28,7 +28,7 @@ from tests.helpers.megatron.parallel import (
 from tests.helpers.megatron.stack import EMBEDDING, LR, assert_equal_copies, stack_shims
 from tests.helpers.models import GradientPlan, small_weight
 from tests.helpers.muon_oracle import oracle_for, tolerance_for
-from tests.helpers.oracle import Hyper, Oracle, assert_same_update
+from tests.helpers.oracle import ROLE_SETTINGS, Hyper, Oracle, assert_same_update, told
 
 pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="needs megatron")
 
@@ -109,20 +109,25 @@ def check_end_to_end(run: ParallelRun, history: list[dict[str, torch.Tensor]]) -
 
 
 def check_values(context: RankContext, case: Case, run: ParallelRun) -> None:
+    from ds_blockwise.kernels import param_groups
+
     topology = case.topology
     plan = GradientPlan(run.dp_size, 1, torch.float32)
     start = {name: run.start(name) for name in run.shapes}
     hyper = Hyper(LR, BETAS, EPS, WEIGHT_DECAY)  # of all groups: nothing here multiplies by their wd_mult
     classes = classes_of(run.shapes, topology.groups)
-    oracle = oracle_for(topology.optimizer, start, classes, hyper, lr_multipliers=case.oracle_multipliers)
+    settings = told(topology.settings, case.oracle_multipliers)
+    oracle = oracle_for(topology.optimizer, start, classes, hyper, **settings)
     oracle.overrides = case.overrides
     now = run.masters()
     for name, value in now.items():
         assert torch.equal(value, run.cut(name, run.start(name))), f"start of {name}"
     for step in range(case.steps):
         hyper.lr = LR * LR_FACTORS[step % len(LR_FACTORS)]
+        oracle.progress = (step + 1) / 8 if oracle.end_multipliers else 0.0
         for group in (group for wrapper in run.wrappers for group in wrapper.param_groups):
             group["lr"] = hyper.lr
+            param_groups.set_progress(group, oracle.progress)
         run.feed(plan, step)
         done, *_ = run.optimizer.step()
         assert done
@@ -189,6 +194,8 @@ def _cases() -> dict[str, tuple[int, Case]]:
     add("experts", 4, Topology("muon", "distributed", ep=2, experts=True))
     add("experts", 1, Topology("muon", "plain", tp=2, ep=2, experts=True))
     add("experts", 2, Topology("muon", "distributed", tp=2, ep=2, etp=2, experts=True))
+    for optimizer, wrapper in (("mini", "distributed"), ("adamw", "plain")):
+        add("by_role", 4, Topology(optimizer, wrapper, ep=2, experts=True, settings=ROLE_SETTINGS))
     add("one_group", 1, Topology("muon", tp=4, groups=1))
     for wrapper, dtype, optimizer, dp in (
         ("plain", "fp32", "mini", 1),
@@ -219,7 +226,7 @@ def _cases() -> dict[str, tuple[int, Case]]:
 CASES = _cases()
 
 
-@pytest.mark.parametrize("name", of_kinds(CASES, "experts"))
+@pytest.mark.parametrize("name", of_kinds(CASES, "experts", "by_role"))
 def test_experts(outcome: Outcome, name: str) -> None:
     """Blocks of experts would be summed over ranks that hold other experts, or cut as if all held all."""
     passes(outcome, name)

@@ -30,7 +30,7 @@ from tests.helpers.megatron.stack import (
 )
 from tests.helpers.models import GradientPlan
 from tests.helpers.muon_oracle import oracle_for, tolerance_for
-from tests.helpers.oracle import Hyper, assert_same_update, clipped
+from tests.helpers.oracle import Hyper, assert_same_update, clipped, told
 from tests.helpers.tables.oracle_names import megatron_classes
 
 pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="needs megatron")
@@ -46,6 +46,7 @@ class Case:
     steps: int = STEPS
     poison: tuple[int, ...] = ()  # steps at which one rank finds a NaN
     oracle_multipliers: dict[str, float] = field(default_factory=dict)
+    oracle: dict[str, Any] = field(default_factory=dict)  # what only Muon's oracle is told
 
 
 def run_case(context: RankContext, case: Case) -> None:
@@ -64,9 +65,8 @@ def check_values(context: RankContext, case: Case, run: Run) -> None:
         assert torch.equal(value, run.cut(name, run.start(name))), f"start of {name}"
     hyper = {name: Hyper(LR, BETAS, EPS, 0.0 if "layernorm" in name else WEIGHT_DECAY) for name in start}
     classes = megatron_classes(layers=LAYERS, **SHAPES[stack.shape])
-    oracle = oracle_for(stack.optimizer, start, classes, hyper, lr_multipliers=case.oracle_multipliers)
-    oracle.betas_by_type = stack.settings.get("betas_by_type", {})
-    oracle.cautious = stack.settings.get("cautious_weight_decay", False)
+    settings = told(stack.settings, case.oracle_multipliers) | case.oracle
+    oracle = oracle_for(stack.optimizer, start, classes, hyper, **settings)
     applied = 0
     for step in range(case.steps):
         poisoned = step in case.poison
@@ -143,6 +143,10 @@ def _cases() -> dict[str, tuple[int, Case]]:
     for shape, dp in (("gqa", 2), ("mqa", 1)):
         add("values", dp, Stack("muon", "distributed", shape=shape, tp=2))
     add("values", 2, Stack("muon", "distributed", pp=2, tied=True))
+    own = {"orthogonalize": {"qk": "head"}, "momentum": 0.8, "normuon": False, "scale": "mup"}
+    said = {"how": dict.fromkeys(("query", "key"), "head"), "head_rows": SHAPES["gqa"]["head_dim"]}
+    said |= {"momentum_beta": 0.8, "row_beta": None, "scale": "mup"}
+    add("own", 2, Stack("muon", tp=2, settings=own), oracle=said)
     mini = Stack()
     for dtype in ("fp32", "bf16"):
         add("values", 2, Stack("mini", "layerwise", dtype))
@@ -173,7 +177,7 @@ def _cases() -> dict[str, tuple[int, Case]]:
 CASES = _cases()
 
 
-@pytest.mark.parametrize("name", of_kinds(CASES, "values", "mqa", "buckets", "mixed", "tied", "by_role"))
+@pytest.mark.parametrize("name", of_kinds(CASES, "values", "mqa", "buckets", "mixed", "tied", "by_role", "own"))
 def test_values(outcome: Outcome, name: str) -> None:
     """A shard would get the second moment of its own part of a block, or another block's multiplier."""
     passes(outcome, name)

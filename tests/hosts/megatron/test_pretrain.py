@@ -92,6 +92,19 @@ def run_scripts(context: RankContext) -> None:
         assert type(inner).__name__ == "BlockwiseAdamW"
         assert inner.block_settings.lr_multipliers == {"emb": 2.0}
         assert [(r.match, r.lr_multiplier) for r in inner.block_settings.rules] == [("linear_fc1", 3.0)]
+        pretrain.main(
+            [
+                str(script),
+                "--blockwise-optimizer",
+                "BlockwiseMuon",
+                "--blockwise-own",
+                '{"momentum": 0.8, "scale": "mup"}',
+            ]
+        )
+        muon = built.pop()[1].optimizer
+        assert (type(muon).__name__, muon.momentum, muon.scale, muon.nesterov) == ("BlockwiseMuon", 0.8, "mup", True)
+        with pytest.raises(ValueError, match=r"--blockwise-own must be a JSON object .*got \['momentum'\]"):
+            pretrain.main([str(script), "--blockwise-optimizer", "BlockwiseMuon", "--blockwise-own", '["momentum"]'])
         with pytest.raises(ValueError, match="--optimizer adam"):
             pretrain.main([str(script), *ours, "--optimizer", "muon"])
         pretrain.main([str(script), "--optimizer", "muon"])
@@ -125,8 +138,9 @@ def test_arguments_become_settings(tmp_path: Path) -> None:
 
 def test_settings_without_the_optimizer_are_an_error() -> None:
     """Someone who sets multipliers would train with plain Adam."""
-    with pytest.raises(ValueError, match="--blockwise-optimizer"):
-        _parsed("--blockwise-lr-multipliers", '{"emb": 2}')
+    for name in ("lr-multipliers", "own"):
+        with pytest.raises(ValueError, match=f"--blockwise-{name} was given without --blockwise-optimizer"):
+            _parsed(f"--blockwise-{name}", '{"emb": 2}')
 
 
 @pytest.mark.parametrize("text", ["{emb: 2}", "no/such/file.json", "3"])

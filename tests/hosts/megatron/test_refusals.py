@@ -139,6 +139,8 @@ SPOILS: dict[str, Spoil] = {
     "other_shards": _other_shards,
     "kind": _argument("kind", "BlockwiseAdamMinni"),
     "multiplier": _argument("lr_multipliers", {"emd": 3}),
+    "foreign_setting": _argument("momentum", 0.9),
+    "own_rate": _argument("lr", 1e-3),
     "unused_rule": _argument("rules", [{"match": "no such layer", "role": "ffn"}]),
     "disagree": _argument("lr_multipliers", {"ffn": 5}),
 }
@@ -159,6 +161,8 @@ CASES: dict[str, tuple[int, Case]] = {
     "other_shards": (2, Case("other_shards", "ValueError", ("where its buffers say", "0.16.1"))),
     "kind": (2, Case("kind", "ValueError", ("BlockwiseAdamMinni", "did you mean 'BlockwiseAdamMini'"))),
     "multiplier": (2, Case("multiplier", "ValueError", ("emd", "emb"))),
+    "foreign_setting": (2, Case("foreign_setting", "ValueError", ("BlockwiseAdamMini got an unknown key 'momentum'",))),
+    "own_rate": (2, Case("own_rate", "ValueError", ("convert_ does not take lr", "OptimizerConfig"))),
     "unused_rule": (2, Case("unused_rule", "ValueError", ("no such layer", "any pipeline stage"), True)),
     "other_copy": (
         2,

@@ -107,5 +107,8 @@ def test_our_own_key_of_checkpoints_is_known() -> None:
     assert mistakes({"checkpoint": {"trust": True}}) == []
     (found,) = mistakes({"checkpoint": {"trust": "yes"}})
     assert "checkpoint.trust" in str(found)
+    assert mistakes({"checkpoint": {"verify": "own"}}) == []
+    (found,) = mistakes({"checkpoint": {"verify": "none"}})
+    assert "checkpoint.verify" in str(found) and "one of all, own, size" in str(found)
     (found,) = mistakes({"checkpoint": {"trusted": True}})
     assert "trust" in str(found)

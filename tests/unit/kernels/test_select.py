@@ -10,7 +10,7 @@ from ds_blockwise.kernels.base import ReferenceKernels
 from ds_blockwise.kernels.select import kernels_for
 from ds_blockwise.kernels.self_check import disagreement
 from ds_blockwise.optimizers.registry import OPTIMIZERS
-from tests.helpers.kernel_user import as_user
+from tests.helpers.kernel_user import as_two_ranks, as_user
 from tests.helpers.optimizers import SHORT_NAMES
 from tests.unit.optimizers.test_base import feed, tiny
 
@@ -32,6 +32,18 @@ def test_without_a_compiler_the_reference_steps_and_says_so_once(tmp_path):
     assert "stepped by reference" in done.stdout
     assert done.stderr.count("reference backend, which is several times slower") == 1
     assert "no C++ compiler 'no-such-compiler'" in done.stderr
+
+
+def test_a_rank_that_alone_cannot_compile_is_named_on_every_rank(tmp_path):
+    """Rank 1's machine has no compiler. Its log was silent, and copies of a weight would have drifted apart."""
+    pytest.importorskip("deepspeed", reason="needs DeepSpeed")
+    ranks = as_two_ranks(tmp_path, {}, {"CXX": "no-such-compiler", "TORCH_EXTENSIONS_DIR": str(tmp_path)})
+    for status, said in ranks:
+        last = said.strip().splitlines()[-1]
+        assert status == 1 and "ranks would step their cpu tensors with different kernels: cpp and reference" in last
+        assert "rank 1 cannot: " in last and "no C++ compiler 'no-such-compiler'" in last
+    warning = "cpu tensors of rank 1 on "
+    assert [said.count(warning) for _, said in ranks] == [0, 1], "the rank itself says it too"
 
 
 def test_asking_for_cpp_without_a_compiler_is_an_error(tmp_path):

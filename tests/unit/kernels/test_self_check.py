@@ -6,7 +6,8 @@ import torch
 
 from ds_blockwise.kernels.base import ReferenceKernels
 from ds_blockwise.kernels.select import kernels_for
-from ds_blockwise.kernels.self_check import disagreement
+from ds_blockwise.kernels.self_check import FORMS, disagreement, stepped
+from ds_blockwise.kernels.triton.tables import Kind, SumKind
 
 CPU = torch.device("cpu")
 
@@ -51,6 +52,32 @@ def test_one_wrong_value_is_found(key, at):
 def test_both_optimizers_are_checked(shared, form):
     """Kernels may be right for one form of the second moment and wrong for the other."""
     assert disagreement(Altered(scaled("exp_avg_sq", 0), shared), CPU).endswith(f" of {form}")
+
+
+def test_bf16_is_checked():
+    """Rounded gradients, moments and copies take other code."""
+
+    def spoil(item):
+        if item.param_copy is not None:
+            item.param_copy.view(-1)[-1] += 0.01
+
+    assert disagreement(Altered(spoil), CPU).endswith(" in copies of Adam-mini in bf16")
+
+
+def test_every_kind_of_job_is_checked(monkeypatch):
+    """Each is code of its own: one that the check never launches would be tried on somebody's weights."""
+    backend = pytest.importorskip("ds_blockwise.kernels.triton.backend", reason="Triton is not installed")
+    launched = set()
+
+    def note(kernel, programs, *args, **meta):
+        launched.add((kernel.__name__, meta.get("KIND"), meta.get("TO_SUMS")))
+
+    monkeypatch.setattr(backend, "_run", note)
+    for shared, dtype in FORMS:
+        stepped(backend.TritonKernels(), shared, dtype, CPU)
+    assert {kind for name, kind, _ in launched if name == "update_kernel"} == set(Kind)
+    assert {kind for name, kind, _ in launched if name == "sum_kernel"} >= {SumKind.PIECE, SumKind.COLUMNS}
+    assert {to_sums for name, _, to_sums in launched if name == "finish_kernel"} == {True, False}
 
 
 def test_a_nan_is_a_difference():

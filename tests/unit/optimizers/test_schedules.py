@@ -245,6 +245,27 @@ def test_a_state_that_is_no_position_changes_nothing(state, words):
     assert (schedule.state_dict(), schedule.get_lr()) == before
 
 
+@pytest.mark.parametrize(
+    ("multipliers", "min_lr", "named"),
+    [
+        ({}, 2e-4, "norm"),
+        ({}, 1e-4, None),
+        ({"norm": 0.5}, 2e-4, None),
+        ({"preset": "paper"}, 9e-4, None),
+        ({"ffn": {"start": 0.05, "end": 1.0}}, 1e-4, "ffn"),
+        ("auto", 9e-4, None),
+    ],
+)
+def test_a_floor_above_a_block_types_peak_is_said_once(multipliers, min_lr, named, caplog):
+    """A floor of a fifth of the peak, usual elsewhere, lets the rate of norms rise while all others fall."""
+    optimizer = BlockwiseAdamW([torch.nn.Parameter(torch.zeros(2))], lr=PEAK, lr_multipliers=multipliers)
+    BlockwiseCosineLR(optimizer, TOTAL, WARMUP, min_lr=min_lr)
+    found = [record.getMessage() for record in caplog.records if "min_lr" in record.getMessage()]
+    assert len(found) == (named is not None), found
+    if named:
+        assert f"'{named}'" in found[0] and f"{min_lr:g}" in found[0], found
+
+
 BEFORE = json.loads((ROOT / "tests/data/schedules/before_shapes.json").read_text())
 
 

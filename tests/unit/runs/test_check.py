@@ -229,6 +229,26 @@ def test_a_broken_run_is_named(tmp_path: Path, name: str, capsys: pytest.Capture
     assert "Traceback" not in printed
 
 
+@pytest.mark.parametrize("schedule", [{"type": "WarmupLR", "params": {}}, None], ids=["DeepSpeed's", "none"])
+def test_a_moving_multiplier_needs_a_schedule_of_ours(
+    tmp_path: Path, schedule: dict[str, object] | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The job's first step would refuse it, after the queue and the start."""
+
+    def folder(name: str) -> Path:
+        (tmp_path / name).mkdir()
+        return tmp_path / name
+
+    run, model, engine = sound()
+    put(engine, "optimizer.params.lr_multipliers", {"norm": {"start": 1.0, "end": 0.25}})
+    assert main(["check", str(project(folder("ours"), run, model, engine))]) == 0
+    capsys.readouterr()
+    put(engine, "scheduler", MISSING if schedule is None else schedule)
+    assert main(["check", str(project(folder("other"), run, model, engine))]) == 1
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("1 problem", "no schedule of ds_blockwise", '"BlockwiseCosineLR"')), printed
+
+
 def test_every_problem_is_listed_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One correction per start of a job on 64 nodes would take a day."""
     run, model, engine = sound()

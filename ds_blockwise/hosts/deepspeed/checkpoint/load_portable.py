@@ -30,6 +30,7 @@ from ds_blockwise.kernels.base import wide_dtype
 from ds_blockwise.kernels.bindings import Binding
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.optimizers.registry import OPTIMIZERS
+from ds_blockwise.optimizers.second_moment import start_matrices_anew
 from ds_blockwise.parallel.agree import first_error, is_first_rank, together
 from ds_blockwise.values import is_finite
 
@@ -77,6 +78,8 @@ def load_portable(
     portable, training_state = _opened(folder)
     problems = together(lambda: _problems(engine, optimizer, portable, strict=load_module_strict, moments=moments))
     _raise_everywhere(problems, ValueError)
+    started_anew = check_kind(optimizer, portable.record) if moments else None
+    optimizer.report_changes(None, started_anew)
     counters = {key: training_state["counters"].get(key, 0) for key in COUNTERS}
     if load_lr_scheduler_states and not load_module_only:
         updates = max(0, counters["global_steps"] - counters["skipped_steps"])
@@ -87,6 +90,8 @@ def load_portable(
     try:
         for binding in optimizer.bindings():
             _fill(optimizer, binding, portable, moments)
+            if started_anew is not None:
+                start_matrices_anew(optimizer.state, [binding])
         _fill_fixed(engine, portable)
     except Exception as error:  # whatever one rank meets while reading, all must hear of it before the next collective
         damage = (

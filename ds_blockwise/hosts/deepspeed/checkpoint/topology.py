@@ -22,8 +22,17 @@ from ds_blockwise.checkpoint.manifest import (
     listed_files,
     of_one_version,
     once_more,
+    verify,
 )
-from ds_blockwise.hosts.deepspeed.engine import Engine, is_wrapped, offload_device, tensor_parallel_mpu
+from ds_blockwise.hosts.deepspeed.checkpoint.tag_folder import that_run_code
+from ds_blockwise.hosts.deepspeed.engine import (
+    Engine,
+    is_wrapped,
+    offload_device,
+    tensor_parallel_mpu,
+    trusts,
+    verifies,
+)
 from ds_blockwise.parallel.agree import first_error, gather
 
 _Found = tuple[Checkpoint | None, list[str], str | None]  # on one storage: the checkpoint, its files, an error
@@ -106,6 +115,77 @@ def _with_files(folder: Path, tag: str | None, latest: str) -> tuple[Checkpoint 
         return None, []
     with of_one_version(found.folder, found.version):
         return found, listed_files(found.folder)
+
+
+def verify_together(engine: Engine, checkpoint: Checkpoint, names: list[str]) -> None:
+    """Collective over all ranks: compare a checkpoint with its manifest, as far as the JSON says (`verifies`).
+
+    Names and sizes are always compared, each file's by one rank of its storage.
+
+    Args:
+        engine: of this rank.
+        checkpoint: as `find_together` found it.
+        names: its files.
+
+    Raises:
+        CheckpointError: on every rank: files are damaged or absent, or hold Python objects that nobody trusts.
+        ReplacedError: on every rank: a save replaced or removed it.
+    """
+    peers = [rank for rank, node in enumerate(gather(node_of(engine))) if node == node_of(engine)]
+    mine = names[peers.index(engine.global_rank) :: len(peers)]
+    replaced: str | None = None
+    try:
+        problems = _problems(engine, checkpoint, mine)
+    except ReplacedError as error:
+        problems, replaced = [], str(error)
+    except Exception as error:  # all ranks must hear of whatever one of them meets
+        problems = [str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"]
+    raise_replaced(replaced)
+    bad = [problem for found in gather(problems) for problem in found]
+    if bad:
+        listed = "\n  - ".join(dict.fromkeys(bad))
+        raise CheckpointError(
+            f"checkpoint {checkpoint.folder} is damaged; nothing was loaded:\n  - {listed}\nRestore these files from a "
+            f"copy, or load another checkpoint: pass its tag, or write it into {LATEST!r}."
+        )
+
+
+def _problems(engine: Engine, checkpoint: Checkpoint, mine: list[str]) -> list[str]:
+    """What is wrong with this rank's share of the files, and with those whose contents it has to look at."""
+    how = verifies(engine)
+    is_own = how == "own" and checkpoint.kind == "deepspeed" and not engine.load_universal_checkpoint()
+    read_all = how == "all" or (how == "own" and not is_own)
+    problems = verify(checkpoint.folder, mine, contents=read_all, version=checkpoint.version)
+    if is_own and not problems:
+        problems = verify(checkpoint.folder, _read_by(engine, checkpoint), version=checkpoint.version)
+    if checkpoint.manifest is None:
+        problems += _absent(engine, checkpoint)
+    if not problems and not trusts(engine):
+        problems += that_run_code(checkpoint.folder, mine)
+    return problems
+
+
+def _read_by(engine: Engine, checkpoint: Checkpoint) -> list[str]:
+    """Names of the files that this rank will read."""
+    load_dir, tag = str(checkpoint.folder.parent), checkpoint.tag
+    paths = [Path(name) for name in engine._get_all_ckpt_names(load_dir, tag)]
+    if engine.zero_optimization():
+        paths.append(Path(engine._get_zero_ckpt_name(load_dir, tag)))
+    return [path.name for path in paths if path.is_file()]
+
+
+def _absent(engine: Engine, checkpoint: Checkpoint) -> list[str]:
+    """Files that this rank would ask for in vain, where no manifest lists them."""
+    if engine.load_universal_checkpoint():
+        return []  # it has other files, which `universal_misfits` looks for
+    load_dir, tag = str(checkpoint.folder.parent), checkpoint.tag
+    if not engine._get_all_ckpt_names(load_dir, tag):
+        return ["*model_states.pt: missing"]
+    if not engine.zero_optimization():
+        return []
+    path = Path(engine._get_zero_ckpt_name(load_dir, tag))
+    name = path.name
+    return [] if path.is_file() else [f"{name}: missing (or saved with fewer ranks, or another precision)"]
 
 
 def check_not_replaced(engine: Engine, checkpoint: Checkpoint) -> None:

@@ -28,6 +28,7 @@ from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 from pydantic import BaseModel, ValidationError
 
 from ds_blockwise.hosts.deepspeed.config.words import AUTO, BATCH_KEYS, Mistake, correction, keys_allowed, word_for
+from ds_blockwise.hosts.deepspeed.engine import VERIFY
 from ds_blockwise.values import is_finite
 
 MODELS: Mapping[str, type[BaseModel]] = {
@@ -122,7 +123,7 @@ def known_keys() -> Mapping[str, Mapping[str, object]]:
     found["pipeline"] = dict.fromkeys(built.pipeline)
     for section in _CHECKED_BEFORE:
         found[section]["params"] = None
-    found["checkpoint"]["trust"] = False  # our own: `engine.trusts`
+    found["checkpoint"] |= {"trust": False, "verify": VERIFY[0]}  # our own: `engine.trusts`, `engine.verifies`
     top = {key: default for key, default in found[""].items() if key not in _REMOVED}
     return {**found, "": {**top, **dict.fromkeys(_ELSEWHERE)}}
 
@@ -188,6 +189,8 @@ def _unlike(path: str, value: object, default: object) -> str | None:
     """What is allowed, where a value is not of the kind of the default; None if it is."""
     if path in _DTYPES and value is not None:
         return None if value in _dtype_names() else f"one of {', '.join(_dtype_names())}"
+    if path == "checkpoint.verify":
+        return None if value in VERIFY else f"one of {', '.join(VERIFY)}"
     kind = _KINDS.get(path, type(default))
     if value is None and default is None:
         return None

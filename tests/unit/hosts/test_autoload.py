@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Running something after another package's first import, and our registration with DeepSpeed, which uses it."""
+"""Our registration with DeepSpeed after its import, whoever imports it, with and without a line of ours."""
 
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from ds_blockwise.hosts.deepspeed.import_hook import after_import
+from ds_blockwise_autoload import SWITCH, activate, after_import
 
 
 @pytest.fixture
@@ -99,3 +101,69 @@ def test_any_order_of_imports_registers(first: str) -> None:
     code = f"import {first}, ds_blockwise, deepspeed, torch; print(torch.optim.BlockwiseAdamW.__name__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
     assert done.stdout.strip().endswith("BlockwiseAdamW"), done.stderr
+
+
+def test_a_package_that_is_being_imported_is_waited_for(package: str, tmp_path: Path) -> None:
+    """`import deepspeed` imports torch in its first lines, and torch calls us: half of DeepSpeed is there."""
+    seen: list[bool] = []
+    (tmp_path / package / "part.py").write_text("import sys\nsys.called_by_part()\n")
+    sys.called_by_part = lambda: after_import(package, lambda: seen.append(sys.modules[package].complete))  # type: ignore[attr-defined]
+    try:
+        module = importlib.import_module(package)
+    finally:
+        del sys.called_by_part  # type: ignore[attr-defined]
+    assert seen == [True]
+    assert type(module.__spec__).__name__ == "ModuleSpec" and not module.__spec__._initializing
+
+
+def test_an_import_that_fails_is_not_an_import(package: str, tmp_path: Path) -> None:
+    """Its own error must come out, and ours must not follow a broken DeepSpeed."""
+    (tmp_path / package / "part.py").write_text("import sys\nsys.called_by_part()\nraise OSError('broken')\n")
+    sys.called_by_part = lambda: after_import(package, lambda: pytest.fail("called"))  # type: ignore[attr-defined]
+    try:
+        with pytest.raises(OSError, match="broken"):
+            importlib.import_module(package)
+    finally:
+        del sys.called_by_part  # type: ignore[attr-defined]
+
+
+def installed_entry_points() -> list[str]:
+    return [point.value for point in entry_points(group="torch.backends") if point.name == "ds_blockwise"]
+
+
+def run_script(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    assert installed_entry_points() == ["ds_blockwise_autoload:activate"], "not installed: make setup"
+    variables = {**os.environ, "DS_ACCELERATOR": "cpu", **environment}
+    return subprocess.run([sys.executable, "-c", script], env=variables, capture_output=True, text=True, timeout=240)
+
+
+@pytest.mark.parametrize("first", ["torch", "deepspeed"])
+def test_the_switch_registers_without_an_import_line(first: str) -> None:
+    """LLaMA-Factory, axolotl and `accelerate launch` take a DeepSpeed JSON and have no place for a line of Python."""
+    pytest.importorskip("deepspeed", reason="needs DeepSpeed")
+    code = (
+        f"import {first}, deepspeed, sys, torch\n"
+        "print('ds_blockwise' in sys.modules, hasattr(torch.optim, 'BlockwiseMuon'))"
+    )
+    for value, expected in (("1", "True True"), ("0", "False False")):
+        done = run_script(code, **{SWITCH: value})
+        assert done.stdout.splitlines()[-1:] == [expected], done.stderr
+
+
+def test_a_program_without_deepspeed_pays_for_one_small_file() -> None:
+    """Every `import torch` of the environment calls us: counted in modules, switched on or off."""
+    code = (
+        "import importlib, sys, importlib.util, importlib.abc, importlib.machinery, os, collections.abc, types\n"
+        "before = set(sys.modules)\n"
+        "import ds_blockwise_autoload; ds_blockwise_autoload.activate()\n"
+        "print(sorted(set(sys.modules) - before))"
+    )
+    for value in ("1", "0"):
+        done = run_script(code, **{SWITCH: value})
+        assert done.stdout.strip() == "['ds_blockwise_autoload']", done.stderr
+
+
+def test_another_value_of_the_switch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SWITCH, "yes")
+    with pytest.raises(ValueError, match=r"DS_BLOCKWISE_AUTOLOAD is 'yes'. Allowed: 1 \(on\) and 0 \(off\)"):
+        activate()
