@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from ds_blockwise.kernels.bindings import Bindings, Work, by_kernels
-from ds_blockwise.optimizers.second_moment import States, is_per_block, mark_settled, to_blocks, unsettled
+from ds_blockwise.optimizers.second_moment import States, is_per_block, is_unsettled, mark_settled, to_blocks
 from ds_blockwise.parallel.agree import any_rank
 from ds_blockwise.parallel.reduce import reduce_block_sums_
 
@@ -38,7 +38,7 @@ def settle_loaded_second_moments(work: Sequence[Work], bindings: Bindings, state
     A load is noticed here and not only in ``load_state_dict``, because universal checkpoints write per-element values
     straight into ``state``. After `BlockwiseOptimizer.settle` nothing is left to do.
     """
-    found = unsettled(states, [w.binding for w in work])
+    found = [w.binding for w in work if is_unsettled(w.item.state)]  # a look-up by tensor calls Python for its hash
     if not found:
         return
     groups = [b.groups for b in found]

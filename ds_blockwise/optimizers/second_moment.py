@@ -88,11 +88,13 @@ def start_matrices_anew(states: States, bindings: Iterable[Binding]) -> None:
 
 def unsettled(states: States, bindings: Iterable[Binding]) -> list[Binding]:
     """The tensors whose second moment somebody else wrote: a loaded checkpoint, or a host."""
-    return [
-        b
-        for b in bindings
-        if (values := states.get(b.tensor, _NO_STATE).get("exp_avg_sq")) is not None and not hasattr(values, _MARK)
-    ]
+    return [b for b in bindings if is_unsettled(states.get(b.tensor, _NO_STATE))]
+
+
+def is_unsettled(state: StepState) -> bool:
+    """Whether somebody else wrote the second moment in the state of a tensor."""
+    values = state.get("exp_avg_sq")
+    return values is not None and not hasattr(values, _MARK)
 
 
 def mark_settled(states: States, bindings: Iterable[Binding]) -> None:

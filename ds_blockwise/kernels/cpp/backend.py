@@ -12,9 +12,9 @@ import weakref
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import chain
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch.autograd.graph import increment_version
@@ -26,6 +26,7 @@ from ds_blockwise.kernels.cpp.build import library
 _DTYPE, _IS_CPU = attrgetter("dtype"), attrgetter("is_cpu")
 _DATA_PTR = torch.Tensor.data_ptr
 _FIELDS = 11
+REMEMBERED = 64  # sets of tensors whose rows are kept: hosts step group by group
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -52,6 +53,7 @@ class CppKernels(Kernels):
         self._free = lib.ds_blockwise_free
         self._step = lib.ds_blockwise_step
         self._sum_split = lib.ds_blockwise_sum_split
+        self._seen: dict[tuple[int, int], tuple[tuple[list[Any], ...], array[int]]] = {}
 
     def plan(self, table: SegmentTable, device: torch.device) -> CppPlan:
         """Cut a table into tasks.
@@ -122,33 +124,31 @@ class CppKernels(Kernels):
         grads = [item.grad for item in items if item.grad is not None]
         first = [item.state["exp_avg"] for item in items]
         second = [item.state["exp_avg_sq"] for item in items]
-        rows = _without_addresses(
-            tuple([item.plan.handle for item in items]),
-            *(tuple(map(_DTYPE, tensors)) for tensors in (params, grads, first)),
-        )[:]
+        rows = self._without_addresses(
+            [item.plan.handle for item in items], *(list(map(_DTYPE, tensors)) for tensors in (params, grads, first))
+        )
         for field, tensors in enumerate((params, grads, first, second), 1):
             rows[field::_FIELDS] = array("q", map(_DATA_PTR, tensors))
-        for row, item in enumerate(items):
-            if item.sums is not None:
-                rows[row * _FIELDS + 5] = item.sums.data_ptr()
-            if item.param_copy is not None:
-                rows[row * _FIELDS + 6] = item.param_copy.data_ptr()
-                rows[row * _FIELDS + 10] = _CODES[item.param_copy.dtype]
+        for row, sums in [(row, item.sums) for row, item in enumerate(items) if item.sums is not None]:
+            rows[row * _FIELDS + 5] = sums.data_ptr()
+        for row, copy in [(row, item.param_copy) for row, item in enumerate(items) if item.param_copy is not None]:
+            rows[row * _FIELDS + 6], rows[row * _FIELDS + 10] = copy.data_ptr(), _CODES[copy.dtype]
         return rows
 
-
-@lru_cache(maxsize=32)
-def _without_addresses(
-    handles: tuple[int, ...],
-    params: tuple[torch.dtype, ...],
-    grads: tuple[torch.dtype, ...],
-    first: tuple[torch.dtype, ...],
-) -> array[int]:
-    """Rows without addresses and 16-bit copies, made once per set of plans and dtypes; fill in a copy of them."""
-    nothing = [0] * len(handles)
-    codes = (map(_CODES.__getitem__, column) for column in (params, grads, first))
-    columns = (handles, *[nothing] * 6, *codes, nothing)
-    return array("q", chain.from_iterable(zip(*columns, strict=True)))
+    def _without_addresses(self, handles: list[int], *dtypes: list[torch.dtype]) -> array[int]:
+        """A copy of the rows without addresses and 16-bit copies; made once per set of plans and dtypes."""
+        key = (handles[0] if handles else 0, len(handles))
+        seen = self._seen.pop(key, None)
+        # compared and not hashed, which would call every element of the columns
+        if seen is None or seen[0] != (handles, *dtypes):
+            nothing = [0] * len(handles)
+            codes = (map(_CODES.__getitem__, column) for column in dtypes)
+            columns = (handles, *[nothing] * 6, *codes, nothing)
+            seen = (handles, *dtypes), array("q", chain.from_iterable(zip(*columns, strict=True)))
+        self._seen[key] = seen  # the last one again
+        if len(self._seen) > REMEMBERED:
+            del self._seen[next(iter(self._seen))]
+        return seen[1][:]
 
 
 def _scalars(h: Hyper, step: int) -> tuple[float, ...]:
