@@ -55,6 +55,7 @@ bench-gpu: setup
 bench-communication: setup
 	$(BIN)/python -m benchmarks.costs.communication --docs
 	$(BIN)/python -m benchmarks.costs.communication_overhead --docs
+	$(BIN)/python -m benchmarks.costs.muon_traffic --docs
 
 bench-end-to-end: setup
 	$(BIN)/python -m benchmarks.costs.end_to_end --docs $(ARGS)

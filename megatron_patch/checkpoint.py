@@ -23,7 +23,7 @@ from ds_blockwise.checkpoint.record_types import RunRecord
 from ds_blockwise.checkpoint.state_dicts import check_kind
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.optimizers.foreign_state import FOR_ADAMW, group_to_load
-from ds_blockwise.optimizers.second_moment import start_matrices_anew_
+from ds_blockwise.optimizers.second_moment import start_matrices_anew
 from ds_blockwise.parallel.agree import first_error
 from megatron_patch.wrappers import MEGATRON_VERSION, Buffer
 
@@ -236,9 +236,8 @@ class BlockwiseDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
         self._settle()
 
     def _settle(self) -> None:
-        for binding in self.optimizer.bindings() if self.matrices_start_anew else ():
-            if (state := self.optimizer.state.get(binding.tensor)) is not None:
-                start_matrices_anew_(state["exp_avg_sq"], binding)
+        if self.matrices_start_anew:
+            start_matrices_anew(self.optimizer.state, self.optimizer.bindings())
         settle(self)
 
     def sharded_param_state_fully_reshardable(

@@ -85,6 +85,13 @@ def _check_step(value: object, where: str) -> None:
 
 
 def check_kind(optimizer: Recorded, record: RunRecord | None) -> str | None:
+    """`check_second_moments` of a state with its record; None if another optimizer wrote it, which then is Adam's."""
+    if record is None:
+        return check_second_moments(optimizer, "another optimizer", "gradients")
+    return check_second_moments(optimizer, record["optimizer"], record.get("second_moment_of", "gradients"))
+
+
+def check_second_moments(optimizer: Recorded, wrote: str, saved: str) -> str | None:
     """Refuse second moments that mean something else than the optimizer's own, and cannot be replaced.
 
     An optimizer without second moments takes the first moments of any other. One whose second moments are of updates
@@ -94,7 +101,8 @@ def check_kind(optimizer: Recorded, record: RunRecord | None) -> str | None:
 
     Args:
         optimizer: one of ours, which is to go on with the state.
-        record: of that state; None if another optimizer wrote it, which then is Adam's.
+        wrote: class name of the optimizer that wrote the state, or other words for it.
+        saved: what its second moments are of (`SecondMomentOf`).
 
     Returns:
         What starts anew, a sentence for the log; None if all goes on as it is.
@@ -103,10 +111,8 @@ def check_kind(optimizer: Recorded, record: RunRecord | None) -> str | None:
         ValueError: the two do not fit.
     """
     own = optimizer.second_moment_of
-    saved = "gradients" if record is None else record.get("second_moment_of", "gradients")
     if own in ("nothing", saved):
         return None
-    wrote = "another optimizer" if record is None else str(record["optimizer"])
     name = type(optimizer).__name__
     if (own, saved) == ("updates", "gradients"):
         return (

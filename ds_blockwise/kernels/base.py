@@ -84,6 +84,9 @@ class Item:
         sums: fp64, shape ``(table.num_slots,)``, on the device of ``param``: sums of squares of the split blocks. Set
             by `Kernels.sum_split_blocks`, completed by the optimizer, read by `Kernels.step_`. None if none is split.
         param_copy: contiguous, like ``param`` but of a 16-bit dtype: receives the rounded new value in the same pass.
+        keeps_update: whether somebody will look at ``update``.
+        update: 1-D, what the step moved the parameter by, over each block's learning rate and without weight decay.
+            Set where it was asked for and does not follow from the new moments, as Adam's does.
     """
 
     table: SegmentTable
@@ -94,6 +97,8 @@ class Item:
     grad: torch.Tensor | None = None
     sums: torch.Tensor | None = None
     param_copy: torch.Tensor | None = None
+    keeps_update: bool = False
+    update: torch.Tensor | None = None
 
 
 class Kernels(ABC):

@@ -194,10 +194,19 @@ def by_kernels(work: Sequence[Work]) -> list[tuple[Kernels, list[Item]]]:
     return list(sorted_out.items())
 
 
-def non_finite(work: Sequence[Work]) -> bool:
-    """Whether any gradient holds a NaN or an infinity; waits for the device."""
-    grads = [w.item.grad for w in work if w.item.grad is not None and w.item.grad.numel()]
-    if not grads:
-        return False
-    largest = torch._foreach_norm(grads, ord=float("inf"))
-    return not all(bool(value) for value in torch.isfinite(torch.stack([v.double().cpu() for v in largest])))
+def non_finite(work: Sequence[Work]) -> torch.Tensor:
+    """Whether any gradient holds a NaN or an infinity: a bool of no dimension on the first gradient's device."""
+    by_kind: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    for w in work:
+        grad = w.item.grad
+        if grad is not None and grad.numel():
+            by_kind.setdefault((grad.device, grad.dtype), []).append(grad)
+    found = [_all_finite(grads) for grads in by_kind.values()]
+    if not found:
+        return torch.tensor(False)
+    return torch.stack([finite.to(found[0].device) for finite in found]).all().logical_not()
+
+
+def _all_finite(grads: list[torch.Tensor]) -> torch.Tensor:
+    """Whether tensors of one device and dtype are finite; the device decides, nobody waits for it."""
+    return torch.isfinite(torch.stack(torch._foreach_norm(grads, ord=float("inf")))).all()

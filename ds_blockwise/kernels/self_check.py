@@ -44,8 +44,8 @@ FORMS = ((False, torch.float32), (True, torch.float32), (True, torch.bfloat16))
 def disagreement(kernels: Kernels, device: torch.device) -> str | None:
     """Step small tensors twice with a backend and with the reference: both optimizers, and one of them in bf16.
 
-    Blocks that are split over ranks take part as if their sums were complete. Where Triton never ran it compiles all of
-    this first, and keeps it.
+    Blocks that are split over ranks take part as if their sums were complete. Triton compiles all of it on a machine
+    where it never ran, and keeps what it compiled.
 
     Args:
         kernels: the backend.

@@ -10,12 +10,12 @@ from typing import Protocol
 import torch
 
 from ds_blockwise.blocks.roles import BlockType
-from ds_blockwise.kernels.base import StepState
+from ds_blockwise.kernels.base import Item, StepState
 from ds_blockwise.kernels.bindings import Bindings, Work
 from ds_blockwise.kernels.param_groups import ParamGroup
 from ds_blockwise.measure.auto_multipliers import MeasuredMultipliers, RunState
 from ds_blockwise.measure.readings import Alarm, Readings, TelemetrySettings, type_telemetry
-from ds_blockwise.measure.type_sums import ALL, SECOND_MOMENT, NormSource, TypeSums
+from ds_blockwise.measure.type_sums import ALL, SECOND_MOMENT, UPDATE, NormSource, TypeSums
 
 Listener = Callable[[Readings], None]
 
@@ -31,6 +31,11 @@ class Measured(Protocol):
     @property
     def state(self) -> Mapping[torch.Tensor, StepState]:
         """Of the stepped tensors."""
+        ...
+
+    @property
+    def second_moment_of(self) -> str:
+        """What its second moments are of, if it keeps any."""
         ...
 
     def bindings(self) -> Bindings:
@@ -99,6 +104,9 @@ class Meter:
         """See `StepObserver`; a run of unknown length ends here."""
         if self.auto is not None and (work or self.is_hosted):
             self.auto.require_total()
+        if UPDATE in self._names_due(self.steps + 1):
+            for w in work:
+                w.item.keeps_update = True
         return True
 
     def after_update(self, work: Sequence[Work]) -> None:
@@ -138,7 +146,8 @@ class Meter:
 
     def _names_due(self, step: int) -> tuple[str, ...]:
         if self.settings is not None and step % self.settings.interval == 0:
-            return ALL
+            adam = self._optimizer.second_moment_of == "gradients"
+            return ALL if adam else tuple(name for name in ALL if name not in SECOND_MOMENT)
         return SECOND_MOMENT if self.auto is not None and self.auto.is_due(step) else ()
 
     def _sums_of(self, bindings: Bindings) -> TypeSums:
@@ -149,13 +158,13 @@ class Meter:
     def _read(self, work: Sequence[Work], names: Sequence[str]) -> None:
         bindings = self._optimizer.bindings()
         sums = self._sums_of(bindings)
-        updated = {id(w.binding.tensor) for w in work if w.item.grad is not None}
+        updated: dict[int, Item] = {id(w.binding.tensor): w.item for w in work if w.item.grad is not None}
         for group in self._optimizer.param_groups:
             for tensor in group["params"]:
                 binding = bindings.of(tensor)
                 if binding is not None:
                     state = self._optimizer.state.get(tensor, {})
-                    sums.add(binding, group, state, names, id(tensor) in updated)
+                    sums.add(binding, group, state, names, updated.get(id(tensor)))
 
     def _act(self, sums: Mapping[BlockType, Mapping[str, float]]) -> None:
         if self.auto is not None and self.auto.is_due(self.steps):

@@ -38,13 +38,15 @@ class TypeTelemetry:
         lr: effective learning rate: the block's own, with the schedule's floor (`kernels.update.block_lr`).
         lr_multiplier: the factor on the base learning rate in this step.
         update_ratio: ``update_rms / param_rms``.
-        update_rms: RMS of what the step subtracted, ``lr * m_hat / (sqrt(v_hat) + eps)``: learning rate included,
-            weight decay and rounding to the parameter's dtype not.
+        update_rms: RMS of what the step subtracted: learning rate included, weight decay and rounding to the
+            parameter's dtype not. Of Adam ``lr * m_hat / (sqrt(v_hat) + eps)``, of Lion ``lr * sign(c)``, of Muon's
+            matrices ``lr`` times the scaled, orthogonal P.
         param_rms: RMS of the parameters after the step (of the fp32 masters, where there are such).
         grad_rms: RMS of the gradients as the optimizer got them, that is after clipping.
         second_moment: mean of ``v_hat``, the bias-corrected ``exp_avg_sq``. For Adam-mini each block's value is the
-            block's mean squared gradient, so this is the type's.
-        momentum_rms: RMS of ``m_hat``, the bias-corrected ``exp_avg``.
+            block's mean squared gradient, so this is the type's. None for Lion and Muon: they keep none, or of updates.
+        momentum_rms: RMS of ``m_hat``, the bias-corrected ``exp_avg``; of Lion, and of Muon's matrices, of ``exp_avg``
+            itself, which they do not correct.
         grad_norm: norm of all gradients before clipping, where the host knows it, else None.
         clip_factor: what clipping multiplied the gradients with, ``min(1, gradient_clipping / grad_norm)``; else None.
 
@@ -60,7 +62,7 @@ class TypeTelemetry:
     update_rms: float
     param_rms: float
     grad_rms: float
-    second_moment: float
+    second_moment: float | None
     momentum_rms: float
     grad_norm: float | None = None
     clip_factor: float | None = None
@@ -147,8 +149,8 @@ def type_telemetry(
     Args:
         block_type: which.
         step: see `TypeTelemetry`.
-        sums: ``numel``, ``lr`` and ``lr_multiplier`` (a rate per element), ``second_moment`` (values), and squares of
-            ``update param grad momentum``.
+        sums: ``numel``, ``lr`` and ``lr_multiplier`` (a rate per element), ``second_moment`` (values; may be missing),
+            and squares of ``update param grad momentum``.
         grad_norm: of all gradients before clipping; None if unknown.
         clip: the norm that gradients are clipped to; 0: they are not.
     """
@@ -165,7 +167,7 @@ def type_telemetry(
         update_rms=update,
         param_rms=param,
         grad_rms=math.sqrt(sums["grad"] / numel),
-        second_moment=sums["second_moment"] / numel,
+        second_moment=sums["second_moment"] / numel if "second_moment" in sums else None,
         momentum_rms=math.sqrt(sums["momentum"] / numel),
         grad_norm=grad_norm,
         clip_factor=factor,

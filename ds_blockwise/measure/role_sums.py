@@ -30,11 +30,13 @@ class RolePart:
         piece: number of the piece that they belong to, as the sums count.
         elements: where they lie.
         blocks: the same with their slots in the block vector; None if second moments are element-wise.
+        is_matrix: whether they are orthogonalised.
     """
 
     piece: int
     elements: MultiplierRun
     blocks: TableRun | None
+    is_matrix: bool
 
 
 ValuesOf = Callable[[Binding], torch.Tensor | None]
@@ -185,7 +187,7 @@ def by_block_type(statistics: Sequence[RoleStatistics]) -> dict[BlockType, RoleS
     return found
 
 
-_Run = tuple[MultiplierRun, TableRun | None]
+_Run = tuple[MultiplierRun, TableRun | None, bool]
 
 
 def _pieces(placement: Placement, blocks: Iterator[TableRun]) -> list[tuple[_Piece, list[_Run]]]:
@@ -196,12 +198,12 @@ def _pieces(placement: Placement, blocks: Iterator[TableRun]) -> list[tuple[_Pie
     for run in runs_of_range(placement.view(), start, start + placement.numel):
         at, part = placement.flat_start + run.start, spec.parts[run.tag]
         whole = MultiplierRun(at, run.count * run.numel, run.repeat, run.repeat_stride, part.update)
-        by_role.setdefault(part.role, []).append((whole, next(blocks, None)))
+        by_role.setdefault(part.role, []).append((whole, next(blocks, None), part.orthogonalize is not None))
     shard = 0 if placement.shard is None else placement.shard.rank
     return [
         (
             _Piece(
-                RoleOf(spec.fqn, role, spec.structure.is_bias), shard, start, sum(r.count * r.repeat for r, _ in runs)
+                RoleOf(spec.fqn, role, spec.structure.is_bias), shard, start, sum(r.count * r.repeat for r, *_ in runs)
             ),
             runs,
         )

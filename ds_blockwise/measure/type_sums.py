@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from ds_blockwise.blocks.roles import BlockType
-from ds_blockwise.kernels.base import StepState, wide_dtype
+from ds_blockwise.kernels.base import Item, StepState, wide_dtype
 from ds_blockwise.kernels.bindings import Binding
 from ds_blockwise.kernels.param_groups import ParamGroup, hyper_of
 from ds_blockwise.kernels.update import block_lr, denominator
@@ -22,7 +22,8 @@ from ds_blockwise.measure.role_sums import RolePart, RoleSums
 from ds_blockwise.parallel.agree import gather
 
 SECOND_MOMENT = ("second_moment",)
-ALL = ("grad", "param", "update", "momentum", "second_moment", "lr", "lr_multiplier")
+UPDATE = "update"
+ALL = ("grad", "param", UPDATE, "momentum", *SECOND_MOMENT, "lr", "lr_multiplier")
 
 
 class TypeSums:
@@ -38,7 +39,9 @@ class TypeSums:
         self._share: list[float] | None = None
         self._local: dict[str, list[float]] = {}
 
-    def add(self, binding: Binding, group: ParamGroup, state: StepState, names: Sequence[str], updated: bool) -> None:
+    def add(
+        self, binding: Binding, group: ParamGroup, state: StepState, names: Sequence[str], item: Item | None
+    ) -> None:
         """Collect from one tensor after its update.
 
         Args:
@@ -46,9 +49,9 @@ class TypeSums:
             group: its param group.
             state: its state; empty if it has never been stepped.
             names: `ALL`, or some of them.
-            updated: whether this step has updated it; else its update, and its gradient, are zero.
+            item: of this step, if it has updated the tensor; else its update, and its gradient, are zero.
         """
-        read = _Reader(binding, group, state, updated)
+        read = _Reader(binding, group, state, item)
         where: list[tuple[str, int]] = []
         values: list[torch.Tensor] = []
         for part in self._parts[id(binding.tensor)]:
@@ -99,15 +102,15 @@ class TypeSums:
 class _Reader:
     """One stepped tensor after its update; each method sums over one part of it, fp64, None where there is nothing."""
 
-    def __init__(self, binding: Binding, group: ParamGroup, state: StepState, updated: bool) -> None:
+    def __init__(self, binding: Binding, group: ParamGroup, state: StepState, item: Item | None) -> None:
         self._hyper = hyper_of(group)
         self._param = binding.tensor.detach().reshape(-1)
         grad = binding.tensor.grad
-        self._grad = grad.detach().reshape(-1) if updated and grad is not None else None
+        self._grad = grad.detach().reshape(-1) if item is not None and grad is not None else None
         self._step = int(state.get("step", 0))
         self._exp_avg = state["exp_avg"].reshape(-1) if self._step else None
         self._exp_avg_sq = state["exp_avg_sq"].reshape(-1) if "exp_avg_sq" in state and self._step else None
-        self._updated = updated
+        self._item = item
         # a loaded checkpoint's second moments are one per element until the next step
         self._in_blocks = binding.table.shares_second_moment
         self._wide = wide_dtype(binding.tensor.dtype)
@@ -119,7 +122,12 @@ class _Reader:
     def _multiplier(self, part: RolePart) -> float:
         return part.elements.update.lr_multiplier_at(self._hyper.progress)
 
+    def _by_adam(self, part: RolePart) -> bool:
+        return self._exp_avg_sq is not None and not part.is_matrix
+
     def _correction1(self, part: RolePart) -> float:
+        if not self._by_adam(part):
+            return 1.0
         return 1 - part.elements.update.beta1_or(self._hyper.beta1) ** self._step
 
     def lr(self, part: RolePart) -> float:
@@ -150,8 +158,12 @@ class _Reader:
         return values.sum(dtype=torch.float64) * each / correction
 
     def update(self, part: RolePart) -> torch.Tensor | None:
-        if self._exp_avg is None or self._exp_avg_sq is None or not self._updated:
+        if self._exp_avg is None or self._item is None:
             return None
+        if not self._by_adam(part):
+            kept = self._item.update
+            return None if kept is None else _squares(part.elements.of(kept)) * self._block_lr(part) ** 2
+        assert self._exp_avg_sq is not None
         if part.blocks is None:
             second, first = part.elements.of(self._exp_avg_sq), part.elements.of(self._exp_avg)
         else:

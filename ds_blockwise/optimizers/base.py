@@ -50,7 +50,7 @@ from ds_blockwise.optimizers.settings import (
     check_progress,
 )
 from ds_blockwise.optimizers.state_dict import like, second_moment_to_save, to_load, to_save
-from ds_blockwise.parallel.agree import any_rank, any_rank_of_all, is_first_rank
+from ds_blockwise.parallel.agree import any_peer, any_rank, any_rank_of_all, is_first_rank
 from ds_blockwise.parallel.reduce import LOCAL, ReductionGroups
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
     second_moment: ClassVar[SecondMoment]
     #: whether a rate that was tuned, or published, for AdamW holds for it with the default settings
     keeps_adamw_rate: ClassVar[bool] = False
-    #: whether telemetry and measured multipliers can read its steps
+    #: whether multipliers can be measured: on Adam's second moments, of every block
     can_be_measured: ClassVar[bool] = True
 
     # --------------------------------------------------------------- settings
@@ -425,9 +425,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
 
     def _may_update(self, work: Sequence[Work]) -> bool:
         """Whether this step changes anything, decided alike on every rank."""
-        self.overflow = self._finite_over is not None and any_rank(
-            non_finite(work), [self._finite_over], self._finite_over.device or torch.device("cpu")
-        )
+        self.overflow = self._finite_over is not None and any_peer(non_finite(work), self._finite_over)
         # a list: every observer is asked, whatever the one before it said
         return not self.overflow and all([observer.before_update(work) for observer in self._observers])
 
@@ -664,11 +662,10 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
 
     def _measure_with(self, settings: TelemetrySettings | None) -> None:
         auto = MeasuredMultipliers.of(self.block_settings)
-        if not self.can_be_measured and (settings is not None or auto is not None):
-            asked = "telemetry" if settings is not None else '"lr_multipliers": "auto"'
+        if not self.can_be_measured and auto is not None:
             raise ValueError(
-                f"{type(self).__name__} does not support {asked} yet: it reads Adam's moments and update. Leave it "
-                f"out, or use BlockwiseAdamMini."
+                f'{type(self).__name__} does not support "lr_multipliers": "auto": it is measured on second moments of '
+                f"gradients. Leave it out, or use BlockwiseAdamMini."
             )
         if settings is not None or auto is not None:
             self._meter = Meter(self, settings, auto)

@@ -41,6 +41,8 @@ class LionKernels(ReferenceKernels):
             kept.copy_(exp_avg)
         decay_(param, direction, table, weight_decay=hyper.weight_decay, cautious=hyper.cautious, **rates)
         descend_(param, direction, table, **rates)
+        if item.keeps_update:
+            item.update = direction
 
 
 @functools.cache
@@ -83,7 +85,7 @@ class BlockwiseLion(BlockwiseOptimizer):
         momentum_dtype: ``"fp32"`` or ``"bf16"``: storage of ``exp_avg``. Arithmetic is fp32 (fp64 for fp64 parameters).
         backend: ``"auto"`` or ``"reference"``; both are torch's operations.
         checkpoint_format: accepted so that one JSON serves all optimizers; there are no second moments.
-        telemetry: refused for now: it reads Adam's update.
+        telemetry: see `BlockwiseAdamMini`; there are no second moments to read.
 
     State on each rank: per stepped tensor ``step`` (int) and ``exp_avg`` in the tensor's shape. Nothing is
     communicated.

@@ -78,6 +78,14 @@ def start_matrices_anew_(values: torch.Tensor, binding: Binding) -> None:
         (run.blocks_of(values) if in_blocks else run.of(values.view(-1))).zero_()
 
 
+def start_matrices_anew(states: States, bindings: Iterable[Binding]) -> None:
+    """`start_matrices_anew_` of all tensors that have a state."""
+    for binding in bindings:
+        values = states.get(binding.tensor, _NO_STATE).get("exp_avg_sq")
+        if values is not None:
+            start_matrices_anew_(values, binding)
+
+
 def unsettled(states: States, bindings: Iterable[Binding]) -> list[Binding]:
     """The tensors whose second moment somebody else wrote: a loaded checkpoint, or a host."""
     return [

@@ -65,6 +65,22 @@ def any_rank(flag: bool, groups: Sequence[ReductionGroups], device: torch.device
     return bool(value.item())
 
 
+def any_peer(flag: torch.Tensor, groups: ReductionGroups) -> bool:
+    """True if ``flag`` is true on any rank of the tensor-parallel and data-parallel groups, which form a grid.
+
+    Collective over both groups, each of which sends one message. Waits for the device, once.
+
+    Args:
+        flag: of no dimension, on any device.
+        groups: of one stepped tensor, or of all.
+    """
+    value = flag.to(device=groups.device, dtype=torch.float32)
+    for group in (groups.dp_group, groups.tp_group):
+        if group is not None:
+            dist.all_reduce(value, op=dist.ReduceOp.MAX, group=group)
+    return bool(value.item())
+
+
 def any_rank_of_all(flag: bool, device: torch.device) -> bool:
     """Collective over all ranks: True if ``flag`` is true on any."""
     if not (dist.is_available() and dist.is_initialized()):

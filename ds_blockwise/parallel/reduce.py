@@ -7,8 +7,11 @@ the rows of a row-parallel weight are split over the tensor-parallel group. One 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
+from weakref import ref
 
 import torch
 import torch.distributed as dist
@@ -45,8 +48,8 @@ def reduce_block_sums_(
     Args:
         work: per stepped tensor its block sums (fp64, shape ``(num_slots,)``), its table and its process groups.
     """
-    _reduce_over(work, lambda groups: groups.dp_group, lambda slots: slots.dp_slots)
-    _reduce_over(work, lambda groups: groups.tp_group, lambda slots: slots.tp_slots)
+    _reduce_over(work, _DP_GROUP, _DP_SLOTS)
+    _reduce_over(work, _TP_GROUP, _TP_SLOTS)
 
 
 def _reduce_over(
@@ -54,16 +57,50 @@ def _reduce_over(
     group_of: Callable[[ReductionGroups], dist.ProcessGroup | None],
     slots_of: Callable[[Slots], torch.Tensor],
 ) -> None:
-    batches: dict[dist.ProcessGroup, list[tuple[torch.Tensor, torch.Tensor, ReductionGroups]]] = {}
+    batches: dict[tuple[dist.ProcessGroup, torch.device], list[tuple[torch.Tensor, SegmentTable, ReductionGroups]]] = {}
     for sums, table, groups in work:
-        group, slots = group_of(groups), slots_of(table.on(sums.device))
-        if group is not None and slots.numel():
-            batches.setdefault(group, []).append((sums, slots, groups))
-    for group, members in batches.items():
-        device = members[0][2].device or members[0][0].device
-        vector = torch.cat([sums[slots].to(device) for sums, slots, _ in members])
+        group = group_of(groups)
+        if group is not None and slots_of(table.on(sums.device)).numel():
+            batches.setdefault((group, sums.device), []).append((sums, table, groups))
+    for (group, device), members in batches.items():
+        index = _INDICES.of([table for _, table, _ in members], slots_of, device)
+        parts = [sums for sums, _, _ in members]
+        joined = torch.cat(parts)
+        vector = joined[index].to(members[0][2].device or device)
         dist.all_reduce(vector, group=group)
-        at = 0
-        for sums, slots, _ in members:
-            sums[slots] = vector[at : at + slots.numel()].to(sums.device)
-            at += slots.numel()
+        joined[index] = vector.to(device)
+        torch._foreach_copy_(parts, list(torch.split(joined, [part.numel() for part in parts])))
+
+
+class _Indices:
+    """Where the slots of tables lie in their joined sums; made once for each set of tables that takes part in a step.
+
+    It keeps no table alive; the sets that were used last stay, `REMEMBERED` of them.
+    """
+
+    REMEMBERED = 64
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[object, ...], tuple[list[ref[SegmentTable]], torch.Tensor]] = {}
+
+    def of(
+        self, tables: Sequence[SegmentTable], slots_of: Callable[[Slots], torch.Tensor], device: torch.device
+    ) -> torch.Tensor:
+        """The index (int64) of the slots of all tables, one after the other, on a device."""
+        key = (slots_of, device, *map(id, tables))
+        made = self._made.pop(key, None)
+        if made is None or any(seen() is not table for seen, table in zip(made[0], tables, strict=True)):
+            starts = itertools.accumulate((table.num_slots for table in tables), initial=0)
+            slots = [slots_of(table.on(device)) + start for table, start in zip(tables, starts, strict=False)]
+            made = [ref(table) for table in tables], torch.cat(slots)
+        self._made[key] = made  # the last one again
+        if len(self._made) > self.REMEMBERED:
+            del self._made[next(iter(self._made))]
+        return made[1]
+
+
+_INDICES = _Indices()
+
+
+_DP_GROUP, _TP_GROUP = attrgetter("dp_group"), attrgetter("tp_group")
+_DP_SLOTS, _TP_SLOTS = attrgetter("dp_slots"), attrgetter("tp_slots")

@@ -15,13 +15,15 @@ from typing import Any
 
 from ds_blockwise.runs.model_shape import GPTShape
 from ds_blockwise.runs.plan_memory import MINI, Arrangement, Memory, RankCounts, memory_of
+from ds_blockwise.runs.plan_muon import MUON, MuonCosts, muon_costs
 from ds_blockwise.runs.run_file import RunConfig
 
 COMPUTE_EFFICIENCY = (0.55, 0.40)  # of the peak: best, worst
 BANDWIDTH_EFFICIENCY = 0.8
 _USABLE = 0.92  # of a GPU's memory: the context, the libraries and fragmentation take the rest
-# moved per parameter by the update with fp32 gradients; BlockwiseLion's five operations of torch read and write each
-_BYTES_PER_STEP = {MINI: 20, "BlockwiseLion": 52}
+# moved per parameter by the update with fp32 gradients; torch's operations of BlockwiseLion (five) and BlockwiseMuon
+# (four, without Newton-Schulz) read and write each
+_BYTES_PER_STEP = {MINI: 20, "BlockwiseLion": 52, MUON: 44}
 _ADAMW_BYTES = 28
 
 
@@ -32,6 +34,7 @@ class Gpu:
     Attributes:
         memory: bytes.
         flops: dense bf16 FLOP/s.
+        fp32_flops: FLOP/s of products in fp32.
         bandwidth: of its memory, bytes/s.
         in_node: bytes/s to its neighbours, one direction.
         between_nodes: bytes/s of its network adapter, one direction.
@@ -39,16 +42,17 @@ class Gpu:
 
     memory: float
     flops: float
+    fp32_flops: float
     bandwidth: float
     in_node: float
     between_nodes: float
 
 
 GPUS: dict[str, Gpu] = {
-    "a100-40g": Gpu(40e9, 312e12, 1.555e12, 300e9, 25e9),
-    "a100-80g": Gpu(80e9, 312e12, 2.039e12, 300e9, 25e9),
-    "h100-80g": Gpu(80e9, 989e12, 3.35e12, 450e9, 50e9),
-    "h200-141g": Gpu(141e9, 989e12, 4.8e12, 450e9, 50e9),
+    "a100-40g": Gpu(40e9, 312e12, 19.5e12, 1.555e12, 300e9, 25e9),
+    "a100-80g": Gpu(80e9, 312e12, 19.5e12, 2.039e12, 300e9, 25e9),
+    "h100-80g": Gpu(80e9, 989e12, 67e12, 3.35e12, 450e9, 50e9),
+    "h200-141g": Gpu(141e9, 989e12, 67e12, 4.8e12, 450e9, 50e9),
 }
 
 # (what, GPUs, share of the peak), with sources in docs/scaling.md
@@ -78,6 +82,7 @@ class Plan:
         optimizer_seconds: by optimizer.
         step_seconds, mfu, days: best and worst.
         gpu_hours: best and worst.
+        muon: what its matrices cost, if the run's optimizer is BlockwiseMuon; part of the figures above.
     """
 
     nodes: int
@@ -98,6 +103,7 @@ class Plan:
     mfu: tuple[float, float]
     days: tuple[float, float]
     gpu_hours: tuple[float, float]
+    muon: MuonCosts | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, sums of the memory included."""
@@ -191,9 +197,14 @@ def make_plan(run: RunConfig, held: RankCounts, nodes: int, gpus_per_node: int, 
         )
     optimizer = str(run.deepspeed["optimizer"]["type"])
     names = list(dict.fromkeys((optimizer, MINI, "AdamW")))
+    tokens = run.tokens_per_step / (arrangement.dp * arrangement.tp)  # a GPU's share
+    useful = flops_per_token(shape) * tokens
+    muon = _muon_costs(run, held, arrangement, useful) if optimizer == MUON else None
 
     def needed(name: str, micro: int, where: Arrangement = arrangement) -> Memory:
-        return memory_of(shape, held, where, name, micro, training.activation_checkpointing, per_rank // micro)
+        transient = muon.transient_bytes if muon is not None and name == MUON else 0
+        passes = per_rank // micro
+        return memory_of(shape, held, where, name, micro, training.activation_checkpointing, passes, transient)
 
     def fits(micro: int) -> bool:
         return needed(optimizer, micro).on_gpu <= _USABLE * machine.memory
@@ -207,8 +218,10 @@ def make_plan(run: RunConfig, held: RankCounts, nodes: int, gpus_per_node: int, 
     update = {
         n: part * _BYTES_PER_STEP.get(n, _ADAMW_BYTES) / (BANDWIDTH_EFFICIENCY * machine.bandwidth) for n in names
     }
-    tokens = run.tokens_per_step / (arrangement.dp * arrangement.tp)  # a GPU's share
-    useful = flops_per_token(shape) * tokens
+    if muon is not None:
+        dp_bytes, tp_bytes = dp_bytes + muon.dp_bytes, tp_bytes + muon.tp_bytes
+        narrow = run.deepspeed["optimizer"].get("params", {}).get("newton_schulz_dtype") == "bf16"
+        update[MUON] += muon.flops / (COMPUTE_EFFICIENCY[1] * (machine.flops if narrow else machine.fp32_flops))
     done = useful + computed_again(shape, training.activation_checkpointing) * tokens
     network = machine.between_nodes if nodes > 1 else machine.in_node
     sending = dp_bytes / network + tp_bytes / machine.in_node
@@ -235,4 +248,17 @@ def make_plan(run: RunConfig, held: RankCounts, nodes: int, gpus_per_node: int, 
         mfu=(useful / (seconds[0] * machine.flops), useful / (seconds[1] * machine.flops)),
         days=(days[0], days[1]),
         gpu_hours=(days[0] * 24 * nodes * gpus_per_node, days[1] * 24 * nodes * gpus_per_node),
+        muon=muon,
+    )
+
+
+def _muon_costs(run: RunConfig, held: RankCounts, arrangement: Arrangement, step_flops: float) -> MuonCosts:
+    return muon_costs(
+        held.matrices,
+        run.deepspeed["optimizer"].get("params", {}),
+        tp=arrangement.tp,
+        dp=arrangement.dp,
+        zero_stage=arrangement.zero_stage,
+        local_parameters=held.parameters,
+        step_flops=step_flops,
     )

@@ -8,7 +8,8 @@ it with engines that run. What an allocator rounds up, fragments or caches is no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +19,10 @@ from ds_blockwise.blocks.ranges import TensorShard
 from ds_blockwise.blocks.segment_table import SegmentTable, build_table, whole_placement
 from ds_blockwise.blocks.settings.block_settings import BlockSettings
 from ds_blockwise.blocks.spec import BlockSpec
+from ds_blockwise.optimizers.muon.matrices import local_matrix, matrices_of
 from ds_blockwise.optimizers.registry import OPTIMIZERS
 from ds_blockwise.runs.model_shape import GPT2, GPTShape
+from ds_blockwise.runs.plan_muon import MatrixKind
 from ds_blockwise.tagging.module_reader import TensorSplit, tensor_splits
 from ds_blockwise.tagging.tag import tag_with_settings
 
@@ -59,10 +62,12 @@ class RankCounts:
     Attributes:
         parameters: elements of its shards.
         blocks: second moments that Adam-mini keeps for them; a block that ranks share counts on each of them.
+        matrices: what Muon orthogonalises, of the whole model; empty for other optimizers.
     """
 
     parameters: int
     blocks: int
+    matrices: tuple[MatrixKind, ...] = ()
 
 
 def count_rank(model: nn.Module, tp: int, settings: Mapping[str, Any]) -> RankCounts:
@@ -89,12 +94,25 @@ def count_rank(model: nn.Module, tp: int, settings: Mapping[str, Any]) -> RankCo
     return RankCounts(
         max(sum(count * table.numel for table, count in tables) for tables in ranks),
         max(sum(count * table.num_blocks for table, count in tables) for tables in ranks),
+        tuple(kind for same in alike.values() for kind in _matrices(*same[0], tp, len(same))),
     )
 
 
+def _matrices(spec: BlockSpec, split: TensorSplit | None, tp: int, count: int) -> Iterator[MatrixKind]:
+    kinds: Counter[tuple[int, int, bool]] = Counter()
+    for matrix in matrices_of(spec):
+        shards = [_shard(spec, split, tp, rank) for rank in range(tp if split is not None else 1)]
+        holders = sum(1 for shard in shards if local_matrix(spec, shard, matrix).size)
+        kinds[matrix.rows, matrix.columns, holders > 1] += count
+    yield from (MatrixKind(rows, columns, number, cut) for (rows, columns, cut), number in kinds.items())
+
+
+def _shard(spec: BlockSpec, split: TensorSplit | None, tp: int, rank: int) -> TensorShard | None:
+    return None if split is None else TensorShard.even(spec.shape, split.dim, rank, tp, stride=split.parts)
+
+
 def _table(spec: BlockSpec, split: TensorSplit | None, tp: int, rank: int) -> SegmentTable:
-    shard = None if split is None else TensorShard.even(spec.shape, split.dim, rank, tp, stride=split.parts)
-    placement = whole_placement(spec, shard)
+    placement = whole_placement(spec, _shard(spec, split, tp, rank))
     return build_table(placement.numel, [placement], shares_second_moment=True)
 
 
@@ -109,6 +127,7 @@ class Memory:
         masters: fp32 master weights.
         exp_avg: first moments.
         exp_avg_sq: second moments.
+        matrices: Muon's, and its buffers of them, alive during the step.
         buckets: ZeRO's communication buffers.
         activations: kept for the backward pass of one micro batch.
         workspace: the loss and, with full checkpointing, the layer that is computed again.
@@ -121,6 +140,7 @@ class Memory:
     masters: int
     exp_avg: int
     exp_avg_sq: int
+    matrices: int
     buckets: int
     activations: int
     workspace: int
@@ -140,7 +160,7 @@ class Memory:
     def on_gpu(self) -> int:
         """The larger of the two peaks: the backward pass, and the step."""
         backward = self.activations + self.workspace + self.buckets
-        return self.model_states - self.offloaded + max(backward, self.step_gradients)
+        return self.model_states - self.offloaded + max(backward, self.step_gradients + self.matrices)
 
 
 def memory_of(
@@ -151,6 +171,7 @@ def memory_of(
     micro_batch: int,
     activation_checkpointing: str,
     accumulation: int = 1,
+    matrices: int = 0,
 ) -> Memory:
     """Bytes that one process holds.
 
@@ -162,6 +183,7 @@ def memory_of(
         micro_batch: sequences of one forward pass.
         activation_checkpointing: ``none``, ``selective`` or ``full``.
         accumulation: micro batches of a step; ZeRO-1 keeps whole gradients between them.
+        matrices: `MuonCosts.transient_bytes`.
     """
     local, stage, width = held.parameters, arrangement.zero_stage, arrangement.bytes_per_weight
     part = -(-local // arrangement.dp) if stage else local
@@ -178,6 +200,7 @@ def memory_of(
         masters=masters,
         exp_avg=exp_avg,
         exp_avg_sq=exp_avg_sq,
+        matrices=0 if arrangement.offload else matrices,
         buckets=min(arrangement.bucket_elements, local) * width * arrangement.buckets if stage else 0,
         activations=kept,
         workspace=again + _loss_workspace(shape, arrangement, micro_batch),

@@ -15,6 +15,7 @@ _ROWS = (
     ("exp_avg", "first moments"),
     ("exp_avg_sq", "second moments"),
     ("step_gradients", "fp32 gradients, in the step"),
+    ("matrices", "Muon's matrices, in the step"),
     ("buckets", "ZeRO's buckets"),
     ("activations", "activations"),
     ("workspace", "loss, recomputed layer"),
@@ -47,6 +48,7 @@ def plan_table(run: RunConfig, plan: Plan, over_nodes: Sequence[Plan]) -> list[s
         f"a GPU sends in a step: {plan.dp_bytes / 1e9:.2f} GB over data-parallel ranks, {plan.tp_bytes / 1e9:.2f} GB "
         f"over tensor-parallel ranks",
         "optimizer's part of a step: " + ", ".join(f"{n} {s * 1e3:.2f} ms" for n, s in plan.optimizer_seconds.items()),
+        *_muon_rows(plan),
         "",
         "nodes   step, ms          MFU, %     days          GPU-hours",
     ]
@@ -58,10 +60,24 @@ def plan_table(run: RunConfig, plan: Plan, over_nodes: Sequence[Plan]) -> list[s
     return [*lines, "", "published MFU:", *(f"{share:>6.0%}  {text}" for text, _, share in REFERENCES)]
 
 
+def _muon_rows(plan: Plan) -> list[str]:
+    muon = plan.muon
+    if muon is None:
+        return []
+    ranks = plan.tp * plan.dp
+    return [
+        f"of this Muon's matrices: {muon.dp_bytes / 1e9:.3f} GB over data-parallel ranks, {muon.tp_bytes / 1e9:.3f} GB "
+        f"over tensor-parallel ranks; {muon.flops:.3g} FLOPs of Newton-Schulz on the GPU that has most, "
+        f"{muon.share_of_step:.2%} of its step's; {muon.owners} of {ranks} GPUs have some"
+    ]
+
+
 def _memory_rows(plan: Plan) -> list[str]:
     lines = [f"{'GB per GPU':<28}" + "".join(f"{name:>19}" for name in plan.memory)]
     for field, text in _ROWS:
         values = [getattr(memory, field) / 1e9 for memory in plan.memory.values()]
+        if field == "matrices" and plan.muon is None:
+            continue
         lines.append(f"{text:<28}" + "".join(f"{value:>19.3f}" for value in values))
     return lines
 

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("deepspeed", reason="the benchmarks cut shards with the DeepSpeed host: extra 'deepspeed'")
 pytest.importorskip("megatron.core", reason="the benchmarks count on Megatron-core's model: extra 'megatron'")
 
-from benchmarks.costs import communication, communication_overhead, end_to_end
+from benchmarks.costs import communication, communication_overhead, end_to_end, muon_traffic
 from benchmarks.provenance import read_csv
 from tests.helpers.benchmark_runs import run_benchmark
 
@@ -71,6 +71,23 @@ def test_communication_of_two_billion_parameters_keeps_the_limit(tmp_path: Path)
         sent = int(row["dp_bytes"]) + int(row["tp_bytes"])
         assert float(row["share_of_fp32_gradient"]) == pytest.approx(sent / int(row["fp32_gradient_bytes"]), rel=1e-3)
         assert (int(row["dp_messages"]) > 0) == (int(row["dp_bytes"]) > 0)
+
+
+def test_traffic_of_muon_is_what_a_hand_counts(tmp_path: Path) -> None:
+    model = tmp_path / "model.yaml"
+    model.write_text("".join(f"{key}: {value}\n" for key, value in ONE_LAYER.items()))
+    run_benchmark("costs.muon_traffic", "--model", model, "--dp", 2, "--tp", 1, "--out", tmp_path)
+    rows = {row["zero_stage"]: row for row in read_csv(tmp_path / "muon_traffic.csv")}
+    assert tuple(rows["3"]) == muon_traffic.COLUMNS
+    # q 12x12, k and v 4x12, attention's output 12x12, gate and up 10x12, down 12x10
+    assert (rows["3"]["matrices"], rows["3"]["matrix_elements"]) == ("7", str(3 * 144 - 48 + 3 * 120))
+    assert rows["3"]["predicted_bytes"] == str(4 * 744 // 2)
+    # Halves of qkv (row 10), fc1 (row 10), proj and fc2 (row 6): k and v lie whole on one rank, gate and up too. Others
+    # go to the rank with less to do: proj to rank 0 (72 elements and 6 rows come from rank 1), q to rank 1 (120, 10),
+    # fc2 to rank 0 (60, 6). All come back.
+    assert rows["3"]["mean_bytes"] == str(4 * 2 * (72 + 6 + 120 + 10 + 60 + 6) // 2)
+    # one matrix is cut
+    assert rows["1/2"]["buckets"] == "1"
 
 
 def test_overhead_is_measured_on_real_ranks(tmp_path: Path) -> None:

@@ -6,6 +6,22 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Operations(TorchDispatchMode):
+    """Names of torch's operations inside a ``with`` block, each of them a launch on a GPU; without collectives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        """Note the name, then run it."""
+        if function.namespace == "aten":
+            self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
 
 def count_calls(function: Callable[[], object]) -> int:
     """Calls of Python and of C functions that ``function`` makes, every torch operation among them.

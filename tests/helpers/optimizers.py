@@ -11,4 +11,5 @@ from __future__ import annotations
 
 SHORT_NAMES = {"BlockwiseAdamW": "adamw", "BlockwiseAdamMini": "mini"}
 OTHERS = {"BlockwiseLion": "lion", "BlockwiseMuon": "muon"}
-FULL_NAME = {short: name for name, short in (SHORT_NAMES | OTHERS).items()}
+ALL_NAMES = SHORT_NAMES | OTHERS
+FULL_NAME = {short: name for name, short in ALL_NAMES.items()}

@@ -8,16 +8,16 @@ import pytest
 
 from tests.helpers import ROOT
 from tests.helpers.literals import literals_of
-from tests.helpers.optimizers import SHORT_NAMES
+from tests.helpers.optimizers import ALL_NAMES
 from tests.helpers.support_page import claims
 from tests.helpers.support_page.claims import (
     PAGE,
     TABLE,
     Outcomes,
     Refused,
-    Row,
     Untested,
     Works,
+    mixed,
     page,
     patterns_of,
     read_counts,
@@ -29,7 +29,7 @@ SOURCES = [p for folder in ("ds_blockwise", "megatron_patch") for p in (ROOT / f
 CELLS = [
     pytest.param(cell, name, id=f"{row.host}, {row.layout}, {name}")
     for row in ROWS
-    for name, cell in zip(SHORT_NAMES, row.cells, strict=True)
+    for name, cell in zip(ALL_NAMES, row.cells, strict=True)
 ]
 
 
@@ -75,9 +75,12 @@ def test_a_claim_without_a_passed_test_is_not_written(outcome, monkeypatch, tmp_
     monkeypatch.setattr(claims, "OUTCOMES", outcomes)
     monkeypatch.setattr(claims, "PAGE", tmp_path / "support.md")
     monkeypatch.setattr(claims, "TABLE", tmp_path / "support.csv")
-    row = Row("host", "layout", (Works(("test_a.py::test_b[z1-{o}]",)), Untested("no reason")))
+    row = mixed("host", "layout", Works(("test_a.py::test_b[z1-{o}]",)), Untested("no reason"))
     assert claims.write([row]) == []
-    assert "| layout | **works** (1) | **untested**: no reason |" in claims.PAGE.read_text(encoding="utf-8")
+    assert (
+        "| layout | **works** (1) | **untested**: no reason | **untested**: not run with it | **un"
+        in claims.PAGE.read_text(encoding="utf-8")
+    )
     assert "host,layout,BlockwiseAdamW,works,test_a.py::test_b[z1-adamw],1" in claims.TABLE.read_text(encoding="utf-8")
     claims.PAGE.unlink()
     if outcome is None:

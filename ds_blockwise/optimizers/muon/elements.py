@@ -61,6 +61,9 @@ class Elements:
         second = item.state.get("exp_avg_sq")
         wide = wide_dtype(item.param.dtype)
         self._second = self._param.new_zeros(values, dtype=wide) if second is None else second
+        if item.keeps_update and self.has_gradient:
+            item.update = torch.zeros_like(self._param, dtype=wide)
+        self._applied = item.update
 
     def new_vector(self, size: int) -> torch.Tensor:
         """Memory for numbers of the arithmetic, on the tensor's device; not filled."""
@@ -97,6 +100,8 @@ class Elements:
         """
         for r in held.rectangles if self.has_gradient else ():
             self._descend_(r, r.of_other(vector), held.updates[r.part])
+            if self._applied is not None:
+                r.of(self._applied).copy_(r.of_other(vector))
         rows = vector[vector.numel() - held.slots.numel() :]
         self._second[held.slots] = rows.to(self._second.dtype)
 

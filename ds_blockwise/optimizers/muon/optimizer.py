@@ -31,6 +31,9 @@ from ds_blockwise.optimizers.muon.rounds import step_matrices_
 from ds_blockwise.optimizers.settings import CheckpointFormat, MomentumDtype
 from ds_blockwise.values import as_count, number, one_of
 
+BUCKET_BYTES = 1 << 28
+"""Default of ``bucket_bytes``."""
+
 _EPS = 1e-8  # added to the roots of rows' second moments
 
 
@@ -71,7 +74,7 @@ class BlockwiseMuon(BlockwiseOptimizer):
         momentum_dtype: ``"fp32"`` or ``"bf16"``: storage of ``exp_avg``. Arithmetic is fp32 (fp64 for fp64 parameters).
         backend: what steps the part of Adam-mini, see `BlockwiseAdamMini`; matrices are torch's products on any device.
         checkpoint_format: see `BlockwiseAdamMini`.
-        telemetry: refused for now: it reads Adam's update.
+        telemetry: see `BlockwiseAdamMini`; second moments are not read: those of matrices are of updates.
         orthogonalize: per block type or role ``"matrix"`` (the whole weight), ``"role"``, ``"head"`` (query, key,
             value) or ``"none"``; default ``"role"``.
         momentum: decay rate of the momentum of matrices.
@@ -137,7 +140,7 @@ class BlockwiseMuon(BlockwiseOptimizer):
         scale: Literal["rms", "keller", "mup"] = "rms",
         coefficients: Literal["quintic", "polar_express", "simple"] = "quintic",
         newton_schulz_dtype: Literal["fp32", "bf16"] = "fp32",
-        bucket_bytes: int = 268_435_456,
+        bucket_bytes: int = BUCKET_BYTES,
         **extra: object,
     ) -> None:
         self.orthogonalize = BlockSettings().with_orthogonalize(orthogonalize).orthogonalize

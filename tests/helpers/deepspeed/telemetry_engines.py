@@ -30,7 +30,8 @@ from tests.helpers.deepspeed.engines import DTYPES, feed_step, masters, open_eng
 from tests.helpers.distributed import RankContext
 from tests.helpers.megatron.gpt_shards import LAYERS, SHAPES, cut, cut_all, full_shapes, parallel, small_gpt
 from tests.helpers.models import GradientPlan
-from tests.helpers.oracle import Oracle, assert_same_update, clipped, scheduled_lr
+from tests.helpers.muon_oracle import oracle_for, tolerance_for
+from tests.helpers.oracle import assert_same_update, clipped, scheduled_lr
 from tests.helpers.tables.oracle_names import megatron_classes
 from tests.helpers.telemetry_truth import AutoTruth, assert_reads, truth
 
@@ -85,12 +86,8 @@ class Fed:
         if what.tp > 1:
             self.shapes = full_shapes("gqa")
             start = {n: models.small_weight(n, s) for n, s in self.shapes.items()}
-            self.oracle = Oracle(
-                start,
-                megatron_classes(layers=LAYERS, **SHAPES["gqa"]),
-                self.case.optimizer == "mini",
-                hyper(),
-            )
+            classes = megatron_classes(layers=LAYERS, **SHAPES["gqa"])
+            self.oracle = oracle_for(self.case.optimizer, start, classes, hyper())
         else:
             self.shapes = {n: tuple(p.shape) for n, p in self.now.items()}
             self.oracle = oracle_of(self.case, self.now, hyper_of(self.case, list(self.now)))
@@ -116,7 +113,10 @@ class Fed:
         expected: Any = (was, self.oracle.weights())
         if self.what.tp > 1:
             expected = tuple(cut_all(weights, self.tp_rank) for weights in expected)
-        assert_same_update((before, self.now), expected, LR, weight_roundings=2, what=f"step {self.step}")
+        assert_same_update(
+            (before, self.now), expected, LR,
+            tolerance=tolerance_for(self.case.optimizer), weight_roundings=2, what=f"step {self.step}",
+        )  # fmt: skip
         self.step += 1
         return truth(self.oracle, was, gradients, rate)
 

@@ -14,13 +14,13 @@ import importlib.metadata
 import io
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pytest
 
 from tests.helpers import ROOT
-from tests.helpers.optimizers import SHORT_NAMES
+from tests.helpers.optimizers import ALL_NAMES
 
 PAGE = ROOT / "docs" / "support.md"
 TABLE = ROOT / "docs" / "support.csv"
@@ -32,7 +32,8 @@ class Works:
     """Shown by tests, all of which must pass.
 
     Attributes:
-        tests: ``folder/test_file.py::pattern`` below ``tests/``; ``{o}`` is adamw or mini, ``{O}`` the class.
+        tests: ``folder/test_file.py::pattern`` below ``tests/``; ``{o}`` is adamw, mini, lion or muon,
+            ``{O}`` the class.
     """
 
     tests: tuple[str, ...]
@@ -58,32 +59,44 @@ Cell = Works | Refused | Untested
 
 @dataclass(frozen=True)
 class Row:
-    """One combination; a cell for each optimizer, in the order of `SHORT_NAMES`."""
+    """One combination; a cell for each optimizer, in the order of `ALL_NAMES`."""
 
     host: str
     layout: str
-    cells: tuple[Cell, Cell]
+    cells: tuple[Cell, Cell, Cell, Cell]
 
 
-def works(host: str, layout: str, *tests: str) -> Row:
-    """Both optimizers work."""
-    return Row(host, layout, (Works(tests), Works(tests)))
+NOT_RUN = Untested("not run with it")
+SAME = ("as for Adam",)  # the tests of the two of Adam's update, whose names have ``{o}`` or ``{O}``, or ask for none
+Tests = Sequence[str] | None
 
 
-def refused(host: str, layout: str, says: str, *tests: str) -> Row:
-    """Both optimizers are refused."""
-    return Row(host, layout, (Refused(says, tests), Refused(says, tests)))
+def mixed(host: str, layout: str, adamw: Cell, mini: Cell, *, lion: Cell = NOT_RUN, muon: Cell = NOT_RUN) -> Row:
+    """A row whose cells differ."""
+    return Row(host, layout, (adamw, mini, lion, muon))
+
+
+def works(host: str, layout: str, *tests: str, lion: Tests = None, muon: Tests = None) -> Row:
+    """Both optimizers of Adam's update work, and Lion and Muon where tests of theirs are named."""
+    cells = [NOT_RUN if own is None else Works(tests if own is SAME else tuple(own)) for own in (lion, muon)]
+    return mixed(host, layout, Works(tests), Works(tests), lion=cells[0], muon=cells[1])
+
+
+def refused(host: str, layout: str, says: str, *tests: str, lion: Tests = None, muon: Tests = None) -> Row:
+    """Both optimizers of Adam's update are refused, and Lion and Muon where tests of theirs are named."""
+    cells = [NOT_RUN if own is None else Refused(says, tests if own is SAME else tuple(own)) for own in (lion, muon)]
+    return mixed(host, layout, Refused(says, tests), Refused(says, tests), lion=cells[0], muon=cells[1])
 
 
 def untested(host: str, layout: str, reason: str) -> Row:
-    """Neither was run."""
-    return Row(host, layout, (Untested(reason), Untested(reason)))
+    """None was run."""
+    return Row(host, layout, (Untested(reason),) * 4)
 
 
 def patterns_of(cell: Cell, optimizer: str) -> list[str]:
     """The cell's test patterns for one optimizer."""
     tests = () if isinstance(cell, Untested) else cell.tests
-    return [test.replace("{o}", SHORT_NAMES[optimizer]).replace("{O}", optimizer) for test in tests]
+    return [test.replace("{o}", ALL_NAMES[optimizer]).replace("{O}", optimizer) for test in tests]
 
 
 class Outcomes:
@@ -112,7 +125,7 @@ def write(rows: Iterable[Row]) -> list[str]:
     rows = list(rows)
     problems, counts = [], {}
     for row in rows:
-        for optimizer, cell in zip(SHORT_NAMES, row.cells, strict=True):
+        for optimizer, cell in zip(ALL_NAMES, row.cells, strict=True):
             for pattern in patterns_of(cell, optimizer):
                 found = OUTCOMES.of(pattern)
                 counts[pattern] = len(found)
@@ -160,9 +173,9 @@ def page(rows: Iterable[Row], counts: Mapping[str, int], run: str) -> str:
     for row in rows:
         if row.host != host:
             host = row.host
-            lines += ["", f"## {host}", "", f"| | {' | '.join(SHORT_NAMES)} |", "|---" * (1 + len(SHORT_NAMES)) + "|"]
-        texts = [_text(cell, o, counts) for o, cell in zip(SHORT_NAMES, row.cells, strict=True)]
-        lines.append(f"| {row.layout} | {texts[0]} | {texts[1]} |")
+            lines += ["", f"## {host}", "", f"| | {' | '.join(ALL_NAMES)} |", "|---" * (1 + len(ALL_NAMES)) + "|"]
+        texts = [_text(cell, o, counts) for o, cell in zip(ALL_NAMES, row.cells, strict=True)]
+        lines.append(f"| {row.layout} | {' | '.join(texts)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -177,7 +190,7 @@ def table(rows: Iterable[Row], counts: Mapping[str, int]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("host", "layout", "optimizer", "status", "tests", "passed"))
     for row in rows:
-        for optimizer, cell in zip(SHORT_NAMES, row.cells, strict=True):
+        for optimizer, cell in zip(ALL_NAMES, row.cells, strict=True):
             status = type(cell).__name__.lower()
             for pattern in patterns_of(cell, optimizer):
                 writer.writerow((row.host, row.layout, optimizer, status, pattern, counts.get(pattern, 0)))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which model families are known without a rule: the last part of what `docs/support.md` claims; see `rows`."""
 
-from tests.helpers.support_page.claims import Row, works
+from tests.helpers.support_page.claims import SAME, Row, works
 from tests.helpers.tables.adapters import ADAPTERS
 from tests.helpers.tables.tower_models import MODELS
 
@@ -15,12 +15,16 @@ FROZEN = "Models of which a part is frozen (DeepSpeed)"
 
 
 def _text(layout: str, *models: str) -> Row:
-    return works(FAMILIES, layout, *(f"{_TEXT}[{model}]" for model in models))
+    return _tags(layout, *(f"{_TEXT}[{model}]" for model in models))
+
+
+def _tags(layout: str, *tests: str) -> Row:
+    """What the tests compare is a model's tags, which are made before there is an optimizer."""
+    return works(FAMILIES, layout, *tests, lion=SAME, muon=SAME)
 
 
 FAMILY_ROWS: tuple[Row, ...] = (
-    works(
-        FAMILIES,
+    _tags(
         "decoders: Llama, Mistral, Qwen, Gemma, Phi, OLMo, GLM, Falcon, BLOOM, GPT-NeoX, GPT-2, MPT, OPT, Mixtral, "
         "DeepSeek, GPT-OSS, Llama 4 and others",
         f"{_DECODERS}[*",
@@ -35,27 +39,23 @@ FAMILY_ROWS: tuple[Row, ...] = (
     _text("Gemma 3n", "Gemma3nForCausalLM"),
     _text("Nemotron-H", "NemotronHForCausalLM"),
     _text("Cohere with `use_qk_norm`", "CohereForCausalLM"),
-    works(
-        FAMILIES,
+    _tags(
         "linear attention, state spaces, recurrences: Qwen3-Next, Kimi Linear, MiniMax, OLMo Hybrid, Mamba 2, Jamba, "
         "Bamba, Granite 4, RecurrentGemma, RWKV, xLSTM",
         "unit/tagging/test_text_families.py::test_layers_without_softmax_attention_train_at_one_multiplier*",
         *(f"{_TEXT}[{model}]" for model in ("BambaForCausalLM", "GraniteMoeHybridForCausalLM")),
     ),
-    works(
-        FAMILIES,
+    _tags(
         "heads: sequence and token classification, question answering, rewards, values (TRL)",
         "unit/tagging/test_text_families.py::test_policies_with_value_and_reward_heads",
         *(f"{_TEXT}[{model}]" for model in ("LlamaFor*", "GPT2DoubleHeadsModel")),
     ),
-    works(
-        FAMILIES,
+    _tags(
         "BLOOM under AutoTP (head counts and shards; values are not compared)",
         "unit/tagging/test_autotp_heads.py::test_bloom_under_autotp",
     ),
-    works(FAMILIES, "PyTorch's own layers (`nn.TransformerEncoder`)", "unit/tagging/test_owner_class.py::*"),
-    works(
-        FAMILIES,
+    _tags("PyTorch's own layers (`nn.TransformerEncoder`)", "unit/tagging/test_owner_class.py::*"),
+    _tags(
         f"towers and multimodal models: {', '.join(MODELS)}",
         f"{_TOWERS}::test_every_parameter_is_what_the_model_code_makes_of_it*",
     ),

@@ -1,11 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `docs/support.md` claims, row by row; see `support`."""
 
-from tests.helpers.support_page.claims import Refused, Row, Untested, Works, refused, untested, works
+from tests.helpers.support_page.claims import (
+    SAME,
+    Refused,
+    Row,
+    Untested,
+    Works,
+    mixed,
+    refused,
+    untested,
+    works,
+)
 from tests.helpers.support_page.families import FAMILY_ROWS
+from tests.helpers.support_page.megatron import MEGATRON_ROWS
 
 _NO_GPU = "needs a GPU; the tests are there (`make test-gpu`)"
 _AUTOTP = "hosts/deepspeed/test_autotp.py::test_autotp_trains_like_whole_tensors"
+_LION, _MUON = "unit/optimizers/test_lion.py::", "unit/optimizers/test_muon.py::"
+_PARITY = "hosts/deepspeed/test_parity.py::"
+_RESUME = "hosts/deepspeed/test_resume.py::"
+_TP_MUON = "hosts/deepspeed/test_tensor_parallel.py::test_muon_under_tensor_parallelism[muon"
+_EXPERTS = "hosts/deepspeed/test_experts.py::test_experts_train_like_whole_tensors"
 _REFUSED = "hosts/deepspeed/test_bad_input.py::test_every_rank_gets_the_error_within_seconds"
 PLAIN = "PyTorch alone"
 DEEPSPEED = "DeepSpeed"
@@ -14,13 +30,29 @@ AUTOTP = "DeepSpeed's AutoTP (Hugging Face models)"
 MOE = "DeepSpeed's MoE layers"
 ULYSSES = "Ulysses sequence parallelism (DeepSpeed)"
 PIPELINE = "DeepSpeed's PipelineModule"
-MEGATRON = "Megatron-core's own optimizers (`megatron_patch.convert_`)"
 TRAINER = "Hugging Face Trainer and Accelerate (with DeepSpeed)"
 KERNELS = "Kernels"
 
+_NVME = Untested("state has the parameters' shape, as the swapper needs, but nobody has run it")
+_SWAPPER = "the swapper needs state in the shape of the parameters"
+
+
 ROWS: tuple[Row, ...] = (
-    works(PLAIN, "one process", "unit/optimizers/test_oracle.py::*", "unit/optimizers/test_base.py::*"),
-    works(PLAIN, "resume, AdamW's and Adam-mini's checkpoints", "unit/optimizers/test_state_dict.py::*"),
+    works(
+        PLAIN,
+        "one process",
+        "unit/optimizers/test_oracle.py::*",
+        "unit/optimizers/test_base.py::*",
+        lion=(f"{_LION}test_its_update_is*", f"{_LION}test_betas*", f"{_LION}test_weights*", f"{_LION}*Lion]"),
+        muon=(f"{_MUON}*", f"{_LION}*Muon]"),
+    ),
+    works(
+        PLAIN,
+        "resume, AdamW's and Adam-mini's checkpoints",
+        "unit/optimizers/test_state_dict.py::*",
+        lion=(f"{_LION}test_it_goes_on*",),
+        muon=(f"{_MUON}test_it_goes_on_with*", f"{_MUON}test_it_keeps_four_bytes*"),
+    ),
     refused(
         PLAIN,
         "a model that was not tagged",
@@ -30,32 +62,48 @@ ROWS: tuple[Row, ...] = (
     *(
         works(
             DEEPSPEED,
-            f"ZeRO-{stage}, fp32 and bf16, dp 1, 2 and 3",
-            f"hosts/deepspeed/test_parity.py::test_zero_stages[grid-z{stage}-*-{{o}}-*]",
+            f"ZeRO-{stage}, fp32 and bf16, dp 1, 2 and 3 (Lion and Muon: one dtype for each stage, dp 2 or 3)",
+            f"{_PARITY}test_zero_stages[grid-z{stage}-*-{{o}}-*]",
+            lion=(f"{_PARITY}test_lion[*-z{stage}-*",),
+            muon=(f"{_PARITY}test_muon[*-z{stage}-*",),
         )
         for stage in range(4)
     ),
     works(
         DEEPSPEED,
         "ZeRO-1 with fp32 accumulation (`BF16_Optimizer`)",
-        "hosts/deepspeed/test_parity.py::test_partition_options[bf16_optimizer-*-{o}-*]",
+        f"{_PARITY}test_partition_options[bf16_optimizer-*-{{o}}-*]",
+        muon=(f"{_PARITY}test_muon[muon_bf16_optimizer-*",),
     ),
     works(
         DEEPSPEED,
         "ZeRO-3 with sub-groups",
-        "hosts/deepspeed/test_parity.py::test_partition_options[sub_groups-*-{o}-*]",
+        f"{_PARITY}test_partition_options[sub_groups-*-{{o}}-*]",
+        muon=(f"{_PARITY}test_muon[muon_sub_groups-*",),
     ),
-    works(DEEPSPEED, "CPU offload, ZeRO-1, 2 and 3", "hosts/deepspeed/test_parity.py::*[*offload*-{o}-*]"),
-    Row(
+    works(
+        DEEPSPEED,
+        "CPU offload, ZeRO-1, 2 and 3 (Muon: 2 and 3)",
+        f"{_PARITY}*[*offload*-{{o}}-*]",
+        muon=(f"{_PARITY}test_muon[muon_offload-*",),
+    ),
+    mixed(
         DEEPSPEED,
         "NVMe offload",
-        (
-            Untested("state has the parameters' shape, as the swapper needs, but nobody has run it"),
-            Refused("the swapper needs state in the shape of the parameters", (f"{_REFUSED}[nvme offload]",)),
-        ),
+        _NVME,
+        Refused(_SWAPPER, (f"{_REFUSED}[nvme offload]",)),
+        lion=_NVME,
+        muon=Refused(_SWAPPER, (f"{_REFUSED}[nvme offload of BlockwiseMuon]",)),
     ),
     *(
-        refused(DEEPSPEED, layout, says, f"{_REFUSED}[{case}]")
+        refused(
+            DEEPSPEED,
+            layout,
+            says,
+            f"{_REFUSED}[{case}]",
+            lion=(f"{_REFUSED}[{case} of BlockwiseLion]",),
+            muon=(f"{_REFUSED}[{case} of BlockwiseMuon]",),
+        )
         for layout, says, case in (
             ("offload ratio below 1", "partial offload works with DeepSpeedCPUAdam only", "offload ratio"),
             ("SuperOffload", "it steps the offloaded parameters with DeepSpeedCPUAdam", "super offload"),
@@ -65,12 +113,32 @@ ROWS: tuple[Row, ...] = (
         )
     ),
     untested(DEEPSPEED, "fp16", _NO_GPU),
-    works(DEEPSPEED, "resume at the same topology, bitwise", "hosts/deepspeed/test_resume.py::*"),
-    works(DEEPSPEED, "checkpoints at another topology", "hosts/deepspeed/test_reshard.py::*"),
+    works(
+        DEEPSPEED,
+        "resume at the same topology, bitwise",
+        f"{_RESUME}*",
+        lion=(f"{_RESUME}*[resume*-{{o}}-*",),
+        muon=(f"{_RESUME}*[resume*-{{o}}-*",),
+    ),
+    mixed(
+        DEEPSPEED,
+        "from DeepSpeed's AdamW (Muon: also from BlockwiseAdamMini, converted or universal)",
+        Works((f"{_RESUME}*[from_adamw-{{o}}-*",)),
+        Works((f"{_RESUME}*[from_adamw-{{o}}-*",)),
+        muon=Works((f"{_RESUME}*[from_*-{{o}}-*",)),
+    ),
+    works(
+        DEEPSPEED,
+        "checkpoints at another topology (Lion and Muon: another ZeRO stage)",
+        "hosts/deepspeed/test_reshard.py::*",
+        lion=(f"{_RESUME}*[portable-{{o}}-*",),
+        muon=(f"{_RESUME}*[portable-{{o}}-*",),
+    ),
     works(
         MEGATRON_DEEPSPEED,
         "tensor parallelism 2, ZeRO-0 to 3",
         "hosts/deepspeed/test_tensor_parallel.py::*[fed-gqa-*-{o}-tp2-*]",
+        muon=(f"{_TP_MUON}-gqa-*", f"{_TP_MUON}_heads-*"),
     ),
     works(
         MEGATRON_DEEPSPEED,
@@ -89,13 +157,11 @@ ROWS: tuple[Row, ...] = (
         "hosts/huggingface/test_trainer.py::*plain_loop-{O}-whole*",
     ),
     works(TRAINER, "Trainer, resume, bitwise", "hosts/huggingface/test_trainer.py::*resumes_bitwise-{O}-whole*"),
-    Row(
+    mixed(
         TRAINER,
         "Trainer with AutoTP, resume",
-        (
-            Untested("BlockwiseAdamMini's case stands for both"),
-            Works(("hosts/huggingface/test_trainer.py::*resumes_bitwise-{O}-autotp*",)),
-        ),
+        Untested("BlockwiseAdamMini's case stands for both"),
+        Works(("hosts/huggingface/test_trainer.py::*resumes_bitwise-{O}-autotp*",)),
     ),
     works(TRAINER, "PEFT (LoRA), frozen base", "hosts/huggingface/test_trainer.py::*plain_loop-{O}-lora*"),
     works(
@@ -103,21 +169,23 @@ ROWS: tuple[Row, ...] = (
         "`torch.compile`, before and after `initialize`",
         "hosts/huggingface/test_trainer.py::*compiled_engines-{O}*",
     ),
-    Row(
+    refused(
         TRAINER,
         "a client optimizer under offload",
-        (Refused("was replaced by", ("hosts/huggingface/test_trainer.py::*accelerate_replaces*",)),) * 2,
+        "was replaced by",
+        "hosts/huggingface/test_trainer.py::*accelerate_replaces*",
     ),
-    Row(
+    works(
         TRAINER,
         'the same with `"zero_force_ds_cpu_optimizer": false`, or named in the JSON',
-        (Works(("hosts/huggingface/test_trainer.py::*accelerate_keeps*",)),) * 2,
+        "hosts/huggingface/test_trainer.py::*accelerate_keeps*",
     ),
     *(
         works(
             AUTOTP,
-            f"ZeRO-{stage}, tensor parallelism 2, fp32 and bf16",
-            f"hosts/deepspeed/test_autotp.py::test_autotp_trains_like_whole_tensors[values-qwen3-z{stage}-*-{{o}}-*]",
+            f"ZeRO-{stage}, tensor parallelism 2, fp32 and bf16 (Muon: fp32)",
+            f"{_AUTOTP}[values-qwen3-z{stage}-*-{{o}}-*]",
+            muon=(f"{_AUTOTP}[values-*-z{stage}-*-muon-tp2-*",),
         )
         for stage in range(4)
     ),
@@ -132,13 +200,12 @@ ROWS: tuple[Row, ...] = (
         "checkpoints at another tensor-parallel size",
         "hosts/deepspeed/test_autotp_use.py::test_checkpoints_move_between_sizes[move-*-{o}-*]",
     ),
-    Row(
+    mixed(
         AUTOTP,
         "fused weights, uneven heads, biases, fewer KV heads than ranks",
-        (
-            Works(tuple(f"{_AUTOTP}[values-{m}-*-adamw-*]" for m in ("neox", "glm", "mqa"))),
-            Works(tuple(f"{_AUTOTP}[values-{m}-*-mini-*]" for m in ("neox", "glm", "mqa", "thirds", "qwen2"))),
-        ),
+        Works(tuple(f"{_AUTOTP}[values-{m}-*-adamw-*]" for m in ("neox", "glm", "mqa"))),
+        Works(tuple(f"{_AUTOTP}[values-{m}-*-mini-*]" for m in ("neox", "glm", "mqa", "thirds", "qwen2"))),
+        muon=Works(tuple(f"{_AUTOTP}[values-{m}-*-muon-*]" for m in ("neox", "glm", "mqa"))),
     ),
     refused(
         AUTOTP,
@@ -150,7 +217,8 @@ ROWS: tuple[Row, ...] = (
         works(
             MOE,
             f"ZeRO-{stage}, expert parallelism 2",
-            f"hosts/deepspeed/test_experts.py::test_experts_train_like_whole_tensors[values-split-z{stage}-*-{{o}}-ep2-*]",
+            f"{_EXPERTS}[values-split-z{stage}-*-{{o}}-ep2-*]",
+            muon=None if stage == 1 else SAME,
         )
         for stage in range(3)
     ),
@@ -196,7 +264,10 @@ ROWS: tuple[Row, ...] = (
         "hosts/deepspeed/test_pipeline.py::test_values_of_a_pipeline[values-*-{o}-pp2-dp1]",
     ),
     works(
-        PIPELINE, "2 stages x dp 2", "hosts/deepspeed/test_pipeline.py::test_values_of_a_pipeline[values-*-{o}-pp2-dp2]"
+        PIPELINE,
+        "2 stages x dp 2",
+        "hosts/deepspeed/test_pipeline.py::test_values_of_a_pipeline[values-*-{o}-pp2-dp2]",
+        muon=SAME,
     ),
     works(
         PIPELINE,
@@ -232,76 +303,17 @@ ROWS: tuple[Row, ...] = (
         "hosts/deepspeed/test_pipeline.py::test_checkpoints_of_a_pipeline*",
     ),
     untested(PIPELINE, "CPU offload, fp16, more than 2 stages", "no case"),
-    works(
-        MEGATRON,
-        "`FP32Optimizer`, `Float16Optimizer`, dp 2",
-        "hosts/megatron/test_optimizer.py::test_values[values-plain-*-{o}-tp1-pp1-dp2]",
-    ),
-    works(
-        MEGATRON,
-        "`DistributedOptimizer`, dp 2",
-        "hosts/megatron/test_optimizer.py::test_values[values-distributed-*-{o}-*]",
-    ),
-    Row(
-        MEGATRON,
-        "one query group, tensor parallelism 1, 2 and 4",
-        (
-            Untested("no case of its own; its update is element-wise"),
-            Works(("hosts/megatron/test_experts.py::test_one_query_group*",)),
-        ),
-    ),
-    works(
-        MEGATRON,
-        "pipeline parallelism 2, tied embeddings",
-        "hosts/megatron/test_optimizer.py::test_tied_embeddings_on_two_stages[pipeline-*-{o}-*]",
-    ),
-    works(
-        MEGATRON,
-        "pipeline parallelism 2, multi-token prediction",
-        "hosts/megatron/test_experts.py::test_copies_of_the_embedding[mtp-*-{o}-*]",
-    ),
-    works(
-        MEGATRON,
-        "virtual pipeline stages",
-        "hosts/megatron/test_experts.py::test_copies_of_the_embedding[virtual-*-{o}-*]",
-    ),
-    works(MEGATRON, "expert parallelism 2", "hosts/megatron/test_experts.py::test_experts[experts-*-{o}-ep2-*]"),
-    Row(
-        MEGATRON,
-        "expert tensor parallelism 2",
-        (
-            Untested("no case of its own; its update is element-wise"),
-            Works(("hosts/megatron/test_experts.py::*etp2*",)),
-        ),
-    ),
-    works(
-        MEGATRON,
-        "context parallelism 2 (gradients fed: Megatron-core's CPU attention has none)",
-        "hosts/megatron/test_experts.py::test_context_parallel_ranks_share_shards[context-*-{o}-*]",
-    ),
-    works(
-        MEGATRON,
-        "checkpoints: dp_reshardable, fully_reshardable, torch",
-        "hosts/megatron/test_checkpoint.py::test_a_resumed_run_goes_on_exactly[resume-*-{o}-*]",
-    ),
-    untested(MEGATRON, "alltoall dispatcher, grouped experts", "need CUDA streams, Transformer Engine or grouped_gemm"),
-    untested(MEGATRON, "Transformer Engine layers", "need a GPU; tags and shards are tested on stand-ins"),
-    refused(
-        MEGATRON,
-        "precision-aware optimizer",
-        "use_precision_aware_optimizer",
-        "hosts/megatron/test_refusals.py::test_refused_on_every_rank[precision_aware]",
-    ),
-    refused(
-        MEGATRON,
-        "CPU offload",
-        "optimizer_cpu_offload",
-        "hosts/megatron/test_refusals.py::test_refused_on_every_rank[cpu_offload]",
-    ),
-    refused(MEGATRON, "Megatron-FSDP", "FSDP", "hosts/megatron/test_refusals.py::test_refused_on_every_rank[fsdp]"),
-    works(KERNELS, "C++ (CPU)", "unit/kernels/test_base.py::*[cpp-*", "unit/kernels/test_cpp.py::*"),
-    works(
-        KERNELS, "Triton, in its interpreter", "unit/kernels/test_base.py::*[triton-*", "unit/kernels/test_triton.py::*"
+    *MEGATRON_ROWS,
+    *(
+        mixed(
+            KERNELS,
+            f"{what} (Muon: its part of Adam-mini)",
+            Works((f"unit/kernels/test_base.py::*[{name}-*", f"unit/kernels/test_{name}.py::*")),
+            Works((f"unit/kernels/test_base.py::*[{name}-*", f"unit/kernels/test_{name}.py::*")),
+            lion=Refused("torch's operations step it", (f"{_LION}test_what_it_cannot_do*[settings{index}-*",)),
+            muon=Works((f"{_MUON}test_kernels_step_the_rest*[{name}]",)),
+        )
+        for index, (name, what) in enumerate((("cpp", "C++ (CPU)"), ("triton", "Triton, in its interpreter")))
     ),
     untested(KERNELS, "Triton, on a GPU", _NO_GPU),
     *FAMILY_ROWS,

@@ -285,6 +285,12 @@ def warnings_of(logger):
     return found
 
 
+OF_THE_HOST = ("offload ratio", "super offload", "zenflow", "bf16 master weights", "elastic checkpoint")
+ENGINES |= {
+    f"{name} of {optimizer}": ({"optimizer": {"type": optimizer, "params": {}}, **ENGINES[name][0]}, ENGINES[name][1])
+    for optimizer in ("BlockwiseLion", "BlockwiseMuon")
+    for name in (*OF_THE_HOST, *(["nvme offload"] if optimizer == "BlockwiseMuon" else []))
+}
 SUITE = Suite(refused_engine, {name: (2, case) for name, case in ENGINES.items()})
 outcome = SUITE.outcome()
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import product
@@ -45,6 +45,7 @@ def run_case(context: RankContext, what: tuple[str, Case]) -> None:
         "universal": check_universal,
         "from_adamw": check_from_adamw,
         "from_mini": check_from_mini,
+        "from_universal": check_from_universal,
         "to_adamw": check_to_adamw,
     }
     checks[kind](context, case)
@@ -112,6 +113,15 @@ def portable_of(context: RankContext, folder: Path) -> Path:
     return portable
 
 
+def to_universal_beside(context: RankContext, folder: Path) -> Path:
+    """The universal form of the checkpoint ``saved`` in a folder, which is then the folder's newest."""
+    if context.rank == 0:
+        to_universal(folder / "saved", folder / "universal")
+        (folder / "latest_universal").write_text("universal", encoding="utf-8")
+    context.barrier()
+    return folder
+
+
 def check_universal(context: RankContext, case: Case) -> None:
     """DeepSpeed's converter and its restore at the same topology: nothing may differ, in no group."""
     config = config_of(case)
@@ -125,6 +135,8 @@ def check_universal(context: RankContext, case: Case) -> None:
     if context.rank == 0:
         to_universal(folder / "saved", folder / "universal")
     context.barrier()
+    if case.optimizer == "muon" and case.stage == 2:
+        check_muons_is_refused(case, folder)
     config["checkpoint"] = {"load_universal": True}
     with open_engine(config, lambda: build(case, config), groups=groups_of(case)) as run:
         _, client_state = run.engine.load_checkpoint(str(folder), tag="universal")
@@ -132,6 +144,16 @@ def check_universal(context: RankContext, case: Case) -> None:
         assert group_settings(run) == settings
         train(run, context, case, range(SAVED, LAST))
         assert_same(masters(run), wanted, "masters")
+
+
+def check_muons_is_refused(case: Case, folder: Path) -> None:
+    """Adam would divide by the second moments of orthogonal rows."""
+    other = config_of(replace(case, optimizer="mini")) | {"checkpoint": {"load_universal": True}}
+    with open_engine(other, lambda: build(case, other), groups=groups_of(case)) as run:
+        before = masters(run)
+        with pytest.raises(ValueError, match="written by BlockwiseMuon, which keeps a second moment of updates"):
+            run.engine.load_checkpoint(str(folder), tag="universal")
+        assert_same(masters(run), before, "masters")
 
 
 def group_settings(run: SimpleNamespace) -> list[dict[str, Any]]:
@@ -170,7 +192,14 @@ def check_from_adamw(context: RankContext, case: Case) -> None:
 def check_from_mini(context: RankContext, case: Case) -> None:
     """A Blockwise Adam-mini run goes on with another of ours at another stage, through the portable form."""
     mini = replace(case, optimizer="mini", stage=2, params={"lr_multipliers": ONES})
-    switch(context, (config_of(mini), mini), (config_of(case), case), converted=True)
+    switch(context, (config_of(mini), mini), (config_of(case), case), through=portable_of)
+
+
+def check_from_universal(context: RankContext, case: Case) -> None:
+    """The same at one stage, through DeepSpeed's universal form."""
+    mini = replace(case, optimizer="mini", params={"lr_multipliers": ONES})
+    universal = config_of(case) | {"checkpoint": {"load_universal": True}}
+    switch(context, (config_of(mini), mini), (universal, case), through=to_universal_beside)
 
 
 def check_to_adamw(context: RankContext, case: Case) -> None:
@@ -183,11 +212,12 @@ def switch(
     first: tuple[dict[str, Any], Case],
     second: tuple[dict[str, Any], Case],
     *,
-    converted: bool = False,
+    through: Callable[[RankContext, Path], Path] = lambda context, folder: folder,
 ) -> None:
-    folder = context.tmp_path / "switch"
-    plan = GradientPlan(context.world_size, 1, DTYPES[first[1].dtype])
     (config, case), (next_config, next_case) = first, second
+    name = f"switch-{case.optimizer}{case.stage}-{next_case.optimizer}{next_case.stage}"
+    folder = context.tmp_path / name  # others save without manifests, which then must not be there
+    plan = GradientPlan(context.world_size, 1, DTYPES[case.dtype])
     with open_engine(config, lambda: build(case, config)) as run:
         start = masters(run)
         oracle = oracle_of(case, start, hyper_of(case, list(start)))
@@ -195,8 +225,7 @@ def switch(
             feed_step(run, plan, step, context.rank)
             oracle.step({n: plan.mean(n, tuple(p.shape), step) for n, p in start.items()})
         run.engine.save_checkpoint(str(folder), tag="saved")
-    if converted:
-        folder = portable_of(context, folder)
+    folder = through(context, folder)
     with open_engine(next_config, lambda: build(next_case, next_config)) as run:
         run.engine.load_checkpoint(str(folder))
         now = masters(run)
@@ -250,6 +279,11 @@ def _cases() -> Iterator[tuple[str, tuple[int, tuple[str, Case]]]]:
     for optimizer, stage in product(("mini", "adamw"), (1, 2, 3)):
         case = Case(optimizer, stage, "bf16" if stage > 1 else "fp32", groups="mixed", **SCHEDULE)
         yield f"universal-{optimizer}-z{stage}", (2, ("universal", case))
+    for stage in (2, 3):
+        case = Case("muon", stage, groups="mixed", **SCHEDULE)
+        yield f"universal-muon-z{stage}", (2, ("universal", case))
+        case = Case("muon", stage, decay_multipliers=False)
+        yield f"from_universal-muon-z{stage}-dp2", (2, ("from_universal", case))
     warmup = Case("mini", 3, scheduler="WarmupLR", scheduler_params=WARMUP, groups="mixed")
     yield "universal_deepspeed_schedule-z3", (2, ("universal", warmup))
     for kind, (optimizer, stage) in product(("from_adamw", "to_adamw"), product(("mini", "adamw"), (0, 1, 2, 3))):
@@ -285,7 +319,7 @@ def test_universal_checkpoint_at_the_same_topology(outcome: Outcome, name: str) 
     passes(outcome, name)
 
 
-@SUITE.cases("from_adamw", "from_mini")
+@SUITE.cases("from_adamw", "from_mini", "from_universal")
 def test_a_run_goes_on_with_another_optimizer(outcome: Outcome, name: str) -> None:
     """Moments would be dropped, or second moments averaged over a rank's part of a block only; or Muon's rows would
     begin with those of gradients."""

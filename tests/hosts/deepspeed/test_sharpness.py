@@ -337,6 +337,8 @@ _CASES = {
     "z3-fp32-adamw": Case("adamw", 3, zero={"sub_group_size": 500}),
     "z3-fp32-mini": Case("mini", 3, gas=2),
     "z3-bf16-mini": Case("mini", 3, "bf16", zero={"sub_group_size": 500}),
+    "z2-fp32-muon": Case("muon", 2),
+    "z3-fp32-lion": Case("lion", 3),
     "tp2-z0-fp32-mini": Case("mini", 0, tp=2),
     "tp2-z1-fp32-adamw": Case("adamw", 1, tp=2),
     "tp2-z2-bf16-mini": Case("mini", 2, "bf16", tp=2),

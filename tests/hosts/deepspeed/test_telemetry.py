@@ -45,6 +45,14 @@ def _cases() -> Iterator[tuple[str, tuple[int, Measured]]]:
     for optimizer, stage in (("mini", 1), ("adamw", 3), ("mini", 3)):  # some of three ranks hold nothing of a norm
         case = _case(optimizer, stage, telemetry, model="slim", **OWN)
         yield f"values-{optimizer}-z{stage}-slim-dp3", (3, Measured("values", case))
+    for optimizer, stage in (("muon", 2), ("muon", 3), ("lion", 3)):
+        zero = {"sub_group_size": 300} if stage == 3 else {}
+        yield (
+            f"values-{optimizer}-z{stage}",
+            (2, Measured("values", _case(optimizer, stage, telemetry, zero=zero, **OWN))),
+        )
+    case = _case("muon", 1, telemetry, decay_multipliers=False, **OWN)
+    yield "values-muon-tp2", (2, Measured("values", case, tp=2))
     csv = {"csv_monitor": {"enabled": True, "job_name": "job"}}
     yield "values-csv", (2, Measured("values", _case("mini", 2, telemetry, config=csv)))
     stop = {"telemetry": {"interval": 2, "band": {"vo": [0.0, 1e-6]}, "on_alarm": "stop"}}

@@ -20,11 +20,11 @@ from ds_blockwise.optimizers.registry import OPTIMIZERS
 from ds_blockwise.parallel import agree
 from tests.helpers.deepspeed.engine_cases import Case, build, config_of, groups_of, hyper_of, oracle_of, settings_of
 from tests.helpers.models import GradientPlan
-from tests.helpers.optimizers import SHORT_NAMES
+from tests.helpers.optimizers import ALL_NAMES
 from tests.helpers.oracle import scheduled_lr
 from tests.helpers.telemetry_truth import assert_reads, set_gradients, truth
 
-CLASSES = {SHORT_NAMES[name]: cls for name, cls in OPTIMIZERS.items() if name in SHORT_NAMES}
+CLASSES = {ALL_NAMES[name]: cls for name, cls in OPTIMIZERS.items()}
 SCHEDULE = {"warmup_num_steps": 2, "total_num_steps": 9, "min_lr": 3e-3}
 PLAN = GradientPlan(1, 1, torch.float32)
 
@@ -54,7 +54,7 @@ def stepped(run: SimpleNamespace, step: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("model", ["qwen3", "gpt2", "nano"])
-@pytest.mark.parametrize("optimizer", ["mini", "adamw"])
+@pytest.mark.parametrize("optimizer", ["mini", "adamw", "lion", "muon"])
 def test_values_of_whole_tensors(optimizer: str, model: str) -> None:
     """Fused and transposed weights are taken apart; biases, tied weights and the schedule's floor are in."""
     run = made(Case(optimizer, model=model), telemetry={"interval": 2})
@@ -82,6 +82,32 @@ def test_param_groups_are_averaged_over_elements(optimizer: str) -> None:
         gradients = stepped(run, step)
         run.oracle.step(gradients)
         assert_reads(run.optimizer.telemetry(), truth(run.oracle, was, gradients), step + 1, f"step {step}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_updates_of_muon_and_lion_are_kept_for_readings_alone(dtype: torch.dtype) -> None:
+    """What the step subtracted is held by the items of the steps that are read; 16-bit weights read alike."""
+    for name in ("lion", "muon"):
+        run = made(Case(name, model="llama"), telemetry={"interval": 2})
+        run.model.to(dtype)
+        kept: list[list[bool]] = []
+
+        class Watch:
+            def before_update(self, work: Any) -> bool:
+                return True
+
+            def after_update(self, work: Any) -> None:
+                kept.append([w.item.update is not None for w in work])  # noqa: B023 - called in this turn of the loop
+
+        run.optimizer.observe(Watch())
+        for step in range(4):
+            stepped(run, step)
+        matrices = sum("proj" in n for n, _ in run.model.named_parameters())
+        wanted = len(kept[1]) if name == "lion" else matrices
+        assert [sum(found) for found in kept] == [0, wanted, 0, wanted]
+        ffn = run.optimizer.telemetry()["ffn"]
+        scale = 1.0 if name == "lion" else 0.2  # the sign; "rms": of a matrix whose singular values are about 1
+        assert ffn.update_rms == pytest.approx(scale * ffn.lr, rel=0.2)
 
 
 def test_no_gradient_is_no_update() -> None:

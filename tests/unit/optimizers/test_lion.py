@@ -104,7 +104,6 @@ def test_it_goes_on_bit_for_bit_and_takes_the_momentum_of_others() -> None:
     [
         ({"backend": "cpp"}, r'BlockwiseLion has no cpp kernels.* Write "backend": "auto"'),
         ({"backend": "triton"}, r'BlockwiseLion has no triton kernels.* Write "backend": "auto"'),
-        ({"telemetry": {"interval": 2}}, r"BlockwiseLion does not support telemetry yet.*or use BlockwiseAdamMini"),
         ({"lr_multipliers": {"auto": {"total_num_steps": 10**6}}}, r'BlockwiseLion does not support "lr_multipliers"'),
         ({"granularity": {"qk": "haed"}}, "haed"),
     ],

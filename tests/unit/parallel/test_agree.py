@@ -28,6 +28,17 @@ def check(context: RankContext, what: str) -> None:
         mine = {0: [pairs[0]], 1: pairs, 2: [pairs[1]]}[rank]
         assert agree.any_rank(rank == 0, [ReductionGroups(dp_group=group) for group in mine], CPU)
         assert agree.if_many(dist.new_group([rank], use_local_synchronization=True)) is None
+    elif what == "peers":
+        # ranks 0 and 1 share a group, 2 is alone: one message each
+        pair, alone = dist.new_group([0, 1]), dist.new_group([2])
+        groups = ReductionGroups(dp_group=alone if rank == 2 else pair)
+        assert agree.any_peer(torch.tensor(rank == 1), groups) == (rank != 2)
+        sent: list[int] = []
+        with pytest.MonkeyPatch.context() as patch:
+            original = dist.all_reduce
+            patch.setattr(dist, "all_reduce", lambda t, **k: (sent.append(t.numel()), original(t, **k)))
+            assert not agree.any_peer(torch.tensor(False), groups)
+        assert sent == [1]
     elif what == "digests":
         assert agree.disagreement("a" if rank < 2 else "b", dist.group.WORLD) == [2]
         assert agree.disagreement("a", dist.group.WORLD) == []
@@ -47,7 +58,7 @@ def check(context: RankContext, what: str) -> None:
 
 
 def test_three_ranks() -> None:
-    results = run_cases(check, 3, {name: name for name in ("flags", "chain", "digests", "errors", "together")})
+    results = run_cases(check, 3, {name: name for name in ("flags", "chain", "peers", "digests", "errors", "together")})
     assert not [f"{name}\n{text}" for name, text in results.items() if text is not None]
 
 
@@ -55,6 +66,7 @@ def test_a_process_alone() -> None:
     assert agree.gather(7) == [7]
     assert agree.any_rank_of_all(True, CPU) and not agree.any_rank_of_all(False, CPU)
     assert agree.any_rank(True, [LOCAL], CPU)
+    assert agree.any_peer(torch.tensor(True), LOCAL) and not agree.any_peer(torch.tensor(False), LOCAL)
     assert agree.first_error("full") == "full"
     assert agree.place_in(None) == (0, 1)
     assert agree.disagreement("a", None) == []

@@ -12,6 +12,7 @@ from ds_blockwise.blocks.roles import Role
 from ds_blockwise.blocks.segment_table import Placement, SegmentTable, build_table, whole_placement
 from ds_blockwise.kernels.update import block_sums
 from ds_blockwise.parallel.reduce import LOCAL, ReductionGroups, reduce_block_sums_
+from tests.helpers.counting import Operations
 from tests.helpers.distributed import RankContext, run_cases
 from tests.helpers.kernel_cases import spec
 
@@ -34,7 +35,27 @@ def column_shard(rank: int) -> tuple[SegmentTable, torch.Tensor]:
     return table, WHOLE[:, ((0, 3), (3, 5))[rank][0] : ((0, 3), (3, 5))[rank][1]].reshape(-1)
 
 
+def count_operations(rank: int) -> None:
+    """Eight tensors must not cost more operations than two, and are complete in the second step, too."""
+    counts = []
+    for tensors in (2, 8):
+        made = [column_shard(rank) for _ in range(tensors)]
+        groups = ReductionGroups(tp_group=dist.group.WORLD)
+        for _ in range(2):
+            sums = [block_sums(values * (i + 1), table, square=True) for i, (table, values) in enumerate(made)]
+            with Operations() as operations:
+                reduce_block_sums_([(s, table, groups) for s, (table, _) in zip(sums, made, strict=True)])
+        counts.append(operations.names)
+        for i, s in enumerate(sums):
+            torch.testing.assert_close(s, WHOLE.square().sum(1) * (i + 1) ** 2)
+    assert counts[0] == counts[1], counts
+    assert len(counts[0]) <= 6, counts
+
+
 def check(context: RankContext, how: str) -> None:
+    if how == "operations":
+        count_operations(context.rank)
+        return
     table, values = zero_window(context.rank) if how == "zero" else column_shard(context.rank)
     world = dist.group.WORLD
     groups = ReductionGroups(dp_group=world) if how == "zero" else ReductionGroups(tp_group=world)
@@ -56,7 +77,7 @@ def check(context: RankContext, how: str) -> None:
 
 
 def test_sums_are_complete_and_only_split_blocks_travel() -> None:
-    results = run_cases(check, 2, {"zero": "zero", "tp": "tp"})
+    results = run_cases(check, 2, {"zero": "zero", "tp": "tp", "operations": "operations"})
     assert not [f"{name}\n{text}" for name, text in results.items() if text is not None]
 
 

@@ -9,6 +9,7 @@ from ds_blockwise.runs.check import check_run_file
 from ds_blockwise.runs.model_shape import GPTShape
 from ds_blockwise.runs.plan import GPUS, computed_again, flops_per_token, make_plan, traffic
 from ds_blockwise.runs.plan_memory import Arrangement, RankCounts, memory_of
+from ds_blockwise.runs.plan_muon import MatrixKind, muon_costs
 from tests.helpers import ROOT
 
 FOLDER = ROOT / "configs" / "run" / "llama_2b"
@@ -52,3 +53,30 @@ def test_a_larger_micro_batch_is_found_only_if_it_fits() -> None:
     assert plan.largest_micro_batch == max(m for m, size in sizes.items() if size <= usable)
     small = make_plan(run, held, 1, 8, "a100-40g")
     assert small.largest_micro_batch < plan.largest_micro_batch
+
+
+def test_muons_matrices_by_hand() -> None:
+    """Newton-Schulz of m x n, m the smaller: five times 2mmn for x x^T, 2mmm for its square, 2mmn for their product."""
+    wide, split = MatrixKind(10, 40, 6, False), MatrixKind(40, 20, 2, True)
+    flops = 5 * 6 * (4 * 100 * 40 + 2 * 1000) + 5 * 2 * (4 * 400 * 40 + 2 * 8000)
+    given = {"local_parameters": 4000, "step_flops": 1e9}
+    here = muon_costs([wide, split], {}, tp=1, dp=1, zero_stage=0, **given)
+    assert (here.dp_bytes, here.tp_bytes, here.flops) == (0, 0, flops)
+    assert here.transient_bytes == 5 * 4 * 800 and here.share_of_step == flops / 1e9
+    # ZeRO 3: 4000 elements, an eighth of them here, of which 7/8 leave, there and back, as fp32
+    three = muon_costs([wide, split], {}, tp=1, dp=8, zero_stage=3, **given)
+    assert three.dp_bytes == 2 * 4 * 4000 / 8 * 7 / 8 and three.tp_bytes == 0 and three.owners == 8
+    assert three.flops == max(flops / 8, split.flops) == split.flops, "nobody does less than one matrix"
+    of_two = muon_costs([wide, split], {}, tp=1, dp=2, zero_stage=3, **given)
+    assert of_two.flops == flops / 2
+    # a bucket holds what arrives of all, or what is set, but at least the largest matrix
+    assert of_two.transient_bytes == 5 * 4 * 800 + 2 * 4 * 4000 / 2 / 2
+    small = muon_costs([wide, split], {"bucket_bytes": 100}, tp=1, dp=2, zero_stage=3, **given)
+    assert small.transient_bytes == 5 * 4 * 800 + 2 * 3200
+    # ZeRO 1: a window of 500 elements cuts one of 400 with probability 4/5, one of 800 always
+    one = muon_costs([wide, split], {}, tp=1, dp=8, zero_stage=1, **given)
+    assert one.dp_bytes == pytest.approx(2 * 4 * (6 * 400 * 0.8 + 2 * 800) / 8)
+    # two tensor-parallel ranks: half of each split matrix leaves
+    two = muon_costs([wide, split], {}, tp=2, dp=8, zero_stage=3, **given)
+    assert two.tp_bytes == 2 * 4 * 2 * 800 / 16 / 2 and two.dp_bytes == three.dp_bytes / 2
+    assert two.owners == 8

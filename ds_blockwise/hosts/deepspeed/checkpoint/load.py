@@ -11,7 +11,6 @@ import functools
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
@@ -24,14 +23,14 @@ from ds_blockwise.checkpoint.manifest import (
     Topology,
     once_more,
 )
-from ds_blockwise.checkpoint.record import KEY, settings_of
+from ds_blockwise.checkpoint.record import settings_of
 from ds_blockwise.checkpoint.record_changes import differences
 from ds_blockwise.checkpoint.record_types import Settings
 from ds_blockwise.hosts.deepspeed.checkpoint.load_portable import load_portable
-from ds_blockwise.hosts.deepspeed.checkpoint.rehearse import misfits, model_file, universal_misfits
+from ds_blockwise.hosts.deepspeed.checkpoint.rehearse import misfits, model_file, starts_anew, universal_misfits
 from ds_blockwise.hosts.deepspeed.checkpoint.save import load_rank_state, save_checkpoint
 from ds_blockwise.hosts.deepspeed.checkpoint.schedule import load_schedule, restore_groups, set_rates
-from ds_blockwise.hosts.deepspeed.checkpoint.tag_folder import ModelFile, universal_misfit
+from ds_blockwise.hosts.deepspeed.checkpoint.tag_folder import ModelFile, take_own_entry, universal_misfit
 from ds_blockwise.hosts.deepspeed.checkpoint.topology import (
     check_not_replaced,
     find_together,
@@ -40,6 +39,7 @@ from ds_blockwise.hosts.deepspeed.checkpoint.topology import (
 )
 from ds_blockwise.hosts.deepspeed.engine import Engine, Loaded, LoadOptions, trusts, verifies
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
+from ds_blockwise.optimizers.second_moment import start_matrices_anew
 from ds_blockwise.parallel.agree import first_error, gather, is_first_rank, together
 
 __all__ = ["guard", "load_checkpoint", "load_rank_state", "save_checkpoint"]
@@ -145,6 +145,8 @@ def _load_found(engine: Engine, checkpoint: Checkpoint, options: LoadOptions, *,
     else:
         together(lambda: _check_topology(engine, checkpoint, options))
     model = _rehearse(engine, checkpoint, options, universal=universal)
+    # below ZeRO-3 DeepSpeed loads a universal checkpoint's moments whatever it was asked for
+    anew = together(lambda: starts_anew(engine, model)) if universal else None
     # DeepSpeed would load the schedule after the weights, and fail there on a checkpoint without one
     undo = load_schedule(engine, model["lr_scheduler"], _updates_of(model)) if scheduled else None
     without: LoadOptions = {**options, "load_lr_scheduler_states": False}
@@ -152,7 +154,7 @@ def _load_found(engine: Engine, checkpoint: Checkpoint, options: LoadOptions, *,
     original = functools.partial(type(engine).load_checkpoint, engine, folder, checkpoint.tag, **without)
     try:
         load = functools.partial(_by_deepspeed, original)
-        path, client_state = _load_into_groups(engine, load, scheduled, tell=universal, moments=moments)
+        path, client_state = _load_into_groups(engine, load, scheduled, tell=universal, moments=moments, anew=anew)
     except Exception:
         if undo is not None:
             undo()
@@ -222,11 +224,11 @@ def _check_universal(engine: Engine, checkpoint: Checkpoint) -> None:
         round_robin=bool(getattr(engine.optimizer, "round_robin_gradients", False)),
     )
     optimizer = engine.basic_optimizer
-    if isinstance(optimizer, BlockwiseOptimizer) and optimizer.second_moment_of != "gradients":
-        name = type(optimizer).__name__
+    if isinstance(optimizer, BlockwiseOptimizer) and optimizer.second_moment == "none":
         misfit = (
-            f"{checkpoint.folder} is a universal checkpoint, whose second moments are of gradients, and {name} keeps "
-            f"none of these. Load a checkpoint of {name}, or a portable one made of it by ds-blockwise convert."
+            f"{checkpoint.folder} is a universal checkpoint, from which DeepSpeed loads second moments, and "
+            f"{type(optimizer).__name__} keeps none. Load the checkpoint that it was made from, or a portable one made "
+            f"of that by ds-blockwise convert."
         )
     message = first_error(misfit)
     if message is not None:
@@ -272,7 +274,7 @@ def _described(topology: Topology) -> str:
 
 
 def _load_into_groups(
-    engine: Engine, load: Callable[[], Loaded], scheduled: bool, *, tell: bool, moments: bool
+    engine: Engine, load: Callable[[], Loaded], scheduled: bool, *, tell: bool, moments: bool, anew: str | None = None
 ) -> Loaded:
     """Load, then give the param groups their own settings back and let all ranks settle.
 
@@ -282,13 +284,14 @@ def _load_into_groups(
         scheduled: whether ``load`` also loads the schedule.
         tell: whether to report other settings; our optimizers' own ``load_state_dict`` does it where it is called.
         moments: whether ``load`` also loads the moments.
+        anew: what of them starts anew and is not set by ``load``, for the log.
     """
     optimizer = engine.basic_optimizer
     ours = optimizer if isinstance(optimizer, BlockwiseOptimizer) else None
     own = [] if ours is None else [_settings(group) for group in ours.param_groups]
     own_run = None if ours is None else ours.run_state()
     path, client_state = _load_together(engine, load)
-    saved = _take_own_entry(client_state)
+    saved = take_own_entry(client_state)
     if ours is not None and path is not None:
         settings: Settings | None = saved.get("settings") or None
         groups = [] if settings is None else settings.get("groups", [])
@@ -303,6 +306,9 @@ def _load_into_groups(
         saved_run = None if settings is None else settings.get("run")
         run, steps = (saved_run, int(engine.global_steps)) if scheduled and moments else (own_run, 0)
         ours.load_run_state(run, steps)
+        if anew is not None:
+            start_matrices_anew(ours.state, ours.bindings())
+            ours.report_changes(None, anew)
         ours.settle()
     return path, client_state
 
@@ -340,13 +346,3 @@ def _by_deepspeed(load: Callable[[], Loaded]) -> Loaded:
 
 def _settings(group: Mapping[str, object]) -> dict[str, object]:
     return {key: value for key, value in group.items() if key != "params"}
-
-
-def _take_own_entry(client_state: dict[str, object] | None) -> dict[str, Any]:
-    """Remove what `save_checkpoint` added to a client state and return our part of it."""
-    saved = None if client_state is None else client_state.pop(KEY, None)
-    if client_state is None or not isinstance(saved, dict):
-        return {}
-    for key in saved.get("added", ()):
-        client_state.pop(key, None)
-    return saved

@@ -30,7 +30,7 @@ from ds_blockwise.kernels.base import wide_dtype
 from ds_blockwise.kernels.bindings import Binding
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.optimizers.registry import OPTIMIZERS
-from ds_blockwise.optimizers.second_moment import start_matrices_anew_
+from ds_blockwise.optimizers.second_moment import start_matrices_anew
 from ds_blockwise.parallel.agree import first_error, is_first_rank, together
 from ds_blockwise.values import is_finite
 
@@ -79,8 +79,7 @@ def load_portable(
     problems = together(lambda: _problems(engine, optimizer, portable, strict=load_module_strict, moments=moments))
     _raise_everywhere(problems, ValueError)
     started_anew = check_kind(optimizer, portable.record) if moments else None
-    if started_anew is not None and is_first_rank():
-        logger.warning("%s", started_anew)
+    optimizer.report_changes(None, started_anew)
     counters = {key: training_state["counters"].get(key, 0) for key in COUNTERS}
     if load_lr_scheduler_states and not load_module_only:
         updates = max(0, counters["global_steps"] - counters["skipped_steps"])
@@ -91,8 +90,8 @@ def load_portable(
     try:
         for binding in optimizer.bindings():
             _fill(optimizer, binding, portable, moments)
-            if started_anew is not None and "exp_avg_sq" in (state := optimizer.state.get(binding.tensor, {})):
-                start_matrices_anew_(state["exp_avg_sq"], binding)
+            if started_anew is not None:
+                start_matrices_anew(optimizer.state, [binding])
         _fill_fixed(engine, portable)
     except Exception as error:  # whatever one rank meets while reading, all must hear of it before the next collective
         damage = (

@@ -23,6 +23,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
 from ds_blockwise.checkpoint.manifest import CheckpointError
+from ds_blockwise.checkpoint.state_dicts import check_second_moments
 from ds_blockwise.checkpoint.typed_data import typed
 from ds_blockwise.hosts.deepspeed.checkpoint.optimizer_files import OptimizerFile, load_optimizer_file, unpartitioned
 from ds_blockwise.hosts.deepspeed.checkpoint.tag_folder import ModelFile, load_file, load_model_file
@@ -241,6 +242,22 @@ def _full_groups(wrapper: Any) -> Iterator[None]:
         yield
     finally:
         wrapper._clear_fp32_optimizer_param_groups()
+
+
+def starts_anew(engine: Engine, model: ModelFile) -> str | None:
+    """See `check_second_moments`, of a universal checkpoint, which keeps nothing of the optimizer's own record.
+
+    Args:
+        engine: the engine.
+        model: the checkpoint's file of the weights.
+    """
+    optimizer, own = engine.basic_optimizer, model.get("ds_blockwise")
+    if not isinstance(optimizer, BlockwiseOptimizer):
+        return None
+    wrote, saved = "another optimizer", "gradients"
+    if own is not None and own["settings"] is not None:
+        wrote, saved = own["settings"].get("optimizer", wrote), own.get("second_moment_of", saved)
+    return check_second_moments(optimizer, wrote, saved)
 
 
 def universal_misfits(engine: Engine, folder: Path, *, whole: bool, trust: bool) -> Iterator[str]:

@@ -141,11 +141,18 @@ def _checked_state(save_dir: str | Path, client_state: object) -> dict[Any, obje
 def _own_entries(engine: Engine) -> tuple[OwnEntry, dict[str, object]]:
     """Our entry of the client state, and the one that DeepSpeed's universal converter needs."""
     optimizer = engine.basic_optimizer
-    settings = settings_of(optimizer) if isinstance(optimizer, BlockwiseOptimizer) else None
+    ours = optimizer if isinstance(optimizer, BlockwiseOptimizer) else None
     # DeepSpeed keeps that key for itself when there are experts
     info = None if engine.has_moe_layers else universal_checkpoint_info(engine)
     entries: dict[str, object] = {} if info is None else {UNIVERSAL_CHECKPOINT_INFO: info}
-    return {"settings": settings, "topology": topology_of(engine), "added": list(entries)}, entries
+    own: OwnEntry = {
+        "settings": None if ours is None else settings_of(ours),
+        "topology": topology_of(engine),
+        "added": list(entries),
+    }
+    if ours is not None:
+        own["second_moment_of"] = ours.second_moment_of
+    return own, entries
 
 
 def _warn_decoupled(engine: Engine) -> None:

@@ -57,7 +57,13 @@ _OPTIM = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_sta
 _OTHER = re.compile(r"(?:(layer_(?!\d+_expert_))|layer_|expp_rank_|expert_).*\.pt")
 
 
-class OwnEntry(TypedDict):
+class _OwnEntry(TypedDict, total=False):
+    """``second_moment_of``: see `SecondMomentOf`; missing where an earlier version wrote it: those of gradients."""
+
+    second_moment_of: str
+
+
+class OwnEntry(_OwnEntry):
     """What `save_checkpoint` adds to the client state under ``ds_blockwise``.
 
     Attributes:
@@ -222,6 +228,16 @@ class TagFolder:
             more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
             listed = "; the ".join(missing[:_SHOWN])
             raise CheckpointError(f"{self.folder} lacks the {listed}{more} (of {self.tp} x {self.dp} ranks)")
+
+
+def take_own_entry(client_state: dict[str, object] | None) -> dict[str, Any]:
+    """Remove what `save_checkpoint` added to a client state and return our part of it."""
+    saved = None if client_state is None else client_state.pop(KEY, None)
+    if client_state is None or not isinstance(saved, dict):
+        return {}
+    for key in saved.get("added", ()):
+        client_state.pop(key, None)
+    return saved
 
 
 def universal_misfit(folder: Path, *, partitions_weights: bool, tp: int, round_robin: bool) -> str | None:

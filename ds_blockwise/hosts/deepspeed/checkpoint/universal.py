@@ -68,11 +68,8 @@ def _unconvertible(engine: Engine) -> str | None:
     optimizer = engine.basic_optimizer
     if not isinstance(optimizer, BlockwiseOptimizer):
         return None
-    if optimizer.second_moment_of != "gradients":
-        return (
-            f"{type(optimizer).__name__}: the converter takes exp_avg_sq for second moments of gradients; use "
-            f"ds-blockwise convert"
-        )
+    if optimizer.second_moment == "none":
+        return f"{type(optimizer).__name__} keeps no exp_avg_sq, which the converter needs; use ds-blockwise convert"
     if optimizer.checkpoint_format == "compact" and optimizer.shares_second_moment:
         return "compact: the converter needs exp_avg_sq with one value per element; use ds-blockwise convert"
     return None
