@@ -153,8 +153,11 @@ def test_random_tables_are_stepped_as_by_the_reference(seed):
     # two updates of the largest multiplier may cancel, and what they were subtracted from was rounded as well
     magnitude = torch.maximum(a.double().abs(), tensors[0].double().abs())
     ulp = {F32: 2.0**-23, F64: 0.0, BF16: 2.0**-7, F16: 2.0**-10}[param_type] * magnitude
-    assert bool((error <= 1e-6 * update.clamp(min=8 * LR) + ulp).all())
     largest = state_a["exp_avg"].double().abs().max()
+    # a first moment that cancels to nothing has the sign of its rounding: such an element may decay or not
+    undecided = hyper.cautious * (state_a["exp_avg"].double().abs() <= 1e-7 * largest)
+    decay = undecided * LR * 9 * hyper.weight_decay * magnitude
+    assert bool((error <= 1e-6 * update.clamp(min=8 * LR) + ulp + decay).all())
     moved = (state_a["exp_avg"].double() - state_b["exp_avg"].double()).abs().max()
     assert moved <= largest * (2.0**-8 if momentum is BF16 else 3e-7)
     torch.testing.assert_close(state_a["exp_avg_sq"].double(), state_b["exp_avg_sq"].double(), rtol=1e-6, atol=0)
