@@ -19,7 +19,8 @@ from tests.helpers import ROOT
 
 FOLDER = ROOT / "build" / "triton"
 CAPABILITIES = ("80", "90")
-MOST_SPILLED = 32  # bytes a thread; assemblers differ, and the pinned one may spill nothing (`make test`)
+# bytes a thread: assemblers differ (3.7.1: 40 for sm_80); the pinned one may spill nothing (`make test`)
+MOST_SPILLED = 48
 
 
 def floor() -> tuple[int, ...]:
