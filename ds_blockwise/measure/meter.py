@@ -104,7 +104,8 @@ class Meter:
         """See `StepObserver`; a run of unknown length ends here."""
         if self.auto is not None and (work or self.is_hosted):
             self.auto.require_total()
-        if UPDATE in self._names_due(self.steps + 1):
+        # a host's constructor steps before anything is bound, and before it knows how long the run is
+        if work and UPDATE in self._names_due(self.steps + 1):
             for w in work:
                 w.item.keeps_update = True
         return True

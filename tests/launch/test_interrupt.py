@@ -21,7 +21,7 @@ from tests.helpers import ROOT
 from tests.helpers.launch.job_server import jobs
 from tests.helpers.launch.project import LAUNCH, assert_same_checkpoint, make_project
 from tests.helpers.launch.stubs import RUN, Bench
-from tests.helpers.launch.terminal import in_terminal
+from tests.helpers.launch.terminal import hear_interrupts, in_terminal
 
 # Waits in C, with the signals that are given sent to itself, as a rank waits in a collective.
 _WAITS = """
@@ -127,9 +127,10 @@ def test_a_signal_reaches_the_ranks_below_deepspeeds_command(tmp_path: Path, num
     """The command itself dies of SIGTERM and leaves them running; of SIGINT the process between makes SIGTERM."""
     bench = Bench(tmp_path)
     (bench.folder / "below.py").write_text(BELOW, encoding="utf-8")
-    command = f"[sys.executable, '-S', {str(bench.folder / 'below.py')!r}, calls, 'launch']"
-    bench.stub("deepspeed", body=f"import subprocess\nsys.exit(subprocess.call({command}))\n")
-    process = subprocess.Popen(bench.command("local.sh", RUN), env=bench.env, cwd=bench.folder)
+    below = f"[sys.executable, '-S', {str(bench.folder / 'below.py')!r}, calls, 'launch']"
+    bench.stub("deepspeed", body=f"import subprocess\nsys.exit(subprocess.call({below}))\n")
+    command = bench.command("local.sh", RUN)
+    process = subprocess.Popen(command, env=bench.env, cwd=bench.folder, preexec_fn=hear_interrupts)
     calls = Path(bench.env["CALLS"])
     deadline = time.monotonic() + 30
     while not all(Path(f"{calls}.{name}").exists() for name in ("launch", "rank")) and time.monotonic() < deadline:

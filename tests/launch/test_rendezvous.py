@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from pathlib import Path
@@ -27,6 +28,15 @@ def _join(rank: int) -> None:
         time.sleep(0.02)
 
 
+def _join_together(rank: int) -> None:
+    """As `_join`, but begin when all that come are there: on a busy machine one may start long after another."""
+    meeting = Path(os.environ["MEETING"])
+    (meeting / f"{rank}.came").touch()
+    while len(list(meeting.glob("*.came"))) < int(os.environ["COMING"]):
+        time.sleep(0.02)
+    _join(rank)
+
+
 def _differences(ranks: list[rendezvous.RankInfo], facts: list[dict[str, int]]) -> list[str]:
     """Each rank's facts stand beside it."""
     return [f"{info} gave {fact}" for info, fact in zip(ranks, facts, strict=True) if info.rank != fact["rank"]]
@@ -47,8 +57,9 @@ def test_ranks_are_written_as_ranges() -> None:
 @pytest.mark.parametrize("told", [True, False], ids=["hosts-told", "hosts-unknown"])
 def test_a_rank_that_does_not_come_up_is_named_with_its_host(tmp_path: Path, told: bool) -> None:
     """Ranks 1 and 3 to 5 stay away: 1 has a neighbour, node3 was never seen."""
-    env = {"LAUNCH_JOIN_SECONDS": "15"} | ({"LAUNCH_HOSTS": "node1:2,node2:2,node3:2"} if told else {})
-    results = start(tmp_path, _join, world_size=6, per_host=2, absent=(1, 3, 4, 5), env=env).wait()
+    env = {"LAUNCH_JOIN_SECONDS": "15", "MEETING": str(tmp_path), "COMING": "2"}
+    env |= {"LAUNCH_HOSTS": "node1:2,node2:2,node3:2"} if told else {}
+    results = start(tmp_path, _join_together, world_size=6, per_host=2, absent=(1, 3, 4, 5), env=env).wait()
     third = "node3 (ranks 4-5)" if told else "an unknown host (ranks 4-5)"
     for status, text in results.values():
         assert status == 1  # not REFUSED: the launchers try again

@@ -18,6 +18,11 @@ _CTRL_C = b"\x03"
 _ROWS_AND_COLUMNS = (40, 120)
 
 
+def hear_interrupts() -> None:
+    """Undo what a shell does to whatever it starts in the background: a program that ignores SIGINT passes that on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def in_terminal(
     command: Sequence[str], folder: Path, env: Mapping[str, str], *, limit: float, ctrl_c_after: str = ""
 ) -> tuple[int, str]:
@@ -40,6 +45,7 @@ def in_terminal(
     if pid == 0:
         try:
             os.chdir(folder)
+            hear_interrupts()
             os.execvpe(command[0], list(command), dict(env))
         finally:
             os._exit(127)
