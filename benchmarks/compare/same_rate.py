@@ -52,19 +52,18 @@ def trials() -> list[Trial]:
 
 
 def table(results: Results) -> str:
-    """A row for each optimizer and rate, and where the numbers come from; only seeds that all three have."""
+    """A row for each optimizer and rate, and where the numbers come from; only seeds that all of them have."""
     lines = [
         "| `lr` | optimizer | final validation loss, nats | minus AdamW's at the same `lr`, nats | not above AdamW's |",
         "|---:|---|---:|---:|---|",
     ]
-    arms, most = (BASELINE, *CHANGED), 0
-    for lr in RATES:
-        seeds = [seed for seed in SEEDS if all(_trial(arm, lr, seed) in results for arm in arms)]
-        if seeds:
-            lines += _rows(results, lr, seeds)
-            most = max(most, len(seeds))
+    cells = [(arm, lr) for lr in RATES for arm in (BASELINE, *CHANGED)]
+    seeds = [seed for seed in SEEDS if all(_trial(*cell, seed) in results for cell in cells)]
+    for lr in RATES if seeds else ():
+        lines += _rows(results, lr, seeds)
     same = "All optimizers have the same learning rate and the same minimum."
-    return "\n".join([*lines, "", report.provenance_text(results, FULL, rates=same, seeds=most)])
+    shown = {trial: result for trial, result in results.items() if trial.seed in seeds} or results
+    return "\n".join([*lines, "", report.provenance_text(shown, FULL, rates=same, seeds=len(seeds))])
 
 
 def _trial(arm: str, lr: float, seed: int) -> Trial:
