@@ -142,6 +142,7 @@ def check_in_use(context: RankContext, _: None) -> None:
         context.barrier()
         assert (other / LOCK).is_file()
         assert not (folder / LOCK).exists()  # it saves elsewhere now
+        context.barrier()  # rank 0 lets go of the lock in what it does next
 
 
 def check_replaced(context: RankContext, times: int) -> None:
