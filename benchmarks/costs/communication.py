@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         Exit status: 1 if a rank sends more than the limit, or more than one message per group.
     """
-    options = _options(arguments)
+    options = options_of(__doc__, arguments, dp=[1 << k for k in range(11)], tp=[1, 2, 4])
     shape = GPTShape.load(options.model)
     facts = provenance()
     rows = []
@@ -279,11 +279,19 @@ def markdown(rows: list[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def options_of(doc: str, arguments: list[str] | None, *, dp: list[int], tp: list[int]) -> argparse.Namespace:
+    """The command line of a count of bytes.
+
+    Args:
+        doc: Of the script.
+        arguments: Its arguments; None: those of this process.
+        dp: Data-parallel sizes to count without ``--dp``.
+        tp: Tensor-parallel sizes, likewise.
+    """
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--model", type=Path, default=LLAMA_2B, help="a model file such as configs/model/tiny.yaml")
-    parser.add_argument("--dp", nargs="+", type=int, default=[1 << k for k in range(11)], metavar="N")
-    parser.add_argument("--tp", nargs="+", type=int, default=[1, 2, 4], metavar="N")
+    parser.add_argument("--dp", nargs="+", type=int, default=dp, metavar="N")
+    parser.add_argument("--tp", nargs="+", type=int, default=tp, metavar="N")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/bench", help="folder of the CSV")
     parser.add_argument("--docs", action="store_true", help="also write the table into docs/benchmarks.md")
     return parser.parse_args(arguments)

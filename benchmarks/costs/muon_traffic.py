@@ -9,7 +9,6 @@ pretended. Beside each count stands what `ds-blockwise plan` says from sizes alo
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import logging
 import pickle
@@ -17,7 +16,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -26,8 +24,8 @@ import deepspeed
 import torch
 from torch import nn
 
-from benchmarks.costs.communication import LLAMA_2B, flat_window, model_of_rank, partitions
-from benchmarks.provenance import BENCHMARKS_PAGE, ROOT, provenance, write_between, write_csv
+from benchmarks.costs.communication import flat_window, model_of_rank, options_of, partitions
+from benchmarks.provenance import BENCHMARKS_PAGE, provenance, write_between, write_csv
 from ds_blockwise.blocks.segment_table import build_table
 from ds_blockwise.blocks.settings.block_settings import BlockSettings
 from ds_blockwise.blocks.spec import apply_settings
@@ -111,7 +109,7 @@ def _windows(params: Sequence[nn.Parameter], stage: str, rank: int, dp: int) -> 
 
 def main(arguments: list[str] | None = None) -> int:
     """Count and write."""
-    options = _options(arguments)
+    options = options_of(__doc__, arguments, dp=[8, 64, 256, 1024], tp=[1, 4])
     shape = GPTShape.load(options.model)
     facts = provenance()
     settings = BlockSettings.parse(**BlockwiseMuon.block_arguments({}))
@@ -242,16 +240,6 @@ def markdown(rows: list[dict[str, str]]) -> str:
         f"`benchmarks/costs/muon_traffic.py`, {first['date']}, commit {first['commit']}.",
     ]
     return "\n".join(lines)
-
-
-def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=LLAMA_2B, help="a model file such as configs/model/tiny.yaml")
-    parser.add_argument("--dp", nargs="+", type=int, default=[8, 64, 256, 1024], metavar="N")
-    parser.add_argument("--tp", nargs="+", type=int, default=[1, 4], metavar="N")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs/bench", help="folder of the CSV")
-    parser.add_argument("--docs", action="store_true", help="also write the table into docs/benchmarks.md")
-    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -325,8 +325,9 @@ def trusts(engine: Engine) -> bool:
 def verifies(engine: Engine) -> str:
     """What of a checkpoint's contents is compared with its manifest: the JSON's ``"checkpoint": {"verify": ...}``.
 
-    ``all`` (default): every file, each by one rank of its storage. ``own``: on each rank the files that it reads (of a
-    portable or universal checkpoint: all). ``size``: none; names and sizes are compared in every case.
+    ``all`` (default): every file, each by one rank of its storage. ``own``: on each rank the files that it reads (of
+    pipelines, experts, portable and universal checkpoints: all). ``size``: none. Names and sizes are compared in every
+    case.
 
     Raises:
         ValueError: it says something else.

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from itertools import product
 from types import SimpleNamespace
@@ -180,6 +180,20 @@ def check_resumes(context: RankContext, case: Case) -> None:
             convert_checkpoint(folder, folder / "portable")
 
     check_resume(lambda: engine_of(context, case), lambda run, step: feed(run, context, case, step), folder, look)
+    (name, *_) = sorted(path.name for path in folder.rglob("*_expert_*_model_states.pt"))
+    with engine_of(context, replace(case, config={"checkpoint": {"verify": "own"}})) as run:
+        if context.rank == 0:
+            (path,) = folder.rglob(name)
+            spoilt = bytearray(whole := path.read_bytes())
+            spoilt[len(spoilt) // 2] ^= 0x40
+            path.write_bytes(spoilt)
+        context.barrier()
+        with pytest.raises(RuntimeError, match=f"{name}: its contents have changed"):
+            run.engine.load_checkpoint(str(folder))
+        context.barrier()
+        if context.rank == 0:
+            path.write_bytes(whole)
+        context.barrier()
     other = Case(case.optimizer, case.stage, case.dtype, ep=3 - case.ep)
     with engine_of(context, other) as run, pytest.raises(ValueError, match=f"ep was {case.ep}, is {other.ep}"):
         run.engine.load_checkpoint(str(folder))

@@ -238,15 +238,16 @@ def code(context: RankContext, folder: Path, manifest: bool) -> None:
         assert '"checkpoint": {"trust": ...} must be true or false' in text
 
 
-def how_much_is_verified(context: RankContext, folder: Path, _: None) -> None:
+def how_much_is_verified(context: RankContext, folder: Path, stage: int) -> None:
     """On 64 nodes every byte that is read in vain counts; what is not looked at must be what the page says."""
-    saved(context, folder, stage=2)
+    saved(context, folder, stage=stage)
     own = f"zero_pp_rank_{context.rank}_mp_rank_00_optim_states.pt"
+    model = MODEL if stage < 3 else own.replace("optim", "model")
     everything_of = sorted(files_in(folder / "t"))
-    for how, mine in (("all", None), ("own", sorted([MODEL, own])), ("size", [])):
+    for how, mine in (("all", None), ("own", sorted([model, own])), ("size", [])):
         with (
             mock.patch.object(manifest, "sha256_of", side_effect=manifest.sha256_of) as summed,
-            engine(stage=2, checkpoint={"verify": how}) as run,
+            engine(stage=stage, checkpoint={"verify": how}) as run,
         ):
             assert run.engine.load_checkpoint(str(folder))[0] is not None
         read = [call.args[0].name for call in summed.call_args_list]
@@ -264,17 +265,17 @@ def how_much_is_verified(context: RankContext, folder: Path, _: None) -> None:
             file.write(bytes([byte[0] ^ 1]))
     context.barrier()
     for how in ("all", "own"):
-        with engine(stage=2, checkpoint={"verify": how}) as run:
+        with engine(stage=stage, checkpoint={"verify": how}) as run:
             train(run, context, 0)
             refused(context, run, folder, RuntimeError, OPTIM, "its contents have changed")
     if context.rank == 0:  # cut
         with (folder / "t" / OPTIM).open("r+b") as file:
             file.truncate((folder / "t" / OPTIM).stat().st_size - 1)
     context.barrier()
-    with engine(stage=2, checkpoint={"verify": "size"}) as run:
+    with engine(stage=stage, checkpoint={"verify": "size"}) as run:
         train(run, context, 0)
         refused(context, run, folder, RuntimeError, OPTIM, "it was cut or overwritten")
-    text = raised(lambda: engine(stage=2, checkpoint={"verify": "none"}).__enter__(), ValueError)
+    text = raised(lambda: engine(stage=stage, checkpoint={"verify": "none"}).__enter__(), ValueError)
     assert '"checkpoint": {"verify": ...} must be one of all, own, size, got \'none\'' in text
 
 
@@ -344,11 +345,9 @@ def _cases() -> dict[str, tuple[int, tuple[str, Any]]]:
     table: dict[str, tuple[str, Any]] = {}
     for name, stages in (("other_models", (0, 2, 3)), ("from_adamw", (0, 2, 3)), ("one_rank", (1, 3))):
         table |= {f"{name}-z{stage}": (name, stage) for stage in stages}
+    table |= {f"how_much_is_verified-z{stage}": ("how_much_is_verified", stage) for stage in (2, 3)}
     table |= {f"other_optimizers-z{stage}": ("other_optimizers", stage) for stage in (0, 2)}
-    table |= {
-        name: (name, None)
-        for name in ("other_stages", "from_adamw_with_a_schedule", "counters", "how_much_is_verified")
-    }
+    table |= {name: (name, None) for name in ("other_stages", "from_adamw_with_a_schedule", "counters")}
     table |= {"code-manifest": ("code", True), "code-foreign": ("code", False), "weights_alone": ("weights_alone", 2)}
     return {name: (2, case) for name, case in table.items()}
 

@@ -57,7 +57,8 @@ def guard(engine: Engine) -> None:
     Args:
         engine: any ``DeepSpeedEngine``; only this object is changed.
     """
-    trusts(engine), verifies(engine)  # a wrong value is refused before training, not after
+    trusts(engine)  # a wrong value is refused before training, not after
+    verifies(engine)
     engine.save_checkpoint = functools.partial(save_checkpoint, engine)
     engine.load_checkpoint = functools.partial(load_checkpoint, engine)
 

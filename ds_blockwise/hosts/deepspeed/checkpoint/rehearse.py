@@ -35,10 +35,20 @@ _SHOWN = 8  # names in one line of an error
 
 
 def model_file(engine: Engine, folder: Path, *, trust: bool) -> tuple[Path, ModelFile]:
-    """The file of the model's weights that DeepSpeed will read on this rank.
+    """The file of the model's weights that DeepSpeed will read on this rank, and its contents.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
+    """
+    path = model_path(engine, folder)
+    return path, load_model_file(path, trust=trust)
+
+
+def model_path(engine: Engine, folder: Path) -> Path:
+    """Where the file of the model's weights lies that DeepSpeed will read on this rank.
+
+    Raises:
+        CheckpointError: there is none.
     """
     names = engine._get_all_ckpt_names(str(folder.parent), folder.name)
     if not names:
@@ -48,8 +58,7 @@ def model_file(engine: Engine, folder: Path, *, trust: bool) -> tuple[Path, Mode
     at = rank * len(names) // max(1, size)
     if engine.pipeline_parallelism and size != len(names):
         at = 0
-    path = Path(names[min(at, len(names) - 1)])
-    return path, load_model_file(path, trust=trust)
+    return Path(names[min(at, len(names) - 1)])
 
 
 def misfits(engine: Engine, path: Path, model: ModelFile, options: LoadOptions, *, trust: bool) -> list[str]:

@@ -24,6 +24,7 @@ from ds_blockwise.checkpoint.manifest import (
     once_more,
     verify,
 )
+from ds_blockwise.hosts.deepspeed.checkpoint.rehearse import model_path
 from ds_blockwise.hosts.deepspeed.checkpoint.tag_folder import that_run_code
 from ds_blockwise.hosts.deepspeed.engine import (
     Engine,
@@ -153,10 +154,10 @@ def verify_together(engine: Engine, checkpoint: Checkpoint, names: list[str]) ->
 def _problems(engine: Engine, checkpoint: Checkpoint, mine: list[str]) -> list[str]:
     """What is wrong with this rank's share of the files, and with those whose contents it has to look at."""
     how = verifies(engine)
-    is_own = how == "own" and checkpoint.kind == "deepspeed" and not engine.load_universal_checkpoint()
-    read_all = how == "all" or (how == "own" and not is_own)
-    problems = verify(checkpoint.folder, mine, contents=read_all, version=checkpoint.version)
-    if is_own and not problems:
+    if how == "own" and not _knows_its_files(engine, checkpoint):
+        how = "all"
+    problems = verify(checkpoint.folder, mine, contents=how == "all", version=checkpoint.version)
+    if how == "own" and not problems:
         problems = verify(checkpoint.folder, _read_by(engine, checkpoint), version=checkpoint.version)
     if checkpoint.manifest is None:
         problems += _absent(engine, checkpoint)
@@ -165,12 +166,17 @@ def _problems(engine: Engine, checkpoint: Checkpoint, mine: list[str]) -> list[s
     return problems
 
 
+def _knows_its_files(engine: Engine, checkpoint: Checkpoint) -> bool:
+    """Whether a rank reads one model file and one of moments; pipelines read files of layers, experts their own."""
+    several = engine.pipeline_parallelism or engine.has_moe_layers or engine.load_universal_checkpoint()
+    return checkpoint.kind == "deepspeed" and not several
+
+
 def _read_by(engine: Engine, checkpoint: Checkpoint) -> list[str]:
     """Names of the files that this rank will read."""
-    load_dir, tag = str(checkpoint.folder.parent), checkpoint.tag
-    paths = [Path(name) for name in engine._get_all_ckpt_names(load_dir, tag)]
+    paths = [model_path(engine, checkpoint.folder)]
     if engine.zero_optimization():
-        paths.append(Path(engine._get_zero_ckpt_name(load_dir, tag)))
+        paths.append(Path(engine._get_zero_ckpt_name(str(checkpoint.folder.parent), checkpoint.tag)))
     return [path.name for path in paths if path.is_file()]
 
 
