@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +56,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
         heads: Query heads, key and value heads, and rows of a head: Megatron's fused QKV weight, known by its number of
             rows, is then three matrices, as in a model with separate weights. None: one matrix.
         ffn_rows: Rows of the gate, by which Megatron's fused gate and up are known; then two matrices. 0: one matrix.
+        ratios: Learning rates over ``lr``: ``"emb"``, ``"head"`` (the output layer), ``"norm"`` (vectors); 1 if absent.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
         vocab_size: int = 0,
         heads: tuple[int, int, int] | None = None,
         ffn_rows: int = 0,
+        ratios: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         everything = [p for group in self.param_groups for p in group["params"]]
@@ -83,8 +85,9 @@ class MuonAndAdamW(torch.optim.Optimizer):
         matrices = [p for p in hidden if p.shape[0] not in cuts] + [p for cut in self._cuts for p in cut.parts]
         self._parts = [
             torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay),
+            torch.optim.AdamW(_by_type(rest), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay),
         ]
+        self._ratios = {"emb": 1.0, "head": 1.0, "norm": 1.0} | dict(ratios or {})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:
@@ -95,10 +98,18 @@ class MuonAndAdamW(torch.optim.Optimizer):
         for part in self._parts:
             part.state = self.state  # also after a load, which makes a new one
             for group in part.param_groups:
-                group["lr"] = self.param_groups[0]["lr"]
+                group["lr"] = self.param_groups[0]["lr"] * self._ratios.get(group.get("type", ""), 1.0)
             part.step()
         for cut in self._cuts:
             cut.join(self.state[cut.weight], self.state)
+
+
+def _by_type(rest: Sequence[Tensor]) -> list[dict[str, Any]]:
+    """AdamW's parameter groups: embedding and output layer, in the model's order, and vectors."""
+    embedding, head = (p for p in rest if p.ndim == 2)
+    vectors = [p for p in rest if p.ndim != 2]
+    groups = {"emb": [embedding], "head": [head], "norm": vectors}
+    return [{"type": name, "params": params} for name, params in groups.items() if params]
 
 
 def fused_rows(

@@ -69,6 +69,32 @@ ARMS = {
     "muon_roles": Arm("Muon + AdamW (torch)", "MuonAndAdamW", {}, _HIGH, are_roles_apart=True),
     "blockwise_muon": Arm("Blockwise Muon", "BlockwiseMuon", {"lr_multipliers": {"preset": "uniform"}}, _HIGH),
 }
+COMPARED = tuple(ARMS)  # by `make compare`; the rest by benchmarks/compare/half_steps.py
+_AUXILIARY = {"emb": 3, "norm": 3}  # what public recipes give them, in the unit of the matrices' rate
+_HEADS = {"orthogonalize": {"query": "head", "key": "head", "value": "head"}}
+_THREE_TIMES = {"lr_multipliers": {"preset": "uniform", **_AUXILIARY}}
+ARMS |= {
+    "blockwise_muon_3x": Arm("Blockwise Muon, embedding and norms at 3x", "BlockwiseMuon", _THREE_TIMES, _HIGH),
+    "blockwise_muon_heads": Arm(
+        "Blockwise Muon, head by head", "BlockwiseMuon", {**ARMS["blockwise_muon"].params, **_HEADS}, _HIGH
+    ),
+    "blockwise_muon_heads_3x": Arm(
+        "Blockwise Muon, head by head, embedding and norms at 3x", "BlockwiseMuon", {**_THREE_TIMES, **_HEADS}, _HIGH
+    ),
+    "blockwise_muon_heads_3x_no_rows": Arm(
+        "Blockwise Muon, head by head, embedding and norms at 3x, no second moment of rows",
+        "BlockwiseMuon",
+        {**_THREE_TIMES, **_HEADS, "normuon": False},
+        _HIGH,
+    ),
+    "muon_roles_3x": Arm(
+        "Muon + AdamW (torch), embedding and norms at 3x",
+        "MuonAndAdamW",
+        {"ratios": _AUXILIARY},
+        _HIGH,
+        are_roles_apart=True,
+    ),
+}
 BASELINE = "adamw"
 
 
@@ -154,7 +180,7 @@ class Plan:
     widen: int
     refine: int
     ablations: tuple[str, ...] | Literal["all"]
-    arms: tuple[str, ...] = tuple(ARMS)
+    arms: tuple[str, ...] = COMPARED
     shift: float = 1.0
     bf16: bool = False
     warmup: float = WARMUP_SHARE
@@ -177,6 +203,27 @@ _CLAIM = ("adamw", "blockwise_adamw", "blockwise_adam_mini")
 PATIENT = replace(FULL, lengths=(0.75,), ablations=("wsd", "uniform-norm"), arms=_CLAIM, shift=2.0, warmup=0.2)
 # the claim alone, where our default cuts second moments, and what helped the small model most; about an hour
 LARGER = replace(PATIENT, ablations=("published-cuts", "uniform-norm", "wsd"), shift=1.0, bf16=True)
+# is AdamW's final loss had in half of its steps? Every arm has as many rates as AdamW
+HALF = Plan(
+    steps=FULL.steps // 2,
+    grid=3,
+    seeds=5,
+    lengths=(),
+    widen=1,
+    refine=1,
+    ablations=(),
+    arms=(
+        "blockwise_muon",
+        "blockwise_muon_3x",
+        "blockwise_muon_heads",
+        "blockwise_muon_heads_3x",
+        "blockwise_muon_heads_3x_no_rows",
+        "muon_roles",
+        "muon_roles_3x",
+    ),
+    shift=2.0,
+    warmup=0.2,
+)
 # by the name of the run file; what is in the repository's pages
 PUBLISHED_PLANS = {"compare": FULL, "compare_warmup": PATIENT, "compare_5m": LARGER}
 

@@ -18,7 +18,19 @@ from benchmarks.compare import report
 from benchmarks.compare import run as comparison
 from benchmarks.compare.ablations import ADAMW, MINI, OUR_MINI, OURS, ablations, confirmation
 from benchmarks.compare.results import DIVERGED, Estimate, StepsTo, arm_results
-from benchmarks.compare.trials import ARMS, BASELINE, FULL, LARGER, PATIENT, PUBLISHED_PLANS, QUICK, Plan, Setup, Trial
+from benchmarks.compare.trials import (
+    ARMS,
+    BASELINE,
+    COMPARED,
+    FULL,
+    LARGER,
+    PATIENT,
+    PUBLISHED_PLANS,
+    QUICK,
+    Plan,
+    Setup,
+    Trial,
+)
 from benchmarks.provenance import PROVENANCE
 from ds_blockwise.runs.model_shape import GPTShape
 from tests.helpers.launch.project import ROOT
@@ -66,8 +78,8 @@ def _bowl(best, floor):
 
 
 SHAPE = GPTShape.load(ROOT / "configs/model/tiny.yaml")
-BEST = dict(zip(ARMS, (1.6e-2, 5e-4, 4e-3, 2.5e-4, 8e-3, 4e-3, 8e-3, 8e-3), strict=True))
-FLOOR = dict(zip(ARMS, (3.5, 3.45, 3.6, 3.5, 3.4, 3.52, 3.53, 3.54), strict=True))
+BEST = dict(zip(COMPARED, (1.6e-2, 5e-4, 4e-3, 2.5e-4, 8e-3, 4e-3, 8e-3, 8e-3), strict=True))
+FLOOR = dict(zip(COMPARED, (3.5, 3.45, 3.6, 3.5, 3.4, 3.52, 3.53, 3.54), strict=True))
 
 
 def test_a_grid_grows_until_its_best_is_inside():
@@ -92,7 +104,7 @@ def test_a_grid_grows_no_further_than_it_may():
     trials = FakeTrials(_bowl(BEST, FLOOR))
     narrow = dataclasses.replace(PLAN, widen=0)
     assert comparison.sweep(trials, narrow)[BASELINE] == 8e-3
-    assert len(trials.results) == 3 * len(ARMS)
+    assert len(trials.results) == 3 * len(COMPARED)
 
 
 def test_shorter_runs_only_of_what_beats_the_baseline():
@@ -226,7 +238,9 @@ def test_a_rate_that_diverges_is_never_the_best_and_is_written_down(tmp_path):
 
 @pytest.mark.parametrize("plan", [FULL, QUICK], ids=["full", "quick"])
 def test_trials_have_names_of_their_own_and_settings_that_differ(plan):
-    trials = [Trial(arm, lr, seed, plan.steps) for arm in ARMS for lr in plan.learning_rates(arm) for seed in (1, 2)]
+    trials = [
+        Trial(arm, lr, seed, plan.steps) for arm in COMPARED for lr in plan.learning_rates(arm) for seed in (1, 2)
+    ]
     changes = [trial for ablation in ablations(BEST, FULL) for trial in ablation.trials(plan)]
     assert len(changes) > 30
     trials = list(dict.fromkeys([*trials, *changes]))

@@ -20,7 +20,7 @@ pytest.importorskip("torchao", reason="one of the compared optimizers is torchao
 import benchmarks.compare.one_trial  # noqa: F401 - takes seconds, which would count against the first deadline
 from benchmarks.compare import report
 from benchmarks.compare import run as comparison
-from benchmarks.compare.trials import ARMS, BASELINE, Plan
+from benchmarks.compare.trials import ARMS, BASELINE, COMPARED, Plan
 from tests.helpers.distributed import HANG_S
 from tests.helpers.launch.project import prepare_project
 
@@ -45,7 +45,7 @@ def _trained(
 def test_real_trials_end_in_a_table_and_are_not_trained_twice(project, tmp_path, monkeypatch):
     """Through the main job; the second time everything is there. 8-bit AdamW is compiled for a minute: see below."""
     monkeypatch.chdir(project)
-    arms = [arm for arm in ARMS if arm != "adamw_8bit"]
+    arms = [arm for arm in COMPARED if arm != "adamw_8bit"]
     for deadline in (time.monotonic() + 600.0, 0.0):  # the second time nothing may begin
         results, text = _trained(project, tmp_path, deadline, arms)
     for arm in arms:

@@ -11,22 +11,24 @@ import torch
 from benchmarks.compare import peers
 
 
-def test_muon_steps_hidden_matrices_and_adamw_the_rest():
-    """Against both of torch's optimizers, each with its own parameters."""
+@pytest.mark.parametrize("ratios", [{}, {"emb": 3, "norm": 2, "head": 0.5}])
+def test_muon_steps_hidden_matrices_and_adamw_the_rest(ratios):
+    """Against both of torch's optimizers, each with its own parameters and rates."""
     torch.manual_seed(3)
     shapes = [(20, 8), (8, 8), (24, 8), (8,), (20, 8)]
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-    both = peers.MuonAndAdamW(ours, lr=1e-2, vocab_size=20)
+    both = peers.MuonAndAdamW(ours, lr=1e-2, vocab_size=20, ratios=ratios)
     muon = torch.optim.Muon(theirs[1:3], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    rest = [theirs[0], *theirs[3:]]
-    adamw = torch.optim.AdamW(rest, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    rest = {"emb": theirs[0], "norm": theirs[3], "head": theirs[4]}
+    groups = [{"params": [p], "ratio": ratios.get(name, 1)} for name, p in rest.items()]
+    adamw = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     for step in range(3):
         for a, b in zip(ours, theirs, strict=True):
             a.grad = torch.randn_like(a)
             b.grad = a.grad.clone()
         for group in (*both.param_groups, *muon.param_groups, *adamw.param_groups):
-            group["lr"] = 1e-2 / (step + 1)
+            group["lr"] = 1e-2 / (step + 1) * group.get("ratio", 1)
         both.step()
         muon.step()
         adamw.step()
