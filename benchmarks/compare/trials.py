@@ -71,8 +71,10 @@ ARMS = {
 }
 COMPARED = tuple(ARMS)  # by `make compare`; the rest by benchmarks/compare/half_steps.py
 _AUXILIARY = {"emb": 3, "norm": 3}  # what public recipes give them, in the unit of the matrices' rate
+_TWICE_THAT = {"emb": 6, "norm": 6}
 _HEADS = {"orthogonalize": {"query": "head", "key": "head", "value": "head"}}
 _THREE_TIMES = {"lr_multipliers": {"preset": "uniform", **_AUXILIARY}}
+_SIX_TIMES = {"lr_multipliers": {"preset": "uniform", **_TWICE_THAT}}
 ARMS |= {
     "blockwise_muon_3x": Arm("Blockwise Muon, embedding and norms at 3x", "BlockwiseMuon", _THREE_TIMES, _HIGH),
     "blockwise_muon_heads": Arm(
@@ -81,11 +83,21 @@ ARMS |= {
     "blockwise_muon_heads_3x": Arm(
         "Blockwise Muon, head by head, embedding and norms at 3x", "BlockwiseMuon", {**_THREE_TIMES, **_HEADS}, _HIGH
     ),
+    "blockwise_muon_heads_6x": Arm(
+        "Blockwise Muon, head by head, embedding and norms at 6x", "BlockwiseMuon", {**_SIX_TIMES, **_HEADS}, _HIGH
+    ),
     "blockwise_muon_heads_3x_no_rows": Arm(
         "Blockwise Muon, head by head, embedding and norms at 3x, no second moment of rows",
         "BlockwiseMuon",
         {**_THREE_TIMES, **_HEADS, "normuon": False},
         _HIGH,
+    ),
+    "muon_roles_6x": Arm(
+        "Muon + AdamW (torch), embedding and norms at 6x",
+        "MuonAndAdamW",
+        {"ratios": _TWICE_THAT},
+        _HIGH,
+        are_roles_apart=True,
     ),
     "muon_roles_3x": Arm(
         "Muon + AdamW (torch), embedding and norms at 3x",
@@ -217,9 +229,11 @@ HALF = Plan(
         "blockwise_muon_3x",
         "blockwise_muon_heads",
         "blockwise_muon_heads_3x",
-        "blockwise_muon_heads_3x_no_rows",
+        "blockwise_muon_heads_6x",
         "muon_roles",
         "muon_roles_3x",
+        "muon_roles_6x",
+        "blockwise_muon_heads_3x_no_rows",
     ),
     shift=2.0,
     warmup=0.2,
