@@ -7,7 +7,7 @@ with `ds_blockwise`. Without DeepSpeed, give `convert_` what ``get_megatron_opti
 
 from ds_blockwise.runs.model_shape import GPTShape
 from ds_blockwise.tagging.module_reader import register_reader
-from megatron_patch import apex_guard  # first of this package: see there
+from megatron_patch import guard  # first of this package: see there
 from megatron_patch.convert import convert_
 from megatron_patch.model import build_gpt, build_meta_gpt, build_small_gpt
 from megatron_patch.mpu import MpuAdapter, mpu_adapter
@@ -17,12 +17,12 @@ from megatron_patch.without_cuda import cpu_shims
 __all__ = [
     "GPTShape",
     "MpuAdapter",
-    "apex_guard",
     "build_gpt",
     "build_meta_gpt",
     "build_small_gpt",
     "convert_",
     "cpu_shims",
+    "guard",
     "mpu_adapter",
 ]
 

@@ -105,7 +105,7 @@ def convert_(
         TypeError: a setting or an optimizer of the wrong type.
         ImportError: a version of Megatron-core that lacks names the conversion relies on.
 
-    Source: Megatron-core 0.16.1, ``megatron/core/optimizer``.
+    Source: Megatron-core 0.16 to 0.19, ``megatron/core/optimizer``.
     """
     wrapped = [model_chunks] if isinstance(model_chunks, nn.Module) else list(model_chunks)
     with _together():

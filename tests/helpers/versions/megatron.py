@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``make test-megatron-new``: the tests of Megatron-core's layers and optimizers under the later supported releases.
+
+From 0.17 on pip offers Megatron-core to Python 3.12 and later only. Its code runs on 3.11 all the same, so the release
+goes into a folder of its own, before that of the pinned one, which `make test` takes.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from tempfile import TemporaryDirectory
+
+from tests.helpers import ROOT
+from tests.helpers.versions.overlay import Package
+
+MEGATRON = Package("megatron-core", "Megatron-core", options=("--ignore-requires-python",))
+TESTS = ("tests/hosts/megatron", "tests/hosts/deepspeed/test_tensor_parallel.py")
+MARKERS = "not gpu and not slow and not faults and not hosts"
+
+
+def tested_with(version: str) -> str:
+    """Run the tests and say what came of them.
+
+    Raises:
+        RuntimeError: one fails, or another release is found first.
+    """
+    environment = MEGATRON.before(version)
+    asked = "from megatron.core.package_info import __version__; print(__version__)"
+    found = subprocess.run([sys.executable, "-c", asked], env=environment, capture_output=True, text=True, check=False)
+    if found.stdout.strip() != version:
+        raise RuntimeError(found.stderr[-3000:] or f"{found.stdout.strip()} was found before {version}")
+    begin = time.monotonic()
+    with TemporaryDirectory() as folder:
+        report = f"{folder}/report.xml"
+        command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadfile", "--quiet", "--no-showlocals"]
+        done = subprocess.run(
+            [*command, "-m", MARKERS, f"--junit-xml={report}", *TESTS],
+            env=environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise RuntimeError(done.stdout[-10000:] + done.stderr[-3000:])
+        (suite,) = ElementTree.parse(report).iter("testsuite")
+    skipped = int(suite.get("skipped", 0))
+    passed = int(suite.get("tests", 0)) - skipped
+    return f"{passed} tests passed and {skipped} were skipped in {time.monotonic() - begin:.0f} s"
+
+
+def main() -> int:
+    """See `Package.try_each`; without arguments, the releases after the pinned one."""
+    pinned = importlib.metadata.version(MEGATRON.name)
+    later = [version for version in MEGATRON.offered() if version.split(".")[:2] != pinned.split(".")[:2]]
+    return MEGATRON.try_each(sys.argv[1:] or later, tested_with)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
