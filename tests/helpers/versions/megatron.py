@@ -29,10 +29,7 @@ def tested_with(version: str) -> str:
         RuntimeError: one fails, or another release is found first.
     """
     environment = MEGATRON.before(version)
-    asked = "from megatron.core.package_info import __version__; print(__version__)"
-    found = subprocess.run([sys.executable, "-c", asked], env=environment, capture_output=True, text=True, check=False)
-    if found.stdout.strip() != version:
-        raise RuntimeError(found.stderr[-3000:] or f"{found.stdout.strip()} was found before {version}")
+    MEGATRON.check_found_first(version, "megatron.core")
     begin = time.monotonic()
     with TemporaryDirectory() as folder:
         report = f"{folder}/report.xml"

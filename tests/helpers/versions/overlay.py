@@ -73,6 +73,18 @@ class Package:
         """An environment in which this release is found first, then the repository."""
         return {**os.environ, "PYTHONPATH": os.pathsep.join((str(self.installed(version)), str(ROOT)))}
 
+    def check_found_first(self, version: str, module: str) -> None:
+        """Make sure that `before` does what it says; the module is not imported.
+
+        Raises:
+            RuntimeError: a module of this name is found elsewhere.
+        """
+        asked = f"from importlib.util import find_spec; print(find_spec({module!r}).origin)"
+        command = [sys.executable, "-c", asked]
+        found = subprocess.run(command, env=self.before(version), capture_output=True, text=True, check=True).stdout
+        if not Path(found.strip()).is_relative_to(self.installed(version)):
+            raise RuntimeError(f"{found.strip()} was found first")
+
     def try_each(self, arguments: Sequence[str], tried: Callable[[str], str]) -> int:
         """Try the releases named as arguments (``oldest`` and ``newest`` are names too), or all that are offered.
 
