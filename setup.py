@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 EXTRAS = {
-    "deepspeed": ["deepspeed>=0.19,<0.20", "safetensors>=0.4"],
+    "deepspeed": ["deepspeed>=0.19.1,<0.20", "safetensors>=0.4"],
     "megatron": ["megatron-core>=0.16,<0.20", "pydantic>=2.6,<3", "pyyaml"],
     "hf": ["transformers>=4.48", "accelerate"],
     "data": ["pyarrow"],

@@ -8,13 +8,15 @@ import re
 import subprocess
 import sys
 import tempfile
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.helpers import ROOT
 
 Release = tuple[int, ...]
+MARKERS = "not gpu and not slow and not faults and not hosts"
 
 
 def numbers(version: str) -> Release:
@@ -29,7 +31,6 @@ class Package:
     title: str  # what the output calls it
     options: Sequence[str] = ()  # of ``pip index`` and ``pip install``
     build: Sequence[str] = ()  # of ``pip install`` alone
-    environment: dict[str, str] = field(default_factory=dict)  # for ``pip install``
 
     @property
     def folder(self) -> Path:
@@ -61,11 +62,7 @@ class Package:
             with tempfile.TemporaryDirectory(dir=self.folder) as partial:
                 target = Path(partial) / version
                 command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *self.options, *self.build]
-                subprocess.run(
-                    [*command, "--target", str(target), f"{self.name}=={version}"],
-                    env={**os.environ, **self.environment},
-                    check=True,
-                )
+                subprocess.run([*command, "--target", str(target), f"{self.name}=={version}"], check=True)
                 target.rename(folder)
         return folder
 
@@ -84,6 +81,36 @@ class Package:
         found = subprocess.run(command, env=self.before(version), capture_output=True, text=True, check=True).stdout
         if not Path(found.strip()).is_relative_to(self.installed(version)):
             raise RuntimeError(f"{found.strip()} was found first")
+
+    def passed_tests(self, version: str, tests: Sequence[str], *options: str) -> int:
+        """Run tests under this release.
+
+        Args:
+            version: the release.
+            tests: files.
+            options: more of pytest's.
+
+        Returns:
+            How many passed.
+
+        Raises:
+            RuntimeError: one failed, or none ran.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            report = Path(folder) / "report.xml"
+            command = [sys.executable, "-m", "pytest", "--quiet", "--no-showlocals", "-m", MARKERS, *options, *tests]
+            done = subprocess.run(
+                [*command, f"--junit-xml={report}"],
+                env=self.before(version),
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if done.returncode:
+                raise RuntimeError(done.stdout[-10000:] + done.stderr[-3000:])
+            (suite,) = ElementTree.parse(report).iter("testsuite")
+        return int(suite.get("tests", 0)) - int(suite.get("skipped", 0))
 
     def try_each(self, arguments: Sequence[str], tried: Callable[[str], str]) -> int:
         """Try the releases named as arguments (``oldest`` and ``newest`` are names too), or all that are offered.
