@@ -6,6 +6,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+# What `ds-blockwise init` and `configs` hand out: folders of the repository that the wheel holds inside the package.
+BESIDE = {"ds_blockwise.configs": "configs", "ds_blockwise.launch": "launch"}
 EXTRAS = {
     "deepspeed": ["deepspeed>=0.19,<0.20", "safetensors>=0.4"],
     "megatron": ["megatron-core>=0.16,<0.17", "pydantic>=2.6,<3", "pyyaml"],
@@ -52,9 +54,16 @@ setup(
     ],
     python_requires=">=3.10",
     py_modules=["ds_blockwise_autoload"],
-    packages=find_packages(include=["ds_blockwise*", "megatron_patch*"]),
+    packages=[
+        *find_packages(include=["ds_blockwise*", "megatron_patch*"]),
+        *BESIDE,
+        *(f"ds_blockwise.launch.{name}" for name in find_packages("launch")),
+    ],
+    package_dir=BESIDE,
     package_data={
         "ds_blockwise": ["py.typed", "kernels/cpp/*.cpp", "kernels/cpp/*.h", "cli/templates/*"],
+        "ds_blockwise.configs": ["**/*.yaml", "**/*.json"],
+        "ds_blockwise.launch": ["cluster/*"],
         "megatron_patch": ["py.typed"],
     },
     install_requires=["torch>=2.6", "ninja"],

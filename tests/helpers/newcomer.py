@@ -20,7 +20,7 @@ from tests.helpers import ROOT
 
 _SOURCES = (
     *("setup.py", "pyproject.toml", "README.md", "LICENSE"),
-    *("ds_blockwise", "ds_blockwise_autoload.py", "megatron_patch"),
+    *("ds_blockwise", "ds_blockwise_autoload.py", "megatron_patch", "configs", "launch"),
 )
 
 
