@@ -20,6 +20,7 @@ EXTRAS = {
         "cloudpickle",
         "hypothesis",
         "import-linter",
+        "jsonschema",
         "markdown-it-py",
         "mypy",
         "peft",
