@@ -8,7 +8,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup train finetune compare compare-same-lr test test-quick support test-slow test-faults test-hosts test-gpu test-asan test-triton-versions reliability checkpoint-matrix docs lint clean bench bench-kernels bench-muon bench-gpu bench-communication bench-end-to-end bench-data
+.PHONY: setup train finetune compare compare-same-lr test test-quick support test-slow test-faults test-hosts test-gpu test-asan test-triton-versions reliability checkpoint-matrix docs lint release clean bench bench-kernels bench-muon bench-gpu bench-communication bench-end-to-end bench-data
 
 setup: $(STAMP)
 
@@ -114,6 +114,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+# sdist and wheel of the present commit in build/release, checked as a user gets them, with notes; nothing is uploaded.
+release: setup
+	$(BIN)/python -m tests.helpers.release
 
 clean:
 	rm -rf runs data build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

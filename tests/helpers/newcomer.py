@@ -24,11 +24,12 @@ _SOURCES = (
 )
 
 
-def build_wheel(folder: Path) -> Path:
+def build_wheel(folder: Path, root: Path = ROOT) -> Path:
     """Build the wheel from a copy of the sources, so that the checkout gets no build folder.
 
     Args:
         folder: an empty one.
+        root: of the repository, or of an unpacked sdist.
 
     Returns:
         Path of the wheel.
@@ -36,10 +37,10 @@ def build_wheel(folder: Path) -> Path:
     sources = folder / "sources"
     sources.mkdir()
     for name in _SOURCES:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, sources / name, ignore=shutil.ignore_patterns("__pycache__"))
+        if (root / name).is_dir():
+            shutil.copytree(root / name, sources / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
-            shutil.copy2(ROOT / name, sources / name)
+            shutil.copy2(root / name, sources / name)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*command, "--wheel-dir", str(folder), str(sources)], check=True, timeout=300)
     (wheel,) = folder.glob("*.whl")
