@@ -8,7 +8,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup train finetune compare compare-same-lr test test-quick support test-slow test-faults test-hosts test-gpu test-asan test-triton-versions test-tools reliability checkpoint-matrix docs lint release clean bench bench-kernels bench-muon bench-gpu bench-communication bench-end-to-end bench-data
+.PHONY: setup train finetune compare compare-same-lr test test-quick support test-slow test-faults test-hosts test-gpu test-asan test-triton-versions test-tools wheel reliability checkpoint-matrix docs lint release clean bench bench-kernels bench-muon bench-gpu bench-communication bench-end-to-end bench-data
 
 setup: $(STAMP)
 
@@ -103,6 +103,10 @@ test-triton-versions: setup
 # TRL, ms-swift and LLaMA-Factory, by their pages in docs/tools, on two ranks each; ONLY=trl takes one. Writes docs/tools.csv.
 test-tools: setup
 	$(BIN)/python -m tests.helpers.tools.run $(ONLY)
+
+# dist/: a wheel for Linux on x86-64 with compiled CPU kernels, which needs no compiler; and its tests. Needs g++.
+wheel: setup
+	DS_ACCELERATOR=cpu $(BIN)/python -m tests.helpers.wheels.compiled
 
 # The attacks of tests/attacks; writes docs/reliability.md. TIMES=5: five times as many inputs.
 reliability: setup
