@@ -45,6 +45,7 @@ class Tool:
         package: on the package index; its version goes into the table.
         install: arguments of pip; several lists one after the other.
         updates: that its run makes.
+        empty: modules that are put in without content: the tool imports them for what is not tried here.
         engines: the module classes of the engines that it builds, the trained one first.
     """
 
@@ -52,6 +53,7 @@ class Tool:
     package: str
     install: tuple[tuple[str, ...], ...]
     updates: int
+    empty: tuple[str, ...] = ()
     engines: tuple[str, ...] = ("LlamaForCausalLM",)
 
 
@@ -97,6 +99,7 @@ TOOLS = {
             ),
         ),
         updates=3,
+        empty=("torchaudio",),  # its wheels need CUDA; it reads sound
     ),
 }
 
@@ -113,6 +116,8 @@ def environment_of(name: str, tool: Tool) -> Path:
     for arguments in tool.install:
         command = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", *arguments]
         subprocess.run(command, check=True, env=_clean())
+    for module in tool.empty:
+        (site / f"{module}.py").write_text("", encoding="utf-8")
     for script in ("accelerate", "deepspeed", "torchrun"):
         _own_script(Path(sys.executable).parent / script, folder)
     (folder / "complete").touch()
