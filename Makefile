@@ -125,7 +125,7 @@ lint: setup
 
 # sdist and wheel of the present commit in build/release, checked as a user gets them, with notes; nothing is uploaded.
 release: setup
-	$(BIN)/python -m tests.helpers.release
+	$(BIN)/python -m tests.helpers.wheels.release
 
 clean:
 	rm -rf runs data build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -14,7 +14,7 @@ import pytest
 from ds_blockwise.checkpoint.record import VERSION
 from tests.helpers import ROOT
 from tests.helpers.newcomer import build_wheel
-from tests.helpers.release import differences, notes, unpacked
+from tests.helpers.wheels.release import differences, notes, unpacked
 
 
 def test_the_notes_are_the_section_of_the_version() -> None:

@@ -105,9 +105,10 @@ TOOLS = {
 
 
 def environment_of(name: str, tool: Tool) -> Path:
-    """The folder of a tool's virtual environment; made once."""
+    """The folder of a tool's virtual environment; made once for what it holds."""
     folder = Path(os.environ.get("TOOLS_FOLDER", ROOT / "build" / "tools")) / name
-    if (folder / "complete").exists():
+    made_of, complete = repr((tool.install, tool.empty)), folder / "complete"
+    if complete.exists() and complete.read_text(encoding="utf-8") == made_of:
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     venv.create(folder, with_pip=False)
@@ -120,7 +121,7 @@ def environment_of(name: str, tool: Tool) -> Path:
         (site / f"{module}.py").write_text("", encoding="utf-8")
     for script in ("accelerate", "deepspeed", "torchrun"):
         _own_script(Path(sys.executable).parent / script, folder)
-    (folder / "complete").touch()
+    complete.write_text(made_of, encoding="utf-8")
     return folder
 
 
