@@ -8,7 +8,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup train finetune compare compare-same-lr test test-quick support test-slow test-faults test-hosts test-gpu test-asan test-triton-versions test-tools test-megatron-new wheel reliability checkpoint-matrix docs lint release clean bench bench-kernels bench-muon bench-gpu bench-communication bench-end-to-end bench-data
+.PHONY: setup train finetune compare compare-same-lr test test-quick support test-slow test-faults test-hosts test-gpu test-asan test-triton-versions test-tools test-megatron-new wheel reliability checkpoint-matrix docs lint release clean bench bench-kernels bench-small bench-muon bench-gpu bench-communication bench-end-to-end bench-data
 
 setup: $(STAMP)
 
@@ -44,10 +44,14 @@ compare-same-lr: setup
 	$(BIN)/python launch/prepare_data.py --run configs/run/compare.yaml
 	$(BIN)/python -m benchmarks.compare.same_rate $(ARGS)
 
-bench: bench-kernels bench-muon bench-communication bench-end-to-end
+bench: bench-kernels bench-small bench-muon bench-communication bench-end-to-end
 
 bench-kernels: setup
 	$(BIN)/python -m benchmarks.step.run --docs $(ARGS)
+
+# LoRA, short rows, and thousands of small tensors.
+bench-small: setup
+	$(BIN)/python -m benchmarks.step.small --docs $(ARGS)
 
 bench-muon: setup
 	$(BIN)/python -m benchmarks.step.muon --docs $(ARGS)

@@ -87,6 +87,9 @@ class Item:
         keeps_update: whether somebody will look at ``update``.
         update: 1-D, what the step moved the parameter by, over each block's learning rate and without weight decay.
             Set where it was asked for and does not follow from the new moments, as Adam's does.
+        kept: what a backend keeps of this item for its next step, empty at first; None: nothing may be kept. Who gives
+            the item vouches, and must empty it when the parameter, its state or copy, or a dtype of theirs or of the
+            gradient's, is another one or lies elsewhere.
     """
 
     table: SegmentTable
@@ -99,6 +102,7 @@ class Item:
     param_copy: torch.Tensor | None = None
     keeps_update: bool = False
     update: torch.Tensor | None = None
+    kept: bytes | None = None
 
 
 class Kernels(ABC):

@@ -13,6 +13,7 @@ from abc import ABC
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import repeat
 from typing import Any, ClassVar
 from weakref import WeakSet
 
@@ -26,11 +27,12 @@ from ds_blockwise.blocks.tagged_parameter import as_tagged, is_tagged_by_host, u
 from ds_blockwise.checkpoint.record import settings_of
 from ds_blockwise.checkpoint.record_changes import differences
 from ds_blockwise.checkpoint.record_types import RunRecord, SecondMomentOf
-from ds_blockwise.kernels.base import Item, Kernels, StepState, wide_dtype
-from ds_blockwise.kernels.bindings import Binding, Bindings, StepObserver, Work, by_kernels, non_finite
+from ds_blockwise.kernels.base import Hyper, Item, Kernels, StepState, wide_dtype
+from ds_blockwise.kernels.bindings import Binding, Bindings, StepObserver, Work, non_finite
 from ds_blockwise.kernels.param_groups import NO_HYPER, ParamGroup, StateDict, hyper_of
 from ds_blockwise.kernels.select import kernels_for
-from ds_blockwise.kernels.tensor_checks import StepChecks, check_plain, check_whole, dense
+from ds_blockwise.kernels.step_sets import StepSet, StepSets
+from ds_blockwise.kernels.tensor_checks import check_plain, check_whole
 from ds_blockwise.measure.auto_multipliers import MeasuredMultipliers, RunState
 from ds_blockwise.measure.first_steps import FirstSteps
 from ds_blockwise.measure.meter import Listener, Meter
@@ -122,7 +124,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
     def _forget_tensors(self) -> None:
         """Start without bound tensors and without whoever looks at steps."""
         self._bindings = Bindings(self.kernels_on, shares_second_moment=self.shares_second_moment)
-        self._checks = StepChecks()
+        self._sets = StepSets()
         self._copies: dict[int, torch.Tensor] = {}
         self._finite_over: ReductionGroups | None = None
         self._observers: list[StepObserver] = []
@@ -345,6 +347,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
                 f"{'' if copy.is_contiguous() else ', not contiguous'}."
             )
         self._copies[id(param)] = copy.detach()
+        self._sets.forget()
 
     # ------------------------------------------------------------------- step
 
@@ -367,19 +370,27 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
                 loss = closure()
         if self._refusal is not None:
             raise ValueError(self._refusal)
-        work = self._collect()
-        if not self._may_update(work):
-            return loss
-        if work:
+        now = self._set_of_step()
+        try:
+            self._step(now)
+        finally:
+            now.end()
+        return loss
+
+    def _step(self, now: StepSet) -> None:
+        now.look_at_stepped()
+        self._put_in_states(now)
+        if not self._may_update(now.work):
+            return
+        if now.work:
             if self._moves():
                 check_progress(self.param_groups, type(self).__name__)
             for exchange in self.exchanges:
-                exchange(work, self._bindings, self.state)
-            self._update(work)
+                exchange(now, self._bindings, self.state)
+            self._update(now)
             self.step_calls += 1
         for observer in self._observers:
-            observer.after_update(work)
-        return loss
+            observer.after_update(now.work)
 
     def _moves(self) -> bool:
         """Whether a multiplier changes over the run; the same on ranks that hold none of its blocks."""
@@ -387,37 +398,55 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
             self._moving_of, self._moving = self._bindings.version, self.block_settings.moves or self._bindings.moves
         return self._moving
 
-    def _collect(self) -> list[Work]:
+    def _set_of_step(self) -> StepSet:
         """The tensors of a step, with those that only other ranks may have gradients of."""
-        work: list[Work] = []
-        for group in self.param_groups:
-            hyper = hyper_of(group, cautious=self.cautious_weight_decay)
-            for tensor in group["params"]:
-                binding = self._bindings.of(tensor) or self.binding_of(tensor)
-                grad = tensor.grad
-                if grad is None:
-                    if binding is not None and self._is_shared(binding):
-                        state = self.state.get(tensor, {})
-                        work.append(Work(binding, Item(binding.kernel_table, binding.plan, tensor, state, hyper)))
-                    continue
-                if binding is None:
-                    # DeepSpeed's 16-bit wrappers step once with zero gradients inside their constructor
-                    if bool(grad.any()):
-                        check_plain(tensor)
-                        raise ValueError(self._unknown(tensor))
-                    continue
-                table, copy = binding.kernel_table, self._copies.get(id(tensor))
-                work.append(Work(binding, Item(table, binding.plan, tensor, {}, hyper, grad, None, copy)))
-        stepped = [w for w in work if w.item.grad is not None]
-        version = self._bindings.version
-        self._checks.stepped([w.item for w in stepped], lambda: [w.binding.shape for w in stepped], version)
-        for w in stepped:
-            state = self.state[w.item.param]
-            w.item.state = state if "exp_avg" in state else self._state_of(w.item.param, w.binding)
-        for binding in self._bindings.absent:
-            if self._is_shared(binding):
-                work.append(Work(binding, Item(binding.kernel_table, binding.plan, binding.tensor, {}, NO_HYPER)))
-        return work
+        tensors = [*self._tensors()]
+        grads = [tensor.grad for tensor in tensors]
+        hypers = [
+            hyper
+            for group in self.param_groups
+            for hyper in repeat(hyper_of(group, cautious=self.cautious_weight_decay), len(group["params"]))
+        ]
+        found = self._sets.of(tensors, grads, self._bindings.version)
+        if found is None:
+            found = self._new_set(tensors, grads, hypers)
+            self._sets.keep(found, grads, self._bindings.version)
+        found.begin(grads, hypers)
+        return found
+
+    def _new_set(
+        self, tensors: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None], hypers: Sequence[Hyper]
+    ) -> StepSet:
+        work = [self._new_work(*of_tensor) for of_tensor in zip(tensors, grads, hypers, strict=True)]
+        absent = [
+            Work(binding, Item(binding.kernel_table, binding.plan, binding.tensor, {}, NO_HYPER))
+            for binding in self._bindings.absent
+            if self._is_shared(binding)
+        ]
+        return StepSet(tensors, [w is not None for w in work], [w for w in work if w is not None], absent)
+
+    def _new_work(self, tensor: torch.Tensor, grad: torch.Tensor | None, hyper: Hyper) -> Work | None:
+        """The work of a tensor; None if nothing is to be done."""
+        binding = self._bindings.of(tensor) or self.binding_of(tensor)
+        if binding is None:
+            # DeepSpeed's 16-bit wrappers step once with zero gradients inside their constructor
+            if grad is not None and bool(grad.any()):
+                check_plain(tensor)
+                raise ValueError(self._unknown(tensor))
+            return None
+        if grad is None and not self._is_shared(binding):
+            return None
+        copy = self._copies.get(id(tensor))
+        return Work(binding, Item(binding.kernel_table, binding.plan, tensor, {}, hyper, grad, None, copy))
+
+    def _put_in_states(self, now: StepSet) -> None:
+        """Give the items the states of their tensors; what is stepped for the first time gets zeros."""
+        for binding, item in now.work:
+            if item.grad is not None:
+                state = self.state[item.param]
+                item.state = state if "exp_avg" in state else self._state_of(item.param, binding)
+            elif not binding.is_absent:
+                item.state = self.state.get(item.param, {})
 
     def _is_shared(self, binding: Binding) -> bool:
         """Whether other ranks may wait for this one in the exchanges of a tensor."""
@@ -429,20 +458,13 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         # a list: every observer is asked, whatever the one before it said
         return not self.overflow and all([observer.before_update(work) for observer in self._observers])
 
-    def _update(self, work: Sequence[Work]) -> None:
-        stepped = [w for w in work if w.item.grad is not None]
-        self._checks.states([w.item for w in stepped], self._bindings.version)
-        scattered: list[tuple[Item, torch.Tensor]] = []
-        for w in () if self._checks.params_are_dense else stepped:
-            param = dense(w.item.param)
-            if param is not w.item.param:
-                scattered.append((w.item, w.item.param))
-                w.item.param = param
-        for kernels, items in by_kernels(stepped):
+    def _update(self, now: StepSet) -> None:
+        now.look_at_states()
+        now.make_params_dense()
+        for kernels, items in now.by_kernels:
             self.update_(kernels, items)
-        self.update_together_(work)
-        for item, original in scattered:
-            original.copy_(item.param)
+        self.update_together_(now.work)
+        now.write_params_back()
 
     def update_(self, kernels: Kernels, items: Sequence[Item]) -> None:
         """Update parameters and states in place: Adam's update, with the second moment that tables say.
