@@ -13,7 +13,7 @@ from abc import ABC
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -42,12 +42,13 @@ from ds_blockwise.optimizers.settings import (
     CheckpointFormat,
     MomentumDtype,
     check_backend,
-    check_cautious_weight_decay,
     check_checkpoint_format,
     check_extra_keys,
+    check_fused_step,
     check_group,
     check_momentum_dtype,
     check_progress,
+    check_switch,
 )
 from ds_blockwise.optimizers.state_dict import like, second_moment_to_save, to_load, to_save
 from ds_blockwise.parallel.agree import any_peer, any_rank, any_rank_of_all, is_first_rank
@@ -56,6 +57,14 @@ from ds_blockwise.parallel.reduce import LOCAL, ReductionGroups
 logger = logging.getLogger(__name__)
 
 _LIVE: WeakSet[BlockwiseOptimizer] = WeakSet()
+
+
+class _GivenGradient(NamedTuple):
+    """See `BlockwiseOptimizer.given_gradient`."""
+
+    grad: torch.Tensor
+    scale: float | None
+    copy: torch.Tensor | None
 
 
 class BlockwiseOptimizer(torch.optim.AdamW, ABC):
@@ -70,6 +79,8 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
     keeps_adamw_rate: ClassVar[bool] = False
     #: whether multipliers can be measured: on Adam's second moments, of every block
     can_be_measured: ClassVar[bool] = True
+    #: whether its kernels take gradients before a host casts and clips them
+    supports_fused_step: ClassVar[bool] = True
 
     # --------------------------------------------------------------- settings
 
@@ -92,13 +103,16 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         backend: str = "auto",
         checkpoint_format: CheckpointFormat = "expanded",
         telemetry: object = None,
+        fused_step: bool = False,
         **extra: object,
     ) -> None:
         check_extra_keys(type(self).__name__, extra, self.own_settings)
         self.momentum_dtype = check_momentum_dtype(momentum_dtype)
         self.backend = check_backend(backend)
         self.checkpoint_format = check_checkpoint_format(checkpoint_format)
-        self.cautious_weight_decay = check_cautious_weight_decay(cautious_weight_decay)
+        self.cautious_weight_decay = check_switch("cautious_weight_decay", cautious_weight_decay)
+        name = type(self).__name__
+        self.fused_step = check_fused_step(name, fused_step, is_supported=self.supports_fused_step)
         self.block_settings = BlockSettings.parse(
             lr_multipliers, weight_decay_multipliers, granularity, rules, transfer, betas_by_type
         )
@@ -124,6 +138,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         self._bindings = Bindings(self.kernels_on, shares_second_moment=self.shares_second_moment)
         self._checks = StepChecks()
         self._copies: dict[int, torch.Tensor] = {}
+        self._given: dict[int, _GivenGradient] = {}
         self._finite_over: ReductionGroups | None = None
         self._observers: list[StepObserver] = []
         self._refusal: str | None = None
@@ -238,6 +253,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
             "backend",
             "checkpoint_format",
             "cautious_weight_decay",
+            "fused_step",
             "step_calls",
             *self.own_settings,
         )
@@ -346,6 +362,24 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
             )
         self._copies[id(param)] = copy.detach()
 
+    @contextmanager
+    def given_gradient(
+        self, tensor: torch.Tensor, grad: torch.Tensor, *, scale: float | None, copy: torch.Tensor | None
+    ) -> Iterator[None]:
+        """Inside, `step` takes this gradient of a tensor and not ``tensor.grad`` (hosts only).
+
+        Args:
+            tensor: bound, fp32.
+            grad: in its shape, bf16 or fp32; may have another dtype than the tensor. Not changed.
+            scale: what the gradient is multiplied by where it is read; None: nothing.
+            copy: as of `write_copy`, for these steps; None: there is none.
+        """
+        self._given = {id(tensor): _GivenGradient(grad, scale, copy)}
+        try:
+            yield
+        finally:
+            self._given = {}
+
     # ------------------------------------------------------------------- step
 
     @torch.no_grad()
@@ -367,6 +401,11 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
                 loss = closure()
         if self._refusal is not None:
             raise ValueError(self._refusal)
+        if self.fused_step and not self._given:
+            raise ValueError(
+                f"{type(self).__name__} was given fused_step=True, and nobody hands it gradients in that form: only "
+                f'DeepSpeed\'s engine at ZeRO stage 1 or 2 does. Write "fused_step": false, or leave it out.'
+            )
         work = self._collect()
         if not self._may_update(work):
             return loss
@@ -394,7 +433,8 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
             hyper = hyper_of(group, cautious=self.cautious_weight_decay)
             for tensor in group["params"]:
                 binding = self._bindings.of(tensor) or self.binding_of(tensor)
-                grad = tensor.grad
+                given = self._given.get(id(tensor))
+                grad = tensor.grad if given is None else given.grad
                 if grad is None:
                     if binding is not None and self._is_shared(binding):
                         state = self.state.get(tensor, {})
@@ -408,6 +448,8 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
                     continue
                 table, copy = binding.kernel_table, self._copies.get(id(tensor))
                 work.append(Work(binding, Item(table, binding.plan, tensor, {}, hyper, grad, None, copy)))
+                if given is not None:
+                    work[-1].item.param_copy, work[-1].item.grad_scale = given.copy, given.scale
         stepped = [w for w in work if w.item.grad is not None]
         version = self._bindings.version
         self._checks.stepped([w.item for w in stepped], lambda: [w.binding.shape for w in stepped], version)

@@ -20,12 +20,12 @@ import torch
 from torch.autograd.graph import increment_version
 
 from ds_blockwise.blocks.segment_table import SegmentTable
-from ds_blockwise.kernels.base import Hyper, Item, Kernels
+from ds_blockwise.kernels.base import Hyper, Item, Kernels, packed_scale
 from ds_blockwise.kernels.cpp.build import library
 
 _DTYPE, _IS_CPU = attrgetter("dtype"), attrgetter("is_cpu")
 _DATA_PTR = torch.Tensor.data_ptr
-_FIELDS = 11
+_FIELDS = 12
 REMEMBERED = 64  # sets of tensors whose rows are kept: hosts step group by group
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -53,6 +53,7 @@ class CppKernels(Kernels):
         self._free = lib.ds_blockwise_free
         self._step = lib.ds_blockwise_step
         self._sum_split = lib.ds_blockwise_sum_split
+        self._square_sums = lib.ds_blockwise_square_sums
         self._seen: dict[tuple[int, int], tuple[tuple[list[Any], ...], array[int]]] = {}
 
     def plan(self, table: SegmentTable, device: torch.device) -> CppPlan:
@@ -88,6 +89,15 @@ class CppKernels(Kernels):
         plan = CppPlan(handle)
         weakref.finalize(plan, self._free, ctypes.c_void_p(handle))
         return plan
+
+    def norms(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """See `Kernels.norms`."""
+        fields = ((t.data_ptr(), t.numel(), _CODES[t.dtype]) for t in tensors)
+        table = array("q", chain.from_iterable(fields))
+        sums = torch.zeros(len(tensors), dtype=torch.float64)
+        threads = ctypes.c_int64(torch.get_num_threads())
+        self._square_sums(ctypes.c_int64(len(tensors)), _address(table), ctypes.c_void_p(sums.data_ptr()), threads)
+        return sums.sqrt_()
 
     def sum_split_blocks(self, items: Sequence[Item]) -> None:
         """See `Kernels.sum_split_blocks`."""
@@ -133,17 +143,19 @@ class CppKernels(Kernels):
             rows[row * _FIELDS + 5] = sums.data_ptr()
         for row, copy in [(row, item.param_copy) for row, item in enumerate(items) if item.param_copy is not None]:
             rows[row * _FIELDS + 6], rows[row * _FIELDS + 10] = copy.data_ptr(), _CODES[copy.dtype]
+        for row, item in [(row, item) for row, item in enumerate(items) if item.grad_scale is not None]:
+            rows[row * _FIELDS + 11] = packed_scale(item)
         return rows
 
     def _without_addresses(self, handles: list[int], *dtypes: list[torch.dtype]) -> array[int]:
-        """A copy of the rows without addresses and 16-bit copies; made once per set of plans and dtypes."""
+        """A copy of the rows without addresses, 16-bit copies and scales; made once per set of plans and dtypes."""
         key = (handles[0] if handles else 0, len(handles))
         seen = self._seen.pop(key, None)
         # compared and not hashed, which would call every element of the columns
         if seen is None or seen[0] != (handles, *dtypes):
             nothing = [0] * len(handles)
             codes = (map(_CODES.__getitem__, column) for column in dtypes)
-            columns = (handles, *[nothing] * 6, *codes, nothing)
+            columns = (handles, *[nothing] * 6, *codes, nothing, nothing)
             seen = (handles, *dtypes), array("q", chain.from_iterable(zip(*columns, strict=True)))
         self._seen[key] = seen  # the last one again
         if len(self._seen) > REMEMBERED:
