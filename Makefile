@@ -8,7 +8,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup train finetune compare compare-same-lr test test-quick support test-slow test-faults test-hosts test-gpu test-asan test-triton-versions reliability checkpoint-matrix docs lint clean bench bench-kernels bench-muon bench-gpu bench-communication bench-fused-step bench-end-to-end bench-data
+.PHONY: setup train finetune compare compare-same-lr test test-quick support test-slow test-faults test-hosts test-gpu test-asan test-triton-versions wheel reliability checkpoint-matrix docs lint clean bench bench-kernels bench-muon bench-gpu bench-communication bench-fused-step bench-end-to-end bench-data
 
 setup: $(STAMP)
 
@@ -102,6 +102,10 @@ test-asan: setup
 # Every kernel compiled, without a GPU, by each Triton from 3.2 on; ONLY="oldest newest" takes two of them. 200 MB each.
 test-triton-versions: setup
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m tests.helpers.gpu_code.versions $(ONLY)
+
+# dist/: a wheel for Linux on x86-64 with compiled CPU kernels, which needs no compiler; and its tests. Needs g++.
+wheel: setup
+	DS_ACCELERATOR=cpu $(BIN)/python -m tests.helpers.wheels.compiled
 
 # The attacks of tests/attacks; writes docs/reliability.md. TIMES=5: five times as many inputs.
 reliability: setup

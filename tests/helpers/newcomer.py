@@ -24,11 +24,12 @@ _SOURCES = (
 )
 
 
-def build_wheel(folder: Path) -> Path:
+def build_wheel(folder: Path, *, compiled: bool = False) -> Path:
     """Build the wheel from a copy of the sources, so that the checkout gets no build folder.
 
     Args:
         folder: an empty one.
+        compiled: with compiled CPU kernels.
 
     Returns:
         Path of the wheel.
@@ -41,7 +42,8 @@ def build_wheel(folder: Path) -> Path:
         else:
             shutil.copy2(ROOT / name, sources / name)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*command, "--wheel-dir", str(folder), str(sources)], check=True, timeout=300)
+    environment = os.environ | ({"DS_BLOCKWISE_COMPILE_KERNELS": "1"} if compiled else {})
+    subprocess.run([*command, "--wheel-dir", str(folder), str(sources)], check=True, timeout=900, env=environment)
     (wheel,) = folder.glob("*.whl")
     return wheel
 
