@@ -8,7 +8,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup train finetune compare compare-same-lr test test-quick support test-slow test-faults test-hosts test-gpu test-asan test-triton-versions test-tools test-megatron-new wheel reliability checkpoint-matrix docs lint release clean bench bench-kernels bench-small bench-muon bench-gpu bench-communication bench-end-to-end bench-data
+.PHONY: setup train finetune compare compare-same-lr test test-quick support test-slow test-faults test-hosts test-gpu test-asan test-triton-versions test-tools test-megatron-new wheel reliability checkpoint-matrix docs lint release clean bench bench-kernels bench-small bench-muon bench-gpu bench-communication bench-fused-step bench-end-to-end bench-data
 
 setup: $(STAMP)
 
@@ -44,7 +44,7 @@ compare-same-lr: setup
 	$(BIN)/python launch/prepare_data.py --run configs/run/compare.yaml
 	$(BIN)/python -m benchmarks.compare.same_rate $(ARGS)
 
-bench: bench-kernels bench-small bench-muon bench-communication bench-end-to-end
+bench: bench-kernels bench-small bench-muon bench-communication bench-fused-step bench-end-to-end
 
 bench-kernels: setup
 	$(BIN)/python -m benchmarks.step.run --docs $(ARGS)
@@ -63,6 +63,9 @@ bench-communication: setup
 	$(BIN)/python -m benchmarks.costs.communication --docs
 	$(BIN)/python -m benchmarks.costs.communication_overhead --docs
 	$(BIN)/python -m benchmarks.costs.muon_traffic --docs
+
+bench-fused-step: setup
+	$(BIN)/python -m benchmarks.costs.fused_step --docs $(ARGS)
 
 bench-end-to-end: setup
 	$(BIN)/python -m benchmarks.costs.end_to_end --docs $(ARGS)

@@ -186,7 +186,8 @@ def _check_own(own: Mapping[str, object]) -> None:
     if misplaced is not None:
         raise ValueError(
             f"convert_ does not take {misplaced}: lr, betas, eps and weight_decay are those of the param groups "
-            f"(OptimizerConfig), and Megatron-core's checkpoints have a form of their own. Remove it."
+            f"(OptimizerConfig), Megatron-core's checkpoints have a form of their own, and its optimizers cast and "
+            f"clip gradients themselves. Remove it."
         )
 
 

@@ -65,6 +65,7 @@ class StepSet:
         for w in self.work:
             item = w.item
             item.state, item.grad, item.sums, item.update, item.keeps_update = nothing, None, None, None, False
+            item.grad_scale = None
         if not self._params_are_dense:
             for item, param in zip(self._items, self._params, strict=True):
                 item.param = param

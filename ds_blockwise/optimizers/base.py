@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import repeat
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -44,12 +44,13 @@ from ds_blockwise.optimizers.settings import (
     CheckpointFormat,
     MomentumDtype,
     check_backend,
-    check_cautious_weight_decay,
     check_checkpoint_format,
     check_extra_keys,
+    check_fused_step,
     check_group,
     check_momentum_dtype,
     check_progress,
+    check_switch,
 )
 from ds_blockwise.optimizers.state_dict import like, second_moment_to_save, to_load, to_save
 from ds_blockwise.parallel.agree import any_peer, any_rank, any_rank_of_all, is_first_rank
@@ -58,6 +59,13 @@ from ds_blockwise.parallel.reduce import LOCAL, ReductionGroups
 logger = logging.getLogger(__name__)
 
 _LIVE: WeakSet[BlockwiseOptimizer] = WeakSet()
+
+
+class _GivenGradient(NamedTuple):
+    """See `BlockwiseOptimizer.given_gradient`."""
+
+    grad: torch.Tensor
+    scale: float | None
 
 
 class BlockwiseOptimizer(torch.optim.AdamW, ABC):
@@ -72,6 +80,8 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
     keeps_adamw_rate: ClassVar[bool] = False
     #: whether multipliers can be measured: on Adam's second moments, of every block
     can_be_measured: ClassVar[bool] = True
+    #: whether its kernels take gradients before a host casts and clips them
+    supports_fused_step: ClassVar[bool] = True
 
     # --------------------------------------------------------------- settings
 
@@ -94,13 +104,16 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         backend: str = "auto",
         checkpoint_format: CheckpointFormat = "expanded",
         telemetry: object = None,
+        fused_step: bool = False,
         **extra: object,
     ) -> None:
         check_extra_keys(type(self).__name__, extra, self.own_settings)
         self.momentum_dtype = check_momentum_dtype(momentum_dtype)
         self.backend = check_backend(backend)
         self.checkpoint_format = check_checkpoint_format(checkpoint_format)
-        self.cautious_weight_decay = check_cautious_weight_decay(cautious_weight_decay)
+        self.cautious_weight_decay = check_switch("cautious_weight_decay", cautious_weight_decay)
+        name = type(self).__name__
+        self.fused_step = check_fused_step(name, fused_step, is_supported=self.supports_fused_step)
         self.block_settings = BlockSettings.parse(
             lr_multipliers, weight_decay_multipliers, granularity, rules, transfer, betas_by_type
         )
@@ -126,6 +139,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         self._bindings = Bindings(self.kernels_on, shares_second_moment=self.shares_second_moment)
         self._sets = StepSets()
         self._copies: dict[int, torch.Tensor] = {}
+        self._given: dict[int, _GivenGradient] = {}
         self._finite_over: ReductionGroups | None = None
         self._observers: list[StepObserver] = []
         self._refusal: str | None = None
@@ -240,6 +254,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
             "backend",
             "checkpoint_format",
             "cautious_weight_decay",
+            "fused_step",
             "step_calls",
             *self.own_settings,
         )
@@ -349,6 +364,31 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         self._copies[id(param)] = copy.detach()
         self._sets.forget()
 
+    @contextmanager
+    def given_gradient(
+        self, tensor: torch.Tensor, grad: torch.Tensor, *, scale: float | None, copy: torch.Tensor | None
+    ) -> Iterator[None]:
+        """Inside, `step` takes this gradient of a tensor and not ``tensor.grad`` (hosts only).
+
+        Args:
+            tensor: bound, fp32.
+            grad: in its shape, bf16 or fp32; may have another dtype than the tensor. Not changed.
+            scale: what the gradient is multiplied by where it is read; None: nothing.
+            copy: as of `write_copy`, until another one is given; None: there is none.
+        """
+        before = self._copies.get(id(tensor))
+        if copy is None and before is not None:
+            del self._copies[id(tensor)]
+            self._sets.forget()
+        elif copy is not None and (before is None or before.data_ptr() != copy.data_ptr()):
+            self._copies[id(tensor)] = copy.detach()
+            self._sets.forget()
+        self._given = {id(tensor): _GivenGradient(grad, scale)}
+        try:
+            yield
+        finally:
+            self._given = {}
+
     # ------------------------------------------------------------------- step
 
     @torch.no_grad()
@@ -370,6 +410,11 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
                 loss = closure()
         if self._refusal is not None:
             raise ValueError(self._refusal)
+        if self.fused_step and not self._given:
+            raise ValueError(
+                f"{type(self).__name__} was given fused_step=True, and nobody hands it gradients in that form: only "
+                f'DeepSpeed\'s engine at ZeRO stage 1 or 2 does. Write "fused_step": false, or leave it out.'
+            )
         now = self._set_of_step()
         try:
             self._step(now)
@@ -401,7 +446,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
     def _set_of_step(self) -> StepSet:
         """The tensors of a step, with those that only other ranks may have gradients of."""
         tensors = [*self._tensors()]
-        grads = [tensor.grad for tensor in tensors]
+        grads = [tensor.grad for tensor in tensors] if not self._given else [*map(self._gradient_of, tensors)]
         hypers = [
             hyper
             for group in self.param_groups
@@ -412,7 +457,13 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
             found = self._new_set(tensors, grads, hypers)
             self._sets.keep(found, grads, self._bindings.version)
         found.begin(grads, hypers)
+        for item in [w.item for w in found.work if id(w.item.param) in self._given]:
+            item.grad_scale = self._given[id(item.param)].scale
         return found
+
+    def _gradient_of(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        given = self._given.get(id(tensor))
+        return tensor.grad if given is None else given.grad
 
     def _new_set(
         self, tensors: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None], hypers: Sequence[Hyper]

@@ -12,17 +12,17 @@ import weakref
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 
 import torch
 from torch.autograd.graph import increment_version
 
 from ds_blockwise.blocks.segment_table import SegmentTable
-from ds_blockwise.kernels.base import Hyper, Item, Kernels
+from ds_blockwise.kernels.base import Hyper, Item, Kernels, packed_scale
 from ds_blockwise.kernels.close_look import DATA_PTR
 from ds_blockwise.kernels.cpp.build import library
 
-_FIELDS, _GRAD, _SUMS = 11, 2, 5  # of a row of kernels.cpp
+_FIELDS, _GRAD, _SUMS, _SCALE = 12, 2, 5, 11  # of a row of kernels.cpp
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -49,6 +49,7 @@ class CppKernels(Kernels):
         self._free = lib.ds_blockwise_free
         self._step = lib.ds_blockwise_step
         self._sum_split = lib.ds_blockwise_sum_split
+        self._square_sums = lib.ds_blockwise_square_sums
 
     def plan(self, table: SegmentTable, device: torch.device) -> CppPlan:
         """Cut a table into tasks.
@@ -84,6 +85,15 @@ class CppKernels(Kernels):
         weakref.finalize(plan, self._free, ctypes.c_void_p(handle))
         return plan
 
+    def norms(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """See `Kernels.norms`."""
+        fields = ((t.data_ptr(), t.numel(), _CODES[t.dtype]) for t in tensors)
+        table = array("q", chain.from_iterable(fields))
+        sums = torch.zeros(len(tensors), dtype=torch.float64)
+        threads = ctypes.c_int64(torch.get_num_threads())
+        self._square_sums(ctypes.c_int64(len(tensors)), _address(table), ctypes.c_void_p(sums.data_ptr()), threads)
+        return sums.sqrt_()
+
     def sum_split_blocks(self, items: Sequence[Item]) -> None:
         """See `Kernels.sum_split_blocks`."""
         for item in items:
@@ -114,11 +124,13 @@ class CppKernels(Kernels):
         rows[_GRAD::_FIELDS] = array("q", [*map(DATA_PTR, [item.grad for item in items if item.grad is not None])])
         for row, sums in [(row, item.sums) for row, item in enumerate(items) if item.sums is not None]:
             rows[row * _FIELDS + _SUMS] = sums.data_ptr()
+        for row, item in [(row, item) for row, item in enumerate(items) if item.grad_scale is not None]:
+            rows[row * _FIELDS + _SCALE] = packed_scale(item)
         return rows
 
 
 def _new_row(item: Item) -> bytes:
-    """A ``Row`` without what is other in every step: the addresses of the gradient and of the sums."""
+    """A ``Row`` without what is other in every step: the addresses of gradient and sums, the scale."""
     param, grad, copy, state = item.param, item.grad, item.param_copy, item.state
     assert grad is not None
     if not param.is_cpu:
@@ -126,7 +138,7 @@ def _new_row(item: Item) -> bytes:
     addresses = [item.plan.handle, param.data_ptr(), 0, state["exp_avg"].data_ptr(), state["exp_avg_sq"].data_ptr(), 0]
     codes = [_CODES[tensor.dtype] for tensor in (param, grad, state["exp_avg"])]
     of_copy = (0, 0) if copy is None else (copy.data_ptr(), _CODES[copy.dtype])
-    row = array("q", [*addresses, of_copy[0], *codes, of_copy[1]]).tobytes()
+    row = array("q", [*addresses, of_copy[0], *codes, of_copy[1], 0]).tobytes()
     if item.kept is not None:
         item.kept = row
     return row
