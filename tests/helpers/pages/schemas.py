@@ -163,7 +163,12 @@ _STRUCTURED: dict[str, Callable[[type[BlockwiseOptimizer]], Schema]] = {
     ),
     "orthogonalize": lambda cls: map_of(_ORTHOGONALIZE),
 }
-_CHOICES: dict[str, Iterable[str]] = {"backend": BACKENDS, "shape": SHAPES, "decay_shape": DECAY_SHAPES}
+_CHOICES: dict[str, Iterable[object]] = {
+    "backend": BACKENDS,
+    "fused_step": (False, True),
+    "shape": SHAPES,
+    "decay_shape": DECAY_SHAPES,
+}
 
 
 def takes(cls: type[BlockwiseOptimizer], **params: object) -> bool:
