@@ -102,7 +102,7 @@ def check_full_disk(context: RankContext, what: tuple[int, int]) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert f"rank {full}: " in text
         assert "states.pt" in text
-        assert "GB free" in text
+        assert "disk full, quota or limit of file sizes" in text and "GB free" in text
         context.barrier()
         assert tree(folder) == before
         assert_same(everything(run), wanted)

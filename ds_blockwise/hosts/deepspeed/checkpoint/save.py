@@ -21,6 +21,7 @@ rest (DeepSpeed 0.19.8, ``runtime/engine.py``):
 
 from __future__ import annotations
 
+import errno
 import functools
 import io
 import logging
@@ -56,6 +57,7 @@ logger = logging.getLogger(__name__)
 
 _WARNED: WeakSet[Engine] = WeakSet()
 _HELD: WeakKeyDictionary[Engine, finalize[[Path], Engine]] = WeakKeyDictionary()  # gives back its folder's lock
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SIGHT_S = 5.0  # how long a folder that another rank made may take to appear
 
 
@@ -213,8 +215,10 @@ class _Save:
 
     def record(self, what: str, error: Exception) -> None:
         text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        if isinstance(error, RuntimeError) and "inline_container" in text:
-            text = f"torch could not write all of it (disk full, quota or limit of file sizes): {text}"
+        if getattr(error, "errno", None) in _NO_ROOM or (
+            isinstance(error, RuntimeError) and "inline_container" in text
+        ):
+            text = f"not all of it could be written (disk full, quota or limit of file sizes): {text}"
         self.problems.append(f"{what}: {text} ({_free(self.folder)} free)")
 
     def attempt(self, action: Callable[[], object], what: str) -> None:
