@@ -14,6 +14,7 @@ import torch
 from tests.helpers import ROOT
 from tests.helpers.models import small_weight
 from tests.helpers.oracle import Hyper, Oracle
+from tests.helpers.support_page import versions
 from tests.helpers.support_page.tools import read_rows, section
 from tests.helpers.tables.oracle_names import hf_llama_classes
 from tests.helpers.tools.material import SIZES
@@ -50,6 +51,12 @@ def test_the_table_is_of_the_pages_as_they_are() -> None:
         assert any(word == f"{tool.package}=={row['version']}" for words in tool.install for word in words), row
         assert row["result"] == f"{tool.updates} updates on 2 ranks equal the oracle's (1e-4)"
     assert "\n".join(section(read_rows())) in (ROOT / "docs/support.md").read_text(encoding="utf-8")
+
+
+def test_releases_of_hosts_are_those_that_were_run() -> None:
+    """A row that nobody ran, or a run that nobody sees."""
+    page = (ROOT / "docs/support.md").read_text(encoding="utf-8")
+    assert versions.read_rows() and "\n".join(versions.section(versions.read_rows())) in page
 
 
 def llama_shapes() -> dict[str, tuple[int, ...]]:

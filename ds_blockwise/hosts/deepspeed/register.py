@@ -36,7 +36,7 @@ _MARK = "calls_ds_blockwise"  # of the hook that is there already
 _SHARED_MEMORY = "deepspeed_shm_comm"
 _BUILD_SHARED_MEMORY = "build_shm_op"
 _KEEP_SHARED_MEMORY = "DS_BUILD_SHM_COMM"  # DeepSpeed's own variable for building this operator
-_OLDEST = (0, 19, 1)  # 0.19.0, 0.18.9, 0.17.6 and 0.16 fail the tests of resumed runs, or do not import
+_OLDEST = (0, 19, 7)  # older ones lack methods of the engine that we call
 _Parameters: TypeAlias = Iterable[object] | None
 
 
@@ -82,7 +82,7 @@ def check_release(version: str) -> None:
         version: such as ``"0.19.8"``.
 
     Raises:
-        ImportError: it is older than 0.19.1.
+        ImportError: it is older than 0.19.7.
     """
     if tuple(int(number) for number in re.findall(r"\d+", version)[:3]) < _OLDEST:
         oldest = ".".join(map(str, _OLDEST))

@@ -11,6 +11,7 @@ import importlib.metadata
 import sys
 import time
 
+from tests.helpers.support_page import versions
 from tests.helpers.versions.overlay import Package
 
 MEGATRON = Package("megatron-core", "Megatron-core", options=("--ignore-requires-python",))
@@ -26,6 +27,7 @@ def tested_with(version: str) -> str:
     MEGATRON.check_found_first(version, "megatron.core")
     begin = time.monotonic()
     passed = MEGATRON.passed_tests(version, TESTS, "-n", "2", "--dist", "loadfile")
+    versions.add_row(MEGATRON.title, version, passed, f'make test-megatron-new ONLY="{version}"')
     return f"{passed} tests passed in {time.monotonic() - begin:.0f} s"
 
 

@@ -9,8 +9,8 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.helpers import ROOT
@@ -31,6 +31,8 @@ class Package:
     title: str  # what the output calls it
     options: Sequence[str] = ()  # of ``pip index`` and ``pip install``
     build: Sequence[str] = ()  # of ``pip install`` alone
+    every_patch: bool = False  # or only the newest of each minor version
+    variables: Mapping[str, str] = field(default_factory=dict)  # of the environment of ``pip install``
 
     @property
     def folder(self) -> Path:
@@ -43,7 +45,7 @@ class Package:
         return numbers(oldest), numbers(too_new) if too_new else None
 
     def offered(self) -> list[str]:
-        """The newest patch of each minor version that pip offers in the promised range, oldest first."""
+        """What pip offers in the promised range, oldest first."""
         command = [sys.executable, "-m", "pip", "index", "versions", *self.options, self.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         (line,) = re.findall(r"^Available versions: (.+)$", text, re.M)
@@ -51,7 +53,7 @@ class Package:
         newest: dict[Release, str] = {}
         for version in sorted(re.findall(r"[\d.]+(?=,|$)", line), key=numbers):
             if numbers(version) >= oldest and (too_new is None or numbers(version) < too_new):
-                newest[numbers(version)[:2]] = version
+                newest[numbers(version)[: 3 if self.every_patch else 2]] = version
         return list(newest.values())
 
     def installed(self, version: str) -> Path:
@@ -62,7 +64,9 @@ class Package:
             with tempfile.TemporaryDirectory(dir=self.folder) as partial:
                 target = Path(partial) / version
                 command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *self.options, *self.build]
-                subprocess.run([*command, "--target", str(target), f"{self.name}=={version}"], check=True)
+                environment = {**os.environ, **self.variables}
+                command += ["--target", str(target), f"{self.name}=={version}"]
+                subprocess.run(command, check=True, env=environment)
                 target.rename(folder)
         return folder
 

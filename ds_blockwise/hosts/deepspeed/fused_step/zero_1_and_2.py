@@ -19,7 +19,7 @@ from contextlib import contextmanager
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.utils import all_gather_dp_groups, is_invalid_grad_norm
+from deepspeed.runtime import utils  # not its functions: older releases lack some, and are refused by `check_known`
 from deepspeed.runtime.zero import stage_1_and_2
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
@@ -123,7 +123,7 @@ class _FusedStep:
             if not wrapper.compute_grad_norm or wrapper.overflow:
                 return None
             norm = wrapper.scaled_global_norm()
-        if (wrapper.dtype != torch.bfloat16 or wrapper.check_grad_overflow) and is_invalid_grad_norm(norm):
+        if (wrapper.dtype != torch.bfloat16 or wrapper.check_grad_overflow) and utils.is_invalid_grad_norm(norm):
             wrapper.overflow = True
         return norm
 
@@ -206,7 +206,7 @@ class _FusedStep:
         wrapper = self._wrapper
         timer = wrapper.timers(stage_1_and_2.OPTIMIZER_ALLGATHER_TIMER)
         timer.start()
-        all_gather_dp_groups(
+        utils.all_gather_dp_groups(
             groups_flat=wrapper.bit16_groups_flat,
             partitioned_param_groups=wrapper.parallel_partitioned_bit16_groups,
             dp_process_group=wrapper.real_dp_process_group,
