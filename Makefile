@@ -8,7 +8,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup train finetune compare compare-same-lr compare-half test test-quick support test-slow test-faults test-hosts test-gpu test-asan test-triton-versions reliability checkpoint-matrix docs lint clean bench bench-kernels bench-muon bench-gpu bench-communication bench-end-to-end bench-data
+.PHONY: setup train finetune compare compare-same-lr compare-half test test-quick support test-slow test-faults test-hosts test-gpu test-asan test-triton-versions test-tools test-megatron-new test-deepspeed-versions wheel reliability checkpoint-matrix docs lint release clean bench bench-kernels bench-small bench-muon bench-gpu bench-communication bench-fused-step bench-end-to-end bench-data
 
 setup: $(STAMP)
 
@@ -49,10 +49,14 @@ compare-half: setup
 	$(BIN)/python launch/prepare_data.py --run configs/run/compare.yaml
 	$(BIN)/python -m benchmarks.compare.half_steps $(ARGS)
 
-bench: bench-kernels bench-muon bench-communication bench-end-to-end
+bench: bench-kernels bench-small bench-muon bench-communication bench-fused-step bench-end-to-end
 
 bench-kernels: setup
 	$(BIN)/python -m benchmarks.step.run --docs $(ARGS)
+
+# LoRA, short rows, and thousands of small tensors.
+bench-small: setup
+	$(BIN)/python -m benchmarks.step.small --docs $(ARGS)
 
 bench-muon: setup
 	$(BIN)/python -m benchmarks.step.muon --docs $(ARGS)
@@ -64,6 +68,9 @@ bench-communication: setup
 	$(BIN)/python -m benchmarks.costs.communication --docs
 	$(BIN)/python -m benchmarks.costs.communication_overhead --docs
 	$(BIN)/python -m benchmarks.costs.muon_traffic --docs
+
+bench-fused-step: setup
+	$(BIN)/python -m benchmarks.costs.fused_step --docs $(ARGS)
 
 bench-end-to-end: setup
 	$(BIN)/python -m benchmarks.costs.end_to_end --docs $(ARGS)
@@ -105,6 +112,22 @@ test-asan: setup
 test-triton-versions: setup
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m tests.helpers.gpu_code.versions $(ONLY)
 
+# Megatron-core 0.17 to 0.19, each in a folder of its own; ONLY=newest takes one of them. 21 MB each.
+test-megatron-new: setup
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m tests.helpers.versions.megatron $(ONLY)
+
+# DeepSpeed from the oldest promised release on, each in a folder of its own; ONLY=oldest takes one of them.
+test-deepspeed-versions: setup
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m tests.helpers.versions.deepspeed $(ONLY)
+
+# TRL, ms-swift and LLaMA-Factory, by their pages in docs/tools, on two ranks each; ONLY=trl takes one. Writes docs/tools.csv.
+test-tools: setup
+	$(BIN)/python -m tests.helpers.tools.run $(ONLY)
+
+# dist/: a wheel for Linux on x86-64 with compiled CPU kernels, which needs no compiler; and its tests. Needs g++.
+wheel: setup
+	DS_ACCELERATOR=cpu $(BIN)/python -m tests.helpers.wheels.compiled
+
 # The attacks of tests/attacks; writes docs/reliability.md. TIMES=5: five times as many inputs.
 reliability: setup
 	ATTACK_TIMES=$(or $(TIMES),1) WRITE_RELIABILITY=1 $(PYTEST) tests/attacks $(ARGS)
@@ -119,6 +142,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+# sdist and wheel of the present commit in build/release, checked as a user gets them, with notes; nothing is uploaded.
+release: setup
+	$(BIN)/python -m tests.helpers.wheels.release
 
 clean:
 	rm -rf runs data build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

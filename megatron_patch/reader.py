@@ -3,8 +3,8 @@
 
 The class of a layer decides. Its attributes ``tensor_model_parallel`` and ``partition_dim`` cannot: Transformer Engine
 also sets them on weights that are not split. Classes are recognised by their names, so Transformer Engine, Megatron-LM,
-Megatron-DeepSpeed and GPT-NeoX need not be installed. Source: Megatron-core 0.16, ``transformer/mlp.py`` (gated fc1)
-and ``extensions/transformer_engine.py``.
+Megatron-DeepSpeed and GPT-NeoX need not be installed. Source: Megatron-core 0.16 to 0.19, ``transformer/mlp.py`` (gated
+fc1) and ``extensions/transformer_engine.py``.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ class MegatronReader:
             ValueError: the parameter is split in a way that cannot be followed, or over other ranks than the
                 tensor-parallel group.
         """
+        _refuse_rematerialised(owner, param, leaf)
         split = self.split(owner, param, leaf)
         if split is None:
             _refuse_unknown_split(owner, param, leaf)
@@ -142,6 +143,16 @@ def _check_group(owner: nn.Module, group: dist.ProcessGroup | None, leaf: str) -
         raise ValueError(
             f"{type(owner).__name__}.{leaf} is split over ranks {own}, but the tensor-parallel group, over which "
             f"blocks are summed, is {usual}. Set expert_tensor_parallel_size to 1 or to tensor_model_parallel_size."
+        )
+
+
+def _refuse_rematerialised(owner: nn.Module, param: nn.Parameter, leaf: str) -> None:
+    """Refuse what Megatron-core 0.19 cuts along its outputs, beside tensor parallelism, and gathers for each use."""
+    if getattr(param, "is_gtp_weight_remat", False):
+        raise ValueError(
+            f"{type(owner).__name__}.{leaf} is cut over the ranks that rematerialise weights, which ds_blockwise does "
+            f"not follow. Set tensor_parallel_num_weight_shards to tensor_model_parallel_size, and "
+            f"expert_tensor_parallel_num_weight_shards to expert_tensor_parallel_size."
         )
 
 

@@ -2,7 +2,7 @@
 """What each tensor of a Megatron module does, and how many heads it has, read off the module that owns it.
 
 Names inside a module are fixed by its class, wherever the module sits in a model: encoders, vision towers, MTP layers
-and pipeline stages need no rules of their own. Source: Megatron-core 0.16, ``transformer/`` and ``ssm/``;
+and pipeline stages need no rules of their own. Source: Megatron-core 0.16 to 0.19, ``transformer/`` and ``ssm/``;
 ``megatron/model/transformer.py`` of Megatron-LM, Megatron-DeepSpeed and GPT-NeoX for the older attention classes.
 """
 

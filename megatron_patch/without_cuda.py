@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What Megatron-core needs to run on a machine without CUDA (tests, the demo, a laptop).
 
-Some functions of Megatron-core 0.16 that every GPT model calls ask for the CUDA device, and models with experts look up
-a name that only Transformer Engine defines. Each is replaced here, with the reason beside it. With CUDA nothing is.
+Some functions of Megatron-core that every GPT model calls ask for the CUDA device, and models with experts look up a
+name that only Transformer Engine defines. Each is replaced here, with the reason beside it. With CUDA nothing is.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 
 Each one wraps a torch optimizer, the inner optimizer. The wrapper averages and clips gradients, scales losses and
 writes checkpoints, the inner optimizer steps. The protocols list every attribute that is read: `check_version` looks
-for each, so a version of Megatron-core that renamed one is refused and never half converted. Checked with 0.16.1.
+for each, so a version of Megatron-core that renamed one is refused and never half converted. Checked with 0.16 to 0.19.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer
-from megatron.core.package_info import __version__
 from torch import nn
 
-MEGATRON_VERSION: str = __version__
-TESTED = "0.16.1"
+from megatron_patch.guard import MEGATRON_VERSION, SUPPORTED
+
 WRAPPERS = (FP32Optimizer, Float16OptimizerWithFloat16Params, DistributedOptimizer)
 
 
@@ -133,8 +132,8 @@ def check_version(wrapper: Wrapper) -> None:
         missing += [name for name in attributes if not hasattr(wrapper, name)]
     if missing:
         raise ImportError(
-            f"{kind.__name__} of megatron-core {MEGATRON_VERSION} has no {', '.join(missing)}; ds_blockwise was tested "
-            f"with {TESTED}. Install a supported version: pip install megatron-core=={TESTED}"
+            f"{kind.__name__} of megatron-core {MEGATRON_VERSION} has no {', '.join(missing)}; ds_blockwise supports "
+            f"{SUPPORTED}. Install such a version: pip install 'megatron-core{SUPPORTED}'"
         )
 
 

@@ -96,15 +96,19 @@ def verdict_table(results: Results) -> str:
     ]
     sides = [chosen(results, arms) for arms in (OURS, PEERS)]
     judged = [seed for seed in JUDGING if all(replace(t, seed=seed) in results for t in (adamw[0], *sides))]
+    if not judged:
+        return f"No verdict yet: {len(JUDGING)} of {len(JUDGING)} seeds are not trained."
     shown = [(adamw[0], judged), *((trial, judged) for trial in sides)]
     for trial in sides:
         seeds = [t.seed for t in whole(trial) if t in results]
         shown += [(replace(trial, steps=FULL.steps), seeds)] if len(seeds) == len(WHOLE_SEEDS) else []
-    lines += [_row(results, adamw[0], trial, seeds) for trial, seeds in shown if seeds]
+    lines += [_row(results, adamw[0], trial, seeds) for trial, seeds in shown]
     words = [_verdict(results, adamw[0], trial, judged) for trial in sides if len(judged) == len(JUDGING)]
     missing = len(JUDGING) - len(judged)
     words += [f"{missing} of {len(JUDGING)} seeds are missing: no verdict yet."] if missing else []
-    return "\n".join([*lines, "", *words, "", _source(results)])
+    rates = "Every side has the best of its own rates, settings and warm-ups, found with the first seed."
+    plan = replace(FULL, warmup=HALF.warmup)
+    return "\n".join([*lines, "", *words, "", report.provenance_text(results, plan, rates=rates, seeds=len(judged))])
 
 
 def _difference(results: Results, adamw: Trial, trial: Trial, seeds: Sequence[int]) -> Estimate:
@@ -150,12 +154,10 @@ def choice_table(results: Results) -> str:
             f"| {ARMS[arm].label} | {warmup:.0%} | {len(tried[arm, warmup])} | {trial.lr:g} "
             f"| {loss_of(results, trial):.4f} |"
         )
-    return "\n".join(lines)
-
-
-def _source(results: Results) -> str:
-    rates = "Every side has the best of its own rates, settings and warm-ups, found with the first seed."
-    return report.provenance_text(results, replace(FULL, warmup=HALF.warmup), rates=rates, seeds=len(JUDGING))
+    adamw = baseline()[0]
+    target = f"AdamW's best rate ends {adamw.steps} steps at {loss_of(results, adamw):.4f} with this seed."
+    shown = {t: result for t, result in results.items() if t.arm in HALF.arms and t.steps == HALF.steps}
+    return "\n".join([*lines, "", report.provenance_text(shown, HALF, rates=target, seeds=1)])
 
 
 def tables(results: Results) -> Iterator[tuple[str, str]]:

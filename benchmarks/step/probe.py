@@ -141,7 +141,7 @@ def measure(
             runs.pop(contender.name, None)
             missing.append(Missing(contender.name, str(error).splitlines()[0][:200]))
     probes = {f"probe {name}": run for name, run in Probe(case, probe).runs().items()}
-    timings = _take_turns({**runs, **probes}, rounds, case.param.device)
+    timings = take_turns({**runs, **probes}, rounds, case.param.device)
     return (
         {name: timings[name] for name in runs},
         {name.removeprefix("probe "): timings[name] for name in probes},
@@ -149,7 +149,14 @@ def measure(
     )
 
 
-def _take_turns(runs: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, Timing]:
+def take_turns(runs: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, Timing]:
+    """Timings by name of functions that run in turn: see `measure`.
+
+    Args:
+        runs: what to call, by name.
+        rounds: samples of each.
+        device: whose clock is read.
+    """
     steps = {}
     for name, run in runs.items():
         run()

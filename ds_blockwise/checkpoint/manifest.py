@@ -148,21 +148,26 @@ def once_more(read: Callable[[], _T]) -> _T:
         return read()
 
 
-def sums_of(folder: Path, names: Iterable[str]) -> dict[str, FileFacts]:
+def sums_of(folder: Path, names: Iterable[str], known: Mapping[str, FileFacts] | None = None) -> dict[str, FileFacts]:
     """Sizes and sums of files as a manifest lists them; the files are on the disk when this returns.
 
     Args:
         folder: a tag folder.
         names: relative to it, with forward slashes.
+        known: of files that were summed while they were written; these are not read again.
 
     Raises:
-        OSError: a file cannot be read.
+        OSError: a file cannot be read, or has not the size that is known of it.
     """
     sums: dict[str, FileFacts] = {}
     for name in names:
         path = folder / name
         sync(path)
-        sums[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        size = path.stat().st_size
+        found = (known or {}).get(name)
+        if found is not None and found["bytes"] != size:
+            raise OSError(f"{path} has {size} bytes, {found['bytes']} were written")
+        sums[name] = found or {"bytes": size, "sha256": sha256_of(path)}
     return sums
 
 

@@ -11,10 +11,11 @@ import shlex
 from pathlib import Path
 from string import Template
 
+from ds_blockwise.cli.configs import beside
+
 HELP = "write the files of a first run: run file, model, DeepSpeed JSON, hostfile, Slurm script"
 FILES = ("run.yaml", "model.yaml", "deepspeed.json", "hostfile", "slurm.sbatch")
 _FILLED = ("run.yaml", "slurm.sbatch")
-_ABSENT = "/path/to/checkout"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,28 +36,21 @@ def run_init(args: argparse.Namespace) -> tuple[str, int]:
     there = [name for name in FILES if (folder / name).exists() or (folder / name).is_symlink()]
     if there:
         raise ValueError(f"{folder} holds {', '.join(there)} already, and nothing is overwritten: give another folder")
-    checkout = _checkout()
+    launch = beside("launch")
     folder.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"\W+", "-", folder.resolve().name, flags=re.ASCII).strip("-") or "run"
-    values = {"name": name, "checkout": shlex.quote(_ABSENT if checkout is None else str(checkout))}
+    values = {"name": name, "checkout": shlex.quote(str(launch.parent))}
     templates = importlib.resources.files("ds_blockwise.cli") / "templates"
     for file in FILES:
         text = (templates / file).read_text(encoding="utf-8")
         filled = values | ({"name": json.dumps(name)} if file.endswith(".yaml") else {})
         with (folder / file).open("x", encoding="utf-8") as out:
             out.write(Template(text).substitute(filled) if file in _FILLED else text)
-    return "\n".join([f"wrote {folder / file}" for file in FILES] + _next_steps(folder, checkout)), 0
+    return "\n".join([f"wrote {folder / file}" for file in FILES] + _next_steps(folder, launch)), 0
 
 
-def _checkout() -> Path | None:
-    """The repository that this package is used from; None if it was installed without one."""
-    root = Path(__file__).resolve().parents[2]
-    return root if (root / "launch" / "pretrain_llama.py").is_file() else None
-
-
-def _next_steps(folder: Path, checkout: Path | None) -> list[str]:
-    launch = Path(_ABSENT if checkout is None else checkout) / "launch"
-    lines = [
+def _next_steps(folder: Path, launch: Path) -> list[str]:
+    return [
         "next:",
         f"  ds-blockwise check {shlex.quote(str(folder / 'run.yaml'))}",
         f"  cd {shlex.quote(str(folder))}",
@@ -64,6 +58,3 @@ def _next_steps(folder: Path, checkout: Path | None) -> list[str]:
         f"  GPUS_PER_NODE=2 {shlex.quote(str(launch / 'cluster' / 'local.sh'))} run.yaml",
         "with Slurm instead of the last line: sbatch slurm.sbatch",
     ]
-    if checkout is None:
-        lines.append(f"{_ABSENT}: the main job is in the repository's folder launch/, which the package does not hold")
-    return lines

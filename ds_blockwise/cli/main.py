@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from ds_blockwise.checkpoint.manifest import CheckpointError
 from ds_blockwise.checkpoint.record import VERSION
-from ds_blockwise.cli import blocks, check, convert, init, plan
+from ds_blockwise.cli import blocks, check, configs, convert, init, plan
 from ds_blockwise.cli.extras import missing_package
 from ds_blockwise.cli.measured import schedule, sharpness
 from ds_blockwise.cli.progress import waiting
@@ -18,6 +18,7 @@ from ds_blockwise.cli.suggest import command as suggest
 
 _COMMANDS = {
     "init": init,
+    "configs": configs,
     "blocks": blocks,
     "suggest": suggest,
     "plan": plan,

@@ -7,6 +7,7 @@ or process groups; between its two calls the optimizer completes the sums of spl
 
 from __future__ import annotations
 
+import struct
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,8 +86,13 @@ class Item:
             by `Kernels.sum_split_blocks`, completed by the optimizer, read by `Kernels.step_`. None if none is split.
         param_copy: contiguous, like ``param`` but of a 16-bit dtype: receives the rounded new value in the same pass.
         keeps_update: whether somebody will look at ``update``.
+        grad_scale: an fp32 number that every element of ``grad`` is multiplied by, rounded to fp32, where it is read;
+            None: none is. Only for fp32 parameters with bf16 or fp32 gradients.
         update: 1-D, what the step moved the parameter by, over each block's learning rate and without weight decay.
             Set where it was asked for and does not follow from the new moments, as Adam's does.
+        kept: what a backend keeps of this item for its next step, empty at first; None: nothing may be kept. Who gives
+            the item vouches, and must empty it when the parameter, its state or copy, or a dtype of theirs or of the
+            gradient's, is another one or lies elsewhere.
     """
 
     table: SegmentTable
@@ -99,6 +105,8 @@ class Item:
     param_copy: torch.Tensor | None = None
     keeps_update: bool = False
     update: torch.Tensor | None = None
+    grad_scale: float | None = None
+    kept: bytes | None = None
 
 
 class Kernels(ABC):
@@ -110,6 +118,19 @@ class Kernels(ABC):
     @abstractmethod
     def plan(self, table: SegmentTable, device: torch.device) -> Any:
         """What this backend needs of a table beside the tensors; made once per stepped tensor."""
+
+    def norms(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Euclidean norms, summed in fp64 in one reading: infinite or NaN only where a value of the tensor is.
+
+        Args:
+            tensors: fp32 or 16-bit, on one device, contiguous.
+
+        Returns:
+            fp64, one value for each, there.
+        """
+        if not tensors:
+            return torch.zeros(0, dtype=torch.float64)
+        return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=torch.float64))
 
     @abstractmethod
     def sum_split_blocks(self, items: Sequence[Item]) -> None:
@@ -142,7 +163,7 @@ class ReferenceKernels(Kernels):
             if item.grad is None:
                 item.sums = torch.zeros(item.table.num_slots, dtype=torch.float64, device=item.param.device)
             else:
-                item.sums = block_sums(item.grad.view(-1), item.table, square=True)
+                item.sums = block_sums(_scaled(item), item.table, square=True)
 
     def step_(self, items: Sequence[Item]) -> None:
         """See `Kernels.step_`."""
@@ -168,8 +189,7 @@ class ReferenceKernels(Kernels):
         return [(m, index, m[index]) for m, index in zip(moments, where, strict=True)]
 
     def _update_moments(self, item: Item) -> None:
-        assert item.grad is not None
-        grad, table, beta2 = item.grad.view(-1), item.table, item.hyper.beta2
+        grad, table, beta2 = _scaled(item), item.table, item.hyper.beta2
         item.state["step"] += 1
         exp_avg_sq = item.state["exp_avg_sq"].view(-1)
         if table.shares_second_moment:
@@ -179,13 +199,32 @@ class ReferenceKernels(Kernels):
             update_exp_avg_sq_(exp_avg_sq, grad, table, beta2=beta2)
 
     def _update_param(self, item: Item, param: torch.Tensor) -> None:
-        assert item.grad is not None
         hyper, table, step = item.hyper, item.table, int(item.state["step"])
         rates: Rates = {"lr": float(hyper.lr), "lr_floor": hyper.lr_floor, "progress": hyper.progress}
-        exp_avg = update_exp_avg_(item.state["exp_avg"].view(-1), item.grad.view(-1), table, beta1=hyper.beta1)
+        exp_avg = update_exp_avg_(item.state["exp_avg"].view(-1), _scaled(item), table, beta1=hyper.beta1)
         decay_(param, exp_avg, table, weight_decay=hyper.weight_decay, cautious=hyper.cautious, **rates)
         denom = denominators(item.state["exp_avg_sq"].view(-1), table, step=step, beta2=hyper.beta2, eps=hyper.eps)
         step_(param, exp_avg, denom, table, step=step, beta1=hyper.beta1, **rates)
+
+
+def _scaled(item: Item) -> torch.Tensor:
+    """The gradient that the update sees, 1-D."""
+    assert item.grad is not None
+    grad = item.grad.view(-1)
+    return grad if item.grad_scale is None else grad.to(torch.float32) * item.grad_scale
+
+
+def packed_scale(item: Item) -> int:
+    """What compiled kernels are told of ``item.grad_scale``, in 64 bits; 0 for None.
+
+    The lower half is the number's fp32 bits, the upper half those of -0. A kernel adds that to the product: the sum is
+    the product, rounded, and no compiler can merge the multiplication with an addition that follows.
+    """
+    if item.grad_scale is None:
+        return 0
+    assert item.grad is not None and item.grad.dtype in (torch.float32, torch.bfloat16), item.grad
+    assert item.param.dtype == torch.float32, item.param.dtype
+    return int(struct.unpack("<q", struct.pack("<ff", item.grad_scale, -0.0))[0])
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -52,20 +52,17 @@ class CloseLook:
         self._memory_of = memory
         self._guards: TensorGuards | None = None
         self._count = 0
-        self._version = -1
         self._memory: list[object] = []
 
-    def still_holds(self, tensors: Sequence[torch.Tensor], version: int) -> bool:
+    def still_holds(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether a close look would find what it found last.
 
         Args:
             tensors: to be looked at, in the same order every time.
-            version: of the bindings that they have to fit to.
         """
         return (
             self._guards is not None
             and len(tensors) == self._count
-            and version == self._version
             and self._guards.check(*tensors)
             and self._memory_of(tensors) == self._memory
         )
@@ -74,9 +71,8 @@ class CloseLook:
         """Look closely the next time."""
         self._guards = None
 
-    def remember(self, tensors: Sequence[torch.Tensor], version: int) -> None:
+    def remember(self, tensors: Sequence[torch.Tensor]) -> None:
         """Remember plain tensors that a close look found nothing wrong with; arguments as of `still_holds`."""
         if GUARDS is not None:
             guards = GUARDS(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-            self._guards, self._count = guards, len(tensors)
-            self._version, self._memory = version, self._memory_of(tensors)
+            self._guards, self._count, self._memory = guards, len(tensors), self._memory_of(tensors)

@@ -12,13 +12,10 @@ import socket
 import torch
 
 from ds_blockwise.kernels.base import Kernels, ReferenceKernels
-from ds_blockwise.kernels.cpp.build import BuildError, library_path, missing_tool
+from ds_blockwise.kernels.cpp.build import BuildError
 from ds_blockwise.kernels.self_check import disagreement
 
 logger = logging.getLogger(__name__)
-
-#: why the C++ backend cannot be built, decided when the package is imported; None if it can
-CPP_MISSING: str | None = missing_tool()
 
 
 @functools.cache
@@ -28,8 +25,6 @@ def _reference() -> Kernels:
 
 @functools.cache
 def _cpp() -> Kernels:
-    if CPP_MISSING is not None and not library_path().exists():
-        raise BuildError(CPP_MISSING)
     from ds_blockwise.kernels.cpp.backend import CppKernels
 
     return CppKernels()

@@ -41,7 +41,11 @@ _SKIPPED = 7  # the flat tensor begins inside a block, which is split then, and 
 FORMS = ((False, torch.float32), (True, torch.float32), (True, torch.bfloat16))
 
 
-def disagreement(kernels: Kernels, device: torch.device) -> str | None:
+#: the same for gradients that are scaled where they are read, which only hosts that do so ask for
+SCALED_FORMS = ((False, torch.bfloat16), (True, torch.bfloat16))
+
+
+def disagreement(kernels: Kernels, device: torch.device, grad_scale: float | None = None) -> str | None:
     """Step small tensors twice with a backend and with the reference: both optimizers, and one of them in bf16.
 
     Blocks that are split over ranks take part as if their sums were complete. Triton compiles all of it on a machine
@@ -50,13 +54,14 @@ def disagreement(kernels: Kernels, device: torch.device) -> str | None:
     Args:
         kernels: the backend.
         device: where the tensors lie.
+        grad_scale: of gradients; None: they are not scaled.
 
     Returns:
         What differs, in a sentence; None if the updates agree to 1e-5, in bf16 to a rounding.
     """
-    for shared, dtype in FORMS:
+    for shared, dtype in FORMS if grad_scale is None else SCALED_FORMS:
         limit = 1e-5 if dtype == torch.float32 else 2.0**-7
-        ours, reference = (stepped(k, shared, dtype, device) for k in (kernels, ReferenceKernels()))
+        ours, reference = (stepped(k, shared, dtype, device, grad_scale) for k in (kernels, ReferenceKernels()))
         for name, a in ours.items():
             error = float((a - reference[name]).abs().div(_SCALES.get(name, 1.0)).max())
             if not error <= limit:
@@ -82,7 +87,9 @@ def _tables(shared: bool) -> list[SegmentTable]:
     return [build_table(numel, content, shares_second_moment=shared) for numel, content in tensors]
 
 
-def stepped(kernels: Kernels, shared: bool, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
+def stepped(
+    kernels: Kernels, shared: bool, dtype: torch.dtype, device: torch.device, grad_scale: float | None = None
+) -> dict[str, torch.Tensor]:
     """Parameters, moments and (in bf16) copies after two steps, in fp32, 1-D.
 
     Args:
@@ -90,6 +97,7 @@ def stepped(kernels: Kernels, shared: bool, dtype: torch.dtype, device: torch.de
         shared: whether blocks share second moments.
         dtype: of gradients, first moments and copies.
         device: where the tensors lie.
+        grad_scale: of gradients; None: they are not scaled.
     """
     generator = torch.Generator().manual_seed(0)
     items = []
@@ -101,6 +109,7 @@ def stepped(kernels: Kernels, shared: bool, dtype: torch.dtype, device: torch.de
         state: StepState = {"step": 0, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
         copy = None if dtype == torch.float32 else torch.zeros_like(param, dtype=dtype)
         items.append(Item(table, kernels.plan(table, device), param, state, _HYPER, grad.to(dtype), None, copy))
+        items[-1].grad_scale = grad_scale
     for _ in range(2):
         kernels.sum_split_blocks([item for item in items if item.table.has_split_blocks])
         kernels.step_(items)

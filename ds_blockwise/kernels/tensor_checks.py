@@ -8,7 +8,7 @@ memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from operator import attrgetter, ge
 
 import torch
@@ -18,77 +18,10 @@ from ds_blockwise.blocks.ranges import TensorShard
 from ds_blockwise.blocks.segment_table import SegmentTable
 from ds_blockwise.blocks.spec import BlockSpec
 from ds_blockwise.kernels.base import Item, wide_dtype
-from ds_blockwise.kernels.close_look import DATA_PTR, OFFSET, STORAGE, STORAGE_NBYTES, CloseLook
+from ds_blockwise.kernels.close_look import OFFSET, STORAGE, STORAGE_NBYTES
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """What parameters and gradients may be."""
-
-
-class _Seen:
-    """What close looks at one set of stepped tensors found."""
-
-    def __init__(self) -> None:
-        self.of_stepped, self.of_states = CloseLook(_memory_of_stepped), CloseLook(_addresses)
-        self.params_are_dense = False
-        self.grads_are_dense = False
-
-
-class StepChecks:
-    """The checks of one optimizer's tensors in every step; only what changed since the last one is looked at closely.
-
-    Hosts may step another set of tensors in each call (sub-groups, groups of layers, experts): each set is remembered
-    for itself, those that were seen last `REMEMBERED` of them.
-    """
-
-    REMEMBERED = 64
-
-    def __init__(self) -> None:
-        self._seen: dict[tuple[int, int], _Seen] = {}
-        self._now = _Seen()
-
-    @property
-    def params_are_dense(self) -> bool:
-        """Whether the memory of all parameters of the step holds their elements in order."""
-        return self._now.params_are_dense
-
-    def stepped(self, items: Sequence[Item], shapes: Callable[[], list[torch.Size]], version: int) -> None:
-        """`check_stepped`; then replaces gradients whose memory does not hold their elements in order by copies.
-
-        Args:
-            items: as of `check_stepped`.
-            shapes: makes its other argument.
-            version: `Bindings.version`.
-        """
-        params, grads = [item.param for item in items], [item.grad for item in items if item.grad is not None]
-        tensors = params + grads
-        now = self._now = self._of_set(items)
-        if not now.of_stepped.still_holds(tensors, version):
-            check_stepped(items, shapes())
-            now.of_stepped.remember(tensors, version)
-            now.of_states.forget()  # they fit to these parameters
-            now.params_are_dense, now.grads_are_dense = all(map(_is_dense, params)), all(map(_is_dense, grads))
-        if not now.grads_are_dense:
-            for item, grad in zip(items, grads, strict=True):
-                item.grad = dense(grad)
-
-    def states(self, items: Sequence[Item], version: int) -> None:
-        """`check_states` of the items that were given to `stepped` last; ``version`` is `Bindings.version`."""
-        states = [item.state for item in items]
-        tensors = [state["exp_avg"] for state in states]
-        tensors += [state["exp_avg_sq"] for state in states if "exp_avg_sq" in state]
-        tensors += [item.param_copy for item in items if item.param_copy is not None]
-        if not self._now.of_states.still_holds(tensors, version):
-            check_states(items)
-            self._now.of_states.remember(tensors, version)
-
-    def _of_set(self, items: Sequence[Item]) -> _Seen:
-        # two sets with one key are told apart by the look itself: then each of them is looked at closely
-        key = (id(items[0].table) if items else 0, len(items))
-        seen = self._seen.pop(key, None) or _Seen()
-        self._seen[key] = seen  # the last one again
-        if len(self._seen) > self.REMEMBERED:
-            del self._seen[next(iter(self._seen))]
-        return seen
 
 
 def check_plain(tensor: torch.Tensor) -> None:
@@ -142,11 +75,12 @@ def check_bindable(tensor: torch.Tensor, table: SegmentTable) -> None:
 
 
 def dense(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself if its memory holds its elements in order, else a contiguous copy."""
-    return tensor if _is_dense(tensor) else tensor.contiguous().resolve_neg()
+    """The tensor itself if it `is_dense`, else a contiguous copy."""
+    return tensor if is_dense(tensor) else tensor.contiguous().resolve_neg()
 
 
-def _is_dense(tensor: torch.Tensor) -> bool:
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's memory holds its elements in order."""
     # a contiguous tensor may still be stored with its sign reversed: the imaginary part of a conjugate
     return tensor.is_contiguous() and not tensor.is_neg()
 
@@ -294,17 +228,6 @@ _SHAPE, _DTYPE, _LAYOUT = attrgetter("shape"), attrgetter("dtype"), attrgetter("
 _DEVICE, _IS_CPU = attrgetter("device"), attrgetter("is_cpu")
 _NBYTES = attrgetter("nbytes")
 _NUMEL, _CONTIGUOUS = torch.Tensor.numel, torch.Tensor.is_contiguous
-
-
-def _addresses(tensors: Sequence[torch.Tensor]) -> list[object]:
-    """Memory of tensors that stay: it moves when it is freed or replaced."""
-    return [*map(DATA_PTR, tensors)]
-
-
-def _memory_of_stepped(tensors: Sequence[torch.Tensor]) -> list[object]:
-    """Memory of as many parameters, which stay, as gradients, which may be others that happen to lie there."""
-    params, grads = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
-    return [*map(DATA_PTR, params), *map(STORAGE_NBYTES, map(STORAGE, grads)), *map(OFFSET, grads)]
 
 
 def _has_memory(tensor: torch.Tensor) -> bool:

@@ -105,8 +105,7 @@ class _Reader:
     def __init__(self, binding: Binding, group: ParamGroup, state: StepState, item: Item | None) -> None:
         self._hyper = hyper_of(group)
         self._param = binding.tensor.detach().reshape(-1)
-        grad = binding.tensor.grad
-        self._grad = grad.detach().reshape(-1) if item is not None and grad is not None else None
+        self._grad = None if item is None or item.grad is None else item.grad.detach().reshape(-1)
         self._step = int(state.get("step", 0))
         self._exp_avg = state["exp_avg"].reshape(-1) if self._step else None
         self._exp_avg_sq = state["exp_avg_sq"].reshape(-1) if "exp_avg_sq" in state and self._step else None
@@ -140,7 +139,10 @@ class _Reader:
         return _squares(part.elements.of(self._param))
 
     def grad(self, part: RolePart) -> torch.Tensor | None:
-        return None if self._grad is None else _squares(part.elements.of(self._grad))
+        if self._grad is None or self._item is None:
+            return None
+        squares, scale = _squares(part.elements.of(self._grad)), self._item.grad_scale
+        return squares if scale is None else squares * scale**2
 
     def momentum(self, part: RolePart) -> torch.Tensor | None:
         if self._exp_avg is None:

@@ -13,7 +13,8 @@ from abc import ABC
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, ClassVar
+from itertools import repeat
+from typing import Any, ClassVar, NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -26,11 +27,12 @@ from ds_blockwise.blocks.tagged_parameter import as_tagged, is_tagged_by_host, u
 from ds_blockwise.checkpoint.record import settings_of
 from ds_blockwise.checkpoint.record_changes import differences
 from ds_blockwise.checkpoint.record_types import RunRecord, SecondMomentOf
-from ds_blockwise.kernels.base import Item, Kernels, StepState, wide_dtype
-from ds_blockwise.kernels.bindings import Binding, Bindings, StepObserver, Work, by_kernels, non_finite
+from ds_blockwise.kernels.base import Hyper, Item, Kernels, StepState, wide_dtype
+from ds_blockwise.kernels.bindings import Binding, Bindings, StepObserver, Work, non_finite
 from ds_blockwise.kernels.param_groups import NO_HYPER, ParamGroup, StateDict, hyper_of
 from ds_blockwise.kernels.select import kernels_for
-from ds_blockwise.kernels.tensor_checks import StepChecks, check_plain, check_whole, dense
+from ds_blockwise.kernels.step_sets import StepSet, StepSets
+from ds_blockwise.kernels.tensor_checks import check_plain, check_whole
 from ds_blockwise.measure.auto_multipliers import MeasuredMultipliers, RunState
 from ds_blockwise.measure.first_steps import FirstSteps
 from ds_blockwise.measure.meter import Listener, Meter
@@ -42,12 +44,13 @@ from ds_blockwise.optimizers.settings import (
     CheckpointFormat,
     MomentumDtype,
     check_backend,
-    check_cautious_weight_decay,
     check_checkpoint_format,
     check_extra_keys,
+    check_fused_step,
     check_group,
     check_momentum_dtype,
     check_progress,
+    check_switch,
 )
 from ds_blockwise.optimizers.state_dict import like, second_moment_to_save, to_load, to_save
 from ds_blockwise.parallel.agree import any_peer, any_rank, any_rank_of_all, is_first_rank
@@ -56,6 +59,13 @@ from ds_blockwise.parallel.reduce import LOCAL, ReductionGroups
 logger = logging.getLogger(__name__)
 
 _LIVE: WeakSet[BlockwiseOptimizer] = WeakSet()
+
+
+class _GivenGradient(NamedTuple):
+    """See `BlockwiseOptimizer.given_gradient`."""
+
+    grad: torch.Tensor
+    scale: float | None
 
 
 class BlockwiseOptimizer(torch.optim.AdamW, ABC):
@@ -70,6 +80,8 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
     keeps_adamw_rate: ClassVar[bool] = False
     #: whether multipliers can be measured: on Adam's second moments, of every block
     can_be_measured: ClassVar[bool] = True
+    #: whether its kernels take gradients before a host casts and clips them
+    supports_fused_step: ClassVar[bool] = True
 
     # --------------------------------------------------------------- settings
 
@@ -92,13 +104,16 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         backend: str = "auto",
         checkpoint_format: CheckpointFormat = "expanded",
         telemetry: object = None,
+        fused_step: bool = False,
         **extra: object,
     ) -> None:
         check_extra_keys(type(self).__name__, extra, self.own_settings)
         self.momentum_dtype = check_momentum_dtype(momentum_dtype)
         self.backend = check_backend(backend)
         self.checkpoint_format = check_checkpoint_format(checkpoint_format)
-        self.cautious_weight_decay = check_cautious_weight_decay(cautious_weight_decay)
+        self.cautious_weight_decay = check_switch("cautious_weight_decay", cautious_weight_decay)
+        name = type(self).__name__
+        self.fused_step = check_fused_step(name, fused_step, is_supported=self.supports_fused_step)
         self.block_settings = BlockSettings.parse(
             lr_multipliers, weight_decay_multipliers, granularity, rules, transfer, betas_by_type
         )
@@ -122,8 +137,9 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
     def _forget_tensors(self) -> None:
         """Start without bound tensors and without whoever looks at steps."""
         self._bindings = Bindings(self.kernels_on, shares_second_moment=self.shares_second_moment)
-        self._checks = StepChecks()
+        self._sets = StepSets()
         self._copies: dict[int, torch.Tensor] = {}
+        self._given: dict[int, _GivenGradient] = {}
         self._finite_over: ReductionGroups | None = None
         self._observers: list[StepObserver] = []
         self._refusal: str | None = None
@@ -238,6 +254,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
             "backend",
             "checkpoint_format",
             "cautious_weight_decay",
+            "fused_step",
             "step_calls",
             *self.own_settings,
         )
@@ -345,6 +362,32 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
                 f"{'' if copy.is_contiguous() else ', not contiguous'}."
             )
         self._copies[id(param)] = copy.detach()
+        self._sets.forget()
+
+    @contextmanager
+    def given_gradient(
+        self, tensor: torch.Tensor, grad: torch.Tensor, *, scale: float | None, copy: torch.Tensor | None
+    ) -> Iterator[None]:
+        """Inside, `step` takes this gradient of a tensor and not ``tensor.grad`` (hosts only).
+
+        Args:
+            tensor: bound, fp32.
+            grad: in its shape, bf16 or fp32; may have another dtype than the tensor. Not changed.
+            scale: what the gradient is multiplied by where it is read; None: nothing.
+            copy: as of `write_copy`, until another one is given; None: there is none.
+        """
+        before = self._copies.get(id(tensor))
+        if copy is None and before is not None:
+            del self._copies[id(tensor)]
+            self._sets.forget()
+        elif copy is not None and (before is None or before.data_ptr() != copy.data_ptr()):
+            self._copies[id(tensor)] = copy.detach()
+            self._sets.forget()
+        self._given = {id(tensor): _GivenGradient(grad, scale)}
+        try:
+            yield
+        finally:
+            self._given = {}
 
     # ------------------------------------------------------------------- step
 
@@ -367,19 +410,32 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
                 loss = closure()
         if self._refusal is not None:
             raise ValueError(self._refusal)
-        work = self._collect()
-        if not self._may_update(work):
-            return loss
-        if work:
+        if self.fused_step and not self._given:
+            raise ValueError(
+                f"{type(self).__name__} was given fused_step=True, and nobody hands it gradients in that form: only "
+                f'DeepSpeed\'s engine at ZeRO stage 1 or 2 does. Write "fused_step": false, or leave it out.'
+            )
+        now = self._set_of_step()
+        try:
+            self._step(now)
+        finally:
+            now.end()
+        return loss
+
+    def _step(self, now: StepSet) -> None:
+        now.look_at_stepped()
+        self._put_in_states(now)
+        if not self._may_update(now.work):
+            return
+        if now.work:
             if self._moves():
                 check_progress(self.param_groups, type(self).__name__)
             for exchange in self.exchanges:
-                exchange(work, self._bindings, self.state)
-            self._update(work)
+                exchange(now, self._bindings, self.state)
+            self._update(now)
             self.step_calls += 1
         for observer in self._observers:
-            observer.after_update(work)
-        return loss
+            observer.after_update(now.work)
 
     def _moves(self) -> bool:
         """Whether a multiplier changes over the run; the same on ranks that hold none of its blocks."""
@@ -387,37 +443,61 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
             self._moving_of, self._moving = self._bindings.version, self.block_settings.moves or self._bindings.moves
         return self._moving
 
-    def _collect(self) -> list[Work]:
+    def _set_of_step(self) -> StepSet:
         """The tensors of a step, with those that only other ranks may have gradients of."""
-        work: list[Work] = []
-        for group in self.param_groups:
-            hyper = hyper_of(group, cautious=self.cautious_weight_decay)
-            for tensor in group["params"]:
-                binding = self._bindings.of(tensor) or self.binding_of(tensor)
-                grad = tensor.grad
-                if grad is None:
-                    if binding is not None and self._is_shared(binding):
-                        state = self.state.get(tensor, {})
-                        work.append(Work(binding, Item(binding.kernel_table, binding.plan, tensor, state, hyper)))
-                    continue
-                if binding is None:
-                    # DeepSpeed's 16-bit wrappers step once with zero gradients inside their constructor
-                    if bool(grad.any()):
-                        check_plain(tensor)
-                        raise ValueError(self._unknown(tensor))
-                    continue
-                table, copy = binding.kernel_table, self._copies.get(id(tensor))
-                work.append(Work(binding, Item(table, binding.plan, tensor, {}, hyper, grad, None, copy)))
-        stepped = [w for w in work if w.item.grad is not None]
-        version = self._bindings.version
-        self._checks.stepped([w.item for w in stepped], lambda: [w.binding.shape for w in stepped], version)
-        for w in stepped:
-            state = self.state[w.item.param]
-            w.item.state = state if "exp_avg" in state else self._state_of(w.item.param, w.binding)
-        for binding in self._bindings.absent:
-            if self._is_shared(binding):
-                work.append(Work(binding, Item(binding.kernel_table, binding.plan, binding.tensor, {}, NO_HYPER)))
-        return work
+        tensors = [*self._tensors()]
+        grads = [tensor.grad for tensor in tensors] if not self._given else [*map(self._gradient_of, tensors)]
+        hypers = [
+            hyper
+            for group in self.param_groups
+            for hyper in repeat(hyper_of(group, cautious=self.cautious_weight_decay), len(group["params"]))
+        ]
+        found = self._sets.of(tensors, grads, self._bindings.version)
+        if found is None:
+            found = self._new_set(tensors, grads, hypers)
+            self._sets.keep(found, grads, self._bindings.version)
+        found.begin(grads, hypers)
+        for item in [w.item for w in found.work if id(w.item.param) in self._given]:
+            item.grad_scale = self._given[id(item.param)].scale
+        return found
+
+    def _gradient_of(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        given = self._given.get(id(tensor))
+        return tensor.grad if given is None else given.grad
+
+    def _new_set(
+        self, tensors: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None], hypers: Sequence[Hyper]
+    ) -> StepSet:
+        work = [self._new_work(*of_tensor) for of_tensor in zip(tensors, grads, hypers, strict=True)]
+        absent = [
+            Work(binding, Item(binding.kernel_table, binding.plan, binding.tensor, {}, NO_HYPER))
+            for binding in self._bindings.absent
+            if self._is_shared(binding)
+        ]
+        return StepSet(tensors, [w is not None for w in work], [w for w in work if w is not None], absent)
+
+    def _new_work(self, tensor: torch.Tensor, grad: torch.Tensor | None, hyper: Hyper) -> Work | None:
+        """The work of a tensor; None if nothing is to be done."""
+        binding = self._bindings.of(tensor) or self.binding_of(tensor)
+        if binding is None:
+            # DeepSpeed's 16-bit wrappers step once with zero gradients inside their constructor
+            if grad is not None and bool(grad.any()):
+                check_plain(tensor)
+                raise ValueError(self._unknown(tensor))
+            return None
+        if grad is None and not self._is_shared(binding):
+            return None
+        copy = self._copies.get(id(tensor))
+        return Work(binding, Item(binding.kernel_table, binding.plan, tensor, {}, hyper, grad, None, copy))
+
+    def _put_in_states(self, now: StepSet) -> None:
+        """Give the items the states of their tensors; what is stepped for the first time gets zeros."""
+        for binding, item in now.work:
+            if item.grad is not None:
+                state = self.state[item.param]
+                item.state = state if "exp_avg" in state else self._state_of(item.param, binding)
+            elif not binding.is_absent:
+                item.state = self.state.get(item.param, {})
 
     def _is_shared(self, binding: Binding) -> bool:
         """Whether other ranks may wait for this one in the exchanges of a tensor."""
@@ -429,20 +509,13 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         # a list: every observer is asked, whatever the one before it said
         return not self.overflow and all([observer.before_update(work) for observer in self._observers])
 
-    def _update(self, work: Sequence[Work]) -> None:
-        stepped = [w for w in work if w.item.grad is not None]
-        self._checks.states([w.item for w in stepped], self._bindings.version)
-        scattered: list[tuple[Item, torch.Tensor]] = []
-        for w in () if self._checks.params_are_dense else stepped:
-            param = dense(w.item.param)
-            if param is not w.item.param:
-                scattered.append((w.item, w.item.param))
-                w.item.param = param
-        for kernels, items in by_kernels(stepped):
+    def _update(self, now: StepSet) -> None:
+        now.look_at_states()
+        now.make_params_dense()
+        for kernels, items in now.by_kernels:
             self.update_(kernels, items)
-        self.update_together_(work)
-        for item, original in scattered:
-            original.copy_(item.param)
+        self.update_together_(now.work)
+        now.write_params_back()
 
     def update_(self, kernels: Kernels, items: Sequence[Item]) -> None:
         """Update parameters and states in place: Adam's update, with the second moment that tables say.

@@ -7,38 +7,47 @@ sees every tensor that has a gradient here or may have one on another rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
 from ds_blockwise.kernels.bindings import Bindings, Work, by_kernels
-from ds_blockwise.optimizers.second_moment import States, is_per_block, is_unsettled, mark_settled, to_blocks
+from ds_blockwise.kernels.step_sets import StepSet
+from ds_blockwise.optimizers.second_moment import (
+    States,
+    are_settled,
+    is_per_block,
+    is_unsettled,
+    mark_settled,
+    to_blocks,
+)
 from ds_blockwise.parallel.agree import any_rank
 from ds_blockwise.parallel.reduce import reduce_block_sums_
 
 
 class Exchange(Protocol):
-    """One phase of a step; may communicate, and then every rank of the groups in ``work`` calls it."""
+    """One phase of a step; may communicate, and then every rank of the groups in the step's work calls it."""
 
-    def __call__(self, work: Sequence[Work], bindings: Bindings, states: States) -> None:
+    def __call__(self, now: StepSet, bindings: Bindings, states: States) -> None:
         """Run the phase.
 
         Args:
-            work: the tensors of this step.
+            now: the tensors of this step.
             bindings: all tensors that the optimizer knows.
             states: of the tensors.
         """
         ...
 
 
-def settle_loaded_second_moments(work: Sequence[Work], bindings: Bindings, states: States) -> None:
+def settle_loaded_second_moments(now: StepSet, bindings: Bindings, states: States) -> None:
     """Turn second moments that somebody else wrote into one value per block.
 
     A load is noticed here and not only in ``load_state_dict``, because universal checkpoints write per-element values
     straight into ``state``. After `BlockwiseOptimizer.settle` nothing is left to do.
     """
-    found = [w.binding for w in work if is_unsettled(w.item.state)]  # a look-up by tensor calls Python for its hash
+    if are_settled([w.item.state for w in now.work]):
+        return
+    found = [w.binding for w in now.work if is_unsettled(w.item.state)]  # a look-up by tensor calls Python for its hash
     if not found:
         return
     groups = [b.groups for b in found]
@@ -48,9 +57,9 @@ def settle_loaded_second_moments(work: Sequence[Work], bindings: Bindings, state
     mark_settled(states, found)
 
 
-def sum_split_blocks(work: Sequence[Work], bindings: Bindings, states: States) -> None:
+def sum_split_blocks(now: StepSet, bindings: Bindings, states: States) -> None:
     """Complete the sums of squares of blocks that lie on several ranks."""
-    split = [w for w in work if w.item.table.has_split_blocks]
+    split = now.split
     if not split:
         return
     if bindings.absent:  # ranks then hold different tensors, and only the order of binding is common to all

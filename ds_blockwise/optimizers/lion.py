@@ -86,6 +86,7 @@ class BlockwiseLion(BlockwiseOptimizer):
         backend: ``"auto"`` or ``"reference"``; both are torch's operations.
         checkpoint_format: accepted so that one JSON serves all optimizers; there are no second moments.
         telemetry: see `BlockwiseAdamMini`; there are no second moments to read.
+        fused_step: of `BlockwiseAdamW` and `BlockwiseAdamMini`; true is refused.
 
     State on each rank: per stepped tensor ``step`` (int) and ``exp_avg`` in the tensor's shape. Nothing is
     communicated.
@@ -98,6 +99,7 @@ class BlockwiseLion(BlockwiseOptimizer):
 
     second_moment = "none"
     can_be_measured = False
+    supports_fused_step = False
 
     def __init__(
         self,
@@ -118,6 +120,7 @@ class BlockwiseLion(BlockwiseOptimizer):
         backend: str = "auto",
         checkpoint_format: CheckpointFormat = "expanded",
         telemetry: object = None,
+        fused_step: bool = False,
         **extra: object,
     ) -> None:
         if backend in ("cpp", "triton"):
@@ -141,6 +144,7 @@ class BlockwiseLion(BlockwiseOptimizer):
             backend=backend,
             checkpoint_format=checkpoint_format,
             telemetry=telemetry,
+            fused_step=fused_step,
             **extra,
         )
 

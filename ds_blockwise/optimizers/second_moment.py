@@ -10,6 +10,7 @@ rank may hold one element of each block, and blocks and elements then come in di
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import repeat
 from typing import Literal
 
 import torch
@@ -95,6 +96,11 @@ def is_unsettled(state: StepState) -> bool:
     """Whether somebody else wrote the second moment in the state of a tensor."""
     values = state.get("exp_avg_sq")
     return values is not None and not hasattr(values, _MARK)
+
+
+def are_settled(states: Iterable[StepState]) -> bool:
+    """Whether no state `is_unsettled`, at a glance: False may also mean that some have no second moment."""
+    return all(map(hasattr, [state.get("exp_avg_sq") for state in states], repeat(_MARK)))
 
 
 def mark_settled(states: States, bindings: Iterable[Binding]) -> None:

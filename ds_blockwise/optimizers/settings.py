@@ -32,6 +32,7 @@ OPTIMIZER_KEYS = (
     "backend",
     "checkpoint_format",
     "telemetry",
+    "fused_step",
 )
 
 # those of `BlockSettings`
@@ -64,15 +65,39 @@ def check_group(group: Mapping[str, object], where: str) -> None:
         number(f"{where}betas[{index}]", beta, low=0.0, below=1.0)
 
 
-def check_cautious_weight_decay(value: object) -> bool:
+def check_switch(name: str, value: object) -> bool:
     """Return ``value`` if it is true or false.
+
+    Args:
+        name: of the setting.
+        value: of it.
 
     Raises:
         TypeError: it is something else.
     """
     if not isinstance(value, bool):
-        raise TypeError(f"cautious_weight_decay must be true or false, got {value!r}")
+        raise TypeError(f"{name} must be true or false, got {value!r}")
     return value
+
+
+def check_fused_step(optimizer: str, value: object, *, is_supported: bool) -> bool:
+    """Return ``value`` if it is false, or true for an optimizer that supports it.
+
+    Args:
+        optimizer: class name.
+        value: of the setting.
+        is_supported: whether the optimizer's kernels take gradients as a host accumulates them.
+
+    Raises:
+        TypeError: it is neither true nor false.
+        ValueError: it is true and not supported.
+    """
+    if check_switch("fused_step", value) and not is_supported:
+        raise ValueError(
+            f"{optimizer} does not support fused_step=True: only the kernels of BlockwiseAdamW and BlockwiseAdamMini "
+            f'take gradients before they are cast and clipped. Write "fused_step": false, or leave it out.'
+        )
+    return bool(value)
 
 
 def check_progress(groups: Sequence[Mapping[str, object]], optimizer: str) -> None:

@@ -26,6 +26,8 @@ done
 # shellcheck disable=SC2034 # the sourcing script starts it
 JOB=("$PROGRAM" --run-file "$1" "${RESUME[@]}" "${@:2}")
 
+# an installed package has no environment below it: it lies in one, which PATH finds
+[[ $VENV != .venv || -f $ROOT/setup.py ]] || VENV=''
 if [[ -n $VENV ]]; then
     [[ $VENV == /* ]] || VENV=$ROOT/$VENV
     [[ -d $VENV/bin ]] || die "VENV=$VENV: no such environment; run make setup, or set VENV (empty: what PATH finds)"

@@ -14,7 +14,7 @@ pytest.importorskip("megatron.core", reason="the benchmarks count on Megatron-co
 pytest.importorskip("adam_mini", reason="the published Adam-mini is a peer: extra 'dev'")
 
 from benchmarks.provenance import PROVENANCE, read_csv
-from benchmarks.step import muon, peers, probe, shapes, tables
+from benchmarks.step import muon, peers, probe, shapes, small, tables
 from benchmarks.step.peers import PEERS, Contender, Missing, build_ours, find_contenders
 from benchmarks.step.verify import verify
 from ds_blockwise import BlockwiseAdamMini, BlockwiseAdamW
@@ -40,6 +40,29 @@ def test_muons_step_is_timed_beside_its_peers(tmp_path: Path, monkeypatch: pytes
     assert tuple(rows[0]) == muon.COLUMNS
     assert {(row["optimizer"], row["matrices"]) for row in rows} == set(muon.CONTENDERS)
     assert all(float(row["median_ms"]) >= float(row["lowest_ms"]) > 0 for row in rows)
+
+
+def test_small_tensors_are_timed_beside_their_peers(tmp_path: Path) -> None:
+    """A peer that is missing would make the other one the faster."""
+    text = run_benchmark(
+        "step.small", "--cases", small.THOUSAND, "rows of 2", "--rounds", 2, "--without", COMPILED, "--out", tmp_path
+    )
+    rows = read_csv(tmp_path / "small_tensors.csv")
+    assert tuple(rows[0]) == small.COLUMNS
+    times = {(row["case"], row["contender"]): float(row["median_ms"] or "nan") for row in rows}
+    assert set(times) == {
+        (c, n) for c in (small.THOUSAND, "rows of 2") for n in (small.MINI, small.ADAMW, *small.PEERS)
+    }
+    for row in rows:
+        case, name = row["case"], row["contender"]
+        assert bool(row["median_ms"]) != bool(row["note"]) and bool(row["note"]) == (name == COMPILED)
+        if name in (small.MINI, small.ADAMW):
+            for column, other in ((small.OVER_FASTEST, "torch AdamW fused"), (small.OVER_ADAMW, small.ADAMW)):
+                assert float(row[column]) == pytest.approx(times[case, name] / times[case, other], rel=2e-3)
+    assert f"----  {small.ADAMW}, {small.THOUSAND}, {small.OVER_FASTEST}: not measured" in text
+    (mini,) = [row for row in rows if (row["case"], row["contender"]) == ("rows of 2", small.MINI)]
+    (check,) = [check for check in small.acceptance(rows) if "rows of 2" in check.what]
+    assert (check.value, check.limit) == (float(mini[small.OVER_ADAMW]), 1.5)
 
 
 def test_kernel_benchmark_leaves_out_nobody_in_silence(quick: tuple[Path, str, list[dict[str, str]]]) -> None:

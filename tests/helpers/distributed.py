@@ -167,8 +167,8 @@ def _fork_server() -> BaseContext:
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["tests.helpers.preload_hosts"])
     with pytest.MonkeyPatch.context() as patch:
-        # a process of its own, which has to find the tests and to choose the accelerator
-        patch.setenv("PYTHONPATH", str(ROOT))
+        # a process of its own, which has to find the tests, and the hosts where this one does; and its accelerator
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))))
         patch.setenv("DS_ACCELERATOR", "cpu")
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
         forkserver.ensure_running()

@@ -20,6 +20,7 @@ from ds_blockwise.kernels.base import Hyper, Item, Kernels, ReferenceKernels
 LR = 1e-3
 HYPER = Hyper(LR, 0.0, 0.9, 0.95, 1e-8, 0.1)
 BLOCK_SETTINGS = BlockSettings.parse(None, {"norm": 0.0}, None, None)
+SCALE = 0.37203192710876465  # as a clipped norm gives it: no power of two, an fp32 number
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
 
@@ -37,6 +38,7 @@ class Case:
     grad: torch.dtype = F32
     exp_avg: torch.dtype = F32
     param_copy: torch.dtype | None = None
+    grad_scale: float | None = None
     offset: int = 0
     hyper: Hyper = HYPER
     step: int = 0
@@ -105,7 +107,9 @@ def tensors_of(case: Case, seed: int, shared: bool, numel: int, placements: tupl
         exp_avg_sq[~inside] = 0
     copied = None if case.param_copy is None else torch.zeros(case.offset + numel, dtype=case.param_copy)[case.offset :]
     state = {"step": case.step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-    return Item(table, None, param, state, case.hyper, grad, None, copied)
+    item = Item(table, None, param, state, case.hyper, grad, None, copied)
+    item.grad_scale = case.grad_scale
+    return item
 
 
 def item_of(case: Case, seed: int, shared: bool) -> tuple[Item, list[Item]]:
@@ -129,7 +133,9 @@ def clone(item: Item, kernels: Kernels, device: torch.device | str = "cpu") -> I
     state = {k: same(v) if isinstance(v, torch.Tensor) else v for k, v in item.state.items()}
     plan = kernels.plan(item.table, device)
     hyper = copy.copy(item.hyper)
-    return Item(item.table, plan, same(item.param), state, hyper, same(item.grad), None, same(item.param_copy))
+    copied = Item(item.table, plan, same(item.param), state, hyper, same(item.grad), None, same(item.param_copy))
+    copied.grad_scale = item.grad_scale
+    return copied
 
 
 def complete_sums(kernels: Kernels, items: Sequence[Item], peers: Sequence[Sequence[Item]]) -> None:
@@ -271,6 +277,18 @@ CASES: dict[str, Callable[[], list[Case]]] = {
             (F64, F64, F64, BF16),
             (F64, F32, BF16, None),
         )
+    ],
+    "scaled": lambda: [
+        replace(base, grad=grad, exp_avg=exp_avg, param_copy=copied, grad_scale=SCALE)
+        for base in (
+            *[whole(spec((3, n), Role.FFN)) for n in (1, 7, 33, 1027)],
+            *[whole(spec((1, n), Role.FFN)) for n in (9001, 33_001)],
+            whole(spec((70, 37), Role.FFN, axis=1)),
+            whole(spec((99,), Role.NORM), offset=3),
+            flat(_mixed(), 37, 4500, padding=5),
+            row_parallel((150, 6)),
+        )
+        for grad, exp_avg, copied in ((BF16, F32, BF16), (F32, BF16, None))
     ],
 }
 

@@ -20,15 +20,17 @@ from tests.helpers import ROOT
 
 _SOURCES = (
     *("setup.py", "pyproject.toml", "README.md", "LICENSE"),
-    *("ds_blockwise", "ds_blockwise_autoload.py", "megatron_patch"),
+    *("ds_blockwise", "ds_blockwise_autoload.py", "megatron_patch", "configs", "launch"),
 )
 
 
-def build_wheel(folder: Path) -> Path:
+def build_wheel(folder: Path, root: Path = ROOT, *, compiled: bool = False) -> Path:
     """Build the wheel from a copy of the sources, so that the checkout gets no build folder.
 
     Args:
         folder: an empty one.
+        root: of the repository, or of an unpacked sdist.
+        compiled: with compiled CPU kernels.
 
     Returns:
         Path of the wheel.
@@ -36,12 +38,13 @@ def build_wheel(folder: Path) -> Path:
     sources = folder / "sources"
     sources.mkdir()
     for name in _SOURCES:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, sources / name, ignore=shutil.ignore_patterns("__pycache__"))
+        if (root / name).is_dir():
+            shutil.copytree(root / name, sources / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
-            shutil.copy2(ROOT / name, sources / name)
+            shutil.copy2(root / name, sources / name)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*command, "--wheel-dir", str(folder), str(sources)], check=True, timeout=300)
+    environment = os.environ | ({"DS_BLOCKWISE_COMPILE_KERNELS": "1"} if compiled else {})
+    subprocess.run([*command, "--wheel-dir", str(folder), str(sources)], check=True, timeout=900, env=environment)
     (wheel,) = folder.glob("*.whl")
     return wheel
 

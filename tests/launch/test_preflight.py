@@ -77,6 +77,15 @@ def test_other_versions_and_other_code_are_named(hosts: Path) -> None:
     assert "bring every host to the same commit" in text
 
 
+@pytest.mark.parametrize("place", ["launch", "ds_blockwise/launch"])
+def test_the_code_is_found_where_a_wheel_puts_it(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There launch/ lies inside the package."""
+    for folder in (place, "ds_blockwise", "megatron_patch"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    monkeypatch.setattr(preflight, "__file__", str(tmp_path / place / "preflight.py"))
+    assert preflight._root() == tmp_path
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -8,9 +8,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from ds_blockwise import atomic_files
-from ds_blockwise.atomic_files import replace_file, replace_text, sha256_of
+from ds_blockwise.atomic_files import SummedFile, replace_file, replace_text, sha256_of
 
 
 def test_the_digest_is_that_of_the_whole_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,3 +66,30 @@ def test_text_is_replaced(tmp_path: Path) -> None:
     replace_text(file, "step_2 ü")
     assert file.read_text(encoding="utf-8") == "step_2 ü"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_file_is_summed_while_torch_writes_it(tmp_path: Path) -> None:
+    """Small pieces and large ones, in the order of the file."""
+    path = tmp_path / "state.pt"
+    tensors = {"large": torch.arange(1 << 20), "small": [torch.tensor(i) for i in range(50)], "none": torch.zeros(0)}
+    file = SummedFile(path)
+    torch.save(tensors, file)
+    assert file.close() == sha256_of(path) and file.size == path.stat().st_size
+    assert torch.equal(torch.load(path)["large"], tensors["large"])
+
+
+def test_a_full_disk_is_said_when_the_file_is_closed() -> None:
+    """torch's writer ends the process if what it writes into raises while it is put away."""
+    file = SummedFile("/dev/full")
+    torch.save({"large": torch.zeros(1 << 20)}, file)
+    with pytest.raises(OSError, match="No space left"):
+        file.close()
+
+
+def test_an_error_of_the_writer_is_not_replaced(tmp_path: Path) -> None:
+    """By one of closing the file."""
+    file = SummedFile("/dev/full")
+    file.write(b"held back")
+    file.abandon()
+    with pytest.raises(FileNotFoundError):
+        SummedFile(tmp_path / "nowhere" / "file")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import deepspeed
 import torch
@@ -23,7 +24,8 @@ from ds_blockwise.hosts.deepspeed.checks import (
     check_sequence_parallel,
     refuse_empty_in_forward,
 )
-from ds_blockwise.hosts.deepspeed.engine import Engine, is_wrapped, tensor_parallel_mpu
+from ds_blockwise.hosts.deepspeed.engine import Engine, ZeroStep, is_wrapped, tensor_parallel_mpu
+from ds_blockwise.hosts.deepspeed.fused_step.zero_1_and_2 import check_known, fuse_step
 from ds_blockwise.hosts.deepspeed.monitor import connect
 from ds_blockwise.hosts.deepspeed.never_stepped import refuse_when_trained, trains_nothing
 from ds_blockwise.hosts.deepspeed.partitions import or_world, stepped_tensors
@@ -81,6 +83,8 @@ def attach(engine: Engine) -> None:
     check_agreement(optimizer, stepped, peers, found.tp_group, "JSON")
     guard(engine)
     show_state(engine, optimizer, found.params)
+    if optimizer.fused_step:
+        together(lambda: fuse_step(cast(ZeroStep, engine.optimizer), optimizer))
     if not is_wrapped(engine):
         # DeepSpeed's wrappers skip a step with NaN on all ranks; without a wrapper nobody looks
         everyone = or_world(None)  # the other stages of a pipeline must skip it too
@@ -114,6 +118,8 @@ def _check(engine: Engine, optimizer: BlockwiseOptimizer) -> None:
     """Refuse what cannot work, whatever the model is."""
     check_config(engine, type(optimizer).__name__)
     check_sequence_parallel(engine)
+    if optimizer.fused_step:
+        check_known(engine)
     refuse_empty_in_forward(engine)
 
 

@@ -17,8 +17,8 @@ from torch import nn
 
 from ds_blockwise.hosts.deepspeed.autotp import AUTOTP_MARK
 from ds_blockwise.hosts.deepspeed.engine import Engine, offload_device, sequence_parallel_size, whole_numel
-from ds_blockwise.hosts.deepspeed.refusals import EngineFacts, refusals
-from ds_blockwise.optimizers.base import built_from_ours
+from ds_blockwise.hosts.deepspeed.refusals import EngineFacts, facts_of_json, refusals
+from ds_blockwise.optimizers.base import BlockwiseOptimizer, built_from_ours
 
 
 def check_model(model: nn.Module) -> None:
@@ -62,6 +62,9 @@ def check_config(engine: Engine, optimizer: str) -> None:
 
 def _facts_of(engine: Engine, optimizer: str) -> EngineFacts:
     device = offload_device(engine)
+    of_json = facts_of_json(engine._config._param_dict)
+    client = engine.client_optimizer
+    fused = client.fused_step if isinstance(client, BlockwiseOptimizer) else of_json.fused_step
     return EngineFacts(
         optimizer=optimizer,
         zero_stage=int(engine.zero_optimization_stage()),
@@ -80,6 +83,12 @@ def _facts_of(engine: Engine, optimizer: str) -> EngineFacts:
         ),
         elastic_checkpoint=bool(engine.zero_elastic_checkpoint()),
         skips_rank_by_rank=not engine.zero_compute_grad_norm() and _autocast_fp16(engine),
+        fused_step=fused,
+        precision=of_json.precision,
+        grad_accum_dtype=of_json.grad_accum_dtype,
+        deepcompile=of_json.deepcompile,
+        has_experts=bool(engine.has_moe_layers),
+        managed_accumulation=of_json.managed_accumulation,
     )
 
 

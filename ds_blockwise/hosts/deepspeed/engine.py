@@ -203,6 +203,61 @@ class ZeroStages1And2(Wrapper, Protocol):
         """Round the fp32 weights into the model's; a collective."""
 
 
+class Timer(Protocol):
+    """One of DeepSpeed's timers."""
+
+    def start(self) -> None:
+        """Start it."""
+
+    def stop(self) -> None:
+        """Stop it."""
+
+
+class Timers(Protocol):
+    """DeepSpeed's timers, by name."""
+
+    def __call__(self, name: str) -> Timer:
+        """The timer of a name."""
+
+    def log(self, names: Sequence[str]) -> None:
+        """Write what they measured."""
+
+
+class ZeroStep(ZeroStages1And2, Protocol):
+    """``DeepSpeedZeroOptimizer`` as its ``step`` uses it."""
+
+    step: Callable[..., None]  # ours is put in its place
+    dtype: torch.dtype
+    loss_scale: float
+    compute_grad_norm: bool
+    check_grad_overflow: bool
+    partition_gradients: bool
+    micro_step_id: int
+    has_moe_layers: bool
+    gradient_accumulation_dtype: torch.dtype
+    nccl_start_alignment_factor: int
+    allgather_bucket_size: int
+    timers: Timers
+    averaged_gradients: dict[int, Sequence[torch.Tensor] | None]
+    all_grad_tensors: dict[int, Sequence[torch.Tensor] | None]
+    bit16_groups: Sequence[Sequence[nn.Parameter]]
+    params_in_partition: Sequence[Sequence[nn.Parameter]]
+    params_not_in_partition: Sequence[Sequence[nn.Parameter]]
+    parallel_partitioned_bit16_groups: Sequence[Sequence[torch.Tensor]]
+    _global_grad_norm: torch.Tensor | float | None
+    check_overflow: Callable[..., None]
+    scaled_global_norm: Callable[[], torch.Tensor]
+    unscale_and_clip_grads: Callable[[list[torch.Tensor], torch.Tensor | None], None]
+    flatten: Callable[[Sequence[torch.Tensor]], torch.Tensor]
+    flatten_dense_tensors_aligned: Callable[[Sequence[torch.Tensor], int], torch.Tensor]
+    free_grad_in_param_list: Callable[[Sequence[nn.Parameter]], None]
+    _get_preflattened_grad_partition: Callable[[int], torch.Tensor | None]
+    _release_preflattened_grad_buffers: Callable[..., None]
+    _update_model_bit16_weights: Callable[[int], None]
+    _update_scale: Callable[[bool], None]
+    _optimizer_step: Callable[[int], None]
+
+
 class BF16Optimizer(Wrapper, Protocol):
     """``BF16_Optimizer``: as ZeRO stages 1 and 2, with fp32 gradients."""
 

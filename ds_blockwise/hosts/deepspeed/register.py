@@ -11,6 +11,7 @@ import functools
 import importlib
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
@@ -35,6 +36,7 @@ _MARK = "calls_ds_blockwise"  # of the hook that is there already
 _SHARED_MEMORY = "deepspeed_shm_comm"
 _BUILD_SHARED_MEMORY = "build_shm_op"
 _KEEP_SHARED_MEMORY = "DS_BUILD_SHM_COMM"  # DeepSpeed's own variable for building this operator
+_OLDEST = (0, 19, 7)  # older ones lack methods of the engine that we call
 _Parameters: TypeAlias = Iterable[object] | None
 
 
@@ -46,8 +48,9 @@ def register() -> None:
     refusal would be lost. On a CPU, DeepSpeed's shared-memory operator is no longer compiled at the first start.
 
     Raises:
-        ImportError: this DeepSpeed has no such method.
+        ImportError: this DeepSpeed is too old, or has no such method.
     """
+    check_release(deepspeed.__version__)
     for name, optimizer in OPTIMIZERS.items():
         setattr(torch.optim, name, optimizer)
         if optimizer not in zero_utils.ZERO_SUPPORTED_OPTIMIZERS:
@@ -70,6 +73,23 @@ def register() -> None:
     build = getattr(backend, _BUILD_SHARED_MEMORY, None)
     if build is not None:
         setattr(backend, _BUILD_SHARED_MEMORY, _if_wanted(build))
+
+
+def check_release(version: str) -> None:
+    """Refuse a release of DeepSpeed that is known to fail.
+
+    Args:
+        version: such as ``"0.19.8"``.
+
+    Raises:
+        ImportError: it is older than 0.19.7.
+    """
+    if tuple(int(number) for number in re.findall(r"\d+", version)[:3]) < _OLDEST:
+        oldest = ".".join(map(str, _OLDEST))
+        raise ImportError(
+            f"DeepSpeed {version} is too old: ds_blockwise needs {oldest} or later and was tested with 0.19.8. "
+            f"Install one: pip install 'deepspeed>={oldest},<0.20'"
+        )
 
 
 def _checking_the_model(configure: Callable[[Engine, nn.Module], None]) -> Callable[[Engine, nn.Module], None]:

@@ -12,21 +12,17 @@ import weakref
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
-from operator import attrgetter
-from typing import Any
+from itertools import chain, groupby
 
 import torch
 from torch.autograd.graph import increment_version
 
 from ds_blockwise.blocks.segment_table import SegmentTable
-from ds_blockwise.kernels.base import Hyper, Item, Kernels
+from ds_blockwise.kernels.base import Hyper, Item, Kernels, packed_scale
+from ds_blockwise.kernels.close_look import DATA_PTR
 from ds_blockwise.kernels.cpp.build import library
 
-_DTYPE, _IS_CPU = attrgetter("dtype"), attrgetter("is_cpu")
-_DATA_PTR = torch.Tensor.data_ptr
-_FIELDS = 11
-REMEMBERED = 64  # sets of tensors whose rows are kept: hosts step group by group
+_FIELDS, _GRAD, _SUMS, _SCALE = 12, 2, 5, 11  # of a row of kernels.cpp
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -53,7 +49,7 @@ class CppKernels(Kernels):
         self._free = lib.ds_blockwise_free
         self._step = lib.ds_blockwise_step
         self._sum_split = lib.ds_blockwise_sum_split
-        self._seen: dict[tuple[int, int], tuple[tuple[list[Any], ...], array[int]]] = {}
+        self._square_sums = lib.ds_blockwise_square_sums
 
     def plan(self, table: SegmentTable, device: torch.device) -> CppPlan:
         """Cut a table into tasks.
@@ -89,6 +85,15 @@ class CppKernels(Kernels):
         weakref.finalize(plan, self._free, ctypes.c_void_p(handle))
         return plan
 
+    def norms(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """See `Kernels.norms`."""
+        fields = ((t.data_ptr(), t.numel(), _CODES[t.dtype]) for t in tensors)
+        table = array("q", chain.from_iterable(fields))
+        sums = torch.zeros(len(tensors), dtype=torch.float64)
+        threads = ctypes.c_int64(torch.get_num_threads())
+        self._square_sums(ctypes.c_int64(len(tensors)), _address(table), ctypes.c_void_p(sums.data_ptr()), threads)
+        return sums.sqrt_()
+
     def sum_split_blocks(self, items: Sequence[Item]) -> None:
         """See `Kernels.sum_split_blocks`."""
         for item in items:
@@ -101,54 +106,42 @@ class CppKernels(Kernels):
     def step_(self, items: Sequence[Item]) -> None:
         """See `Kernels.step_`."""
         rows = self._rows(items)
-        scalars: list[float] = []
-        same: dict[tuple[int, int], tuple[float, ...]] = {}  # tensors of one group mostly had as many steps
-        for item in items:
-            state, hyper = item.state, item.hyper
-            state["step"] = step = int(state["step"]) + 1
-            key = (id(hyper), step)
-            if key not in same:
-                same[key] = _scalars(hyper, step)
-            scalars += same[key]
-        values = array("d", scalars)  # named: the address does not keep it alive
+        steps = [int(item.state["step"]) + 1 for item in items]
+        for item, step in zip(items, steps, strict=True):
+            item.state["step"] = step
+        values = array("d")
+        # tensors of one group mostly had as many steps
+        for (hyper, step), same in groupby(zip([item.hyper for item in items], steps, strict=True)):
+            values.extend(array("d", _scalars(hyper, step)) * len(list(same)))
         threads = ctypes.c_int64(torch.get_num_threads())
         self._step(ctypes.c_int64(len(items)), _address(rows), _address(values), threads)
         # autograd must hear of writes through raw addresses, or a backward through old values would go unnoticed
         increment_version([item.param for item in items])
 
     def _rows(self, items: Sequence[Item]) -> array[int]:
-        """``Row`` of kernels.cpp, field by field; only the addresses are read anew in every step."""
-        params = [item.param for item in items]
-        if not all(map(_IS_CPU, params)):
-            raise ValueError(_moved(next(param for param in params if not param.is_cpu)))
-        grads = [item.grad for item in items if item.grad is not None]
-        first = [item.state["exp_avg"] for item in items]
-        second = [item.state["exp_avg_sq"] for item in items]
-        rows = self._without_addresses(
-            [item.plan.handle for item in items], *(list(map(_DTYPE, tensors)) for tensors in (params, grads, first))
-        )
-        for field, tensors in enumerate((params, grads, first, second), 1):
-            rows[field::_FIELDS] = array("q", map(_DATA_PTR, tensors))
+        """``Row`` of kernels.cpp, field by field."""
+        rows = array("q", b"".join([item.kept or _new_row(item) for item in items]))
+        rows[_GRAD::_FIELDS] = array("q", [*map(DATA_PTR, [item.grad for item in items if item.grad is not None])])
         for row, sums in [(row, item.sums) for row, item in enumerate(items) if item.sums is not None]:
-            rows[row * _FIELDS + 5] = sums.data_ptr()
-        for row, copy in [(row, item.param_copy) for row, item in enumerate(items) if item.param_copy is not None]:
-            rows[row * _FIELDS + 6], rows[row * _FIELDS + 10] = copy.data_ptr(), _CODES[copy.dtype]
+            rows[row * _FIELDS + _SUMS] = sums.data_ptr()
+        for row, item in [(row, item) for row, item in enumerate(items) if item.grad_scale is not None]:
+            rows[row * _FIELDS + _SCALE] = packed_scale(item)
         return rows
 
-    def _without_addresses(self, handles: list[int], *dtypes: list[torch.dtype]) -> array[int]:
-        """A copy of the rows without addresses and 16-bit copies; made once per set of plans and dtypes."""
-        key = (handles[0] if handles else 0, len(handles))
-        seen = self._seen.pop(key, None)
-        # compared and not hashed, which would call every element of the columns
-        if seen is None or seen[0] != (handles, *dtypes):
-            nothing = [0] * len(handles)
-            codes = (map(_CODES.__getitem__, column) for column in dtypes)
-            columns = (handles, *[nothing] * 6, *codes, nothing)
-            seen = (handles, *dtypes), array("q", chain.from_iterable(zip(*columns, strict=True)))
-        self._seen[key] = seen  # the last one again
-        if len(self._seen) > REMEMBERED:
-            del self._seen[next(iter(self._seen))]
-        return seen[1][:]
+
+def _new_row(item: Item) -> bytes:
+    """A ``Row`` without what is other in every step: the addresses of gradient and sums, the scale."""
+    param, grad, copy, state = item.param, item.grad, item.param_copy, item.state
+    assert grad is not None
+    if not param.is_cpu:
+        raise ValueError(_moved(param))
+    addresses = [item.plan.handle, param.data_ptr(), 0, state["exp_avg"].data_ptr(), state["exp_avg_sq"].data_ptr(), 0]
+    codes = [_CODES[tensor.dtype] for tensor in (param, grad, state["exp_avg"])]
+    of_copy = (0, 0) if copy is None else (copy.data_ptr(), _CODES[copy.dtype])
+    row = array("q", [*addresses, of_copy[0], *codes, of_copy[1], 0]).tobytes()
+    if item.kept is not None:
+        item.kept = row
+    return row
 
 
 def _scalars(h: Hyper, step: int) -> tuple[float, ...]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile the C++ kernels once per machine type and load them.
+"""Compile the C++ kernels once per machine type and load them; a wheel may bring them compiled (`prebuilt`).
 
 Built by ``torch.utils.cpp_extension``: users of torch know its ninja, cache directory and environment variables, and
 DeepSpeed's op builder is the same underneath but would make DeepSpeed a requirement. The sources need no torch header,
@@ -22,10 +22,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-logger = logging.getLogger(__name__)
+from ds_blockwise.kernels.cpp import prebuilt
 
-SOURCES = Path(__file__).parent
-_FLAGS = ("-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+logger = logging.getLogger(__name__)
 
 
 class BuildError(RuntimeError):
@@ -44,26 +43,15 @@ def missing_tool() -> str | None:
 
 def _machine_flags() -> tuple[str, ...]:
     if platform.machine().lower() in ("x86_64", "amd64"):
-        # compilers prefer half-width vectors on AVX-512 machines; whole ones were measured 5% faster here
-        return ("-march=native", "-mprefer-vector-width=512")
+        return ("-march=native", *prebuilt.X86_FLAGS)
     return ("-mcpu=native",)
 
 
-def _cpu_features() -> str:
-    """What ``native`` means here: homes are shared by machines whose instructions differ."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
-
-
 def _cache_key() -> str:
-    digest = hashlib.sha256()
-    for path in sorted(p for p in SOURCES.iterdir() if p.suffix in (".cpp", ".h")):
-        digest.update(path.read_bytes())
-    digest.update(repr((_FLAGS, _machine_flags(), os.environ.get("CXX"), platform.machine(), _cpu_features())).encode())
-    return digest.hexdigest()[:16]
+    # what ``native`` means here: homes are shared by machines whose instructions differ
+    features = sorted(prebuilt.cpu_features()) or platform.processor()
+    facts = (prebuilt.digest_of_sources(), prebuilt.FLAGS, _machine_flags(), os.environ.get("CXX"), platform.machine())
+    return hashlib.sha256(repr((facts, features)).encode()).hexdigest()[:16]
 
 
 @contextlib.contextmanager
@@ -98,8 +86,8 @@ def _compile(name: str, folder: Path) -> Path:
     (folder / "lock").unlink(missing_ok=True)
     cpp_extension.load(
         name=name,
-        sources=[str(SOURCES / "kernels.cpp")],
-        extra_cflags=[*_FLAGS, *_machine_flags()],
+        sources=[str(prebuilt.SOURCES / "kernels.cpp")],
+        extra_cflags=[*prebuilt.FLAGS, *_machine_flags()],
         # PEFT's BOFT leaves CXX=gcc in the environment where it finds no CUDA, and gcc links no C++ library by itself
         extra_ldflags=["-fopenmp", *(["-lstdc++"] if sys.platform == "linux" else [])],
         build_directory=str(folder),
@@ -120,11 +108,26 @@ def library_path() -> Path:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The compiled kernels; builds them at the first call on a machine.
+    """The compiled kernels: those of the wheel, or built at the first call on a machine.
 
     Raises:
         BuildError: no compiler, or it failed.
     """
+    return _of_the_wheel() or _built()
+
+
+def _of_the_wheel() -> ctypes.CDLL | None:
+    path = prebuilt.found()
+    if path is None:
+        return None
+    try:
+        return prebuilt.load(path)
+    except OSError as error:
+        logger.warning("ds_blockwise: the CPU kernels of the wheel cannot be loaded, they are compiled here: %s", error)
+        return None
+
+
+def _built() -> ctypes.CDLL:
     built = library_path()
     folder = built.parent
     try:
@@ -146,4 +149,6 @@ def library() -> ctypes.CDLL:
         output = getattr(error, "output", None) or b""
         lines = [*str(error).splitlines(), *output.decode(errors="replace").splitlines()]
         said = [line for line in lines if "error" in line.lower()][1:3] or lines[-3:]
-        raise BuildError(f"compiling {SOURCES / 'kernels.cpp'} in {folder} failed: {' | '.join(said)}") from error
+        raise BuildError(
+            f"compiling {prebuilt.SOURCES / 'kernels.cpp'} in {folder} failed: {' | '.join(said)}"
+        ) from error

@@ -2,6 +2,8 @@
 // C interface of the CPU kernels: plans are made once per tensor, a step is one call for all tensors.
 
 #include <cstdint>
+#include <utility>
+#include <vector>
 
 #include "step.h"
 
@@ -11,15 +13,16 @@ using namespace blockwise;
 
 enum Dtype : int64_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
-// One row per tensor, written by cpp_kernels.py; the order of fields is the interface.
+// One row per tensor, written by backend.py; the order of fields is the interface.
 struct Row {
   int64_t plan, param, grad, exp_avg, exp_avg_sq, sums, copy;
   int64_t param_dtype, grad_dtype, exp_avg_dtype, copy_dtype;
+  int64_t grad_scale;  // see `Source`; 0: none
 };
 
 template <class P, class G, class M, class W, class F>
 void with_types(const Row& row, const Scalars& scalars, F&& f) {
-  Tensors<P, G, M, W> tensors{reinterpret_cast<P*>(row.param),         reinterpret_cast<const G*>(row.grad),
+  Tensors<P, G, M, W> tensors{reinterpret_cast<P*>(row.param),         Source<G>::of(row.grad, row.grad_scale),
                               reinterpret_cast<M*>(row.exp_avg),       reinterpret_cast<W*>(row.exp_avg_sq),
                               reinterpret_cast<const double*>(row.sums), reinterpret_cast<void*>(row.copy),
                               int32_t(row.copy_dtype == kBFloat16)};
@@ -44,8 +47,18 @@ void with_grad(const Row& row, const Scalars& scalars, F&& f) {
   }
 }
 
+// Only hosts with fp32 master weights scale; every further type would be compiled by everybody.
+template <class F>
+void with_scaled_grad(const Row& row, const Scalars& scalars, F&& f) {
+  if (row.grad_dtype == kBFloat16)
+    with_exp_avg<float, Scaled<bfloat16>, float>(row, scalars, f);
+  else
+    with_exp_avg<float, Scaled<float>, float>(row, scalars, f);
+}
+
 template <class F>
 void dispatch(const Row& row, const Scalars& scalars, F&& f) {
+  if (row.grad_scale) return with_scaled_grad(row, scalars, f);
   switch (row.param_dtype) {
     case kFloat32: return with_grad<float, float>(row, scalars, f);
     case kFloat64: return with_grad<double, double>(row, scalars, f);
@@ -125,6 +138,27 @@ void ds_blockwise_sum_split(int64_t num_rows, const Row* rows, int64_t threads) 
         for (int64_t b = 0; b < n; ++b) sums[group.blocks[b].slot] = step.combined(group, group.blocks[b]);
       });
   }
+}
+
+// tensors: of each the address, the number of elements and the dtype; sums: of their squares, one each.
+void ds_blockwise_square_sums(int64_t num_tensors, const int64_t* tensors, double* sums, int64_t threads) {
+  std::vector<std::pair<int64_t, int64_t>> pieces;  // of which tensor, from where
+  for (int64_t i = 0; i < num_tensors; ++i)
+    for (int64_t k = 0; k < tensors[3 * i + 1]; k += kTask) pieces.push_back({i, k});
+  const int64_t n = int64_t(pieces.size());
+  std::vector<double> partial(n);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+  for (int64_t p = 0; p < n; ++p) {
+    const int64_t* tensor = tensors + 3 * pieces[p].first;
+    const int64_t from = pieces[p].second, size = std::min(kTask, tensor[1] - from);
+    switch (tensor[2]) {
+      case kFloat32: partial[p] = sum_squares(reinterpret_cast<const float*>(tensor[0]) + from, size); break;
+      case kFloat64: partial[p] = sum_squares(reinterpret_cast<const double*>(tensor[0]) + from, size); break;
+      case kBFloat16: partial[p] = sum_squares(reinterpret_cast<const bfloat16*>(tensor[0]) + from, size); break;
+      default: partial[p] = sum_squares(reinterpret_cast<const float16*>(tensor[0]) + from, size);
+    }
+  }
+  for (int64_t p = 0; p < n; ++p) sums[pieces[p].first] += partial[p];
 }
 
 void ds_blockwise_step(int64_t num_rows, const Row* rows, const Scalars* scalars, int64_t threads) {

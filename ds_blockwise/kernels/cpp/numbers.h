@@ -75,14 +75,44 @@ inline void store(float16& to, float value) {
 inline void store(bfloat16& to, double value) { store(to, float(value)); }
 inline void store(float16& to, double value) { store(to, float(value)); }
 
+// Gradients stored as G and multiplied by a factor where they are read: Scaled<G> in place of G.
+template <class G>
+struct Scaled {};
+
+// `nothing` is -0, which changes no number, and which the compiler does not know: so it can't merge the product with a
+// sum that comes after it, and each gradient is rounded as if it had been multiplied in memory.
+template <class G>
+struct ScaledGradients {
+  const G* at;
+  float factor, nothing;
+
+  ScaledGradients operator+(int64_t n) const { return {at + n, factor, nothing}; }
+  float operator[](int64_t k) const { return load(at[k]) * factor + nothing; }
+};
+
+// What gradients are read through; `scale` holds the bits of the factor, above them those of `nothing`.
+template <class G>
+struct Source {
+  using Gradients = const G* __restrict__;
+  static const G* of(int64_t address, int64_t) { return reinterpret_cast<const G*>(address); }
+};
+
+template <class G>
+struct Source<Scaled<G>> {
+  using Gradients = ScaledGradients<G>;
+  static Gradients of(int64_t address, int64_t scale) {
+    return {reinterpret_cast<const G*>(address), float_of_bits(uint32_t(scale)), float_of_bits(uint32_t(scale >> 32))};
+  }
+};
+
 // A sum of squares in lanes. The order of additions depends on the number of elements alone, not on addresses, threads or
 // what else the loop does, so partial results are reproducible.
 struct SquareSum {
   static constexpr int lanes = 32;
   double sums[lanes] = {};
 
-  template <class G>
-  inline void add(const G* g) {
+  template <class Gradients>
+  inline void add(Gradients g) {
 #pragma omp simd
     for (int k = 0; k < lanes; ++k) {
       const double x = load(g[k]);
@@ -90,8 +120,8 @@ struct SquareSum {
     }
   }
 
-  template <class G>
-  inline void add(const G* g, int64_t n) {
+  template <class Gradients>
+  inline void add(Gradients g, int64_t n) {
     for (int64_t k = 0; k < n; ++k) {
       const double x = load(g[k]);
       sums[k] += x * x;
@@ -107,8 +137,8 @@ struct SquareSum {
   }
 };
 
-template <class G>
-double sum_squares(const G* g, int64_t n) {
+template <class Gradients>
+double sum_squares(Gradients g, int64_t n) {
   SquareSum sum;
   int64_t i = 0;
   for (; i + SquareSum::lanes <= n; i += SquareSum::lanes) sum.add(g + i);
@@ -121,6 +151,11 @@ template <class T>
 inline void ask_for(const T* at) {
   constexpr int64_t line = 64 / sizeof(T);
   for (int64_t k = 0; k < SquareSum::lanes; k += line) __builtin_prefetch(at + k);
+}
+
+template <class G>
+inline void ask_for(ScaledGradients<G> gradients) {
+  ask_for(gradients.at);
 }
 
 // Sums of `count` blocks of n squares, n at most 8 * eights, in the order of SquareSum: the lanes that a block does not
@@ -155,9 +190,9 @@ void fold_blocks(const double* __restrict__ squares, int64_t count, int64_t n, d
 
 // sum_squares of each of `count` consecutive short blocks, kRoom elements at most. One by one they would take most of
 // their time for lanes that they do not reach, and for waiting for the end of each sum.
-template <class G>
-void sum_short_blocks(const G* __restrict__ g, int64_t count, int64_t n, double* __restrict__ sums) {
-  if (n > SquareSum::lanes || std::is_same<G, double>::value) {
+template <class Gradients>
+void sum_short_blocks(const Gradients g, int64_t count, int64_t n, double* __restrict__ sums) {
+  if (n > SquareSum::lanes || std::is_same<decltype(load(g[0])), double>::value) {
     // the square of a double is rounded, or not where it is added at once: those sums stay in one place
     for (int64_t i = 0; i < count; ++i) sums[i] = sum_squares(g + i * n, n);
     return;

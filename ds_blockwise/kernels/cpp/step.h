@@ -15,11 +15,11 @@ struct Scalars {
   double lr, lr_floor, beta1, beta2, eps, weight_decay, bias_correction1, bias_correction2, progress, step, cautious;
 };
 
-// One tensor in one step; P, G, M, W: dtypes of param, grad, exp_avg, and of arithmetic and exp_avg_sq.
+// One tensor in one step; P, G, M, W: dtypes of param, grad, exp_avg, and of arithmetic and exp_avg_sq. G may be Scaled.
 template <class P, class G, class M, class W>
 struct Tensors {
   P* param;
-  const G* grad;
+  typename Source<G>::Gradients grad;
   M* exp_avg;
   W* exp_avg_sq;
   const double* sums;  // of split blocks, complete over all ranks; by slot
@@ -48,6 +48,8 @@ struct Factors {
 
 template <class P, class G, class M, class W>
 class Step {
+  using Gradients = typename Source<G>::Gradients;
+
  public:
   Step(Plan& plan, const Tensors<P, G, M, W>& tensors, const Scalars& scalars)
       : plan_(plan), t_(tensors), s_(scalars), root_(W(1 / std::sqrt(scalars.bias_correction2))) {}
@@ -67,7 +69,7 @@ class Step {
   void sum(const ColumnSum& sum) const {
     double columns[512] = {};
     for (int64_t r = 0; r < sum.repeat; ++r) {
-      const G* g = t_.grad + sum.start + r * sum.stride;
+      const Gradients g = t_.grad + sum.start + r * sum.stride;
 #pragma omp simd
       for (int64_t c = 0; c < sum.columns; ++c) {
         const double x = load(g[c]);
@@ -155,7 +157,7 @@ class Step {
   }
 
   void own_scales(const Factors<W>& f, int64_t start, int64_t n, W* __restrict__ v, W* __restrict__ scales) const {
-    const G* __restrict__ g = t_.grad + start;
+    const Gradients g = t_.grad + start;
     const W beta2 = f.beta2, keep2 = f.keep2, size = f.size, root = f.root, eps = W(s_.eps);
 #pragma omp simd
     for (int64_t k = 0; k < n; ++k) {
@@ -168,7 +170,7 @@ class Step {
   // Decays the elements that the update does not move away from zero.
   void spare(const Factors<W>& f, int64_t start, int64_t n, const W* __restrict__ scales) const {
     P* __restrict__ p = t_.param + start;
-    const G* __restrict__ g = t_.grad + start;
+    const Gradients g = t_.grad + start;
     M* __restrict__ m = t_.exp_avg + start;
     const W keep = f.keep, decay = f.decay;
 #pragma omp simd
@@ -190,7 +192,7 @@ class Step {
   template <class S>
   void apply(const Factors<W>& f, int64_t start, int64_t n, S&& scale_of) const {
     P* __restrict__ p = t_.param + start;
-    const G* __restrict__ g = t_.grad + start;
+    const Gradients g = t_.grad + start;
     M* __restrict__ m = t_.exp_avg + start;
     const W keep = f.keep, decay = f.decay;
 #pragma omp simd
@@ -281,7 +283,7 @@ class Step {
 
   double block_and_next_sum(const Factors<W>& f, int64_t start, int64_t n, W scale) const {
     constexpr int64_t lanes = SquareSum::lanes;
-    const G* next = t_.grad + start + n;
+    const Gradients next = t_.grad + start + n;
     SquareSum squares;
     double sum = 0;
     for (int64_t from = 0; from < n; from += kPiece) {
@@ -302,7 +304,7 @@ class Step {
 
   void elements(const Factors<W>& f, int64_t start, int64_t n, W* __restrict__ v) const {
     P* __restrict__ p = t_.param + start;
-    const G* __restrict__ g = t_.grad + start;
+    const Gradients g = t_.grad + start;
     M* __restrict__ m = t_.exp_avg + start;
     const W keep = f.keep, decay = f.decay, size = f.size, root = f.root, eps = W(s_.eps);
     const W beta2 = f.beta2, keep2 = f.keep2;

@@ -129,7 +129,7 @@ class TritonKernels(Kernels):
         if group.shares:
             meta["ALIGN_V"] = 1  # read one by one
         meta |= {"SAME": not group.shares, "BY_HAND": _INTERPRETED}
-        meta |= {"CAUTIOUS": group.cautious, "WIDE": tl.float64 if wide else tl.float32}
+        meta |= {"SCALED": group.scaled, "CAUTIOUS": group.cautious, "WIDE": tl.float64 if wide else tl.float32}
         for program in batch.update:
             tables = (program.tiles, program.jobs, batch.addresses, batch.scalars)
             form = {**_form(program, group), "LOG2": tile_log2(program.kind, program.shift)}
@@ -156,8 +156,8 @@ def _add_up(batch: Batch, group: Group, *, to_sums: bool) -> None:
     g, v = (_type(group.dtypes[column] or torch.float32) for column in (Address.GRAD, Address.EXP_AVG_SQ))
     for program in sums.programs:
         tables = (program.tiles, program.jobs, batch.addresses, batch.scalars, sums.entries)
-        meta = {**_form(program, group), "ALIGN": group.alignments[Address.GRAD], "G": g, "V": v}
-        _launch(sum_kernel, program.tiles.numel(), *tables, **meta, **_limits(wide=False))
+        meta = {**_form(program, group), "ALIGN": group.alignments[Address.GRAD], "SCALED": group.scaled}
+        _launch(sum_kernel, program.tiles.numel(), *tables, **meta, G=g, V=v, **_limits(wide=False))
     blocks = len(sums.finish)
     totals = (sums.finish, sums.order, sums.entries, batch.addresses, batch.scalars, blocks)
     _launch(finish_kernel, -(-blocks // FINISH_BLOCKS), *totals, TO_SUMS=to_sums, V=v, num_warps=SMALL_WARPS)

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 
-from ds_blockwise.kernels.base import Item
+from ds_blockwise.kernels.base import Item, packed_scale
 from ds_blockwise.kernels.triton.plan import Sums, TritonPlan
 from ds_blockwise.kernels.triton.tables import (
     ALIGNMENT,
@@ -146,6 +146,7 @@ class Group:
         alignments: what divides the address of each of these, in bytes, up to `ALIGNMENT`.
         shares: whether second moments are one per block.
         cautious: whether weight decay is.
+        scaled: whether gradients are multiplied by a factor where they are read.
         addresses: the table of `Address`, row after row.
         settings: the table of `Setting`, row after row.
     """
@@ -156,6 +157,7 @@ class Group:
     alignments: tuple[int, ...]
     shares: bool
     cautious: bool
+    scaled: bool
     addresses: list[int]
     settings: list[float]
 
@@ -184,13 +186,14 @@ def group_items(items: Sequence[Item]) -> list[Group]:
         alignments: tuple[int, ...] = _ALIGNED
         if (where[0] | where[1] | where[2] | where[3] | where[4]) & (ALIGNMENT - 1):
             alignments = tuple([min(ALIGNMENT, a & -a) if a else ALIGNMENT for a in where])
-        where += [0 if item.sums is None else item.sums.data_ptr(), 0, 0]
+        scale = packed_scale(item)
+        where += [0 if item.sums is None else item.sums.data_ptr(), 0, 0, scale]
         settings = _settings(item, where, device) if moments[0] is not None else [0.0] * len(Setting)
         cautious = item.hyper.cautious
-        key = (device, dtypes, alignments, item.plan.shares, cautious)
+        key = (device, dtypes, alignments, item.plan.shares, cautious, scale != 0)
         found = groups.get(key)
         if found is None:
-            found = groups[key] = Group([], device, dtypes, alignments, item.plan.shares, cautious, [], [])
+            found = groups[key] = Group([], *key, [], [])
         found.items.append(item)
         found.addresses += where
         found.settings += settings

@@ -34,6 +34,18 @@ def tensor_pointer(addresses, item, column: tl.constexpr, TYPE: tl.constexpr, AL
 
 
 @triton.jit
+def scaled(grad, scale, SCALED: tl.constexpr):
+    """Gradients as the update sees them; ``scale`` points to `packed_scale`, which is read if ``SCALED``."""
+    if SCALED:
+        bits = tl.load(scale)
+        factor = bits.to(tl.int32).to(tl.float32, bitcast=True)
+        nothing = (bits >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+        return grad.to(tl.float32) * factor + nothing
+    else:
+        return grad
+
+
+@triton.jit
 def squares(grad):
     """In fp64, where the square of an fp32 number is exact."""
     wide = grad.to(tl.float64)

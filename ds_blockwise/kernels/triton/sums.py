@@ -14,6 +14,7 @@ from ds_blockwise.kernels.triton.device_functions import (
     edges,
     known_even,
     new_second_moment,
+    scaled,
     squares,
     tensor_pointer,
     tile_base,
@@ -25,7 +26,7 @@ JOB_COLUMNS, JOB_ITEM, JOB_ROW = constants(len(Job), Job.ITEM, Job.ROW)
 JOB_START, JOB_NUMEL, JOB_COUNT, JOB_SLOT = constants(Job.START, Job.NUMEL, Job.COUNT, Job.SLOT)
 JOB_REPEAT, JOB_REPEAT_STRIDE, JOB_BLOCK_NUMEL = constants(Job.REPEAT, Job.REPEAT_STRIDE, Job.BLOCK_NUMEL)
 JOB_PARTS, JOB_ENTRY, JOB_DIRECT = constants(Job.PARTS, Job.ENTRY, Job.DIRECT)
-(JOB_SPAN,) = constants(Job.SPAN)
+JOB_SPAN, GRAD_SCALE = constants(Job.SPAN, Address.GRAD_SCALE)
 SUM_PIECE, SUM_ROWS, SUM_COLUMNS, SUM_RECT = constants(SumKind.PIECE, SumKind.ROWS, SumKind.COLUMNS, SumKind.RECT)
 ADDRESS_COLUMNS, GRAD, EXP_AVG_SQ, SUMS = constants(len(Address), Address.GRAD, Address.EXP_AVG_SQ, Address.SUMS)
 SCALAR_COLUMNS, SCALAR_BETA2, SCALAR_SQUARE_WEIGHT = constants(len(Scalar), Scalar.BETA2, Scalar.SQUARE_WEIGHT)
@@ -41,7 +42,8 @@ COLUMN_TILE_ROWS, EDGED = constants(tables.COLUMN_TILE_ROWS, Vectors.EDGED)
 
 @triton.jit
 def sum_kernel(tiles, jobs, addresses, scalars, entries, KIND: tl.constexpr, SHIFT: tl.constexpr, VECTORS: tl.constexpr,
-               ALIGN: tl.constexpr, G: tl.constexpr, V: tl.constexpr, VERSION: tl.constexpr):  # fmt: skip
+               SCALED: tl.constexpr, ALIGN: tl.constexpr, G: tl.constexpr, V: tl.constexpr,
+               VERSION: tl.constexpr):  # fmt: skip
     """Sum of squares of one tile: to its entry or, if the tile is the whole block, into the second moment.
 
     ``G`` and ``V`` are the dtypes of gradients and second moments, ``ALIGN`` what divides the addresses of gradients,
@@ -60,6 +62,7 @@ def sum_kernel(tiles, jobs, addresses, scalars, entries, KIND: tl.constexpr, SHI
     out = entries + tl.load(job + JOB_ENTRY)
     g = tensor_pointer(addresses, item, GRAD, G, ALIGN)
     v = tensor_pointer(addresses, item, EXP_AVG_SQ, V, 1)
+    scale = addresses + item * ADDRESS_COLUMNS + GRAD_SCALE
     if tl.load(addresses + item * ADDRESS_COLUMNS + GRAD) != 0:  # 0: no gradient; the finish kernel makes the sum 0
         if SUM_ROWS == KIND:
             first = index << (TILE_LOG2 - SHIFT)
@@ -68,7 +71,7 @@ def sum_kernel(tiles, jobs, addresses, scalars, entries, KIND: tl.constexpr, SHI
             length = known_even(numel.to(tl.int32), VECTORS)
             offs, mask = row[:, None] * length + lane, inside[:, None] & (lane < length)
             grad = tl.load(g + start + first * numel + offs, mask=mask, other=0.0)
-            tl.store(out + first + row, tl.sum(squares(grad), axis=1), mask=inside)
+            tl.store(out + first + row, tl.sum(squares(scaled(grad, scale, SCALED)), axis=1), mask=inside)
         elif SUM_COLUMNS == KIND:
             first_column, first = index // parts << COLUMNS_LOG2, index % parts * span
             column = tl.arange(0, COLUMNS)
@@ -79,7 +82,8 @@ def sum_kernel(tiles, jobs, addresses, scalars, entries, KIND: tl.constexpr, SHI
                 row = tl.arange(0, COLUMN_TILE_ROWS)[:, None]
                 mask = (row < tl.minimum(repeat - first - done, COLUMN_TILE_ROWS).to(tl.int32)) & inside[None, :]
                 here = g + start + first_column + (first + done) * stride
-                sums += squares(tl.load(here + row * stride + column[None, :], mask=mask, other=0.0))
+                grad = tl.load(here + row * stride + column[None, :], mask=mask, other=0.0)
+                sums += squares(scaled(grad, scale, SCALED))
                 done += COLUMN_TILE_ROWS
             totals = tl.sum(sums, axis=0)
             if direct != 0:
@@ -99,12 +103,14 @@ def sum_kernel(tiles, jobs, addresses, scalars, entries, KIND: tl.constexpr, SHI
                 low, high = vector_body(at, at + size, VECTORS)
                 while done < size:
                     offs = low + done + tl.arange(0, TILE)
-                    total += squares(tl.load(g + base + offs, mask=offs < high, other=0.0))
+                    grad = tl.load(g + base + offs, mask=offs < high, other=0.0)
+                    total += squares(scaled(grad, scale, SCALED))
                     done += TILE
                 whole = tl.sum(total, axis=0)
                 if EDGED == VECTORS:
                     edge, edge_mask = edges(at, at + size, low, high, edge_lanes())
-                    whole += tl.sum(squares(tl.load(g + base + edge, mask=edge_mask, other=0.0)), axis=0)
+                    grad = tl.load(g + base + edge, mask=edge_mask, other=0.0)
+                    whole += tl.sum(squares(scaled(grad, scale, SCALED)), axis=0)
             else:
                 first, length = index % parts * span, numel.to(tl.int32)
                 size = (tl.minimum(span, repeat - first) * numel).to(tl.int32)
@@ -113,7 +119,8 @@ def sum_kernel(tiles, jobs, addresses, scalars, entries, KIND: tl.constexpr, SHI
                     lane = done + tl.arange(0, TILE)
                     row = lane // length
                     offs = row * stride + (lane - row * length)
-                    total += squares(tl.load(here + offs, mask=lane < size, other=0.0))
+                    grad = tl.load(here + offs, mask=lane < size, other=0.0)
+                    total += squares(scaled(grad, scale, SCALED))
                     done += TILE
                 whole = tl.sum(total, axis=0)
             if direct != 0:

@@ -133,6 +133,7 @@ class Address(IntEnum):
     SUMS = 5  # fp64, one per slot
     STEP = 6  # int64, one
     LR = 7  # fp32 or fp64, one; only if the param group's learning rate is a tensor on the device
+    GRAD_SCALE = 8  # no address: see `ds_blockwise.kernels.base.packed_scale`
 
 
 # ------------------------------------------------------- settings and scalars: (…, len(...)), fp64

@@ -2,8 +2,9 @@
 """The Triton kernel that updates parameters and state; see `backend` for how a step uses it.
 
 Names in its functions: ``p g m v c`` point to parameter, gradient, first and second moments and 16-bit copy, ``s`` to
-the scalars of a row of settings. ``WIDE`` is the dtype of the arithmetic, ``COPY`` whether there is a 16-bit copy,
-``OWN`` whether every element has its own second moment, ``CAUTIOUS`` whether weight decay is (arXiv 2510.12402).
+the scalars of a row of settings, ``q`` to the factor of gradients, read if ``SCALED``. ``WIDE`` is the dtype of the
+arithmetic, ``COPY`` whether there is a 16-bit copy, ``OWN`` whether every element has its own second moment,
+``CAUTIOUS`` whether weight decay is (arXiv 2510.12402).
 """
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 
@@ -19,6 +20,7 @@ from ds_blockwise.kernels.triton.device_functions import (
     edges,
     known_even,
     new_second_moment,
+    scaled,
     squares,
     tensor_pointer,
     tile_base,
@@ -31,6 +33,7 @@ JOB_START, JOB_NUMEL, JOB_COUNT, JOB_SLOT = constants(Job.START, Job.NUMEL, Job.
 JOB_REPEAT, JOB_REPEAT_STRIDE = constants(Job.REPEAT, Job.REPEAT_STRIDE)
 JOB_BLOCK_STRIDE, JOB_BLOCK_NUMEL = constants(Job.BLOCK_STRIDE, Job.BLOCK_NUMEL)
 (JOB_PARTS,) = constants(Job.PARTS)
+ADDRESS_COLUMNS, GRAD_SCALE = constants(len(Address), Address.GRAD_SCALE)
 ROWS, LOOP, CHUNK, ELEMENTS = constants(Kind.ROWS, Kind.LOOP, Kind.CHUNK, Kind.ELEMENTS)
 RECT, ELEMENT_RECT = constants(Kind.RECT, Kind.ELEMENT_RECT)
 PARAM, GRAD, PARAM_COPY = constants(Address.PARAM, Address.GRAD, Address.PARAM_COPY)
@@ -56,13 +59,16 @@ def _store(pointers, value, mask, BY_HAND: tl.constexpr):
 
 
 @triton.jit
-def _apply(p, m, c, offs, mask, grad, scale, s, WIDE: tl.constexpr, COPY: tl.constexpr, CAUTIOUS: tl.constexpr,
-           BY_HAND: tl.constexpr):  # fmt: skip
+def _apply(p, m, c, offs, mask, grad, scale, s, WIDE: tl.constexpr, COPY: tl.constexpr, SCALED: tl.constexpr,
+           CAUTIOUS: tl.constexpr, BY_HAND: tl.constexpr):  # fmt: skip
     """Decay, first moment, step; ``scale`` is the step size over the denominator."""
     exp_avg = tl.load(m + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(WIDE)
-    param = tl.load(p + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(WIDE)
+    if not SCALED:
+        param = tl.load(p + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(WIDE)
     exp_avg = exp_avg + tl.load(s + SCALAR_GRAD_WEIGHT).to(WIDE) * (grad.to(WIDE) - exp_avg)
     _store(m + offs, exp_avg, mask, BY_HAND)
+    if SCALED:  # later: with the factor and the copy's address there are not enough registers for both
+        param = tl.load(p + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(WIDE)
     decayed = param * tl.load(s + SCALAR_DECAY).to(WIDE)
     if CAUTIOUS:
         grows = ((exp_avg < 0) & (param > 0)) | ((exp_avg > 0) & (param < 0))
@@ -86,8 +92,8 @@ def _scale(v, s, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _rows(p, g, m, v, c, s, start, numel, count, block_numel, NUM_ROWS: tl.constexpr, LENGTH: tl.constexpr,
-          VECTORS: tl.constexpr, WIDE: tl.constexpr, COPY: tl.constexpr, CAUTIOUS: tl.constexpr,
+def _rows(p, g, m, v, c, s, q, start, numel, count, block_numel, NUM_ROWS: tl.constexpr, LENGTH: tl.constexpr,
+          VECTORS: tl.constexpr, WIDE: tl.constexpr, COPY: tl.constexpr, SCALED: tl.constexpr, CAUTIOUS: tl.constexpr,
           BY_HAND: tl.constexpr):  # fmt: skip
     """``count`` rows of at most ``LENGTH`` elements, each held in registers between its sum and its update."""
     base = tile_base(start, VECTORS)
@@ -100,12 +106,12 @@ def _rows(p, g, m, v, c, s, start, numel, count, block_numel, NUM_ROWS: tl.const
     low, high = vector_body(begin, end, VECTORS)
     offs = low[:, None] + tl.arange(0, LENGTH)[None, :]
     mask = offs < high[:, None]
-    grad = tl.load(g + offs, mask=mask, other=0.0)
+    grad = scaled(tl.load(g + offs, mask=mask, other=0.0), q, SCALED)
     total = tl.sum(squares(grad), axis=1)
     if EDGED == VECTORS:
         lane = edge_lanes()[None, :]
         edge, edge_mask = edges(begin[:, None], end[:, None], low[:, None], high[:, None], lane)
-        edge_grad = tl.load(g + edge, mask=edge_mask, other=0.0)
+        edge_grad = scaled(tl.load(g + edge, mask=edge_mask, other=0.0), q, SCALED)
         total += tl.sum(squares(edge_grad), axis=1)
     old = tl.load(v + row, mask=inside, other=0.0)
     new = new_second_moment(old, total, block_numel.to(tl.float64), s)
@@ -113,14 +119,14 @@ def _rows(p, g, m, v, c, s, start, numel, count, block_numel, NUM_ROWS: tl.const
     tl.debug_barrier()
     tl.store(v + row, new, mask=inside)
     scale = _scale(new, s, WIDE)[:, None]
-    _apply(p, m, c, offs, mask, grad, scale, s, WIDE, COPY, CAUTIOUS, BY_HAND)
+    _apply(p, m, c, offs, mask, grad, scale, s, WIDE, COPY, SCALED, CAUTIOUS, BY_HAND)
     if EDGED == VECTORS:
-        _apply(p, m, c, edge, edge_mask, edge_grad, scale, s, WIDE, COPY, CAUTIOUS, BY_HAND)
+        _apply(p, m, c, edge, edge_mask, edge_grad, scale, s, WIDE, COPY, SCALED, CAUTIOUS, BY_HAND)
 
 
 @triton.jit
-def _loop(p, g, m, v, c, s, start, numel, block_numel, VECTORS: tl.constexpr, WIDE: tl.constexpr, COPY: tl.constexpr,
-          CAUTIOUS: tl.constexpr, BY_HAND: tl.constexpr):  # fmt: skip
+def _loop(p, g, m, v, c, s, q, start, numel, block_numel, VECTORS: tl.constexpr, WIDE: tl.constexpr,
+          COPY: tl.constexpr, SCALED: tl.constexpr, CAUTIOUS: tl.constexpr, BY_HAND: tl.constexpr):  # fmt: skip
     """One long row: sum it, then update it while its gradient is still cached."""
     base = tile_base(start, VECTORS)
     p, g, m, c = p + base, g + base, m + base, c + base
@@ -131,12 +137,13 @@ def _loop(p, g, m, v, c, s, start, numel, block_numel, VECTORS: tl.constexpr, WI
     at = 0
     while at < length:
         offs = low + at + tl.arange(0, TILE)
-        total += squares(tl.load(g + offs, mask=offs < high, other=0.0, eviction_policy="evict_last"))
+        grad = scaled(tl.load(g + offs, mask=offs < high, other=0.0, eviction_policy="evict_last"), q, SCALED)
+        total += squares(grad)
         at += TILE
     whole = tl.sum(total, axis=0)
     if EDGED == VECTORS:
         edge, edge_mask = edges(begin, end, low, high, edge_lanes())
-        edge_grad = tl.load(g + edge, mask=edge_mask, other=0.0)
+        edge_grad = scaled(tl.load(g + edge, mask=edge_mask, other=0.0), q, SCALED)
         whole += tl.sum(squares(edge_grad), axis=0)
     new = new_second_moment(tl.load(v), whole, block_numel.to(tl.float64), s)
     tl.debug_barrier()  # as in `_rows`
@@ -146,11 +153,11 @@ def _loop(p, g, m, v, c, s, start, numel, block_numel, VECTORS: tl.constexpr, WI
     while at < length:
         offs = low + at + tl.arange(0, TILE)
         mask = offs < high
-        grad = tl.load(g + offs, mask=mask, other=0.0, eviction_policy="evict_first")
-        _apply(p, m, c, offs, mask, grad, scale, s, WIDE, COPY, CAUTIOUS, BY_HAND)
+        grad = scaled(tl.load(g + offs, mask=mask, other=0.0, eviction_policy="evict_first"), q, SCALED)
+        _apply(p, m, c, offs, mask, grad, scale, s, WIDE, COPY, SCALED, CAUTIOUS, BY_HAND)
         at += TILE
     if EDGED == VECTORS:
-        _apply(p, m, c, edge, edge_mask, edge_grad, scale, s, WIDE, COPY, CAUTIOUS, BY_HAND)
+        _apply(p, m, c, edge, edge_mask, edge_grad, scale, s, WIDE, COPY, SCALED, CAUTIOUS, BY_HAND)
 
 
 @triton.jit
@@ -165,8 +172,9 @@ def _own_v(v, offs, mask, grad, s):
 
 
 @triton.jit
-def _contiguous(p, g, m, v, c, s, start, end, LENGTH: tl.constexpr, OWN: tl.constexpr, VECTORS: tl.constexpr,
-                WIDE: tl.constexpr, COPY: tl.constexpr, CAUTIOUS: tl.constexpr, BY_HAND: tl.constexpr):  # fmt: skip
+def _contiguous(p, g, m, v, c, s, q, start, end, LENGTH: tl.constexpr, OWN: tl.constexpr, VECTORS: tl.constexpr,
+                WIDE: tl.constexpr, COPY: tl.constexpr, SCALED: tl.constexpr,
+                CAUTIOUS: tl.constexpr, BY_HAND: tl.constexpr):  # fmt: skip
     """At most ``LENGTH`` elements: with their own second moments, or those of a block whose value is known.
 
     ``v`` points to the block's value or, with ``OWN``, is to the values what ``p`` is to the parameters.
@@ -177,25 +185,25 @@ def _contiguous(p, g, m, v, c, s, start, end, LENGTH: tl.constexpr, OWN: tl.cons
     low, high = vector_body(begin, after, VECTORS)
     offs = low + tl.arange(0, LENGTH)
     mask = offs < high
-    grad = tl.load(g + offs, mask=mask, other=0.0, eviction_policy="evict_first")
+    grad = scaled(tl.load(g + offs, mask=mask, other=0.0, eviction_policy="evict_first"), q, SCALED)
     if OWN:
         v += base
         scale = _scale(_own_v(v, offs, mask, grad, s), s, WIDE)
     else:
         scale = _scale(tl.load(v), s, WIDE)
-    _apply(p, m, c, offs, mask, grad, scale, s, WIDE, COPY, CAUTIOUS, BY_HAND)
+    _apply(p, m, c, offs, mask, grad, scale, s, WIDE, COPY, SCALED, CAUTIOUS, BY_HAND)
     if EDGED == VECTORS:
         edge, edge_mask = edges(begin, after, low, high, edge_lanes())
-        edge_grad = tl.load(g + edge, mask=edge_mask, other=0.0)
+        edge_grad = scaled(tl.load(g + edge, mask=edge_mask, other=0.0), q, SCALED)
         if OWN:
             scale = _scale(_own_v(v, edge, edge_mask, edge_grad, s), s, WIDE)
-        _apply(p, m, c, edge, edge_mask, edge_grad, scale, s, WIDE, COPY, CAUTIOUS, BY_HAND)
+        _apply(p, m, c, edge, edge_mask, edge_grad, scale, s, WIDE, COPY, SCALED, CAUTIOUS, BY_HAND)
 
 
 @triton.jit
-def _rect(p, g, m, v, c, s, job, index, LOG2: tl.constexpr, SHIFT: tl.constexpr, OWN: tl.constexpr, SAME: tl.constexpr,
-          VECTORS: tl.constexpr, WIDE: tl.constexpr, COPY: tl.constexpr, CAUTIOUS: tl.constexpr,
-          BY_HAND: tl.constexpr):  # fmt: skip
+def _rect(p, g, m, v, c, s, q, job, index, LOG2: tl.constexpr, SHIFT: tl.constexpr, OWN: tl.constexpr,
+          SAME: tl.constexpr, VECTORS: tl.constexpr, WIDE: tl.constexpr, COPY: tl.constexpr, SCALED: tl.constexpr,
+          CAUTIOUS: tl.constexpr, BY_HAND: tl.constexpr):  # fmt: skip
     """Strided elements: ``2^SHIFT`` columns of as many repetitions as fit; vectors only where all is even."""
     NUM_ROWS: tl.constexpr = 1 << (LOG2 - SHIFT)
     numel, slot, repeat = tl.load(job + JOB_NUMEL), tl.load(job + JOB_SLOT), tl.load(job + JOB_REPEAT)
@@ -208,7 +216,7 @@ def _rect(p, g, m, v, c, s, job, index, LOG2: tl.constexpr, SHIFT: tl.constexpr,
     row, column = tl.arange(0, NUM_ROWS)[:, None], tl.arange(0, 1 << SHIFT)[None, :]
     offs = row * stride + column
     mask = (row < tl.minimum(repeat - first_row, NUM_ROWS).to(tl.int32)) & (column < columns)
-    grad = tl.load(g + offs, mask=mask, other=0.0)
+    grad = scaled(tl.load(g + offs, mask=mask, other=0.0), q, SCALED)
     if OWN:
         if SAME:
             scale = _scale(_own_v(v + base, offs, mask, grad, s), s, WIDE)
@@ -219,15 +227,15 @@ def _rect(p, g, m, v, c, s, job, index, LOG2: tl.constexpr, SHIFT: tl.constexpr,
     else:
         block = ((first_column % numel).to(tl.int32) + column) // numel.to(tl.int32)
         scale = _scale(tl.load(v + slot + first_column // numel + block, mask=column < columns, other=0.0), s, WIDE)
-    _apply(p, m, c, offs, mask, grad, scale, s, WIDE, COPY, CAUTIOUS, BY_HAND)
+    _apply(p, m, c, offs, mask, grad, scale, s, WIDE, COPY, SCALED, CAUTIOUS, BY_HAND)
 
 
 @triton.jit
 def update_kernel(tiles, jobs, addresses, scalars, KIND: tl.constexpr, LOG2: tl.constexpr, SHIFT: tl.constexpr,
                   VECTORS: tl.constexpr, SAME: tl.constexpr, WIDE: tl.constexpr, P: tl.constexpr, G: tl.constexpr,
                   M: tl.constexpr, V: tl.constexpr, C: tl.constexpr, ALIGN_P: tl.constexpr, ALIGN_G: tl.constexpr,
-                  ALIGN_M: tl.constexpr, ALIGN_V: tl.constexpr, ALIGN_C: tl.constexpr, CAUTIOUS: tl.constexpr,
-                  BY_HAND: tl.constexpr, VERSION: tl.constexpr):  # fmt: skip
+                  ALIGN_M: tl.constexpr, ALIGN_V: tl.constexpr, ALIGN_C: tl.constexpr, SCALED: tl.constexpr,
+                  CAUTIOUS: tl.constexpr, BY_HAND: tl.constexpr, VERSION: tl.constexpr):  # fmt: skip
     """One tile of ``2^LOG2`` elements.
 
     ``P G M V C`` are the dtypes of the tensors (``C``: None without a copy), ``ALIGN_`` what divides their addresses.
@@ -247,27 +255,28 @@ def update_kernel(tiles, jobs, addresses, scalars, KIND: tl.constexpr, LOG2: tl.
     m = tensor_pointer(addresses, item, EXP_AVG, M, ALIGN_M)
     v = tensor_pointer(addresses, item, EXP_AVG_SQ, V, ALIGN_V)
     c = tensor_pointer(addresses, item, PARAM_COPY, P if C is None else C, ALIGN_C)
+    q = addresses + item * ADDRESS_COLUMNS + GRAD_SCALE
     block_numel = tl.load(job + JOB_BLOCK_NUMEL)
     # constants of ours on the left: in the interpreter KIND is an int, which is compared with no constant of Triton's
     if ROWS == KIND:
         first = index << (LOG2 - SHIFT)
-        _rows(p, g, m, v + slot + first, c, s, start + first * numel, numel, count - first, block_numel,
-              1 << (LOG2 - SHIFT), 1 << SHIFT, VECTORS, WIDE, COPY, CAUTIOUS, BY_HAND)  # fmt: skip
+        _rows(p, g, m, v + slot + first, c, s, q, start + first * numel, numel, count - first, block_numel,
+              1 << (LOG2 - SHIFT), 1 << SHIFT, VECTORS, WIDE, COPY, SCALED, CAUTIOUS, BY_HAND)  # fmt: skip
     if LOOP == KIND:
-        _loop(p, g, m, v + slot + index, c, s, start + index * numel, numel, block_numel, VECTORS, WIDE, COPY, CAUTIOUS,
-              BY_HAND)  # fmt: skip
+        _loop(p, g, m, v + slot + index, c, s, q, start + index * numel, numel, block_numel, VECTORS, WIDE, COPY,
+              SCALED, CAUTIOUS, BY_HAND)  # fmt: skip
     if CHUNK == KIND:
         parts = tl.load(job + JOB_PARTS)
         block, part = index // parts, index % parts
         begin = start + block * numel
         low, high = begin + (part << LOG2), tl.minimum(begin + numel, begin + ((part + 1) << LOG2))
-        _contiguous(p, g, m, v + slot + block, c, s, low, high, 1 << LOG2, False, VECTORS, WIDE, COPY, CAUTIOUS,
-                    BY_HAND)  # fmt: skip
+        _contiguous(p, g, m, v + slot + block, c, s, q, low, high, 1 << LOG2, False, VECTORS, WIDE, COPY, SCALED,
+                    CAUTIOUS, BY_HAND)  # fmt: skip
     if ELEMENTS == KIND:
         low, high = start + (index << LOG2), tl.minimum(start + count, start + ((index + 1) << LOG2))
         own = v if SAME else v + slot - start
-        _contiguous(p, g, m, own, c, s, low, high, 1 << LOG2, True, VECTORS, WIDE, COPY, CAUTIOUS, BY_HAND)
+        _contiguous(p, g, m, own, c, s, q, low, high, 1 << LOG2, True, VECTORS, WIDE, COPY, SCALED, CAUTIOUS, BY_HAND)
     if RECT == KIND:
-        _rect(p, g, m, v, c, s, job, index, LOG2, SHIFT, False, SAME, VECTORS, WIDE, COPY, CAUTIOUS, BY_HAND)
+        _rect(p, g, m, v, c, s, q, job, index, LOG2, SHIFT, False, SAME, VECTORS, WIDE, COPY, SCALED, CAUTIOUS, BY_HAND)
     if ELEMENT_RECT == KIND:
-        _rect(p, g, m, v, c, s, job, index, LOG2, SHIFT, True, SAME, VECTORS, WIDE, COPY, CAUTIOUS, BY_HAND)
+        _rect(p, g, m, v, c, s, q, job, index, LOG2, SHIFT, True, SAME, VECTORS, WIDE, COPY, SCALED, CAUTIOUS, BY_HAND)

@@ -28,7 +28,7 @@ from ds_blockwise.optimizers.muon.buckets import Plan
 from ds_blockwise.optimizers.muon.elements import Elements
 from ds_blockwise.optimizers.muon.plan import make_plan
 from ds_blockwise.optimizers.muon.rounds import step_matrices_
-from ds_blockwise.optimizers.settings import CheckpointFormat, MomentumDtype
+from ds_blockwise.optimizers.settings import CheckpointFormat, MomentumDtype, check_switch
 from ds_blockwise.values import as_count, number, one_of
 
 BUCKET_BYTES = 1 << 28
@@ -75,6 +75,7 @@ class BlockwiseMuon(BlockwiseOptimizer):
         backend: what steps the part of Adam-mini, see `BlockwiseAdamMini`; matrices are torch's products on any device.
         checkpoint_format: see `BlockwiseAdamMini`.
         telemetry: see `BlockwiseAdamMini`; second moments are not read: those of matrices are of updates.
+        fused_step: of `BlockwiseAdamW` and `BlockwiseAdamMini`; true is refused.
         orthogonalize: per block type or role ``"matrix"`` (the whole weight), ``"role"``, ``"head"`` (query, key,
             value) or ``"none"``; default ``"role"``.
         momentum: decay rate of the momentum of matrices.
@@ -101,6 +102,7 @@ class BlockwiseMuon(BlockwiseOptimizer):
 
     second_moment = "block"
     can_be_measured = False
+    supports_fused_step = False
     own_settings = (
         "orthogonalize",
         "momentum",
@@ -132,6 +134,7 @@ class BlockwiseMuon(BlockwiseOptimizer):
         backend: str = "auto",
         checkpoint_format: CheckpointFormat = "expanded",
         telemetry: object = None,
+        fused_step: bool = False,
         orthogonalize: object = None,
         momentum: float = 0.95,
         nesterov: bool = True,
@@ -146,7 +149,7 @@ class BlockwiseMuon(BlockwiseOptimizer):
         self.orthogonalize = BlockSettings().with_orthogonalize(orthogonalize).orthogonalize
         self.momentum = number("momentum", momentum, low=0.0, below=1.0)
         self.normuon_beta2 = number("normuon_beta2", normuon_beta2, low=0.0, below=1.0)
-        self.nesterov, self.normuon = _switch("nesterov", nesterov), _switch("normuon", normuon)
+        self.nesterov, self.normuon = check_switch("nesterov", nesterov), check_switch("normuon", normuon)
         self.scale = one_of("scale", scale, tuple(SCALES))
         self.coefficients = one_of("coefficients", coefficients, tuple(COEFFICIENTS))
         self.newton_schulz_dtype = one_of("newton_schulz_dtype", newton_schulz_dtype, tuple(NEWTON_SCHULZ_DTYPES))
@@ -168,6 +171,7 @@ class BlockwiseMuon(BlockwiseOptimizer):
             backend=backend,
             checkpoint_format=checkpoint_format,
             telemetry=telemetry,
+            fused_step=fused_step,
             **extra,
         )
 
@@ -253,9 +257,3 @@ def _spelt_out(lr_multipliers: object) -> object:
     if not isinstance(given, Mapping) or given.get(PRESET) != DEFAULT_PRESET:
         return lr_multipliers
     return {**LR_PRESETS[DEFAULT_PRESET], **{key: value for key, value in given.items() if key != PRESET}}
-
-
-def _switch(name: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be true or false, got {value!r}")
-    return value

@@ -253,6 +253,7 @@ def whole_tensor_reference(case: Case, start: dict[str, Tensor]) -> SimpleNamesp
     split = groups_of(case)
     chosen = split(model) if split else [p for p in model.parameters() if p.requires_grad]
     hyper = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY}
-    settings = {key: value for key, value in case.params.items() if key not in hyper} | settings_of(case)
+    of_engine = (*hyper, "fused_step")  # nobody but an engine hands over gradients for that
+    settings = {key: value for key, value in case.params.items() if key not in of_engine} | settings_of(case)
     optimizer = OPTIMIZERS[FULL_NAME[case.optimizer]](chosen, **hyper, **settings)
     return SimpleNamespace(optimizer=optimizer, named=dict(model.named_parameters()))

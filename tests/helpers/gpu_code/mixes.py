@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from ds_blockwise.blocks.spec import BlockSpec, apply_settings
 from ds_blockwise.blocks.structure import HeadGeometry, fused_qkv
 from ds_blockwise.kernels.base import Item
 from ds_blockwise.kernels.triton.plan import make_plan
-from tests.helpers.kernel_cases import BF16, BLOCK_SETTINGS, F32, HYPER, placements_of, spec
+from tests.helpers.kernel_cases import BF16, BLOCK_SETTINGS, F32, HYPER, SCALE, placements_of, spec
 
 #: names of the tensors of an item, in the order in which `item` takes their distances from an aligned address
 TENSORS = ("param", "grad", "exp_avg", "exp_avg_sq", "param_copy")
@@ -92,6 +93,7 @@ def item(
     exp_avg: torch.dtype = F32,
     off: Sequence[int] = (0, 0, 0, 0, 0),
     cautious: bool = False,
+    grad_scale: float | None = None,
 ) -> Item:
     """A tensor in fp32 with this content.
 
@@ -104,6 +106,7 @@ def item(
         exp_avg: dtype of the first moment.
         off: elements between an aligned address and each of `TENSORS`.
         cautious: whether weight decay is.
+        grad_scale: what gradients are multiplied by where they are read.
     """
     table = build_table(numel, placements, shares_second_moment=shared)
     sizes = (numel, numel, numel, table.num_blocks if shared else numel, numel)
@@ -112,12 +115,14 @@ def item(
     param, gradient, first, second, copied = memory
     state = {"step": torch.zeros((), dtype=torch.int64), "exp_avg": first, "exp_avg_sq": second}
     hyper = replace(HYPER, cautious=cautious)
-    return Item(table, make_plan(table), param, state, hyper, gradient, None, copied)
+    return Item(table, make_plan(table), param, state, hyper, gradient, None, copied, grad_scale=grad_scale)
 
 
 def _untouched(dtype: torch.dtype, numel: int, at: int) -> torch.Tensor:
     return torch.zeros(at + 1, dtype=dtype)[at:].expand(numel)
 
+
+FUSED: dict[str, Any] = {"grad": BF16, "copy": BF16, "grad_scale": SCALE}  # as a host hands it over that casts nothing
 
 MIXES: dict[str, Callable[[], list[Item]]] = {
     "LLaMA 2B": lambda: whole(llama(), shared=True),
@@ -131,6 +136,10 @@ MIXES: dict[str, Callable[[], list[Item]]] = {
     "LLaMA 2B, cut at an odd place, bf16": lambda: shard(
         llama(), shared=True, ranks=7, grad=BF16, exp_avg=BF16, copy=BF16
     ),
+    "LLaMA 2B, ZeRO shard, fused step, bf16": lambda: shard(llama(), shared=True, **FUSED),
+    "LLaMA 2B, cut at an odd place, fused step, bf16": lambda: shard(llama(), shared=True, ranks=7, **FUSED),
+    "LLaMA 2B, cut at an odd place, fused step of AdamW, bf16": lambda: shard(llama(), shared=False, ranks=7, **FUSED),
+    "GPT-2 medium, ZeRO shard, fused step, bf16": lambda: shard(gpt2_medium(), shared=True, **FUSED),
     "LLaMA 2B, cut at an odd place, cautious AdamW": lambda: shard(llama(), shared=False, ranks=7, cautious=True),
     "GPT-2 medium": lambda: whole(gpt2_medium(), shared=True),
     "GPT-2 medium, ZeRO shard": lambda: shard(gpt2_medium(), shared=True),

@@ -7,54 +7,18 @@ A wheel is installed into a folder of its own, beside torch and without it; no G
 from __future__ import annotations
 
 import json
-import os
-import re
 import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 from tests.helpers import ROOT
+from tests.helpers.versions.overlay import Package
 
-FOLDER = ROOT / "build" / "triton"
+TRITON = Package("triton", "Triton", build=("--only-binary", ":all:"))
 CAPABILITIES = ("80", "90")
 # bytes a thread: assemblers differ (3.7.1: 40 for sm_80); the pinned one may spill nothing (`make test`)
 MOST_SPILLED = 48
-
-
-def floor() -> tuple[int, ...]:
-    """The oldest version that setup.py promises."""
-    (found,) = re.findall(r"triton>=([\d.]+)", (ROOT / "setup.py").read_text(encoding="utf-8"))
-    return numbers(found)
-
-
-def numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split("."))
-
-
-def offered() -> list[str]:
-    """The newest patch of each minor version that pip offers, from the oldest promised one on."""
-    command = [sys.executable, "-m", "pip", "index", "versions", "triton"]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    (line,) = re.findall(r"^Available versions: (.+)$", text, re.M)
-    newest: dict[tuple[int, ...], str] = {}
-    for version in sorted(re.findall(r"[\d.]+(?=,|$)", line), key=numbers):
-        if numbers(version)[:2] >= floor():
-            newest[numbers(version)[:2]] = version
-    return list(newest.values())
-
-
-def installed(version: str) -> Path:
-    """The folder of this version's wheel; fetched once."""
-    folder = FOLDER / version
-    if not folder.exists():
-        with tempfile.TemporaryDirectory(dir=FOLDER) as partial:
-            target = Path(partial) / version
-            command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary", ":all:"]
-            subprocess.run([*command, "--target", str(target), f"triton=={version}"], check=True)
-            target.rename(folder)
-    return folder
 
 
 def compiled_by(version: str) -> str:
@@ -63,8 +27,7 @@ def compiled_by(version: str) -> str:
     Raises:
         RuntimeError: a kernel does not compile, or its code spills more than `MOST_SPILLED`.
     """
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join((str(installed(version)), str(ROOT)))
+    environment = {name: value for name, value in TRITON.before(version).items() if name != "TRITON_INTERPRET"}
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as cache:
         done = subprocess.run(
@@ -91,20 +54,5 @@ def compiled_by(version: str) -> str:
     return f"{cost}; registers: {registers}; at most {most['spilled']} bytes spilled"
 
 
-def main() -> int:
-    """The versions named as arguments (``oldest`` and ``newest`` are names too), or all of them."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    every = offered()
-    named = {"oldest": every[0], "newest": every[-1]}
-    failed = 0
-    for version in [named.get(argument, argument) for argument in sys.argv[1:]] or every:
-        try:
-            print(f"Triton {version}: {compiled_by(version)}", flush=True)
-        except RuntimeError as error:
-            failed += 1
-            print(f"Triton {version} FAILED: {error}", flush=True)
-    return 1 if failed else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(TRITON.try_each(sys.argv[1:], compiled_by))

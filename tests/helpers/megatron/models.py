@@ -30,6 +30,7 @@ from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayerSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
@@ -76,6 +77,12 @@ LATENT = {
     "v_head_dim": 12,
     "rope_type": "rope",
 }
+# 0.19 compares the flag with the spec's norms on latents; it does not know the stand-ins' fused ones
+LATENT_WITH_NORMS = {**LATENT, "qk_layernorm": True}
+# renamed in 0.17
+MTP_LAYER = (
+    "mtp_model_layer" if hasattr(MultiTokenPredictionLayerSubmodules, "mtp_model_layer") else "transformer_layer"
+)
 
 
 @contextmanager
@@ -203,8 +210,11 @@ def te_symbols():
         yield
 
 
-def latent_spec(te: bool) -> ModuleSpec:
-    """Multi-head latent attention: down-projections duplicated (Transformer Engine) or column-parallel (local)."""
+def latent_spec(te: bool, norms: bool = True) -> ModuleSpec:
+    """Multi-head latent attention: down-projections duplicated (Transformer Engine) or column-parallel (local).
+
+    Without a query latent 0.19 takes no norms on latents, unless they are fused.
+    """
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
@@ -223,8 +233,8 @@ def latent_spec(te: bool) -> ModuleSpec:
             linear_kv_up_proj=up,
             core_attention=te_fakes.TEDotProductAttention,
             linear_proj=row,
-            q_layernorm=IdentityOp if te else WrappedTorchNorm,
-            kv_layernorm=IdentityOp if te else WrappedTorchNorm,
+            q_layernorm=WrappedTorchNorm if norms and not te else IdentityOp,
+            kv_layernorm=WrappedTorchNorm if norms and not te else IdentityOp,
         ),
     )
     fc1, fc2 = (te_fakes.TEColumnParallelLinear, row) if te else (ColumnParallelLinear, RowParallelLinear)

@@ -26,6 +26,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # AdamW's unit: multipliers are at most 1.25, and smaller updates would drown in the rounding of fp32 weights
 LR, INIT_LR, MIN_LR, WARMUP, TOTAL = 0.16, 0.04, 0.016, 2, 9  # of the schedule, in steps
 DECOUPLED_LR = 0.24
+# for Megatron-core's registry
+NAMES = {"adamw": "blockwise_adamw", "mini": "blockwise_adam_mini", "lion": "blockwise_lion", "muon": "blockwise_muon"}
 LOSS_SCALE = 2.0**6
 EMBEDDING = "embedding.word_embeddings.weight"
 
@@ -49,6 +51,7 @@ class Stack:
     settings: dict[str, Any] = field(default_factory=dict)  # of convert_
     config: dict[str, Any] = field(default_factory=dict)  # of OptimizerConfig
     stock: bool = False  # do not convert
+    by_name: bool = False  # let get_megatron_optimizer build ours
 
 
 def stack_shims() -> None:
@@ -70,6 +73,8 @@ def stack_shims() -> None:
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
     nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
     torch.cuda.synchronize = lambda *args: None  # type: ignore[assignment]
+    # 0.18 looks up the stream on which gradients are averaged, and uses it with several streams only
+    torch.cuda.current_stream = lambda *args: None  # type: ignore[assignment, return-value]
     for name in ("tensor", "zeros", "empty", "ones", "full"):
         setattr(torch, name, _on_the_cpu(getattr(torch, name)))
 
@@ -126,7 +131,7 @@ class Run:
         )
         self.chunk = DistributedDataParallel(self.model.config, ddp, inside)
         config = OptimizerConfig(
-            optimizer="adam",
+            optimizer=NAMES[stack.optimizer] if stack.by_name else "adam",
             lr=LR,
             min_lr=MIN_LR,
             decoupled_lr=DECOUPLED_LR if stack.decoupled else None,
@@ -143,6 +148,7 @@ class Run:
             use_distributed_optimizer=stack.wrapper == "distributed",
             **stack.config,
         )
+        config.blockwise = stack.settings
         config.bf16 = stack.dtype == "bf16" and stack.wrapper != "layerwise"  # which adds its own 16-bit wrappers
         self.optimizer = get_megatron_optimizer(
             config, [self.chunk], config_overrides=get_standard_config_overrides(config)
@@ -151,7 +157,7 @@ class Run:
         if stack.wrapper == "layerwise":
             self.optimizer = _layer_wise(self.optimizer.chained_optimizers, config)
         self.wrapper = self.optimizer.chained_optimizers[0]
-        if not stack.stock:
+        if not (stack.stock or stack.by_name):
             self.convert()
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
@@ -293,7 +299,9 @@ def _layer_wise(wrappers: list[Any], config: Any) -> Any:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    optimizer = LayerWiseDistributedOptimizer(wrappers, config, groups, [wrapper.init_state_fn for wrapper in wrappers])
+    # it makes its own 16-bit wrappers, since 0.18 around bare optimizers only
+    parts = [wrapper.optimizer for wrapper in wrappers] if config.bf16 else wrappers
+    optimizer = LayerWiseDistributedOptimizer(parts, config, groups, [wrapper.init_state_fn for wrapper in wrappers])
     optimizer.allgather_params = optimizer.broadcast_params  # gloo gathers tensors of one size only
     return optimizer
 

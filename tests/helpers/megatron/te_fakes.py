@@ -2,9 +2,9 @@
 """Stand-ins for Megatron-core's wrappers of Transformer Engine, which is not needed to test that it is recognised.
 
 Class names, constructors, shapes and attributes are those of ``megatron/core/extensions/transformer_engine.py`` 0.16
-and of the Transformer Engine classes below it, the misleading ones included: every weight is marked as split, along
-dimension 0 unless its TE class was told "row", which it isn't for duplicated weights and for experts. The arithmetic is
-plain torch, so that whole models run.
+to 0.19 (which adds ``name``) and of the Transformer Engine classes below it, the misleading ones included: every weight
+is marked as split, along dimension 0 unless its TE class was told "row", which it isn't for duplicated weights and for
+experts. The arithmetic is plain torch, so that whole models run.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class TELinear(nn.Module):
         is_expert=False,
         tp_group=None,
         stride=1,
+        name=None,
     ):
         super().__init__()
         self.config = config
@@ -110,6 +111,7 @@ class TEGroupedLinear(nn.Module):
         is_expert,
         tp_comm_buffer_name=None,
         pg_collection=None,
+        name=None,
     ):
         super().__init__()
         self.config, self.num_gemms = config, num_gemms
@@ -155,6 +157,7 @@ class TEDotProductAttention(nn.Module):
         v_channels=None,
         cp_comm_type=None,
         pg_collection=None,
+        name=None,
     ):
         super().__init__()
         self.config, self.scale = config, softmax_scale

@@ -18,7 +18,8 @@ _INTRODUCTION = """\
 
 Written by `make docs` from the argument parsers; a test compares them. `--help` prints the same.
 
-`ds-blockwise` comes with the package. The scripts of `launch/` run from a checkout.
+`ds-blockwise` comes with the package. The scripts of `launch/` run from a checkout, or from where `ds-blockwise init`
+says.
 """
 _FINE_TUNING = """\
 ## `launch/finetune_hf.py`

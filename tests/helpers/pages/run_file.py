@@ -18,7 +18,7 @@ from ds_blockwise.runs.strict_files import StrictSection
 from tests.helpers import ROOT
 from tests.helpers.pages.text import described, sentence, table
 
-_CHOICES = {"activation_checkpointing": ACTIVATION_CHECKPOINTING, "gpu": tuple(GPUS), "architecture": ARCHITECTURES}
+CHOICES = {"activation_checkpointing": ACTIVATION_CHECKPOINTING, "gpu": tuple(GPUS), "architecture": ARCHITECTURES}
 _HEADS = ("key", "value", "default", "meaning")
 _LARGEST = 10**8  # limits above it only keep numbers finite
 _INTRODUCTION = """\
@@ -79,8 +79,8 @@ def _shown(value: object) -> str:
 
 
 def _kind(name: str, schema: dict[str, Any]) -> str:
-    if name in _CHOICES:
-        return ", ".join(f"`{choice}`" for choice in _CHOICES[name])
+    if name in CHOICES:
+        return ", ".join(f"`{choice}`" for choice in CHOICES[name])
     if "anyOf" in schema:
         schema = next(choice for choice in schema["anyOf"] if choice.get("type") != "null")
     if "$ref" in schema:

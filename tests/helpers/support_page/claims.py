@@ -21,6 +21,7 @@ import pytest
 
 from tests.helpers import ROOT
 from tests.helpers.optimizers import ALL_NAMES
+from tests.helpers.support_page import tools, versions
 
 PAGE = ROOT / "docs" / "support.md"
 TABLE = ROOT / "docs" / "support.csv"
@@ -176,6 +177,7 @@ def page(rows: Iterable[Row], counts: Mapping[str, int], run: str) -> str:
             lines += ["", f"## {host}", "", f"| | {' | '.join(ALL_NAMES)} |", "|---" * (1 + len(ALL_NAMES)) + "|"]
         texts = [_text(cell, o, counts) for o, cell in zip(ALL_NAMES, row.cells, strict=True)]
         lines.append(f"| {row.layout} | {' | '.join(texts)} |")
+    lines += [*versions.section(versions.read_rows()), *tools.section(tools.read_rows())]
     return "\n".join(lines) + "\n"
 
 

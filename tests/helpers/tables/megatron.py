@@ -112,7 +112,7 @@ MODELS = {
         ENDS
         | norms("decoder.final_layernorm", bias=True)
         | under(LAYER, WITH_BIASES)
-        | under("mtp.layers.0.transformer_layer.", WITH_BIASES)
+        | under(f"mtp.layers.0.{models.MTP_LAYER}.", WITH_BIASES)
         | under(
             "mtp.layers.0.",
             norms("enorm", "hnorm", "final_layernorm", bias=True),
@@ -156,7 +156,7 @@ MODELS = {
         ),
     ),
     "latent attention": (
-        lambda: models.gpt(models.latent_spec(te=False), **models.LATENT),
+        lambda: models.gpt(models.latent_spec(te=False), **models.LATENT_WITH_NORMS),
         ENDS
         | under(
             LAYER,
@@ -181,7 +181,7 @@ MODELS = {
         ),
     ),
     "latent attention without a query latent": (
-        lambda: models.gpt(models.latent_spec(te=False), **{**models.LATENT, "q_lora_rank": None}),
+        lambda: models.gpt(models.latent_spec(te=False, norms=False), **{**models.LATENT, "q_lora_rank": None}),
         ENDS
         | under(
             LAYER,
@@ -189,7 +189,6 @@ MODELS = {
             {"self_attention.linear_q_proj.weight": "query head 4"},
             GATED,
             TWO_NORMS,
-            norms("self_attention.kv_layernorm"),
         ),
     ),
     "t5": (

@@ -14,6 +14,8 @@ from tests.helpers.tables.huggingface import under
 from tests.unit.tagging.test_families import tags_of
 
 pytest.importorskip("megatron.core", reason="the layers are Megatron-core's")
+from megatron.core.transformer.moe import experts
+
 import megatron_patch
 from megatron_patch.reader import MegatronReader
 from tests.helpers.megatron import models
@@ -171,21 +173,26 @@ def test_mamba_mixers_are_other_but_for_their_norm():
     )
 
 
+HAS_GROUPED_MLP = pytest.mark.skipif(
+    not hasattr(experts, "GroupedMLP"), reason="Megatron-core has no GroupedMLP from 0.17 on"
+)
+
+
 def grouped_mlp():
-    from megatron.core.transformer.moe.experts import GroupedMLP
+    weights = {"weight1": parameter(5, 3 * 8), "weight2": parameter(3 * 4, 5)}
+    grouped = skeleton(experts.GroupedMLP, num_local_experts=3, **weights)
+    return nn.ModuleDict({"mlp": nn.ModuleDict({"experts": grouped})})
 
-    experts = skeleton(GroupedMLP, num_local_experts=3, weight1=parameter(5, 3 * 8), weight2=parameter(3 * 4, 5))
-    return nn.ModuleDict({"mlp": nn.ModuleDict({"experts": experts})})
 
-
+@HAS_GROUPED_MLP
 def test_the_legacy_grouped_mlp_has_a_block_per_output_column_of_an_expert():
     """Its two-dimensional shape is a disguise: rows of the shape are neither inputs nor outputs of one expert."""
     model = grouped_mlp()
     assert tags_of(model) == {"mlp.experts.weight1": "ffn row 24", "mlp.experts.weight2": "ffn row 15"}
-    experts = model["mlp"]["experts"]
-    assert experts.weight1.block_spec.structure.matrices == (3, 5, 8)
-    assert experts.weight2.block_spec.structure.matrices == (3, 4, 5)
-    assert experts.weight1.block_spec.axis == experts.weight2.block_spec.axis == 2
+    grouped = model["mlp"]["experts"]
+    assert grouped.weight1.block_spec.structure.matrices == (3, 5, 8)
+    assert grouped.weight2.block_spec.structure.matrices == (3, 4, 5)
+    assert grouped.weight1.block_spec.axis == grouped.weight2.block_spec.axis == 2
 
 
 class Group:
@@ -201,7 +208,8 @@ class Group:
         return self._rank
 
 
-def test_what_is_split_in_an_unknown_way_is_refused(monkeypatch):
+@HAS_GROUPED_MLP
+def test_the_legacy_grouped_mlp_is_refused_where_it_is_split():
     """Treating a shard as a whole would give each rank a second moment of its own, and the ranks drift apart."""
     model = grouped_mlp()
     model["mlp"]["experts"].tp_group = Group(2)
@@ -210,16 +218,30 @@ def test_what_is_split_in_an_unknown_way_is_refused(monkeypatch):
         match=r"parameter 'mlp\.experts\.weight1': GroupedMLP\.weight1 is split over 2 tensor-parallel ranks",
     ):
         tag_parameters(model)
+
+
+def test_a_mixer_is_refused_where_it_is_split(monkeypatch):
+    """As above; it packs several tensors into one."""
     monkeypatch.setattr("megatron_patch.reader._tensor_parallel", lambda: (2, 0))
     with pytest.raises(ValueError, match=r"(?s)MambaMixer\.dt_bias is split over 2 .*Conv1d\.weight is split over 2"):
         tag_parameters(mamba())
 
 
+def test_weights_that_are_rematerialised_are_refused_by_the_name_of_the_setting():
+    """0.19 cuts rows over ranks that tensor parallelism does not know: heads would be counted in a part of them."""
+    model = models.gpt(**models.LLAMA)
+    attention = model.decoder.layers[0].self_attention
+    half = parameter(48, 48, tensor_model_parallel=True, partition_dim=0, is_gtp_weight_remat=True)
+    attention.linear_qkv.weight = half
+    setting = r"linear_qkv\.weight': .*Set tensor_parallel_num_weight_shards to tensor_model_parallel_size"
+    with pytest.raises(ValueError, match=setting):
+        tag_parameters(model)
+
+
 def test_experts_split_over_other_ranks_than_the_dense_layers_are_refused(monkeypatch):
     """Sums of a block travel over the tensor-parallel group; another group would add up other experts' rows."""
     model = models.gpt(models.te_spec(experts=True), **models.EXPERTS)
-    experts = model.decoder.layers[0].mlp.experts
-    experts.linear_fc2._tp_group = Group(2)
+    model.decoder.layers[0].mlp.experts.linear_fc2._tp_group = Group(2)
     ranks = {True: [0, 4], False: [0, 1]}
     monkeypatch.setattr("torch.distributed.get_process_group_ranks", lambda g: ranks[isinstance(g, Group)])
     with pytest.raises(ValueError, match=r"split over ranks \[0, 4\], but .* is \[0, 1\]. Set expert_tensor_parallel"):

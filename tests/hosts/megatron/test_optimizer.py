@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.helpers.deepspeed.engine_cases import BETAS, EPS, WEIGHT_DECAY
+from tests.helpers.deepspeed.engine_cases import BETAS, EPS, FULL_NAME, WEIGHT_DECAY
 from tests.helpers.distributed import Outcome, RankContext, passes
 from tests.helpers.megatron.cases import is_noticed, of_kinds
 from tests.helpers.megatron.gpt_shards import LAYERS, SHAPES
@@ -21,6 +23,7 @@ from tests.helpers.megatron.stack import (
     DTYPES,
     EMBEDDING,
     LR,
+    NAMES,
     Run,
     Stack,
     assert_equal_copies,
@@ -36,6 +39,12 @@ from tests.helpers.tables.oracle_names import megatron_classes
 pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="needs megatron")
 
 STEPS = 5
+
+
+def has_registry() -> bool:
+    core = find_spec("megatron.core") if find_spec("megatron") else None
+    folder = Path(core.origin).parent if core is not None and core.origin is not None else Path()
+    return (folder / "optimizer" / "emerging_optimizers.py").is_file()
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,8 @@ def run_case(context: RankContext, case: Case) -> None:
     stack_shims()
     with open_stack(case.stack) as run:
         check_values(context, case, run)
+        if case.stack.by_name:
+            check_same_bits(case, run)
 
 
 def check_values(context: RankContext, case: Case, run: Run) -> None:
@@ -95,6 +106,18 @@ def check_values(context: RankContext, case: Case, run: Run) -> None:
             assert torch.equal(param.detach(), now[name].to(param.dtype)), f"the model has another {name}"
     if stack.tied and stack.pp > 1:
         assert_equal_copies(next(p.detach() for n, p in run.params.items() if n == EMBEDDING or run.is_copy(n)))
+
+
+def check_same_bits(case: Case, run: Run) -> None:
+    """What `convert_` makes of Adam takes the same steps."""
+    other = Run(replace(case.stack, by_name=False))
+    plan = GradientPlan(dist.get_world_size(run.dp_group), 1, plan_dtype(case.stack))
+    for step in range(case.steps):
+        other.feed(plan, step)
+        other.step()
+    found, expected = run.masters(), other.masters()
+    assert [type(w) for w in run.optimizer.chained_optimizers] == [type(w) for w in other.optimizer.chained_optimizers]
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def plan_dtype(stack: Stack) -> torch.dtype:
@@ -170,11 +193,18 @@ def _cases() -> dict[str, tuple[int, Case]]:
     add("overflow", 2, replace(mini, dtype="bf16", loss_scale=True), poison=(0, 2))
     add("overflow", 2, replace(mini, dtype="fp16", loss_scale=True), poison=(1,))
     add("overflow", 1, replace(mini, dtype="fp16", loss_scale=True, wrapper="plain", tp=2), poison=(1,))
+    if has_registry():
+        # some with settings of their own, which must arrive
+        add("by_name", 2, Stack("adamw", "plain", "bf16", by_name=True))
+        add("by_name", 2, replace(mini, by_name=True, settings={"lr_multipliers": {"emb": 3}}))
+        add("by_name", 2, Stack("lion", by_name=True))
+        add("by_name", 2, Stack("muon", by_name=True))
     add("mutant", 2, mini, oracle_multipliers={"value": 4.01}, steps=2)
     return table
 
 
 CASES = _cases()
+NO_REGISTRY = pytest.param(None, marks=pytest.mark.skip(reason="Megatron-core has no registry before 0.18"))
 
 
 @pytest.mark.parametrize("name", of_kinds(CASES, "values", "mqa", "buckets", "mixed", "tied", "by_role", "own"))
@@ -207,7 +237,38 @@ def test_overflow_on_one_rank(outcome: Outcome, name: str) -> None:
     passes(outcome, name)
 
 
+@pytest.mark.parametrize("name", of_kinds(CASES, "by_name") or [NO_REGISTRY])
+def test_megatron_core_builds_ours_by_name(outcome: Outcome, name: str) -> None:
+    """Its own way would keep the whole state on every rank, or step with Adam and say our name."""
+    passes(outcome, name)
+
+
 @pytest.mark.parametrize("name", of_kinds(CASES, "mutant"))
 def test_the_comparison_notices_a_wrong_multiplier(outcome: Outcome, name: str) -> None:
     """The tests above would prove nothing: a wrong multiplier inside linear_qkv must be seen."""
     is_noticed(outcome, name)
+
+
+def test_the_registry_leaves_other_optimizers_alone_and_refuses_what_it_would_not_shard() -> None:
+    """Layer-wise, upstream would step raw parameters with an optimizer that has no blocks."""
+    from megatron_patch.convert import _building_ours
+
+    build = _building_ours(lambda config, model_chunks: ("upstream", config.optimizer))
+    muon = SimpleNamespace(optimizer="muon", use_layer_wise_distributed_optimizer=True)
+    assert build(config=muon, model_chunks=[]) == ("upstream", "muon")
+    ours = SimpleNamespace(optimizer="blockwise_muon", use_layer_wise_distributed_optimizer=True)
+    with pytest.raises(ValueError, match=r"use_layer_wise_distributed_optimizer=True .*use_distributed_optimizer=True"):
+        build(config=ours, model_chunks=[])
+
+
+@pytest.mark.skipif(not has_registry(), reason="Megatron-core has no registry before 0.18")
+@pytest.mark.parametrize("name", NAMES.values())
+def test_a_part_of_the_parameters_cannot_have_ours(name: str) -> None:
+    """config_overrides name optimizers of the registry; ours would step without their settings and checkpoints."""
+    from megatron.core.optimizer.emerging_optimizers import _EMERGING_OPTIMIZERS
+
+    import megatron_patch
+
+    assert megatron_patch.MEGATRON_NAMES[name] in FULL_NAME.values()
+    with pytest.raises(ValueError, match=rf"optimizer '{name}': ds_blockwise steps all of them or none"):
+        _EMERGING_OPTIMIZERS[name].config_to_kwargs(None, [], None)

@@ -22,7 +22,7 @@ CUTS = {
     "output gate": {**models.LLAMA, "attention_output_gate": True},
     "one query group": {**models.LLAMA, "num_query_groups": 1},
     "experts": {**models.EXPERTS, "sequence_parallel": False},
-    "latent attention": models.LATENT,
+    "latent attention": models.LATENT_WITH_NORMS,
 }
 # all on four ranks: with tp 2 two tensor-parallel groups do the same
 CASES = {f"{name}, tp {tp}": (4, (name, tp)) for name in CUTS for tp in (2, 4)}

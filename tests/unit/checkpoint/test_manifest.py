@@ -11,7 +11,16 @@ import pytest
 import torch
 
 from ds_blockwise.atomic_files import sha256_of
-from ds_blockwise.checkpoint.manifest import MANIFEST, CheckpointError, listed_files, read_manifest, verify
+from ds_blockwise.checkpoint import manifest
+from ds_blockwise.checkpoint.manifest import (
+    MANIFEST,
+    CheckpointError,
+    FileFacts,
+    listed_files,
+    read_manifest,
+    sums_of,
+    verify,
+)
 from tests.helpers.checkpoint_folders import foreign, save
 
 
@@ -96,3 +105,20 @@ def test_the_manifest_is_plain_json(tmp_path: Path) -> None:
         "bytes": len("step 2"),
         "sha256": sha256_of(final / "deep" / "note.txt"),
     }
+
+
+def test_a_file_that_was_summed_while_it_was_written_is_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But its size is looked at: a file that lost its end must not be listed with the sum of the whole."""
+    (tmp_path / "a.pt").write_bytes(b"abc")
+    known: FileFacts = {"bytes": 3, "sha256": "known"}
+    monkeypatch.setattr(manifest, "sha256_of", lambda path: f"read {path.name}")
+    (tmp_path / "b.pt").write_bytes(b"d")
+    assert sums_of(tmp_path, ["a.pt", "b.pt"], {"a.pt": known}) == {
+        "a.pt": known,
+        "b.pt": {"bytes": 1, "sha256": "read b.pt"},
+    }
+    (tmp_path / "a.pt").write_bytes(b"ab")
+    with pytest.raises(OSError, match="has 2 bytes, 3 were written"):
+        sums_of(tmp_path, ["a.pt"], {"a.pt": known})

@@ -49,24 +49,41 @@ def test_they_are_the_shipped_ones() -> None:
 
 
 def test_a_built_package_brings_them(tmp_path: Path) -> None:
-    """Without the repository beside it, as a wheel installs it."""
-    subprocess.run(
-        [sys.executable, "setup.py", "-q", "build_py", "-d", str(tmp_path / "lib")],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        timeout=120,
-    )
-    code = "from ds_blockwise.cli.main import main; raise SystemExit(main(['init', 'made']))"
-    environment = os.environ | {"PYTHONPATH": str(tmp_path / "lib")}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
+    """Without the repository beside it, as a wheel installs it: the main job and the configs lie inside the package."""
+    pytest.importorskip("pydantic", reason="run files need the extra 'launch'")
+    lib = tmp_path / "lib"
+    build = [sys.executable, "setup.py", "-q", "build_py", "-d", str(lib)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    code = """
+from ds_blockwise.cli.main import main
+for line in ("init made", "configs", "configs llama_2b/nodes_8 --to own", "check own/run/llama_2b/nodes_8.yaml"):
+    assert main(line.split()) == 0, line
+    print("--")
+"""
+    environment = os.environ | {"PYTHONPATH": str(lib)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    init, listed, copied, checked = done.stdout.split("--\n")[:4]
     assert sorted(path.name for path in (tmp_path / "made").iterdir()) == sorted(FILES)
-    assert "the main job is in the repository's folder launch/" in done.stdout
     assert json.loads((tmp_path / "made" / "deepspeed.json").read_text())["optimizer"]["type"] == "BlockwiseAdamMini"
-    # the placeholder of the Slurm script is refused in a line
-    job = subprocess.run(["bash", "slurm.sbatch"], cwd=tmp_path / "made", capture_output=True, text=True, check=False)
+    launch = lib / "ds_blockwise" / "launch"
+    assert f"python {launch}/prepare_data.py --run run.yaml" in init
+    assert f"{launch}/cluster/local.sh run.yaml" in init
+    assert f"checkout={lib}/ds_blockwise " in (tmp_path / "made" / "slurm.sbatch").read_text()
+    for name in ("job/trainer.py", "data/corpus.py", "cluster/slurm_task.sh"):
+        assert (launch / name).is_file(), name
+    assert os.access(launch / "cluster" / "local.sh", os.X_OK)
+    assert "run/tiny.yaml" in listed and "deepspeed/blockwise_muon.json" in listed
+    assert "own/model/llama_2b.yaml" in copied and "no problems" in checked
+
+
+def test_a_wrong_place_in_the_slurm_script_is_refused_in_a_line(tmp_path: Path) -> None:
+    assert main(["init", str(tmp_path / "made")]) == 0
+    script = tmp_path / "made" / "slurm.sbatch"
+    script.write_text(script.read_text().replace(f"checkout={ROOT}", "checkout=/elsewhere"), encoding="utf-8")
+    job = subprocess.run(["bash", "slurm.sbatch"], cwd=script.parent, capture_output=True, text=True, check=False)
     assert job.returncode == 2
-    assert job.stderr == "slurm.sbatch: /path/to/checkout is no checkout of ds_blockwise: correct the line checkout=\n"
+    assert (
+        job.stderr == "slurm.sbatch: /elsewhere holds no launch/cluster of ds_blockwise: correct the line checkout=\n"
+    )

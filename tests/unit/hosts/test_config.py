@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("deepspeed", reason="asks the installed DeepSpeed what it reads")
 
 from deepspeed.runtime import constants, lr_schedules
-from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
+from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, DeepSpeedConfig
 
 from ds_blockwise.hosts.deepspeed.config.check import (
     OPTIMIZERS_OF_DEEPSPEED,
@@ -37,6 +37,19 @@ def test_keys_of_sections_without_a_model() -> None:
     assert {"partition_activations", "cpu_checkpointing"} < set(keys["activation_checkpointing"])
     assert set(keys["scheduler"]) == {"type", "params"}
     assert {name.partition(".")[0] for name in MODELS} <= set(keys[""])
+
+
+def test_the_schema_that_editors_read_is_no_mistake() -> None:
+    """At the top of the file only; DeepSpeed never asks for it."""
+    schema = {"$schema": "schema/deepspeed.json"}
+    config = {**schema, "train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "BlockwiseAdamMini", "params": {}}}
+    assert json_mistakes(config) == []
+    assert list(unread(config)) == []
+    assert DeepSpeedConfig(copy.deepcopy(config)).optimizer_name == "BlockwiseAdamMini"
+    assert [mistake.key for mistake in json_mistakes({"zero_optimization": schema})] == ["zero_optimization.$schema"]
+    assert [mistake.key for mistake in json_mistakes({"optimizer": {"type": "Adam", **schema}})] == [
+        "optimizer.$schema"
+    ]
 
 
 def test_deepspeed_clips_where_the_json_says_nothing() -> None:

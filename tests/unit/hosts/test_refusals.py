@@ -48,6 +48,43 @@ ADAM_MINI_ALONE = {
 }
 
 
+ZERO_2, BF16 = {"zero_optimization": {"stage": 2}}, {"bf16": {"enabled": True}}
+NOT_FUSED = {
+    "no stage": ({}, '"stage": 0'),
+    "stage 3": ({"zero_optimization": {"stage": 3}}, '"stage": 1 or 2'),
+    "fp16": ({**ZERO_2, "fp16": {"enabled": True}}, '"fp16": its scale'),
+    "autocast": ({**ZERO_2, "torch_autocast": {"enabled": True}}, '"torch_autocast": its scale'),
+    "offload": ({"zero_optimization": {"stage": 2, "offload_optimizer": OFFLOAD}}, "remove the offload"),
+    "BF16_Optimizer": (
+        {"zero_optimization": {"stage": 1}, **BF16, "data_types": {"grad_accum_dtype": "float32"}},
+        'BF16_Optimizer. Write "fused_step": false, or "stage": 2',
+    ),
+    "fp16 gradients": ({**ZERO_2, **BF16, "data_types": {"grad_accum_dtype": "fp16"}}, '"grad_accum_dtype": "fp16"'),
+    "bf16 gradients": ({**ZERO_2, "data_types": {"grad_accum_dtype": "bf16"}}, '"grad_accum_dtype": "bf16"'),
+    "deepcompile": ({**ZERO_2, "compile": {"deepcompile": True}}, '"deepcompile": false'),
+    "unmanaged": ({**ZERO_2, "managed_gradient_accumulation": False}, '"managed_gradient_accumulation": true'),
+}
+
+
+@pytest.mark.parametrize("name", NOT_FUSED)
+def test_settings_with_which_steps_are_not_fused(name: str) -> None:
+    """Each would have its gradients scaled twice, not at all, or in a dtype that no kernel reads; or nobody knows."""
+    config, words = NOT_FUSED[name]
+    (refusal,) = refused({**config, "optimizer": {"type": "BlockwiseAdamW", "params": {"fused_step": True}}})
+    assert words in refusal and 'rite "fused_step": false' in refusal
+    assert not refused({**config, "optimizer": {"type": "BlockwiseAdamW", "params": {"fused_step": False}}})
+
+
+def test_steps_are_fused_where_they_were_compared() -> None:
+    params = {"optimizer": {"type": "BlockwiseAdamMini", "params": {"fused_step": True}}}
+    fp32_gradients = {"data_types": {"grad_accum_dtype": "fp32"}}
+    for config in ({**ZERO_2, **BF16}, {**ZERO_2, **BF16, **fp32_gradients}, {**ZERO_2, **fp32_gradients}):
+        assert not refused({**config, **params})
+    for facts in ({"is_pipeline": True}, {"has_experts": True}):
+        (refusal,) = refusals(EngineFacts("BlockwiseAdamW", 1, fused_step=True, **facts))
+        assert 'Write "fused_step": false' in refusal
+
+
 @pytest.mark.parametrize("optimizer", ["BlockwiseAdamW", "BlockwiseAdamMini"])
 @pytest.mark.parametrize("name", ALL_OPTIMIZERS)
 def test_settings_that_no_optimizer_of_ours_survives(name: str, optimizer: str) -> None:

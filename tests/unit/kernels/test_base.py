@@ -8,12 +8,14 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from dataclasses import replace
+
 import pytest
 
 from ds_blockwise.blocks.roles import Role
 from ds_blockwise.kernels.base import ReferenceKernels
 from ds_blockwise.kernels.select import kernels_for
-from tests.helpers.kernel_cases import CASES, F32, clone, compare, flat, item_of, spec, step, whole
+from tests.helpers.kernel_cases import BF16, CASES, F32, clone, compare, flat, item_of, spec, step, whole
 
 CPU = torch.device("cpu")
 
@@ -58,6 +60,21 @@ def test_the_same_step_twice_is_bitwise_the_same(kernels, shared):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+def test_norms_are_those_of_fp64(kernels, dtype):
+    """They decide how much is clipped, and whether a step is skipped."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(n, generator=generator).mul_(1e3).to(dtype) for n in (0, 1, 2, 31, 32, 33, 4097, 300_001)]
+    tensors += [tensors[-1].new_full((5,), torch.finfo(dtype).max), tensors[-1][1:]]
+    found = kernels.norms(tensors)
+    assert found.dtype == torch.float64 and bool(found.isfinite().all())
+    torch.testing.assert_close(found, torch.stack([t.double().norm() for t in tensors]), rtol=1e-13, atol=0)
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        tensors[5][7] = bad
+        assert kernels.norms(tensors).isfinite().tolist() == [n != 5 for n in range(len(tensors))]
+    assert kernels.norms([]).shape == (0,)
+
+
 def test_sums_of_tensors_without_a_gradient_are_zero(kernels):
     cases = [flat([spec((6, 50), Role.FFN)], 25, 260), flat([spec((6, 50), Role.FFN)], 30, 270)]
     items = [clone(item_of(case, i, True)[0], kernels) for i, case in enumerate(cases)]
@@ -78,3 +95,24 @@ def test_only_the_tensors_of_the_call_are_stepped(kernels, shared):
     assert torch.equal(items[1].param, before) and int(items[1].state["step"]) == 0
     assert int(items[0].state["step"]) == int(items[2].state["step"]) == 1
     assert items[0].param.dtype == F32
+
+
+@pytest.mark.parametrize("cautious", [False, True], ids=["plain", "cautious"])
+@BOTH
+def test_a_scaled_gradient_gives_the_bits_of_one_that_was_scaled_in_memory(kernels, shared, cautious):
+    """Hosts that cast, clip, step and round in four passes are replaced by one: not a bit may change.
+
+    A compiler that merged the scaling with the addition after it would round once instead of twice.
+    """
+    cases = [case for case in CASES["scaled"]() if case.grad == BF16]
+    for number, case in enumerate(cases):
+        case = replace(case, hyper=replace(case.hyper, cautious=cautious))
+        item, peers = item_of(case, number, shared)
+        scaled, before = clone(item, kernels), clone(item, kernels)
+        before.grad, before.grad_scale = before.grad.float().mul_(case.grad_scale), None
+        for one in (scaled, before):
+            step(kernels, [one], [peers])
+        assert torch.equal(scaled.param, before.param) and torch.equal(scaled.param_copy, before.param_copy), number
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(scaled.state[key], before.state[key]), (number, key)
+        assert not torch.equal(scaled.param, item.param) or not item.table.numel

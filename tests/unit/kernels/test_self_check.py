@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The check that a backend passes before it steps anybody's weights."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -16,6 +18,26 @@ CPU = torch.device("cpu")
 def test_working_backends_pass_their_check(backend):
     """A check that good kernels fail would put every GPU on the slow reference."""
     assert disagreement(kernels_for(backend, CPU), CPU) is None
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_working_backends_pass_it_for_scaled_gradients(backend):
+    assert disagreement(kernels_for(backend, CPU), CPU, 0.37) is None
+
+
+class Unscaled(ReferenceKernels):
+    """Kernels that read gradients as they lie in memory."""
+
+    name = "unscaled"
+
+    def step_(self, items):
+        super().step_([replace(item, grad_scale=None) for item in items])
+
+
+def test_gradients_that_are_not_scaled_are_found():
+    """Other code than that of other gradients: on a chip where it fails every clipped step would be wrong."""
+    assert "the unscaled kernels differ" in disagreement(Unscaled(), CPU, 0.37)
+    assert disagreement(Unscaled(), CPU) is None
 
 
 class Altered(ReferenceKernels):

@@ -375,3 +375,23 @@ def test_a_ruinous_beta2_is_named_once(caplog):
     BlockwiseAdamMini(tiny().parameters())
     (record,) = caplog.records
     assert "betas[1] = 0.999" in record.message and "--adam_beta2 0.95" in record.message
+
+
+def test_fused_step_is_refused_where_nobody_hands_over_gradients():
+    """In plain PyTorch there is no cast and no copy to save; a run would believe that it saves them."""
+    model = tiny()
+    tag_parameters(model)
+    optimizer = BlockwiseAdamMini(model.parameters(), fused_step=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(ValueError, match=r'fused_step=True, and nobody .* Write "fused_step": false'):
+        optimizer.step()
+    assert not optimizer.state
+    with pytest.raises(TypeError, match="fused_step must be true or false, got 'yes'"):
+        BlockwiseAdamMini(model.parameters(), fused_step="yes")
+
+
+@pytest.mark.parametrize("name", ["BlockwiseMuon", "BlockwiseLion"])
+def test_fused_step_is_refused_by_optimizers_of_other_kernels(name):
+    with pytest.raises(ValueError, match=rf"{name} does not support fused_step=True"):
+        OPTIMIZERS[name](tiny().parameters(), fused_step=True)

@@ -1,13 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands in the place of a checkpoint engine while DeepSpeed saves: failures are noted and not raised."""
+"""What stands in the place of a checkpoint engine while DeepSpeed saves: failures are noted and not raised.
+
+Files that DeepSpeed's usual checkpoint engine writes in torch's zip format are summed while they are written. It hands
+its ``path`` to ``torch.save`` (DeepSpeed 0.19.8, ``torch_checkpoint_engine.py`` 33-36), which takes a file as well.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+
+from ds_blockwise.atomic_files import SummedFile
+from ds_blockwise.checkpoint.manifest import FileFacts
 from ds_blockwise.hosts.deepspeed.engine import CheckpointEngine, Engine
 
 
@@ -17,8 +26,8 @@ class Notes(Protocol):
     def attempt(self, action: Callable[[], object], what: str) -> None:
         """Do something; what it raises is noted under that name."""
 
-    def wrote(self, path: Path) -> None:
-        """A file was written."""
+    def wrote(self, path: Path, facts: FileFacts | None = None) -> None:
+        """A file was written; ``facts`` if it was summed meanwhile."""
 
 
 @contextmanager
@@ -63,9 +72,14 @@ class RecordingEngine:
             _drop_empty(state_dict.get("module"))
 
         def write() -> None:
-            self._own.save(state_dict, path)
+            facts = None
+            own = self._own
+            if _writes_into_files(own):
+                facts = _summed(functools.partial(own.save, state_dict), path)
+            else:
+                own.save(state_dict, path)
             if Path(path).is_file():  # not every rank's checkpoint engine writes
-                self._notes.wrote(Path(path))
+                self._notes.wrote(Path(path), facts)
 
         self._notes.attempt(write, path)
 
@@ -76,6 +90,25 @@ class RecordingEngine:
     def is_decoupled(self) -> bool:
         """False: a decoupled checkpoint engine is left alone."""
         return False
+
+
+class _WritesIntoFiles(Protocol):
+    def save(self, state_dict: dict[str, object], path: SummedFile) -> object: ...
+
+
+def _writes_into_files(engine: object) -> TypeGuard[_WritesIntoFiles]:
+    """Whether it is DeepSpeed's usual one, with the format that torch writes by a file's `write` alone."""
+    return type(engine) is TorchCheckpointEngine and bool(getattr(engine, "zipfile_serialization", False))
+
+
+def _summed(save: Callable[[SummedFile], object], path: str) -> FileFacts:
+    file = SummedFile(path)
+    try:
+        save(file)
+    except BaseException:
+        file.abandon()
+        raise
+    return {"bytes": file.size, "sha256": file.close()}
 
 
 def _drop_empty(module: object) -> None:

@@ -21,6 +21,7 @@ rest (DeepSpeed 0.19.8, ``runtime/engine.py``):
 
 from __future__ import annotations
 
+import errno
 import functools
 import io
 import logging
@@ -56,6 +57,7 @@ logger = logging.getLogger(__name__)
 
 _WARNED: WeakSet[Engine] = WeakSet()
 _HELD: WeakKeyDictionary[Engine, finalize[[Path], Engine]] = WeakKeyDictionary()  # gives back its folder's lock
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SIGHT_S = 5.0  # how long a folder that another rank made may take to appear
 
 
@@ -188,6 +190,7 @@ class _Save:
         mark: of the unfinished folder; one on all nodes, as DeepSpeed compares the ranks' tags.
         problems: what this rank could not write.
         written: names of the files that this rank wrote, relative to the partial folder.
+        known: what is known of some of them since they were written.
         sums: size and digest of the files that this rank sums.
     """
 
@@ -198,6 +201,7 @@ class _Save:
     holds: bool = False
     problems: list[str] = field(default_factory=list)
     written: set[str] = field(default_factory=set)
+    known: dict[str, FileFacts] = field(default_factory=dict)
     sums: dict[str, FileFacts] = field(default_factory=dict)
 
     @property
@@ -211,8 +215,10 @@ class _Save:
 
     def record(self, what: str, error: Exception) -> None:
         text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        if isinstance(error, RuntimeError) and "inline_container" in text:
-            text = f"torch could not write all of it (disk full, quota or limit of file sizes): {text}"
+        if getattr(error, "errno", None) in _NO_ROOM or (
+            isinstance(error, RuntimeError) and "inline_container" in text
+        ):
+            text = f"not all of it could be written (disk full, quota or limit of file sizes): {text}"
         self.problems.append(f"{what}: {text} ({_free(self.folder)} free)")
 
     def attempt(self, action: Callable[[], object], what: str) -> None:
@@ -268,9 +274,13 @@ class _Save:
             if before is not None:
                 before()
 
-    def wrote(self, path: Path) -> None:
+    def wrote(self, path: Path, facts: FileFacts | None = None) -> None:
         if path.is_relative_to(self.partial):
-            self.written.add(path.relative_to(self.partial).as_posix())
+            name = path.relative_to(self.partial).as_posix()
+            self.written.add(name)
+            self.known.pop(name, None)
+            if facts is not None:
+                self.known[name] = facts
 
     def write_rank_state(self, rank_state: object) -> None:
         path = self.partial / _rank_file(dist.get_rank())
@@ -304,13 +314,13 @@ class _Save:
 
     def _sum(self, said: list[tuple[int, set[str]]]) -> None:
         rank = dist.get_rank()
-        # several ranks may write parts of one file: the first of them sums it
-        earlier = set().union(*(written for node, written in said[:rank] if node == said[rank][0]))
-        names = self.written - earlier
+        here = [written if node == said[rank][0] else set() for node, written in said]
+        # several ranks may write parts of one file: the first of them sums it, and none knows what became of it
+        names = self.written.difference(*here[:rank])
+        known = {name: facts for name, facts in self.known.items() if name not in set().union(*here[rank + 1 :])}
         if self.leads:  # files that DeepSpeed wrote by other ways than its checkpoint engine
-            claimed = set().union(*(written for node, written in said if node == said[rank][0]))
-            names = names | (set(files_in(self.partial)) - claimed)
-        self.sums = sums_of(self.partial, sorted(names))
+            names = names | set(files_in(self.partial)).difference(*here)
+        self.sums = sums_of(self.partial, sorted(names), known)
 
     def _publish(self, own: OwnEntry, sums: dict[str, FileFacts]) -> None:
         write_manifest(

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ds_blockwise.hosts.deepspeed.config.words import AUTO, BATCH_KEYS, Mistake, correction, keys_allowed
+from ds_blockwise.hosts.deepspeed.config.words import AUTO, BATCH_KEYS, SCHEMA_KEY, Mistake, correction, keys_allowed
 from ds_blockwise.optimizers.registry import OPTIMIZERS, SCHEDULES
 from ds_blockwise.values import is_finite, nearest
 
@@ -48,6 +48,7 @@ def json_mistakes(config: Mapping[str, Any], *, may_be_auto: bool = False) -> li
         config: the JSON.
         may_be_auto: whether HF Trainer or Accelerate fills in values ``"auto"``.
     """
+    config = {key: value for key, value in config.items() if key != SCHEMA_KEY}
     found = [*_clipping(config, may_be_auto), *_batch(config, may_be_auto), *_stage(config), *_precision(config)]
     found += _named(config, "optimizer", ("type", "params", "legacy_fusion"), may_be_auto)
     found += _named(config, "scheduler", ("type", "params"), may_be_auto)

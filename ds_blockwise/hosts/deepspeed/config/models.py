@@ -27,7 +27,15 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 from pydantic import BaseModel, ValidationError
 
-from ds_blockwise.hosts.deepspeed.config.words import AUTO, BATCH_KEYS, Mistake, correction, keys_allowed, word_for
+from ds_blockwise.hosts.deepspeed.config.words import (
+    AUTO,
+    BATCH_KEYS,
+    SCHEMA_KEY,
+    Mistake,
+    correction,
+    keys_allowed,
+    word_for,
+)
 from ds_blockwise.hosts.deepspeed.engine import VERIFY
 from ds_blockwise.values import is_finite
 
@@ -179,7 +187,7 @@ def unread(config: Mapping[str, Any], section: str = "") -> Iterator[Mistake]:
     known = known_keys()[section]
     for key, value in config.items():
         path = f"{section}.{key}" if section else key
-        if key not in known and path not in MODELS:
+        if key not in known and path not in MODELS and path != SCHEMA_KEY:
             yield Mistake(path, value, keys_allowed("DeepSpeed's keys", known), correction(key, known))
         elif path in known_keys() and isinstance(value, Mapping):
             yield from unread(value, path)

@@ -11,6 +11,9 @@ from ds_blockwise.values import nearest
 AUTO = "auto"
 """What HF Trainer and Accelerate fill in."""
 
+SCHEMA_KEY = "$schema"
+"""Names the JSON's schema to editors, at the top of the file; nothing else reads it."""
+
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 _MOST_KEYS = 12  # that a message lists
 

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DeepSpeed's step around the optimizer with ``fused_step`` and without it, measured on this machine, in turn.
+
+python -m benchmarks.costs.fused_step               # 16.9M parameters, one process, ZeRO-2, bf16, clipping
+python -m benchmarks.costs.fused_step --docs        # also writes the table into docs/benchmarks.md
+
+Two engines with the same weights get the same gradients from one backward pass each; ``engine.optimizer.step()`` is
+timed, which is norm, clipping, update and copy. The first of the two to step changes from round to round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import socket
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.provenance import BENCHMARKS_PAGE, PROVENANCE, ROOT, provenance, write_between, write_csv
+from ds_blockwise.optimizers.registry import OPTIMIZERS
+
+WARM_UP = 2
+COLUMNS = (
+    "optimizer",
+    "zero_stage",
+    "parameters",
+    "gradients",
+    "threads",
+    "rounds",
+    "unfused_ms",
+    "fused_ms",
+    "fused_over_unfused",
+    *PROVENANCE,
+)
+GRADIENTS: dict[str, dict[str, Any]] = {"bf16": {}, "fp32": {"data_types": {"grad_accum_dtype": "fp32"}}}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure every optimizer that supports it, with gradients in bf16 and in fp32; print, write."""
+    options = _options(arguments)
+    common, rows = provenance(), []
+    with _process_group():
+        for name in (name for name, cls in OPTIMIZERS.items() if cls.supports_fused_step):
+            for gradients in GRADIENTS:
+                rows.append({**measure(name, gradients, options), **common})
+                row = rows[-1]
+                print(
+                    f"{name}, gradients in {gradients}: {row['unfused_ms']} ms, fused {row['fused_ms']} ms "
+                    f"({row['fused_over_unfused']})",
+                    flush=True,
+                )
+    write_csv(options.out / "fused_step.csv", COLUMNS, rows)
+    if options.docs:
+        write_between(BENCHMARKS_PAGE, "fused-step", markdown(rows))
+
+
+def measure(name: str, gradients: str, options: argparse.Namespace) -> dict[str, str]:
+    """Time the steps of both engines in turn."""
+    torch.set_num_threads(options.threads)
+    engines = {fused: _engine(name, fused, gradients, options) for fused in (False, True)}
+    times: dict[bool, list[float]] = {False: [], True: []}
+    inputs = torch.ones(1, options.hidden, dtype=torch.bfloat16)
+    for number in range(options.rounds + WARM_UP):
+        for fused in (False, True) if number % 2 else (True, False):
+            engine = engines[fused]
+            engine.backward(engine(inputs).square().sum())
+            begin = time.perf_counter()
+            engine.optimizer.step()
+            if number >= WARM_UP:
+                times[fused].append(time.perf_counter() - begin)
+    unfused, fused_ = (statistics.median(times[fused]) * 1e3 for fused in (False, True))
+    found = {
+        "optimizer": name,
+        "zero_stage": "2",
+        "parameters": str(sum(p.numel() for p in engines[True].module.parameters())),
+        "gradients": gradients,
+        "threads": str(options.threads),
+        "rounds": str(options.rounds),
+        "unfused_ms": f"{unfused:.4g}",
+        "fused_ms": f"{fused_:.4g}",
+        "fused_over_unfused": f"{fused_ / unfused:.3f}",
+    }
+    for engine in engines.values():
+        engine.destroy()
+    return found
+
+
+class _Layer(nn.Module):
+    """Two matrices, as large as most are."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(hidden, 4 * hidden, bias=False)
+        self.down_proj = nn.Linear(4 * hidden, hidden, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """A residual layer."""
+        return x + self.down_proj(self.up_proj(x))
+
+
+def _engine(name: str, fused: bool, gradients: str, options: argparse.Namespace) -> Any:
+    import deepspeed
+
+    import ds_blockwise  # noqa: F401 - registers the optimizers
+
+    torch.manual_seed(0)
+    model = nn.Sequential(*[_Layer(options.hidden) for _ in range(options.layers)])
+    rules = [{"match": "proj", "role": "ffn"}]
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 1e-3,  # below the norm, so that every step is clipped
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 2},
+        "optimizer": {"type": name, "params": {"lr": 1e-6, "rules": rules, "fused_step": fused}},
+        **GRADIENTS[gradients],
+    }
+    return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
+
+
+@contextlib.contextmanager
+def _process_group() -> Iterator[None]:
+    """A group of this process alone."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "LOCAL_RANK": "0"}
+    os.environ["WORLD_SIZE"] = "1"
+    import torch.distributed as dist
+
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints while it is imported
+        import deepspeed
+
+        deepspeed.init_distributed("gloo", verbose=False)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    """The table of the page, a line per optimizer and dtype of gradients."""
+    lines = [
+        "| optimizer | gradients in | DeepSpeed's step, ms | fused, ms | fused / DeepSpeed's |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for row in rows:
+        cells = [row[key] for key in ("optimizer", "gradients", "unfused_ms", "fused_ms", "fused_over_unfused")]
+        lines.append(f"| {' | '.join(cells)} |")
+    first = rows[0]
+    lines += [
+        "",
+        f"Medians of {first['rounds']} steps of each kind in turn by `benchmarks/costs/fused_step.py`: "
+        f"{int(first['parameters']) / 1e6:.1f}M parameters in bf16, ZeRO-{first['zero_stage']} with clipping, one "
+        f"process, threads: {first['threads']}, on {first['cores']} cores ({first['cpu']}), torch {first['torch']}, "
+        f"DeepSpeed {first['deepspeed']}, {first['date']}, commit {first['commit']}.",
+    ]
+    return "\n".join(lines)
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="more of them wait for each other on a busy machine")
+    parser.add_argument("--rounds", type=int, default=15, help="samples of each kind")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/bench", help="folder of the CSV")
+    parser.add_argument("--docs", action="store_true", help="also write the table into docs/benchmarks.md")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The part of `docs/support.md` on releases of hosts, from docs/versions.csv, which their targets write."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import platform
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from tests.helpers import ROOT
+
+TABLE = ROOT / "docs" / "versions.csv"
+HEADING = "## Releases of hosts"
+HEAD = ("host", "release", "python", "torch", "tests passed", "command", "date")
+PAGE = ROOT / "docs" / "support.md"
+
+
+def read_rows() -> list[dict[str, str]]:
+    """The rows of docs/versions.csv; none if it was never written."""
+    if not TABLE.exists():
+        return []
+    with TABLE.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def add_row(host: str, release: str, passed: int, command: str) -> None:
+    """Put one run, on this Python and torch, into docs/versions.csv and the page, in the place of an older one."""
+    date = datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat()
+    values = (host, release, platform.python_version(), torch.__version__, str(passed), command, date)
+    new = dict(zip(HEAD, values, strict=True))
+    rows = [row for row in read_rows() if any(row[key] != new[key] for key in HEAD[:4])]
+    rows.append(new)
+    rows.sort(key=lambda row: (row["host"], [int(part) for part in row["release"].split(".")], row["python"]))
+    with TABLE.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, HEAD, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    before, _, after = PAGE.read_text(encoding="utf-8").partition(f"\n{HEADING}\n")
+    _, following, rest = after.partition("\n## ")
+    PAGE.write_text("\n".join([before.rstrip("\n"), *section(rows)]) + "\n" + following + rest, encoding="utf-8")
+
+
+def section(rows: Iterable[Mapping[str, str]]) -> list[str]:
+    """The lines of the part, from an empty one on.
+
+    Args:
+        rows: as `read_rows` has them.
+    """
+    lines = [
+        "",
+        HEADING,
+        "",
+        "How many tests passed with a release; one that is not listed was not run. Of DeepSpeed: values in every ZeRO"
+        " stage, resume, save and load, on two ranks. Of Megatron-core: layers, optimizers, tensor parallelism.",
+        "",
+        "| host | release | Python | torch | tests passed | command | date |",
+        "|---|---|---|---|---:|---|---|",
+    ]
+    for row in rows:
+        cells = [f"`{row[key]}`" if key == "command" else row[key] for key in HEAD]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
