@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _CHUNK = 1 << 22  # bytes
+_SMALL = 1 << 16  # bytes
 _MADE_BY = re.compile(r"(?P<name>.+)\.(?P<host>\w{1,24})-(?P<pid>[0-9]{1,10})-[0-9a-f]{8}", re.ASCII | re.DOTALL)
 
 
@@ -171,12 +172,17 @@ class SummedFile:
         """Write and sum; returns when both are done, so the memory may be used again."""
         view = memoryview(data)
         if self._failure is None:
-            summing = self._beside.submit(self._digest.update, view)
+            # a zip file has several small pieces for each tensor: handing one to a thread costs more than its sum
+            small = view.nbytes < _SMALL
+            summing = None if small else self._beside.submit(self._digest.update, view)
             try:
                 self._file.write(view)
             except OSError as error:
                 self._failure = error
-            summing.result()
+            if summing is None:
+                self._digest.update(view)
+            else:
+                summing.result()
             self.size += view.nbytes
         return view.nbytes
 

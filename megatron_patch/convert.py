@@ -7,7 +7,7 @@ the multipliers and never writes them to ``group["lr"]``, so schedules, ``decoup
 keep their meaning.
 
 Since 0.18 Megatron-core has a registry of optimizers, which it builds apart from Adam: whole on every rank, without its
-distributed optimizer, and only where a package is installed that is not on PyPI. So our names are put into the
+distributed optimizer, and only where the package ``emerging-optimizers`` is installed. So our names are put into the
 registry, but the function that would build them asks for Adam, and converts it.
 """
 

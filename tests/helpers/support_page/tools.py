@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Mapping
 
+from benchmarks.provenance import read_csv, write_csv
 from tests.helpers import ROOT
 
 TABLE = ROOT / "docs" / "tools.csv"
@@ -15,19 +15,13 @@ HEAD = ("tool", "version", "with", "engines", "result", "command", "date")
 
 def read_rows() -> list[dict[str, str]]:
     """The rows of docs/tools.csv; none if it was never written."""
-    if not TABLE.exists():
-        return []
-    with TABLE.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    return read_csv(TABLE) if TABLE.exists() else []
 
 
 def write_rows(rows: Iterable[Mapping[str, str]]) -> None:
     """Put rows into docs/tools.csv in the place of those of the same tool."""
     known = {row["tool"]: row for row in [*read_rows(), *map(dict, rows)]}
-    with TABLE.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, HEAD, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(row for _, row in sorted(known.items()))
+    write_csv(TABLE, HEAD, [row for _, row in sorted(known.items())])
 
 
 def section(rows: Iterable[Mapping[str, str]]) -> list[str]:

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import csv
 import datetime
 import platform
 from collections.abc import Iterable, Mapping
 
 import torch
 
+from benchmarks.provenance import read_csv, write_csv
 from tests.helpers import ROOT
 
 TABLE = ROOT / "docs" / "versions.csv"
@@ -20,10 +20,7 @@ PAGE = ROOT / "docs" / "support.md"
 
 def read_rows() -> list[dict[str, str]]:
     """The rows of docs/versions.csv; none if it was never written."""
-    if not TABLE.exists():
-        return []
-    with TABLE.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    return read_csv(TABLE) if TABLE.exists() else []
 
 
 def add_row(host: str, release: str, passed: int, command: str) -> None:
@@ -34,10 +31,7 @@ def add_row(host: str, release: str, passed: int, command: str) -> None:
     rows = [row for row in read_rows() if any(row[key] != new[key] for key in HEAD[:4])]
     rows.append(new)
     rows.sort(key=lambda row: (row["host"], [int(part) for part in row["release"].split(".")], row["python"]))
-    with TABLE.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, HEAD, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(TABLE, HEAD, rows)
     before, _, after = PAGE.read_text(encoding="utf-8").partition(f"\n{HEADING}\n")
     _, following, rest = after.partition("\n## ")
     PAGE.write_text("\n".join([before.rstrip("\n"), *section(rows)]) + "\n" + following + rest, encoding="utf-8")
