@@ -19,7 +19,9 @@ from torch import Tensor
 from tests.helpers.oracle import Hyper, LionOracle, Oracle, State
 from tests.helpers.tables.oracle_names import Classes
 
-MATRICES = ("query", "key", "value", "attn_out", "ffn")
+HEADS = ("query", "key", "value")
+MATRICES = (*HEADS, "attn_out", "ffn")
+MULTIPLIERS = {"emb": 3.0, "head": 1.0, "qk": 1.0, "vo": 1.0, "ffn": 1.0, "norm": 3.0, "other": 1.0}
 ONES = dict.fromkeys(("emb", "head", "qk", "vo", "ffn", "norm", "other"), 1.0)
 POLYNOMIALS = {
     "quintic": (
@@ -60,8 +62,8 @@ class MuonOracle(Oracle):
     """Blockwise Muon on {name: full tensor}; ``hyper`` holds Adam-mini's part, and lr and weight decay of all.
 
     Attributes:
-        how: Role -> "role" (default), "head", "matrix" or "none".
-        head_rows: Rows of a head, for "head".
+        how: Role -> "role", "head", "matrix" or "none"; by default queries, keys and values by heads, the rest by role.
+        head_rows: Rows of a head; 0: those of the tables' queries and keys.
         parts: Name of a fused weight -> how many matrices follow each other in its rows.
     """
 
@@ -76,7 +78,9 @@ class MuonOracle(Oracle):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.lr_multipliers = ONES | dict(self.lr_multipliers)
+        self.lr_multipliers = MULTIPLIERS | dict(self.lr_multipliers)
+        spans = [span for classified in self.classes.values() for span in classified.spans if span.role in HEADS[:2]]
+        self.head_rows = self.head_rows or max((span.size for span in spans), default=0)
         self.rows: dict[tuple[str, int], Tensor] = {}
 
     def _update(self, name: str, gradient: Tensor, h: Hyper, lr: Tensor, decay: Tensor) -> None:
@@ -122,10 +126,11 @@ class MuonOracle(Oracle):
         found: dict[tuple[object, ...], list[int]] = {}
         piece = shape[classified.axis] // self.parts.get(name, 1)
         for span in classified.spans:
-            how = self.how.get(span.role, "role" if span.role in MATRICES else "none")
+            usual = "head" if span.role in HEADS else "role" if span.role in MATRICES else "none"
+            how = self.how.get(span.role, usual)
             for row in range(span.start, span.end) if how != "none" else ():
-                head = (row - span.start) // self.head_rows if how == "head" and span.role != "attn_out" else 0
-                start = span.start if how == "head" and span.role != "attn_out" else 0
+                head = (row - span.start) // self.head_rows if how == "head" and span.role in HEADS else 0
+                start = span.start if how == "head" and span.role in HEADS else 0
                 key = ("whole",) if how == "matrix" else (span.role, start, head, row // piece)
                 found.setdefault(key, []).append(row)
         return [torch.tensor(rows) for rows in found.values()]

@@ -27,14 +27,18 @@ LR_PRESETS: dict[str, dict[str, float]] = {
     "tuned": {**_ADAMW_SCALE, "norm": 1.0},
     "paper": _PAPER,
     "uniform": dict.fromkeys(_PAPER, 1.0),
+    "muon": {**dict.fromkeys(_PAPER, 1.0), "emb": 3.0, "norm": 3.0},
 }
 """Multipliers by block type, by the name that the setting ``lr_multipliers`` uses.
 
 ``adamw_scale``, the default: the ratios of arXiv 2502.19002, section 5; ``lr`` is AdamW's. ``paper``: the same ratios
 as published; ``lr`` is the rate of the norms. ``tuned``: the best of our comparison (docs/evidence.md), with norms at
-AdamW's rate. ``uniform``: no block type differs; plain AdamW or Adam-mini.
+AdamW's rate. ``uniform``: no block type differs; plain AdamW or Adam-mini. ``muon``, the default of `BlockwiseMuon`: the
+embedding and norms at three times the rate of the matrices, which helped most in our runs (docs/evidence.md) and which
+tuned public recipes for Muon agree with (modded-nanogpt, track 3: 3.1 and 3.3).
 """
 DEFAULT_PRESET = "adamw_scale"
+MUON_PRESET = "muon"
 UNITS = {**dict.fromkeys(LR_PRESETS, "AdamW"), "paper": "norms"}
 """Whose learning rate ``lr`` is under each preset, for readers."""
 MEASURABLE = ("adamw_scale", "paper")
@@ -46,15 +50,16 @@ Orthogonalize = Literal["matrix", "role", "head"]
 ORTHOGONALIZE: tuple[Orthogonalize, ...] = ("matrix", "role", "head")
 NOT_ORTHOGONALIZED = "none"
 DEFAULT_ORTHOGONALIZE: dict[Role, Orthogonalize] = {
-    Role.QUERY: "role",
-    Role.KEY: "role",
-    Role.VALUE: "role",
+    Role.QUERY: "head",
+    Role.KEY: "head",
+    Role.VALUE: "head",
     Role.ATTN_OUT: "role",
     Role.FFN: "role",
 }
 """The roles of hidden matrices. Each role of a fused weight, gate and up of a fused FFN, and each expert are apart.
 
-In first runs separate roles gained on fused weights; the other roles' weights are tables, vectors, or small.
+Each head by itself ended lower than each role in our runs (docs/evidence.md). Kimi K3 (arXiv 2607.24653, section 2.5)
+and GLM-5 (arXiv 2602.15763) do so too. The other roles' weights are tables, vectors, or small.
 """
 
 

@@ -11,7 +11,7 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from ds_blockwise.blocks.settings.block_settings import PRESET, BlockSettings
-from ds_blockwise.blocks.settings.defaults import DEFAULT_PRESET, LR_PRESETS
+from ds_blockwise.blocks.settings.defaults import DEFAULT_PRESET, LR_PRESETS, MUON_PRESET
 from ds_blockwise.checkpoint.record_types import SecondMomentOf
 from ds_blockwise.kernels.base import Item, Kernels
 from ds_blockwise.kernels.bindings import Binding, Work
@@ -48,8 +48,8 @@ class BlockwiseMuon(BlockwiseOptimizer):
         P  = O / (sqrt(v) + 1e-8), times ||O|| / ||P||            (P = O without normuon)
         p -= lr_b * (0.2 sqrt(max(m, n)) * P + weight_decay * p)
 
-    A matrix is what ``orthogonalize`` says: by default the rows of one role of a weight (queries, keys and values of a
-    fused weight, gate and up of a fused FFN are apart, and so is each expert). Orthogonalised are weights of the roles
+    A matrix is what ``orthogonalize`` says: by default each head of queries, keys and values, and the rows of one role
+    of any other weight (gate and up of a fused FFN are apart, and so is each expert). Orthogonalised are weights of the roles
     query, key, value, attn_out and ffn that have two dimensions. Embeddings (also tied ones), the output layer, norms,
     biases, routers, convolutions, factors of adapters and everything else are stepped by `BlockwiseAdamMini`.
 
@@ -61,8 +61,9 @@ class BlockwiseMuon(BlockwiseOptimizer):
         betas: of what is stepped by Adam-mini.
         eps: of what is stepped by Adam-mini.
         weight_decay: decoupled, multiplied by the block's learning rate.
-        lr_multipliers: per block type (``emb head qk ffn vo norm other``) or role, or a preset; default ``"uniform"``,
-            1 for all: the ratios of arXiv 2502.19002 are of Adam's updates. ``"auto"`` is refused.
+        lr_multipliers: per block type (``emb head qk ffn vo norm other``) or role, or a preset; default ``"muon"``:
+            3 for ``emb`` and ``norm``, 1 for the rest. The ratios of arXiv 2502.19002 are of Adam's updates.
+            ``"auto"`` is refused.
         weight_decay_multipliers: likewise; default 1.
         granularity: as for `BlockwiseAdamMini`, of what is not orthogonalised. A matrix has one value for each row.
         betas_by_type: pairs of betas per block type or role, null for the one of ``betas``, of what is stepped by
@@ -77,7 +78,7 @@ class BlockwiseMuon(BlockwiseOptimizer):
         telemetry: see `BlockwiseAdamMini`; second moments are not read: those of matrices are of updates.
         fused_step: of `BlockwiseAdamW` and `BlockwiseAdamMini`; true is refused.
         orthogonalize: per block type or role ``"matrix"`` (the whole weight), ``"role"``, ``"head"`` (query, key,
-            value) or ``"none"``; default ``"role"``.
+            value) or ``"none"``; default ``"head"`` for query, key and value, ``"role"`` for the rest.
         momentum: decay rate of the momentum of matrices.
         nesterov: look one step ahead.
         normuon: keep a second moment per row (arXiv 2510.05491).
@@ -197,7 +198,7 @@ class BlockwiseMuon(BlockwiseOptimizer):
                 "BlockwiseMuon does not take transfer: its exponents are those of Adam's updates. Remove it; "
                 '"scale": "mup" moves the rates of matrices over widths.'
             )
-        preset = "uniform" if settings.preset == DEFAULT_PRESET else settings.preset
+        preset = MUON_PRESET if settings.preset == DEFAULT_PRESET else settings.preset
         return replace(settings, preset=preset, orthogonalize=self.orthogonalize)
 
     @classmethod
@@ -206,7 +207,7 @@ class BlockwiseMuon(BlockwiseOptimizer):
         found = {**super().block_arguments(params), "orthogonalize": params.get("orthogonalize") or {}}
         given = found.get("lr_multipliers")
         if given is None or (isinstance(given, Mapping) and PRESET not in given):
-            found["lr_multipliers"] = {PRESET: "uniform", **(given or {})}
+            found["lr_multipliers"] = {PRESET: MUON_PRESET, **(given or {})}
         return found
 
     # ------------------------------------------------------------------- step

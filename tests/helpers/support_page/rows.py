@@ -138,7 +138,7 @@ ROWS: tuple[Row, ...] = (
         MEGATRON_DEEPSPEED,
         "tensor parallelism 2, ZeRO-0 to 3",
         "hosts/deepspeed/test_tensor_parallel.py::*[fed-gqa-*-{o}-tp2-*]",
-        muon=(f"{_TP_MUON}-gqa-*", f"{_TP_MUON}_heads-*"),
+        muon=(f"{_TP_MUON}-gqa-*", f"{_TP_MUON}_roles-*"),
     ),
     works(
         MEGATRON_DEEPSPEED,

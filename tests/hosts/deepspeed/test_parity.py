@@ -219,9 +219,9 @@ def _lion() -> Named:
     yield _named("lion_mutant", 2, Case("lion", 2, oracle_multipliers={"value": 4.01}, steps=2))
 
 
-MUON_HEADS: dict[str, Any] = {
-    "params": {"orthogonalize": {"qk": "head"}},
-    "oracle": {"how": {"query": "head", "key": "head"}, "head_rows": 5},
+MUON_ROLES: dict[str, Any] = {
+    "params": {"orthogonalize": {"qk": "role", "value": "role"}},
+    "oracle": {"how": dict.fromkeys(("query", "key", "value"), "role")},
 }
 
 
@@ -234,8 +234,8 @@ def _muon() -> Named:
     yield _named("muon_offload", 2, Case("muon", 2, "bf16", zero=OFFLOAD))
     yield _named("muon_offload", 3, Case("muon", 3, zero=OFFLOAD))
     for stage in (1, 3):
-        yield _named("muon_heads", 3, Case("muon", stage, model="nano", **MUON_HEADS))
-        yield _named("muon_transposed", 3, Case("muon", stage, model="gpt2", **MUON_HEADS))
+        yield _named("muon_roles", 3, Case("muon", stage, model="nano", **MUON_ROLES))
+        yield _named("muon_transposed", 3, Case("muon", stage, model="gpt2"))
     yield _named("muon_groups", 3, Case("muon", 2, groups="mixed", params={"lr_multipliers": {"qk": 2, "emb": 3}}))
     yield _named("muon_clip", 3, Case("muon", 3, clip=0.05, gas=2))
     yield _named("muon_overflow", 2, Case("muon", 2, "bf16", poison=(0, 2), steps=5))

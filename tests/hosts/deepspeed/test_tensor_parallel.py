@@ -265,12 +265,13 @@ def _cases() -> dict[str, tuple[int, Case]]:
     for optimizer, stage in product(("adamw", "mini"), (0, 2)):
         add("e2e", 1, Case(optimizer, stage, steps=3, end_to_end=True))
     add("e2e", 2, Case("mini", 1, steps=3, shape="mqa", end_to_end=True))
-    by_head = {"how": {"query": "head", "key": "head"}, "head_rows": 4}
+    by_role = {"how": dict.fromkeys(("query", "key", "value"), "role")}
     for dp, stage in ((1, 0), (1, 2), (2, 1), (2, 3)):
         add("muon", dp, Case("muon", stage), ("cpp",))
     for dp, stage in ((1, 1), (2, 2)):
-        heads = {"orthogonalize": {"qk": "head"}}
-        add("muon_heads", dp, Case("muon", stage, shape="mqa", params=heads, oracle=by_head), ("cpp",))
+        roles = {"orthogonalize": {"qk": "role", "value": "role"}}
+        add("muon_roles", dp, Case("muon", stage, params=roles, oracle=by_role), ("cpp",))
+        add("muon", dp, Case("muon", stage, shape="mqa"), ("cpp",))
     add("muon_overflow", 2, Case("muon", 1, "bf16", poison=(0, 2), steps=5), ("cpp",))
     add("mutant", 1, Case("mini", 2, oracle_multipliers={"value": 4.01}, steps=2))
     return table

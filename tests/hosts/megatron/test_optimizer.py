@@ -166,8 +166,8 @@ def _cases() -> dict[str, tuple[int, Case]]:
     for shape, dp in (("gqa", 2), ("mqa", 1)):
         add("values", dp, Stack("muon", "distributed", shape=shape, tp=2))
     add("values", 2, Stack("muon", "distributed", pp=2, tied=True))
-    own = {"orthogonalize": {"qk": "head"}, "momentum": 0.8, "normuon": False, "scale": "mup"}
-    said = {"how": dict.fromkeys(("query", "key"), "head"), "head_rows": SHAPES["gqa"]["head_dim"]}
+    own = {"orthogonalize": {"qk": "role", "value": "role"}, "momentum": 0.8, "normuon": False, "scale": "mup"}
+    said = {"how": dict.fromkeys(("query", "key", "value"), "role")}
     said |= {"momentum_beta": 0.8, "row_beta": None, "scale": "mup"}
     add("own", 2, Stack("muon", tp=2, settings=own), oracle=said)
     mini = Stack()
