@@ -5,8 +5,8 @@ python -m benchmarks.compare.half_steps             # about two hours on two cor
 python -m benchmarks.compare.half_steps --minutes 30
 python -m benchmarks.compare.half_steps --plan 5m   # with four times the parameters, in bf16; about 40 minutes
 
-The first seed chooses for every side: learning rate and settings, and at 1.26M parameters the warm-up among a twentieth
-and a fifth of the steps. The verdict is from the four other seeds, which chose nothing. AdamW trains 800 steps, the
+The first seed chooses for every side: learning rate, settings, and the warm-up among a twentieth and a fifth of the
+steps. The verdict is from the four other seeds, which chose nothing. AdamW trains 800 steps, the
 others 400, all with complete decays. Differences are between runs of one seed. "Reached": the mean difference is at
 least two standard errors below 0. "Missed": as far above. Else the runs do not decide. AdamW's first seed is that of
 `make compare`, with the best rate there.
@@ -43,8 +43,7 @@ class Size:
         name: Of its CSV, and of the marks of its tables.
         run_file: Model, data and batch.
         plan: What is trained for half of the steps.
-        published: The comparisons in which AdamW was tuned, by the name of their CSV. The first is trained for as many
-            warm-up steps as is usual; with two of them, both warm-ups are tried for every side.
+        published: The comparisons in which AdamW was tuned, by the name of their CSV.
     """
 
     name: str
@@ -79,14 +78,13 @@ class Size:
         _, first = min(best, key=lambda found: found[0])
         return [replace(first, seed=seed) for seed in range(1, self.plan.seeds + 1)]
 
-    def other_warmups(self, results: Results, arms: Sequence[str]) -> list[Trial]:
-        """The best of some arms with the other published warm-ups, at its best rate and at half of it.
+    def short_warmups(self, results: Results, arms: Sequence[str]) -> list[Trial]:
+        """The best of some arms with the usual warm-up, at its best rate and at half of it.
 
-        They are shorter than the plan's, and short warm-ups bear lower rates.
+        It is shorter than the plan's, and short warm-ups bear lower rates.
         """
         best = self._best(results, arms, warmup=self.plan.warmup)
-        others = {plan.warmup for plan in self.published.values()} - {self.plan.warmup}
-        return [replace(best, lr=lr, warmup=warmup) for warmup in sorted(others) for lr in (best.lr, best.lr / 2)]
+        return [replace(best, lr=lr, warmup=FULL.warmup) for lr in (best.lr, best.lr / 2)]
 
     def chosen(self, results: Results, arms: Sequence[str]) -> Trial:
         """The first seed's best of some arms: settings, rate and warm-up."""
@@ -121,8 +119,8 @@ def train(trials: Trials, size: Size) -> None:
     """
     trials.train(size.baseline(), "AdamW")
     sweep(trials, size.plan)
-    others = [trial for arms in size.sides for trial in size.other_warmups(trials.results, arms)]
-    trials.train(others, "other warm-ups")
+    short = [trial for arms in size.sides for trial in size.short_warmups(trials.results, arms)]
+    trials.train(short, "short warm-ups")
     best = [size.chosen(trials.results, arms) for arms in size.sides]
     trials.train([replace(trial, seed=seed) for trial in best for seed in size.judging], "seeds")
     trials.train([t for trial in best for t in whole(trial)], "whole runs")

@@ -75,11 +75,12 @@ def test_the_seed_that_chooses_does_not_judge(gain, verdict, shown):
 
 
 def test_the_larger_model_takes_the_smaller_ones_best():
-    """One setting, no peer and no other warm-up, because AdamW had none; the rate is swept anew."""
+    """One setting and no peer; rate and warm-up are chosen anew."""
     trials, size = _Formula(lambda t: 0.01 + 0.001 * (t.seed % 2)), half_steps.SIZES["5m"]
     half_steps.train(trials, size)
     assert size.sides == ((BEST,),)
-    assert {t.warmup for t in trials.results} == {LARGER.warmup}
+    assert {t.warmup for t in trials.results if t.arm == BASELINE} == {LARGER.warmup}
+    assert {t.warmup for t in trials.results if t.arm == BEST} == {LARGER.warmup, FULL.warmup}
     assert len({t.lr for t in trials.results if t.arm == BEST and t.seed == 1}) > 3
     assert "AdamW's loss after 800 steps in 400: **reached** (-0.0105" in half_steps.verdict_table(trials.results, size)
 
