@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 from dataclasses import replace
 
@@ -103,8 +104,20 @@ def test_arms_differ_in_what_their_names_say(arm):
     rates = params.get("ratios", params.get("lr_multipliers", {}))
     for times in (3, 6):
         assert ({"emb": times, "norm": times}.items() <= rates.items()) == (f"{times}x" in arm)
-    assert ("orthogonalize" in params) == ("heads" in arm and arm.startswith("blockwise"))
+    if arm.startswith("blockwise"):
+        assert set(params["orthogonalize"].values()) == {"head" if "heads" in arm else "role"}
     assert params.get("normuon", True) == ("no_rows" not in arm)
+
+
+def test_what_was_trained_before_heads_were_the_default_still_counts():
+    """Those runs did not name the roles; a change of their settings would train them again."""
+    names = {"tokenizer": {"sha256": "t"}, "splits": {}}
+    setup = Setup(GPTShape.load(ROOT / "configs/model/tiny.yaml"), names, bf16=False)
+    written = json.loads(setup.digest(HALF.plain("blockwise_muon_3x", 8e-3, 1)))["settings"]["optimizer"]["params"]
+    assert written == {
+        **{"lr": 8e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1},
+        "lr_multipliers": {"preset": "uniform", "emb": 3, "norm": 3},
+    }
 
 
 @pytest.mark.parametrize("name", half_steps.SIZES)
