@@ -5,8 +5,8 @@ python -m benchmarks.compare.half_steps             # about two hours on two cor
 python -m benchmarks.compare.half_steps --minutes 30
 python -m benchmarks.compare.half_steps --plan 5m   # with four times the parameters, in bf16; about 40 minutes
 
-The first seed chooses for every side: learning rate and settings, and at 1.26M parameters the warm-up among a twentieth
-and a fifth of the steps. The verdict is from the four other seeds, which chose nothing. AdamW trains 800 steps, the
+The first seed chooses for every side: learning rate, settings, and the warm-up among a twentieth and a fifth of the
+steps. The verdict is from the four other seeds, which chose nothing. AdamW trains 800 steps, the
 others 400, all with complete decays. Differences are between runs of one seed. "Reached": the mean difference is at
 least two standard errors below 0. "Missed": as far above. Else the runs do not decide. AdamW's first seed is that of
 `make compare`, with the best rate there.
@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.compare import report
-from benchmarks.compare.results import Estimate, Results, at_best, best_of, loss_of
+from benchmarks.compare.results import Estimate, Results, at_best, best_of, loss_of, steps_to
 from benchmarks.compare.run import RUN_FILE, Stopped, Trials, sweep
 from benchmarks.compare.trials import ARMS, BASELINE, FULL, HALF, HALF_5M, LARGER, PATIENT, Plan, Trial
 from benchmarks.provenance import ROOT, cores, write_between
@@ -43,8 +43,7 @@ class Size:
         name: Of its CSV, and of the marks of its tables.
         run_file: Model, data and batch.
         plan: What is trained for half of the steps.
-        published: The comparisons in which AdamW was tuned, by the name of their CSV. The first is trained for as many
-            warm-up steps as is usual; with two of them, both warm-ups are tried for every side.
+        published: The comparisons in which AdamW was tuned, by the name of their CSV.
     """
 
     name: str
@@ -79,14 +78,13 @@ class Size:
         _, first = min(best, key=lambda found: found[0])
         return [replace(first, seed=seed) for seed in range(1, self.plan.seeds + 1)]
 
-    def other_warmups(self, results: Results, arms: Sequence[str]) -> list[Trial]:
-        """The best of some arms with the other published warm-ups, at its best rate and at half of it.
+    def short_warmups(self, results: Results, arms: Sequence[str]) -> list[Trial]:
+        """The best of some arms with the usual warm-up, at its best rate and at half of it.
 
-        They are shorter than the plan's, and short warm-ups bear lower rates.
+        It is shorter than the plan's, and short warm-ups bear lower rates.
         """
         best = self._best(results, arms, warmup=self.plan.warmup)
-        others = {plan.warmup for plan in self.published.values()} - {self.plan.warmup}
-        return [replace(best, lr=lr, warmup=warmup) for warmup in sorted(others) for lr in (best.lr, best.lr / 2)]
+        return [replace(best, lr=lr, warmup=FULL.warmup) for lr in (best.lr, best.lr / 2)]
 
     def chosen(self, results: Results, arms: Sequence[str]) -> Trial:
         """The first seed's best of some arms: settings, rate and warm-up."""
@@ -121,8 +119,8 @@ def train(trials: Trials, size: Size) -> None:
     """
     trials.train(size.baseline(), "AdamW")
     sweep(trials, size.plan)
-    others = [trial for arms in size.sides for trial in size.other_warmups(trials.results, arms)]
-    trials.train(others, "other warm-ups")
+    short = [trial for arms in size.sides for trial in size.short_warmups(trials.results, arms)]
+    trials.train(short, "short warm-ups")
     best = [size.chosen(trials.results, arms) for arms in size.sides]
     trials.train([replace(trial, seed=seed) for trial in best for seed in size.judging], "seeds")
     trials.train([t for trial in best for t in whole(trial)], "whole runs")
@@ -138,8 +136,8 @@ def verdict_table(results: Results, size: Size) -> str:
     adamw, judging = size.baseline(), size.judging
     lines = [
         "| optimizer | lr | warm-up | steps | final validation loss, nats | minus AdamW's at 800, nats "
-        "| CPU time / AdamW's | state, bytes per parameter |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| state, bytes per parameter |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     sides = [size.chosen(results, arms) for arms in size.sides]
     judged = [seed for seed in judging if all(replace(t, seed=seed) in results for t in (adamw[0], *sides))]
@@ -151,11 +149,14 @@ def verdict_table(results: Results, size: Size) -> str:
         shown += [(replace(trial, steps=FULL.steps), seeds)] if len(seeds) == len(WHOLE_SEEDS) else []
     lines += [_row(results, adamw[0], trial, seeds) for trial, seeds in shown]
     words = [_verdict(results, adamw[0], trial, judged) for trial in sides if len(judged) == len(judging)]
+    words += [text for trial in sides if (text := _reached(results, size, trial))]
+    words += [_beside(results, *sides, judged)] if len(sides) > 1 else []
     missing = len(judging) - len(judged)
     words += [f"{missing} of {len(judging)} seeds are missing: no verdict yet."] if missing else []
     rates = "Every side has the best of what it tried, found with the first seed."
-    plan = replace(FULL, warmup=size.plan.warmup, bf16=size.plan.bf16)
-    return "\n".join([*lines, "", *words, "", report.provenance_text(results, plan, rates=rates, seeds=len(judged))])
+    plan, warmup = replace(FULL, bf16=size.plan.bf16), "warm-up as the table says"
+    source = report.provenance_text(results, plan, rates=rates, seeds=len(judged), warmup=warmup)
+    return "\n".join([*lines, "", *words, source])
 
 
 def _difference(results: Results, adamw: Trial, trial: Trial, seeds: Sequence[int]) -> Estimate:
@@ -168,11 +169,10 @@ def _row(results: Results, adamw: Trial, trial: Trial, seeds: Sequence[int]) -> 
     runs = [replace(trial, seed=seed) for seed in seeds]
     loss = Estimate.of([loss_of(results, run) for run in runs])
     difference = "" if trial == adamw else _difference(results, adamw, trial, seeds).text("+.4f")
-    seconds = [sum(results[replace(of, seed=s)]["cpu_seconds"] for s in seeds) for of in (trial, adamw)]
     state = results[runs[0]]["optimizer_state_bytes_per_parameter"]
     return (
         f"| {ARMS[trial.arm].label} | {trial.lr:g} | {trial.warmup:.0%} | {trial.steps} | {loss.text()} "
-        f"({len(seeds)} seeds) | {difference} | {seconds[0] / seconds[1]:.2f} | {state:.2f} |"
+        f"({len(seeds)} seeds) | {difference} | {state:.2f} |"
     )
 
 
@@ -183,6 +183,31 @@ def _verdict(results: Results, adamw: Trial, trial: Trial, seeds: Sequence[int])
         f"{ARMS[trial.arm].label}: AdamW's loss after {adamw.steps} steps in {trial.steps}: **{word}** "
         f"({difference.text('+.4f')}, {len(seeds)} seeds).\n"
     )
+
+
+def _reached(results: Results, size: Size, trial: Trial) -> str:
+    """In how many steps; empty before the whole runs."""
+    trials = whole(trial)
+    if not all(t in results for t in trials):
+        return ""
+    baseline = [t for t in size.baseline() if t.seed in WHOLE_SEEDS]
+    reached = steps_to(results, replace(FULL, warmup=trial.warmup), trials, baseline)
+    assert reached is not None
+    return (
+        f"{ARMS[trial.arm].label}: AdamW's loss after {FULL.steps} steps in {reached.steps_text()} steps, by "
+        f"interpolation ({len(trials)} seeds).\n"
+    )
+
+
+def _beside(results: Results, ours: Trial, peer: Trial, judged: Sequence[int]) -> str:
+    """Ours against the best peer, in half of the steps and in all."""
+    of_half = _difference(results, peer, ours, judged).text("+.4f")
+    text = f"{ARMS[ours.arm].label} minus {ARMS[peer.arm].label}: {of_half} after {ours.steps} steps"
+    pairs = [whole(trial) for trial in (ours, peer)]
+    if all(trial in results for trials in pairs for trial in trials):
+        difference = _difference(results, pairs[1][0], pairs[0][0], WHOLE_SEEDS).text("+.4f")
+        text += f", {difference} after {FULL.steps}"
+    return f"{text}.\n"
 
 
 def choice_table(results: Results, size: Size) -> str:
@@ -203,7 +228,13 @@ def choice_table(results: Results, size: Size) -> str:
     adamw = size.baseline()[0]
     target = f"AdamW's best rate ends {adamw.steps} steps at {loss_of(results, adamw):.4f} with this seed."
     shown = {trial: results[trial] for trial in size.first_seed(results)}
-    return "\n".join([*lines, "", report.provenance_text(shown, size.plan, rates=target, seeds=1)])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            report.provenance_text(shown, size.plan, rates=target, seeds=1, warmup="warm-up as the table says"),
+        ]
+    )
 
 
 def tables(results: Results, size: Size) -> Iterator[tuple[Path, str, str]]:
@@ -220,6 +251,8 @@ def main() -> int:
     Returns:
         0; 1 if the time was up before all had been trained.
     """
+    from benchmarks.compare import summary  # which reads what is here
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--plan", choices=tuple(SIZES), default="1m", help="the model: 1.26M or 5M parameters")
     parser.add_argument("--workers", type=int, default=cores(), help="runs at a time, one core each")
@@ -241,6 +274,7 @@ def main() -> int:
         for page, mark, text in tables(size.read(), size):
             print(text)
             write_between(page, mark, text)
+    summary.write()
     if stopped is not None:
         print(f"not complete: {stopped}")
     return int(stopped is not None)

@@ -31,8 +31,8 @@ COLOURS = {
         "blockwise_adam_mini": "BlockwiseAdamMini",
         "muon": "Muon",
         "adamw_8bit": "AdamW8bit",
-        "muon_roles": "MuonRoles",
-        "blockwise_muon": "BlockwiseMuon",
+        "muon_roles_3x": "MuonRoles",
+        "blockwise_muon_heads_3x": "BlockwiseMuon",
     }.items()
 }
 _LOSS = "validation loss (nats per token)"

@@ -24,7 +24,6 @@ from benchmarks.compare.results import (
 )
 from benchmarks.compare.trials import ARMS, BASELINE, Plan, Trial
 from benchmarks.provenance import PROVENANCE, ROOT, write_between
-from ds_blockwise.runs.run_file import RunConfig
 
 DOCS = ROOT / "docs" / "compare"
 EVIDENCE, COMPARISONS = ROOT / "docs" / "evidence.md", ROOT / "docs" / "comparisons.md"
@@ -109,7 +108,9 @@ def ablation_table(results: Results, plan: Plan, best: Mapping[str, float]) -> s
 _BEST = "Every optimizer has the best of its own learning rates, found with the first seed."
 
 
-def provenance_text(results: Results, plan: Plan, *, rates: str = _BEST, seeds: int | None = None) -> str:
+def provenance_text(
+    results: Results, plan: Plan, *, rates: str = _BEST, seeds: int | None = None, warmup: str = ""
+) -> str:
     """One paragraph: what was trained, where, with which versions.
 
     Args:
@@ -117,6 +118,7 @@ def provenance_text(results: Results, plan: Plan, *, rates: str = _BEST, seeds: 
         plan: Its steps, warm-up and precision.
         rates: How learning rates were chosen.
         seeds: How many; None: the plan's.
+        warmup: What is said of it, if not the plan's share.
     """
     seeds = plan.seeds if seeds is None else seeds
     trial, some = next((t, r) for t, r in results.items() if r["diverged"] is None)
@@ -125,9 +127,10 @@ def provenance_text(results: Results, plan: Plan, *, rates: str = _BEST, seeds: 
     machines = sorted({r["provenance"]["cpu"] for r in results.values()})
     dates = sorted({r["provenance"]["date"] for r in results.values()})
     precision = "bf16 with fp32 master weights" if plan.bf16 else "fp32"
+    warmup = warmup or f"{plan.warmup:.0%} of them warm-up"
     return (
         f"LLaMA of {some['parameters']:,} parameters on Python source text, {precision}, {plan.steps} steps of "
-        f"{some['tokens'] // trial.steps:,} tokens, {plan.warmup:.0%} of them warm-up, complete decays. {rates} "
+        f"{some['tokens'] // trial.steps:,} tokens, {warmup}, complete decays. {rates} "
         f"{'One seed' if seeds == 1 else f'{seeds} seeds'}; differences are between runs of the same seed; ± is one "
         f"standard error. CPU time includes validation. Measured by "
         f"`benchmarks/compare/run.py`, one process on one core of {' or '.join(machines)}, torch {of['torch']}, "
@@ -217,36 +220,37 @@ def _result(row: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def write(results: Results, run: RunConfig, plan: Plan, folder: Path, *, published: bool) -> str:
+def write(results: Results, name: str, plan: Plan, folder: Path, *, published: bool) -> str:
     """Write CSV, tables and figures beside the trials and, if whole, into the repository.
 
     Args:
         results: Of all trials that have finished.
-        run: What they trained.
+        name: Of the comparison, in its files and the marks of its tables.
         plan: What was asked for.
         folder: Of the trials.
-        published: Also replace the run's files in docs/compare and its tables in docs/comparisons.md.
+        published: Also replace its files in docs/compare and its tables in docs/comparisons.md.
 
     Returns:
         The table for the terminal.
     """
     if not arm_results(results, plan):
         return "no optimizer has finished its learning rates yet"
-    write_csv(results, folder / f"{run.name}.csv")
+    write_csv(results, folder / f"{name}.csv")
     # tables come from the file, so that they can be had again from it, digit by digit
-    read = read_csv(folder / f"{run.name}.csv", plan)
+    read = read_csv(folder / f"{name}.csv", plan)
     rows = arm_results(read, plan)
     text = table(rows, read, plan)
     changes = ablation_table(read, plan, {row.arm: row.lr for row in rows})
     size = next(r["parameters"] for r in results.values() if r["diverged"] is None) / 1e6
     title = f"LLaMA of {size:.1f}M parameters, {plan.warmup:.0%} warm-up"
     if published:
-        write_csv(results, DOCS / f"{run.name}.csv")
+        write_csv(results, DOCS / f"{name}.csv")
     for target in (folder, DOCS) if published else (folder,):
-        plots.losses(results, rows, plan, title, target / f"{run.name}.png")
-        plots.sweeps(results, plan, title, target / f"{run.name}_sweep.png")
+        plots.losses(results, rows, plan, title, target / f"{name}.png")
+        plots.sweeps(results, plan, title, target / f"{name}_sweep.png")
     (folder / "table.md").write_text(text + "\n", encoding="utf-8")
     if published:
-        write_between(COMPARISONS, f"{run.name} results", text)
-        write_between(COMPARISONS, f"{run.name} ablations", changes)
+        write_between(COMPARISONS, f"{name} results", text)
+        if plan.ablations:
+            write_between(COMPARISONS, f"{name} ablations", changes)
     return f"{text}\n\n{changes}\n\nwritten to {folder}"

@@ -124,7 +124,7 @@ def arm_results(results: Results, plan: Plan) -> list[ArmResult]:
                 trials[0].lr,
                 Estimate.of([loss_of(results, t) for t in trials]),
                 against(results, trials, seeds[BASELINE]),
-                _steps_to(results, plan, trials, seeds[BASELINE]),
+                steps_to(results, plan, trials, seeds[BASELINE]),
                 statistics.median(results[t]["cpu_seconds"] / t.steps for t in ended),
                 results[ended[0]]["optimizer_state_bytes_per_parameter"],
             )
@@ -147,9 +147,16 @@ def at_best(results: Results, plan: Plan, arm: str) -> list[Trial]:
     return sorted((t for t in trials if t.lr == lr), key=lambda t: t.seed)
 
 
-def _steps_to(results: Results, plan: Plan, trials: Sequence[Trial], baseline: Sequence[Trial]) -> StepsTo | None:
-    """Interpolated between the lengths that were trained; None without a baseline."""
-    arm, lr = trials[0].arm, trials[0].lr
+def steps_to(results: Results, plan: Plan, trials: Sequence[Trial], baseline: Sequence[Trial]) -> StepsTo | None:
+    """Interpolated between the lengths that were trained with the same seeds; None without a baseline.
+
+    Args:
+        results: Of all trials.
+        plan: Its steps.
+        trials: Whole runs of one arm at one rate. Shorter ones count with as many warm-up steps, or as large a share.
+        baseline: Whole runs of the baseline.
+    """
+    arm, lr, warmup = trials[0].arm, trials[0].lr, trials[0].warmup
     difference = against(results, trials, baseline)
     if difference is None:
         return StepsTo(plan.steps) if arm == BASELINE else None
@@ -162,7 +169,8 @@ def _steps_to(results: Results, plan: Plan, trials: Sequence[Trial], baseline: S
     lengths = sorted({t.steps for t in results if t.arm == arm and not t.change and t.lr == lr})
     points = []
     for steps in lengths:
-        at = [t for t in plain(results, arm, steps) if t.lr == lr]
+        warmups = {warmup, warmup * plan.steps / steps}
+        at = [t for t in plain(results, arm, steps) if t.lr == lr and t.warmup in warmups and t.seed in seeds]
         if len(at) == len(trials):  # a mean of other seeds would be compared with other seeds
             points.append((steps, mean_loss(results, at)))
     for (short, above), (long, below) in itertools.pairwise(points):

@@ -30,7 +30,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.compare import report, summary
+from benchmarks.compare import report
 from benchmarks.compare.ablations import MINI, OUR_MINI, Ablation, ablations, confirmation
 from benchmarks.compare.results import against, best_of, loss_of
 from benchmarks.compare.trials import ARMS, BASELINE, FULL, PUBLISHED_PLANS, QUICK, Plan, Setup, Trial
@@ -232,14 +232,17 @@ def _confirmation(trials: Trials, plan: Plan, asked: list[Ablation]) -> list[Tri
     return confirmation(plan, tried, losses, (MINI, OUR_MINI))
 
 
-def _published_plan(run_file: Path) -> Plan | None:
+def _published_plan(run_file: Path, *, quick: bool) -> Plan | None:
     """The plan of a run file whose results stand in the repository; None for any other file."""
-    ours = run_file.resolve().parent == RUN_FILE.parent
-    return PUBLISHED_PLANS.get(run_file.stem) if ours else None
+    if run_file.resolve().parent != RUN_FILE.parent:
+        return None
+    if quick:
+        return QUICK if run_file.stem == RUN_FILE.stem else None
+    return PUBLISHED_PLANS.get(run_file.stem)
 
 
 def _plan(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Plan:
-    plan = QUICK if options.quick else _published_plan(options.run) or FULL
+    plan = QUICK if options.quick else _published_plan(options.run, quick=False) or FULL
     if options.steps:
         plan = replace(plan, steps=options.steps)
     if options.no_ablations:
@@ -272,18 +275,16 @@ def main() -> int:
     parser.add_argument("--publish", action="store_true", help="write docs/comparisons.md although runs are missing")
     options = parser.parse_args()
     plan = _plan(options, parser)
-    whole = plan == _published_plan(options.run) and not options.set
+    whole = plan == _published_plan(options.run, quick=options.quick) and not options.set
     for option in ("publish", "from-published"):
         if getattr(options, option.replace("-", "_")) and not whole:
-            parser.error(
-                f"--{option} is for the plans that docs/comparisons.md shows: no --quick, --arms, --steps, --set ..."
-            )
-    name = f"{options.run.stem}_quick" if options.quick else options.run.stem
-    folder = ROOT / "runs" / "compare" / name
+            parser.error(f"--{option} is for the plans that docs/comparisons.md shows: no --arms, --steps, --set ...")
+    folder = ROOT / "runs" / "compare" / (f"{options.run.stem}_quick" if options.quick else options.run.stem)
+    name = "quick" if options.quick else options.run.stem
     # relative paths of run files count from here
     os.chdir(ROOT)
     deadline = time.monotonic() + 60 * options.minutes
-    finished = report.DOCS / f"{options.run.stem}.csv" if options.from_published else None
+    finished = report.DOCS / f"{name}.csv" if options.from_published else None
     if finished is not None and not finished.is_file():
         parser.error(f"--from-published: there is no docs/compare/{finished.name} yet: train everything without it")
     with Trials(
@@ -295,9 +296,11 @@ def main() -> int:
         except Stopped as reason:
             stopped = reason
         # only a whole comparison changes what stands in the repository, unless somebody asks for it
-        published = whole and (trials.compared or options.publish)
-        print(report.write(trials.results, trials.run, plan, folder, published=published))
+        published = options.publish or (whole and trials.compared and not options.quick)
+        print(report.write(trials.results, name, plan, folder, published=published))
         if published:
+            from benchmarks.compare import summary  # which reads what half_steps trained with this module
+
             summary.write()
     if stopped is not None:
         print(f"not complete: {stopped}")

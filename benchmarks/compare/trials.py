@@ -65,48 +65,48 @@ ARMS = {
     ),
     "muon": Arm("Muon + AdamW (torch), fused weights whole", "MuonAndAdamW", {}, _HIGH),
     "adamw_8bit": Arm("8-bit AdamW (torchao)", "AdamW8bit", {}, _HIGH),
-    # as anyone has it whose model has separate weights for queries, keys, values, gate and up
-    "muon_roles": Arm("Muon + AdamW (torch)", "MuonAndAdamW", {}, _HIGH, are_roles_apart=True),
-    "blockwise_muon": Arm("Blockwise Muon", "BlockwiseMuon", {"lr_multipliers": {"preset": "uniform"}}, _HIGH),
 }
-COMPARED = tuple(ARMS)  # by `make compare`; the rest by benchmarks/compare/half_steps.py
+_HIDDEN = ("query", "key", "value")
+_ROLES, _HEADS = ({"orthogonalize": dict.fromkeys(_HIDDEN, how)} for how in ("role", "head"))
 _AUXILIARY = {"emb": 3, "norm": 3}  # what public recipes give them, in the unit of the matrices' rate
 _TWICE_THAT = {"emb": 6, "norm": 6}
-_HEADS = {"orthogonalize": {"query": "head", "key": "head", "value": "head"}}
-_THREE_TIMES = {"lr_multipliers": {"preset": "uniform", **_AUXILIARY}}
-_SIX_TIMES = {"lr_multipliers": {"preset": "uniform", **_TWICE_THAT}}
+_EQUAL, _THREE_TIMES, _SIX_TIMES = (
+    {"lr_multipliers": {"preset": "uniform", **rates}} for rates in ({}, _AUXILIARY, _TWICE_THAT)
+)
+
+
+def _muon(label: str, **params: Any) -> Arm:
+    return Arm(f"Blockwise Muon{label}", "BlockwiseMuon", params, _HIGH)
+
+
+def _muon_and_adamw(label: str, ratios: Mapping[str, float] | None = None) -> Arm:
+    """The roles of fused weights apart: as anyone has it whose model has separate weights for them."""
+    params = {} if ratios is None else {"ratios": ratios}
+    return Arm(f"Muon + AdamW (torch){label}", "MuonAndAdamW", params, _HIGH, are_roles_apart=True)
+
+
 ARMS |= {
-    "blockwise_muon_3x": Arm("Blockwise Muon, embedding and norms at 3x", "BlockwiseMuon", _THREE_TIMES, _HIGH),
-    "blockwise_muon_heads": Arm(
-        "Blockwise Muon, head by head", "BlockwiseMuon", {**ARMS["blockwise_muon"].params, **_HEADS}, _HIGH
-    ),
-    "blockwise_muon_heads_3x": Arm(
-        "Blockwise Muon, head by head, embedding and norms at 3x", "BlockwiseMuon", {**_THREE_TIMES, **_HEADS}, _HIGH
-    ),
-    "blockwise_muon_heads_6x": Arm(
-        "Blockwise Muon, head by head, embedding and norms at 6x", "BlockwiseMuon", {**_SIX_TIMES, **_HEADS}, _HIGH
-    ),
-    "blockwise_muon_heads_3x_no_rows": Arm(
-        "Blockwise Muon, head by head, embedding and norms at 3x, no second moment of rows",
-        "BlockwiseMuon",
-        {**_THREE_TIMES, **_HEADS, "normuon": False},
-        _HIGH,
-    ),
-    "muon_roles_6x": Arm(
-        "Muon + AdamW (torch), embedding and norms at 6x",
-        "MuonAndAdamW",
-        {"ratios": _TWICE_THAT},
-        _HIGH,
-        are_roles_apart=True,
-    ),
-    "muon_roles_3x": Arm(
-        "Muon + AdamW (torch), embedding and norms at 3x",
-        "MuonAndAdamW",
-        {"ratios": _AUXILIARY},
-        _HIGH,
-        are_roles_apart=True,
-    ),
+    "blockwise_muon_heads_3x": _muon("", **_THREE_TIMES, **_HEADS),
+    "muon_roles_3x": _muon_and_adamw(", embedding and norms at 3x", _AUXILIARY),
+    "blockwise_muon_heads_3x_no_rows": _muon(", no second moment of rows", **_THREE_TIMES, **_HEADS, normuon=False),
+    "blockwise_muon_heads_6x": _muon(", embedding and norms at 6x", **_SIX_TIMES, **_HEADS),
+    "blockwise_muon_heads": _muon(", embedding and norms at 1x", **_EQUAL, **_HEADS),
+    "blockwise_muon_3x": _muon(", heads of a role together", **_THREE_TIMES, **_ROLES),
+    "blockwise_muon": _muon(", heads of a role together, embedding and norms at 1x", **_EQUAL, **_ROLES),
+    "muon_roles_6x": _muon_and_adamw(", embedding and norms at 6x", _TWICE_THAT),
+    "muon_roles": _muon_and_adamw(""),
 }
+COMPARED = (
+    "adamw",
+    "blockwise_adamw",
+    "adam_mini",
+    "blockwise_adam_mini",
+    "muon",
+    "adamw_8bit",
+    "muon_roles_3x",
+    "blockwise_muon_heads_3x",
+)
+"""By `make compare`; the rest by benchmarks/compare/half_steps.py."""
 BASELINE = "adamw"
 
 
@@ -209,7 +209,9 @@ class Plan:
 
 
 FULL = Plan(steps=800, grid=3, seeds=3, lengths=(0.5, 0.75), widen=2, refine=1, ablations="all")
-QUICK = Plan(steps=200, grid=3, seeds=2, lengths=(), widen=0, refine=0, ablations=())
+# without what is slowest, and what only a model with fused weights has
+_QUICK_ARMS = tuple(arm for arm in COMPARED if arm not in ("adamw_8bit", "muon"))
+QUICK = Plan(steps=200, grid=3, seeds=2, lengths=(), widen=0, refine=0, ablations=(), arms=_QUICK_ARMS)
 _CLAIM = ("adamw", "blockwise_adamw", "blockwise_adam_mini")
 # with a short warm-up AdamW cannot bear the rates that would be best for it
 PATIENT = replace(FULL, lengths=(0.75,), ablations=("wsd", "uniform-norm"), arms=_CLAIM, shift=2.0, warmup=0.2)
@@ -270,6 +272,8 @@ class Setup:
             # the published runs are from before there were presets: the paper's numbers were the default, and unnamed
             named = {key: value for key, value in params.pop("lr_multipliers").items() if PAPER.get(key) != value}
             params |= {"lr_multipliers": named} if named else {}
+        if params.get("orthogonalize") == _ROLES["orthogonalize"]:  # likewise the default of the published runs
+            del params["orthogonalize"]
         facts = {
             "settings": settings,
             "seed": trial.seed,

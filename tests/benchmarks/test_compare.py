@@ -17,7 +17,7 @@ pytest.importorskip("torchao", reason="one of the compared optimizers is torchao
 from benchmarks.compare import report
 from benchmarks.compare import run as comparison
 from benchmarks.compare.ablations import ADAMW, MINI, OUR_MINI, OURS, ablations, confirmation
-from benchmarks.compare.results import DIVERGED, Estimate, StepsTo, arm_results
+from benchmarks.compare.results import DIVERGED, Estimate, StepsTo, arm_results, steps_to
 from benchmarks.compare.trials import (
     ARMS,
     BASELINE,
@@ -269,6 +269,19 @@ def test_the_whole_comparison_takes_the_time_that_it_says():
     comparison.train_all(trials, FULL)
     steps = sum(t.steps for t in trials.results)
     assert 3.25 < steps / 800 * 230 / 2 / 3600 < 3.75
+
+
+def test_steps_to_a_loss_count_runs_of_the_same_warmup_and_seeds():
+    """A run of another warm-up at the same rate is another arm's business; so is a seed that has no whole run."""
+    whole = [Trial(OURS, 1e-3, seed, 800, warmup=0.05) for seed in (1, 2)]
+    baseline = [Trial(BASELINE, 4e-3, seed, 800, warmup=0.2) for seed in (1, 2)]
+    losses = {trial: 3.3 for trial in whole} | {trial: 3.5 for trial in baseline}
+    for share in (0.05, 0.1):  # as large a share, or as many steps
+        short = {Trial(OURS, 1e-3, seed, 400, warmup=share): 3.7 for seed in (1, 2)}
+        others = {Trial(OURS, 1e-3, 3, 400, warmup=share): 9.0, Trial(OURS, 1e-3, 1, 400, warmup=0.2): 9.0}
+        results = {trial: {"final_validation_loss": loss} for trial, loss in (losses | short | others).items()}
+        found = steps_to(results, FULL, whole, baseline)
+        assert found is not None and found.steps_text() == str(round(400 * 2**0.5))
 
 
 def test_ablations_need_only_the_arms_that_were_trained():

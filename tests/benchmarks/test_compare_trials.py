@@ -39,7 +39,7 @@ def _trained(
     overrides = ["training.log_interval=1", "parallel.tensor=1", "cluster.gpus_per_node=1"]
     with comparison.Trials(folder, project / "run.yaml", 2, deadline, overrides=overrides, finished=finished) as trials:
         comparison.train_all(trials, plan)
-        return trials.results, report.write(trials.results, trials.run, plan, folder, published=False)
+        return trials.results, report.write(trials.results, trials.run.name, plan, folder, published=False)
 
 
 def test_real_trials_end_in_a_table_and_are_not_trained_twice(project, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 from dataclasses import replace
 
@@ -75,11 +76,12 @@ def test_the_seed_that_chooses_does_not_judge(gain, verdict, shown):
 
 
 def test_the_larger_model_takes_the_smaller_ones_best():
-    """One setting, no peer and no other warm-up, because AdamW had none; the rate is swept anew."""
+    """One setting and no peer; rate and warm-up are chosen anew."""
     trials, size = _Formula(lambda t: 0.01 + 0.001 * (t.seed % 2)), half_steps.SIZES["5m"]
     half_steps.train(trials, size)
     assert size.sides == ((BEST,),)
-    assert {t.warmup for t in trials.results} == {LARGER.warmup}
+    assert {t.warmup for t in trials.results if t.arm == BASELINE} == {LARGER.warmup}
+    assert {t.warmup for t in trials.results if t.arm == BEST} == {LARGER.warmup, FULL.warmup}
     assert len({t.lr for t in trials.results if t.arm == BEST and t.seed == 1}) > 3
     assert "AdamW's loss after 800 steps in 400: **reached** (-0.0105" in half_steps.verdict_table(trials.results, size)
 
@@ -102,8 +104,20 @@ def test_arms_differ_in_what_their_names_say(arm):
     rates = params.get("ratios", params.get("lr_multipliers", {}))
     for times in (3, 6):
         assert ({"emb": times, "norm": times}.items() <= rates.items()) == (f"{times}x" in arm)
-    assert ("orthogonalize" in params) == ("heads" in arm and arm.startswith("blockwise"))
+    if arm.startswith("blockwise"):
+        assert set(params["orthogonalize"].values()) == {"head" if "heads" in arm else "role"}
     assert params.get("normuon", True) == ("no_rows" not in arm)
+
+
+def test_what_was_trained_before_heads_were_the_default_still_counts():
+    """Those runs did not name the roles; a change of their settings would train them again."""
+    names = {"tokenizer": {"sha256": "t"}, "splits": {}}
+    setup = Setup(GPTShape.load(ROOT / "configs/model/tiny.yaml"), names, bf16=False)
+    written = json.loads(setup.digest(HALF.plain("blockwise_muon_3x", 8e-3, 1)))["settings"]["optimizer"]["params"]
+    assert written == {
+        **{"lr": 8e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1},
+        "lr_multipliers": {"preset": "uniform", "emb": 3, "norm": 3},
+    }
 
 
 @pytest.mark.parametrize("name", half_steps.SIZES)
