@@ -4,8 +4,9 @@
 python -m benchmarks.step.muon                             # two layers of a LLaMA of width 512
 TORCHDYNAMO_DISABLE=1 python -m benchmarks.step.muon       # DeepSpeed's not compiled, which takes minutes on a CPU
 
-The matrices are those of fused weights: roles apart, as ours takes them by default, or each fused weight as one matrix,
-as the others do. What they compute in differs: torch's Muon in bf16, DeepSpeed's in what its accelerator has.
+The matrices are those of fused weights: heads of 64 rows apart, as ours takes them by default, roles apart, or each
+fused weight as one matrix, as the others do. What they compute in differs: torch's Muon in bf16, DeepSpeed's in what
+its accelerator has.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from ds_blockwise import BlockwiseMuon, tag_parameters
 
 COLUMNS = ("optimizer", "matrices", "width", "layers", "median_ms", "lowest_ms", "rounds", "threads", *PROVENANCE)
 WHOLE = {"qk": "matrix", "vo": "matrix", "ffn": "matrix"}
-SIMPLE = {"normuon": False, "coefficients": "simple"}
+ROLES = {"orthogonalize": {"query": "role", "key": "role", "value": "role"}}
+SIMPLE = {**ROLES, "normuon": False, "coefficients": "simple"}
 
 
 class Layer(nn.Module):
@@ -70,9 +72,11 @@ def _deepspeeds(options: argparse.Namespace, fused: bool) -> torch.optim.Optimiz
 
 
 CONTENDERS: dict[tuple[str, str], Callable[[argparse.Namespace], torch.optim.Optimizer]] = {
-    ("BlockwiseMuon", "roles apart"): lambda o: _ours(o, {}),
+    ("BlockwiseMuon", "heads and roles apart"): lambda o: _ours(o, {}),
+    ("BlockwiseMuon, bf16", "heads and roles apart"): lambda o: _ours(o, {"newton_schulz_dtype": "bf16"}),
+    ("BlockwiseMuon", "roles apart"): lambda o: _ours(o, ROLES),
     ("BlockwiseMuon, simple, without row moments", "roles apart"): lambda o: _ours(o, SIMPLE),
-    ("BlockwiseMuon, bf16", "roles apart"): lambda o: _ours(o, {"newton_schulz_dtype": "bf16"}),
+    ("BlockwiseMuon, bf16", "roles apart"): lambda o: _ours(o, {**ROLES, "newton_schulz_dtype": "bf16"}),
     ("torch.optim.Muon (bf16)", "roles apart"): lambda o: _torchs(o, fused=False),
     ("DeepSpeed's Muon", "roles apart"): lambda o: _deepspeeds(o, fused=False),
     ("BlockwiseMuon", "fused weights whole"): lambda o: _ours(o, {"orthogonalize": WHOLE}),

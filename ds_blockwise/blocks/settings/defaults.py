@@ -33,9 +33,9 @@ LR_PRESETS: dict[str, dict[str, float]] = {
 
 ``adamw_scale``, the default: the ratios of arXiv 2502.19002, section 5; ``lr`` is AdamW's. ``paper``: the same ratios
 as published; ``lr`` is the rate of the norms. ``tuned``: the best of our comparison (docs/evidence.md), with norms at
-AdamW's rate. ``uniform``: no block type differs; plain AdamW or Adam-mini. ``muon``, the default of `BlockwiseMuon`: the
-embedding and norms at three times the rate of the matrices, which helped most in our runs (docs/evidence.md) and which
-tuned public recipes for Muon agree with (modded-nanogpt, track 3: 3.1 and 3.3).
+AdamW's rate. ``uniform``: no block type differs; plain AdamW or Adam-mini. ``muon``, the default of `BlockwiseMuon`:
+the embedding and norms at three times the rate of the matrices, which helped most in our runs (docs/evidence.md) and
+which tuned public recipes for Muon agree with (modded-nanogpt, track 3: 3.1 and 3.3).
 """
 DEFAULT_PRESET = "adamw_scale"
 MUON_PRESET = "muon"

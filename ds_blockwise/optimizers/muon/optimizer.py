@@ -49,9 +49,9 @@ class BlockwiseMuon(BlockwiseOptimizer):
         p -= lr_b * (0.2 sqrt(max(m, n)) * P + weight_decay * p)
 
     A matrix is what ``orthogonalize`` says: by default each head of queries, keys and values, and the rows of one role
-    of any other weight (gate and up of a fused FFN are apart, and so is each expert). Orthogonalised are weights of the roles
-    query, key, value, attn_out and ffn that have two dimensions. Embeddings (also tied ones), the output layer, norms,
-    biases, routers, convolutions, factors of adapters and everything else are stepped by `BlockwiseAdamMini`.
+    of any other weight (gate and up of a fused FFN are apart, and so is each expert). Orthogonalised are weights of the
+    roles query, key, value, attn_out and ffn that have two dimensions. Embeddings (also tied ones), the output layer,
+    norms, biases, routers, convolutions, factors of adapters and everything else are stepped by `BlockwiseAdamMini`.
 
     A matrix that several ranks hold is brought to one of them, multiplied there as a whole, and brought back.
 

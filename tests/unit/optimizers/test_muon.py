@@ -82,12 +82,17 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "fused": ("nano", {}, {}),
     "grouped queries": ("qwen3", {}, {}),
     "transposed": ("gpt2", {}, {}),
-    "heads": (
+    "heads by name": (
         "nano",
         {"orthogonalize": {"qk": "head", "vo": "head"}},
         {"how": {"query": "head", "key": "head", "value": "head"}, "head_rows": HEAD_ROWS["nano"]},
     ),
-    "heads of transposed": ("gpt2", {"orthogonalize": {"query": "head"}}, {"how": {"query": "head"}, "head_rows": 5}),
+    "roles": (
+        "nano",
+        {"orthogonalize": {"qk": "role", "value": "role"}},
+        {"how": {"query": "role", "key": "role", "value": "role"}},
+    ),
+    "roles of transposed": ("gpt2", {"orthogonalize": {"key": "role"}}, {"how": {"key": "role"}}),
     "whole weights": (
         "gpt2",
         {"orthogonalize": {"qk": "matrix", "vo": "matrix", "ffn": "none"}},

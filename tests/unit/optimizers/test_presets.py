@@ -77,6 +77,7 @@ PRESETS = {  # by hand: emb, head, qk, ffn, vo, norm, other
     "paper": (10, 10, 8, 6, 4, 1, 1),
     "tuned": (1.25, 1.25, 1, 0.75, 0.5, 1, 0.125),
     "uniform": (1, 1, 1, 1, 1, 1, 1),
+    "muon": (3, 1, 1, 1, 1, 3, 1),
 }
 ROLE_OF = ("embedding", "output", "query", "ffn", "value", "norm", "router")
 
@@ -106,7 +107,7 @@ def test_measured_multipliers_are_in_the_unit_of_their_preset(unit):
 
 WRONG = {
     "a typing error": ("papr", "did you mean 'paper'"),
-    "no preset": ({"preset": "fast"}, "adamw_scale, tuned, paper, uniform, auto"),
+    "no preset": ({"preset": "fast"}, "adamw_scale, tuned, paper, uniform, muon, auto"),
     "not a name": ({"preset": 3}, "got 3"),
     "auto as a preset": ({"preset": "auto"}, '{"auto": {}, ...}'),
     "a preset without sharpness": ({"preset": "tuned", "auto": {}}, "adamw_scale, paper"),
