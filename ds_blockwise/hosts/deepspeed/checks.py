@@ -63,8 +63,10 @@ def check_config(engine: Engine, optimizer: str) -> None:
 def _facts_of(engine: Engine, optimizer: str) -> EngineFacts:
     device = offload_device(engine)
     of_json = facts_of_json(engine._config._param_dict)
-    client = engine.client_optimizer
-    fused = client.fused_step if isinstance(client, BlockwiseOptimizer) else of_json.fused_step
+    # a function that was given as optimizer has been called when this is asked for the last time
+    built = (engine.client_optimizer, getattr(engine, "basic_optimizer", None))
+    ours = next((one for one in built if isinstance(one, BlockwiseOptimizer)), None)
+    fused = of_json.fused_step if ours is None else ours.fused_step
     return EngineFacts(
         optimizer=optimizer,
         zero_stage=int(engine.zero_optimization_stage()),
