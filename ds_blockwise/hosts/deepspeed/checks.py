@@ -178,6 +178,28 @@ def check_experts(engine: Engine, model_parameters: Iterable[object] | None) -> 
             )
 
 
+def check_frozen_groups(engine: Engine, model_parameters: Iterable[object] | None) -> None:
+    """Refuse a param group in which nothing is trained where DeepSpeed fails on it: ZeRO stages 1 and 2.
+
+    Args:
+        engine: a ``DeepSpeedEngine`` that trains some parameters.
+        model_parameters: as of `check_experts`.
+
+    Raises:
+        ValueError: every parameter of a group is frozen.
+    """
+    if engine.zero_optimization_stage() not in (1, 2):
+        return
+    for index, group in enumerate(group for group in model_parameters or () if isinstance(group, dict)):
+        params = group["params"]
+        if isinstance(params, (list, tuple)) and params and not any(param.requires_grad for param in params):
+            raise ValueError(
+                f"param group {index} holds {len(params)} parameters, all frozen, and DeepSpeed's ZeRO stages 1 and 2 "
+                f"fail on such a group, with any optimizer. Leave it out of the groups; frozen parameters in a group "
+                f"with others do no harm."
+            )
+
+
 def check_sequence_parallel(engine: Engine) -> None:
     """Refuse sequence parallelism whose ranks do not share their gradients.
 
