@@ -63,8 +63,10 @@ def check_config(engine: Engine, optimizer: str) -> None:
 def _facts_of(engine: Engine, optimizer: str) -> EngineFacts:
     device = offload_device(engine)
     of_json = facts_of_json(engine._config._param_dict)
-    client = engine.client_optimizer
-    fused = client.fused_step if isinstance(client, BlockwiseOptimizer) else of_json.fused_step
+    # a function that was given as optimizer has been called when this is asked for the last time
+    built = (engine.client_optimizer, getattr(engine, "basic_optimizer", None))
+    ours = next((one for one in built if isinstance(one, BlockwiseOptimizer)), None)
+    fused = of_json.fused_step if ours is None else ours.fused_step
     return EngineFacts(
         optimizer=optimizer,
         zero_stage=int(engine.zero_optimization_stage()),
@@ -173,6 +175,28 @@ def check_experts(engine: Engine, model_parameters: Iterable[object] | None) -> 
                 f'"moe": true with the "name" of their group. Give deepspeed.initialize plain parameters, or groups '
                 f"from deepspeed.moe.utils.split_params_into_different_moe_groups_for_optimizer, each given a "
                 f'"name" before.'
+            )
+
+
+def check_frozen_groups(engine: Engine, model_parameters: Iterable[object] | None) -> None:
+    """Refuse a param group in which nothing is trained where DeepSpeed fails on it: ZeRO stages 1 and 2.
+
+    Args:
+        engine: a ``DeepSpeedEngine`` that trains some parameters.
+        model_parameters: as of `check_experts`.
+
+    Raises:
+        ValueError: every parameter of a group is frozen.
+    """
+    if engine.zero_optimization_stage() not in (1, 2):
+        return
+    for index, group in enumerate(group for group in model_parameters or () if isinstance(group, dict)):
+        params = group["params"]
+        if isinstance(params, (list, tuple)) and params and not any(param.requires_grad for param in params):
+            raise ValueError(
+                f"param group {index} holds {len(params)} parameters, all frozen, and DeepSpeed's ZeRO stages 1 and 2 "
+                f"fail on such a group, with any optimizer. Leave it out of the groups; frozen parameters in a group "
+                f"with others do no harm."
             )
 
 

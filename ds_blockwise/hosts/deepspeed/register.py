@@ -110,9 +110,10 @@ def _attaching(
     @functools.wraps(configure)
     def configure_and_attach(self: Engine, client_optimizer: object, model_parameters: _Parameters) -> None:
         from ds_blockwise.hosts.deepspeed.attach import attach
-        from ds_blockwise.hosts.deepspeed.checks import check_client, check_config, check_experts
+        from ds_blockwise.hosts.deepspeed.checks import check_client, check_config, check_experts, check_frozen_groups
         from ds_blockwise.hosts.deepspeed.config.in_engine import check_json
         from ds_blockwise.hosts.deepspeed.never_stepped import configure_frozen, trains_nothing
+        from ds_blockwise.parallel.agree import together
 
         client = client_optimizer if isinstance(client_optimizer, BlockwiseOptimizer) else None
         named = client_optimizer is None and _is_named(self)
@@ -129,6 +130,9 @@ def _attaching(
         if (client is not None or named) and self.zero_optimization() and trains_nothing(self):
             configure_frozen(self, client, model_parameters)
             return
+        if client is not None or named:
+            groups = model_parameters if client is None else client.param_groups
+            together(lambda: check_frozen_groups(self, groups))
         configure(self, client_optimizer, model_parameters)
         if isinstance(self.basic_optimizer, BlockwiseOptimizer):
             attach(self)

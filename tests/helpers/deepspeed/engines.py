@@ -64,8 +64,12 @@ def open_engine(
     groups: Callable[[nn.Module], list[dict[str, Any]]] | None = None,
     mpu: Any = None,
     feed: bool = True,
+    client: Callable[[nn.Module], object] | None = None,
 ) -> Iterator[SimpleNamespace]:
-    """An initialised engine with its feed and names; every global trace is removed afterwards."""
+    """An initialised engine with its feed and names; every global trace is removed afterwards.
+
+    ``client`` makes what a user gives as ``optimizer``.
+    """
     import deepspeed
 
     model = build()
@@ -77,6 +81,7 @@ def open_engine(
         model_parameters=groups(model) if groups else trainable,
         config=config,
         mpu=mpu,
+        **({} if client is None else {"optimizer": client(model)}),
     )
     try:
         yield SimpleNamespace(engine=engine, model=model, names=names, feed=feeder)
