@@ -401,7 +401,9 @@ def run_case(context: RankContext, case: tuple[str, Any]) -> None:
 
 def _cases() -> dict[str, tuple[int, tuple[str, Any]]]:
     table: dict[str, Any] = {f"round_trip-z{stage}": ("round_trip", nano(stage)) for stage in (0, 2, 3)}
-    table["round_trip-AdamW-z2"] = ("round_trip", engine_config("AdamW", stage=2, params={"torch_adam": True}))
+    # bf16: in fp32 on a CPU the last releases of 0.18 fail in any optimizer's first step but ours
+    adamw = engine_config("AdamW", stage=2, dtype="bf16", params={"torch_adam": True})
+    table["round_trip-AdamW-z2"] = ("round_trip", adamw)
     table |= {
         f"full_disk-z{stage}-rank{rank}": ("full_disk", (stage, rank)) for stage, rank in ((0, 0), (2, 1), (3, 1))
     }
