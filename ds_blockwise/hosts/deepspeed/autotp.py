@@ -176,24 +176,20 @@ def _shard_of(said: AutoTPShard, widths: Sequence[Sequence[int]], local: tuple[i
     return TensorShard(whole, dim, rank, tuple(chunks))
 
 
-def check_marks(model: nn.Module, size: int) -> None:
+def check_marks(model: nn.Module, release: str) -> None:
     """Refuse AutoTP of a release that does not say which rows or columns a rank holds; 0.19.6 is the first that does.
 
     Args:
         model: as AutoTP left it.
-        size: ``"autotp_size"``.
+        release: of DeepSpeed.
 
     Raises:
-        ValueError: the marks lack the sizes of the ranks' parts, as from late in 0.18 on, or are not made, as before.
+        ValueError: the marks on its parameters lack the sizes of the ranks' parts.
     """
-    import deepspeed
-    from deepspeed.checkpoint import constants
-
     marks = [mark for param in model.parameters() if (mark := _said(param)) is not None]
-    unmarked = size > 1 and AUTOTP_MARK not in vars(constants).values()
-    if unmarked or any(AutoTPShard.__required_keys__ - mark.keys() for mark in marks):
+    if any(AutoTPShard.__required_keys__ - mark.keys() for mark in marks):
         raise ValueError(
-            f"AutoTP of DeepSpeed {deepspeed.__version__} does not say which part of a weight a rank holds. Install "
+            f"AutoTP of DeepSpeed {release} does not say which part of a weight a rank holds. Install "
             f'deepspeed>=0.19.6, or remove "tensor_parallel" from the JSON.'
         )
 

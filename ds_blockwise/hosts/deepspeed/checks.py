@@ -18,7 +18,7 @@ from torch import nn
 from ds_blockwise.hosts.deepspeed.autotp import AUTOTP_MARK
 from ds_blockwise.hosts.deepspeed.engine import Engine, offload_device, sequence_parallel_size, whole_numel
 from ds_blockwise.hosts.deepspeed.refusals import EngineFacts, facts_of_json, refusals
-from ds_blockwise.hosts.deepspeed.releases import computes_norm, has_16_bit_masters
+from ds_blockwise.hosts.deepspeed.releases import computes_norm
 from ds_blockwise.optimizers.base import BlockwiseOptimizer, built_from_ours
 
 
@@ -75,9 +75,12 @@ def _facts_of(engine: Engine, optimizer: str) -> EngineFacts:
         offload_device=None if device == "none" else device,
         offload_ratio=float(getattr(engine.zero_offload_optimizer(), "ratio", 1.0)),
         master_weights_16_bit=tuple(
-            f"{precision}_master_weights_and_grads"
-            for precision in ("bf16", "fp16")
-            if has_16_bit_masters(engine, precision)
+            name
+            for name, on in (
+                ("bf16_master_weights_and_grads", engine.bf16_master_weights_and_gradients()),
+                ("fp16_master_weights_and_grads", engine.fp16_master_weights_and_gradients()),
+            )
+            if on
         ),
         elastic_checkpoint=bool(engine.zero_elastic_checkpoint()),
         skips_rank_by_rank=not computes_norm(engine) and _autocast_fp16(engine),

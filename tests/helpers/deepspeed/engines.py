@@ -7,6 +7,7 @@ fills it in the wrong order under round_robin_gradients.
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import sys
@@ -76,7 +77,7 @@ def open_engine(
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=groups(model) if groups else trainable,
-        config=config,
+        config=copy.deepcopy(config),  # DeepSpeed 0.18 takes keys out of it
         mpu=mpu,
     )
     try:
