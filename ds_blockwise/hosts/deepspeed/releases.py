@@ -66,8 +66,8 @@ def alignment_paddings(wrapper: ZeroStages1And2) -> list[list[int]]:
 def cut_off_autograd(engine: Engine) -> None:
     """Cut the flat weights of ZeRO stages 1 and 2 off from the graph of the parameters that they were made of.
 
-    0.18.9 leaves it on, and gathering weights in fp32 after a step then fails on gloo, with any
-    optimizer ("is a view and is being modified inplace"). The memory stays the same; 0.19 does this itself.
+    0.18.9 leaves it on, and gathering weights after a step then fails on gloo, with any optimizer
+    ("is a view and is being modified inplace"). The memory stays the same; 0.19 does this itself.
     """
     wrapper: Any = engine.optimizer
     for index, flat in enumerate(getattr(wrapper, "bit16_groups_flat", ())):
