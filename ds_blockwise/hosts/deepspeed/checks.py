@@ -18,6 +18,7 @@ from torch import nn
 from ds_blockwise.hosts.deepspeed.autotp import AUTOTP_MARK
 from ds_blockwise.hosts.deepspeed.engine import Engine, offload_device, sequence_parallel_size, whole_numel
 from ds_blockwise.hosts.deepspeed.refusals import EngineFacts, facts_of_json, refusals
+from ds_blockwise.hosts.deepspeed.releases import computes_norm
 from ds_blockwise.optimizers.base import BlockwiseOptimizer, built_from_ours
 
 
@@ -84,7 +85,7 @@ def _facts_of(engine: Engine, optimizer: str) -> EngineFacts:
             if on
         ),
         elastic_checkpoint=bool(engine.zero_elastic_checkpoint()),
-        skips_rank_by_rank=not engine.zero_compute_grad_norm() and _autocast_fp16(engine),
+        skips_rank_by_rank=not computes_norm(engine) and _autocast_fp16(engine),
         fused_step=fused,
         precision=of_json.precision,
         grad_accum_dtype=of_json.grad_accum_dtype,

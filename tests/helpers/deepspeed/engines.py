@@ -7,11 +7,13 @@ fills it in the wrong order under round_robin_gradients.
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
 
@@ -79,7 +81,7 @@ def open_engine(
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=groups(model) if groups else trainable,
-        config=config,
+        config=copy.deepcopy(config),  # DeepSpeed 0.18 takes keys out of it
         mpu=mpu,
         **({} if client is None else {"optimizer": client(model)}),
     )
@@ -160,8 +162,11 @@ def _unfused(run: SimpleNamespace, wrapper: Any) -> Iterator[tuple[nn.Parameter,
 def _zero12(run: SimpleNamespace, wrapper: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:
     for i, piece in enumerate(wrapper.single_partition_of_fp32_groups):
         flat = _gather(piece, wrapper.real_dp_process_group[i])
-        pairs = zip(wrapper.round_robin_bit16_groups[i], wrapper.round_robin_bit16_offsets[i], strict=True)
-        for parameter, offset in pairs:
+        parameters = wrapper.round_robin_bit16_groups[i]
+        offsets = [0, *accumulate(p.numel() for p in parameters)][:-1]
+        if hasattr(wrapper, "round_robin_bit16_offsets"):  # there may be gaps from 0.19.7 on
+            offsets = wrapper.round_robin_bit16_offsets[i]
+        for parameter, offset in zip(parameters, offsets, strict=True):
             yield parameter, flat[offset : offset + parameter.numel()].view(parameter.shape)
 
 
