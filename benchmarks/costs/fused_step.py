@@ -28,6 +28,7 @@ from benchmarks.provenance import BENCHMARKS_PAGE, PROVENANCE, ROOT, provenance,
 from ds_blockwise.optimizers.registry import OPTIMIZERS
 
 WARM_UP = 2
+CLIP = 1e-3  # below the norm, so that every step is clipped
 COLUMNS = (
     "optimizer",
     "zero_stage",
@@ -63,7 +64,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def measure(name: str, gradients: str, options: argparse.Namespace) -> dict[str, str]:
-    """Time the steps of both engines in turn."""
+    """Time the steps of both engines in turn.
+
+    Raises:
+        ValueError: they end with other weights, or some step was not clipped: not what the figures are said to be of.
+    """
     torch.set_num_threads(options.threads)
     engines = {fused: _engine(name, fused, gradients, options) for fused in (False, True)}
     times: dict[bool, list[float]] = {False: [], True: []}
@@ -76,6 +81,12 @@ def measure(name: str, gradients: str, options: argparse.Namespace) -> dict[str,
             engine.optimizer.step()
             if number >= WARM_UP:
                 times[fused].append(time.perf_counter() - begin)
+            norm = float(engine.optimizer._global_grad_norm)
+            if not CLIP < norm < float("inf"):
+                raise ValueError(f"{name}, gradients in {gradients}: a norm of {norm} is not clipped to {CLIP}")
+    weights = ([p.detach() for p in engines[fused].module.parameters()] for fused in (False, True))
+    if not all(map(torch.equal, *weights)):
+        raise ValueError(f"{name}, gradients in {gradients}: the two ways of stepping end with other weights")
     unfused, fused_ = (statistics.median(times[fused]) * 1e3 for fused in (False, True))
     found = {
         "optimizer": name,
@@ -116,7 +127,7 @@ def _engine(name: str, fused: bool, gradients: str, options: argparse.Namespace)
     rules = [{"match": "proj", "role": "ffn"}]
     config = {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_clipping": 1e-3,  # below the norm, so that every step is clipped
+        "gradient_clipping": CLIP,
         "bf16": {"enabled": True},
         "zero_optimization": {"stage": 2},
         "optimizer": {"type": name, "params": {"lr": 1e-6, "rules": rules, "fused_step": fused}},

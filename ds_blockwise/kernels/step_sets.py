@@ -7,19 +7,34 @@ same tensors have gradients, with the same segment tables and the same memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import compress
 from operator import is_
+from typing import NamedTuple
 
 import torch
 
-from ds_blockwise.kernels.base import Hyper, StepState
+from ds_blockwise.kernels.base import Hyper, Item, StepState
 from ds_blockwise.kernels.bindings import Work, by_kernels
 from ds_blockwise.kernels.close_look import DATA_PTR, OFFSET, STORAGE, STORAGE_NBYTES, CloseLook
 from ds_blockwise.kernels.tensor_checks import check_states, check_stepped, dense, is_dense
 
 Tensors = Sequence[torch.Tensor]
 Gradients = Sequence[torch.Tensor | None]
+
+
+class GivenGradient(NamedTuple):
+    """What a host hands over for one tensor in one step, in the place of ``tensor.grad``.
+
+    Attributes:
+        grad: the gradient.
+        scale: `Item.grad_scale`.
+        copy: `Item.param_copy`.
+    """
+
+    grad: torch.Tensor
+    scale: float | None
+    copy: torch.Tensor | None
 
 
 class StepSet:
@@ -48,16 +63,26 @@ class StepSet:
         self.by_kernels = by_kernels(stepped)
         self._has_work, self._own = has_work, [w.item for w in own]
         self._items, self._shapes = [w.item for w in stepped], [w.binding.shape for w in stepped]
+        self._given_to: list[Item] = []
         self._params = [item.param for item in self._items]
         self._copies = [item.param_copy for item in self._items if item.param_copy is not None]
         self._of_stepped, self._of_states = CloseLook(_memory_of_stepped), CloseLook(_addresses)
         self._params_are_dense = self._grads_are_dense = False
 
-    def begin(self, grads: Gradients, hypers: Sequence[Hyper]) -> None:
-        """Take what is other in this step; both arguments are in the order of ``tensors``."""
-        given = zip(self._own, compress(grads, self._has_work), compress(hypers, self._has_work), strict=True)
-        for item, grad, hyper in given:
+    def begin(self, grads: Gradients, hypers: Sequence[Hyper], given: Mapping[int, GivenGradient]) -> None:
+        """Take what is other in this step.
+
+        Args:
+            grads: in the order of ``tensors``.
+            hypers: likewise.
+            given: what a host handed over, by the id of the tensor.
+        """
+        of_step = zip(self._own, compress(grads, self._has_work), compress(hypers, self._has_work), strict=True)
+        for item, grad, hyper in of_step:
             item.grad, item.hyper = grad, hyper
+        self._given_to = [item for item in self._items if id(item.param) in given] if given else []
+        for item in self._given_to:
+            _, item.grad_scale, item.param_copy = given[id(item.param)]
 
     def end(self) -> None:
         """Let go of what belongs to one step, whether or not it came to its end."""
@@ -66,6 +91,8 @@ class StepSet:
             item = w.item
             item.state, item.grad, item.sums, item.update, item.keeps_update = nothing, None, None, None, False
             item.grad_scale = None
+        for item in self._given_to:
+            item.param_copy = None
         if not self._params_are_dense:
             for item, param in zip(self._items, self._params, strict=True):
                 item.param = param
@@ -89,6 +116,7 @@ class StepSet:
         states = [item.state for item in self._items]
         tensors = [*[s["exp_avg"] for s in states], *[s["exp_avg_sq"] for s in states if "exp_avg_sq" in s]]
         tensors += self._copies
+        tensors += [item.param_copy for item in self._given_to if item.param_copy is not None]
         if not self._of_states.still_holds(tensors):
             check_states(self._items)
             self._of_states.remember(tensors)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import repeat
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 from weakref import WeakSet
 
 import torch
@@ -31,7 +31,7 @@ from ds_blockwise.kernels.base import Hyper, Item, Kernels, StepState, wide_dtyp
 from ds_blockwise.kernels.bindings import Binding, Bindings, StepObserver, Work, non_finite
 from ds_blockwise.kernels.param_groups import NO_HYPER, ParamGroup, StateDict, hyper_of
 from ds_blockwise.kernels.select import kernels_for
-from ds_blockwise.kernels.step_sets import StepSet, StepSets
+from ds_blockwise.kernels.step_sets import GivenGradient, StepSet, StepSets
 from ds_blockwise.kernels.tensor_checks import check_plain, check_whole
 from ds_blockwise.measure.auto_multipliers import MeasuredMultipliers, RunState
 from ds_blockwise.measure.first_steps import FirstSteps
@@ -59,13 +59,6 @@ from ds_blockwise.parallel.reduce import LOCAL, ReductionGroups
 logger = logging.getLogger(__name__)
 
 _LIVE: WeakSet[BlockwiseOptimizer] = WeakSet()
-
-
-class _GivenGradient(NamedTuple):
-    """See `BlockwiseOptimizer.given_gradient`."""
-
-    grad: torch.Tensor
-    scale: float | None
 
 
 class BlockwiseOptimizer(torch.optim.AdamW, ABC):
@@ -139,7 +132,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         self._bindings = Bindings(self.kernels_on, shares_second_moment=self.shares_second_moment)
         self._sets = StepSets()
         self._copies: dict[int, torch.Tensor] = {}
-        self._given: dict[int, _GivenGradient] = {}
+        self._given: dict[int, GivenGradient] = {}
         self._finite_over: ReductionGroups | None = None
         self._observers: list[StepObserver] = []
         self._refusal: str | None = None
@@ -374,16 +367,9 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
             tensor: bound, fp32.
             grad: in its shape, bf16 or fp32; may have another dtype than the tensor. Not changed.
             scale: what the gradient is multiplied by where it is read; None: nothing.
-            copy: as of `write_copy`, until another one is given; None: there is none.
+            copy: as of `write_copy`; None: there is none. It is not kept alive.
         """
-        before = self._copies.get(id(tensor))
-        if copy is None and before is not None:
-            del self._copies[id(tensor)]
-            self._sets.forget()
-        elif copy is not None and (before is None or before.data_ptr() != copy.data_ptr()):
-            self._copies[id(tensor)] = copy.detach()
-            self._sets.forget()
-        self._given = {id(tensor): _GivenGradient(grad, scale)}
+        self._given = {id(tensor): GivenGradient(grad, scale, None if copy is None else copy.detach())}
         try:
             yield
         finally:
@@ -456,9 +442,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         if found is None:
             found = self._new_set(tensors, grads, hypers)
             self._sets.keep(found, grads, self._bindings.version)
-        found.begin(grads, hypers)
-        for item in [w.item for w in found.work if id(w.item.param) in self._given]:
-            item.grad_scale = self._given[id(item.param)].scale
+        found.begin(grads, hypers, self._given)
         return found
 
     def _gradient_of(self, tensor: torch.Tensor) -> torch.Tensor | None:

@@ -10,8 +10,8 @@ import pytest
 pytest.importorskip("deepspeed", reason="the benchmarks cut shards with the DeepSpeed host: extra 'deepspeed'")
 pytest.importorskip("megatron.core", reason="the benchmarks count on Megatron-core's model: extra 'megatron'")
 
-from benchmarks.costs import communication, communication_overhead, end_to_end, muon_traffic
-from benchmarks.provenance import read_csv
+from benchmarks.costs import communication, communication_overhead, end_to_end, fused_step, muon_traffic
+from benchmarks.provenance import PROVENANCE, read_csv
 from tests.helpers.benchmark_runs import run_benchmark
 
 # Odd sizes, so that a half of a parameter often ends inside a block.
@@ -98,6 +98,28 @@ def test_overhead_is_measured_on_real_ranks(tmp_path: Path) -> None:
     assert [row["what"] for row in rows] == ["step with reductions", "step without", "all-reduce alone"]
     assert [row["bytes_sent"] for row in rows] == ["8", "0", "8"], "two ranks, one cut, one block"
     assert all(float(row["median_ms"]) > 0 and row["threads_per_rank"] for row in rows)
+
+
+def test_fused_step_is_timed_beside_the_step_that_it_replaces(tmp_path: Path) -> None:
+    """The script would fail on the day when it is needed, or its page would not say of what the figures are."""
+    run_benchmark("costs.fused_step", "--hidden", 16, "--layers", 1, "--rounds", 2, "--out", tmp_path)
+    rows = read_csv(tmp_path / "fused_step.csv")
+    assert tuple(rows[0]) == fused_step.COLUMNS
+    kinds = {(row["optimizer"], row["gradients"]) for row in rows}
+    assert kinds == {(o, g) for o in ("BlockwiseAdamW", "BlockwiseAdamMini") for g in ("bf16", "fp32")}
+    for row in rows:
+        assert (row["parameters"], row["rounds"], row["threads"]) == (str(2 * 16 * 64), "2", "1")
+        ratio = float(row["fused_ms"]) / float(row["unfused_ms"])
+        assert float(row["fused_over_unfused"]) == pytest.approx(ratio, rel=1e-2)
+        assert all(row[column] for column in PROVENANCE)
+    head, _, *lines = fused_step.markdown(rows).splitlines()
+    table, text = lines[: len(rows)], lines[-1]
+    assert [line.count("|") for line in table] == [head.count("|")] * len(rows)
+    for line, row in zip(table, rows, strict=True):
+        for column in ("optimizer", "gradients", "unfused_ms", "fused_ms", "fused_over_unfused"):
+            assert f"| {row[column]} |" in line
+    for column in ("cpu", "torch", "deepspeed", "date", "commit"):
+        assert rows[0][column] in text, column
 
 
 def test_end_to_end_reads_times_and_memory_of_a_real_run(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,9 @@ import pytest
 pytest.importorskip("deepspeed", reason="the benchmarks cut shards with the DeepSpeed host: extra 'deepspeed'")
 pytest.importorskip("megatron.core", reason="the benchmarks count on Megatron-core's model: extra 'megatron'")
 
-from benchmarks.costs import communication, communication_overhead, end_to_end
+from benchmarks.costs import communication, communication_overhead, end_to_end, fused_step, muon_traffic
 from benchmarks.provenance import BENCHMARKS_PAGE, between, read_csv, write_between
-from benchmarks.step import tables
+from benchmarks.step import muon, small, tables
 from benchmarks.step.shapes import LAYOUTS
 from ds_blockwise.runs.model_shape import GPTShape
 from tests.helpers import ROOT
@@ -27,28 +28,36 @@ def _kernels(rows: list[dict[str, str]]) -> str:
     return tables.markdown(rows, f"bench/kernels_{rows[0]['device']}.png")
 
 
+# section of the page: file below docs/bench, what makes the table of it, what measures it
 TABLES = {
-    "bench": ("kernels_cpu.csv", _kernels),
-    "communication": ("communication.csv", communication.markdown),
-    "communication-overhead": ("communication_overhead.csv", communication_overhead.markdown),
-    "end-to-end": ("end_to_end.csv", end_to_end.markdown),
+    "bench": ("kernels_cpu.csv", _kernels, "bench-kernels"),
+    "bench-gpu": ("kernels_cuda.csv", _kernels, "bench-gpu"),
+    "small-tensors": ("small_tensors.csv", small.markdown, "bench-small"),
+    "muon-step": ("muon_step.csv", muon.markdown, "bench-muon"),
+    "communication": ("communication.csv", communication.markdown, "bench-communication"),
+    "communication-overhead": ("communication_overhead.csv", communication_overhead.markdown, "bench-communication"),
+    "muon-traffic": ("muon_traffic.csv", muon_traffic.markdown, "bench-communication"),
+    "end-to-end": ("end_to_end.csv", end_to_end.markdown, "bench-end-to-end"),
+    "fused-step": ("fused_step.csv", fused_step.markdown, "bench-fused-step"),
 }
 
 
 @pytest.mark.parametrize("section", TABLES)
 def test_the_page_shows_what_was_measured(section: str) -> None:
-    """A figure that no file holds, or one that is older than its file."""
-    name, markdown = TABLES[section]
-    assert between(TEXT, section) == markdown(read_csv(ROOT / "docs/bench" / name))
+    """A figure that no file holds, one that is older than its file, or a table that is empty without a word."""
+    name, markdown, target = TABLES[section]
+    results = ROOT / "docs/bench" / name
+    absent = f"Not measured yet: `make {target}` writes this table."
+    assert between(TEXT, section) == (markdown(read_csv(results)) if results.is_file() else absent)
+    assert f"\n{target}: setup\n" in (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
-def test_the_page_shows_gpu_figures_if_there_are_any() -> None:
-    """A table of a GPU that nobody measured, or figures that nobody sees."""
-    results = ROOT / "docs/bench/kernels_cuda.csv"
-    if results.is_file():
-        assert between(TEXT, "bench-gpu") == _kernels(read_csv(results))
-    else:
-        assert "<!-- bench-gpu:begin -->" not in TEXT
+def test_every_section_of_the_page_is_compared() -> None:
+    """A new table would be shown without a file, and a script would look for marks that are not there."""
+    assert sorted(re.findall(r"<!-- (\S+):begin -->", TEXT)) == sorted(TABLES)
+    files = {name for name, _, _ in TABLES.values()}
+    listed = {name for row in re.findall(r"^\|(.+?)\|", TEXT, flags=re.M) for name in re.findall(r"\w+\.csv", row)}
+    assert listed == files
 
 
 def test_committed_figures_are_of_everything_that_was_promised() -> None:

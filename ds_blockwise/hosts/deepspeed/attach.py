@@ -16,7 +16,7 @@ from deepspeed.utils.bwc import bwc_tensor_model_parallel_group
 from torch import nn
 
 from ds_blockwise.blocks.tagged_parameter import as_tagged
-from ds_blockwise.hosts.deepspeed.autotp import check_splits, with_empty_shards
+from ds_blockwise.hosts.deepspeed.autotp import check_marks, check_splits, with_empty_shards
 from ds_blockwise.hosts.deepspeed.checkpoint.load import guard
 from ds_blockwise.hosts.deepspeed.checks import (
     check_clipping,
@@ -30,6 +30,7 @@ from ds_blockwise.hosts.deepspeed.monitor import connect
 from ds_blockwise.hosts.deepspeed.never_stepped import refuse_when_trained, trains_nothing
 from ds_blockwise.hosts.deepspeed.partitions import or_world, stepped_tensors
 from ds_blockwise.hosts.deepspeed.pipeline import is_staged, names_in, tied_copies
+from ds_blockwise.hosts.deepspeed.releases import cut_off_autograd
 from ds_blockwise.hosts.deepspeed.state_api.show import show_state
 from ds_blockwise.hosts.model_tags import tag_for
 from ds_blockwise.hosts.pipeline_stages import TiedCopy, check_rules, check_tied, rules_matched
@@ -117,6 +118,7 @@ class _Found:
 def _check(engine: Engine, optimizer: BlockwiseOptimizer) -> None:
     """Refuse what cannot work, whatever the model is."""
     check_config(engine, type(optimizer).__name__)
+    check_marks(engine.module, deepspeed.__version__)
     check_sequence_parallel(engine)
     if optimizer.fused_step:
         check_known(engine)
@@ -154,6 +156,7 @@ def _bind(
 ) -> list[TiedCopy]:
     """Bind the tensors, connect the telemetry, and describe this rank's copies of tied weights."""
     device = _device()
+    cut_off_autograd(engine)
     for item in stepped:
         groups = ReductionGroups(if_many(item.dp_group), tp_group, device)
         if item.tensor is None:

@@ -176,6 +176,24 @@ def _shard_of(said: AutoTPShard, widths: Sequence[Sequence[int]], local: tuple[i
     return TensorShard(whole, dim, rank, tuple(chunks))
 
 
+def check_marks(model: nn.Module, release: str) -> None:
+    """Refuse AutoTP of a release that does not say which rows or columns a rank holds; 0.19.6 is the first that does.
+
+    Args:
+        model: as AutoTP left it.
+        release: of DeepSpeed.
+
+    Raises:
+        ValueError: the marks on its parameters lack the sizes of the ranks' parts.
+    """
+    marks = [mark for param in model.parameters() if (mark := _said(param)) is not None]
+    if any(AutoTPShard.__required_keys__ - mark.keys() for mark in marks):
+        raise ValueError(
+            f"AutoTP of DeepSpeed {release} does not say which part of a weight a rank holds. Install "
+            f'deepspeed>=0.19.6, or remove "tensor_parallel" from the JSON.'
+        )
+
+
 def check_splits(model: nn.Module, names: Mapping[torch.Tensor, str], zero_stage: int) -> None:
     """Refuse what AutoTP would train wrongly, or not at all, with any optimizer.
 

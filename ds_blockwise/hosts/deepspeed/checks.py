@@ -18,6 +18,7 @@ from torch import nn
 from ds_blockwise.hosts.deepspeed.autotp import AUTOTP_MARK
 from ds_blockwise.hosts.deepspeed.engine import Engine, offload_device, sequence_parallel_size, whole_numel
 from ds_blockwise.hosts.deepspeed.refusals import EngineFacts, facts_of_json, refusals
+from ds_blockwise.hosts.deepspeed.releases import computes_norm
 from ds_blockwise.optimizers.base import BlockwiseOptimizer, built_from_ours
 
 
@@ -63,8 +64,10 @@ def check_config(engine: Engine, optimizer: str) -> None:
 def _facts_of(engine: Engine, optimizer: str) -> EngineFacts:
     device = offload_device(engine)
     of_json = facts_of_json(engine._config._param_dict)
-    client = engine.client_optimizer
-    fused = client.fused_step if isinstance(client, BlockwiseOptimizer) else of_json.fused_step
+    # a function that was given as optimizer has been called when this is asked for the last time
+    built = (engine.client_optimizer, getattr(engine, "basic_optimizer", None))
+    ours = next((one for one in built if isinstance(one, BlockwiseOptimizer)), None)
+    fused = of_json.fused_step if ours is None else ours.fused_step
     return EngineFacts(
         optimizer=optimizer,
         zero_stage=int(engine.zero_optimization_stage()),
@@ -82,7 +85,7 @@ def _facts_of(engine: Engine, optimizer: str) -> EngineFacts:
             if on
         ),
         elastic_checkpoint=bool(engine.zero_elastic_checkpoint()),
-        skips_rank_by_rank=not engine.zero_compute_grad_norm() and _autocast_fp16(engine),
+        skips_rank_by_rank=not computes_norm(engine) and _autocast_fp16(engine),
         fused_step=fused,
         precision=of_json.precision,
         grad_accum_dtype=of_json.grad_accum_dtype,
@@ -173,6 +176,28 @@ def check_experts(engine: Engine, model_parameters: Iterable[object] | None) -> 
                 f'"moe": true with the "name" of their group. Give deepspeed.initialize plain parameters, or groups '
                 f"from deepspeed.moe.utils.split_params_into_different_moe_groups_for_optimizer, each given a "
                 f'"name" before.'
+            )
+
+
+def check_frozen_groups(engine: Engine, model_parameters: Iterable[object] | None) -> None:
+    """Refuse a param group in which nothing is trained where DeepSpeed fails on it: ZeRO stages 1 and 2.
+
+    Args:
+        engine: a ``DeepSpeedEngine`` that trains some parameters.
+        model_parameters: as of `check_experts`.
+
+    Raises:
+        ValueError: every parameter of a group is frozen.
+    """
+    if engine.zero_optimization_stage() not in (1, 2):
+        return
+    for index, group in enumerate(group for group in model_parameters or () if isinstance(group, dict)):
+        params = group["params"]
+        if isinstance(params, (list, tuple)) and params and not any(param.requires_grad for param in params):
+            raise ValueError(
+                f"param group {index} holds {len(params)} parameters, all frozen, and DeepSpeed's ZeRO stages 1 and 2 "
+                f"fail on such a group, with any optimizer. Leave it out of the groups; frozen parameters in a group "
+                f"with others do no harm."
             )
 
 

@@ -28,6 +28,7 @@ from ds_blockwise.hosts.deepspeed.engine import (
     ZeroStages1And2,
     is_wrapped,
 )
+from ds_blockwise.hosts.deepspeed.releases import flat_offsets, offsets_of
 from ds_blockwise.hosts.stepped_tensors import Stepped, tagged_placement, window
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 
@@ -113,8 +114,7 @@ def _zero_1_and_2(wrapper: ZeroStages1And2) -> Iterator[Stepped]:
 
 
 def _zero_1_and_2_offsets(wrapper: ZeroStages1And2, index: int, params: Sequence[nn.Parameter]) -> list[int]:
-    known = getattr(wrapper, "round_robin_bit16_offsets", None)
-    offsets = offsets_of(params) if known is None else [int(o) for o in known[index]]
+    offsets = flat_offsets(wrapper, index, params)
     flat = wrapper.bit16_groups_flat[index]
     for param, offset in zip(params, offsets, strict=True):
         # the parameters are views of the flat buffer, so the buffer itself tells whether the offsets are right
@@ -166,15 +166,6 @@ def zero_3_tensors(wrapper: ZeroStage3) -> Iterator[Stepped]:
                 f"way that ds_blockwise does not know."
             )
         yield Stepped(tensor, tuple(placements), group)
-
-
-def offsets_of(params: Sequence[nn.Parameter]) -> list[int]:
-    """Offset of each parameter in a flat buffer that holds them one after the other."""
-    offsets, at = [], 0
-    for param in params:
-        offsets.append(at)
-        at += param.numel()
-    return offsets
 
 
 def or_world(group: dist.ProcessGroup | None) -> dist.ProcessGroup:

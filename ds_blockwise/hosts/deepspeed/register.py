@@ -11,7 +11,6 @@ import functools
 import importlib
 import logging
 import os
-import re
 from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
@@ -25,6 +24,7 @@ from deepspeed.runtime.zero import utils as zero_utils
 from torch import nn
 
 from ds_blockwise.hosts.deepspeed.engine import Engine
+from ds_blockwise.hosts.deepspeed.releases import NEWEST_TESTED, check_release
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.optimizers.registry import OPTIMIZERS, SCHEDULES
 
@@ -36,7 +36,6 @@ _MARK = "calls_ds_blockwise"  # of the hook that is there already
 _SHARED_MEMORY = "deepspeed_shm_comm"
 _BUILD_SHARED_MEMORY = "build_shm_op"
 _KEEP_SHARED_MEMORY = "DS_BUILD_SHM_COMM"  # DeepSpeed's own variable for building this operator
-_OLDEST = (0, 19, 7)  # older ones lack methods of the engine that we call
 _Parameters: TypeAlias = Iterable[object] | None
 
 
@@ -60,8 +59,8 @@ def register() -> None:
     original = getattr(DeepSpeedEngine, _HOOK, None)
     if original is None:
         raise ImportError(
-            f"DeepSpeed {deepspeed.__version__} has no DeepSpeedEngine.{_HOOK}; ds_blockwise was tested with 0.19.8. "
-            f"Install a supported version."
+            f"DeepSpeed {deepspeed.__version__} has no DeepSpeedEngine.{_HOOK}; ds_blockwise was tested with "
+            f"{NEWEST_TESTED}. Install a supported version."
         )
     if hasattr(original, _MARK):
         return
@@ -73,23 +72,6 @@ def register() -> None:
     build = getattr(backend, _BUILD_SHARED_MEMORY, None)
     if build is not None:
         setattr(backend, _BUILD_SHARED_MEMORY, _if_wanted(build))
-
-
-def check_release(version: str) -> None:
-    """Refuse a release of DeepSpeed that is known to fail.
-
-    Args:
-        version: such as ``"0.19.8"``.
-
-    Raises:
-        ImportError: it is older than 0.19.7.
-    """
-    if tuple(int(number) for number in re.findall(r"\d+", version)[:3]) < _OLDEST:
-        oldest = ".".join(map(str, _OLDEST))
-        raise ImportError(
-            f"DeepSpeed {version} is too old: ds_blockwise needs {oldest} or later and was tested with 0.19.8. "
-            f"Install one: pip install 'deepspeed>={oldest},<0.20'"
-        )
 
 
 def _checking_the_model(configure: Callable[[Engine, nn.Module], None]) -> Callable[[Engine, nn.Module], None]:
@@ -110,9 +92,10 @@ def _attaching(
     @functools.wraps(configure)
     def configure_and_attach(self: Engine, client_optimizer: object, model_parameters: _Parameters) -> None:
         from ds_blockwise.hosts.deepspeed.attach import attach
-        from ds_blockwise.hosts.deepspeed.checks import check_client, check_config, check_experts
+        from ds_blockwise.hosts.deepspeed.checks import check_client, check_config, check_experts, check_frozen_groups
         from ds_blockwise.hosts.deepspeed.config.in_engine import check_json
         from ds_blockwise.hosts.deepspeed.never_stepped import configure_frozen, trains_nothing
+        from ds_blockwise.parallel.agree import together
 
         client = client_optimizer if isinstance(client_optimizer, BlockwiseOptimizer) else None
         named = client_optimizer is None and _is_named(self)
@@ -129,6 +112,9 @@ def _attaching(
         if (client is not None or named) and self.zero_optimization() and trains_nothing(self):
             configure_frozen(self, client, model_parameters)
             return
+        if client is not None or named:
+            groups = model_parameters if client is None else client.param_groups
+            together(lambda: check_frozen_groups(self, groups))
         configure(self, client_optimizer, model_parameters)
         if isinstance(self.basic_optimizer, BlockwiseOptimizer):
             attach(self)

@@ -7,11 +7,13 @@ fills it in the wrong order under round_robin_gradients.
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
 
@@ -64,8 +66,12 @@ def open_engine(
     groups: Callable[[nn.Module], list[dict[str, Any]]] | None = None,
     mpu: Any = None,
     feed: bool = True,
+    client: Callable[[nn.Module], object] | None = None,
 ) -> Iterator[SimpleNamespace]:
-    """An initialised engine with its feed and names; every global trace is removed afterwards."""
+    """An initialised engine with its feed and names; every global trace is removed afterwards.
+
+    ``client`` makes what a user gives as ``optimizer``.
+    """
     import deepspeed
 
     model = build()
@@ -75,8 +81,9 @@ def open_engine(
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=groups(model) if groups else trainable,
-        config=config,
+        config=copy.deepcopy(config),  # DeepSpeed 0.18 takes keys out of it
         mpu=mpu,
+        **({} if client is None else {"optimizer": client(model)}),
     )
     try:
         yield SimpleNamespace(engine=engine, model=model, names=names, feed=feeder)
@@ -155,8 +162,11 @@ def _unfused(run: SimpleNamespace, wrapper: Any) -> Iterator[tuple[nn.Parameter,
 def _zero12(run: SimpleNamespace, wrapper: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:
     for i, piece in enumerate(wrapper.single_partition_of_fp32_groups):
         flat = _gather(piece, wrapper.real_dp_process_group[i])
-        pairs = zip(wrapper.round_robin_bit16_groups[i], wrapper.round_robin_bit16_offsets[i], strict=True)
-        for parameter, offset in pairs:
+        parameters = wrapper.round_robin_bit16_groups[i]
+        offsets = [0, *accumulate(p.numel() for p in parameters)][:-1]
+        if hasattr(wrapper, "round_robin_bit16_offsets"):  # there may be gaps from 0.19.7 on
+            offsets = wrapper.round_robin_bit16_offsets[i]
+        for parameter, offset in zip(parameters, offsets, strict=True):
             yield parameter, flat[offset : offset + parameter.numel()].view(parameter.shape)
 
 

@@ -62,7 +62,7 @@ NOT_RUN: Mapping[str, str] = {
     "version": "0.19.0",
     "with": "",
     "engines": "",
-    "result": "**untested**: it asks for DeepSpeed below 0.19, which we do not support, and for packages of CUDA",
+    "result": "**untested**: it asks for packages of CUDA",
     "command": "axolotl train config.yaml",
     "date": "2026-11-30",
 }

@@ -117,6 +117,8 @@ def _cases() -> dict[str, tuple[int, Case]]:
         )
     for stage, dp in ((0, 1), (1, 2), (3, 2)):
         add("clip", dp, Case("mini", stage, clip=0.05))
+    for optimizer, stage, dtype, dp in (("mini", 1, "bf16", 2), ("adamw", 2, "fp32", 1)):
+        add("fused_step", dp, Case(optimizer, stage, dtype, clip=0.05, params={"fused_step": True}))
     for optimizer, stage, dp, model in (("mini", 1, 2, "qwen3"), ("mini", 3, 2, "even"), ("adamw", 2, 1, "mqa")):
         add("by_role", dp, Case(optimizer, stage, model=model, params=ROLE_SETTINGS, steps=4))
     add("mutant", 1, Case("mini", 2, oracle_multipliers={"value": 4.01}, steps=2))
@@ -139,7 +141,7 @@ def test_blocks_over_several_ranks(outcome: Outcome, name: str) -> None:
     passes(outcome, name)
 
 
-@SUITE.cases("clip")
+@SUITE.cases("clip", "fused_step")
 def test_clipping_uses_the_whole_norm(outcome: Outcome, name: str) -> None:
     """The norm would miss a rank or count replicas twice, so AutoTP would change the step size."""
     passes(outcome, name)

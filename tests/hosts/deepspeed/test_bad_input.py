@@ -209,6 +209,7 @@ ENGINES = {
     "clipping to text": ({"gradient_clipping": "x"}, "\"gradient_clipping\": 'x': allowed: a finite number"),
     "bad schedule": ({"scheduler": {"type": "BlockwiseCosineLR", "params": {"total_num_steps": 0}}}, "total_num_steps"),
     "sharded model without its host": ({"mpu": True}, "import megatron_patch before"),
+    "frozen group on one rank": ({"frozen": 1, "zero": {"stage": 2}}, "param group 1 holds 2 parameters, all frozen"),
     "model tagged in part": ({"half_tagged": True}, "is not tagged although others are"),
 }
 
@@ -252,6 +253,10 @@ def refused_engine(context, case):
     if changes.pop("half_tagged", False):
         tag_parameters(network)
         network["extra"] = nn.ModuleDict({"lm_head": nn.Linear(4, 4, bias=False)})
+    chosen = network.parameters()
+    if "frozen" in changes:
+        norms = network["norm"].requires_grad_(changes.pop("frozen") != context.rank)
+        chosen = [{"params": [*network["self_attn"].parameters()]}, {"params": [*norms.parameters()]}]
     params = changes.pop("params", {})
     multiplier = changes.pop("multiplier", None)
     if multiplier:
@@ -267,7 +272,7 @@ def refused_engine(context, case):
     warned = warnings_of("ds_blockwise.hosts.deepspeed.config.in_engine")
     try:
         with pytest.raises((ValueError, TypeError)) as caught:
-            deepspeed.initialize(model=network, model_parameters=network.parameters(), config=config, mpu=mpu)
+            deepspeed.initialize(model=network, model_parameters=chosen, config=config, mpu=mpu)
     finally:
         forget_groups()
     assert words in str(caught.value), str(caught.value)

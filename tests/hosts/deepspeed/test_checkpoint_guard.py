@@ -401,7 +401,8 @@ def run_case(context: RankContext, case: tuple[str, Any]) -> None:
 
 def _cases() -> dict[str, tuple[int, tuple[str, Any]]]:
     table: dict[str, Any] = {f"round_trip-z{stage}": ("round_trip", nano(stage)) for stage in (0, 2, 3)}
-    table["round_trip-AdamW-z2"] = ("round_trip", engine_config("AdamW", stage=2, params={"torch_adam": True}))
+    # not stage 1 or 2: on gloo DeepSpeed 0.18.9 fails there in the first step of any optimizer but ours
+    table["round_trip-AdamW-z3"] = ("round_trip", engine_config("AdamW", stage=3, params={"torch_adam": True}))
     table |= {
         f"full_disk-z{stage}-rank{rank}": ("full_disk", (stage, rank)) for stage, rank in ((0, 0), (2, 1), (3, 1))
     }

@@ -238,6 +238,8 @@ def _cases() -> dict[str, tuple[int, Case]]:
     add("refused", 2, Case("mini", 3, what="refused", expected=("experts", "ZeRO stage 1 or 2")))
     clip = {"gradient_clipping": 1.0}
     add("refused", 2, Case("mini", 0, "bf16", what="refused", config=clip, expected=("gradient_clipping", "experts")))
+    fused = {"params": {"fused_step": True}, "expected": ('"fused_step": true', "MoE layers", '"fused_step": false')}
+    add("refused", 2, Case("mini", 2, "bf16", what="refused", **fused))
     add("mutant", 2, Case("mini", 2, oracle_multipliers={"ffn": 6.01}, steps=2))
     return table
 

@@ -181,9 +181,11 @@ def check_tied_mismatch(context: RankContext, _: None) -> None:
 
 
 def check_stages(context: RankContext, _: None) -> None:
-    """ZeRO-2 and 3 cannot work, which upstream says after everything was built."""
+    """ZeRO-2 and 3 cannot work, which upstream says after everything was built; ``fused_step`` was not compared."""
     for stage in (2, 3):
         refused(Case(stage=stage), f'"stage": {stage}', "PipelineModule", 'Set "stage": 1')
+    fused = Case(params={"fused_step": True})
+    refused(fused, '"fused_step": true', "PipelineModule", '"fused_step": false')
 
 
 def refused(case: Case, *words: str, own_head: bool = False, own_groups: bool = False) -> str:

@@ -82,6 +82,10 @@ def check_resume(context: RankContext, case: Case) -> None:
         assert_same(model_weights(run), wanted_model, "model weights")
         assert_same(moments(run), wanted_state, "optimizer state")
         assert run.engine.get_lr() == wanted_lr
+    if case.zero.get("round_robin_gradients") and context.rank == 0:
+        reason = "round_robin_gradients: the converter mixes up parameters"  # each release stops in a way of its own
+        with pytest.raises((AssertionError, ValueError), match=reason):
+            to_universal(Path(folder) / "saved", Path(folder) / "universal")
 
 
 def check_portable(context: RankContext, case: Case) -> None:

@@ -19,6 +19,7 @@ from tests.helpers import models
 from tests.helpers.deepspeed.compared import Compared, assert_same, case_config, check_counters, hyper, set_lr
 from tests.helpers.deepspeed.engine_cases import BACKENDS, BETAS, EPS, GROUP_2, LR, LR_FACTORS, WEIGHT_DECAY, takes_long
 from tests.helpers.deepspeed.engines import DTYPES, feed_step, masters, open_engine, prepare_deepspeed
+from tests.helpers.deepspeed.fused_twins import everything
 from tests.helpers.distributed import Outcome, RankContext, passes
 from tests.helpers.megatron.gpt_shards import LAYERS, SHAPES, cut, cut_all, full_shapes, gpt, parallel, small_gpt
 from tests.helpers.models import GradientPlan
@@ -106,12 +107,22 @@ def run_case(context: RankContext, case: Case) -> None:
 
     megatron_patch.cpu_shims()
     (check_end_to_end if case.end_to_end else check_fed)(context, case)
+    if "fused_step" in case.params:
+        check_twins(context, case)
+
+
+def _opened(case: Case, tp_rank: int) -> Any:
+    """An engine on a rank's part of the model."""
+    from megatron_patch import mpu_adapter
+
+    def build() -> nn.Module:
+        return small_gpt(case.shape, DTYPES[case.dtype], tp_rank, tied=case.tied, tp=case.tp)
+
+    return open_engine(_config(case), build, groups=_groups_of(case), mpu=mpu_adapter())
 
 
 def check_fed(context: RankContext, case: Case) -> None:
     from megatron.core import parallel_state
-
-    from megatron_patch import mpu_adapter
 
     shapes = full_shapes(case.shape, tied=case.tied)
     exact = case.optimizer in ("adamw", "muon") and not (case.clip or case.params)
@@ -122,11 +133,7 @@ def check_fed(context: RankContext, case: Case) -> None:
         dp_rank = parallel_state.get_data_parallel_rank()
         dtype = DTYPES[case.dtype]
         plan = GradientPlan(context.world_size // case.tp, 1, dtype)
-
-        def build() -> nn.Module:
-            return small_gpt(case.shape, dtype, tp_rank, tied=case.tied, tp=case.tp)
-
-        with open_engine(_config(case), build, groups=_groups_of(case), mpu=mpu_adapter()) as run:
+        with _opened(case, tp_rank) as run:
             start = {n: models.small_weight(n, s).to(dtype).float() for n, s in shapes.items()}
             oracle = oracle_for(
                 case.optimizer,
@@ -156,6 +163,28 @@ def check_fed(context: RankContext, case: Case) -> None:
                 _check_replicas(pair.now, tp_group, case.tp)
                 if reference is not None:
                     assert_same(pair.now, cut_all(reference(gradients, pair.lr), tp_rank), f"{what}: unsharded weights")
+
+
+def check_twins(context: RankContext, case: Case) -> None:
+    """With ``fused_step`` and without it: the same bits after every step, the norm over all ranks among them."""
+    from megatron.core import parallel_state
+
+    shapes, found = full_shapes(case.shape, tied=case.tied), []
+    with parallel(case.tp):
+        tp_rank = parallel_state.get_tensor_model_parallel_rank()
+        dp_rank = parallel_state.get_data_parallel_rank()
+        plan = GradientPlan(context.world_size // case.tp, 1, DTYPES[case.dtype])
+        part = partial(cut, rank=tp_rank, size=case.tp)
+        for fused in (False, True):
+            with _opened(replace(case, params={**case.params, "fused_step": fused}), tp_rank) as run:
+                for step in range(case.steps):
+                    poison = float("nan") if step in case.poison and tp_rank == 1 else None
+                    feed_step(run, plan, step, dp_rank, shapes=shapes, cut=part, poison=poison)
+                    found.append(everything(run))
+    for step in range(case.steps):
+        assert_same(found[case.steps + step], found[step], f"after step {step}, with fused_step and without")
+    norms = [float(one["norm"]) for one in found]
+    assert all(norm > case.clip for norm in norms), norms
 
 
 def _reference(case: Case) -> Callable[[dict[str, Tensor], float], dict[str, Tensor]]:
@@ -273,6 +302,15 @@ def _cases() -> dict[str, tuple[int, Case]]:
         add("muon_roles", dp, Case("muon", stage, params=roles, oracle=by_role), ("cpp",))
         add("muon", dp, Case("muon", stage, shape="mqa"), ("cpp",))
     add("muon_overflow", 2, Case("muon", 1, "bf16", poison=(0, 2), steps=5), ("cpp",))
+    fused = {"clip": 0.05, "params": {"fused_step": True}}
+    add("fused_step", 2, Case("mini", 1, "bf16", poison=(1,), **fused), ("cpp",))
+    add(
+        "fused_step",
+        2,
+        Case("mini", 2, "bf16", tied=True, second_group=("word_embeddings", "layers.1."), **fused),
+        ("cpp",),
+    )
+    add("fused_step", 1, Case("adamw", 2, "fp32", tied=True, **fused), ("cpp",))
     add("mutant", 1, Case("mini", 2, oracle_multipliers={"value": 4.01}, steps=2))
     return table
 
@@ -302,6 +340,12 @@ def test_overflow_on_one_tensor_rank(outcome: Outcome, name: str) -> None:
 @SUITE.cases("clip")
 def test_clipping_uses_the_whole_norm(outcome: Outcome, name: str) -> None:
     """The norm would miss a rank or count replicas twice, so TP would change the step size."""
+    passes(outcome, name)
+
+
+@SUITE.cases("fused_step")
+def test_fused_step_sees_all_ranks(outcome: Outcome, name: str) -> None:
+    """Its norm would miss a rank or count replicas twice, or a rank would step where another one skips."""
     passes(outcome, name)
 
 

@@ -211,6 +211,7 @@ def _cases() -> dict[str, tuple[int, Case]]:
     for optimizer, stage, dp in product(("adamw", "mini"), (0, 1, 2, 3), (1, 2)):
         add("fed", dp, Case(optimizer, stage, "bf16" if (stage + dp) % 2 else "fp32"))
     add("by_role", 2, Case("mini", 2, params=ROLE_SETTINGS))
+    add("fused_step", 2, Case("mini", 2, "bf16", params={"fused_step": True}))
     for optimizer, stage in (("mini", 1), ("adamw", 2), ("mini", 3)):
         add("end_to_end", 1, Case(optimizer, stage, what="end_to_end"))
     add("resume", 1, Case("mini", 2, what="resumes"))
@@ -227,7 +228,7 @@ SUITE = Suite(run_case, _cases())
 outcome = SUITE.outcome()
 
 
-@SUITE.cases("fed", "by_role")
+@SUITE.cases("fed", "by_role", "fused_step")
 def test_sequence_parallel_values(outcome: Outcome, name: str) -> None:
     """Blocks would be summed over the ranks of one sequence as if each held other columns, or over too few ranks."""
     passes(outcome, name)

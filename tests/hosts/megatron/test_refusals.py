@@ -141,6 +141,7 @@ SPOILS: dict[str, Spoil] = {
     "multiplier": _argument("lr_multipliers", {"emd": 3}),
     "foreign_setting": _argument("momentum", 0.9),
     "own_rate": _argument("lr", 1e-3),
+    "fused_step": _argument("fused_step", True),
     "unused_rule": _argument("rules", [{"match": "no such layer", "role": "ffn"}]),
     "disagree": _argument("lr_multipliers", {"ffn": 5}),
 }
@@ -163,6 +164,10 @@ CASES: dict[str, tuple[int, Case]] = {
     "multiplier": (2, Case("multiplier", "ValueError", ("emd", "emb"))),
     "foreign_setting": (2, Case("foreign_setting", "ValueError", ("BlockwiseAdamMini got an unknown key 'momentum'",))),
     "own_rate": (2, Case("own_rate", "ValueError", ("convert_ does not take lr", "OptimizerConfig"))),
+    "fused_step": (
+        2,
+        Case("fused_step", "ValueError", ("convert_ does not take fused_step", "clip gradients themselves")),
+    ),
     "unused_rule": (2, Case("unused_rule", "ValueError", ("no such layer", "any pipeline stage"), True)),
     "other_copy": (
         2,

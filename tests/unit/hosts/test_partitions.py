@@ -25,7 +25,8 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-from ds_blockwise.hosts.deepspeed.partitions import offsets_of, stepped_tensors, zero_window
+from ds_blockwise.hosts.deepspeed.partitions import stepped_tensors, zero_window
+from ds_blockwise.hosts.deepspeed.releases import offsets_of
 
 SHAPES = {"first": (5, 2), "second": (7,), "third": (2, 2), "last": (1,)}  # 22 elements
 PADDING = -1.0

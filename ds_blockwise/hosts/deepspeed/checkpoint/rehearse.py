@@ -28,6 +28,7 @@ from ds_blockwise.checkpoint.typed_data import typed
 from ds_blockwise.hosts.deepspeed.checkpoint.optimizer_files import OptimizerFile, load_optimizer_file, unpartitioned
 from ds_blockwise.hosts.deepspeed.checkpoint.tag_folder import ModelFile, load_file, load_model_file
 from ds_blockwise.hosts.deepspeed.engine import Engine, LoadOptions, is_partitioned, is_wrapped, offload_device
+from ds_blockwise.hosts.deepspeed.releases import alignment_paddings
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.optimizers.state_dict import to_load
 
@@ -193,7 +194,7 @@ def _wrapper_misfits(engine: Engine, path: Path, saved: OptimizerFile) -> Iterat
         own, needed = list(wrapper.fp32_partitioned_groups_flat), ("loss_scaler", "dynamic_loss_scale", "overflow")
     elif isinstance(wrapper, DeepSpeedZeroOptimizer):
         own, needed = list(wrapper.single_partition_of_fp32_groups), ("ds_version",)
-        yield from _alignment_misfits(path, saved, wrapper.round_robin_bit16_padding)
+        yield from _alignment_misfits(path, saved, alignment_paddings(wrapper))
     elif isinstance(wrapper, BF16_Optimizer):
         own, needed = list(wrapper.fp32_groups_flat_partition), ("ds_version",)
     elif is_wrapped(engine) and hasattr(wrapper, "fp32_groups"):

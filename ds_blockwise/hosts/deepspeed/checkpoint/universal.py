@@ -9,9 +9,11 @@ with more ranks cuts each parameter as its file says.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
+from deepspeed.checkpoint import constants
 from deepspeed.checkpoint.constants import (
-    AUTOTP_UNSUPPORTED_PARAMETER_PATTERNS,
     PARAMETER_WITH_2_SUB_PARAMS_CAT_DIM_0,
     PARAMETER_WITH_ROW_PARALLELISM_PATTERNS,
     TP_REPLICATED_PARAMETER_PATTERNS,
@@ -26,6 +28,7 @@ from ds_blockwise.hosts.deepspeed.engine import Engine
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.tagging.module_reader import TensorSplit, tensor_splits
 
+_UNSUPPORTED: str | None = getattr(constants, "AUTOTP_UNSUPPORTED_PARAMETER_PATTERNS", None)
 _COLUMN_PARALLEL = ""  # what the converter does with a parameter that no pattern names: join along dimension 0
 
 
@@ -41,8 +44,7 @@ def universal_checkpoint_info(engine: Engine) -> dict[str, object] | None:
     reason = _unconvertible(engine)
     own = getattr(engine.module, UNIVERSAL_CHECKPOINT_INFO, None)
     if own is not None:
-        known = own.get(AUTOTP_UNSUPPORTED_PARAMETER_PATTERNS, {})
-        return None if reason is None else {**own, AUTOTP_UNSUPPORTED_PARAMETER_PATTERNS: {**known, ".*": reason}}
+        return None if reason is None else _stopped(own, {".*": reason})
     patterns: dict[str, list[str]] = {}
     unsupported: dict[str, str] = {}
     splits = tensor_splits(engine.module)
@@ -57,8 +59,24 @@ def universal_checkpoint_info(engine: Engine) -> dict[str, object] | None:
             unsupported[pattern] = category
     if reason is not None:
         unsupported[".*"] = reason
-    version = {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE}
-    return {**version, **patterns, **({AUTOTP_UNSUPPORTED_PARAMETER_PATTERNS: unsupported} if unsupported else {})}
+    info = {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE, **patterns}
+    return _stopped(info, unsupported) if unsupported else info
+
+
+def _stopped(info: Mapping[str, Any], unsupported: Mapping[str, str]) -> dict[str, object]:
+    """The same, on which the converter stops.
+
+    Args:
+        info: as without anything unsupported.
+        unsupported: by pattern of names, the reason.
+    """
+    if _UNSUPPORTED is not None:
+        return {**info, _UNSUPPORTED: {**info.get(_UNSUPPORTED, {}), **unsupported}}
+    # Converters before 0.19.6 have no such list. They stop where two patterns of a kind match, and show them; what
+    # stands in (?#...) matches nothing.
+    comments = [f"(?#{reason.replace(')', ']')})" for reason in unsupported.values()]
+    twice = [f".*{comment}{again}" for comment in comments for again in ("", "(?#)")]
+    return {**info, _REPLICATED: [*info.get(_REPLICATED, ()), *twice]}
 
 
 def _unconvertible(engine: Engine) -> str | None:
