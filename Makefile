@@ -45,9 +45,11 @@ compare-same-lr: setup
 	$(BIN)/python -m benchmarks.compare.same_rate $(ARGS)
 
 # Does Blockwise Muon reach tuned AdamW's loss in half of its steps? About two hours on two cores; goes on where it stopped.
+# PLAN=5m: with four times the parameters; about 40 minutes.
+compare-half: RUN = configs/run/compare$(if $(PLAN),_$(PLAN)).yaml
 compare-half: setup
-	$(BIN)/python launch/prepare_data.py --run configs/run/compare.yaml
-	$(BIN)/python -m benchmarks.compare.half_steps $(ARGS)
+	$(BIN)/python launch/prepare_data.py --run $(RUN)
+	$(BIN)/python -m benchmarks.compare.half_steps $(if $(PLAN),--plan $(PLAN)) $(ARGS)
 
 bench: bench-kernels bench-small bench-muon bench-communication bench-fused-step bench-end-to-end
 

@@ -3,11 +3,16 @@
 
 python -m benchmarks.compare.half_steps             # about two hours on two cores; goes on where it stopped
 python -m benchmarks.compare.half_steps --minutes 30
+python -m benchmarks.compare.half_steps --plan 5m   # with four times the parameters, in bf16; about 40 minutes
 
 The first seed chooses for every side: learning rate, settings, and the warm-up among a twentieth and a fifth of the
-steps. The verdict is from the four other seeds, which chose nothing. AdamW trains 800 steps, the others 400, all with
-complete decays. Differences are between runs of one seed. "Reached": the mean difference is at least two standard
-errors below 0. "Missed": as far above. Else the runs do not decide. AdamW's first seed is that of `make compare`.
+steps. The verdict is from the four other seeds, which chose nothing. AdamW trains 800 steps, the
+others 400, all with complete decays. Differences are between runs of one seed. "Reached": the mean difference is at
+least two standard errors below 0. "Missed": as far above. Else the runs do not decide. AdamW's first seed is that of
+`make compare`, with the best rate there.
+
+The larger model gets the setting that was best with the smaller one, and a sweep of its own. There is no peer: torch's
+Muon wants whole matrices, which ZeRO-1 does not hand over.
 """
 
 from __future__ import annotations
@@ -16,68 +21,108 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from benchmarks.compare import report
 from benchmarks.compare.results import Estimate, Results, at_best, best_of, loss_of
 from benchmarks.compare.run import RUN_FILE, Stopped, Trials, sweep
-from benchmarks.compare.trials import ARMS, BASELINE, FULL, HALF, PATIENT, Trial
+from benchmarks.compare.trials import ARMS, BASELINE, FULL, HALF, HALF_5M, LARGER, PATIENT, Plan, Trial
 from benchmarks.provenance import ROOT, cores, write_between
 
-OURS = tuple(arm for arm in HALF.arms if arm.startswith("blockwise"))
-PEERS = tuple(arm for arm in HALF.arms if arm not in OURS)
-CHOOSING, JUDGING = 1, tuple(range(2, HALF.seeds + 1))
+CHOOSING = 1
 WHOLE_SEEDS = range(1, FULL.seeds + 1)
-PAGE, MARK = ROOT / "docs" / "evidence.md", "half_steps"
-CSV = report.DOCS / "half_steps.csv"
 
 
-def baseline() -> list[Trial]:
-    """Tuned AdamW, every seed: the better warm-up of the published comparisons with the rate that was best there."""
-    best = []
-    for name, plan in (("compare", FULL), ("compare_warmup", PATIENT)):
-        results = report.read_csv(report.DOCS / f"{name}.csv", plan)
-        first = at_best(results, plan, BASELINE)[0]
-        best.append((loss_of(results, first), first))
-    _, first = min(best, key=lambda found: found[0])
-    return [replace(first, seed=seed) for seed in range(1, HALF.seeds + 1)]
+@dataclass(frozen=True)
+class Size:
+    """The question for one model.
+
+    Attributes:
+        name: Of its CSV, and of the marks of its tables.
+        run_file: Model, data and batch.
+        plan: What is trained for half of the steps.
+        published: The comparisons in which AdamW was tuned, by the name of their CSV.
+    """
+
+    name: str
+    run_file: Path
+    plan: Plan
+    published: Mapping[str, Plan]
+
+    @property
+    def csv(self) -> Path:
+        """What has been trained."""
+        return report.DOCS / f"{self.name}.csv"
+
+    @property
+    def sides(self) -> tuple[tuple[str, ...], ...]:
+        """Arms that compete for one verdict: ours, and the peers if there are any."""
+        ours = tuple(arm for arm in self.plan.arms if arm.startswith("blockwise"))
+        peers = tuple(arm for arm in self.plan.arms if arm not in ours)
+        return tuple(side for side in (ours, peers) if side)
+
+    @property
+    def judging(self) -> tuple[int, ...]:
+        """Seeds that chose nothing."""
+        return tuple(range(CHOOSING + 1, self.plan.seeds + 1))
+
+    def baseline(self) -> list[Trial]:
+        """Tuned AdamW, every seed: the better warm-up of the published comparisons with the best rate there."""
+        best = []
+        for name, plan in self.published.items():
+            results = report.read_csv(report.DOCS / f"{name}.csv", plan)
+            first = at_best(results, plan, BASELINE)[0]
+            best.append((loss_of(results, first), first))
+        _, first = min(best, key=lambda found: found[0])
+        return [replace(first, seed=seed) for seed in range(1, self.plan.seeds + 1)]
+
+    def short_warmups(self, results: Results, arms: Sequence[str]) -> list[Trial]:
+        """The best of some arms with the usual warm-up, at its best rate and at half of it.
+
+        It is shorter than the plan's, and short warm-ups bear lower rates.
+        """
+        best = self._best(results, arms, warmup=self.plan.warmup)
+        return [replace(best, lr=lr, warmup=FULL.warmup) for lr in (best.lr, best.lr / 2)]
+
+    def chosen(self, results: Results, arms: Sequence[str]) -> Trial:
+        """The first seed's best of some arms: settings, rate and warm-up."""
+        return self._best(results, arms)
+
+    def first_seed(self, results: Results) -> Iterator[Trial]:
+        """What was tried in half of the steps with the seed that chooses."""
+        for trial in results:
+            if trial.arm in self.plan.arms and (trial.steps, trial.seed) == (self.plan.steps, CHOOSING):
+                yield trial
+
+    def _best(self, results: Results, arms: Sequence[str], warmup: float | None = None) -> Trial:
+        tried = [t for t in self.first_seed(results) if t.arm in arms and warmup in (None, t.warmup)]
+        return best_of(results, tried)
+
+    def read(self) -> Results:
+        """What has been trained, from the published file."""
+        return report.read_csv(self.csv, FULL)
 
 
-def short_warmups(results: Results, arms: Sequence[str]) -> list[Trial]:
-    """The best of some arms with the usual warm-up, at its best rate and at half of it: short warm-ups bear less."""
-    best = _best(results, arms, warmup=HALF.warmup)
-    return [replace(best, lr=lr, warmup=FULL.warmup) for lr in (best.lr, best.lr / 2)]
+SIZES = {
+    "1m": Size("half_steps", RUN_FILE, HALF, {"compare": FULL, "compare_warmup": PATIENT}),
+    "5m": Size("half_steps_5m", ROOT / "configs/run/compare_5m.yaml", HALF_5M, {"compare_5m": LARGER}),
+}
 
 
-def chosen(results: Results, arms: Sequence[str]) -> Trial:
-    """The first seed's best of some arms: settings, rate and warm-up."""
-    return _best(results, arms)
-
-
-def _best(results: Results, arms: Sequence[str], warmup: float | None = None) -> Trial:
-    return best_of(
-        results,
-        [
-            t
-            for t in results
-            if t.arm in arms and (t.steps, t.seed) == (HALF.steps, CHOOSING) and warmup in (None, t.warmup)
-        ],
-    )
-
-
-def train(trials: Trials) -> None:
+def train(trials: Trials, size: Size) -> None:
     """Everything; each part depends on the results of those before.
 
     Raises:
         Stopped: The time is up.
     """
-    trials.train(baseline(), "AdamW")
-    sweep(trials, HALF)  # type: ignore[arg-type]
-    sides = (OURS, PEERS)
-    trials.train([trial for arms in sides for trial in short_warmups(trials.results, arms)], "short warm-ups")
-    best = [chosen(trials.results, arms) for arms in sides]
-    trials.train([replace(trial, seed=seed) for trial in best for seed in JUDGING], "seeds")
+    trials.train(size.baseline(), "AdamW")
+    sweep(trials, size.plan)
+    short = [trial for arms in size.sides for trial in size.short_warmups(trials.results, arms)]
+    trials.train(short, "short warm-ups")
+    best = [size.chosen(trials.results, arms) for arms in size.sides]
+    trials.train([replace(trial, seed=seed) for trial in best for seed in size.judging], "seeds")
     trials.train([t for trial in best for t in whole(trial)], "whole runs")
 
 
@@ -86,28 +131,28 @@ def whole(trial: Trial) -> list[Trial]:
     return [replace(trial, steps=FULL.steps, seed=seed) for seed in WHOLE_SEEDS]
 
 
-def verdict_table(results: Results) -> str:
+def verdict_table(results: Results, size: Size) -> str:
     """AdamW, the best of ours and the best peer, over the seeds that chose nothing."""
-    adamw = baseline()
+    adamw, judging = size.baseline(), size.judging
     lines = [
         "| optimizer | lr | warm-up | steps | final validation loss, nats | minus AdamW's at 800, nats "
         "| CPU time / AdamW's | state, bytes per parameter |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    sides = [chosen(results, arms) for arms in (OURS, PEERS)]
-    judged = [seed for seed in JUDGING if all(replace(t, seed=seed) in results for t in (adamw[0], *sides))]
+    sides = [size.chosen(results, arms) for arms in size.sides]
+    judged = [seed for seed in judging if all(replace(t, seed=seed) in results for t in (adamw[0], *sides))]
     if not judged:
-        return f"No verdict yet: {len(JUDGING)} of {len(JUDGING)} seeds are not trained."
+        return f"No verdict yet: {len(judging)} of {len(judging)} seeds are not trained."
     shown = [(adamw[0], judged), *((trial, judged) for trial in sides)]
     for trial in sides:
         seeds = [t.seed for t in whole(trial) if t in results]
         shown += [(replace(trial, steps=FULL.steps), seeds)] if len(seeds) == len(WHOLE_SEEDS) else []
     lines += [_row(results, adamw[0], trial, seeds) for trial, seeds in shown]
-    words = [_verdict(results, adamw[0], trial, judged) for trial in sides if len(judged) == len(JUDGING)]
-    missing = len(JUDGING) - len(judged)
-    words += [f"{missing} of {len(JUDGING)} seeds are missing: no verdict yet."] if missing else []
-    rates = "Every side has the best of its own rates, settings and warm-ups, found with the first seed."
-    plan = replace(FULL, warmup=HALF.warmup)
+    words = [_verdict(results, adamw[0], trial, judged) for trial in sides if len(judged) == len(judging)]
+    missing = len(judging) - len(judged)
+    words += [f"{missing} of {len(judging)} seeds are missing: no verdict yet."] if missing else []
+    rates = "Every side has the best of what it tried, found with the first seed."
+    plan = replace(FULL, warmup=size.plan.warmup, bf16=size.plan.bf16)
     return "\n".join([*lines, "", *words, "", report.provenance_text(results, plan, rates=rates, seeds=len(judged))])
 
 
@@ -138,15 +183,14 @@ def _verdict(results: Results, adamw: Trial, trial: Trial, seeds: Sequence[int])
     )
 
 
-def choice_table(results: Results) -> str:
+def choice_table(results: Results, size: Size) -> str:
     """What the first seed said of every arm and warm-up, the best first."""
     tried: dict[tuple[str, float], list[Trial]] = {}
-    for trial in results:
-        if trial.arm in HALF.arms and (trial.steps, trial.seed) == (HALF.steps, CHOOSING):
-            tried.setdefault((trial.arm, trial.warmup), []).append(trial)
+    for trial in size.first_seed(results):
+        tried.setdefault((trial.arm, trial.warmup), []).append(trial)
     best = {key: best_of(results, trials) for key, trials in tried.items()}
     lines = [
-        "| optimizer | warm-up | rates tried | best lr | loss after 400 steps, nats |",
+        f"| optimizer | warm-up | rates tried | best lr | loss after {size.plan.steps} steps, nats |",
         "|---|---:|---:|---:|---:|",
     ]
     for (arm, warmup), trial in sorted(best.items(), key=lambda found: loss_of(results, found[1])):
@@ -154,48 +198,47 @@ def choice_table(results: Results) -> str:
             f"| {ARMS[arm].label} | {warmup:.0%} | {len(tried[arm, warmup])} | {trial.lr:g} "
             f"| {loss_of(results, trial):.4f} |"
         )
-    adamw = baseline()[0]
+    adamw = size.baseline()[0]
     target = f"AdamW's best rate ends {adamw.steps} steps at {loss_of(results, adamw):.4f} with this seed."
-    shown = {t: result for t, result in results.items() if t.arm in HALF.arms and t.steps == HALF.steps}
-    return "\n".join([*lines, "", report.provenance_text(shown, HALF, rates=target, seeds=1)])
+    shown = {trial: results[trial] for trial in size.first_seed(results)}
+    return "\n".join([*lines, "", report.provenance_text(shown, size.plan, rates=target, seeds=1)])
 
 
-def tables(results: Results) -> Iterator[tuple[str, str]]:
-    """Marks of the page and what stands between them."""
-    if any(t.arm in PEERS for t in results) and any(t.arm in OURS for t in results):
-        yield f"{MARK} verdict", verdict_table(results)
-        yield f"{MARK} choice", choice_table(results)
-
-
-def read() -> Results:
-    """What has been trained, from the published file."""
-    return report.read_csv(CSV, FULL)
+def tables(results: Results, size: Size) -> Iterator[tuple[Path, str, str]]:
+    """Page, mark in it, and what stands there."""
+    tried = {trial.arm for trial in size.first_seed(results)}
+    if all(tried.intersection(side) for side in size.sides):
+        yield report.EVIDENCE, f"{size.name} verdict", verdict_table(results, size)
+        yield report.COMPARISONS, f"{size.name} choice", choice_table(results, size)
 
 
 def main() -> int:
-    """Train what is missing, then write the tables into the evidence page.
+    """Train what is missing, then write the tables into the pages.
 
     Returns:
         0; 1 if the time was up before all had been trained.
     """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--plan", choices=tuple(SIZES), default="1m", help="the model: 1.26M or 5M parameters")
     parser.add_argument("--workers", type=int, default=cores(), help="runs at a time, one core each")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
     options = parser.parse_args()
+    size = SIZES[options.plan]
     os.chdir(ROOT)
     deadline, stopped = time.monotonic() + 60 * options.minutes, None
-    with Trials(ROOT / "runs" / "compare" / "half_steps", RUN_FILE, options.workers, deadline, finished=CSV) as found:
-        for name in ("compare", "compare_warmup"):
+    folder = ROOT / "runs" / "compare" / size.name
+    with Trials(folder, size.run_file, options.workers, deadline, bf16=size.plan.bf16, finished=size.csv) as found:
+        for name in size.published:
             found.add_finished(report.DOCS / f"{name}.csv")
         try:
-            train(found)
+            train(found, size)
         except Stopped as reason:
             stopped = reason
-        report.write_csv(found.results, CSV)
+        report.write_csv(found.results, size.csv)
         # tables come from the file, so that they can be had again from it, digit by digit
-        for mark, text in tables(read()):
+        for page, mark, text in tables(size.read(), size):
             print(text)
-            write_between(PAGE, mark, text)
+            write_between(page, mark, text)
     if stopped is not None:
         print(f"not complete: {stopped}")
     return int(stopped is not None)

@@ -27,6 +27,7 @@ from benchmarks.provenance import PROVENANCE, ROOT, write_between
 from ds_blockwise.runs.run_file import RunConfig
 
 DOCS = ROOT / "docs" / "compare"
+EVIDENCE, COMPARISONS = ROOT / "docs" / "evidence.md", ROOT / "docs" / "comparisons.md"
 COLUMNS = (
     "arm",
     "change",
@@ -224,7 +225,7 @@ def write(results: Results, run: RunConfig, plan: Plan, folder: Path, *, publish
         run: What they trained.
         plan: What was asked for.
         folder: Of the trials.
-        published: Also replace the run's files in docs/compare and its tables in docs/evidence.md.
+        published: Also replace the run's files in docs/compare and its tables in docs/comparisons.md.
 
     Returns:
         The table for the terminal.
@@ -246,6 +247,6 @@ def write(results: Results, run: RunConfig, plan: Plan, folder: Path, *, publish
         plots.sweeps(results, plan, title, target / f"{run.name}_sweep.png")
     (folder / "table.md").write_text(text + "\n", encoding="utf-8")
     if published:
-        write_between(ROOT / "docs/evidence.md", f"{run.name} results", text)
-        write_between(ROOT / "docs/evidence.md", f"{run.name} ablations", changes)
+        write_between(COMPARISONS, f"{run.name} results", text)
+        write_between(COMPARISONS, f"{run.name} ablations", changes)
     return f"{text}\n\n{changes}\n\nwritten to {folder}"

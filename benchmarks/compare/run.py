@@ -269,14 +269,14 @@ def main() -> int:
     parser.add_argument("--steps", type=int, help="of a whole run")
     parser.add_argument("--no-ablations", action="store_true")
     parser.add_argument("--from-published", action="store_true", help="what is in docs/compare counts as finished")
-    parser.add_argument("--publish", action="store_true", help="write docs/evidence.md although runs are missing")
+    parser.add_argument("--publish", action="store_true", help="write docs/comparisons.md although runs are missing")
     options = parser.parse_args()
     plan = _plan(options, parser)
     whole = plan == _published_plan(options.run) and not options.set
     for option in ("publish", "from-published"):
         if getattr(options, option.replace("-", "_")) and not whole:
             parser.error(
-                f"--{option} is for the plans that docs/evidence.md shows: no --quick, --arms, --steps, --set ..."
+                f"--{option} is for the plans that docs/comparisons.md shows: no --quick, --arms, --steps, --set ..."
             )
     name = f"{options.run.stem}_quick" if options.quick else options.run.stem
     folder = ROOT / "runs" / "compare" / name

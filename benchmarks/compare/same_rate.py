@@ -82,7 +82,7 @@ def _rows(results: Results, lr: float, seeds: Sequence[int]) -> Iterator[str]:
 
 
 def main() -> int:
-    """Train what is missing, then write the table into the evidence page.
+    """Train what is missing, then write the table into its page.
 
     Returns:
         0; 1 if the time was up before all had been trained.
@@ -103,7 +103,7 @@ def main() -> int:
         text = table(found.results)
         print(text)
         report.write_csv(found.results, own)
-        write_between(ROOT / "docs" / "evidence.md", MARK, text)
+        write_between(report.COMPARISONS, MARK, text)
     if stopped is not None:
         print(f"not complete: {stopped}")
     return int(stopped is not None)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from benchmarks.compare.ablations import OUR_MINI, OURS
-from benchmarks.compare.report import DOCS, read_csv
+from benchmarks.compare.report import DOCS, EVIDENCE, read_csv
 from benchmarks.compare.results import ArmResult, arm_results
 from benchmarks.compare.trials import ARMS, BASELINE, PUBLISHED_PLANS, Plan
 from benchmarks.provenance import ROOT, write_between
@@ -62,7 +62,7 @@ def line() -> str:
 
 def write() -> None:
     """Replace the table in docs/evidence.md and the line in README.md."""
-    write_between(ROOT / "docs/evidence.md", TABLE, table())
+    write_between(EVIDENCE, TABLE, table())
     write_between(ROOT / "README.md", LINE, line())
 
 

@@ -238,6 +238,8 @@ HALF = Plan(
     shift=2.0,
     warmup=0.2,
 )
+# what was best there, with a sweep of its own
+HALF_5M = replace(HALF, arms=("blockwise_muon_heads_3x",), shift=1.0, bf16=True)
 # by the name of the run file; what is in the repository's pages
 PUBLISHED_PLANS = {"compare": FULL, "compare_warmup": PATIENT, "compare_5m": LARGER}
 

@@ -13,12 +13,13 @@ pytest.importorskip("deepspeed", reason="trials are runs of the main job, which 
 pytest.importorskip("megatron.core", reason="trials are runs of the main job, which needs the extra 'megatron'")
 
 from benchmarks.compare import half_steps, report
-from benchmarks.compare.trials import ARMS, BASELINE, FULL, HALF, Setup
+from benchmarks.compare.trials import ARMS, BASELINE, FULL, HALF, LARGER, Setup
 from benchmarks.provenance import PROVENANCE, ROOT, between
 from ds_blockwise.runs.model_shape import GPTShape
 
 SETUP = Setup(GPTShape.load(ROOT / "configs/model/tiny.yaml"), {"tokenizer": {"sha256": "t"}, "splits": {}}, bf16=False)
 BEST = "blockwise_muon_heads_3x"
+SIZE = half_steps.SIZES["1m"]
 
 
 class _Formula:
@@ -59,10 +60,10 @@ class _Formula:
 )
 def test_the_seed_that_chooses_does_not_judge(gain, verdict, shown):
     trials = _Formula(gain)
-    half_steps.train(trials)
-    best = half_steps.chosen(trials.results, half_steps.OURS)
+    half_steps.train(trials, SIZE)
+    best = SIZE.chosen(trials.results, SIZE.sides[0])
     assert (best.arm, best.lr, best.warmup) == (BEST, 8e-3, HALF.warmup)
-    table = half_steps.verdict_table(trials.results)
+    table = half_steps.verdict_table(trials.results, SIZE)
     label = ARMS[BEST].label
     assert f"{label}: AdamW's loss after 800 steps in 400: **{verdict}** ({shown.replace('+0.0000', '')}" in (
         table.replace("+0.0000", "").replace("-0.0000", "")
@@ -70,12 +71,23 @@ def test_the_seed_that_chooses_does_not_judge(gain, verdict, shown):
     assert sum(line.startswith(f"| {label} |") for line in table.splitlines()) == 2  # 400 steps, 800 steps
     # a seed that is missing leaves no verdict
     del trials.results[replace(best, seed=3)]
-    assert "1 of 4 seeds are missing: no verdict yet." in half_steps.verdict_table(trials.results)
+    assert "1 of 4 seeds are missing: no verdict yet." in half_steps.verdict_table(trials.results, SIZE)
+
+
+def test_the_larger_model_takes_the_smaller_ones_best():
+    """One setting and no peer; rate and warm-up are chosen anew."""
+    trials, size = _Formula(lambda t: 0.01 + 0.001 * (t.seed % 2)), half_steps.SIZES["5m"]
+    half_steps.train(trials, size)
+    assert size.sides == ((BEST,),)
+    assert {t.warmup for t in trials.results if t.arm == BASELINE} == {LARGER.warmup}
+    assert {t.warmup for t in trials.results if t.arm == BEST} == {LARGER.warmup, FULL.warmup}
+    assert len({t.lr for t in trials.results if t.arm == BEST and t.seed == 1}) > 3
+    assert "AdamW's loss after 800 steps in 400: **reached** (-0.0105" in half_steps.verdict_table(trials.results, size)
 
 
 def test_adamw_is_the_tuned_one_with_the_better_warmup():
     """A baseline with the worse of two published warm-ups would make the claim easy."""
-    first, *others = half_steps.baseline()
+    first, *others = SIZE.baseline()
     assert (first.arm, first.steps, [t.seed for t in others]) == (BASELINE, FULL.steps, [2, 3, 4, 5])
     losses = {}
     for name in ("compare", "compare_warmup"):
@@ -95,9 +107,13 @@ def test_arms_differ_in_what_their_names_say(arm):
     assert params.get("normuon", True) == ("no_rows" not in arm)
 
 
-def test_the_page_shows_what_is_in_the_csv():
+@pytest.mark.parametrize("name", half_steps.SIZES)
+def test_the_pages_show_what_is_in_the_csv(name):
     """Every number follows from a file that the script wrote."""
-    results = half_steps.read()
-    page = (ROOT / "docs/evidence.md").read_text(encoding="utf-8")
-    for mark, text in half_steps.tables(results):
-        assert between(page, mark) == text
+    size = half_steps.SIZES[name]
+    if not size.csv.is_file():
+        for page, part in ((report.EVIDENCE, "verdict"), (report.COMPARISONS, "choice")):
+            assert between(page.read_text(encoding="utf-8"), f"{size.name} {part}").strip() == "Not run yet."
+        return
+    for page, mark, text in half_steps.tables(size.read(), size):
+        assert between(page.read_text(encoding="utf-8"), mark) == text

@@ -85,4 +85,4 @@ def test_the_page_shows_what_is_in_the_csv():
         if (key := (trial.arm, trial.change, f"{trial.lr:g}", str(trial.seed))) in rows
     }
     assert len(results) == len(rows)
-    assert between((ROOT / "docs/evidence.md").read_text(encoding="utf-8"), same_rate.MARK) == same_rate.table(results)
+    assert between(report.COMPARISONS.read_text(encoding="utf-8"), same_rate.MARK) == same_rate.table(results)

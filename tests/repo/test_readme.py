@@ -94,11 +94,11 @@ def test_the_results_are_those_of_the_csv():
     from benchmarks.compare.trials import PUBLISHED_PLANS, QUICK
     from benchmarks.provenance import between
 
-    evidence = (ROOT / "docs/evidence.md").read_text(encoding="utf-8")
+    evidence, comparisons = (path.read_text(encoding="utf-8") for path in (report.EVIDENCE, report.COMPARISONS))
     assert summary.line() == between(TEXT, summary.LINE)
     assert summary.table() == between(evidence, summary.TABLE)
     for name, plan in PUBLISHED_PLANS.items():
-        shown = [between(evidence, f"{name} {part}") for part in ("results", "ablations")]
+        shown = [between(comparisons, f"{name} {part}") for part in ("results", "ablations")]
         path = ROOT / f"docs/compare/{name}.csv"
         if not path.is_file():
             assert {text.strip() for text in shown} == {"Not run yet."}, name
@@ -110,4 +110,4 @@ def test_the_results_are_those_of_the_csv():
         assert table in shown[0] and ablations in shown[1], name
     quick = report.read_csv(ROOT / "docs/compare/quick.csv", QUICK)
     table = report.table(arm_results(quick, QUICK), quick, QUICK)
-    assert table in between(evidence, "quick results")
+    assert table in between(comparisons, "quick results")

@@ -155,10 +155,10 @@ def test_the_page_shows_what_the_command_prints(
 
 
 def test_the_page_compares_step_law_with_our_sweeps() -> None:
-    """Both of our sizes, 800 steps of 2,048 tokens; the best rates are those of docs/evidence.md."""
+    """Both of our sizes, 800 steps of 2,048 tokens; the best rates are those of docs/comparisons.md."""
     sizes = {"1.26M": (738_432, 262_144), "5.05M": (2_951_424, 1_048_576)}
-    evidence = (ROOT / "docs/evidence.md").read_text(encoding="utf-8")
-    best_rates = set(re.findall(r"^\| AdamW \(torch\) \| ([\d.]+) \|", evidence, flags=re.MULTILINE))
+    comparisons = (ROOT / "docs/comparisons.md").read_text(encoding="utf-8")
+    best_rates = set(re.findall(r"^\| AdamW \(torch\) \| ([\d.]+) \|", comparisons, flags=re.MULTILINE))
     row = re.compile(r"^\| (\S+M) \| 1.64M \| \d+% \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", flags=re.MULTILINE)
     found = row.findall(PAGE)
     assert [size for size, *_ in found] == ["1.26M", "1.26M", "5.05M"]
