@@ -8,7 +8,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup train finetune compare compare-same-lr compare-half test test-quick support test-slow test-faults test-hosts test-gpu test-asan test-triton-versions test-tools test-megatron-new test-deepspeed-versions wheel reliability checkpoint-matrix docs lint release clean bench bench-kernels bench-small bench-muon bench-gpu bench-communication bench-fused-step bench-end-to-end bench-data
+.PHONY: setup train finetune compare compare-same-lr compare-half test test-quick support test-slow test-faults test-hosts test-gpu test-asan test-triton-versions test-tools test-megatron-new test-deepspeed-versions test-pythons wheel reliability checkpoint-matrix docs lint release clean bench bench-kernels bench-small bench-muon bench-gpu bench-communication bench-fused-step bench-end-to-end bench-data
 
 setup: $(STAMP)
 
@@ -121,6 +121,11 @@ test-megatron-new: setup
 # DeepSpeed from the oldest promised release on, each in a folder of its own; ONLY=oldest takes one of them.
 test-deepspeed-versions: setup
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m tests.helpers.versions.deepspeed $(ONLY)
+
+# Our wheel with DeepSpeed on Python 3.10 to 3.13, each in an environment of its own of up to 7 GB, deleted afterwards (KEEP=1
+# keeps it); ONLY="3.10 3.12" takes two. Needs these Pythons, on PATH or by pyenv. Writes docs/versions.csv.
+test-pythons: setup
+	$(BIN)/python -m tests.helpers.versions.pythons $(ONLY)
 
 # TRL, ms-swift and LLaMA-Factory, by their pages in docs/tools, on two ranks each; ONLY=trl takes one. Writes docs/tools.csv.
 test-tools: setup

@@ -86,14 +86,14 @@ class Environment:
             "--no-deps",
             "--no-index",
         ]
-        subprocess.run([*pip, str(wheel)], check=True, timeout=300, env=_clean())
+        subprocess.run([*pip, str(wheel)], check=True, timeout=300, env=without_checkout())
         (own,) = self.site.glob("ds_blockwise-*.dist-info")
         self.packages: set[str] = set()
         self._bring(metadata.Distribution.at(own).requires or [], set(extras))
 
     def run(self, command: Sequence[str], folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
         """Run a command as somebody does who has activated the environment; stdout and stderr are captured."""
-        environment = _clean() | {
+        environment = without_checkout() | {
             "PATH": f"{self.bin}{os.pathsep}{os.environ['PATH']}",
             "DS_ACCELERATOR": "cpu",
             "OMP_NUM_THREADS": "1",
@@ -135,6 +135,6 @@ class Environment:
                     target.chmod(0o755)
 
 
-def _clean() -> dict[str, str]:
+def without_checkout() -> dict[str, str]:
     """The environment without what makes this checkout importable."""
     return {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}

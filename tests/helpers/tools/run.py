@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 from tests.helpers import ROOT
+from tests.helpers.newcomer import without_checkout
 from tests.helpers.oracle import Hyper, Oracle, assert_same_update, clipped
 from tests.helpers.support_page.claims import PAGE
 from tests.helpers.support_page.tools import HEADING, read_rows, section, write_rows
@@ -116,7 +117,7 @@ def environment_of(name: str, tool: Tool) -> Path:
     (site / "below.pth").write_text(f"{Path(torch.__file__).parents[1]}\n", encoding="utf-8")
     for arguments in tool.install:
         command = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", *arguments]
-        subprocess.run(command, check=True, env=_clean())
+        subprocess.run(command, check=True, env=without_checkout())
     for module in tool.empty:
         (site / f"{module}.py").write_text("", encoding="utf-8")
     for script in ("accelerate", "deepspeed", "torchrun"):
@@ -132,10 +133,6 @@ def _own_script(source: Path, folder: Path) -> None:
         body = source.read_bytes().partition(b"\n")[2]
         target.write_bytes(b"#!" + bytes(folder / "bin" / "python") + b"\n" + body)
         target.chmod(0o755)
-
-
-def _clean() -> dict[str, str]:
-    return {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
 
 
 def files_and_commands(page: Path) -> tuple[dict[str, str], list[str]]:
@@ -165,7 +162,7 @@ def run_page(name: str, tool: Tool, folder: Path) -> list[str]:
         (folder / file).write_text(text, encoding="utf-8")
     (folder / "records").mkdir()
     hook = ROOT / "tests" / "helpers" / "tools" / "hook"
-    variables = _clean() | {
+    variables = without_checkout() | {
         "PATH": f"{environment / 'bin'}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": f"{hook}{os.pathsep}{ROOT}",
         "DS_ACCELERATOR": "cpu",
@@ -244,7 +241,7 @@ def versions(environment: Path, packages: Sequence[str]) -> list[str]:
     """The versions of packages in an environment."""
     code = "import sys; from importlib.metadata import version; print(*map(version, sys.argv[1:]))"
     command = [str(environment / "bin" / "python"), "-c", code, *packages]
-    return subprocess.run(command, env=_clean(), capture_output=True, text=True, check=True).stdout.split()
+    return subprocess.run(command, env=without_checkout(), capture_output=True, text=True, check=True).stdout.split()
 
 
 def try_tool(name: str, folder: Path) -> dict[str, str]:

@@ -24,6 +24,65 @@ def numbers(version: str) -> Release:
 
 
 @dataclass(frozen=True)
+class Result:
+    """What came of tests: how many passed, and why others were skipped."""
+
+    passed: int
+    skipped: frozenset[str]
+
+
+def run_tests(python: str | Path, environment: Mapping[str, str], folder: Path, *arguments: str) -> Result:
+    """Run the tests that `make test` takes.
+
+    Args:
+        python: that runs them.
+        environment: of its process.
+        folder: where it starts.
+        *arguments: files and options of pytest.
+
+    Raises:
+        RuntimeError: one failed, or none ran.
+    """
+    with tempfile.TemporaryDirectory() as reports:
+        report = Path(reports) / "report.xml"
+        command = [str(python), "-m", "pytest", "--quiet", "--no-showlocals", "-m", MARKERS, *arguments]
+        done = subprocess.run(
+            [*command, f"--junit-xml={report}"],
+            env=environment,
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise RuntimeError(done.stdout[-10000:] + done.stderr[-3000:])
+        (suite,) = ElementTree.parse(report).iter("testsuite")
+    passed = int(suite.get("tests", 0)) - int(suite.get("skipped", 0))
+    return Result(passed, frozenset(skip.get("message", "") for skip in suite.iter("skipped")))
+
+
+def try_each(title: str, versions: Sequence[str], tried: Callable[[str], str]) -> int:
+    """Try versions one after the other; print what came of each.
+
+    Args:
+        title: what the output calls them.
+        versions: to try.
+        tried: says what came of one, or raises a `RuntimeError`.
+
+    Returns:
+        The exit status: 1 if one failed.
+    """
+    failed = 0
+    for version in versions:
+        try:
+            print(f"{title} {version}: {tried(version)}", flush=True)
+        except RuntimeError as error:
+            failed = 1
+            print(f"{title} {version} FAILED: {error}", flush=True)
+    return failed
+
+
+@dataclass(frozen=True)
 class Package:
     """A package of which several releases are tried."""
 
@@ -87,34 +146,8 @@ class Package:
             raise RuntimeError(f"{found.strip()} was found first")
 
     def passed_tests(self, version: str, tests: Sequence[str], *options: str) -> int:
-        """Run tests under this release.
-
-        Args:
-            version: the release.
-            tests: files.
-            options: more of pytest's.
-
-        Returns:
-            How many passed.
-
-        Raises:
-            RuntimeError: one failed, or none ran.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            report = Path(folder) / "report.xml"
-            command = [sys.executable, "-m", "pytest", "--quiet", "--no-showlocals", "-m", MARKERS, *options, *tests]
-            done = subprocess.run(
-                [*command, f"--junit-xml={report}"],
-                env=self.before(version),
-                cwd=ROOT,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            if done.returncode:
-                raise RuntimeError(done.stdout[-10000:] + done.stderr[-3000:])
-            (suite,) = ElementTree.parse(report).iter("testsuite")
-        return int(suite.get("tests", 0)) - int(suite.get("skipped", 0))
+        """How many tests of some files pass under this release; options are pytest's. Raises as `run_tests` does."""
+        return run_tests(sys.executable, self.before(version), ROOT, *options, *tests).passed
 
     def try_each(self, arguments: Sequence[str], tried: Callable[[str], str]) -> int:
         """Try the releases named as arguments (``oldest`` and ``newest`` are names too), or all that are offered.
@@ -128,11 +161,4 @@ class Package:
         """
         every = self.offered()
         named = {"oldest": every[0], "newest": every[-1]}
-        failed = 0
-        for version in [named.get(argument, argument) for argument in arguments] or every:
-            try:
-                print(f"{self.title} {version}: {tried(version)}", flush=True)
-            except RuntimeError as error:
-                failed = 1
-                print(f"{self.title} {version} FAILED: {error}", flush=True)
-        return failed
+        return try_each(self.title, [named.get(argument, argument) for argument in arguments] or every, tried)

@@ -126,33 +126,6 @@ def test_its_update_is_that_of_the_definition(name: str) -> None:
         oracle.set_weights(params)
 
 
-def test_with_torchs_constants_it_is_torchs_muon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.optim.Muon in fp32: it casts to bf16 by one call, which is left out here."""
-    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda self: self.clone())
-    (model, optimizer), (twin, _) = (
-        made("llama", normuon=False, coefficients="simple", orthogonalize={"qk": "matrix", "vo": "matrix"})
-        for _ in range(2)
-    )
-    hidden = [name for name, param in model.named_parameters() if "_proj." in name and param.dim() == 2]
-    theirs = dict(twin.named_parameters())
-    torchs = torch.optim.Muon(
-        [theirs[name] for name in hidden], lr=LR, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw"
-    )
-    assert len(hidden) == 14
-    ours = dict(model.named_parameters())
-    for step in range(4):
-        feed(model, step)
-        feed(twin, step)
-        was = {name: ours[name].detach().clone() for name in hidden}
-        before = {name: theirs[name].detach().clone() for name in hidden}
-        optimizer.step()
-        torchs.step()
-        now = {name: ours[name] for name in hidden}
-        assert_same_update(
-            (was, now), (before, {name: theirs[name] for name in hidden}), LR, tolerance=1e-5, weight_roundings=3
-        )
-
-
 def test_windows_of_shards_make_up_each_matrix() -> None:
     """All splits by tensor and data parallelism, of fused, transposed and stacked weights, against plain indexing."""
     draw = random.Random(3)
