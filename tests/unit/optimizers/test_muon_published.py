@@ -54,6 +54,7 @@ def compare(kind: str, theirs: Theirs, *, tall: bool = False, **settings: Any) -
 
 
 WHOLE = {"orthogonalize": {"qk": "matrix", "vo": "matrix"}}
+ROLES = {"orthogonalize": {"query": "role", "key": "role", "value": "role"}}
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
@@ -80,7 +81,7 @@ def test_its_matrices_are_those_of_nvidias_muon(nvidias: Any, nesterov: bool, co
         )  # fmt: skip
 
     settings = {"momentum": 0.9, "nesterov": nesterov, "coefficients": coefficients, "scale": scale}
-    compare("llama", theirs, normuon=False, **settings)
+    compare("llama", theirs, normuon=False, **WHOLE, **settings)
 
 
 def test_roles_of_a_fused_weight_are_those_of_nvidias_muon_that_splits_it(nvidias: Any) -> None:
@@ -92,7 +93,7 @@ def test_roles_of_a_fused_weight_are_those_of_nvidias_muon_that_splits_it(nvidia
     def theirs(params: list[nn.Parameter]) -> Optimizer:
         return Split(params, LR, 0.95, DECAY, nesterov=True, fp32_matmul_prec="highest", extra_scale_factor=0.2)
 
-    compare("nano", theirs, normuon=False)
+    compare("nano", theirs, normuon=False, **ROLES)
 
 
 @pytest.mark.parametrize("beta2", [0.95, 0.5])
@@ -105,7 +106,7 @@ def test_second_moments_of_rows_are_those_of_nvidias_normuon(nvidias: Any, beta2
             moment2_method="normuon", beta2=beta2, eps=1e-16,
         )  # fmt: skip
 
-    compare("llama", theirs, tall=True, normuon_beta2=beta2)
+    compare("llama", theirs, tall=True, normuon_beta2=beta2, **WHOLE)
 
 
 @pytest.mark.parametrize("coefficients", POLYNOMIALS)
