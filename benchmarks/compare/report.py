@@ -53,18 +53,22 @@ def table(rows: Sequence[ArmResult], results: Results, plan: Plan) -> str:
         f"state, bytes per parameter |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    of_baseline = next((row.cpu_seconds_per_step for row in rows if row.arm == BASELINE), math.nan)
-    for row in rows:
+    baseline = next((row for row in rows if row.arm == BASELINE), None)
+    of_baseline = math.nan if baseline is None else baseline.cpu_seconds_per_step
+    is_timed = [baseline is None or row.timed == baseline.timed for row in rows]
+    for row, timed in zip(rows, is_timed, strict=True):
         against = "" if row.against_baseline is None else row.against_baseline.text("+.4f")
         reached, step_over_baseline = row.steps_to_baseline, row.cpu_seconds_per_step / of_baseline
         steps = "" if reached is None else reached.steps_text()
-        time = "" if reached is None else reached.time_text(step_over_baseline, plan.steps)
+        time = "" if reached is None or not timed else reached.time_text(step_over_baseline, plan.steps)
+        per_step = f"{row.cpu_seconds_per_step:.3f}" if timed else ""
         arm, rate = ARMS[row.arm], f"{ARMS[row.arm].adamw_rate(row.lr):.3g}"
         lines.append(
             f"| {arm.label} | {rate} | {row.loss.text()} | {against} | {steps} | {time} | "
-            f"{row.cpu_seconds_per_step:.3f} | {row.state_bytes:.2f} |"
+            f"{per_step} | {row.state_bytes:.2f} |"
         )
-    return "\n".join([*lines, "", provenance_text(results, plan)])
+    untimed = " CPU time is left out where it was measured on another day than AdamW's." if not all(is_timed) else ""
+    return "\n".join([*lines, "", provenance_text(results, plan) + untimed])
 
 
 def ablation_table(results: Results, plan: Plan, best: Mapping[str, float]) -> str:

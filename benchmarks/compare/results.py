@@ -97,7 +97,11 @@ class StepsTo:
 
 @dataclass(frozen=True)
 class ArmResult:
-    """What the table says of one arm."""
+    """What the table says of one arm.
+
+    Attributes:
+        timed: Processors and days of its runs: CPU time is compared between equal ones only.
+    """
 
     arm: str
     lr: float
@@ -106,6 +110,7 @@ class ArmResult:
     steps_to_baseline: StepsTo | None
     cpu_seconds_per_step: float
     state_bytes: float
+    timed: frozenset[tuple[str, str]]
 
 
 def arm_results(results: Results, plan: Plan) -> list[ArmResult]:
@@ -127,6 +132,7 @@ def arm_results(results: Results, plan: Plan) -> list[ArmResult]:
                 steps_to(results, plan, trials, seeds[BASELINE]),
                 statistics.median(results[t]["cpu_seconds"] / t.steps for t in ended),
                 results[ended[0]]["optimizer_state_bytes_per_parameter"],
+                frozenset((of["cpu"], of["date"]) for of in (results[t]["provenance"] for t in ended)),
             )
         )
     return found
