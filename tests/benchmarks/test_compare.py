@@ -208,7 +208,9 @@ def test_a_length_counts_when_all_seeds_have_it():
 
 
 @pytest.mark.parametrize("option", ["--publish", "--from-published"])
-@pytest.mark.parametrize("other", [["--quick"], ["--steps", "100"], ["--set", "training.seed=3"], ["--no-ablations"]])
+@pytest.mark.parametrize(
+    "other", [["--quick", "--steps", "100"], ["--steps", "100"], ["--set", "training.seed=3"], ["--no-ablations"]]
+)
 def test_only_a_plan_that_the_pages_show_is_published(option, other, monkeypatch, capsys):
     """Asked for and ignored, or worse: another comparison in the place of this one."""
     monkeypatch.setattr(sys, "argv", ["run.py", option, *other])
@@ -282,6 +284,20 @@ def test_steps_to_a_loss_count_runs_of_the_same_warmup_and_seeds():
         results = {trial: {"final_validation_loss": loss} for trial, loss in (losses | short | others).items()}
         found = steps_to(results, FULL, whole, baseline)
         assert found is not None and found.steps_text() == str(round(400 * 2**0.5))
+
+
+def test_cpu_time_of_another_day_is_not_compared():
+    """The same machine may be half as fast on another day."""
+    trials = FakeTrials(_bowl(BEST, FLOOR))
+    comparison.train_all(trials, PLAN)
+    for trial, result in trials.results.items():
+        if trial.arm == OURS:
+            result["provenance"] = result["provenance"] | {"date": "another"}
+    text = report.table(arm_results(trials.results, PLAN), trials.results, PLAN)
+    cells = {line.split(" | ")[0]: line.split(" | ")[5:7] for line in text.splitlines() if line.startswith("| ")}
+    assert cells[f"| {ARMS[OURS].label}"] == ["", ""]
+    assert "" not in cells[f"| {ARMS[OUR_MINI].label}"]
+    assert "left out where it was measured on another day" in text
 
 
 def test_ablations_need_only_the_arms_that_were_trained():
