@@ -42,7 +42,7 @@ from ds_blockwise.runs.model_shape import GPTShape
 from ds_blockwise.runs.plan_muon import MatrixKind, muon_costs
 
 STAGES = ("1/2", "3")
-RANKS = 4  # evenly spread data-parallel ranks that are counted, of those that own a matrix and of the others
+RANKS = 16  # evenly spread data-parallel ranks that are counted, of those that own a matrix and of the others
 COLUMNS = (
     "model_parameters",
     "zero_stage",
@@ -159,7 +159,7 @@ def _row(shape: GPTShape, params: list[nn.Parameter], stage: str, dp: int, tp: i
         "buckets": len(first.buckets),
         "mean_bytes": round(mean),
         "predicted_bytes": round(said.dp_bytes + said.tp_bytes),
-        "max_bytes": max(map(max, counts)),
+        "max_bytes": max(_sent(first), *map(max, counts)),
         "reduce_scatter_bytes": round(scatter),
         "mean_share": f"{mean / scatter:.4f}",
         "two_nths": f"{2 / dp:.4f}",
@@ -170,9 +170,9 @@ def _row(shape: GPTShape, params: list[nn.Parameter], stage: str, dp: int, tp: i
 
 
 def _spread(ranks: Sequence[int]) -> list[int]:
-    """The first and the last of some ranks, and evenly spread ones between them."""
+    """The middles of equal parts of some ranks: the first ones own the largest matrices, and would count too much."""
     wanted = min(RANKS, len(ranks))
-    return [ranks[place * (len(ranks) - 1) // max(wanted - 1, 1)] for place in range(wanted)]
+    return [ranks[(2 * place + 1) * len(ranks) // (2 * wanted)] for place in range(wanted)]
 
 
 def _kind(param: nn.Parameter, matrix: Any) -> MatrixKind:
