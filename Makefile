@@ -38,6 +38,7 @@ compare: RUN = configs/run/compare$(if $(PLAN),_$(PLAN)).yaml
 compare: setup
 	$(BIN)/python launch/prepare_data.py --run $(RUN)
 	$(BIN)/python -m benchmarks.compare.run --run $(RUN) $(if $(QUICK),--quick) $(ARGS)
+	$(BIN)/python -m benchmarks.compare.summary
 
 # An AdamW JSON with only its type changed, at three rates around AdamW's best: 22 runs beside those of the comparison.
 compare-same-lr: setup
@@ -50,6 +51,7 @@ compare-half: RUN = configs/run/compare$(if $(PLAN),_$(PLAN)).yaml
 compare-half: setup
 	$(BIN)/python launch/prepare_data.py --run $(RUN)
 	$(BIN)/python -m benchmarks.compare.half_steps $(if $(PLAN),--plan $(PLAN)) $(ARGS)
+	$(BIN)/python -m benchmarks.compare.summary
 
 bench: bench-kernels bench-small bench-muon bench-communication bench-fused-step bench-end-to-end
 

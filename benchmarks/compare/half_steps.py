@@ -251,8 +251,6 @@ def main() -> int:
     Returns:
         0; 1 if the time was up before all had been trained.
     """
-    from benchmarks.compare import summary  # which reads what is here
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--plan", choices=tuple(SIZES), default="1m", help="the model: 1.26M or 5M parameters")
     parser.add_argument("--workers", type=int, default=cores(), help="runs at a time, one core each")
@@ -274,7 +272,6 @@ def main() -> int:
         for page, mark, text in tables(size.read(), size):
             print(text)
             write_between(page, mark, text)
-    summary.write()
     if stopped is not None:
         print(f"not complete: {stopped}")
     return int(stopped is not None)

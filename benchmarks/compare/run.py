@@ -298,10 +298,6 @@ def main() -> int:
         # only a whole comparison changes what stands in the repository, unless somebody asks for it
         published = options.publish or (whole and trials.compared and not options.quick)
         print(report.write(trials.results, name, plan, folder, published=published))
-        if published:
-            from benchmarks.compare import summary  # which reads what half_steps trained with this module
-
-            summary.write()
     if stopped is not None:
         print(f"not complete: {stopped}")
     return int(stopped is not None)

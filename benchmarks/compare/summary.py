@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the published comparisons say of the claim: one table of every size and warm-up, and the README's table."""
+"""What the published comparisons say of the claim: one table of every size and warm-up, and the README's table.
+
+python -m benchmarks.compare.summary    # writes both into docs/evidence.md and README.md, from docs/compare
+"""
 
 from __future__ import annotations
 
@@ -102,3 +105,7 @@ def _comparisons() -> Iterator[tuple[Plan, int, dict[str, ArmResult], list[dict[
         rows = {row.arm: row for row in arm_results(results, plan)}
         parameters = next(r["parameters"] for r in results.values() if r["diverged"] is None)
         yield plan, parameters, rows, [result["provenance"] for result in results.values()]
+
+
+if __name__ == "__main__":
+    write()

@@ -4,7 +4,7 @@
 python -m benchmarks.costs.fused_step               # 16.9M parameters, one process, ZeRO-2, bf16, clipping
 python -m benchmarks.costs.fused_step --docs        # also writes the table into docs/benchmarks.md
 
-Two engines with the same weights get the same gradients from one backward pass each; ``engine.optimizer.step()`` is
+Two engines with the same weights get the same gradients from one backward pass each; ``engine.step()`` is
 timed, which is norm, clipping, update and copy. The first of the two to step changes from round to round.
 """
 
@@ -78,10 +78,10 @@ def measure(name: str, gradients: str, options: argparse.Namespace) -> dict[str,
             engine = engines[fused]
             engine.backward(engine(inputs).square().sum())
             begin = time.perf_counter()
-            engine.optimizer.step()
+            engine.step()
             if number >= WARM_UP:
                 times[fused].append(time.perf_counter() - begin)
-            norm = float(engine.optimizer._global_grad_norm)
+            norm = float(engine.get_global_grad_norm())
             if not CLIP < norm < float("inf"):
                 raise ValueError(f"{name}, gradients in {gradients}: a norm of {norm} is not clipped to {CLIP}")
     weights = ([p.detach() for p in engines[fused].module.parameters()] for fused in (False, True))
