@@ -141,6 +141,10 @@ class HeartbeatMonitor:
             file=sys.stderr,
             flush=True,
         )
+        if self._mine == 0:
+            # The store ends with this process, and the others would name this host. They may have seen the last
+            # heartbeat one beat later, and look once a beat.
+            time.sleep(3 * self._limit / _BEATS)
         # The main thread may be in a collective that returns only after minutes.
         os._exit(LOST)
 

@@ -79,13 +79,13 @@ def test_traffic_of_muon_is_what_a_hand_counts(tmp_path: Path) -> None:
     run_benchmark("costs.muon_traffic", "--model", model, "--dp", 2, "--tp", 1, "--out", tmp_path)
     rows = {row["zero_stage"]: row for row in read_csv(tmp_path / "muon_traffic.csv")}
     assert tuple(rows["3"]) == muon_traffic.COLUMNS
-    # q 12x12, k and v 4x12, attention's output 12x12, gate and up 10x12, down 12x10
-    assert (rows["3"]["matrices"], rows["3"]["matrix_elements"]) == ("7", str(3 * 144 - 48 + 3 * 120))
+    # three heads of q, one of k and of v 4x12, attention's output 12x12, gate and up 10x12, down 12x10
+    assert (rows["3"]["matrices"], rows["3"]["matrix_elements"]) == ("9", str(5 * 48 + 144 + 3 * 120))
     assert rows["3"]["predicted_bytes"] == str(4 * 744 // 2)
-    # Halves of qkv (row 10), fc1 (row 10), proj and fc2 (row 6): k and v lie whole on one rank, gate and up too. Others
-    # go to the rank with less to do: proj to rank 0 (72 elements and 6 rows come from rank 1), q to rank 1 (120, 10),
-    # fc2 to rank 0 (60, 6). All come back.
-    assert rows["3"]["mean_bytes"] == str(4 * 2 * (72 + 6 + 120 + 10 + 60 + 6) // 2)
+    # Halves of qkv (row 10), fc1 (row 10), proj and fc2 (row 6): all heads but the third of q lie whole on one rank,
+    # gate and up too. Others go to the rank with less to do: proj to rank 0 (72 elements and 6 rows come from rank 1),
+    # fc2 to rank 1 (60, 6), the head there too (24, 2). All come back.
+    assert rows["3"]["mean_bytes"] == str(4 * 2 * (72 + 6 + 60 + 6 + 24 + 2) // 2)
     # one matrix is cut
     assert rows["1/2"]["buckets"] == "1"
 

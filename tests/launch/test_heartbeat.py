@@ -64,6 +64,20 @@ def test_a_silent_host_is_named_and_the_job_ends(tmp_path: Path, gone: int) -> N
         ranks.kill()
 
 
+def test_the_store_outlives_the_verdict_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that saw the last heartbeat a beat later would find the store gone, and name rank 0's host."""
+    monkeypatch.setenv("LAUNCH_SILENCE_SECONDS", "6")
+    hosts = [rendezvous.Host(f"node{rank + 1}", (rank,), ()) for rank in range(3)]
+    done: list[tuple[str, float]] = []
+    monkeypatch.setattr(heartbeat.time, "sleep", lambda seconds: done.append(("sleep", seconds)))
+    monkeypatch.setattr(heartbeat.os, "_exit", lambda status: done.append(("exit", status)))
+    for rank, expected in ((0, [("sleep", 3.0), ("exit", heartbeat.LOST)]), (2, [("exit", heartbeat.LOST)])):
+        info = rendezvous.RankInfo(rank, 3, 0, 1, f"node{rank + 1}")
+        heartbeat.HeartbeatMonitor(info, hosts, dist.HashStore())._end([hosts[1]])
+        assert done == expected
+        done.clear()
+
+
 def test_without_the_store_only_its_host_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 0 has stopped: the counter of the third host, read a beat earlier, stands still as well."""
     monkeypatch.setenv("LAUNCH_SILENCE_SECONDS", "6")
