@@ -144,7 +144,7 @@ def markdown(rows: Sequence[Row]) -> str:
     lines += [
         "",
         f"Median time of one step of fp32 tensors, in turn. LoRA: {len(CASES[LORA])} tensors of rank 16, "
-        f"4,587,520 parameters; rows of 2 to 64: 1,048,576 parameters. Measured by `benchmarks/step/small.py` on "
+        f"4,587,520 elements; rows of 2 to 64: 1,048,576 elements. Measured by `benchmarks/step/small.py` on "
         f"{first['cpu']}, {first['cores']} cores, {first['threads']} threads, torch {first['torch']}, DeepSpeed "
         f"{first['deepspeed']}, {first['date']}, commit {first['commit']}.",
     ]
