@@ -169,7 +169,7 @@ def markdown(rows: list[dict[str, str]]) -> str:
     lines += [
         "",
         f"Medians of {first['rounds']} steps of each kind in turn by `benchmarks/costs/fused_step.py`: "
-        f"{int(first['parameters']) / 1e6:.1f}M parameters in bf16, ZeRO-{first['zero_stage']} with clipping, one "
+        f"{int(first['parameters']) / 1e6:.1f}M weights in bf16, ZeRO-{first['zero_stage']} with clipping, one "
         f"process, threads: {first['threads']}, on {first['cores']} cores ({first['cpu']}), torch {first['torch']}, "
         f"DeepSpeed {first['deepspeed']}, {first['date']}, commit {first['commit']}.",
     ]
