@@ -6,14 +6,12 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
-import multiprocessing
-import os
 import random
-import signal
 import time
 from collections.abc import Callable
-from multiprocessing.context import ForkProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +29,16 @@ from ds_blockwise.checkpoint.manifest import (
     verify,
     write_manifest,
 )
-from tests.helpers.attacks import HANG_S, Tally, number_of_inputs
+from tests.helpers.attacks import HANG_S, WAIT_S, Tally, number_of_inputs
 from tests.helpers.checkpoint_folders import TOPOLOGY
+from tests.helpers.distributed import fork_server
 
-pytestmark = [pytest.mark.spawns, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
+pytestmark = pytest.mark.spawns
 
 FILES = ("a_model_states.pt", "b_model_states.pt", "c_model_states.pt")
 SHARED = "best"  # the tag that all write
-CONTEXT = multiprocessing.get_context("fork")
+BEGUN = "begun"  # the first note of a process
+STACK = ".stack"
 
 Note = Callable[[str, str], None]
 
@@ -102,13 +102,19 @@ def reader(folder: Path, seed: int, stop: Any, note: Note) -> None:
                 raise
 
 
-def act(work: Callable[..., None], notes: Path, *arguments: Any) -> None:
-    """The body of a process; it notes in a file of its own, as a queue would not survive a kill."""
-    with notes.open("ab", buffering=0) as file:
+def act(work: Callable[..., None], notes: Path, patience: float, *arguments: Any) -> None:
+    """The body of a process; it notes in a file of its own, as a queue would not survive a kill.
+
+    Should it hang, a second file says where.
+    """
+    lock.PATIENCE_S = patience
+    with notes.open("ab", buffering=0) as file, notes.with_suffix(STACK).open("w", encoding="utf-8") as stack:
 
         def note(kind: str, text: str) -> None:
             file.write(json.dumps([kind, text]).encode() + b"\n")
 
+        note(BEGUN, "")
+        faulthandler.dump_traceback_later(WAIT_S, file=stack)
         try:
             work(*arguments, note)
         except Exception as error:
@@ -118,23 +124,37 @@ def act(work: Callable[..., None], notes: Path, *arguments: Any) -> None:
 class Fleet:
     """Processes that save and read in one folder, and what they noted."""
 
-    def __init__(self, folder: Path, writers: int, rounds: int, *, locks: bool) -> None:
-        self.folder, self.rounds, self.locks = folder, rounds, locks
+    def __init__(self, folder: Path, writers: int, rounds: int, *, locks: bool, patience: float) -> None:
+        self.folder, self.rounds, self.locks, self.patience = folder, rounds, locks, patience
         self.notes = folder.parent / "notes"
         self.notes.mkdir()
-        self.stop = CONTEXT.Event()
+        self.stop = fork_server().Event()
+        self.processes: dict[Path, BaseProcess] = {}
         self.readers = [self.start(reader, seed, self.stop) for seed in range(2)]
         self.writers = [self.start_writer(f"w{n}") for n in range(writers)]
 
-    def start(self, work: Callable[..., None], *arguments: Any) -> ForkProcess:
-        notes = self.notes / f"{len(list(self.notes.iterdir()))}"
+    def start(self, work: Callable[..., None], *arguments: Any) -> BaseProcess:
+        notes = self.notes / str(len(self.processes))
         notes.touch()
-        process = CONTEXT.Process(target=act, args=(work, notes, self.folder, *arguments))
+        notes.with_suffix(STACK).touch()
+        process = fork_server().Process(target=act, args=(work, notes, self.patience, self.folder, *arguments))
         process.start()
+        self.processes[notes] = process
         return process
 
-    def start_writer(self, name: str) -> ForkProcess:
+    def start_writer(self, name: str) -> BaseProcess:
         return self.start(writer, name, self.rounds, self.locks)
+
+    def kill_when_it_works(self, process: BaseProcess, after: float) -> None:
+        """``kill -9``, that many seconds after its first note."""
+        (notes,) = (path for path, started in self.processes.items() if started is process)
+        deadline = time.monotonic() + WAIT_S
+        while not notes.stat().st_size:
+            assert time.monotonic() < deadline, "it does not begin"
+            time.sleep(0.001)
+        time.sleep(after)
+        process.kill()
+        process.join()
 
     def finish(self, what: str) -> Tally:
         """Wait for all, and count what became of the saves and reads."""
@@ -144,20 +164,24 @@ class Fleet:
         for process in self.readers:
             process.join(3 * HANG_S)
         tally = Tally(f"saves and reads at once in one folder, {what}")
-        for process in (*self.writers, *self.readers):
+        for notes, process in self.processes.items():
             if process.is_alive():
                 process.kill()
-                tally.hangs.append(str(process))
-        lines = [line for path in self.notes.iterdir() for line in path.read_text(encoding="utf-8").splitlines()]
-        for kind, text in map(json.loads, lines):
-            tally.inputs += 1
-            if kind in ("accepted", "refused"):
-                setattr(tally, kind, getattr(tally, kind) + 1)
-            else:
-                getattr(tally, kind).append(text)
-            if kind == "accepted" and text != "read" and read(self.folder, text) is not None:
-                tally.silent.append(f"{text} was saved, and is lost")
+                tally.hangs.append(f"{process}\n{notes.with_suffix(STACK).read_text(encoding='utf-8')}")
+            for line in notes.read_text(encoding="utf-8").splitlines():
+                self._count(tally, *json.loads(line))
         return tally
+
+    def _count(self, tally: Tally, kind: str, text: str) -> None:
+        if kind == BEGUN:
+            return
+        tally.inputs += 1
+        if kind in ("accepted", "refused"):
+            setattr(tally, kind, getattr(tally, kind) + 1)
+        else:
+            getattr(tally, kind).append(text)
+        if kind == "accepted" and text != "read" and read(self.folder, text) is not None:
+            tally.silent.append(f"{text} was saved, and is lost")
 
 
 def at_rest(folder: Path) -> None:
@@ -171,21 +195,20 @@ def at_rest(folder: Path) -> None:
     assert (folder / "latest").read_text(encoding="utf-8") in names
 
 
-def test_jobs_that_begin_in_one_folder_are_refused_or_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_that_begin_in_one_folder_are_refused_or_save(tmp_path: Path) -> None:
     """Each takes the folder for one save, so that they meet often."""
-    monkeypatch.setattr(lock, "PATIENCE_S", 0.0)
     folder = tmp_path / "checkpoints"
-    tally = Fleet(folder, 3, number_of_inputs(40), locks=True).finish("by jobs that meet")
+    tally = Fleet(folder, 3, number_of_inputs(40), locks=True, patience=0.0).finish("by jobs that meet")
     tally.keep("two_writers")
     assert tally.refused, "they never met"
     at_rest(folder)
 
 
-def test_jobs_on_hosts_whose_locks_do_not_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_on_hosts_whose_locks_do_not_work(tmp_path: Path) -> None:
     """Both write the same tag and never see each other: still no complete checkpoint is lost, and no save fails."""
-    monkeypatch.setattr(files, "is_exclusive", lambda _: False)
     folder = tmp_path / "checkpoints"
-    Fleet(folder, 2, number_of_inputs(40), locks=False).finish("without locks").keep("two_writers_without_locks")
+    fleet = Fleet(folder, 2, number_of_inputs(40), locks=False, patience=0.0)
+    fleet.finish("without locks").keep("two_writers_without_locks")
     at_rest(folder)
 
 
@@ -194,13 +217,9 @@ def test_jobs_that_are_killed_are_replaced_at_once(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     chance = random.Random(16)
     write(folder, SHARED, "first")
-    fleet = Fleet(folder, 0, 1000, locks=True)
+    fleet = Fleet(folder, 0, 1000, locks=True, patience=lock.PATIENCE_S)
     for turn in range(number_of_inputs(15)):
-        process = fleet.start_writer(f"k{turn}")
-        time.sleep(0.02 + chance.random() * 0.1)
-        assert process.pid is not None
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
+        fleet.kill_when_it_works(fleet.start_writer(f"k{turn}"), 0.1 * chance.random())
     fleet.writers = [fleet.start(writer, "last", 3, True)]
     fleet.finish("by jobs that are killed").keep("two_writers_killed")
     at_rest(folder)

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing import forkserver
-from multiprocessing.context import BaseContext
+from multiprocessing.context import BaseContext, ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ def run_cases(
     pending = list(cases.items())
     while pending:
         fleet = [(name, (case,)) for name, case in pending]
-        finished = _run_fleet(_fork_server(), worker, world_size, fleet, case_timeout)
+        finished = _run_fleet(fork_server(), worker, world_size, fleet, case_timeout)
         for (name, _), outcomes in zip(pending, finished, strict=False):
             results[name] = _failure_text(outcomes)
         pending = [(name, case) for name, case in pending if name not in results]
@@ -162,8 +162,12 @@ def _raise_if_failed(outcomes: list[_Outcome]) -> None:
 
 
 @cache
-def _fork_server() -> BaseContext:
-    """Starts the process that has the hosts in memory; a rank that is forked from it starts in a second, not in ten."""
+def fork_server() -> ForkServerContext:
+    """Starts the process that has the hosts in memory; a rank that is forked from it starts in a second, not in ten.
+
+    It has one thread. A process that is forked from the one that runs the tests can wait for ever: for a lock that
+    another thread held at that moment, or for the end of a thread that it does not have.
+    """
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["tests.helpers.preload_hosts"])
     with pytest.MonkeyPatch.context() as patch:

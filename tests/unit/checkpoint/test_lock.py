@@ -6,7 +6,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-import multiprocessing
 import os
 import signal
 import stat
@@ -14,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,7 @@ import pytest
 
 from ds_blockwise.checkpoint.folder_rules import lock
 from ds_blockwise.checkpoint.folder_rules.lock import LOCK, FolderInUseError, hold, holding, is_exclusive, let_go
-
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+from tests.helpers.distributed import fork_server
 
 
 @pytest.fixture(autouse=True)
@@ -31,36 +30,42 @@ def _no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def other_process(work: Callable[[Connection], None]) -> Iterator[tuple[int, Connection]]:
-    """A forked process with that work; its id, and a connection to it."""
-    ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("fork").Process(target=work, args=(theirs,))
+def other_process(work: Callable[[Connection, Path], None], folder: Path) -> Iterator[tuple[BaseProcess, Connection]]:
+    """A process with that work, and a connection to it."""
+    ours, theirs = fork_server().Pipe()
+    process = fork_server().Process(target=work, args=(theirs, folder))
     process.start()
     theirs.close()
-    assert process.pid is not None
     try:
-        yield process.pid, ours
+        yield process, ours
     finally:
         process.kill()
         process.join()
 
 
-def holder_of(folder: Path) -> Callable[[Connection], None]:
-    def work(connection: Connection) -> None:
-        hold(folder)
-        connection.send("held")
-        connection.recv()
-        let_go(folder)
-        connection.send("gone")
-        connection.recv()
+def hold_and_say_so(connection: Connection, folder: Path) -> None:
+    hold(folder)
+    connection.send("held")
+    connection.recv()
+    let_go(folder)
+    connection.send("gone")
+    connection.recv()
 
-    return work
+
+def hold_and_fork(connection: Connection, folder: Path) -> None:
+    hold(folder)
+    child = os.fork()
+    if child == 0:
+        let_go(folder)  # not the child's: nothing happens
+        signal.pause()
+    connection.send(child)
+    connection.recv()
 
 
 def test_the_second_job_is_refused_by_name_until_the_first_has_ended(tmp_path: Path) -> None:
-    with other_process(holder_of(tmp_path)) as (pid, connection):
+    with other_process(hold_and_say_so, tmp_path) as (process, connection):
         assert connection.recv() == "held"
-        with pytest.raises(FolderInUseError, match=f"is in use: process {pid} on host ") as caught:
+        with pytest.raises(FolderInUseError, match=f"is in use: process {process.pid} on host ") as caught:
             hold(tmp_path)
         assert "Give this job a folder of its own" in str(caught.value)
         assert "UTC (its command: " in str(caught.value)
@@ -73,10 +78,10 @@ def test_the_second_job_is_refused_by_name_until_the_first_has_ended(tmp_path: P
 
 
 def test_a_killed_job_does_not_lock_out_its_successor(tmp_path: Path) -> None:
-    with other_process(holder_of(tmp_path)) as (pid, connection):
+    with other_process(hold_and_say_so, tmp_path) as (process, connection):
         assert connection.recv() == "held"
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        process.kill()
+        process.join()
         assert (tmp_path / LOCK).is_file()
         with holding(tmp_path):
             assert json.loads((tmp_path / LOCK).read_text(encoding="utf-8"))["pid"] == str(os.getpid())
@@ -84,30 +89,20 @@ def test_a_killed_job_does_not_lock_out_its_successor(tmp_path: Path) -> None:
 
 def test_a_job_that_is_being_killed_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "PATIENCE_S", 60.0)
-    with other_process(holder_of(tmp_path)) as (pid, connection):
+    with other_process(hold_and_say_so, tmp_path) as (process, connection):
         assert connection.recv() == "held"
-        threading.Timer(0.2, os.kill, (pid, signal.SIGKILL)).start()
+        threading.Timer(0.2, process.kill).start()
         with holding(tmp_path):
             assert is_exclusive(tmp_path)
 
 
 def test_a_child_does_not_keep_the_lock(tmp_path: Path) -> None:
     """A worker of a DataLoader that outlives its killed parent for a while."""
-
-    def work(connection: Connection) -> None:
-        hold(tmp_path)
-        child = os.fork()
-        if child == 0:
-            let_go(tmp_path)  # not the child's: nothing happens
-            signal.pause()
-        connection.send(child)
-        connection.recv()
-
-    with other_process(work) as (pid, connection):
+    with other_process(hold_and_fork, tmp_path) as (process, connection):
         child = connection.recv()
         try:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+            process.kill()
+            process.join()
             with holding(tmp_path):
                 assert is_exclusive(tmp_path)
         finally:
@@ -178,12 +173,12 @@ def _no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_no_locks")
 def test_without_locks_a_running_process_of_this_host_is_seen(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with other_process(holder_of(tmp_path)) as (pid, connection):
+    with other_process(hold_and_say_so, tmp_path) as (process, connection):
         assert connection.recv() == "held"
-        with pytest.raises(FolderInUseError, match=f"process {pid} on host"):
+        with pytest.raises(FolderInUseError, match=f"process {process.pid} on host"):
             hold(tmp_path)
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        process.kill()
+        process.join()
         with holding(tmp_path):
             assert not is_exclusive(tmp_path)
     assert "has no locks (No locks available)" in caplog.text
