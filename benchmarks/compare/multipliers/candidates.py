@@ -81,14 +81,14 @@ def keep_readings(folder: Path, path: Path) -> None:
         folder: Of the run's metrics.
         path: Of the CSV.
     """
-    rows = []
+    rows, source = [], provenance()
     for kind in TYPES:
         momentum, second = (
             read_metric(folder, f"{PREFIX}/{name}/{kind}") for name in ("momentum_rms", "second_moment")
         )
         for step in sorted(momentum):
             values = {"momentum_rms": f"{momentum[step]:.6g}", "second_moment": f"{second[step]:.6g}"}
-            rows.append({"step": str(step), "block_type": kind, **values, **provenance()})
+            rows.append({"step": str(step), "block_type": kind, **values, **source})
     write_csv(path, COLUMNS, rows)
 
 

@@ -6,9 +6,10 @@ python -m benchmarks.compare.multipliers.run --minutes 30
 
 **auto.** A run of AdamW with its best rate gives the ratios, at a third of a whole run (candidates.py says how). With
 the first seed, both powers of the ratio train at AdamW's best rate; the better one also at half of it and at twice it,
-and on while an edge is best. If it ends below ``"auto"``, that gets the two neighbours of its published rate. The best
-rate of each trains the other seeds. The SNR becomes what ``"auto"`` means if over all seeds its mean difference to
-``"auto"`` is below 0 by more than two standard errors; else sharpness stays, and the SNR does not enter the package.
+and on while an edge is best. If it ends below ``"auto"``, that gets the two neighbours of its published rate. If it
+ends above by more than `WORTH_CONFIRMING`, it has lost. Else the best rate of each trains the other seeds. The SNR
+becomes what ``"auto"`` means if over all seeds its mean difference to ``"auto"`` is below 0 by more than two standard
+errors; else sharpness stays, and the SNR does not enter the package.
 
 **tuned.** Each addition trains with the first seed at the rate of the published runs of ``"tuned"``. What gains more
 than `WORTH_SEEDS` trains the other seeds. It enters the preset if the mean over all seeds is below 0 by more than two
@@ -25,6 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from benchmarks.compare import report
+from benchmarks.compare.ablations import WORTH_CONFIRMING
 from benchmarks.compare.multipliers import candidates
 from benchmarks.compare.multipliers.candidates import ADAMW, ADDITIONS, AUTO, EXPONENTS, TUNED, TYPES
 from benchmarks.compare.results import Estimate, Results, against, best_of, loss_of
@@ -36,6 +38,7 @@ from ds_blockwise.blocks.settings.defaults import LR_PRESETS
 OWN, READINGS = report.DOCS / "multipliers.csv", report.DOCS / "snr.csv"
 FOLDER = ROOT / "runs/compare/multipliers"
 SEEDS = range(1, FULL.seeds + 1)
+LEAST_RATES = 3
 WIDEN = 1  # how often a grid may grow
 WORTH_SEEDS = 0.005  # nats
 SNR_WORDS = {"snr-inverse": "SNR to the power -1/2", "snr": "SNR to the power 1/2"}
@@ -61,6 +64,10 @@ class Question:
     def by_snr(self, change: str, lr: float, seed: int = 1) -> Trial:
         """A run with the multipliers of one power of the ratios."""
         return candidates.by_snr(change, candidates.multipliers(self.snr, EXPONENTS[change]), lr, seed)
+
+    def better_power(self, results: Results) -> str:
+        """The one whose run at AdamW's best rate ended lower."""
+        return best_of(results, [self.by_snr(change, self.lr) for change in EXPONENTS]).change
 
     def tried(self, results: Results) -> list[Trial]:
         """The runs of the first seed with multipliers from the ratios."""
@@ -92,21 +99,22 @@ def train(trials: Trials, published: Mapping[str, Sequence[Trial]]) -> Question:
         trials.train([short], "measuring")
         candidates.keep_readings(FOLDER / short.name / "settings", READINGS)
     question = Question(published, candidates.ratios(READINGS))
-    best = _best_by_snr(trials, question)
+    trials.train([question.by_snr(change, question.lr) for change in EXPONENTS], "powers of the ratio")
     trials.train([question.additions(change)[0] for change in ADDITIONS], "additions")
-    auto = question.published[AUTO][0]
-    if loss_of(trials.results, best) < loss_of(trials.results, auto):
+    best, auto = _swept(trials, question), question.published[AUTO][0]
+    behind = loss_of(trials.results, best) - loss_of(trials.results, auto)
+    if behind < 0:
         trials.train([replace(auto, lr=lr) for lr in (auto.lr / 2, 2 * auto.lr)], "rates of auto")
-    trials.train([*(replace(best, seed=seed) for seed in SEEDS), *question.auto(trials.results)], "seeds")
+    if behind <= WORTH_CONFIRMING:
+        trials.train([*(replace(best, seed=seed) for seed in SEEDS), *question.auto(trials.results)], "seeds")
     worth = [change for change in ADDITIONS if _gain(trials.results, question, change) > WORTH_SEEDS]
     trials.train([trial for change in worth for trial in question.additions(change)], "seeds of additions")
     return question
 
 
-def _best_by_snr(trials: Trials, question: Question) -> Trial:
+def _swept(trials: Trials, question: Question) -> Trial:
     """The better power of the ratios at the best of its rates, by the first seed."""
-    trials.train([question.by_snr(change, question.lr) for change in EXPONENTS], "powers of the ratio")
-    change = best_of(trials.results, [question.by_snr(change, question.lr) for change in EXPONENTS]).change
+    change = question.better_power(trials.results)
     grid = [question.lr / 2, question.lr, 2 * question.lr]
     for grown in range(WIDEN + 1):
         trials.train([question.by_snr(change, lr) for lr in grid], "rates")
@@ -154,27 +162,45 @@ def results_table(question: Question, results: Results) -> str:
         "|---|---:|---:|---:|---:|",
     ]
     shown = {name: list(trials) for name, trials in question.published.items()} | {AUTO: auto}
-    tried, words = question.tried(results), [""]
-    for change, name in SNR_WORDS.items():
-        if of_power := [trial for trial in tried if trial.change == change]:
-            best = best_of(results, of_power)
-            shown[name] = [t for seed in SEEDS if (t := replace(best, seed=seed)) in results]
+    of_power = {change: _best_of_power(question, results, change) for change in EXPONENTS}
+    shown |= {SNR_WORDS[change]: trials for change, trials in of_power.items() if trials}
     for name, trials in shown.items():
-        loss = Estimate.of([loss_of(results, trial) for trial in trials])
         difference = against(results, trials, auto)
-        counts = len({t.lr for t in results if (t.arm, t.change) == (trials[0].arm, trials[0].change)})
+        rates = {t.lr for t in results if (t.arm, t.change) == (trials[0].arm, trials[0].change)}
         cells = (
-            str(counts) if name in (AUTO, *SNR_WORDS.values()) else "as published",
+            str(len(rates)) if name in (AUTO, *SNR_WORDS.values()) else "as published",
             f"{_in_adamw_unit(trials[0]):g}",
-            loss.text(),
+            Estimate.of([loss_of(results, trial) for trial in trials]).text(),
             "" if difference is None else difference.text("+.4f"),
         )
         lines.append(f"| {name} | {' | '.join(cells)} |")
-        if name in SNR_WORDS.values() and difference is not None and difference.seeds == len(SEEDS):
-            wins = "wins" if difference.sign < 0 else "does not win"
-            words.append(f'By the rule: {name} **{wins}** against `"auto"` ({difference.text("+.4f")}).')
-    words += [] if len(words) > 1 else ["No verdict yet: seeds are missing."]
-    return "\n".join([*lines, *words, "", _source(results, [t for trials in shown.values() for t in trials])])
+    words = "No verdict yet: runs are missing."
+    if all(of_power.values()):
+        change = question.better_power(results)
+        words = _verdict(results, SNR_WORDS[change], of_power[change], auto) or words
+    return "\n".join([*lines, "", words, "", _source(results, [t for trials in shown.values() for t in trials])])
+
+
+def _best_of_power(question: Question, results: Results, change: str) -> list[Trial]:
+    """All seeds at the best rate; none without runs."""
+    tried = [trial for trial in question.tried(results) if trial.change == change]
+    if not tried:
+        return []
+    best = best_of(results, tried)
+    return [trial for seed in SEEDS if (trial := replace(best, seed=seed)) in results]
+
+
+def _verdict(results: Results, name: str, trials: Sequence[Trial], auto: Sequence[Trial]) -> str:
+    """By the rule; empty while it needs more runs."""
+    rates = {t.lr for t in results if t.change == trials[0].change}
+    difference = against(results, trials, auto)
+    assert difference is not None
+    behind = loss_of(results, trials[0]) - loss_of(results, auto[0])
+    is_decided = difference.seeds == len(SEEDS) or behind > WORTH_CONFIRMING
+    if len(rates) < LEAST_RATES or not is_decided:
+        return ""
+    wins = "wins" if difference.sign < 0 else "does not win"
+    return f'By the rule: {name} **{wins}** against `"auto"` ({difference.text("+.4f")}).'
 
 
 def additions_table(question: Question, results: Results) -> str:
