@@ -16,7 +16,7 @@ from benchmarks.compare import report
 from benchmarks.compare.multipliers import candidates, run
 from benchmarks.compare.multipliers.candidates import ADDITIONS, AUTO, TUNED
 from benchmarks.compare.trials import FULL, Setup
-from benchmarks.provenance import ROOT, write_csv
+from benchmarks.provenance import ROOT, between, write_csv
 from ds_blockwise.blocks.roles import BLOCK_TYPES
 from ds_blockwise.blocks.settings.block_settings import BlockSettings
 from ds_blockwise.blocks.settings.defaults import ADAMW_RATE, LR_PRESETS
@@ -136,3 +136,15 @@ def test_seeds_decide_what_enters_the_preset(monkeypatch, tmp_path):
     rows = [line for line in run.additions_table(question, results).splitlines() if line.startswith("| ")][2:]
     assert [row.rsplit("|", 2)[1].strip() for row in rows] == ["yes", "no", "no"]
     assert "-0.0203 ± 0.0003" in rows[0]
+
+
+def test_the_page_shows_what_is_in_the_files():
+    """Every number in the tables follows from files that the script wrote."""
+    question, results = run.read(PUBLISHED)
+    measured = candidates.measuring(question.lr).name
+    assert {trial.name for trial in results} == set(report.named_in(run.OWN)) - {measured}
+    page = report.COMPARISONS.read_text(encoding="utf-8")
+    tables = dict(run.tables(question, results))
+    assert len(tables) == 3
+    for mark, text in tables.items():
+        assert between(page, mark) == text

@@ -33,6 +33,7 @@ from benchmarks.compare.results import Estimate, Results, against, best_of, loss
 from benchmarks.compare.run import RUN_FILE, Stopped, Trials
 from benchmarks.compare.trials import ARMS, FULL, Trial
 from benchmarks.provenance import ROOT, cores, write_between
+from benchmarks.provenance import read_csv as read_rows
 from ds_blockwise.blocks.settings.defaults import LR_PRESETS
 
 OWN, READINGS = report.DOCS / "multipliers.csv", report.DOCS / "snr.csv"
@@ -151,7 +152,13 @@ def ratios_table(question: Question) -> str:
     for kind in TYPES:
         cells = [f"{of_power[kind]:g}" for of_power in (*powers, LR_PRESETS["tuned"])]
         lines.append(f"| {kind} | {question.snr[kind]:.3f} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    of = read_rows(READINGS)[0]
+    source = (
+        f"SNR: geometric means over the readings of steps {candidates.READ_FROM} to {candidates.MEASURING_STEPS}, one "
+        f"each {candidates.SPACING} steps, in a run of AdamW of that length at a rate of {question.lr:g}, first seed; "
+        f"{of['cpu']}, torch {of['torch']}, {of['date']}, commit {of['commit']}."
+    )
+    return "\n".join([*lines, "", source])
 
 
 def results_table(question: Question, results: Results) -> str:
@@ -216,7 +223,7 @@ def additions_table(question: Question, results: Results) -> str:
     for change, (words, _) in ADDITIONS.items():
         trials = [trial for trial in question.additions(change) if trial in results]
         if not trials:
-            lines.append(f"| {words} | not trained | | |")
+            lines.append(f"| {words} | not trained yet | | |")
             continue
         difference = against(results, trials, tuned)
         assert difference is not None
