@@ -242,11 +242,11 @@ class BlockwiseMuon(BlockwiseOptimizer):
             self._plans[key] = make_plan(bindings, self.bucket_bytes)
         return self._plans[key]
 
-    def _direct(self, matrix: torch.Tensor, second_moment: torch.Tensor, row_dim: int) -> torch.Tensor:
+    def _direct(self, matrix: torch.Tensor, second_moment: torch.Tensor, row_dim: int) -> None:
         update = newton_schulz(matrix, self.coefficients, self.newton_schulz_dtype)
         if self.normuon:
             update = normalized_rows(update, second_moment, beta2=self.normuon_beta2, eps=_EPS, row_dim=row_dim)
-        return update * SCALES[self.scale](matrix.size(row_dim), matrix.size(1 - row_dim))
+        torch.mul(update, SCALES[self.scale](matrix.size(row_dim), matrix.size(1 - row_dim)), out=matrix)
 
     def update_(self, kernels: Kernels, items: Sequence[Item]) -> None:
         """Adam-mini's update by the kernels; a tensor of matrices alone has only its steps counted."""
