@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long ``engine.save_checkpoint`` and ``engine.load_checkpoint`` take, beside DeepSpeed's own with its AdamW.
 
-python -m benchmarks.costs.checkpoints              # 75.8M parameters, 1.06 GB in a checkpoint, one process, ZeRO-1, bf16
-python -m benchmarks.costs.checkpoints --docs       # also writes the table into docs/benchmarks.md
+python -m benchmarks.costs.checkpoints          # 75.8M parameters, 1.06 GB in a checkpoint, one process, ZeRO-1, bf16
+python -m benchmarks.costs.checkpoints --docs   # also writes the table into docs/benchmarks.md
 
 The engines save and load in turn. When ours return, the files are on the disk; DeepSpeed's are in the page cache then,
 so the time until the disk has them is measured as well. Loads read from the page cache.

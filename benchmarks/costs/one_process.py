@@ -51,4 +51,4 @@ def process_group() -> Iterator[None]:
     try:
         yield
     finally:
-        dist.destroyprocess_group()
+        dist.destroy_process_group()
