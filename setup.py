@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Package metadata. The package itself needs torch, ninja (to compile its kernels) and xxhash; every host is an extra."""
+"""Package metadata. The package needs torch, xxhash, and ninja to compile its kernels; every host is an extra."""
 
 import os
 import runpy
