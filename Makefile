@@ -8,7 +8,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup train finetune compare compare-same-lr compare-half test test-quick support test-slow test-faults test-hosts test-gpu test-asan test-triton-versions test-tools test-megatron-new test-deepspeed-versions test-pythons wheel reliability checkpoint-matrix docs lint release clean bench bench-kernels bench-small bench-muon bench-gpu bench-communication bench-fused-step bench-end-to-end bench-data
+.PHONY: setup train finetune compare compare-same-lr compare-half test test-quick support test-slow test-faults test-hosts test-gpu test-asan test-triton-versions test-tools test-megatron-new test-deepspeed-versions test-pythons wheel reliability checkpoint-matrix docs lint release clean bench bench-kernels bench-small bench-muon bench-gpu bench-communication bench-fused-step bench-checkpoints bench-end-to-end bench-data
 
 setup: $(STAMP)
 
@@ -53,7 +53,7 @@ compare-half: setup
 	$(BIN)/python -m benchmarks.compare.half_steps $(if $(PLAN),--plan $(PLAN)) $(ARGS)
 	$(BIN)/python -m benchmarks.compare.summary
 
-bench: bench-kernels bench-small bench-muon bench-communication bench-fused-step bench-end-to-end
+bench: bench-kernels bench-small bench-muon bench-communication bench-fused-step bench-checkpoints bench-end-to-end
 
 bench-kernels: setup
 	$(BIN)/python -m benchmarks.step.run --docs $(ARGS)
@@ -75,6 +75,10 @@ bench-communication: setup
 
 bench-fused-step: setup
 	$(BIN)/python -m benchmarks.costs.fused_step --docs $(ARGS)
+
+# Saves and loads of 1 GB, beside DeepSpeed's.
+bench-checkpoints: setup
+	$(BIN)/python -m benchmarks.costs.checkpoints --docs $(ARGS)
 
 bench-end-to-end: setup
 	$(BIN)/python -m benchmarks.costs.end_to_end --docs $(ARGS)
