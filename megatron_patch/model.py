@@ -19,8 +19,8 @@ from torch import nn
 from torch.nn.functional import gelu, silu
 
 from ds_blockwise.runs.model_shape import GPT2, LLAMA, GPTShape
-from ds_blockwise.runs.reading.problems import Problems
-from ds_blockwise.runs.run_file import GPT, HYBRID
+from ds_blockwise.runs.reading.problems import Problems, correction
+from ds_blockwise.runs.run_file import GPT, HYBRID, MODEL_CLASSES
 from megatron_patch.guard import MEGATRON_VERSION, TOO_NEW, release_of
 from megatron_patch.without_cuda import cpu_shims
 
@@ -35,14 +35,16 @@ _ATTENTION_AND_FFN = "*-"  # a transformer layer in the pattern of a `HybridMode
 
 
 def check_model_class(name: str, file: str | Path, problems: Problems) -> None:
-    """Note a class of models that the installed Megatron-core does not have.
+    """Note a class of models that is not known, or that the installed Megatron-core does not have.
 
     Args:
-        name: One of `ds_blockwise.runs.run_file.MODEL_CLASSES`.
+        name: Should be one of `ds_blockwise.runs.run_file.MODEL_CLASSES`.
         file: Named in the message.
         problems: The mistake is noted here.
     """
-    if name == HYBRID and release_of(MEGATRON_VERSION) < HYBRID_SINCE:
+    if name not in MODEL_CLASSES:
+        problems.add(file, "model_class", name, ", ".join(MODEL_CLASSES), correction(name, MODEL_CLASSES))
+    elif name == HYBRID and release_of(MEGATRON_VERSION) < HYBRID_SINCE:
         first, last = (".".join(map(str, release)) for release in (HYBRID_SINCE, TOO_NEW))
         allowed = f"{GPT} with megatron-core {MEGATRON_VERSION}: HybridModel came with {first}"
         remedy = f"leave it out, or pip install 'megatron-core>={first},<{last}' (see docs/install.md)"
@@ -76,8 +78,8 @@ def build_gpt(
             of transformer layer ``i``. The same seed gives the same weights, and weights the same losses.
 
     Raises:
-        ValueError: `parallel_state` isn't initialised, the sizes don't divide, or the installed Megatron-core has no
-            `HybridModel`.
+        ValueError: `parallel_state` isn't initialised, the sizes don't divide, the class is not known, or the installed
+            Megatron-core has no `HybridModel`.
     """
     if not parallel_state.model_parallel_is_initialized():
         raise ValueError(
