@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``ds-blockwise check``: what a checkpoint or a run file holds, and what is wrong with it."""
+"""``ds-blockwise check``: what a checkpoint, a run file or a DeepSpeed JSON holds, and what is wrong with it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,19 @@ from ds_blockwise.cli.overrides import add_overrides
 from ds_blockwise.cli.progress import add_quiet
 from ds_blockwise.hosts.deepspeed.checkpoint.inspect import CHECKPOINT_HELP, CheckpointDescription, describe_checkpoint
 from ds_blockwise.hosts.deepspeed.config.check import is_deepspeed_installed
+from ds_blockwise.runs.reading.engine_file import check_engine_file, describe_engine_file
+from ds_blockwise.runs.reading.problems import Problems
 
-HELP = "verify a checkpoint or a run file, and print what it holds"
+HELP = "verify a checkpoint, a run file or a DeepSpeed JSON, and print what it holds"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Say what ``check`` is given."""
     parser.add_argument(
-        "source", type=Path, metavar="CHECKPOINT_OR_RUN", help=f"{CHECKPOINT_HELP}; or a run file (.yaml)"
+        "source",
+        type=Path,
+        metavar="CHECKPOINT_OR_FILE",
+        help=f"{CHECKPOINT_HELP}; or a run file (.yaml); or a DeepSpeed JSON (.json)",
     )
     add_overrides(parser)
     parser.add_argument("--deepspeed-config", type=Path, metavar="JSON", help="use it instead of the run file's")
@@ -32,9 +37,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_check(args: argparse.Namespace) -> tuple[str, int]:
-    """Verify, and return the text to print with the exit status: 1 if there are problems."""
+    """Verify, and return the text to print with the exit status: 1 if there are problems.
+
+    Raises:
+        ValueError: it is none of these, or an option is of another kind than the source.
+    """
     if args.source.suffix in (".yaml", ".yml"):
         return _check_run(args)
+    for option, given in (("--set", args.set), ("--deepspeed-config", args.deepspeed_config)):
+        if given:
+            raise ValueError(f"{option} changes a run file (.yaml), and {args.source} is none. Leave {option} out.")
+    if args.source.suffix == ".json":
+        return _check_engine_file(args)
     found = describe_checkpoint(args.source, tag=args.tag, trust=args.trust)
     return json.dumps(found, indent=2) if args.json else _text(found), 1 if found["problems"] else 0
 
@@ -43,9 +57,19 @@ def _check_run(args: argparse.Namespace) -> tuple[str, int]:
     with needs("launch", "checking a run file"):
         from ds_blockwise.runs.check import check_run_file, describe_run
     run, problems = check_run_file(args.source, args.set, args.deepspeed_config)
-    described = [] if run is None or problems else describe_run(run)
+    return _found(args, "run", [] if run is None or problems else describe_run(run), problems)
+
+
+def _check_engine_file(args: argparse.Namespace) -> tuple[str, int]:
+    config, problems = check_engine_file(args.source)
+    return _found(args, "engine", [] if problems else describe_engine_file(config), problems)
+
+
+def _found(
+    args: argparse.Namespace, what: str, described: list[tuple[str, str]], problems: Problems
+) -> tuple[str, int]:
     if args.json:
-        return json.dumps({"problems": problems.lines, "run": dict(described)}, indent=2), 1 if problems else 0
+        return json.dumps({"problems": problems.lines, what: dict(described)}, indent=2), 1 if problems else 0
     if problems:
         listed = "\n".join(f"- {line}" for line in problems.lines)
         return f"{args.source}: {len(problems.lines)} problem(s)\n{listed}", 1

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from ds_blockwise.hosts.deepspeed.refusals import facts_of_json, refusals
-from ds_blockwise.optimizers.registry import OPTIMIZERS, SCHEDULES
-from ds_blockwise.optimizers.settings import check_progress
+from ds_blockwise.optimizers.registry import OPTIMIZERS
 from ds_blockwise.runs.engine_json import compose, optimizer_type, parameter_dtype
+from ds_blockwise.runs.reading.engine_file import check_optimizer, clipping_text
 from ds_blockwise.runs.reading.problems import Problems
 from ds_blockwise.runs.reading.whole_files import JsonObject
 from ds_blockwise.runs.run_file import RunConfig, check_run, load_run
@@ -63,7 +63,7 @@ def check_and_compose(run: RunConfig, processes: int, problems: Problems) -> Jso
     config = compose(run, problems)
     if len(problems.lines) == known:
         _check_engine(run, config, problems)
-        _check_optimizer(run, config, problems)
+        check_optimizer(run.deepspeed_file, config, problems)
     return config
 
 
@@ -88,17 +88,10 @@ def describe_run(run: RunConfig) -> list[tuple[str, str]]:
             f"{training.global_batch_size} sequences of {run.shape.sequence_length} tokens = micro batch "
             f"{training.micro_batch_size} x {copies} x {accumulation} accumulated",
         ),
-        ("clipping", _clipping(run.deepspeed)),
+        ("clipping", clipping_text(run.deepspeed)),
         ("activations", f"checkpointing: {training.activation_checkpointing}"),
         ("length", f"{training.steps:,} steps, {tokens / 1e6:,.1f}M tokens"),
     ]
-
-
-def _clipping(config: JsonObject) -> str:
-    norm = config.get("gradient_clipping")
-    if norm is None:
-        return "to a gradient norm of 1.0, DeepSpeed's default; set gradient_clipping in the JSON to change it"
-    return f"to a gradient norm of {norm}" if norm else "none"
 
 
 def _check_engine(run: RunConfig, config: JsonObject, problems: Problems) -> None:
@@ -112,28 +105,3 @@ def _check_engine(run: RunConfig, config: JsonObject, problems: Problems) -> Non
     if stage == 0 and parameter_dtype(config) != torch.float32 and run.parallel.tensor > 1 and clip:
         allowed = "0 at ZeRO stage 0 in 16 bit with parallel.tensor > 1: DeepSpeed's norm counts the first rank only"
         problems.add(file, "gradient_clipping", clip, allowed, "use ZeRO stage 1")
-
-
-def _check_optimizer(run: RunConfig, config: JsonObject, problems: Problems) -> None:
-    """The optimizer's and the schedule's own checks, on one weight."""
-    section = config["optimizer"]
-    cls = OPTIMIZERS.get(section["type"])
-    if cls is None:
-        return  # AdamW and others are DeepSpeed's business
-    try:
-        optimizer = cls([torch.nn.Parameter(torch.zeros(1))], **section.get("params", {}))
-    except (ValueError, TypeError) as error:
-        problems.refuse(run.deepspeed_file, "optimizer.params", section.get("params"), str(error))
-        return
-    schedule = config.get("scheduler")
-    if schedule is not None and schedule["type"] in SCHEDULES:
-        try:
-            SCHEDULES[schedule["type"]](optimizer, **schedule["params"])
-        except (ValueError, TypeError) as error:
-            problems.refuse(run.deepspeed_file, "scheduler.params", schedule["params"], str(error))
-            return
-    if optimizer.block_settings.moves:
-        try:
-            check_progress(optimizer.param_groups, section["type"])
-        except ValueError as error:
-            problems.refuse(run.deepspeed_file, "optimizer.params", section.get("params"), str(error))

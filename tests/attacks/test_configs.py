@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 from ds_blockwise.runs.check import check_run_file
+from ds_blockwise.runs.reading.engine_file import check_engine_file
 from tests.helpers import ROOT
 from tests.helpers.attacks import Input, attack, number_of_inputs
 
@@ -122,9 +123,13 @@ Made = tuple[str, Literal["refuse", "accept", "either"], Act]
 
 
 def check(path: Path, overrides: tuple[str, ...] = ()) -> object:
-    """What the command does: an error for people if there is a problem, as a list; else nothing."""
+    """What the command does: an error for people if there is a problem, as a list; else nothing.
+
+    The JSON is checked by itself too; whether it is refused then is its own test's.
+    """
     _, problems = check_run_file(path, overrides)
-    for line in problems.lines:
+    _, alone = check_engine_file(path.parent / "engine.json")
+    for line in (*problems.lines, *alone.lines):
         line.encode()  # a terminal can show it
         assert "\n" not in line and len(line) < 2000, line
     problems.raise_if_any()

@@ -19,6 +19,7 @@ from ds_blockwise.blocks.roles import BLOCK_TYPES
 from ds_blockwise.blocks.settings.block_settings import BlockSettings
 from ds_blockwise.blocks.settings.update_settings import MovingMultiplier
 from ds_blockwise.kernels.param_groups import set_lr, set_progress
+from ds_blockwise.optimizers.schedules.keys import with_known_keys
 from ds_blockwise.optimizers.schedules.shapes import curve_of, num_steps
 from ds_blockwise.parallel.agree import is_first_rank
 from ds_blockwise.values import as_count, number
@@ -89,10 +90,11 @@ class BlockwiseLR:
             (from 0 at ``min_lr`` to 1 at the peak), as ``ds-blockwise schedule refine`` writes it.
 
     Raises:
-        ValueError, TypeError: a number outside its range, an unknown shape, a key that belongs to another one, phases
-            that do not fit into the run, or a table that cannot be read.
+        ValueError, TypeError: an unknown key, a number outside its range, an unknown shape, a key that belongs to
+            another one, phases that do not fit into the run, or a table that cannot be read.
     """
 
+    @with_known_keys
     def __init__(
         self,
         optimizer: torch.optim.Optimizer | WrapsOptimizer,
@@ -299,6 +301,7 @@ class _Named(BlockwiseLR):
 
     _SHAPE: ClassVar[str]
 
+    @with_known_keys
     def __init__(
         self,
         optimizer: torch.optim.Optimizer | WrapsOptimizer,
@@ -343,6 +346,7 @@ class BlockwiseWSDLR(BlockwiseLR):
     The arguments are those of `BlockwiseLR`, in the order that this class has always had.
     """
 
+    @with_known_keys
     def __init__(
         self,
         optimizer: torch.optim.Optimizer | WrapsOptimizer,
