@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Package metadata. The package itself needs torch and ninja (to compile its kernels); every host is an extra."""
+"""Package metadata. The package needs torch, xxhash, and ninja to compile its kernels; every host is an extra."""
 
 import os
 import runpy
@@ -91,6 +91,7 @@ setup(
         "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],
@@ -108,7 +109,7 @@ setup(
         "ds_blockwise.launch": ["cluster/*"],
         "megatron_patch": ["py.typed"],
     },
-    install_requires=["torch>=2.6", "ninja"],
+    install_requires=["torch>=2.6", "ninja", "xxhash>=3"],
     extras_require=EXTRAS,
     entry_points={
         "console_scripts": ["ds-blockwise=ds_blockwise.cli.main:main"],

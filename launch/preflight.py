@@ -24,7 +24,7 @@ import torch
 
 from ds_blockwise.runs.check import check_and_compose
 from ds_blockwise.runs.reading.problems import Problems
-from ds_blockwise.runs.run_file import RunConfig, load_run
+from ds_blockwise.runs.run_file import HYBRID, RunConfig, load_run
 from job.options import job_options
 from job.rendezvous import Host, RankInfo, connect, exit_status, join, ranks_text
 
@@ -147,6 +147,10 @@ def load_and_check(
     config: dict[str, Any] = {}
     if run is not None:
         config = check_and_compose(run, this_rank.world_size, problems)
+        if run.model_class == HYBRID:
+            from megatron_patch.model import check_model_class  # imports Megatron-core, which takes seconds
+
+            check_model_class(run.model_class, run.file, problems)
     hosts = check_together(options, this_rank, store, run, problems)
     assert run is not None  # else there were problems
     return run, config, hosts

@@ -134,6 +134,7 @@ def _record(run: RunConfig, config: dict[str, Any], data: RunData | None, proces
     }
     return {
         "model": dataclasses.asdict(run.shape),
+        "model_class": run.model_class,
         "parallel": dataclasses.asdict(run.parallel),
         "processes": processes.world_size,
         # Not the fingerprint of the data, which depends on file times: a copy of the same text is the same data.

@@ -21,6 +21,11 @@ SUPPORTED = f">={OLDEST[0]}.{OLDEST[1]},<{TOO_NEW[0]}.{TOO_NEW[1]}"
 logger = logging.getLogger(__name__)
 
 
+def release_of(version: str) -> tuple[int, ...]:
+    """The first two numbers of a version."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+
+
 def check_release(version: str) -> None:
     """Refuse a release of Megatron-core that is too old; warn of one that nobody has tried.
 
@@ -32,7 +37,7 @@ def check_release(version: str) -> None:
     Raises:
         ImportError: it is older than `SUPPORTED`.
     """
-    release = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    release = release_of(version)
     known = f"ds_blockwise supports megatron-core {SUPPORTED}: pip install 'megatron-core{SUPPORTED}'"
     if release < OLDEST:
         raise ImportError(f"megatron-core {version} is too old. {known}")

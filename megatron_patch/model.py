@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Megatron-core's `GPTModel` in a `GPTShape`: for training, and on one process for ``ds-blockwise blocks``."""
+"""Megatron-core's `GPTModel` or `HybridModel` in a `GPTShape`: to train, or alone for ``ds-blockwise blocks``."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import nn
 from torch.nn.functional import gelu, silu
 
 from ds_blockwise.runs.model_shape import GPT2, LLAMA, GPTShape
-from ds_blockwise.runs.reading.problems import Problems
+from ds_blockwise.runs.reading.problems import Problems, correction
+from ds_blockwise.runs.run_file import GPT, HYBRID, MODEL_CLASSES
+from megatron_patch.guard import MEGATRON_VERSION, TOO_NEW, release_of
 from megatron_patch.without_cuda import cpu_shims
 
 # Megatron-core's names for what a run file's `activation_checkpointing` asks for
@@ -25,6 +30,25 @@ RECOMPUTED: dict[str, dict[str, object]] = {
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
+HYBRID_SINCE = (0, 18)
+_ATTENTION_AND_FFN = "*-"  # a transformer layer in the pattern of a `HybridModel`
+
+
+def check_model_class(name: str, file: str | Path, problems: Problems) -> None:
+    """Note a class of models that is not known, or that the installed Megatron-core does not have.
+
+    Args:
+        name: Should be one of `ds_blockwise.runs.run_file.MODEL_CLASSES`.
+        file: Named in the message.
+        problems: The mistake is noted here.
+    """
+    if name not in MODEL_CLASSES:
+        problems.add(file, "model_class", name, ", ".join(MODEL_CLASSES), correction(name, MODEL_CLASSES))
+    elif name == HYBRID and release_of(MEGATRON_VERSION) < HYBRID_SINCE:
+        first, last = (".".join(map(str, release)) for release in (HYBRID_SINCE, TOO_NEW))
+        allowed = f"{GPT} with megatron-core {MEGATRON_VERSION}: HybridModel came with {first}"
+        remedy = f"leave it out, or pip install 'megatron-core>={first},<{last}' (see docs/install.md)"
+        problems.add(file, "model_class", name, allowed, remedy)
 
 
 def build_gpt(
@@ -33,8 +57,9 @@ def build_gpt(
     dtype: torch.dtype = torch.float32,
     cpu_initialization: bool | None = None,
     activation_checkpointing: str = "none",
-) -> GPTModel:
-    """A Megatron-core `GPTModel` in the given shape, on the current process groups.
+    model_class: str = GPT,
+) -> nn.Module:
+    """A Megatron-core `GPTModel` or `HybridModel` in the given shape, on the current process groups.
 
     ``model(tokens, position_ids, None, labels=labels)`` returns the loss of each token,
     [batch, sequence], fp32. Each tensor-parallel rank holds its shard, each pipeline stage its
@@ -49,9 +74,12 @@ def build_gpt(
             ``model_parallel_cuda_manual_seed`` first.
         activation_checkpointing: What is computed again in the backward pass instead of being kept: ``none``,
             ``selective`` (attention) or ``full`` (every layer).
+        model_class: ``gpt``, or ``hybrid``: attention ``2 i`` and FFN ``2 i + 1`` of ``decoder.layers`` are the halves
+            of transformer layer ``i``. The same seed gives the same weights, and weights the same losses.
 
     Raises:
-        ValueError: `parallel_state` isn't initialised, or the sizes don't divide.
+        ValueError: `parallel_state` isn't initialised, the sizes don't divide, the class is not known, or the installed
+            Megatron-core has no `HybridModel`.
     """
     if not parallel_state.model_parallel_is_initialized():
         raise ValueError(
@@ -62,12 +90,14 @@ def build_gpt(
     shape.check("GPTShape", problems)
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
     shape.check_tensor_parallel(tp_size, "GPTShape", problems)
+    check_model_class(model_class, "build_gpt", problems)
     problems.raise_if_any()
     if cpu_initialization is None:
         cpu_initialization = not torch.cuda.is_available()
-    return GPTModel(
-        config=_transformer_config(shape, dtype, cpu_initialization, RECOMPUTED[activation_checkpointing]),
-        transformer_layer_spec=get_gpt_layer_local_spec(normalization=_normalization(shape)),
+    build = {GPT: _gpt_model, HYBRID: _hybrid_model}[model_class]
+    return build(
+        _transformer_config(shape, dtype, cpu_initialization, RECOMPUTED[activation_checkpointing]),
+        get_gpt_layer_local_spec(normalization=_normalization(shape)),
         vocab_size=shape.vocab_size,
         max_sequence_length=shape.sequence_length,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -78,7 +108,66 @@ def build_gpt(
     )
 
 
-def build_meta_gpt(path: str | Path) -> GPTModel:
+def _gpt_model(config: TransformerConfig, layer: ModuleSpec, **ends: object) -> nn.Module:
+    model: nn.Module = GPTModel(config=config, transformer_layer_spec=layer, **ends)
+    return model
+
+
+def _hybrid_model(config: TransformerConfig, layer: ModuleSpec, **ends: object) -> nn.Module:
+    """The `HybridModel` of the same parts.
+
+    Args:
+        config: Of a `GPTModel`.
+        layer: A transformer layer, whose halves become layers.
+        **ends: As those of a `GPTModel`.
+    """
+    # Not in every supported release
+    from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+    from megatron.core.ssm.mlp_layer import MLPLayer
+
+    parts = layer.submodules
+
+    class Stack(HybridStack):  # type: ignore[misc]  # a class without types
+        """A stack whose final norm is that of its layers: Megatron-core's own needs Transformer Engine."""
+
+        def __init__(self, config: TransformerConfig, submodules: HybridStackSubmodules, **more: object) -> None:
+            super().__init__(config, submodules, post_layer_norm=False, **more)
+            self.post_layer_norm = True
+            if self.post_process:
+                self.final_norm = parts.input_layernorm(
+                    config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
+                )
+
+    attention = replace(parts, pre_mlp_layernorm=IdentityOp, mlp=IdentityOp, mlp_bda=IdentityFuncOp)
+    ffn = replace(parts, input_layernorm=IdentityOp, self_attention=IdentityOp, self_attn_bda=IdentityFuncOp)
+    halves = HybridStackSubmodules(
+        attention_layer=ModuleSpec(module=layer.module, submodules=attention),
+        mlp_layer=ModuleSpec(module=MLPLayer, submodules=ffn),
+    )
+    model: nn.Module = HybridModel(
+        config=_of_halves(config),
+        hybrid_stack_spec=ModuleSpec(module=Stack, submodules=halves),
+        hybrid_layer_pattern=_ATTENTION_AND_FFN * config.num_layers,
+        **ends,
+    )
+    return model
+
+
+def _of_halves(config: TransformerConfig) -> TransformerConfig:
+    """The config with layers counted as a `HybridModel` does: initial weights and what is recomputed stay the same."""
+    recomputed = config.recompute_num_layers
+    derived = {"init_method": None, "output_layer_init_method": None, "embedding_init_method": None}
+    return replace(
+        config,
+        num_layers=2 * config.num_layers,
+        is_hybrid_model=True,
+        recompute_num_layers=recomputed and 2 * recomputed,
+        **derived,
+    )
+
+
+def build_meta_gpt(path: str | Path) -> nn.Module:
     """Build the model of a file such as ``configs/model/tiny.yaml`` on the meta device.
 
     Initialises ``torch.distributed`` (gloo, one rank, in memory) and ``parallel_state`` if nobody has.
@@ -95,7 +184,7 @@ def build_meta_gpt(path: str | Path) -> GPTModel:
         return build_gpt(shape)
 
 
-def build_small_gpt(path: str | Path) -> GPTModel:
+def build_small_gpt(path: str | Path) -> nn.Module:
     """Build a small model with the attention of a file's model and real fp32 weights on the CPU.
 
     One layer, a small vocabulary and a narrow FFN; hidden size and heads as in the file. Initialises what

@@ -32,7 +32,7 @@ _COLUMN_TENSOR = re.compile(r"(?:weight|bias)\d*")  # and not layer_norm_weight,
 
 
 class _WholeGPT(Protocol):
-    """A ``GPTModel`` with its embedding and its output layer."""
+    """A ``GPTModel`` or ``HybridModel`` with its embedding and its output layer."""
 
     vocab_size: int
     max_sequence_length: int
@@ -96,7 +96,7 @@ class MegatronReader:
         return None
 
     def outputs(self, model: nn.Module) -> torch.Tensor | None:
-        """Losses [batch, sequence] of a Megatron-core ``GPTModel`` that is a whole model, for 2 x 8 random tokens."""
+        """Losses [batch, sequence] of a whole ``GPTModel`` or ``HybridModel`` for 2 x 8 random tokens."""
         if not _is_whole_gpt(model):
             return None
         device = next(model.parameters()).device
@@ -108,7 +108,7 @@ class MegatronReader:
 
 def _is_whole_gpt(model: nn.Module) -> TypeGuard[_WholeGPT]:
     ends = getattr(model, "pre_process", False) and getattr(model, "post_process", False)
-    return "GPTModel" in class_names(model) and bool(ends)
+    return bool(ends) and not {"GPTModel", "HybridModel"}.isdisjoint(class_names(model))
 
 
 def _parts(owner: nn.Module, param: nn.Parameter, class_name: str) -> int:

@@ -46,6 +46,7 @@ _CHILDREN: dict[str, tuple[tuple[str, Role, bool], ...]] = {
 _NORM_PLACES: dict[str, tuple[str, NormPlace]] = {
     "TransformerLayer": (r"input_layernorm|pre_cross_attn_layernorm|pre_mlp_layernorm", "norm_in"),
     "TransformerBlock": (r"final_layernorm", "norm_in"),
+    "HybridStack": (r"final_norm", "norm_in"),
     "MultiTokenPredictionLayer": (r"enorm|hnorm|final_layernorm", "norm_in"),
     "SelfAttention": (r"[qk]_layernorm", "norm_qk"),
 }

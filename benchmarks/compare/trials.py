@@ -136,9 +136,10 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """Folder of its results."""
+        """Folder of its results; no other trial's."""
         change = f"_{self.change}" if self.change else ""
-        return f"{self.arm}{change}_lr{self.lr:g}_steps{self.steps}_seed{self.seed}"
+        warmup = "" if self.warmup == WARMUP_SHARE else f"_warmup{self.warmup:g}"
+        return f"{self.arm}{change}_lr{self.lr:g}_steps{self.steps}{warmup}_seed{self.seed}"
 
     def settings(self, shape: GPTShape, *, bf16: bool = False) -> dict[str, Any]:
         """The DeepSpeed JSON.

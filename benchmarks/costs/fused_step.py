@@ -11,19 +11,14 @@ timed, which is norm, clipping, update and copy. The first of the two to step ch
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
-import socket
 import statistics
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
+from benchmarks.costs.one_process import RULES, matrices, process_group
 from benchmarks.provenance import BENCHMARKS_PAGE, PROVENANCE, ROOT, provenance, write_between, write_csv
 from ds_blockwise.optimizers.registry import OPTIMIZERS
 
@@ -48,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure every optimizer that supports it, with gradients in bf16 and in fp32; print, write."""
     options = _options(arguments)
     common, rows = provenance(), []
-    with _process_group():
+    with process_group():
         for name in (name for name, cls in OPTIMIZERS.items() if cls.supports_fused_step):
             for gradients in GRADIENTS:
                 rows.append({**measure(name, gradients, options), **common})
@@ -104,56 +99,22 @@ def measure(name: str, gradients: str, options: argparse.Namespace) -> dict[str,
     return found
 
 
-class _Layer(nn.Module):
-    """Two matrices, as large as most are."""
-
-    def __init__(self, hidden: int) -> None:
-        super().__init__()
-        self.up_proj = nn.Linear(hidden, 4 * hidden, bias=False)
-        self.down_proj = nn.Linear(4 * hidden, hidden, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """A residual layer."""
-        return x + self.down_proj(self.up_proj(x))
-
-
 def _engine(name: str, fused: bool, gradients: str, options: argparse.Namespace) -> Any:
     import deepspeed
 
     import ds_blockwise  # noqa: F401 - registers the optimizers
 
     torch.manual_seed(0)
-    model = nn.Sequential(*[_Layer(options.hidden) for _ in range(options.layers)])
-    rules = [{"match": "proj", "role": "ffn"}]
+    model = matrices(options.hidden, options.layers)
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_clipping": CLIP,
         "bf16": {"enabled": True},
         "zero_optimization": {"stage": 2},
-        "optimizer": {"type": name, "params": {"lr": 1e-6, "rules": rules, "fused_step": fused}},
+        "optimizer": {"type": name, "params": {"lr": 1e-6, "rules": RULES, "fused_step": fused}},
         **GRADIENTS[gradients],
     }
     return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
-
-
-@contextlib.contextmanager
-def _process_group() -> Iterator[None]:
-    """A group of this process alone."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "LOCAL_RANK": "0"}
-    os.environ["WORLD_SIZE"] = "1"
-    import torch.distributed as dist
-
-    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints while it is imported
-        import deepspeed
-
-        deepspeed.init_distributed("gloo", verbose=False)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def markdown(rows: list[dict[str, str]]) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The manifest of a checkpoint: every file in it with its size and SHA-256, and what must fit to load it.
+"""The manifest of a checkpoint: every file in it with its size and a sum, and what must fit to load it.
 
 A checkpoint that another program wrote has no manifest. Then only the sums inside torch's own zip files are checked.
 """
@@ -15,12 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias, TypedDict, TypeVar
 
-from ds_blockwise.atomic_files import replace_text, sha256_of, sync
+from ds_blockwise.atomic_files import SUMS, replace_text, sum_of, sync
 from ds_blockwise.checkpoint.given_files import read_json, why_not_inside, why_not_readable
 from ds_blockwise.checkpoint.record_types import Settings
 from ds_blockwise.checkpoint.typed_data import typed
 
-FORMAT = 1
+FORMAT = 2
+"""Format 1 had ``"sha256": digits`` in place of ``"sum": "sha256:digits"``; it is read too."""
 MANIFEST = "ds_blockwise.json"
 KINDS = ("deepspeed", "portable")
 _OWN_SUM = "manifest_sha256"  # of the manifest's other entries: a changed bit in it must not go unnoticed
@@ -34,10 +35,10 @@ Topology: TypeAlias = Mapping[str, int | str]
 
 
 class FileFacts(TypedDict):
-    """What a manifest says about one file: its size in bytes and the SHA-256 of its contents, as hex digits."""
+    """What a manifest says about one file: its size in bytes, and a sum of its contents as `sum_of` gives it."""
 
     bytes: int
-    sha256: str
+    sum: str
 
 
 class Manifest(TypedDict):
@@ -167,7 +168,7 @@ def sums_of(folder: Path, names: Iterable[str], known: Mapping[str, FileFacts] |
         found = (known or {}).get(name)
         if found is not None and found["bytes"] != size:
             raise OSError(f"{path} has {size} bytes, {found['bytes']} were written")
-        sums[name] = found or {"bytes": size, "sha256": sha256_of(path)}
+        sums[name] = found or {"bytes": size, "sum": sum_of(path)}
     return sums
 
 
@@ -235,13 +236,15 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise CheckpointError(f"{path} cannot be read: {error}. {_ANOTHER}") from error
     if not isinstance(said, dict) or not all(key in said for key in _REQUIRED):
         raise CheckpointError(f"{path} is not a whole manifest: it must have {', '.join(_REQUIRED)}. {_ANOTHER}")
-    if said["format"] != FORMAT:
+    if said["format"] not in (1, FORMAT):
         raise CheckpointError(
-            f"{path} is of format {said['format']!r}; this version of ds_blockwise reads format {FORMAT}. Install "
-            f"the version that wrote it or a later one."
+            f"{path} is of format {said['format']!r}; this version of ds_blockwise reads formats 1 and {FORMAT}. "
+            f"Install the version that wrote it or a later one."
         )
     if not _has_own_sum(said):
         raise CheckpointError(f"{path} has changed since it was written (its own sum differs). {_ANOTHER}")
+    if said["format"] == 1:
+        _name_the_sums(said["files"])
     try:
         manifest = typed(said, Manifest, MANIFEST)
     except ValueError as error:
@@ -249,6 +252,13 @@ def read_manifest(folder: Path) -> Manifest | None:
     if manifest["kind"] not in KINDS:
         raise CheckpointError(f"{path} has the kind {manifest['kind']!r}, allowed are {', '.join(KINDS)}. {_ANOTHER}")
     return manifest
+
+
+def _name_the_sums(files: object) -> None:
+    """Bring the files of a manifest of format 1 into today's form; what is none stays as it is, and is refused."""
+    for facts in files.values() if isinstance(files, dict) else ():
+        if isinstance(facts, dict) and "sha256" in facts:
+            facts["sum"] = f"sha256:{facts.pop('sha256')}"
 
 
 def _has_own_sum(manifest: Mapping[str, object]) -> bool:
@@ -334,11 +344,20 @@ def _listed_problem(folder: Path, name: str, facts: FileFacts | None, contents: 
         size = path.stat().st_size
         if size != facts["bytes"]:
             return f"{size} bytes instead of {facts['bytes']}, it was cut or overwritten"
-        if contents and (found := sha256_of(path)) != facts["sha256"]:
-            return f"its contents have changed (sha256 {found[:12]}..., {facts['sha256'][:12]}... was written)"
+        return _changed(path, facts["sum"]) if contents else None
     except OSError as error:
         return f"cannot be read: {error}"
-    return None
+
+
+def _changed(path: Path, written: str) -> str | None:
+    name, _, digits = written.partition(":")
+    if name not in SUMS:
+        known = f"known are {', '.join(SUMS)}"
+        return f'its sum is of the kind {name!r}, {known}: pip install xxhash, or load with "verify": "size"'
+    found = sum_of(path, name).partition(":")[2]
+    return (
+        None if found == digits else f"its contents have changed ({name} {found[:12]}..., {digits[:12]}... was written)"
+    )
 
 
 def _structural_problem(folder: Path, name: str, contents: bool) -> str | None:

@@ -16,11 +16,15 @@ from typing import Any, ClassVar, TypedDict
 import torch
 
 from ds_blockwise.blocks.segment_table import SegmentTable
+from ds_blockwise.blocks.settings.update_settings import UpdateSettings
 from ds_blockwise.kernels.update import (
     Rates,
     block_sums,
     decay_,
+    decay_part_,
     denominators,
+    descend_part_,
+    momentum_part_,
     step_,
     update_exp_avg_,
     update_exp_avg_sq_,
@@ -147,6 +151,51 @@ class Kernels(ABC):
         Args:
             items: tensors with a gradient. Sums of their split blocks are complete over all ranks.
         """
+
+    # Elements of matrices that are orthogonalised in between. The C++ backend has no kernels of its own for them:
+    # Newton-Schulz takes 20 operations an element, times the shorter side of the matrix, beside which the 16 bytes
+    # that kernels would save are little on a CPU.
+
+    def momentum_part_(
+        self, exp_avg: torch.Tensor, grad: torch.Tensor, ahead: torch.Tensor, *, momentum: float, nesterov: bool
+    ) -> None:
+        """`ds_blockwise.kernels.update.momentum_part_` of elements in rows.
+
+        Args:
+            exp_avg: 2-D, changed in place; the elements of a row lie side by side, as in all tensors here.
+            grad: of the same shape, and with the same distance from row to row.
+            ahead: of the same shape, fp32 or fp64; written.
+            momentum: decay rate.
+            nesterov: look one step ahead.
+        """
+        momentum_part_(exp_avg, grad, ahead, momentum=momentum, nesterov=nesterov)
+
+    def step_part_(
+        self,
+        param: torch.Tensor,
+        direction: torch.Tensor,
+        param_copy: torch.Tensor | None,
+        update: UpdateSettings,
+        hyper: Hyper,
+    ) -> None:
+        """Decay, then ``p -= lr_block * direction``, of elements in rows with the same settings.
+
+        Args:
+            param: 2-D, changed in place; the elements of a row lie side by side, as in all tensors here.
+            direction: of the same shape, fp32 or fp64, the dtype of the arithmetic.
+            param_copy: like ``param`` but of a 16-bit dtype, with the same distance from row to row; written. None:
+                there is no copy.
+            update: the elements' settings.
+            hyper: the param group's.
+        """
+        rates: Rates = {"lr": float(hyper.lr), "lr_floor": hyper.lr_floor, "progress": hyper.progress}
+        wide = param if param.dtype in WIDE else param.to(torch.float32)
+        decay_part_(wide, direction, update, weight_decay=hyper.weight_decay, cautious=hyper.cautious, **rates)
+        descend_part_(wide, direction, update, **rates)
+        if wide is not param:
+            param.copy_(wide)
+        if param_copy is not None:
+            param_copy.copy_(wide)
 
 
 class ReferenceKernels(Kernels):

@@ -79,7 +79,8 @@ def newton_schulz(matrix: torch.Tensor, coefficients: str, dtype: str = "fp32") 
     safety, steps = COEFFICIENTS[coefficients]
     wide = matrix.mT if matrix.size(0) > matrix.size(1) else matrix
     norm = torch.linalg.vector_norm(wide, dtype=torch.float64) * safety
-    x = (wide / torch.where(norm > 0, norm, 1.0).to(wide.dtype)).to(NEWTON_SCHULZ_DTYPES[dtype] or wide.dtype)
+    x = torch.empty_like(wide, dtype=NEWTON_SCHULZ_DTYPES[dtype])
+    torch.div(wide, torch.where(norm > 0, norm, 1.0).to(wide.dtype), out=x)
     for a, b, c in steps:
         gram = x @ x.mT
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

@@ -11,6 +11,7 @@ import torch
 from ds_blockwise.blocks.roles import Role
 from ds_blockwise.blocks.segment_table import Placement, SegmentTable, build_table, whole_placement
 from ds_blockwise.blocks.settings.block_settings import BlockSettings
+from ds_blockwise.blocks.settings.update_settings import UpdateSettings
 from ds_blockwise.blocks.spec import apply_settings
 from ds_blockwise.blocks.structure import RoleSpan, TensorStructure
 from ds_blockwise.kernels.base import Hyper, Item, Kernels, ReferenceKernels, StepState
@@ -48,8 +49,9 @@ SCALED_FORMS = ((False, torch.bfloat16), (True, torch.bfloat16))
 def disagreement(kernels: Kernels, device: torch.device, grad_scale: float | None = None) -> str | None:
     """Step small tensors twice with a backend and with the reference: both optimizers, and one of them in bf16.
 
-    Blocks that are split over ranks take part as if their sums were complete. Triton compiles all of it on a machine
-    where it never ran, and keeps what it compiled.
+    Parts of matrices, as Muon has them, take part if gradients are not scaled. Blocks that are split over ranks take
+    part as if their sums were complete. Triton compiles all of it on a machine where it never ran, and keeps what it
+    compiled.
 
     Args:
         kernels: the backend.
@@ -59,14 +61,27 @@ def disagreement(kernels: Kernels, device: torch.device, grad_scale: float | Non
     Returns:
         What differs, in a sentence; None if the updates agree to 1e-5, in bf16 to a rounding.
     """
+    both = (kernels, ReferenceKernels())
     for shared, dtype in FORMS if grad_scale is None else SCALED_FORMS:
-        limit = 1e-5 if dtype == torch.float32 else 2.0**-7
-        ours, reference = (stepped(k, shared, dtype, device, grad_scale) for k in (kernels, ReferenceKernels()))
-        for name, a in ours.items():
-            error = float((a - reference[name]).abs().div(_SCALES.get(name, 1.0)).max())
-            if not error <= limit:
-                form = f"{'Adam-mini' if shared else 'AdamW'}{'' if dtype == torch.float32 else ' in bf16'}"
-                return f"the {kernels.name} kernels differ from the reference by {error:.1e} in {name} of {form}"
+        found = (stepped(k, shared, dtype, device, grad_scale) for k in both)
+        problem = _difference("Adam-mini" if shared else "AdamW", dtype, *found)
+        if problem is not None:
+            return f"the {kernels.name} kernels differ from the reference by {problem}"
+    for dtype in (torch.float32, torch.bfloat16) if grad_scale is None else ():
+        problem = _difference("Muon", dtype, *(stepped_parts(k, dtype, device) for k in both))
+        if problem is not None:
+            return f"the {kernels.name} kernels differ from the reference by {problem}"
+    return None
+
+
+def _difference(
+    optimizer: str, dtype: torch.dtype, ours: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]
+) -> str | None:
+    limit = 1e-5 if dtype == torch.float32 else 2.0**-7
+    for name, a in ours.items():
+        error = float((a - reference[name]).abs().div(_SCALES.get(name, 1.0)).max())
+        if not error <= limit:
+            return f"{error:.1e} in {name} of {optimizer}{'' if dtype == torch.float32 else ' in bf16'}"
     return None
 
 
@@ -118,3 +133,33 @@ def stepped(
     if dtype != torch.float32:
         found["copies"] = [item.param_copy for item in items if item.param_copy is not None]
     return {name: torch.cat([tensor.float().view(-1) for tensor in tensors]) for name, tensors in found.items()}
+
+
+#: rows, their elements, the distance from one to the next, and where they begin: without a gap, short, long
+_PARTS = ((3, 700, 700, 0), (70, 20, 48, 16), (20, 140, 160, 1))
+_PART_SETTINGS = UpdateSettings(1.5, 0.5)
+
+
+def stepped_parts(kernels: Kernels, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
+    """What kernels make of parts of matrices in two steps, with copies in bf16, in fp32, 1-D.
+
+    Args:
+        kernels: what steps.
+        dtype: of gradients, momentum and copies.
+        device: where the tensors lie.
+    """
+    generator = torch.Generator().manual_seed(0)
+    found: list[dict[str, torch.Tensor]] = []
+    for height, width, stride, start in _PARTS:
+        size = start + height * stride
+        values = {name: torch.randn(size, generator=generator) for name in ("parameters", "exp_avg", "copies", "grads")}
+        values["parameters"] *= 0.02
+        tensors = {name: v.to(device, torch.float32 if name == "parameters" else dtype) for name, v in values.items()}
+        rows = {name: t.as_strided((height, width), (stride, 1), start) for name, t in tensors.items()}
+        tensors["updates"] = ahead = torch.empty(height, width, device=device)
+        copy = None if dtype == torch.float32 else rows["copies"]
+        for _ in range(2):
+            kernels.momentum_part_(rows["exp_avg"], rows["grads"], ahead, momentum=0.95, nesterov=True)
+            kernels.step_part_(rows["parameters"], ahead, copy, _PART_SETTINGS, _HYPER)
+        found.append(tensors)
+    return {name: torch.cat([tensors[name].float().view(-1) for tensors in found]) for name in found[0]}

@@ -103,6 +103,29 @@ def update_exp_avg_(exp_avg: torch.Tensor, grad: torch.Tensor, table: SegmentTab
     return wide
 
 
+def momentum_part_(
+    exp_avg: torch.Tensor, grad: torch.Tensor, ahead: torch.Tensor, *, momentum: float, nesterov: bool
+) -> None:
+    """``M = momentum * M + (1 - momentum) * g``, and what of it is orthogonalised; all tensors of any one shape.
+
+    Args:
+        exp_avg: M, fp32, fp64 or bf16; changed in place.
+        grad: g, any floating dtype.
+        ahead: fp32 or fp64; becomes ``momentum * M + (1 - momentum) * g`` with the new M, not rounded to the dtype of
+            ``exp_avg``; without ``nesterov`` that M itself.
+        momentum: decay rate.
+        nesterov: look one step ahead.
+    """
+    wide = grad.to(ahead.dtype)
+    moved = exp_avg.to(ahead.dtype).lerp_(wide, 1 - momentum)
+    if moved is not exp_avg:
+        exp_avg.copy_(moved)
+    if nesterov:
+        torch.lerp(wide, moved, momentum, out=ahead)
+    else:
+        ahead.copy_(moved)
+
+
 def denominator(exp_avg_sq: torch.Tensor, *, step: int, beta2: float, eps: float) -> torch.Tensor:
     """``sqrt(v) / sqrt(1 - beta2^step) + eps``, in the shape of ``exp_avg_sq``."""
     return (exp_avg_sq.sqrt() / math.sqrt(1 - beta2**step)).add_(eps)

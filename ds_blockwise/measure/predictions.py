@@ -96,7 +96,7 @@ def causal_lm(model: Callable[..., WithLogits], batch: object) -> Predictions:
 
 
 def megatron_gpt(model: Callable[..., torch.Tensor], batch: Mapping[str, torch.Tensor]) -> Predictions:
-    """`Forward` for Megatron-core's ``GPTModel``; under tensor parallelism the logits of all ranks are gathered.
+    """`Forward` for Megatron-core's ``GPTModel`` and ``HybridModel``; tensor-parallel ranks gather their logits.
 
     Args:
         model: the model, or an engine around it.

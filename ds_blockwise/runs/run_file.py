@@ -19,11 +19,13 @@ from ds_blockwise.optimizers.registry import OPTIMIZERS
 from ds_blockwise.runs.model_shape import LLAMA, GPTShape, note_model_file
 from ds_blockwise.runs.reading.problems import Problems, correction
 from ds_blockwise.runs.reading.whole_files import JsonObject, read_json
-from ds_blockwise.runs.reading.yaml_file import parse_value, read_yaml
+from ds_blockwise.runs.reading.yaml_file import apply_override, read_yaml
 from ds_blockwise.runs.strict_files import NotNegative, Positive, StrictSection, Texts, read_section
 
 _DEEPEST = 8  # bases of bases
 ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
+GPT, HYBRID = "gpt", "hybrid"
+MODEL_CLASSES = (GPT, HYBRID)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +165,9 @@ class RunFile(StrictSection):
         parallel: How the processes are arranged.
         training: Length, batch and intervals.
         cluster: The machines that the run is meant for.
+        model_class: Megatron-core's class that computes the model: ``gpt`` (`GPTModel`), or ``hybrid`` (`HybridModel`,
+            of Megatron-core 0.18 and later), whose attention and FFN are layers of their own. The same seed gives both
+            the same weights; names in checkpoints differ.
     """
 
     name: str
@@ -173,6 +178,7 @@ class RunFile(StrictSection):
     parallel: ParallelConfig
     training: TrainingConfig
     cluster: ClusterConfig
+    model_class: str = GPT
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +197,7 @@ class RunConfig:
         parallel: See `ParallelConfig`.
         training: See `TrainingConfig`.
         cluster: See `ClusterConfig`.
+        model_class: See `RunFile`.
     """
 
     file: Path
@@ -204,6 +211,7 @@ class RunConfig:
     parallel: ParallelConfig
     training: TrainingConfig
     cluster: ClusterConfig
+    model_class: str
 
     @property
     def data_directory(self) -> Path:
@@ -255,7 +263,7 @@ def load_run(
     if note_model_file(file, values, problems):
         return None, problems
     for override in overrides:
-        _apply_override(values, override, problems)
+        apply_override(values, override, problems)
     for name in _SECTIONS:
         values.setdefault(name, {})  # so that each of its required keys is named
     paths = {key: Path(values[key]) for key in _RELATIVE if isinstance(values.get(key), str)}
@@ -282,6 +290,7 @@ def load_run(
         parallel=top.parallel,
         training=training,
         cluster=top.cluster,
+        model_class=top.model_class,
     )
     return run, problems
 
@@ -314,24 +323,6 @@ def _with_sequence_length(shape: GPTShape, length: int, file: Path, problems: Pr
     return replace(shape, sequence_length=length)
 
 
-def _apply_override(values: JsonObject, override: str, problems: Problems) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not all(key.split(".")):
-        problems.add("--set", override, None, "section.key=value", "write both key and value")
-        return
-    target = values
-    *parents, last = key.split(".")
-    for parent in parents:
-        target = target.setdefault(parent, {})
-        if not isinstance(target, dict):
-            problems.add("--set", key, text, "a key of a section", "correct the dotted name")
-            return
-    known = len(problems.lines)
-    value = parse_value("--set", key, text, problems)
-    if len(problems.lines) == known:
-        target[last] = value
-
-
 def check_run(run: RunConfig, world_size: int, problems: Problems) -> None:
     """Note every contradiction between the run and the number of processes.
 
@@ -362,11 +353,12 @@ def check_run(run: RunConfig, world_size: int, problems: Problems) -> None:
             problems.add(file, "training.global_batch_size", training.global_batch_size, allowed, remedy)
         if training.sharpness_interval:
             check_sharpness(run, copies, training.sharpness_batches, "training.sharpness_batches", problems)
-    if training.activation_checkpointing not in ACTIVATION_CHECKPOINTING:
-        value = training.activation_checkpointing
-        allowed = ", ".join(ACTIVATION_CHECKPOINTING)
-        remedy = correction(value, ACTIVATION_CHECKPOINTING)
-        problems.add(file, "training.activation_checkpointing", value, allowed, remedy)
+    for key, value, known in (
+        ("training.activation_checkpointing", training.activation_checkpointing, ACTIVATION_CHECKPOINTING),
+        ("model_class", run.model_class, MODEL_CLASSES),
+    ):
+        if value not in known:
+            problems.add(file, key, value, ", ".join(known), correction(value, known))
     run.data.read_blend(file, problems)
     run.shape.check_tensor_parallel(parallel.tensor, run.model_file, problems)
     if training.warmup_steps >= training.steps:

@@ -102,8 +102,8 @@ def verify_layout(
         model: a module with real weights (not on the meta device, not ZeRO-3 placeholders) whose attention weights are
             not frozen. Random weights and a small number of layers are enough.
         outputs: runs the model and returns a tensor (logits or a loss) that depends on every attention weight.
-            Default: works for Megatron-core's ``GPTModel``, for Hugging Face models and for any other model that has
-            ``config.vocab_size`` and takes token ids of shape ``(batch, sequence)``.
+            Default: works for Megatron-core's ``GPTModel`` and ``HybridModel``, for Hugging Face models and for any
+            other model that has ``config.vocab_size`` and takes token ids of shape ``(batch, sequence)``.
         rules: as for `tag_parameters`. Default: the tags that the model has, or the default rules if it has none.
 
     Returns:

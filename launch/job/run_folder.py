@@ -31,7 +31,7 @@ from ds_blockwise.checkpoint.manifest import CheckpointError, once_more
 from ds_blockwise.parallel.agree import is_first_rank, together
 from ds_blockwise.runs.metrics import EARLIER, METRICS_CSV
 from ds_blockwise.runs.reading.problems import Problems
-from ds_blockwise.runs.run_file import RunConfig
+from ds_blockwise.runs.run_file import GPT, RunConfig
 from job.process_groups import Processes
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,8 @@ CHECKPOINTS = "checkpoints"  # below the run's output folder
 RUN_RECORD = "run.json"  # the settings that a run was started with
 INIT_FROM = "init_from"  # key of the record: digest of the checkpoint that a run began with
 # With another value of one of these a resumed run would have other data or other weights.
-_FIXED = ("model", "parallel", "processes", "data", "steps", "global_batch_size", "seed")
+_FIXED = ("model", "model_class", "parallel", "processes", "data", "steps", "global_batch_size", "seed")
+_ADDED_LATER = {"model_class": GPT}  # what runs had whose records lack the key
 _OF_TOPOLOGY = ("parallel", "processes")  # a portable checkpoint goes on under any
 # No result depends on these: a change is not reported.
 _UNIMPORTANT = ("keep_checkpoints", "checkpoint_interval", "sharpness_interval", "sharpness_batches")
@@ -116,7 +117,7 @@ def check_output(
         return
     if INIT_FROM in before:
         record[INIT_FROM] = before[INIT_FROM]
-    after = json.loads(json.dumps(record))
+    before, after = _ADDED_LATER | before, json.loads(json.dumps(record))
     for key in sorted(before.keys() | after.keys()):
         old, new = before.get(key), after.get(key)
         if old == new or key in _UNIMPORTANT:

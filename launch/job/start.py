@@ -68,7 +68,10 @@ def build_engine(job: Job, data: RunData) -> tuple[deepspeed.DeepSpeedEngine, Ba
     run, processes = job.run, job.processes
     batches = BatchLoader(run, data, dp_rank=processes.dp_rank, dp_size=processes.dp_size, device=processes.device)
     model = megatron_patch.build_gpt(
-        run.shape, dtype=parameter_dtype(job.config), activation_checkpointing=run.training.activation_checkpointing
+        run.shape,
+        dtype=parameter_dtype(job.config),
+        activation_checkpointing=run.training.activation_checkpointing,
+        model_class=run.model_class,
     )
     engine, _, _, _ = deepspeed.initialize(model=model, config=job.config, mpu=megatron_patch.mpu_adapter())
     return engine, batches

@@ -29,7 +29,7 @@ from ds_blockwise.checkpoint.manifest import (
     verify,
     write_manifest,
 )
-from tests.helpers.attacks import HANG_S, WAIT_S, Tally, number_of_inputs
+from tests.helpers.attacks import WAIT_S, Tally, number_of_inputs
 from tests.helpers.checkpoint_folders import TOPOLOGY
 from tests.helpers.distributed import fork_server
 
@@ -148,7 +148,7 @@ class Fleet:
     def kill_when_it_works(self, process: BaseProcess, after: float) -> None:
         """``kill -9``, that many seconds after its first note."""
         (notes,) = (path for path, started in self.processes.items() if started is process)
-        deadline = time.monotonic() + WAIT_S
+        deadline = time.monotonic() + 5 * WAIT_S
         while not notes.stat().st_size:
             assert time.monotonic() < deadline, "it does not begin"
             time.sleep(0.001)
@@ -159,10 +159,10 @@ class Fleet:
     def finish(self, what: str) -> Tally:
         """Wait for all, and count what became of the saves and reads."""
         for process in self.writers:
-            process.join(12 * HANG_S)
+            process.join(5 * WAIT_S)
         self.stop.set()
         for process in self.readers:
-            process.join(3 * HANG_S)
+            process.join(WAIT_S)
         tally = Tally(f"saves and reads at once in one folder, {what}")
         for notes, process in self.processes.items():
             if process.is_alive():

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("deepspeed", reason="the benchmarks cut shards with the DeepSpeed host: extra 'deepspeed'")
 pytest.importorskip("megatron.core", reason="the benchmarks count on Megatron-core's model: extra 'megatron'")
 
-from benchmarks.costs import communication, communication_overhead, end_to_end, fused_step, muon_traffic
+from benchmarks.costs import checkpoints, communication, communication_overhead, end_to_end, fused_step, muon_traffic
 from benchmarks.provenance import PROVENANCE, read_csv
 from tests.helpers.benchmark_runs import run_benchmark
 
@@ -120,6 +120,28 @@ def test_fused_step_is_timed_beside_the_step_that_it_replaces(tmp_path: Path) ->
             assert f"| {row[column]} |" in line
     for column in ("cpu", "torch", "deepspeed", "date", "commit"):
         assert rows[0][column] in text, column
+
+
+def test_checkpoints_are_timed_beside_deepspeeds(tmp_path: Path) -> None:
+    """The script would fail on the day when it is needed, or leave gigabytes behind."""
+    work = tmp_path / "work"
+    work.mkdir()
+    size = ("--hidden", 16, "--layers", 1, "--rounds", 1)
+    run_benchmark("costs.checkpoints", *size, "--folder", work, "--out", tmp_path)
+    rows = read_csv(tmp_path / "checkpoints.csv")
+    assert tuple(rows[0]) == checkpoints.COLUMNS
+    assert [row["optimizer"] for row in rows] == [checkpoints.PEER, *checkpoints.OURS]
+    assert list(work.iterdir()) == []
+    for row in rows:
+        assert int(row["bytes"]) > 14 * int(row["parameters"]) == 14 * 2 * 16 * 64, (
+            "weights in bf16 and fp32, two moments"
+        )
+        for column in checkpoints.MEASURED:
+            ratio = float(row[column]) / float(rows[0][column])
+            assert float(row[f"{column}_over_peer"]) == pytest.approx(ratio, rel=1e-2)
+        assert float(row["on_disk_s"]) >= float(row["save_s"]) > 0 and all(row[column] for column in PROVENANCE)
+    head, _, *lines = checkpoints.markdown(rows).splitlines()
+    assert [line.count("|") for line in lines[: len(rows)]] == [head.count("|")] * len(rows)
 
 
 def test_end_to_end_reads_times_and_memory_of_a_real_run(tmp_path: Path) -> None:

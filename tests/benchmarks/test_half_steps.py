@@ -86,6 +86,14 @@ def test_the_larger_model_takes_the_smaller_ones_best():
     assert "AdamW's loss after 800 steps in 400: **reached** (-0.0105" in half_steps.verdict_table(trials.results, size)
 
 
+@pytest.mark.parametrize("size", half_steps.SIZES.values(), ids=list(half_steps.SIZES))
+def test_no_trial_takes_the_folder_of_another(size):
+    """A rate that is tried with both warm-ups would be trained twice when the command is started again."""
+    trials = _Formula(lambda t: 0.0)
+    half_steps.train(trials, size)
+    assert len({trial.name for trial in trials.results}) == len(trials.results)
+
+
 def test_adamw_is_the_tuned_one_with_the_better_warmup():
     """A baseline with the worse of two published warm-ups would make the claim easy."""
     first, *others = SIZE.baseline()

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("deepspeed", reason="the benchmarks cut shards with the DeepSpeed host: extra 'deepspeed'")
 pytest.importorskip("megatron.core", reason="the benchmarks count on Megatron-core's model: extra 'megatron'")
 
-from benchmarks.costs import communication, communication_overhead, end_to_end, fused_step, muon_traffic
+from benchmarks.costs import checkpoints, communication, communication_overhead, end_to_end, fused_step, muon_traffic
 from benchmarks.provenance import BENCHMARKS_PAGE, between, read_csv, write_between
 from benchmarks.step import muon, small, tables
 from benchmarks.step.shapes import LAYOUTS
@@ -38,6 +38,7 @@ TABLES = {
     "communication-overhead": ("communication_overhead.csv", communication_overhead.markdown, "bench-communication"),
     "muon-traffic": ("muon_traffic.csv", muon_traffic.markdown, "bench-communication"),
     "end-to-end": ("end_to_end.csv", end_to_end.markdown, "bench-end-to-end"),
+    "checkpoints": ("checkpoints.csv", checkpoints.markdown, "bench-checkpoints"),
     "fused-step": ("fused_step.csv", fused_step.markdown, "bench-fused-step"),
 }
 

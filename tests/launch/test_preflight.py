@@ -174,6 +174,19 @@ def test_mistakes_of_all_hosts_are_named_once(hosts: Path) -> None:
         assert "only on" not in text
 
 
+def test_a_class_of_models_that_megatron_core_lacks_is_named(hosts: Path) -> None:
+    def edit(rank: int) -> None:
+        import megatron_patch.model
+
+        megatron_patch.model.MEGATRON_VERSION = "0.17.1"
+
+    results = start(hosts, _check(hosts, edit, arguments=[*ARGUMENTS, "--set", "model_class=hybrid"])).wait()
+    for status, text in results.values():
+        assert status == rendezvous.REFUSED
+        assert "run.yaml: model_class = 'hybrid': allowed: gpt with megatron-core 0.17.1: HybridModel came with" in text
+        assert "0.18; leave it out, or pip install 'megatron-core>=0.18,<0.20'" in text
+
+
 def test_gpus_that_are_in_use_are_named(hosts: Path) -> None:
     def edit(rank: int) -> None:
         preflight._free_gpu_memory = lambda local: ((40, 79)[rank] << 30, 80 << 30)

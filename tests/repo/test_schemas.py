@@ -85,6 +85,7 @@ def entry(dotted: str, value: object) -> dict[str, Any]:
         ("run", "training.steps", "many"),
         ("run", "training.activation_checkpointing", "some"),
         ("run", "cluster.gpu", "h1000"),
+        ("run", "model_class", "hybird"),
         ("model", "num_layer", 1),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ds_blockwise import atomic_files
-from ds_blockwise.atomic_files import SummedFile, replace_file, replace_text, sha256_of
+from ds_blockwise.atomic_files import SUMS, SummedFile, replace_file, replace_text, sha256_of, sum_of
 
 
 def test_the_digest_is_that_of_the_whole_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,13 +68,26 @@ def test_text_is_replaced(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_file_is_summed_while_torch_writes_it(tmp_path: Path) -> None:
+def test_the_faster_sum_is_xxh3(tmp_path: Path) -> None:
+    """The digests of nothing and of "abc" that its authors' program prints; one bit is another sum."""
+    file = tmp_path / "file"
+    file.write_bytes(b"")
+    assert sum_of(file) == "xxh3_128:99aa06d3014798d86001c324468d497f"
+    file.write_bytes(b"abc")
+    assert sum_of(file) == "xxh3_128:06b05ab6733a618578af5f94892f3950"
+    file.write_bytes(b"abb")
+    assert sum_of(file) != "xxh3_128:06b05ab6733a618578af5f94892f3950"
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_a_file_is_summed_while_torch_writes_it(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small pieces and large ones, in the order of the file."""
+    monkeypatch.setattr(atomic_files, "SUM", name)
     path = tmp_path / "state.pt"
     tensors = {"large": torch.arange(1 << 20), "small": [torch.tensor(i) for i in range(50)], "none": torch.zeros(0)}
     file = SummedFile(path)
     torch.save(tensors, file)
-    assert file.close() == sha256_of(path) and file.size == path.stat().st_size
+    assert file.close() == sum_of(path, name) and file.size == path.stat().st_size
     assert torch.equal(torch.load(path)["large"], tensors["large"])
 
 
@@ -83,6 +96,29 @@ def test_a_full_disk_is_said_when_the_file_is_closed() -> None:
     file = SummedFile("/dev/full")
     torch.save({"large": torch.zeros(1 << 20)}, file)
     with pytest.raises(OSError, match="No space left"):
+        file.close()
+
+
+def test_much_is_on_its_way_to_the_disk_before_the_file_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what the disk says there is not lost: the kernel tells each failure once."""
+    monkeypatch.setattr(atomic_files, "_FLUSHED_AT_ONCE", 100)
+    sizes: list[int] = []
+    path = tmp_path / "file"
+    monkeypatch.setattr(os, "fdatasync", lambda descriptor: sizes.append(os.fstat(descriptor).st_size))
+    file = SummedFile(path)
+    for _ in range(5):
+        file.write(bytes(60))
+    assert file.close() == sum_of(path) and sizes and sizes[0] >= 120
+
+    def broken(_: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", broken)
+    file = SummedFile(path)
+    file.write(bytes(200))
+    with pytest.raises(OSError, match="Input/output error"):
         file.close()
 
 

@@ -4,7 +4,9 @@
 Launches of a step: `prepare_kernel` (counts steps, computes bias corrections and the rates of each row of settings)
 and an `update_kernel` for each form of job (`ds_blockwise.kernels.triton.batch.Program`), so that each has the
 registers that it needs. More launches lie between them where they are needed: `sum_kernel`, for each form of blocks
-that one tile of the update cannot sum, and `finish_kernel` for blocks in several pieces, runs or ranks.
+that one tile of the update cannot sum, and `finish_kernel` for blocks in several pieces, runs or ranks. Of
+matrices that are orthogonalised each part takes a launch before and one after that
+(`ds_blockwise.kernels.triton.matrices`).
 
 No races, by kind of job (`ds_blockwise.kernels.triton.tables.Kind`). ROWS and LOOP: only the program that sums a block
 reads or writes its second moment, and a barrier lies between the reading of the old value by all its threads and the
@@ -22,6 +24,7 @@ hides behind the memory traffic at half rate (H200), and at 1/64 (consumer GPUs)
 from __future__ import annotations
 
 import contextlib
+import struct
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -30,13 +33,24 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
 from ds_blockwise.blocks.segment_table import SegmentTable
-from ds_blockwise.kernels.base import Item, Kernels
+from ds_blockwise.blocks.settings.update_settings import UpdateSettings
+from ds_blockwise.kernels.base import Hyper, Item, Kernels
 from ds_blockwise.kernels.triton.batch import Batch, Batches, Group, Program, group_items
+from ds_blockwise.kernels.triton.matrices import descend_kernel, momentum_kernel
 from ds_blockwise.kernels.triton.plan import TritonPlan, make_plan
 from ds_blockwise.kernels.triton.prepare import prepare_kernel
 from ds_blockwise.kernels.triton.sums import finish_kernel, sum_kernel
-from ds_blockwise.kernels.triton.tables import FINISH_BLOCKS, VERSION, Address, Vectors, tile_log2
+from ds_blockwise.kernels.triton.tables import (
+    FINISH_BLOCKS,
+    PART_LOG2,
+    PART_SHIFTS,
+    VERSION,
+    Address,
+    Vectors,
+    tile_log2,
+)
 from ds_blockwise.kernels.triton.update import update_kernel
+from ds_blockwise.kernels.update import block_lr
 
 # At most 16 elements a thread (`tile_log2`): 16-byte loads, and few enough registers for four programs on a
 # multiprocessor. Nothing may be autotuned: a trial run of an in-place kernel is a step of the user's weights.
@@ -122,6 +136,29 @@ class TritonKernels(Kernels):
                 self._update(batch, group)
         torch.autograd.graph.increment_version([item.param for item in items])
 
+    def momentum_part_(
+        self, exp_avg: torch.Tensor, grad: torch.Tensor, ahead: torch.Tensor, *, momentum: float, nesterov: bool
+    ) -> None:
+        """See `Kernels.momentum_part_`."""
+        weight = _bits(1 - momentum)
+        _launch_part(momentum_kernel, (grad, exp_avg, ahead), exp_avg, ahead, weight, NESTEROV=nesterov)
+
+    def step_part_(
+        self,
+        param: torch.Tensor,
+        direction: torch.Tensor,
+        param_copy: torch.Tensor | None,
+        update: UpdateSettings,
+        hyper: Hyper,
+    ) -> None:
+        """See `Kernels.step_part_`."""
+        rate = block_lr(update.lr_multiplier_at(hyper.progress), lr=float(hyper.lr), lr_floor=hyper.lr_floor)
+        decay = 1 - rate * (hyper.weight_decay * update.weight_decay_multiplier)
+        tensors = (param, direction, param if param_copy is None else param_copy)
+        meta = {"COPY": param_copy is not None, "CAUTIOUS": hyper.cautious}
+        _launch_part(descend_kernel, tensors, param, direction, _bits(rate), _bits(decay), **meta)
+        torch.autograd.graph.increment_version([param])
+
     def _update(self, batch: Batch, group: Group) -> None:
         wide = torch.float64 in (group.dtypes[Address.PARAM], group.dtypes[Address.EXP_AVG])
         meta: dict[str, object] = {name: _type(dtype) for name, dtype in zip("PGMVC", group.dtypes, strict=True)}
@@ -134,6 +171,31 @@ class TritonKernels(Kernels):
             tables = (program.tiles, program.jobs, batch.addresses, batch.scalars)
             form = {**_form(program, group), "LOG2": tile_log2(program.kind, program.shift)}
             _launch(update_kernel, program.tiles.numel(), *tables, **meta, **form, **_limits(wide=wide))
+
+
+def _launch_part(
+    kernel: _Kernel,
+    tensors: tuple[torch.Tensor, ...],
+    stepped: torch.Tensor,
+    vector: torch.Tensor,
+    *numbers: int,
+    **meta: object,
+) -> None:
+    """Launch a kernel of `ds_blockwise.kernels.triton.matrices`; ``stepped`` and ``vector`` have the two strides."""
+    height, width = stepped.shape
+    if height == 1 or stepped.stride(0) == vector.stride(0) == width:
+        height, width, shift = 1, height * width, PART_LOG2
+    else:
+        shift = next((s for s in PART_SHIFTS if width <= 1 << s), PART_SHIFTS[-1])
+    programs = -(-height // (1 << (PART_LOG2 - shift))) * -(-width // (1 << shift))
+    form = {"SHIFT": shift, "BY_HAND": _INTERPRETED, "num_warps": NUM_WARPS}
+    with _on(stepped.device):
+        strides = (stepped.stride(0), vector.stride(0))
+        _launch(kernel, programs, *tensors, height, width, *strides, *numbers, **meta, **form)
+
+
+def _bits(number: float) -> int:
+    return int(struct.unpack("<q", struct.pack("<d", number))[0])
 
 
 def _form(program: Program, group: Group) -> dict[str, int]:

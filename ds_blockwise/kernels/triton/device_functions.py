@@ -34,6 +34,19 @@ def tensor_pointer(addresses, item, column: tl.constexpr, TYPE: tl.constexpr, AL
 
 
 @triton.jit
+def store(pointers, value, mask, BY_HAND: tl.constexpr):
+    """Store in the dtype of the tensor; ``BY_HAND`` in the interpreter."""
+    # the interpreter truncates to bf16; compiled code rounds to nearest even in one instruction
+    if BY_HAND and pointers.dtype.element_ty == tl.bfloat16:
+        bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        rounded = tl.where(value == value, rounded, 0x7FC0)
+        tl.store(pointers, rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
+    else:
+        tl.store(pointers, value.to(pointers.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def scaled(grad, scale, SCALED: tl.constexpr):
     """Gradients as the update sees them; ``scale`` points to `packed_scale`, which is read if ``SCALED``."""
     if SCALED:

@@ -33,6 +33,10 @@ ROW_SHIFTS = (5, 7, SHORT_LOG2, 10, 11, TILE_LOG2)
 # Widths likewise of a tile of a rectangle. Wider ones are cut, so that a thread's elements lie in few columns and it
 # needs few second moments.
 RECT_SHIFTS = (5, 7, SHORT_LOG2)
+# A program of the kernels around Muon's orthogonalisation takes 2048 elements, 8 of each tensor a thread, and one of
+# these widths: all at once where rows follow each other without a gap.
+PART_LOG2 = 11
+PART_SHIFTS = (5, 7)
 # A tile of a sum over columns is 2^5 columns wide, and a program sums at most so many rows.
 COLUMNS_LOG2 = 5
 COLUMN_TILE_ROWS = 64

@@ -22,6 +22,7 @@ from ds_blockwise.kernels.triton.device_functions import (
     new_second_moment,
     scaled,
     squares,
+    store,
     tensor_pointer,
     tile_base,
     vector_body,
@@ -47,18 +48,6 @@ INDEX_BITS, INDEX_MASK = constants(tables.TILE_INDEX_BITS, tables.TILE_INDEX_MAS
 
 
 @triton.jit
-def _store(pointers, value, mask, BY_HAND: tl.constexpr):
-    # the interpreter truncates to bf16; compiled code rounds to nearest even in one instruction
-    if BY_HAND and pointers.dtype.element_ty == tl.bfloat16:
-        bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        rounded = tl.where(value == value, rounded, 0x7FC0)
-        tl.store(pointers, rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
-    else:
-        tl.store(pointers, value.to(pointers.dtype.element_ty), mask=mask)
-
-
-@triton.jit
 def _apply(p, m, c, offs, mask, grad, scale, s, WIDE: tl.constexpr, COPY: tl.constexpr, SCALED: tl.constexpr,
            CAUTIOUS: tl.constexpr, BY_HAND: tl.constexpr):  # fmt: skip
     """Decay, first moment, step; ``scale`` is the step size over the denominator."""
@@ -66,7 +55,7 @@ def _apply(p, m, c, offs, mask, grad, scale, s, WIDE: tl.constexpr, COPY: tl.con
     if not SCALED:
         param = tl.load(p + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(WIDE)
     exp_avg = exp_avg + tl.load(s + SCALAR_GRAD_WEIGHT).to(WIDE) * (grad.to(WIDE) - exp_avg)
-    _store(m + offs, exp_avg, mask, BY_HAND)
+    store(m + offs, exp_avg, mask, BY_HAND)
     if SCALED:  # later: with the factor and the copy's address there are not enough registers for both
         param = tl.load(p + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(WIDE)
     decayed = param * tl.load(s + SCALAR_DECAY).to(WIDE)
@@ -74,9 +63,9 @@ def _apply(p, m, c, offs, mask, grad, scale, s, WIDE: tl.constexpr, COPY: tl.con
         grows = ((exp_avg < 0) & (param > 0)) | ((exp_avg > 0) & (param < 0))
         decayed = tl.where(grows, param, decayed)
     param = decayed - scale * exp_avg
-    _store(p + offs, param, mask, BY_HAND)
+    store(p + offs, param, mask, BY_HAND)
     if COPY:
-        _store(c + offs, param, mask, BY_HAND)
+        store(c + offs, param, mask, BY_HAND)
 
 
 @triton.jit

@@ -7,13 +7,12 @@ the stepped one's size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ds_blockwise.blocks.settings.update_settings import UpdateSettings
-from ds_blockwise.kernels.base import WIDE, Item, wide_dtype
-from ds_blockwise.kernels.update import Rates, decay_part_, descend_part_
+from ds_blockwise.kernels.base import Item, Kernels, wide_dtype
 from ds_blockwise.optimizers.muon.matrices import Rectangle
 
 
@@ -44,6 +43,7 @@ class Elements:
 
     Args:
         item: the tensor with its gradient, if this rank has one, and its state.
+        kernels: what steps it.
         values: length of its block vector.
         momentum: decay rate.
         nesterov: look one step ahead.
@@ -52,10 +52,12 @@ class Elements:
         has_gradient: whether this rank steps it.
     """
 
-    def __init__(self, item: Item, values: int, *, momentum: float, nesterov: bool) -> None:
+    def __init__(self, item: Item, kernels: Kernels, values: int, *, momentum: float, nesterov: bool) -> None:
         self._param, self.has_gradient = item.param.detach().view(-1), item.grad is not None
         self._copy = None if item.param_copy is None else item.param_copy.view(-1)
-        self._momentum, self._nesterov, self._hyper = momentum, nesterov, item.hyper
+        self._kernels, self._momentum, self._nesterov = kernels, momentum, nesterov
+        # the host waits for a rate on the device once, and not once for each matrix
+        self._hyper = replace(item.hyper, lr=float(item.hyper.lr))
         if item.grad is not None:
             self._grad, self._exp_avg = item.grad.view(-1), item.state["exp_avg"].view(-1)
         second = item.state.get("exp_avg_sq")
@@ -77,18 +79,13 @@ class Elements:
             vector: as `Held` says, fp32 or fp64; filled.
         """
         for r in held.rectangles:
-            target = r.of_other(vector)
-            if not self.has_gradient:
-                target.zero_()
-                continue
-            kept, step = r.of(self._exp_avg), r.of(self._grad).to(vector.dtype)
-            moved = kept.to(vector.dtype).lerp_(step, 1 - self._momentum)
-            if moved is not kept:
-                kept.copy_(moved)
-            if self._nesterov:
-                torch.lerp(step, moved, self._momentum, out=target)
+            ahead = r.of_other(vector)
+            if self.has_gradient:
+                self._kernels.momentum_part_(
+                    r.of(self._exp_avg), r.of(self._grad), ahead, momentum=self._momentum, nesterov=self._nesterov
+                )
             else:
-                target.copy_(moved)
+                ahead.zero_()
         vector[vector.numel() - held.slots.numel() :] = self._second[held.slots]
 
     def put_(self, held: Held, vector: torch.Tensor) -> None:
@@ -99,19 +96,9 @@ class Elements:
             vector: as `Held` says: updates, and the rows' new second moments.
         """
         for r in held.rectangles if self.has_gradient else ():
-            self._descend_(r, r.of_other(vector), held.updates[r.part])
+            direction, copy = r.of_other(vector), None if self._copy is None else r.of(self._copy)
+            self._kernels.step_part_(r.of(self._param), direction, copy, held.updates[r.part], self._hyper)
             if self._applied is not None:
-                r.of(self._applied).copy_(r.of_other(vector))
+                r.of(self._applied).copy_(direction)
         rows = vector[vector.numel() - held.slots.numel() :]
         self._second[held.slots] = rows.to(self._second.dtype)
-
-    def _descend_(self, r: Rectangle, direction: torch.Tensor, update: UpdateSettings) -> None:
-        hyper, param = self._hyper, r.of(self._param)
-        rates: Rates = {"lr": float(hyper.lr), "lr_floor": hyper.lr_floor, "progress": hyper.progress}
-        wide = param if param.dtype in WIDE else param.to(torch.float32)
-        decay_part_(wide, direction, update, weight_decay=hyper.weight_decay, cautious=hyper.cautious, **rates)
-        descend_part_(wide, direction, update, **rates)
-        if wide is not param:
-            param.copy_(wide)
-        if self._copy is not None:
-            r.of(self._copy).copy_(wide)

@@ -73,7 +73,7 @@ class BlockwiseMuon(BlockwiseOptimizer):
         rules: list of ``{"match": regex, "role" | "lr_multiplier" | "orthogonalize" | ...}`` for single parameters.
         transfer: refused: its exponents are those of Adam's updates. ``scale="mup"`` moves matrices over widths.
         momentum_dtype: ``"fp32"`` or ``"bf16"``: storage of ``exp_avg``. Arithmetic is fp32 (fp64 for fp64 parameters).
-        backend: what steps the part of Adam-mini, see `BlockwiseAdamMini`; matrices are torch's products on any device.
+        backend: see `BlockwiseAdamMini`. Of matrices ``"triton"`` does momentum and weights, torch everything else.
         checkpoint_format: see `BlockwiseAdamMini`.
         telemetry: see `BlockwiseAdamMini`; second moments are not read: those of matrices are of updates.
         fused_step: of `BlockwiseAdamW` and `BlockwiseAdamMini`; true is refused.
@@ -223,7 +223,13 @@ class BlockwiseMuon(BlockwiseOptimizer):
         if not concerned:
             return
         elements = [
-            Elements(w.item, w.binding.table.num_blocks, momentum=self.momentum, nesterov=self.nesterov)
+            Elements(
+                w.item,
+                w.binding.kernels,
+                w.binding.table.num_blocks,
+                momentum=self.momentum,
+                nesterov=self.nesterov,
+            )
             for w in concerned
         ]
         step_matrices_(self._plan_of([w.binding for w in concerned], bindings.version), elements, self._direct)
@@ -236,11 +242,11 @@ class BlockwiseMuon(BlockwiseOptimizer):
             self._plans[key] = make_plan(bindings, self.bucket_bytes)
         return self._plans[key]
 
-    def _direct(self, matrix: torch.Tensor, second_moment: torch.Tensor, row_dim: int) -> torch.Tensor:
+    def _direct(self, matrix: torch.Tensor, second_moment: torch.Tensor, row_dim: int) -> None:
         update = newton_schulz(matrix, self.coefficients, self.newton_schulz_dtype)
         if self.normuon:
             update = normalized_rows(update, second_moment, beta2=self.normuon_beta2, eps=_EPS, row_dim=row_dim)
-        return update * SCALES[self.scale](matrix.size(row_dim), matrix.size(1 - row_dim))
+        torch.mul(update, SCALES[self.scale](matrix.size(row_dim), matrix.size(1 - row_dim)), out=matrix)
 
     def update_(self, kernels: Kernels, items: Sequence[Item]) -> None:
         """Adam-mini's update by the kernels; a tensor of matrices alone has only its steps counted."""

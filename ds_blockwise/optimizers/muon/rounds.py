@@ -13,8 +13,9 @@ import torch
 from ds_blockwise.optimizers.muon.buckets import Bucket, Form, Plan, Share, Trip
 from ds_blockwise.optimizers.muon.elements import Elements, Held
 
-Direct = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
-"""From a matrix as it is stored, its rows' second moments (changed in place) and the dimension of rows: its update."""
+Direct = Callable[[torch.Tensor, torch.Tensor, int], None]
+"""Replaces a matrix as it is stored by its update; its rows' second moments, which it changes too, and the dimension
+of rows are given beside it."""
 
 
 def step_matrices_(plan: Plan, elements: Sequence[Elements], direct: Direct) -> None:
@@ -58,8 +59,7 @@ def _step_here_(form: Form, held: Held, elements: Sequence[Elements], direct: Di
 
 
 def _direct_(form: Form, vector: torch.Tensor, direct: Direct) -> None:
-    matrix = vector[: form.numel].view(form.shape)
-    matrix.copy_(direct(matrix, vector[form.numel :], form.row_dim))
+    direct(vector[: form.numel].view(form.shape), vector[form.numel :], form.row_dim)
 
 
 class _Moving:

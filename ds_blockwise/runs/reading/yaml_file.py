@@ -113,7 +113,32 @@ def read_yaml(path: Path, problems: Problems) -> JsonObject:
     return loaded if check_values(path, loaded, problems, twice) else {}
 
 
-def parse_value(file: str, key: str, text: str, problems: Problems) -> object:
+def apply_override(values: JsonObject, override: str, problems: Problems) -> None:
+    """Put the value of a ``--set section.key=value`` into what a file holds.
+
+    Args:
+        values: The file's entries; sections that are missing are made.
+        override: Of the command line; the value is YAML.
+        problems: Every mistake is noted here.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        problems.add("--set", override, None, "section.key=value", "write both key and value")
+        return
+    target = values
+    *parents, last = key.split(".")
+    for parent in parents:
+        target = target.setdefault(parent, {})
+        if not isinstance(target, dict):
+            problems.add("--set", key, text, "a key of a section", "correct the dotted name")
+            return
+    known = len(problems.lines)
+    value = _parse_value("--set", key, text, problems)
+    if len(problems.lines) == known:
+        target[last] = value
+
+
+def _parse_value(file: str, key: str, text: str, problems: Problems) -> object:
     """The value that a command line gives for a key, in YAML; None if a problem was noted.
 
     Args:

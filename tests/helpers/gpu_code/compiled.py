@@ -11,7 +11,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest.mock import patch
@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from ds_blockwise.kernels.base import Item
+from ds_blockwise.kernels.base import Item, Kernels
 from ds_blockwise.kernels.triton import backend
 
 REGISTERS, THREADS, CTAS = 65536, 2048, 32  # of a multiprocessor, sm_80 and sm_90 alike
@@ -75,8 +75,18 @@ class _Chip:
         return 0
 
 
-def codes(items: Sequence[Item], capability: int, *, sums: bool = True) -> list[Code]:
-    """The launches of a step of these tensors."""
+def step_of(items: Sequence[Item]) -> Callable[[Kernels], None]:
+    """The step of these tensors by given kernels."""
+
+    def work(kernels: Kernels) -> None:
+        kernels.sum_split_blocks([item for item in items if item.table.has_split_blocks])
+        kernels.step_(items)
+
+    return work
+
+
+def codes(work: Callable[[Kernels], None], capability: int) -> list[Code]:
+    """The launches of what is done with the kernels."""
     found: list[Code] = []
 
     def compile_only(kernel, programs, *args, **meta):
@@ -84,12 +94,9 @@ def codes(items: Sequence[Item], capability: int, *, sums: bool = True) -> list[
             compiled = kernel.warmup(*args, grid=(programs,), **meta)
             found.append(_code(kernel.fn.__name__, programs, meta, compiled, capability))
 
-    kernels = backend.TritonKernels()
     driver.set_active(_Chip(capability))
     with patch.object(backend, "_run", compile_only):
-        if sums:
-            kernels.sum_split_blocks([item for item in items if item.table.has_split_blocks])
-        kernels.step_(items)
+        work(backend.TritonKernels())
     return found
 
 

@@ -11,9 +11,10 @@ import torch
 
 from ds_blockwise.blocks.roles import Role
 from ds_blockwise.blocks.segment_table import Placement, build_table, whole_placement
+from ds_blockwise.blocks.settings.update_settings import UpdateSettings
 from ds_blockwise.blocks.spec import BlockSpec, apply_settings
 from ds_blockwise.blocks.structure import HeadGeometry, fused_qkv
-from ds_blockwise.kernels.base import Item
+from ds_blockwise.kernels.base import Item, Kernels
 from ds_blockwise.kernels.triton.plan import make_plan
 from tests.helpers.kernel_cases import BF16, BLOCK_SETTINGS, F32, HYPER, SCALE, placements_of, spec
 
@@ -148,4 +149,52 @@ MIXES: dict[str, Callable[[], list[Item]]] = {
     "MoE": lambda: whole(moe(), shared=True),
     "LoRA": lambda: whole(lora(), shared=True),
     "LoRA, cut at an odd place": lambda: shard(lora(), shared=True, ranks=7),
+}
+
+
+def part(
+    height: int,
+    width: int,
+    stride: int,
+    *,
+    param: torch.dtype = F32,
+    narrow: torch.dtype = F32,
+    copy: torch.dtype | None = None,
+    off: int = 0,
+    cautious: bool = False,
+) -> Callable[[Kernels], None]:
+    """A matrix of Muon's, or a part of one: its momentum moved, its weights changed.
+
+    Args:
+        height: rows.
+        width: elements of each.
+        stride: distance of rows in the stepped tensor.
+        param: dtype of the parameter.
+        narrow: dtype of gradient and momentum.
+        copy: dtype of the 16-bit copy.
+        off: elements between an aligned address and the stepped tensors.
+        cautious: whether weight decay is.
+    """
+
+    def rows(dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(off + height * stride, dtype=dtype).as_strided((height, width), (stride, 1), off)
+
+    def work(kernels: Kernels) -> None:
+        ahead, update = torch.empty(height, width), UpdateSettings(1.0)
+        kernels.momentum_part_(rows(narrow), rows(narrow), ahead, momentum=0.95, nesterov=True)
+        copied = None if copy is None else rows(copy)
+        kernels.step_part_(rows(param), ahead, copied, update, replace(HYPER, cautious=cautious))
+
+    return work
+
+
+PARTS: dict[str, Callable[[Kernels], None]] = {
+    "Muon, a whole weight": part(2560, 2560, 2560),
+    "Muon, a whole weight, bf16": part(2560, 2560, 2560, narrow=BF16, copy=BF16),
+    "Muon, a whole weight in bf16": part(2560, 2560, 2560, param=BF16, narrow=BF16),
+    "Muon, a whole weight, cautious": part(2560, 2560, 2560, cautious=True),
+    "Muon, a head of a transposed weight": part(1024, 64, 3072),
+    "Muon, a role of a transposed weight": part(1024, 1024, 3072),
+    "Muon, cut at an odd place": part(2560, 2560, 2560, off=1),
+    "Muon, narrow columns at an odd place": part(1024, 24, 73, off=1),
 }

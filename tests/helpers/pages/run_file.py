@@ -13,12 +13,17 @@ from pydantic import TypeAdapter
 from ds_blockwise.runs import run_file
 from ds_blockwise.runs.model_shape import ARCHITECTURES, GPTShape
 from ds_blockwise.runs.plan import GPUS
-from ds_blockwise.runs.run_file import ACTIVATION_CHECKPOINTING, RunFile
+from ds_blockwise.runs.run_file import ACTIVATION_CHECKPOINTING, MODEL_CLASSES, RunFile
 from ds_blockwise.runs.strict_files import StrictSection
 from tests.helpers import ROOT
 from tests.helpers.pages.text import described, sentence, table
 
-CHOICES = {"activation_checkpointing": ACTIVATION_CHECKPOINTING, "gpu": tuple(GPUS), "architecture": ARCHITECTURES}
+CHOICES = {
+    "activation_checkpointing": ACTIVATION_CHECKPOINTING,
+    "gpu": tuple(GPUS),
+    "architecture": ARCHITECTURES,
+    "model_class": MODEL_CLASSES,
+}
 _HEADS = ("key", "value", "default", "meaning")
 _LARGEST = 10**8  # limits above it only keep numbers finite
 _INTRODUCTION = """\

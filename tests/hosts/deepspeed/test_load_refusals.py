@@ -246,7 +246,7 @@ def how_much_is_verified(context: RankContext, folder: Path, stage: int) -> None
     everything_of = sorted(files_in(folder / "t"))
     for how, mine in (("all", None), ("own", sorted([model, own])), ("size", [])):
         with (
-            mock.patch.object(manifest, "sha256_of", side_effect=manifest.sha256_of) as summed,
+            mock.patch.object(manifest, "sum_of", side_effect=manifest.sum_of) as summed,
             engine(stage=stage, checkpoint={"verify": how}) as run,
         ):
             assert run.engine.load_checkpoint(str(folder))[0] is not None

@@ -240,15 +240,15 @@ def test_a_checkpoint_that_is_replaced_while_it_is_verified(
     """Neither damaged nor sound, but of two versions; read again, it is sound."""
     final = save(tmp_path, "best", 1)
     found = files.open_checkpoint(final)
-    reads = {"manifest": (manifest, "read_manifest"), "files": (manifest, "sha256_of")}[when]
+    reads = {"manifest": (manifest, "read_manifest"), "files": (manifest, "sum_of")}[when]
     original = getattr(*reads)
     calls: list[Path] = []
 
-    def read(path: Path) -> object:
+    def read(path: Path, *name: str) -> object:
         calls.append(path)
         if len(calls) == 1:
             save(tmp_path, "best", 2)
-        return original(path)
+        return original(path, *name)
 
     monkeypatch.setattr(*reads, read)
     with pytest.raises(ReplacedError, match="is being replaced or removed by a job that saves there"):
@@ -259,11 +259,11 @@ def test_a_checkpoint_that_is_replaced_while_it_is_verified(
 def test_a_checkpoint_that_is_removed_while_it_is_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     final = save(tmp_path, "best", 1)
 
-    def read(path: Path) -> str:
+    def read(path: Path, name: str) -> str:
         files.remove_checkpoint(final)
         raise FileNotFoundError(path)
 
-    monkeypatch.setattr(manifest, "sha256_of", read)
+    monkeypatch.setattr(manifest, "sum_of", read)
     with pytest.raises(ReplacedError):
         verify(final)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_blockwise.atomic_files import sha256_of
+from ds_blockwise import atomic_files
+from ds_blockwise.atomic_files import sum_of
 from ds_blockwise.checkpoint import manifest
 from ds_blockwise.checkpoint.manifest import (
     MANIFEST,
@@ -53,12 +55,12 @@ def test_a_damaged_manifest_is_an_error_of_its_own(tmp_path: Path, damage: str) 
     changed = {
         "cut": text[: len(text) // 2],
         "bit": text.replace('"world_size": 2', '"world_size": 3'),
-        "format": text.replace('"format": 1', '"format": 9'),
+        "format": text.replace('"format": 2', '"format": 9'),
         "list": "[]",
     }[damage]
     assert changed != text
     path.write_text(changed, encoding="utf-8")
-    expected = "reads format 1" if damage == "format" else "Restore the file from a copy"
+    expected = "reads formats 1 and 2" if damage == "format" else "Restore the file from a copy"
     for use in (read_manifest, verify, listed_files):
         with pytest.raises(CheckpointError, match=expected) as caught:
             use(final)
@@ -103,8 +105,38 @@ def test_the_manifest_is_plain_json(tmp_path: Path) -> None:
     manifest = json.loads((final / MANIFEST).read_text(encoding="utf-8"))
     assert manifest["files"]["deep/note.txt"] == {
         "bytes": len("step 2"),
-        "sha256": sha256_of(final / "deep" / "note.txt"),
+        "sum": sum_of(final / "deep" / "note.txt"),
     }
+
+
+def test_a_manifest_of_the_first_format_is_read(tmp_path: Path) -> None:
+    """It has SHA-256 under a key of that name."""
+    final = save(tmp_path, "step_2", 2)
+    said = json.loads((final / MANIFEST).read_text(encoding="utf-8"))
+    said["format"] = 1
+    said["files"] = {
+        name: {"bytes": facts["bytes"], "sha256": hashlib.sha256((final / name).read_bytes()).hexdigest()}
+        for name, facts in said["files"].items()
+    }
+    del said["manifest_sha256"]
+    said["manifest_sha256"] = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    (final / MANIFEST).write_text(json.dumps(said), encoding="utf-8")
+    assert verify(final) == []
+    found = read_manifest(final)
+    assert found is not None and all(facts["sum"].startswith("sha256:") for facts in found["files"].values())
+    (final / "deep" / "note.txt").write_text("step 3", encoding="utf-8")
+    assert [line.partition(" (")[0] for line in verify(final)] == ["deep/note.txt: its contents have changed"]
+
+
+def test_a_sum_of_a_kind_that_is_not_here_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without xxhash says so; names and sizes can be compared."""
+    final = save(tmp_path, "step_2", 2)
+    monkeypatch.delitem(atomic_files.SUMS, "xxh3_128")
+    monkeypatch.setattr(atomic_files, "SUM", "sha256")
+    problems = verify(final)
+    assert len(problems) == 2 and all("pip install xxhash" in line and '"verify": "size"' in line for line in problems)
+    assert verify(final, contents=False) == []
+    assert verify(save(tmp_path, "step_3", 3)) == []  # summed by SHA-256
 
 
 def test_a_file_that_was_summed_while_it_was_written_is_not_read_again(
@@ -112,12 +144,12 @@ def test_a_file_that_was_summed_while_it_was_written_is_not_read_again(
 ) -> None:
     """But its size is looked at: a file that lost its end must not be listed with the sum of the whole."""
     (tmp_path / "a.pt").write_bytes(b"abc")
-    known: FileFacts = {"bytes": 3, "sha256": "known"}
-    monkeypatch.setattr(manifest, "sha256_of", lambda path: f"read {path.name}")
+    known: FileFacts = {"bytes": 3, "sum": "known"}
+    monkeypatch.setattr(manifest, "sum_of", lambda path: f"read:{path.name}")
     (tmp_path / "b.pt").write_bytes(b"d")
     assert sums_of(tmp_path, ["a.pt", "b.pt"], {"a.pt": known}) == {
         "a.pt": known,
-        "b.pt": {"bytes": 1, "sha256": "read b.pt"},
+        "b.pt": {"bytes": 1, "sum": "read:b.pt"},
     }
     (tmp_path / "a.pt").write_bytes(b"ab")
     with pytest.raises(OSError, match="has 2 bytes, 3 were written"):

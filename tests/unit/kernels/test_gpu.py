@@ -8,6 +8,7 @@ import torch
 
 from ds_blockwise import tag_parameters
 from ds_blockwise.kernels.select import kernels_for
+from ds_blockwise.kernels.self_check import disagreement
 from ds_blockwise.optimizers.registry import OPTIMIZERS
 from tests.helpers.kernel_cases import BF16, CASES, HYPER, clone, compare, item_of
 from tests.helpers.optimizers import SHORT_NAMES
@@ -64,6 +65,11 @@ def run(kernels, items):
 @pytest.mark.parametrize("name", CASES)
 def test_compiled_kernels_make_the_steps_of_the_reference(kernels, name, shared):
     compare(kernels, CASES[name](), shared, device="cuda")
+
+
+def test_compiled_kernels_pass_the_check_before_the_first_step(kernels):
+    """It steps parts of matrices too."""
+    assert disagreement(kernels, torch.device("cuda")) is None
 
 
 @BOTH

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a GPU would run for real models, compiled without one: no spills, wide accesses, several programs at a time."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from ds_blockwise.kernels.triton.tables import Kind
 from tests.helpers import ROOT
-from tests.helpers.gpu_code.mixes import MIXES
+from tests.helpers.gpu_code.mixes import MIXES, PARTS
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton's wheel holds the GPU assembler on Linux only")
 CAPABILITIES = (80, 90)
@@ -28,7 +29,7 @@ def launches():
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {(one["mix"], one["capability"]) for one in found} == {(name, c) for name in MIXES for c in CAPABILITIES}
+    assert {(one["mix"], one["capability"]) for one in found} == {*itertools.product((*MIXES, *PARTS), CAPABILITIES)}
     return found
 
 
@@ -74,6 +75,7 @@ LAUNCHES = {  # of a step, with the sums of split blocks; each costs the host so
     "MoE": 7,
     "LoRA": 4,
     "LoRA, cut at an odd place": 9,
+    **dict.fromkeys(PARTS, 2),
 }
 
 
@@ -83,8 +85,11 @@ def test_number_of_launches(launches, capability):
     assert Counter(one["mix"] for one in launches if one["capability"] == capability) == LAUNCHES
 
 
+OF_PARTS = ("momentum_kernel", "descend_kernel")
+
+
 def of_tensors(launches):
-    return [one for one in launches if one["kernel"] in ("sum_kernel", "update_kernel")]
+    return [one for one in launches if one["kernel"] in ("sum_kernel", "update_kernel", *OF_PARTS)]
 
 
 def test_four_programs_are_resident(launches):
@@ -121,3 +126,28 @@ def test_a_gradient_at_an_odd_address_narrows_its_own_accesses_only(launches, by
     of_each = 8 * 4  # bytes of a thread: 8 elements in fp32
     assert bytes_by_width(update, "loads") == {16: 3 * of_each, bytes_: of_each}
     assert bytes_by_width(update, "stores") == {16: 3 * of_each}
+
+
+@pytest.mark.parametrize("mix", [name for name in PARTS if "odd" not in name])
+def test_parts_of_aligned_matrices_take_vectors_alone(launches, mix):
+    """Each element is read once and written once."""
+    found = [one for one in launches if one["mix"] == mix]
+    assert {one["kernel"] for one in found} == set(OF_PARTS)
+    narrow = "bf16" in mix
+    of_each = {2: 16, 4: 32}  # bytes of 8 elements, by the size of one
+    for one in found:
+        moment, weight = (2 if narrow else 4), (2 if "weight in bf16" in mix else 4)
+        copied = of_each[2] if mix.endswith("weight, bf16") else 0
+        reads, writes = {
+            "momentum_kernel": (2 * of_each[moment], of_each[moment] + of_each[4]),
+            "descend_kernel": (of_each[weight] + of_each[4], of_each[weight] + copied),
+        }[one["kernel"]]
+        assert (bytes_by_width(one, "loads"), bytes_by_width(one, "stores")) == ({16: reads}, {16: writes}), one
+        assert one["residents"] >= 6, one
+
+
+def test_parts_at_an_odd_place_are_read_once_too(launches):
+    for one in (one for one in launches if one["mix"] == "Muon, cut at an odd place"):
+        reads, writes = (64, 64) if one["kernel"] == "momentum_kernel" else (64, 32)
+        assert sum(bytes_by_width(one, "loads").values()) == reads
+        assert sum(bytes_by_width(one, "stores").values()) == writes

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The check that a backend passes before it steps anybody's weights."""
 
+import itertools
+import re
 from dataclasses import replace
 
 import pytest
@@ -8,8 +10,8 @@ import torch
 
 from ds_blockwise.kernels.base import ReferenceKernels
 from ds_blockwise.kernels.select import kernels_for
-from ds_blockwise.kernels.self_check import FORMS, disagreement, stepped
-from ds_blockwise.kernels.triton.tables import Kind, SumKind
+from ds_blockwise.kernels.self_check import FORMS, disagreement, stepped, stepped_parts
+from ds_blockwise.kernels.triton.tables import PART_LOG2, PART_SHIFTS, Kind, SumKind
 
 CPU = torch.device("cpu")
 
@@ -86,19 +88,51 @@ def test_bf16_is_checked():
     assert disagreement(Altered(spoil), CPU).endswith(" in copies of Adam-mini in bf16")
 
 
+class AlteredParts(ReferenceKernels):
+    """The reference with one element spoilt of what is in rows."""
+
+    name = "altered"
+
+    def __init__(self, of):
+        self.of = of
+
+    def momentum_part_(self, exp_avg, grad, ahead, **rates):
+        super().momentum_part_(exp_avg, grad, ahead, **rates)
+        if self.of in ("exp_avg", "updates"):
+            (exp_avg if self.of == "exp_avg" else ahead)[-1, -1] *= 1.02
+
+    def step_part_(self, param, direction, param_copy, update, hyper):
+        super().step_part_(param, direction, param_copy, update, hyper)
+        if self.of == "parameters":
+            param[-1, -1] *= 1.02
+        if self.of == "copies" and param_copy is not None:
+            param_copy[-1, -1] += 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "form"), [("exp_avg", ""), ("updates", ""), ("parameters", ""), ("copies", " in bf16")]
+)
+def test_parts_of_matrices_are_checked(name, form):
+    """A wrong momentum shows in what is orthogonalised, and that in weights."""
+    assert re.search(rf"altered kernels differ .* of Muon{form}$", disagreement(AlteredParts(name), CPU))
+
+
 def test_every_kind_of_job_is_checked(monkeypatch):
     """Each is code of its own: one that the check never launches would be tried on somebody's weights."""
     backend = pytest.importorskip("ds_blockwise.kernels.triton.backend", reason="Triton is not installed")
-    launched = set()
+    launched, widths = set(), set()
 
     def note(kernel, programs, *args, **meta):
         launched.add((kernel.__name__, meta.get("KIND"), meta.get("TO_SUMS")))
+        widths.add((kernel.__name__, meta.get("SHIFT")))
 
     monkeypatch.setattr(backend, "_run", note)
     for shared, dtype in FORMS:
         stepped(backend.TritonKernels(), shared, dtype, CPU)
+    stepped_parts(backend.TritonKernels(), torch.float32, CPU)
     assert {kind for name, kind, _ in launched if name == "update_kernel"} == set(Kind)
     assert {kind for name, kind, _ in launched if name == "sum_kernel"} >= {SumKind.PIECE, SumKind.COLUMNS}
+    assert {*itertools.product(("momentum_kernel", "descend_kernel"), (*PART_SHIFTS, PART_LOG2))} <= widths
     assert {to_sums for name, _, to_sums in launched if name == "finish_kernel"} == {True, False}
 
 

@@ -82,6 +82,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "fused": ("nano", {}, {}),
     "grouped queries": ("qwen3", {}, {}),
     "transposed": ("gpt2", {}, {}),
+    "by Triton": ("gpt2", {"backend": "triton"}, {}),
     "heads by name": (
         "nano",
         {"orthogonalize": {"qk": "head", "vo": "head"}},

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -48,6 +49,7 @@ class Sharded:
 
     Attributes:
         stage: 3 cuts every parameter, 1 the flat buffer of all.
+        backend: what steps tensors.
         count: whether to find the most bytes that each rank allocates in its last step.
     """
 
@@ -57,6 +59,7 @@ class Sharded:
     stage: int = 3
     layers: Layers = field(default_factory=lambda: LAYERS)
     settings: dict[str, Any] = field(default_factory=dict)
+    backend: str = "reference"
     count: bool = False
     peaks: dict[int, int] = field(default_factory=dict)
 
@@ -105,7 +108,7 @@ class Sharded:
 
     def optimizer_of(self, dp_rank: int, tp_rank: int) -> tuple[torch.Tensor, BlockwiseMuon]:
         flat = self.flat(-1, dp_rank, tp_rank)
-        optimizer = BlockwiseMuon([flat], backend="reference", **self.params)
+        optimizer = BlockwiseMuon([flat], backend=self.backend, **self.params)
         placements, at = [], 0
         for name, start, end, cuts in self.windows(dp_rank, tp_rank):
             placements.append(Placement(self.specs[name], self.shard(name, tp_rank), at, start, end - start, cuts))
@@ -185,6 +188,23 @@ def test_no_bit_depends_on_ranks_or_buckets(name: str, monkeypatch: pytest.Monke
         (many, bytes_of_many), (few, bytes_of_few) = counted
         assert bytes_of_many == bytes_of_few, (dp, tp, stage)
         assert max(few) <= 3 * 2 * 4 and sum(many) > sum(few), "an exchange per group, there and back, of both kinds"
+
+
+def test_no_bit_depends_on_ranks_by_triton_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut rows, columns of shards and whole matrices take other forms of a launch."""
+    module = pytest.importorskip("ds_blockwise.kernels.triton.backend", reason="Triton is not installed")
+    run, one_at_a_time = module._run, threading.Lock()  # the interpreter knows one launch
+
+    def locked(*args: Any, **meta: Any) -> None:
+        with one_at_a_time:
+            run(*args, **meta)
+
+    monkeypatch.setattr(module, "_run", locked)
+    settings = {"cautious_weight_decay": True, "momentum_dtype": "bf16"}
+    (whole,) = Sharded(ThreadedRanks(1, monkeypatch), 1, settings=settings, backend="triton").train()
+    for dp, tp, stage in GRIDS[-2:]:
+        case = Sharded(ThreadedRanks(dp * tp, monkeypatch), dp, tp, stage, settings=settings, backend="triton")
+        case.assert_same_bits(case.train(), whole)
 
 
 def test_memory_does_not_grow_with_the_number_of_matrices(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,6 +110,7 @@ BROKEN: dict[str, tuple[str, str, Any, tuple[str, ...]]] = {
     "share of a blend": ("run", "data.blend", ["data/a 0.7", "data/b none"], ("data.blend = 'data/b none'",)),
     "no nodes": ("run", "cluster.nodes", 0, ("cluster.nodes = 0", "at least 1")),
     "checkpointing": ("run", "training.activation_checkpointing", "ful", ("activation_checkpointing = 'ful'", "full")),
+    "class of the model": ("run", "model_class", "hybird", ("model_class = 'hybird'", "gpt, hybrid", "mean 'hybrid'")),
     "model file": ("run", "model", "modell.yaml", ("modell.yaml", "readable YAML file")),
     "JSON file": ("run", "deepspeed", "dss.json", ("dss.json", "readable JSON file")),
     "batch in the JSON": (

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The shipped model files build, on the meta device, what they say."""
 
+import re
+
 import pytest
 import torch
 
@@ -65,6 +67,22 @@ def test_an_unknown_architecture_is_refused(tmp_path):
     path.write_text(FILES["tiny"].read_text() + "architecture: gtp2\n")
     with pytest.raises(ValueError, match=r"architecture = 'gtp2'.*llama or gpt2.*did you mean 'gpt2'"):
         GPTShape.load(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("hybird", "model_class = 'hybird': allowed: gpt, hybrid; did you mean 'hybrid'"),
+        ("hybrid", "allowed: gpt with megatron-core 0.17.1: HybridModel came with 0.18; leave it out, or pip install"),
+    ],
+)
+def test_a_class_that_is_not_there_is_refused(name, words, monkeypatch):
+    from megatron_patch import build_gpt
+
+    build_meta_gpt(FILES["tiny"])  # process groups
+    monkeypatch.setattr("megatron_patch.model.MEGATRON_VERSION", "0.17.1")
+    with pytest.raises(ValueError, match=rf"(?s)build_gpt: .*{re.escape(words)}"):
+        build_gpt(GPTShape.load(FILES["tiny"]), model_class=name)
 
 
 def test_gpt2_steps_and_learns(tmp_path):

@@ -305,5 +305,6 @@ def _load_loss_scale(wrapper: Wrapper, saved: Mapping[str, object]) -> None:
     dynamic = own is not None and (getattr(own, "dynamic", False) or getattr(own, "dynamic_loss_scale", False))
     for name in LOSS_SCALE if dynamic else ():
         value = saved.get(name)
-        if hasattr(own, name) and isinstance(value, (int, float)) and is_finite(value):
+        sound = isinstance(value, (int, float)) and is_finite(value) and (name != "cur_scale" or value > 0)
+        if hasattr(own, name) and sound:
             setattr(own, name, value)

@@ -108,7 +108,7 @@ def _summed(save: Callable[[SummedFile], object], path: str) -> FileFacts:
     except BaseException:
         file.abandon()
         raise
-    return {"bytes": file.size, "sha256": file.close()}
+    return {"bytes": file.size, "sum": file.close()}
 
 
 def _drop_empty(module: object) -> None:

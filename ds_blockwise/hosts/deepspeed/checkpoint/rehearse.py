@@ -31,6 +31,7 @@ from ds_blockwise.hosts.deepspeed.engine import Engine, LoadOptions, is_partitio
 from ds_blockwise.hosts.deepspeed.releases import alignment_paddings
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.optimizers.state_dict import to_load
+from ds_blockwise.values import is_finite
 
 _SHOWN = 8  # names in one line of an error
 
@@ -202,7 +203,7 @@ def _wrapper_misfits(engine: Engine, path: Path, saved: OptimizerFile) -> Iterat
         needed = ("dynamic_loss_scale", "cur_scale", "cur_iter")
     yield from (f"{path.name}: it has no {key}" for key in needed if key not in saved.entries)
     yield from _master_misfits(path, own, saved.masters)
-    yield from _scaler_misfits(path, saved)
+    yield from scaler_misfits(path.name, saved.entries)
     if isinstance(engine.basic_optimizer, BlockwiseOptimizer):
         with _full_groups(wrapper):
             try:
@@ -232,13 +233,23 @@ def _master_misfits(path: Path, own: Sequence[torch.Tensor], saved: Sequence[tor
             yield f"{path.name}: fp32 weights {index} are {theirs.dtype}"
 
 
-def _scaler_misfits(path: Path, saved: OptimizerFile) -> Iterator[str]:
-    scaler = saved.entries.get("loss_scaler")
+def scaler_misfits(name: str, entries: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the loss scale of an optimizer file, a line each.
+
+    Args:
+        name: of the file.
+        entries: of its state dict.
+    """
+    scaler = entries.get("loss_scaler")
     if scaler is not None and not isinstance(scaler, (LossScaler, DynamicLossScaler)):
-        yield f"{path.name}: its loss_scaler is a {type(scaler).__name__}"
-    for key, value in vars(scaler).items() if hasattr(scaler, "__dict__") else ():
+        yield f"{name}: its loss_scaler is a {type(scaler).__name__}"
+    held = vars(scaler) if hasattr(scaler, "__dict__") else {}
+    for key, value in held.items():
         if not isinstance(value, (int, float, str, torch.dtype, type(None))) or hasattr(type(scaler), key):
-            yield f"{path.name}: {key} of its loss_scaler is a {type(value).__name__}"
+            yield f"{name}: {key} of its loss_scaler is a {type(value).__name__}"
+    for scale in (each["cur_scale"] for each in (entries, held) if "cur_scale" in each):
+        if not isinstance(scale, (int, float)) or not is_finite(scale) or scale <= 0:
+            yield f"{name}: its loss scale is {scale!r}, which is not a number above 0"
 
 
 @contextmanager
