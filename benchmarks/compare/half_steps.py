@@ -9,7 +9,7 @@ The first seed chooses for every side: learning rate, settings, and the warm-up 
 steps. The verdict is from the four other seeds, which chose nothing. AdamW trains 800 steps, the
 others 400, all with complete decays. Differences are between runs of one seed. "Reached": the mean difference is at
 least two standard errors below 0. "Missed": as far above. Else the runs do not decide. AdamW's first seed is that of
-`make compare`, with the best rate there.
+`make compare`, with the best rate there; where that has one warm-up only, the other one is tried here.
 
 The larger model gets the setting that was best with the smaller one, and a sweep of its own. There is no peer: torch's
 Muon wants whole matrices, which ZeRO-1 does not hand over.
@@ -68,15 +68,28 @@ class Size:
         """Seeds that chose nothing."""
         return tuple(range(CHOOSING + 1, self.plan.seeds + 1))
 
-    def baseline(self) -> list[Trial]:
-        """Tuned AdamW, every seed: the better warm-up of the published comparisons with the best rate there."""
-        best = []
+    def baseline(self, results: Results) -> list[Trial]:
+        """Tuned AdamW, every seed, with the best rate and warm-up of those that are published or were tried here."""
+        tried = {t: loss_of(results, t) for t in self.short_baseline() if t in results} | self._published_baselines()
+        first = min(tried, key=lambda trial: tried[trial])
+        return [replace(first, seed=seed) for seed in range(1, self.plan.seeds + 1)]
+
+    def short_baseline(self) -> list[Trial]:
+        """AdamW with the usual warm-up where no published comparison has it, at its best rate and at half of it."""
+        published = self._published_baselines()
+        if any(trial.warmup == FULL.warmup for trial in published):
+            return []
+        best = min(published, key=lambda trial: published[trial])
+        return [replace(best, lr=lr, warmup=FULL.warmup) for lr in (best.lr, best.lr / 2)]
+
+    def _published_baselines(self) -> dict[Trial, float]:
+        """AdamW's best of each published comparison, the first seed, with its loss."""
+        found = {}
         for name, plan in self.published.items():
             results = report.read_csv(report.DOCS / f"{name}.csv", plan)
             first = at_best(results, plan, BASELINE)[0]
-            best.append((loss_of(results, first), first))
-        _, first = min(best, key=lambda found: found[0])
-        return [replace(first, seed=seed) for seed in range(1, self.plan.seeds + 1)]
+            found[first] = loss_of(results, first)
+        return found
 
     def short_warmups(self, results: Results, arms: Sequence[str]) -> list[Trial]:
         """The best of some arms with the usual warm-up, at its best rate and at half of it.
@@ -117,7 +130,8 @@ def train(trials: Trials, size: Size) -> None:
     Raises:
         Stopped: The time is up.
     """
-    trials.train(size.baseline(), "AdamW")
+    trials.train(size.short_baseline(), "AdamW, short warm-up")
+    trials.train(size.baseline(trials.results), "AdamW")
     sweep(trials, size.plan)
     short = [trial for arms in size.sides for trial in size.short_warmups(trials.results, arms)]
     trials.train(short, "short warm-ups")
@@ -133,7 +147,7 @@ def whole(trial: Trial) -> list[Trial]:
 
 def verdict_table(results: Results, size: Size) -> str:
     """AdamW, the best of ours and the best peer, over the seeds that chose nothing."""
-    adamw, judging = size.baseline(), size.judging
+    adamw, judging = size.baseline(results), size.judging
     lines = [
         "| optimizer | lr | warm-up | steps | final validation loss, nats | minus AdamW's at 800, nats "
         "| state, bytes per parameter |",
@@ -190,7 +204,7 @@ def _reached(results: Results, size: Size, trial: Trial) -> str:
     trials = whole(trial)
     if not all(t in results for t in trials):
         return ""
-    baseline = [t for t in size.baseline() if t.seed in WHOLE_SEEDS]
+    baseline = [t for t in size.baseline(results) if t.seed in WHOLE_SEEDS]
     reached = steps_to(results, replace(FULL, warmup=trial.warmup), trials, baseline)
     assert reached is not None
     return (
@@ -225,7 +239,7 @@ def choice_table(results: Results, size: Size) -> str:
             f"| {ARMS[arm].label} | {warmup:.0%} | {len(tried[arm, warmup])} | {trial.lr:g} "
             f"| {loss_of(results, trial):.4f} |"
         )
-    adamw = size.baseline()[0]
+    adamw = size.baseline(results)[0]
     target = f"AdamW's best rate ends {adamw.steps} steps at {loss_of(results, adamw):.4f} with this seed."
     shown = {trial: results[trial] for trial in size.first_seed(results)}
     return "\n".join(

@@ -40,7 +40,7 @@ def first_table() -> str:
         lines.append(_row(arm, row.state_bytes, difference, row.steps_to_baseline.steps_text()))
     size = half_steps.SIZES["1m"]
     of_half = size.read()
-    baseline = [trial for trial in size.baseline() if trial.seed in half_steps.WHOLE_SEEDS]
+    baseline = [trial for trial in size.baseline(of_half) if trial.seed in half_steps.WHOLE_SEEDS]
     for arms in size.sides:
         trials = half_steps.whole(size.chosen(of_half, arms))
         difference, reached = against(of_half, trials, baseline), steps_to(of_half, FULL, trials, baseline)
