@@ -178,26 +178,36 @@ def read_csv(path: Path, plan: Plan) -> dict[Trial, dict[str, Any]]:
         path: The CSV.
         plan: Under which its trials were trained.
     """
-    found: dict[Trial, dict[str, Any]] = {}
-    changed: dict[str, dict[str, Any]] = {}
-    with open(path, newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            result = _result(row)
-            trial = Trial(
-                row["arm"],
-                float(row["base_lr"]),
-                int(row["seed"]),
-                int(row["steps"]),
-                row["change"],
-                warmup=float(row["warmup_share"]),
-            )
-            if row["change"]:
-                changed[trial.name] = result
-            else:
-                found[trial] = result
+    rows = _rows(path)
+    found = {trial: result for trial, result in rows if not trial.change}
+    changed = {trial.name: result for trial, result in rows if trial.change}
     best = {row.arm: row.lr for row in arm_results(found, plan)}
     whole = [ablation.trial(plan, seed) for ablation in ablations(best, plan) for seed in range(1, plan.seeds + 1)]
     return found | {trial: changed[trial.name] for trial in whole if trial.name in changed}
+
+
+def named_in(path: Path) -> dict[str, dict[str, Any]]:
+    """The results that `write_csv` wrote, by the names of their trials."""
+    return {trial.name: result for trial, result in _rows(path)}
+
+
+def _rows(path: Path) -> list[tuple[Trial, dict[str, Any]]]:
+    """Each line's trial, without what its change sets, and its result."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return [
+            (
+                Trial(
+                    row["arm"],
+                    float(row["base_lr"]),
+                    int(row["seed"]),
+                    int(row["steps"]),
+                    row["change"],
+                    warmup=float(row["warmup_share"]),
+                ),
+                _result(row),
+            )
+            for row in csv.DictReader(file)
+        ]
 
 
 def finished_in(path: Path) -> dict[str, dict[str, Any]]:

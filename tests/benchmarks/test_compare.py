@@ -31,40 +31,11 @@ from benchmarks.compare.trials import (
     Setup,
     Trial,
 )
-from benchmarks.provenance import PROVENANCE
 from ds_blockwise.runs.model_shape import GPTShape
+from tests.helpers.benchmark_runs import FakeTrials
 from tests.helpers.launch.project import ROOT
 
 PLAN = Plan(steps=100, grid=3, seeds=3, lengths=(0.5,), widen=2, refine=0, ablations="all")
-
-
-class FakeTrials:
-    """Answers trials from a formula instead of training them."""
-
-    def __init__(self, loss_of):
-        self.results = {}
-        self.titles = []
-        self.compared = False
-        self._loss_of = loss_of
-
-    def find(self, trials):
-        return [trial for trial in trials if trial not in self.results]
-
-    def train(self, trials, title):
-        self.titles.append(title)
-        for trial in trials:
-            loss = self._loss_of(trial)
-            self.results[trial] = {
-                "diverged": None if math.isfinite(loss) else "inf",
-                "final_validation_loss": loss if math.isfinite(loss) else None,
-                "optimizer_state_bytes_per_parameter": 8.0,
-                "cpu_seconds": 0.5 * trial.steps,
-                "parameters": 1000,
-                "tokens": 10 * trial.steps,
-                "curve": [(0, 7.0), (trial.steps // 2, 5.0), (trial.steps, loss)],
-                "fingerprint": trial.name,
-                "provenance": dict.fromkeys(PROVENANCE, "x"),
-            }
 
 
 def _bowl(best, floor):

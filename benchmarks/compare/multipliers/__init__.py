@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Multipliers from the signal-to-noise ratio, and additions to the preset `tuned`."""
