@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 # What `ds-blockwise init` and `configs` hand out: folders of the repository that the wheel holds inside the package.
 BESIDE = {"ds_blockwise.configs": "configs", "ds_blockwise.launch": "launch"}
 EXTRAS = {
-    "deepspeed": ["deepspeed>=0.18.9,<0.20", "safetensors>=0.4"],
+    "deepspeed": ["deepspeed>=0.18.6,<0.20", "safetensors>=0.4"],
     "megatron": ["megatron-core>=0.16,<0.20", "pydantic>=2.6,<3", "pyyaml"],
     "hf": ["transformers>=4.48", "accelerate"],
     "data": ["pyarrow"],

@@ -207,9 +207,10 @@ def _reached(results: Results, size: Size, trial: Trial) -> str:
     baseline = [t for t in size.baseline(results) if t.seed in WHOLE_SEEDS]
     reached = steps_to(results, replace(FULL, warmup=trial.warmup), trials, baseline)
     assert reached is not None
+    how = "" if reached.words else ", by interpolation"
     return (
-        f"{ARMS[trial.arm].label}: AdamW's loss after {FULL.steps} steps in {reached.steps_text()} steps, by "
-        f"interpolation ({len(trials)} seeds).\n"
+        f"{ARMS[trial.arm].label}: AdamW's loss after {FULL.steps} steps in {reached.steps_text()} steps{how} "
+        f"({len(trials)} seeds).\n"
     )
 
 

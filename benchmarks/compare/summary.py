@@ -13,21 +13,21 @@ from benchmarks.compare import half_steps
 from benchmarks.compare.ablations import OUR_MINI, OURS
 from benchmarks.compare.report import DOCS, EVIDENCE, read_csv
 from benchmarks.compare.results import ArmResult, against, arm_results, steps_to
-from benchmarks.compare.trials import ARMS, BASELINE, FULL, PATIENT, PUBLISHED_PLANS, Plan
+from benchmarks.compare.trials import ARMS, BASELINE, FULL, LARGER, PUBLISHED_PLANS, Plan
 from benchmarks.provenance import ROOT, write_between
 
 TABLE, FIRST = "compare summary", "compare first"
 _CLAIMED = (OURS, OUR_MINI)
+FIRST_SIZE, FIRST_COMPARISON, FIRST_PLAN = "5m", "compare_5m", LARGER
 
 
 def first_table() -> str:
-    """State, loss and steps of every optimizer where all of them were trained: the README's table.
+    """State, loss and steps of every optimizer for the largest model that all of them trained: the README's table.
 
-    AdamW and the blockwise optimizers of Adam's update have the warm-up that is better for AdamW; Muon, ours and the
-    peer, its own.
+    AdamW and the blockwise optimizers of Adam's update have the published plan's warm-up, Muon its own.
     """
-    results = read_csv(DOCS / "compare_warmup.csv", PATIENT)
-    rows = {row.arm: row for row in arm_results(results, PATIENT)}
+    results = read_csv(DOCS / f"{FIRST_COMPARISON}.csv", FIRST_PLAN)
+    rows = {row.arm: row for row in arm_results(results, FIRST_PLAN)}
     lines = [
         "| optimizer | optimizer state, bytes per parameter | final loss minus AdamW's, nats "
         "| AdamW's final loss after |",
@@ -38,7 +38,7 @@ def first_table() -> str:
         assert row.steps_to_baseline is not None
         difference = "" if row.against_baseline is None else row.against_baseline.text("+.4f")
         lines.append(_row(arm, row.state_bytes, difference, row.steps_to_baseline.steps_text()))
-    size = half_steps.SIZES["1m"]
+    size = half_steps.SIZES[FIRST_SIZE]
     of_half = size.read()
     baseline = [trial for trial in size.baseline(of_half) if trial.seed in half_steps.WHOLE_SEEDS]
     for arms in size.sides:
@@ -50,7 +50,8 @@ def first_table() -> str:
     parameters = next(r["parameters"] for r in of_half.values() if r["diverged"] is None)
     source = (
         f"A LLaMA of {parameters / 1e6:.2f}M parameters, {FULL.steps} steps, {FULL.seeds} seeds, on CPUs. Every "
-        f"optimizer has the best of its own learning rates and warm-ups; ± is one standard error."
+        f"optimizer has the best of its own learning rates; AdamW and Muon also the better of two warm-ups. ± is one "
+        f"standard error."
     )
     return "\n".join([*lines, "", source])
 

@@ -24,8 +24,8 @@ import torch
 
 from benchmarks.costs.one_process import RULES, matrices, process_group
 from benchmarks.provenance import BENCHMARKS_PAGE, PROVENANCE, ROOT, provenance, write_between, write_csv
+from ds_blockwise.optimizers.registry import OPTIMIZERS
 
-OURS = ("BlockwiseAdamW", "BlockwiseAdamMini")
 PEER = "AdamW (DeepSpeed)"
 MEASURED = ("save_s", "on_disk_s", "load_s")
 COLUMNS = (
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
 def measure(options: argparse.Namespace) -> list[dict[str, str]]:
     """A row for each optimizer, from rounds in which all save and load in turn; the first round warms up."""
     sections = {PEER: {"type": "AdamW", "params": {"lr": 1e-6, "torch_adam": True}}} | {
-        name: {"type": name, "params": {"lr": 1e-6, "rules": RULES}} for name in OURS
+        name: {"type": name, "params": {"lr": 1e-6, "rules": RULES}} for name in OPTIMIZERS
     }
     engines = {name: _engine(section, options) for name, section in sections.items()}
     times: dict[str, list[tuple[float, ...]]] = {name: [] for name in engines}

@@ -184,10 +184,12 @@ def check_marks(model: nn.Module, release: str) -> None:
         release: of DeepSpeed.
 
     Raises:
-        ValueError: the marks on its parameters lack the sizes of the ranks' parts.
+        ValueError: the marks on its parameters lack the sizes of the ranks' parts, or its layers are split and no
+            parameter is marked (before 0.18.9).
     """
     marks = [mark for param in model.parameters() if (mark := _said(param)) is not None]
-    if any(AutoTPShard.__required_keys__ - mark.keys() for mark in marks):
+    is_split = any(_is_tensor_parallel(layer) and layer.tp_world_size > 1 for layer in model.modules())
+    if (is_split and not marks) or any(AutoTPShard.__required_keys__ - mark.keys() for mark in marks):
         raise ValueError(
             f"AutoTP of DeepSpeed {release} does not say which part of a weight a rank holds. Install "
             f'deepspeed>=0.19.6, or remove "tensor_parallel" from the JSON.'

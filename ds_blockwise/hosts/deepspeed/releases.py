@@ -16,7 +16,7 @@ from torch import nn
 
 from ds_blockwise.hosts.deepspeed.engine import Engine, ZeroStages1And2
 
-OLDEST = (0, 18, 9)  # 0.18.0 fails in bf16 at ZeRO stage 0, and where a rank holds nothing of a group
+OLDEST = (0, 18, 6)  # 0.18.5 adds up the gradients of all steps in bf16 at ZeRO stage 0
 NEWEST_TESTED = "0.19.8"
 
 
@@ -66,7 +66,7 @@ def alignment_paddings(wrapper: ZeroStages1And2) -> list[list[int]]:
 def cut_off_autograd(engine: Engine) -> None:
     """Cut the flat weights of ZeRO stages 1 and 2 off from the graph of the parameters that they were made of.
 
-    0.18.9 leaves it on, and gathering weights after a step then fails on gloo, with any optimizer
+    0.18.7 to 0.18.9 leave it on, and gathering weights after a step then fails on gloo, with any optimizer
     ("is a view and is being modified inplace"). The memory stays the same; 0.19 does this itself.
     """
     wrapper: Any = engine.optimizer

@@ -19,7 +19,7 @@ from ds_blockwise.hosts.deepspeed.checkpoint import universal
 OLDEST = ".".join(map(str, releases.OLDEST))
 
 
-@pytest.mark.parametrize("version", ["0.9.5", "0.16.9", "0.18.8", "0.18.0+cpu"])
+@pytest.mark.parametrize("version", ["0.9.5", "0.16.9", "0.18.5", "0.18.0+cpu"])
 def test_an_old_release_is_refused(version):
     """The first error would name something in its source, or come when a run is resumed."""
     with pytest.raises(ImportError, match=rf"DeepSpeed 0\.\S+ is too old.*'deepspeed>={re.escape(OLDEST)},<0\.20'"):
@@ -52,12 +52,16 @@ def model_with(mark: dict[str, object] | None) -> nn.Module:
 def test_autotp_that_does_not_say_its_parts_is_refused():
     """Blocks would be cut at dim / ranks, which is wrong where heads do not divide, or a KeyError shown."""
     marked = {"partition_type": "row", "partition_dim": 1, "logical_shape": (2, 2), "replicated": False}  # 0.18.9
-    refused = r'AutoTP of DeepSpeed 0\.18\.9 .*Install deepspeed>=0\.19\.6, or remove "tensor_parallel"'
+    refused = r'AutoTP of DeepSpeed 0\.18\.\d .*Install deepspeed>=0\.19\.6, or remove "tensor_parallel"'
     with pytest.raises(ValueError, match=refused):
         check_marks(model_with(marked), "0.18.9")
     parts = {"original_shape": None, "sub_param_shard_widths": None, "partition_sizes": (1, 1), "conversion": {}}
     check_marks(model_with(marked | parts), "0.19.6")
     check_marks(model_with(None), "0.18.9")
+    layer = model_with(None)
+    vars(layer)["tp_world_size"] = 2  # 0.18.8 marks nothing
+    with pytest.raises(ValueError, match=refused):
+        check_marks(nn.Sequential(layer), "0.18.8")
 
 
 def test_a_converter_without_a_list_of_the_unsupported_stops(monkeypatch):
