@@ -27,9 +27,9 @@ from pathlib import Path
 
 from benchmarks.compare import report
 from benchmarks.compare.results import Estimate, Results, at_best, best_of, loss_of, steps_to
-from benchmarks.compare.run import RUN_FILE, Stopped, Trials, sweep
+from benchmarks.compare.run import RUN_FILE, Stopped, Trials, add_limits, sweep
 from benchmarks.compare.trials import ARMS, BASELINE, FULL, HALF, HALF_5M, LARGER, PATIENT, Plan, Trial
-from benchmarks.provenance import ROOT, cores, write_between
+from benchmarks.provenance import ROOT, write_between
 
 CHOOSING = 1
 WHOLE_SEEDS = range(1, FULL.seeds + 1)
@@ -268,8 +268,7 @@ def main() -> int:
     """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--plan", choices=tuple(SIZES), default="1m", help="the model: 1.26M or 5M parameters")
-    parser.add_argument("--workers", type=int, default=cores(), help="runs at a time, one core each")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
+    add_limits(parser)
     options = parser.parse_args()
     size = SIZES[options.plan]
     os.chdir(ROOT)

@@ -256,6 +256,12 @@ def _plan(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Plan:
     return plan
 
 
+def add_limits(parser: argparse.ArgumentParser) -> None:
+    """Add how many runs train at a time and for how long, the same for every comparison."""
+    parser.add_argument("--workers", type=int, default=cores(), help="runs at a time, one core each")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
+
+
 def main() -> int:
     """Train what the plan asks for and lacks, then report.
 
@@ -264,8 +270,7 @@ def main() -> int:
     """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="shorter runs, 3 learning rates, 2 seeds, no ablations")
-    parser.add_argument("--workers", type=int, default=cores(), help="runs at a time, one core each")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
+    add_limits(parser)
     parser.add_argument("--run", type=Path, default=RUN_FILE, help="run file: model, data, batch")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="as in the main job")
     parser.add_argument("--arms", help=f"only these, separated by commas, {BASELINE} among them: {', '.join(ARMS)}")

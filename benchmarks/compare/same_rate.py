@@ -19,9 +19,9 @@ from collections.abc import Iterator, Sequence
 from benchmarks.compare import report
 from benchmarks.compare.ablations import OUR_MINI, OURS
 from benchmarks.compare.results import Estimate, Results, loss_of
-from benchmarks.compare.run import RUN_FILE, Stopped, Trials
+from benchmarks.compare.run import RUN_FILE, Stopped, Trials, add_limits
 from benchmarks.compare.trials import ARMS, BASELINE, FULL, MIN_LR_SHARE, Trial
-from benchmarks.provenance import ROOT, cores, write_between
+from benchmarks.provenance import ROOT, write_between
 
 RATES = (2e-3, 2.8e-3, 4e-3)  # AdamW's best in docs/compare/compare.csv, and a factor of sqrt 2 to each side
 SEEDS = (1, 2, 3)
@@ -88,8 +88,7 @@ def main() -> int:
         0; 1 if the time was up before all had been trained.
     """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workers", type=int, default=cores(), help="runs at a time, one core each")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
+    add_limits(parser)
     options = parser.parse_args()
     os.chdir(ROOT)
     deadline, stopped = time.monotonic() + 60 * options.minutes, None

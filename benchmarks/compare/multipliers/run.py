@@ -30,9 +30,9 @@ from benchmarks.compare.ablations import WORTH_CONFIRMING
 from benchmarks.compare.multipliers import candidates
 from benchmarks.compare.multipliers.candidates import ADAMW, ADDITIONS, AUTO, EXPONENTS, TUNED, TYPES
 from benchmarks.compare.results import Estimate, Results, against, best_of, loss_of
-from benchmarks.compare.run import RUN_FILE, Stopped, Trials
+from benchmarks.compare.run import RUN_FILE, Stopped, Trials, add_limits
 from benchmarks.compare.trials import ARMS, FULL, Trial
-from benchmarks.provenance import ROOT, cores, write_between
+from benchmarks.provenance import ROOT, write_between
 from benchmarks.provenance import read_csv as read_rows
 from ds_blockwise.blocks.settings.defaults import LR_PRESETS
 
@@ -270,8 +270,7 @@ def main() -> int:
         0; 1 if the time was up before all had been trained.
     """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workers", type=int, default=cores(), help="runs at a time, one core each")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
+    add_limits(parser)
     options = parser.parse_args()
     os.chdir(ROOT)
     deadline, stopped = time.monotonic() + 60 * options.minutes, None
