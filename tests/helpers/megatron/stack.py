@@ -51,6 +51,7 @@ class Stack:
     fp32_grads: bool = False  # the buffer of gradients, of a 16-bit model
     settings: dict[str, Any] = field(default_factory=dict)  # of convert_
     config: dict[str, Any] = field(default_factory=dict)  # of OptimizerConfig
+    ddp: dict[str, Any] = field(default_factory=dict)  # of DistributedDataParallelConfig
     stock: bool = False  # do not convert
     by_name: bool = False  # let get_megatron_optimizer build ours
 
@@ -135,6 +136,7 @@ class Run:
             grad_reduce_in_fp32=stack.fp32_grads or stack.loss_scale or stack.pp > 1,
             bucket_size=stack.bucket_size,
             overlap_grad_reduce=stack.bucket_size is not None,  # otherwise the bucket size is ignored
+            **stack.ddp,
         )
         self.chunk = DistributedDataParallel(self.model.config, ddp, inside)
         config = OptimizerConfig(

@@ -105,6 +105,8 @@ def stepped(context: RankContext, case: Case, run: Any) -> Iterator[dict[str, Te
             run.feed(plan, step, poison=case.value if bad else None)
             done, norm = run.step()
             zeros = run.zeros
+            if run.chunk.ddp_config.overlap_param_gather:
+                run.chunk.start_param_sync(force_sync=True)  # as the next forward pass would
         else:
             run.feed(GradientPlan(run.dp_size, 1, torch.float32), step)
             done, norm, zeros = run.optimizer.step()
@@ -234,6 +236,7 @@ def _cases() -> dict[str, tuple[int, Case]]:
     add("bits-tp2-fp32_grads", replace(bf16, tp=2, fp32_grads=True, optimizer="adamw"))
     add("bits-mixed", replace(bf16, mixed=True))
     add("bits-buckets-decoupled", replace(bf16, bucket_size=900, decoupled=True))
+    add("bits-overlap", replace(bf16, bucket_size=900, ddp={"overlap_param_gather": True}))
     add("bits-reference", replace(bf16, settings={"backend": "reference", "momentum_dtype": "bf16"}))
     for name, fp32_grads in (("bf16", False), ("fp32_grads", True)):
         counted = replace(bf16, fp32_grads=fp32_grads, config={"log_num_zeros_in_grad": True})
