@@ -29,9 +29,9 @@ class GivenGradient(NamedTuple):
     """What a host hands over for one tensor in one step, in the place of ``tensor.grad``.
 
     Attributes:
-        grad: the gradient.
+        grad: the gradient, in the shape of the tensor, bf16 or fp32; may have another dtype. Not changed.
         scale: `Item.grad_scale`.
-        copy: `Item.param_copy`.
+        copy: `Item.param_copy`, detached.
     """
 
     grad: torch.Tensor
