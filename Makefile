@@ -142,7 +142,7 @@ test-deepspeed-versions: setup
 test-pythons: setup
 	$(BIN)/python -m tests.helpers.versions.pythons $(ONLY)
 
-# TRL, ms-swift and LLaMA-Factory, by their pages in docs/tools, on two ranks each; ONLY=trl takes one. Writes docs/tools.csv.
+# TRL, ms-swift, LLaMA-Factory and axolotl, by their pages in docs/tools, on two ranks each; ONLY=trl takes one. Writes docs/tools.csv.
 test-tools: setup
 	$(BIN)/python -m tests.helpers.tools.run $(ONLY)
 
