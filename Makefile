@@ -8,7 +8,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup train finetune compare compare-same-lr compare-half compare-multipliers test test-quick support test-slow test-faults test-hosts test-gpu test-asan test-triton-versions test-tools test-megatron-new test-deepspeed-versions test-pythons wheel reliability checkpoint-matrix docs lint release clean bench bench-kernels bench-small bench-muon bench-gpu bench-communication bench-fused-step bench-checkpoints bench-end-to-end bench-data
+.PHONY: setup train finetune compare compare-same-lr compare-half compare-multipliers test test-quick support test-slow test-faults test-hosts test-gpu test-asan test-triton-versions test-tools test-megatron-new test-deepspeed-versions test-pythons wheel reliability checkpoint-matrix docs lint release clean bench bench-kernels bench-small bench-muon bench-gpu bench-communication bench-fused-step bench-safety-checks bench-checkpoints bench-end-to-end bench-data
 
 setup: $(STAMP)
 
@@ -58,7 +58,7 @@ compare-multipliers: setup
 	$(BIN)/python launch/prepare_data.py --run configs/run/compare.yaml
 	$(BIN)/python -m benchmarks.compare.multipliers.run $(ARGS)
 
-bench: bench-kernels bench-small bench-muon bench-communication bench-fused-step bench-checkpoints bench-end-to-end
+bench: bench-kernels bench-small bench-muon bench-communication bench-fused-step bench-safety-checks bench-checkpoints bench-end-to-end
 
 bench-kernels: setup
 	$(BIN)/python -m benchmarks.step.run --docs $(ARGS)
@@ -80,6 +80,10 @@ bench-communication: setup
 
 bench-fused-step: setup
 	$(BIN)/python -m benchmarks.costs.fused_step --docs $(ARGS)
+
+# What the checks of tensors in each step take of it.
+bench-safety-checks: setup
+	$(BIN)/python -m benchmarks.costs.safety_checks --docs $(ARGS)
 
 # Saves and loads of 1 GB, beside DeepSpeed's.
 bench-checkpoints: setup
@@ -138,7 +142,7 @@ test-deepspeed-versions: setup
 test-pythons: setup
 	$(BIN)/python -m tests.helpers.versions.pythons $(ONLY)
 
-# TRL, ms-swift and LLaMA-Factory, by their pages in docs/tools, on two ranks each; ONLY=trl takes one. Writes docs/tools.csv.
+# TRL, ms-swift, LLaMA-Factory and axolotl, by their pages in docs/tools, on two ranks each; ONLY=trl takes one. Writes docs/tools.csv.
 test-tools: setup
 	$(BIN)/python -m tests.helpers.tools.run $(ONLY)
 

@@ -30,6 +30,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import nn
 
 from ds_blockwise.blocks.settings.block_settings import BlockSettings
+from ds_blockwise.hosts.fused_step import check_kernels
 from ds_blockwise.hosts.pipeline_stages import check_rules, check_tied, rules_matched
 from ds_blockwise.hosts.stepped_tensors import Stepped, check_agreement, group_of
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
@@ -38,6 +39,8 @@ from ds_blockwise.optimizers.settings import OPTIMIZER_KEYS, MomentumDtype, chec
 from ds_blockwise.parallel.agree import is_first_rank, raise_together
 from ds_blockwise.values import suggest
 from megatron_patch import checkpoint, chunks, partitions
+from megatron_patch.fused_step.distributed_optimizer import FusedDistributedOptimizer
+from megatron_patch.fused_step.refusals import check_can_fuse
 from megatron_patch.wrappers import Wrapper, check_settings, check_version, wrappers_in
 
 logger = logging.getLogger(__name__)
@@ -81,6 +84,7 @@ def convert_(
     momentum_dtype: MomentumDtype = "fp32",
     backend: str = "auto",
     telemetry: object = None,
+    fused_step: bool = False,
     **own: Any,
 ) -> OptimizerT:
     """Let the optimizer that ``get_megatron_optimizer`` returned step as one of ours, in place.
@@ -110,6 +114,8 @@ def convert_(
         backend: ``"auto"``, ``"cpp"``, ``"triton"`` or ``"reference"``.
         telemetry: see `measure.readings.TelemetrySettings`. Readings go to ``on_telemetry`` of each wrapper's
             inner ``optimizer``; what they know of clipping is None.
+        fused_step: with `BlockwiseAdamW` and `BlockwiseAdamMini` in ``DistributedOptimizer``: clip, update and write
+            the model's weights in one pass over memory. The results are the same bits.
         **own: settings that only ``kind`` has, such as ``momentum`` and ``orthogonalize`` of `BlockwiseMuon`.
 
     Returns:
@@ -117,8 +123,9 @@ def convert_(
 
     Raises:
         ValueError: on every rank: a setting that is not supported (``use_precision_aware_optimizer``,
-            ``optimizer_cpu_offload``, ``use_megatron_fsdp``, ...), an unknown parameter, ranks that differ, copies of
-            an embedding on several pipeline stages that would be stepped differently.
+            ``optimizer_cpu_offload``, ``use_megatron_fsdp``, ...), what ``fused_step`` does not know, an unknown
+            parameter, ranks that differ, copies of an embedding on several pipeline stages that would be stepped
+            differently.
         TypeError: a setting or an optimizer of the wrong type.
         ImportError: a version of Megatron-core that lacks names the conversion relies on.
 
@@ -140,12 +147,15 @@ def convert_(
             momentum_dtype=momentum_dtype,
             backend=backend,
             telemetry=telemetry,
+            fused_step=fused_step,
             **own,
         )
         wrappers = wrappers_in(optimizer)
         for wrapper in wrappers:
             check_settings(wrapper)
             check_version(wrapper)
+            if fused_step:
+                check_can_fuse(wrapper)
         models = [chunks.unwrapped(chunk) for chunk in wrapped]
         block_settings = BlockSettings.parse(
             lr_multipliers, weight_decay_multipliers, granularity, rules, transfer, betas_by_type
@@ -186,8 +196,7 @@ def _check_own(own: Mapping[str, object]) -> None:
     if misplaced is not None:
         raise ValueError(
             f"convert_ does not take {misplaced}: lr, betas, eps and weight_decay are those of the param groups "
-            f"(OptimizerConfig), Megatron-core's checkpoints have a form of their own, and its optimizers cast and "
-            f"clip gradients themselves. Remove it."
+            f"(OptimizerConfig), and Megatron-core's checkpoints have a form of their own. Remove it."
         )
 
 
@@ -222,6 +231,8 @@ def _bound(wrapper: Wrapper, inner: BlockwiseOptimizer) -> _Conversion:
         else:
             inner.bind(item.tensor, item.placements, groups)
         stepped.append(item)
+    if inner.fused_step:
+        check_kernels(inner)
     is_expert = any(group.get("is_expert_parallel", False) for group in inner.param_groups)
     return _Conversion(wrapper, inner, tuple(stepped), is_expert)
 
@@ -268,7 +279,8 @@ def _install(conversion: _Conversion) -> None:
         partitions.point_to_shards(wrapper)
     wrapper.optimizer = conversion.inner
     wrapper.init_state_fn = checkpoint.allocate_state
-    wrapper.__class__ = checkpoint.CONVERTED[type(wrapper)]
+    is_fused = conversion.inner.fused_step
+    wrapper.__class__ = FusedDistributedOptimizer if is_fused else checkpoint.CONVERTED[type(wrapper)]
 
 
 def _warn_of_beta2(kind: str, conversions: Sequence[_Conversion]) -> None:

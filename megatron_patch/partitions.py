@@ -97,7 +97,7 @@ def point_to_shards(wrapper: DistributedWrapper) -> None:
         for index, group in enumerate(wrapper.optimizer.param_groups)
         for place, tensor in enumerate(group["params"])
     }
-    for param, shard in _shards(wrapper).items():
+    for param, shard in shards_of(wrapper).items():
         wrapper.model_param_group_index_map[param] = places[shard]
 
 
@@ -114,7 +114,32 @@ def _whole(param: nn.Parameter, tensor: torch.Tensor) -> Stepped:
     return Stepped(tensor, (tagged_placement(param, 0, 0, param.numel(), ()),), None)
 
 
-def _shards(wrapper: DistributedWrapper) -> dict[nn.Parameter, torch.Tensor]:
+def gradient_of(wrapper: DistributedWrapper, param: nn.Parameter, shard: torch.Tensor) -> torch.Tensor:
+    """What ranks have accumulated and averaged for a shard: 1-D, in the dtype of the buffer.
+
+    Args:
+        wrapper: what steps the shard.
+        param: of the model.
+        shard: this rank's of the parameter.
+    """
+    start = wrapper._get_model_param_range_map(param)["param"].start
+    accumulated: torch.Tensor = param.main_grad  # type: ignore[attr-defined]  # of every parameter in a buffer
+    return accumulated.view(-1)[start : start + shard.numel()]
+
+
+def weights_of(wrapper: DistributedWrapper, param: nn.Parameter) -> torch.Tensor:
+    """What of the model's weights a rank writes after its step, and then sends: 1-D, in the dtype of the model.
+
+    Args:
+        wrapper: what steps a shard of the parameter.
+        param: of the model.
+    """
+    buffer, _, bucket = wrapper.model_param_gbuf_map[param]
+    place = wrapper._get_model_param_range_map(param)["gbuf_world_in_bucket"]
+    return wrapper.buffers[buffer].buckets[bucket].param_data.view(-1)[place.start : place.end]
+
+
+def shards_of(wrapper: DistributedWrapper) -> dict[nn.Parameter, torch.Tensor]:
     """This rank's shard of each model parameter of which it steps something."""
     return {
         param: shard
@@ -129,7 +154,7 @@ def _shards(wrapper: DistributedWrapper) -> dict[nn.Parameter, torch.Tensor]:
 
 def _stepped_shards(wrapper: DistributedWrapper) -> Iterator[tuple[nn.Parameter, Stepped]]:
     """Every parameter of the wrapper's buffers in their order, also those of which other ranks hold all."""
-    shards, group = _shards(wrapper), wrapper.data_parallel_group
+    shards, group = shards_of(wrapper), wrapper.data_parallel_group
     for param, placement in _placements(wrapper):
         shard = shards.pop(param, None)
         start, numel = 0, 0

@@ -33,6 +33,10 @@ R = TypeVar("R")
 ArgsProvider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
 _JSON_SETTINGS = (*BLOCK_KEYS, "own")
+_SWITCHES = {
+    "cautious_weight_decay": "Weight decay only where it agrees with the update.",
+    "fused_step": "Clip, update and write the model's weights in one pass; needs --use-distributed-optimizer.",
+}
 _TRAINING = "megatron.training.training"
 _FACTORY = "get_megatron_optimizer"
 _MUON_FACTORY = "get_megatron_muon_optimizer"  # takes the factory's place for --optimizer muon and dist_muon
@@ -51,6 +55,7 @@ class Settings(TypedDict):
     transfer: object
     momentum_dtype: MomentumDtype
     backend: str
+    fused_step: bool
 
 
 def add_blockwise_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -87,11 +92,8 @@ def add_blockwise_args(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     group.add_argument(
         "--blockwise-momentum-dtype", choices=list(MOMENTUM_DTYPES), default="fp32", help="Storage of the first moment."
     )
-    group.add_argument(
-        "--blockwise-cautious-weight-decay",
-        action="store_true",
-        help="Weight decay only where it agrees with the update.",
-    )
+    for name, what in _SWITCHES.items():
+        group.add_argument(f"--blockwise-{name.replace('_', '-')}", action="store_true", help=what)
     group.add_argument("--blockwise-backend", choices=list(BACKENDS), default="auto", help="Kernels.")
     return parser
 
@@ -113,7 +115,7 @@ def settings_in(args: argparse.Namespace) -> Settings | None:
     """
     if getattr(args, "blockwise_optimizer", None) is None:
         given = [name for name in _JSON_SETTINGS if getattr(args, f"blockwise_{name}", None) is not None]
-        given += ["cautious_weight_decay"] if getattr(args, "blockwise_cautious_weight_decay", False) else []
+        given += [name for name in _SWITCHES if getattr(args, f"blockwise_{name}", False)]
         if given:
             raise ValueError(
                 f"--blockwise-{given[0].replace('_', '-')} was given without --blockwise-optimizer. Add "
@@ -131,6 +133,7 @@ def settings_in(args: argparse.Namespace) -> Settings | None:
         "transfer": args.blockwise_transfer,
         "momentum_dtype": args.blockwise_momentum_dtype,
         "backend": args.blockwise_backend,
+        "fused_step": args.blockwise_fused_step,
     }
 
 

@@ -50,6 +50,7 @@ class Bucket(Protocol):
 
     offset: int
     grad_data: torch.Tensor
+    param_data: torch.Tensor
 
 
 class Buffer(Protocol):
@@ -57,12 +58,14 @@ class Buffer(Protocol):
 
     param_index_map: Mapping[nn.Parameter, tuple[int, int, int]]  # start, end, index of the bucket
     buckets: Sequence[Bucket]
+    grad_dtype: torch.dtype
 
 
 class Range(Protocol):
-    """Elements from ``start`` to ``end`` of a flattened parameter."""
+    """Elements from ``start`` to ``end`` of a flattened tensor."""
 
     start: int
+    end: int
 
 
 class DistributedWrapper(Wrapper, Protocol):
@@ -72,13 +75,15 @@ class DistributedWrapper(Wrapper, Protocol):
     data_parallel_group: dist.ProcessGroup
     ddp_config: object
     model_param_group_index_map: MutableMapping[nn.Parameter, tuple[int, int]]  # param group, place in it
+    model_param_gbuf_map: Mapping[nn.Parameter, tuple[int, object, int]]  # index of the buffer, dtypes, bucket
     model_float16_groups: Sequence[Sequence[nn.Parameter]]
     model_fp32_groups: Sequence[Sequence[nn.Parameter]]
     shard_fp32_from_float16_groups: Sequence[Sequence[torch.Tensor]]
     shard_fp32_groups: Sequence[Sequence[torch.Tensor]]
 
     def _get_model_param_range_map(self, param: nn.Parameter) -> Mapping[str, Range]:
-        """Under the key ``param``: the elements of a parameter that this rank steps."""
+        """The elements of a parameter that this rank steps: in it under ``param``, in their bucket under
+        ``gbuf_world_in_bucket``."""
 
 
 _ATTRIBUTES: dict[type, tuple[type, ...]] = {

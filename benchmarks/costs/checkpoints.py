@@ -6,12 +6,17 @@ python -m benchmarks.costs.checkpoints --docs   # also writes the table into doc
 
 The engines save and load in turn. When ours return, the files are on the disk; DeepSpeed's are in the page cache then,
 so the time until the disk has them is measured as well. Loads read from the page cache.
+
+A virtual machine gives memory that is free for some seconds back to its host, and fetches it page by page when it is
+used again: up to two seconds a gigabyte. So the order is drawn anew in each round, that nobody always follows one whose
+files were smaller, and as much memory as a save and a load need is used once before each.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import random
 import shutil
 import statistics
 import tempfile
@@ -62,10 +67,11 @@ def measure(options: argparse.Namespace) -> list[dict[str, str]]:
     engines = {name: _engine(section, options) for name, section in sections.items()}
     times: dict[str, list[tuple[float, ...]]] = {name: [] for name in engines}
     sizes: dict[str, int] = {}
+    draw, largest = random.Random(0), 0
     for turn in range(options.rounds + 1):
-        names = list(engines)
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            taken, sizes[name] = _save_and_load(engines[name], options.folder)
+        for name in draw.sample(list(engines), len(engines)):
+            taken, sizes[name] = _save_and_load(engines[name], options.folder, 2 * largest)
+            largest = max(largest, sizes[name])
             if turn:
                 times[name].append(taken)
     common = provenance()
@@ -88,16 +94,18 @@ def measure(options: argparse.Namespace) -> list[dict[str, str]]:
     return rows
 
 
-def _save_and_load(engine: Any, parent: Path | None) -> tuple[tuple[float, ...], int]:
+def _save_and_load(engine: Any, parent: Path | None, memory: int) -> tuple[tuple[float, ...], int]:
     folder = tempfile.mkdtemp(dir=parent)
     try:
         os.sync()  # what others left for the disk to do is not ours
+        torch.ones(memory, dtype=torch.uint8)
         begin = time.perf_counter()
         engine.save_checkpoint(folder, tag="t")
         saved = time.perf_counter()
         os.sync()
         on_disk = time.perf_counter()
         size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+        torch.ones(memory, dtype=torch.uint8)
         return (saved - begin, on_disk - begin, _seconds(lambda: engine.load_checkpoint(folder, tag="t"))), size
     finally:
         shutil.rmtree(folder)

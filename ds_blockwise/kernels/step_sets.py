@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import compress
-from operator import is_
-from typing import NamedTuple
+from operator import is_, itemgetter
+from typing import NamedTuple, cast
 
 import torch
 
@@ -18,6 +18,8 @@ from ds_blockwise.kernels.base import Hyper, Item, StepState
 from ds_blockwise.kernels.bindings import Work, by_kernels
 from ds_blockwise.kernels.close_look import DATA_PTR, OFFSET, STORAGE, STORAGE_NBYTES, CloseLook
 from ds_blockwise.kernels.tensor_checks import check_states, check_stepped, dense, is_dense
+
+_EXP_AVG = itemgetter("exp_avg")
 
 Tensors = Sequence[torch.Tensor]
 Gradients = Sequence[torch.Tensor | None]
@@ -27,9 +29,9 @@ class GivenGradient(NamedTuple):
     """What a host hands over for one tensor in one step, in the place of ``tensor.grad``.
 
     Attributes:
-        grad: the gradient.
+        grad: the gradient, in the shape of the tensor, bf16 or fp32; may have another dtype. Not changed.
         scale: `Item.grad_scale`.
-        copy: `Item.param_copy`.
+        copy: `Item.param_copy`, detached.
     """
 
     grad: torch.Tensor
@@ -63,6 +65,8 @@ class StepSet:
         self.by_kernels = by_kernels(stepped)
         self._has_work, self._own = has_work, [w.item for w in own]
         self._items, self._shapes = [w.item for w in stepped], [w.binding.shape for w in stepped]
+        self._with_grad = [item.grad is not None for item in self._own]
+        self._grads: list[torch.Tensor] = []  # of the items, in one step
         self._given_to: list[Item] = []
         self._params = [item.param for item in self._items]
         self._copies = [item.param_copy for item in self._items if item.param_copy is not None]
@@ -77,9 +81,10 @@ class StepSet:
             hypers: likewise.
             given: what a host handed over, by the id of the tensor.
         """
-        of_step = zip(self._own, compress(grads, self._has_work), compress(hypers, self._has_work), strict=True)
-        for item, grad, hyper in of_step:
+        own = [*compress(grads, self._has_work)]
+        for item, grad, hyper in zip(self._own, own, compress(hypers, self._has_work), strict=True):
             item.grad, item.hyper = grad, hyper
+        self._grads = cast("list[torch.Tensor]", [*compress(own, self._with_grad)])
         self._given_to = [item for item in self._items if id(item.param) in given] if given else []
         for item in self._given_to:
             _, item.grad_scale, item.param_copy = given[id(item.param)]
@@ -87,6 +92,7 @@ class StepSet:
     def end(self) -> None:
         """Let go of what belongs to one step, whether or not it came to its end."""
         nothing: StepState = {}
+        self._grads = []
         for w in self.work:
             item = w.item
             item.state, item.grad, item.sums, item.update, item.keeps_update = nothing, None, None, None, False
@@ -99,8 +105,8 @@ class StepSet:
 
     def look_at_stepped(self) -> None:
         """`check_stepped`; then replaces gradients whose memory does not hold their elements in order by copies."""
-        grads = [item.grad for item in self._items if item.grad is not None]
-        tensors = [*self._params, *grads]
+        grads = self._grads
+        tensors = self._params + grads
         if not self._of_stepped.still_holds(tensors):
             check_stepped(self._items, self._shapes)
             self._of_stepped.remember(tensors)
@@ -114,9 +120,10 @@ class StepSet:
     def look_at_states(self) -> None:
         """`check_states` of the stepped tensors."""
         states = [item.state for item in self._items]
-        tensors = [*[s["exp_avg"] for s in states], *[s["exp_avg_sq"] for s in states if "exp_avg_sq" in s]]
-        tensors += self._copies
-        tensors += [item.param_copy for item in self._given_to if item.param_copy is not None]
+        tensors = [*map(_EXP_AVG, states), *[s["exp_avg_sq"] for s in states if "exp_avg_sq" in s]]
+        if self._copies or self._given_to:
+            tensors += self._copies
+            tensors += [item.param_copy for item in self._given_to if item.param_copy is not None]
         if not self._of_states.still_holds(tensors):
             check_states(self._items)
             self._of_states.remember(tensors)

@@ -66,8 +66,9 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
         checkpoint_format: ``"expanded"`` (AdamW's keys and shapes) or ``"compact"`` (second moments per block; a third
             smaller, loads at the topology that wrote it, or anywhere after ``ds-blockwise convert``).
         telemetry: ``{"interval": 100, ...}``; see `ds_blockwise.measure.readings.TelemetrySettings`. Default: off.
-        fused_step: under DeepSpeed's ZeRO 1 and 2, cast, clip, update and write the model's weights in one pass over
-            memory, with the same results; refused by name elsewhere. Default: false.
+        fused_step: under DeepSpeed's ZeRO 1 and 2, and in Megatron-core's ``DistributedOptimizer``, cast, clip, update
+            and write the model's weights in one pass over memory, with the same results; refused by name elsewhere.
+            Default: false.
 
     State on each rank: per stepped tensor ``step`` (int), ``exp_avg`` in the tensor's shape, and ``exp_avg_sq`` of
     shape ``(num_blocks,)``, one value per block with elements on this rank (equal on all ranks that share the block).

@@ -40,8 +40,9 @@ class BlockwiseAdamW(BlockwiseOptimizer):
         backend: ``"auto"`` (C++ for CPU tensors, Triton for CUDA), ``"cpp"``, ``"triton"`` or ``"reference"``.
         checkpoint_format: accepted so that one JSON serves both optimizers; second moments are element-wise.
         telemetry: ``{"interval": 100, ...}``; see `ds_blockwise.measure.readings.TelemetrySettings`. Default: off.
-        fused_step: under DeepSpeed's ZeRO 1 and 2, cast, clip, update and write the model's weights in one pass over
-            memory, with the same results; refused by name elsewhere. Default: false.
+        fused_step: under DeepSpeed's ZeRO 1 and 2, and in Megatron-core's ``DistributedOptimizer``, cast, clip, update
+            and write the model's weights in one pass over memory, with the same results; refused by name elsewhere.
+            Default: false.
 
     State on each rank: per stepped tensor ``step`` (int), ``exp_avg`` and ``exp_avg_sq`` in the tensor's shape.
     Nothing is communicated, but in the steps that telemetry or measured multipliers read.

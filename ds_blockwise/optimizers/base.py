@@ -132,7 +132,7 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         self._bindings = Bindings(self.kernels_on, shares_second_moment=self.shares_second_moment)
         self._sets = StepSets()
         self._copies: dict[int, torch.Tensor] = {}
-        self._given: dict[int, GivenGradient] = {}
+        self._given: dict[int, GivenGradient] | None = None
         self._finite_over: ReductionGroups | None = None
         self._observers: list[StepObserver] = []
         self._refusal: str | None = None
@@ -358,22 +358,21 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         self._sets.forget()
 
     @contextmanager
-    def given_gradient(
-        self, tensor: torch.Tensor, grad: torch.Tensor, *, scale: float | None, copy: torch.Tensor | None
-    ) -> Iterator[None]:
-        """Inside, `step` takes this gradient of a tensor and not ``tensor.grad`` (hosts only).
+    def given_gradients(self, given: Mapping[torch.Tensor, GivenGradient]) -> Iterator[Callable[[], bool]]:
+        """Inside, `step` takes these gradients of tensors and not their ``grad`` (hosts only).
 
         Args:
-            tensor: bound, fp32.
-            grad: in its shape, bf16 or fp32; may have another dtype than the tensor. Not changed.
-            scale: what the gradient is multiplied by where it is read; None: nothing.
-            copy: as of `write_copy`; None: there is none. It is not kept alive.
+            given: by tensor, which is bound and fp32; empty where this rank steps nothing. Not kept alive.
+
+        Yields:
+            Whether a step inside has updated, and so written the copies: not if an observer held it back.
         """
-        self._given = {id(tensor): GivenGradient(grad, scale, None if copy is None else copy.detach())}
+        calls = self.step_calls
+        self._given = {id(tensor): gradient for tensor, gradient in given.items()}
         try:
-            yield
+            yield lambda: self.step_calls > calls
         finally:
-            self._given = {}
+            self._given = None
 
     # ------------------------------------------------------------------- step
 
@@ -396,10 +395,11 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
                 loss = closure()
         if self._refusal is not None:
             raise ValueError(self._refusal)
-        if self.fused_step and not self._given:
+        if self.fused_step and self._given is None:
             raise ValueError(
                 f"{type(self).__name__} was given fused_step=True, and nobody hands it gradients in that form: only "
-                f'DeepSpeed\'s engine at ZeRO stage 1 or 2 does. Write "fused_step": false, or leave it out.'
+                f"DeepSpeed's engine at ZeRO stage 1 or 2 and Megatron-core's DistributedOptimizer (convert_) do. "
+                f'Write "fused_step": false, or leave it out.'
             )
         now = self._set_of_step()
         try:
@@ -432,7 +432,8 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
     def _set_of_step(self) -> StepSet:
         """The tensors of a step, with those that only other ranks may have gradients of."""
         tensors = [*self._tensors()]
-        grads = [tensor.grad for tensor in tensors] if not self._given else [*map(self._gradient_of, tensors)]
+        given = self._given or {}
+        grads = [given[id(tensor)].grad if id(tensor) in given else tensor.grad for tensor in tensors]
         hypers = [
             hyper
             for group in self.param_groups
@@ -442,12 +443,8 @@ class BlockwiseOptimizer(torch.optim.AdamW, ABC):
         if found is None:
             found = self._new_set(tensors, grads, hypers)
             self._sets.keep(found, grads, self._bindings.version)
-        found.begin(grads, hypers, self._given)
+        found.begin(grads, hypers, given)
         return found
-
-    def _gradient_of(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        given = self._given.get(id(tensor))
-        return tensor.grad if given is None else given.grad
 
     def _new_set(
         self, tensors: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None], hypers: Sequence[Hyper]

@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from ds_blockwise.blocks.segment_table import build_table
+from ds_blockwise.blocks.segment_table import SegmentTable, build_table
 from ds_blockwise.kernels.base import StepState, wide_dtype
 from ds_blockwise.kernels.bindings import Binding
 from ds_blockwise.kernels.update import block_sums
@@ -25,6 +25,7 @@ SecondMoment = Literal["none", "element", "block"]
 """What an optimizer keeps in memory: nothing, a value for each element, or one for all elements of a block."""
 
 _MARK = "_is_per_block"
+_EXACTLY_SUMMED = 1 << 29  # as many equal fp32 values (24 bits each) have an exact sum in fp64, in any order
 _NO_STATE: StepState = {}
 States = Mapping[torch.Tensor, StepState]
 
@@ -124,13 +125,32 @@ def to_blocks(states: States, bindings: Sequence[Binding]) -> None:
     Raises:
         ValueError: a second moment has neither one value per element nor one per block.
     """
-    sums = [block_sums(_flat_elements(states, b), b.table, square=False) for b in bindings]
+    sums = [_sums(_flat_elements(states, b), b.table) for b in bindings]
     reduce_block_sums_([(total, b.table, b.groups) for total, b in zip(sums, bindings, strict=True)])
     for total, b in zip(sums, bindings, strict=True):
         state = states.get(b.tensor, _NO_STATE)
         if "exp_avg_sq" in state:
             numel = b.table.on(total.device).slot_numel[: b.table.num_blocks]
             state["exp_avg_sq"] = (total[: b.table.num_blocks] / numel).to(state["exp_avg_sq"].dtype)
+
+
+def _sums(values: torch.Tensor, table: SegmentTable) -> torch.Tensor:
+    """`block_sums` of the values, without a copy of them in fp64 where each block holds one fp32 value, as files do."""
+    found = _sums_of_equal(values, table) if values.dtype == torch.float32 else None
+    return block_sums(values, table, square=False) if found is None else found
+
+
+def _sums_of_equal(values: torch.Tensor, table: SegmentTable) -> torch.Tensor | None:
+    """None if the elements of a block differ, or are so many that their order would decide the last bit."""
+    sums = torch.zeros(table.num_slots, dtype=torch.float64, device=values.device)
+    for run in table.runs:
+        part = run.of(values)
+        first = part[..., :1] if run.block_stride else part[:1, :, :1]
+        count = run.numel if run.block_stride else run.numel * run.repeat
+        if count > _EXACTLY_SUMMED or not bool((part == first).all()):
+            return None
+        run.blocks_of(sums).add_(first.to(torch.float64), alpha=count)
+    return sums
 
 
 def _flat_elements(states: States, binding: Binding) -> torch.Tensor:

@@ -6,12 +6,22 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("deepspeed", reason="the benchmarks cut shards with the DeepSpeed host: extra 'deepspeed'")
 pytest.importorskip("megatron.core", reason="the benchmarks count on Megatron-core's model: extra 'megatron'")
 
-from benchmarks.costs import checkpoints, communication, communication_overhead, end_to_end, fused_step, muon_traffic
+from benchmarks.costs import (
+    checkpoints,
+    communication,
+    communication_overhead,
+    end_to_end,
+    fused_step,
+    muon_traffic,
+    safety_checks,
+)
 from benchmarks.provenance import PROVENANCE, read_csv
+from ds_blockwise.kernels.close_look import CloseLook
 from ds_blockwise.optimizers.registry import OPTIMIZERS
 from tests.helpers.benchmark_runs import run_benchmark
 
@@ -121,6 +131,29 @@ def test_fused_step_is_timed_beside_the_step_that_it_replaces(tmp_path: Path) ->
             assert f"| {row[column]} |" in line
     for column in ("cpu", "torch", "deepspeed", "date", "commit"):
         assert rows[0][column] in text, column
+
+
+def test_the_checks_of_a_step_are_all_left_out_and_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The difference would be of something else than the checks."""
+    looks: list[int] = []
+    close = CloseLook.still_holds
+    monkeypatch.setattr(CloseLook, "still_holds", lambda self, of: looks.append(len(of)) or close(self, of))
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # it would stay for the tests that follow
+    options = ("--numel", "2048", "--rounds", "2", "--steps", "1", "--out", str(tmp_path))
+    safety_checks.main([*options])
+    rows = read_csv(tmp_path / "safety_checks.csv")
+    assert tuple(rows[0]) == safety_checks.COLUMNS
+    kinds = [(row["optimizer"], row["tensors"]) for row in rows]
+    assert kinds == [(name, tensors) for tensors in ("1", "21") for name in safety_checks.MEASURED]
+    # parameters with gradients, then states, in every step with checks, and in no other
+    seen = [each for row in rows for each in [2, 1 if "Lion" in row["optimizer"] else 2] * (safety_checks.WARM_UP + 2)]
+    assert looks[: len(seen) // 2] == seen[: len(seen) // 2] and len(looks) == len(seen)
+    assert rows[0]["parameters"] == "2048" and abs(int(rows[-1]["parameters"]) / 1e6 - 1) < 0.01
+    for row in rows:
+        assert float(row["share"]) == pytest.approx(float(row["checks_us"]) / float(row["step_us"]), abs=1e-3)
+    head, _, *lines = safety_checks.markdown(rows).splitlines()
+    assert [line.count("|") for line in lines[: len(rows)]] == [head.count("|")] * len(rows)
+    assert rows[0]["commit"] in lines[-1]
 
 
 def test_checkpoints_are_timed_beside_deepspeeds(tmp_path: Path) -> None:

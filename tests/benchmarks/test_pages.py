@@ -13,7 +13,15 @@ import pytest
 pytest.importorskip("deepspeed", reason="the benchmarks cut shards with the DeepSpeed host: extra 'deepspeed'")
 pytest.importorskip("megatron.core", reason="the benchmarks count on Megatron-core's model: extra 'megatron'")
 
-from benchmarks.costs import checkpoints, communication, communication_overhead, end_to_end, fused_step, muon_traffic
+from benchmarks.costs import (
+    checkpoints,
+    communication,
+    communication_overhead,
+    end_to_end,
+    fused_step,
+    muon_traffic,
+    safety_checks,
+)
 from benchmarks.provenance import BENCHMARKS_PAGE, between, read_csv, write_between
 from benchmarks.step import muon, small, tables
 from benchmarks.step.shapes import LAYOUTS
@@ -40,6 +48,7 @@ TABLES = {
     "end-to-end": ("end_to_end.csv", end_to_end.markdown, "bench-end-to-end"),
     "checkpoints": ("checkpoints.csv", checkpoints.markdown, "bench-checkpoints"),
     "fused-step": ("fused_step.csv", fused_step.markdown, "bench-fused-step"),
+    "safety-checks": ("safety_checks.csv", safety_checks.markdown, "bench-safety-checks"),
 }
 
 

@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -21,6 +24,41 @@ class Operations(TorchDispatchMode):
         if function.namespace == "aten":
             self.names.append(str(function))
         return function(*args, **(kwargs or {}))
+
+
+class Traffic(TorchDispatchMode):
+    """What torch's operations do inside a ``with`` block to tensors of a size or more; our kernels are not theirs.
+
+    Args:
+        least: elements of the smallest tensor that is counted.
+
+    Attributes:
+        bytes: read and written.
+        operations: names of those that read or wrote any.
+    """
+
+    def __init__(self, least: int) -> None:
+        super().__init__()
+        self._least, self.bytes = least, 0
+        self.operations: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        """Count what goes in and, but for views, what comes out; a copy's target goes in without being read."""
+        out = function(*args, **(kwargs or {}))
+        if function.namespace == "aten" and not function.is_view:
+            read = args[1:] if function.overloadpacket is torch.ops.aten.copy_ else args
+            found = sum(t.nbytes for t in _tensors([read, out]) if t.numel() >= self._least)
+            self.bytes += found
+            self.operations += [str(function)] if found else []
+        return out
+
+
+def _tensors(found: Any) -> Iterator[Tensor]:
+    if isinstance(found, Tensor):
+        yield found
+    elif isinstance(found, (list, tuple)):
+        for one in found:
+            yield from _tensors(one)
 
 
 def count_calls(function: Callable[[], object]) -> int:

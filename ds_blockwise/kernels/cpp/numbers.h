@@ -188,6 +188,21 @@ void fold_blocks(const double* __restrict__ squares, int64_t count, int64_t n, d
   }
 }
 
+// Of blocks of two elements, whose squares are exact in a double: no order of rounding to keep.
+template <class Gradients>
+void sum_pairs(const Gradients g, int64_t count, double* __restrict__ sums) {
+  constexpr int64_t pairs = SquareSum::lanes / 2;
+  for (int64_t from = 0; from < count; from += pairs) {
+    const int64_t to = std::min<int64_t>(from + pairs, count);
+    ask_for(g + 2 * from + kRoom);
+#pragma omp simd
+    for (int64_t i = from; i < to; ++i) {
+      const double x = load(g[2 * i]), y = load(g[2 * i + 1]);
+      sums[i] = x * x + y * y;
+    }
+  }
+}
+
 // sum_squares of each of `count` consecutive short blocks, kRoom elements at most. One by one they would take most of
 // their time for lanes that they do not reach, and for waiting for the end of each sum.
 template <class Gradients>
@@ -197,6 +212,7 @@ void sum_short_blocks(const Gradients g, int64_t count, int64_t n, double* __res
     for (int64_t i = 0; i < count; ++i) sums[i] = sum_squares(g + i * n, n);
     return;
   }
+  if (n == 2) return sum_pairs(g, count, sums);
   double squares[kRoom + SquareSum::lanes];
   const int64_t total = count * n;
   for (int64_t from = 0; from < total; from += SquareSum::lanes) {
@@ -210,10 +226,6 @@ void sum_short_blocks(const Gradients g, int64_t count, int64_t n, double* __res
   }
   const double* s = squares;
   switch (n) {
-    case 2:
-#pragma omp simd
-      for (int64_t i = 0; i < count; ++i) sums[i] = s[2 * i] + s[2 * i + 1];
-      return;
     case 3:
 #pragma omp simd
       for (int64_t i = 0; i < count; ++i) sums[i] = (s[3 * i] + s[3 * i + 2]) + s[3 * i + 1];
@@ -237,9 +249,23 @@ void spread_lanes(const W* __restrict__ values, int64_t count, int64_t n, W* __r
     for (int k = 0; k < lanes; ++k) to[i * n + k] = values[i];
 }
 
+// Both copies of a float in one integer: compilers make a few vector instructions of this, and one store for each float
+// of the loop above.
+inline void spread_pairs(const float* __restrict__ values, int64_t count, float* __restrict__ to) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const uint64_t bits = bits_of_float(values[i]), both = bits | bits << 32;
+    std::memcpy(to + 2 * i, &both, sizeof both);
+  }
+}
+
+inline void spread_pairs(const double* __restrict__ values, int64_t count, double* __restrict__ to) {
+  spread_lanes<2>(values, count, 2, to);
+}
+
 template <class W>
 void spread(const W* __restrict__ values, int64_t count, int64_t n, W* __restrict__ to) {
-  if (n == 2) return spread_lanes<2>(values, count, n, to);
+  if (n == 2) return spread_pairs(values, count, to);
   if (n <= 4) return spread_lanes<4>(values, count, n, to);
   if (n <= 8) return spread_lanes<8>(values, count, n, to);
   for (int64_t i = 0; i < count; ++i)

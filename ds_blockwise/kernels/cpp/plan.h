@@ -39,6 +39,7 @@ struct Segment {
   int64_t start, count, numel, slot;
   int32_t run;
   Kind kind;
+  double inverse = 0;  // of short blocks whose sizes are one power of two: 1 / size, whose product is the quotient
 };
 
 // count x numel consecutive elements, one partial sum each.
@@ -198,8 +199,17 @@ class Planner {
     }
     // several long blocks, too: each is summed while the one before it is updated
     const int64_t step = std::max<int64_t>(4, kTask / numel);
-    for (int64_t b = 0; b < count; b += step)
+    for (int64_t b = 0; b < count; b += step) {
       plan_.segments.push_back({start + b * numel, std::min(step, count - b), numel, slot + b, run, kind});
+      if (kind == Kind::blocks) plan_.segments.back().inverse = inverse_of(plan_.segments.back());
+    }
+  }
+
+  double inverse_of(const Segment& segment) const {
+    const double* first = plan_.slot_numel.data() + segment.slot;
+    const bool same = std::all_of(first, first + segment.count, [first](double numel) { return numel == *first; });
+    int exponent;
+    return segment.numel <= kShort && same && std::frexp(*first, &exponent) == 0.5 ? 1 / *first : 0;
   }
 
   void push_sums(int64_t start, int64_t count, int64_t numel, int64_t slot, bool split, int32_t run) {

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_blockwise.optimizers.registry import OPTIMIZERS
+from tests.helpers.counting import Traffic
 from tests.helpers.deepspeed.compared import assert_same
 from tests.helpers.deepspeed.engine_cases import Case, build, config_of, groups_of
 from tests.helpers.deepspeed.engines import DTYPES, feed_step, masters, model_weights, open_engine
@@ -191,29 +191,6 @@ def check_telemetry(context: RankContext, case: Case) -> None:
     for kind, wanted in unfused.items():
         numbers = {name: value for name, value in asdict(wanted).items() if isinstance(value, float)}
         assert numbers and numbers == pytest.approx({n: getattr(fused_[kind], n) for n in numbers}, rel=1e-6), kind
-
-
-class Traffic(TorchDispatchMode):
-    """Bytes that torch's operations read and write inside a ``with`` block, of tensors of a size or more."""
-
-    def __init__(self, least: int) -> None:
-        super().__init__()
-        self._least, self.bytes = least, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        """Count what goes in and, but for views, what comes out."""
-        out = function(*args, **(kwargs or {}))
-        if function.namespace == "aten" and not function.is_view:
-            self.bytes += sum(t.nbytes for t in _tensors([args, out]) if t.numel() >= self._least)
-        return out
-
-
-def _tensors(found: Any) -> Iterator[Tensor]:
-    if isinstance(found, Tensor):
-        yield found
-    elif isinstance(found, (list, tuple)):
-        for one in found:
-            yield from _tensors(one)
 
 
 def check_traffic(context: RankContext, case: Case) -> None:

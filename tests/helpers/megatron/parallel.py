@@ -54,6 +54,7 @@ class Topology:
     experts: bool = False
     mtp: bool = False
     tied: bool = False
+    clip: float = 0.0
     settings: dict[str, Any] = field(default_factory=dict)  # of convert_
 
 
@@ -233,7 +234,7 @@ class ParallelRun:
             adam_beta1=BETAS[0],
             adam_beta2=BETAS[1],
             adam_eps=EPS,
-            clip_grad=0.0,
+            clip_grad=topology.clip,
             bf16=topology.dtype == "bf16",
             params_dtype=dtype,
             use_distributed_optimizer=distributed,

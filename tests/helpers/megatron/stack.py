@@ -48,8 +48,10 @@ class Stack:
     decoupled: bool = False
     mixed: bool = False  # some norms stay fp32 in a 16-bit model
     loss_scale: bool = False
+    fp32_grads: bool = False  # the buffer of gradients, of a 16-bit model
     settings: dict[str, Any] = field(default_factory=dict)  # of convert_
     config: dict[str, Any] = field(default_factory=dict)  # of OptimizerConfig
+    ddp: dict[str, Any] = field(default_factory=dict)  # of DistributedDataParallelConfig
     stock: bool = False  # do not convert
     by_name: bool = False  # let get_megatron_optimizer build ours
 
@@ -98,7 +100,13 @@ def lr_after(updates: int, peak: float = LR) -> float:
 
 
 class Run:
-    """A built stack with its chunk, its optimizer and its scheduler."""
+    """A built stack with its chunk, its optimizer and its scheduler.
+
+    Attributes:
+        zeros: how many zeros the optimizer counted in the gradients of the last step; None if it did not.
+    """
+
+    zeros: float | None = None
 
     def __init__(self, stack: Stack) -> None:
         from megatron.core import parallel_state as groups
@@ -125,9 +133,10 @@ class Run:
         ddp = DistributedDataParallelConfig(
             use_distributed_optimizer=stack.wrapper == "distributed",
             # sums of scaled gradients, or of the two copies of an embedding, have more bits than bf16
-            grad_reduce_in_fp32=stack.loss_scale or stack.pp > 1,
+            grad_reduce_in_fp32=stack.fp32_grads or stack.loss_scale or stack.pp > 1,
             bucket_size=stack.bucket_size,
             overlap_grad_reduce=stack.bucket_size is not None,  # otherwise the bucket size is ignored
+            **stack.ddp,
         )
         self.chunk = DistributedDataParallel(self.model.config, ddp, inside)
         config = OptimizerConfig(
@@ -216,7 +225,7 @@ class Run:
 
     def step(self) -> tuple[bool, float | None]:
         """One step of the optimizer and, if it was made, of the schedule: as Megatron-LM's training loop does."""
-        done, norm, _ = self.optimizer.step()
+        done, norm, self.zeros = self.optimizer.step()
         if done:
             self.scheduler.step(increment=1)
         return done, norm

@@ -58,16 +58,6 @@ class Tool:
     engines: tuple[str, ...] = ("LlamaForCausalLM",)
 
 
-NOT_RUN: Mapping[str, str] = {
-    "tool": "axolotl",
-    "version": "0.19.0",
-    "with": "",
-    "engines": "",
-    "result": "**untested**: it asks for packages of CUDA",
-    "command": "axolotl train config.yaml",
-    "date": "2026-11-30",
-}
-
 TOOLS = {
     "trl": Tool(
         "trl.md",
@@ -101,6 +91,44 @@ TOOLS = {
         ),
         updates=3,
         empty=("torchaudio",),  # its wheels need CUDA; it reads sound
+    ),
+    "axolotl": Tool(
+        "axolotl.md",
+        "axolotl",
+        # of what it asks for, what a run imports: the rest brings a CUDA build of torch, or is for clouds
+        (
+            (
+                *("--no-deps", "axolotl==0.19.0", "deepspeed==0.18.9", "transformers==5.16.1", "tokenizers==0.23.1"),
+                *("accelerate==1.13.0", "peft==0.20.0", "trl==1.9.0", "datasets==4.8.4", "dill==0.4.1"),
+                *("multiprocess==0.70.19", "fsspec==2025.10.0", "huggingface_hub==1.17.0", "hf_xet==1.4.3", "xxhash"),
+                *("pydantic==2.12.5", "pydantic_core==2.41.5", "pydantic-extra-types", "pandas==2.3.3", "pytz"),
+                *("bitsandbytes==0.50.2", "torchao==0.17.0", "kernels==0.16.0", "kernels_data", "optimum==1.16.2"),
+                *(
+                    "axolotl-contribs-lgpl==0.0.7",
+                    "axolotl-contribs-mit==0.0.6",
+                    "schedulefree==1.4.1",
+                    "evaluate==0.4.1",
+                ),
+                *("mistral-common==1.11.5", "pycountry", "tiktoken", "jsonschema", "jsonschema-specifications"),
+                *(
+                    "referencing",
+                    "rpds-py",
+                    "sentencepiece",
+                    "einops",
+                    "numba",
+                    "llvmlite",
+                    "addict",
+                    "colorama",
+                    "fire",
+                ),
+                *("termcolor", "fastcore", "python-dotenv==1.0.1", "typer==0.25.1", "shellingham", "httpx==0.28.1"),
+                *("httpcore==1.0.9", "aiohttp", "aiohappyeyeballs", "aiosignal", "attrs", "frozenlist", "multidict"),
+                *("propcache", "yarl", "posthog==6.7.11", "backoff", "distro", "six", "python-dateutil", "monotonic"),
+                *("wandb", "sentry-sdk", "gitpython", "gitdb", "smmap", "opentelemetry-api", "opentelemetry-sdk"),
+                *("opentelemetry-semantic-conventions", "importlib-metadata", "zipp"),
+            ),
+        ),
+        updates=3,
     ),
 }
 
@@ -148,8 +176,8 @@ def files_and_commands(page: Path) -> tuple[dict[str, str], list[str]]:
     return files, commands
 
 
-def run_page(name: str, tool: Tool, folder: Path) -> list[str]:
-    """Do what a tool's page says, in a folder; returns its commands.
+def run_page(name: str, tool: Tool, folder: Path) -> list[tuple[str, Path]]:
+    """Do what a tool's page says, in a folder; returns its commands, each with the folder of its records.
 
     Raises:
         RuntimeError: a command failed.
@@ -160,7 +188,7 @@ def run_page(name: str, tool: Tool, folder: Path) -> list[str]:
     for file, text in files.items():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_text(text, encoding="utf-8")
-    (folder / "records").mkdir()
+    done: list[tuple[str, Path]] = []
     hook = ROOT / "tests" / "helpers" / "tools" / "hook"
     variables = without_checkout() | {
         "PATH": f"{environment / 'bin'}{os.pathsep}{os.environ['PATH']}",
@@ -171,16 +199,30 @@ def run_page(name: str, tool: Tool, folder: Path) -> list[str]:
         "HF_HOME": str(folder / "cache"),
         "MODELSCOPE_CACHE": str(folder / "cache"),
         "MASTER_PORT": _free_port(),
-        RECORDS: str(folder / "records"),
+        "DO_NOT_TRACK": "1",
     }
     for command in commands:
+        records = folder / f"records_{len(done)}"
+        records.mkdir()
         line = command.replace("deepspeed --num_gpus", f"deepspeed --master_port {variables['MASTER_PORT']} --num_gpus")
-        done = subprocess.run(
-            ["bash", "-c", line], cwd=folder, env=variables, capture_output=True, text=True, timeout=1200, check=False
+        ran = subprocess.run(
+            ["bash", "-c", line],
+            cwd=folder,
+            env=variables | {RECORDS: str(records)},
+            capture_output=True,
+            text=True,
+            timeout=1200,
+            check=False,
         )
-        if done.returncode:
-            raise RuntimeError(f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
-    return commands
+        if ran.returncode:
+            raise RuntimeError(f"{command}\n{ran.stdout[-3000:]}\n{ran.stderr[-6000:]}")
+        done.append((command, records))
+    return done
+
+
+def in_one_line(commands: Sequence[str]) -> str:
+    """The commands of a page as they stand in the table."""
+    return "; ".join(" ".join(command.split()) for command in commands)
 
 
 def _free_port() -> str:
@@ -252,8 +294,8 @@ def try_tool(name: str, folder: Path) -> dict[str, str]:
         AssertionError: what it trained is not what our optimizer should do.
     """
     tool = TOOLS[name]
-    commands = run_page(name, tool, folder)
-    engines = check_records(folder / "records", tool)
+    done = run_page(name, tool, folder)
+    engines = [engine for _, records in done for engine in check_records(records, tool)]
     own, *others = versions(environment_of(name, tool), (tool.package, *_VERSIONS_OF))
     return {
         "tool": name,
@@ -261,7 +303,7 @@ def try_tool(name: str, folder: Path) -> dict[str, str]:
         "with": ", ".join(f"{package} {version}" for package, version in zip(_VERSIONS_OF, others, strict=True)),
         "engines": "; ".join(engines),
         "result": f"{tool.updates} updates on 2 ranks equal the oracle's (1e-4)",
-        "command": " ".join(commands[-1].split()),
+        "command": in_one_line([command for command, _ in done]),
         "date": date.today().isoformat(),
     }
 
@@ -275,7 +317,7 @@ def write(rows: Sequence[Mapping[str, str]]) -> None:
 
 def main() -> int:
     """The tools named as arguments, or all of them; 1 if one of them failed."""
-    failed, rows = 0, [dict(NOT_RUN)]
+    failed, rows = 0, []
     for name in sys.argv[1:] or TOOLS:
         with tempfile.TemporaryDirectory() as folder:
             try:

@@ -17,6 +17,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from ds_blockwise.checkpoint import folder as files
 from ds_blockwise.checkpoint import manifest as checkpoint_manifest
@@ -49,7 +50,8 @@ def check_round_trip(context: RankContext, case: Case | dict[str, Any]) -> None:
         assert (folder / "latest").read_text(encoding="utf-8") == "global_step1"
         train(run, context, 1)
         with patch.object(checkpoint_manifest, "sum_of", wraps=checkpoint_manifest.sum_of) as read_again:
-            save_checkpoint(run.engine, folder, "two", client_state=given, rank_state=state, save_latest=False)
+            with_tensor = {**given, "mask": torch.arange(3)}
+            save_checkpoint(run.engine, folder, "two", client_state=with_tensor, rank_state=state, save_latest=False)
         # what DeepSpeed's checkpoint engine writes is summed meanwhile: terabytes are not read again
         assert {call.args[0].name for call in read_again.call_args_list} == {f"rank_state_{context.rank:05d}.pt"}
         assert given == {"note": [1, {"two": 2.0}]}
@@ -68,15 +70,27 @@ def check_round_trip(context: RankContext, case: Case | dict[str, Any]) -> None:
     ours = isinstance(case, Case)
     assert (manifest["settings"] is not None) == ours
     with engine_of(case) as run:
-        path, back = run.engine.load_checkpoint(str(folder), tag="two")
+        with (
+            patch.object(checkpoint_manifest, "sum_of", wraps=checkpoint_manifest.sum_of) as summed,
+            patch.object(torch, "load", wraps=torch.load) as loads,
+        ):
+            path, back = run.engine.load_checkpoint(str(folder), tag="two")
         assert_same(everything(run), wanted)
         assert path is not None
+        if ours:  # bytes are read to be verified, each file's by one rank, and by nobody once more
+            unmapped = [call.args[0] for call in loads.call_args_list if call.kwargs.get("mmap") is not True]
+            assert loads.called and unmapped == []
+            read: list[Any] = [None] * context.world_size
+            dist.all_gather_object(read, [call.args[0].name for call in summed.call_args_list])
+            sizes = {name: facts["bytes"] for name, facts in manifest["files"].items()}
+            assert sum(sizes[name] for names in read for name in names) == sum(sizes.values())
+        assert str(folder / "two") not in Path("/proc/self/maps").read_text(encoding="utf-8"), "values of their own"
         loaded = load_rank_state(path)
         assert loaded["rank"] == context.rank
         assert loaded["python"] == state["python"]
         assert torch.equal(loaded["torch"], state["torch"])
         assert load_rank_state(folder / "global_step1") is None
-        assert back["note"] == given["note"]
+        assert back["note"] == given["note"] and back["mask"].tolist() == [0, 1, 2]
         assert not {"ds_blockwise", "universal_checkpoint_info"} & set(back)
 
 

@@ -255,6 +255,7 @@ def how_much_is_verified(context: RankContext, folder: Path, stage: int) -> None
         dist.all_gather_object(together, read)
         if mine is None:
             assert sorted(name for names in together for name in names) == everything_of, "each file once, by one rank"
+            assert own in read, "by the rank that reads it anyway"
         else:
             assert sorted(read) == mine, how
     if context.rank == 0:  # a bit of rank 1's moments

@@ -205,8 +205,9 @@ def _cases() -> dict[str, tuple[int, Case]]:
 
     def add(check: str, form: str, writer: Stack, reader: Stack | None = None) -> None:
         reader = reader or writer
-        mixed = "-mixed" if writer.mixed else ""
-        name = f"{check}-{form}-{writer.wrapper}-{writer.dtype}{mixed}-{reader.optimizer}-tp{writer.tp}to{reader.tp}"
+        kind = "-mixed" * writer.mixed + "-fused" * bool(writer.settings.get("fused_step"))
+        kind += "-to_fused" * bool(reader.settings.get("fused_step"))
+        name = f"{check}-{form}-{writer.wrapper}-{writer.dtype}{kind}-{reader.optimizer}-tp{writer.tp}to{reader.tp}"
         assert name not in table
         table[name] = (2, Case(writer, reader, form, check))
 
@@ -221,6 +222,10 @@ def _cases() -> dict[str, tuple[int, Case]]:
         add("resume", form, replace(mini, dtype="bf16", mixed=True))
         for dtype in ("fp32", "bf16"):
             add("resume", form, replace(mini, wrapper="plain", dtype=dtype))
+    fused = replace(mini, dtype="bf16", clip=0.05, settings={"fused_step": True})
+    add("resume", "dp_reshardable", fused)
+    add("resume", "dp_reshardable", fused, replace(fused, settings={}))
+    add("resume", "fully_reshardable", replace(fused, settings={}), fused)
     # upstream loads fully_reshardable only with Transformer Engine, and fp32 shards not at all
     add("stock_reads", "dp_reshardable", replace(mini, dtype="bf16"), replace(stock, dtype="bf16"))
     add("resume", "fully_reshardable", mini, replace(mini, tp=2))

@@ -185,6 +185,10 @@ def _cases() -> dict[str, tuple[int, Case]]:
     add("by_role", 1, Stack("adamw", tp=2, settings=by_role))
     add("clip", 2, replace(mini, clip=0.05))
     add("clip", 1, replace(mini, clip=0.05, tp=2, wrapper="plain"))
+    fused = {"settings": {"fused_step": True}, "clip": 0.05}
+    add("fused", 2, replace(mini, dtype="bf16", **fused))
+    add("fused", 2, Stack("adamw", dtype="bf16", fp32_grads=True, **fused))
+    add("fused", 1, replace(mini, shape="mqa", tp=2, **fused))
     add("decoupled", 2, replace(mini, decoupled=True))
     add("tied", 2, replace(mini, tied=True))
     for stack in (replace(mini, pp=2, tied=True), replace(mini, pp=2, tied=True, dtype="bf16", optimizer="adamw")):
@@ -216,6 +220,12 @@ def test_values(outcome: Outcome, name: str) -> None:
 @pytest.mark.parametrize("name", of_kinds(CASES, "clip"))
 def test_clipping_uses_the_whole_norm(outcome: Outcome, name: str) -> None:
     """The new optimizer would step on gradients that Megatron-core did not clip."""
+    passes(outcome, name)
+
+
+@pytest.mark.parametrize("name", of_kinds(CASES, "fused"))
+def test_the_fused_step(outcome: Outcome, name: str) -> None:
+    """Kernels would scale gradients by another factor than Megatron-core's, or leave the model's weights behind."""
     passes(outcome, name)
 
 

@@ -129,6 +129,9 @@ def test_arguments_become_settings(tmp_path: Path) -> None:
     assert parsed is not None
     assert (parsed["kind"], parsed["granularity"]) == ("BlockwiseAdamMini", {"value": "tensor"})
     assert (parsed["momentum_dtype"], parsed["backend"], parsed["rules"]) == ("fp32", "auto", None)
+    assert not parsed["fused_step"]
+    fused = _parsed("--blockwise-optimizer", "BlockwiseAdamMini", "--blockwise-fused-step")
+    assert fused is not None and fused["fused_step"]
     published = _parsed("--blockwise-optimizer", "BlockwiseAdamMini", "--blockwise-granularity", "published")
     assert published is not None and published["granularity"] == "published"
     for preset in ("paper", "auto"):
@@ -141,6 +144,9 @@ def test_settings_without_the_optimizer_are_an_error() -> None:
     for name in ("lr-multipliers", "own"):
         with pytest.raises(ValueError, match=f"--blockwise-{name} was given without --blockwise-optimizer"):
             _parsed(f"--blockwise-{name}", '{"emb": 2}')
+    for name in ("cautious-weight-decay", "fused-step"):
+        with pytest.raises(ValueError, match=f"--blockwise-{name} was given without --blockwise-optimizer"):
+            _parsed(f"--blockwise-{name}")
 
 
 @pytest.mark.parametrize("text", ["{emb: 2}", "no/such/file.json", "3"])

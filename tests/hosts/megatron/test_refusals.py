@@ -71,6 +71,34 @@ def _argument(name: str, value: Any) -> Spoil:
     return lambda run, arguments: arguments.update({name: value})
 
 
+def _fused(*more: Spoil, kind: str = "BlockwiseAdamMini", **settings: Any) -> Spoil:
+    """Ask for the fused step, of a run that has ``settings`` or was changed by ``more``."""
+
+    def spoil(run: Run, arguments: dict[str, Any]) -> None:
+        arguments.update(fused_step=True, kind=kind)
+        for name, value in settings.items():
+            setattr(run.wrapper.config, name, value)
+        for change in more:
+            change(run, arguments)
+
+    return spoil
+
+
+def _fp8_weights(run: Run, arguments: dict[str, Any]) -> None:
+    class Float8(nn.Parameter):
+        """Stands for a class of Transformer Engine's."""
+
+    next(iter(run.wrapper.buffers[0].param_index_map)).__class__ = Float8
+
+
+def _other_norm(run: Run, arguments: dict[str, Any]) -> None:
+    next(iter(run.wrapper.buffers[0].param_index_map)).grad_norm_group = "mtp"
+
+
+def _double_gradients(run: Run, arguments: dict[str, Any]) -> None:
+    run.wrapper.buffers[0].grad_dtype = torch.float64
+
+
 def _fsdp(run: Run, arguments: dict[str, Any]) -> None:
     run.wrapper.ddp_config = replace(run.wrapper.ddp_config, use_megatron_fsdp=True)
     del run.wrapper.buffers  # upstream makes none
@@ -141,7 +169,15 @@ SPOILS: dict[str, Spoil] = {
     "multiplier": _argument("lr_multipliers", {"emd": 3}),
     "foreign_setting": _argument("momentum", 0.9),
     "own_rate": _argument("lr", 1e-3),
-    "fused_step": _argument("fused_step", True),
+    "own_format": _argument("checkpoint_format", "compact"),
+    "fused_lion": _fused(kind="BlockwiseLion"),
+    "fused_plain": _fused(),
+    "fused_sent": _fused(overlap_param_gather_with_optimizer_step=True),
+    "fused_graph": _fused(optimizer_cuda_graph=True),
+    "fused_mxfp8": _fused(reuse_grad_buf_for_mxfp8_param_ag=True),
+    "fused_fp8": _fused(_fp8_weights),
+    "fused_other_norm": _fused(_other_norm),
+    "fused_gradients": _fused(_double_gradients),
     "unused_rule": _argument("rules", [{"match": "no such layer", "role": "ffn"}]),
     "disagree": _argument("lr_multipliers", {"ffn": 5}),
 }
@@ -164,10 +200,35 @@ CASES: dict[str, tuple[int, Case]] = {
     "multiplier": (2, Case("multiplier", "ValueError", ("emd", "emb"))),
     "foreign_setting": (2, Case("foreign_setting", "ValueError", ("BlockwiseAdamMini got an unknown key 'momentum'",))),
     "own_rate": (2, Case("own_rate", "ValueError", ("convert_ does not take lr", "OptimizerConfig"))),
-    "fused_step": (
+    "own_format": (2, Case("own_format", "ValueError", ("convert_ does not take checkpoint_format",))),
+    "fused_lion": (2, Case("fused_lion", "ValueError", ("BlockwiseLion does not support fused_step=True",))),
+    "fused_plain": (
         2,
-        Case("fused_step", "ValueError", ("convert_ does not take fused_step", "clip gradients themselves")),
+        Case(
+            "fused_plain",
+            "ValueError",
+            ("fused_step=True with Float16OptimizerWithFloat16Params", "Set use_distributed_optimizer=True"),
+            stack=Stack(stock=True, wrapper="plain", dtype="bf16"),
+        ),
     ),
+    "fused_layerwise": (
+        2,
+        Case(
+            "fused_plain",
+            "ValueError",
+            ("fused_step=True with FP32Optimizer", "without layer-wise optimizers"),
+            stack=Stack(stock=True, wrapper="layerwise"),
+        ),
+    ),
+    "fused_sent": (
+        2,
+        Case("fused_sent", "ValueError", ("with overlap_param_gather_with_optimizer_step=True", "to False")),
+    ),
+    "fused_graph": (2, Case("fused_graph", "ValueError", ("optimizer_cuda_graph=True", "clipping factor"))),
+    "fused_mxfp8": (2, Case("fused_mxfp8", "ValueError", ("reuse_grad_buf_for_mxfp8_param_ag=True", "FP8"))),
+    "fused_fp8": (2, Case("fused_fp8", "ValueError", ("with a Float8 among the parameters", "Leave fused_step out"))),
+    "fused_other_norm": (2, Case("fused_other_norm", "ValueError", ("grad_norm_group='mtp'", "another norm"))),
+    "fused_gradients": (2, Case("fused_gradients", "ValueError", ("gradients in torch.float64", "fp32 and bf16"))),
     "unused_rule": (2, Case("unused_rule", "ValueError", ("no such layer", "any pipeline stage"), True)),
     "other_copy": (
         2,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import io
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from ds_blockwise.blocks.segment_table import Placement
 from ds_blockwise.kernels.base import StepState
 from ds_blockwise.kernels.bindings import Binding, Bindings
 from ds_blockwise.kernels.select import kernels_for
+from ds_blockwise.kernels.update import block_sums
 from ds_blockwise.optimizers.second_moment import (
     is_per_block,
     mark_settled,
@@ -50,6 +52,30 @@ def test_equal_lengths_do_not_hide_another_order() -> None:
     # a column has three elements, and this rank's is the only one that is summed here
     assert torch.equal(values * 3, torch.tensor([0.0, 10.0, 20.0, 30.0, 60.0, 70.0]))
     assert torch.equal(per_element(values, binding) * 3, loaded)
+
+
+@pytest.mark.parametrize("expanded", [True, False])
+@pytest.mark.parametrize("role", [Role.QUERY, Role.FFN, Role.NORM])
+def test_the_mean_of_a_block_has_the_bits_of_its_sum(role: Role, expanded: bool, monkeypatch: Any) -> None:
+    """What our files hold is not copied in fp64, what AdamW's hold is; both are the sums of the reference."""
+    from ds_blockwise.optimizers import second_moment
+
+    shape = (21,) if role is Role.NORM else (12, 7)
+    own = spec(shape, role, num_heads=3) if role is Role.QUERY else spec(shape, role)
+    numel = own.numel - 4
+    binding = bound(own.numel, Placement(own, None, 0, 2, numel, shape))
+    generator = torch.Generator().manual_seed(1)
+    loaded = torch.rand(own.numel, generator=generator)
+    if expanded:
+        loaded = binding.table.expand(torch.rand(binding.table.num_blocks, generator=generator))
+    wanted = block_sums(loaded, binding.table, square=False)
+    called = []
+    monkeypatch.setattr(second_moment, "block_sums", lambda *a, **k: called.append(a) or block_sums(*a, **k))
+    states: dict[torch.Tensor, StepState] = {binding.tensor: {"exp_avg_sq": loaded.clone()}}
+    to_blocks(states, [binding])
+    counts = binding.table.on(wanted.device).slot_numel
+    assert torch.equal(states[binding.tensor]["exp_avg_sq"], (wanted / counts).float()[: binding.table.num_blocks])
+    assert bool(called) == (not expanded and role is not Role.NORM)
 
 
 def test_an_optimizer_settles_such_a_tensor_at_its_next_step() -> None:

@@ -7,6 +7,7 @@ raised on all. `checkpoint.save` is the other half. Checked with DeepSpeed 0.19.
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 from collections.abc import Callable, Mapping
@@ -27,6 +28,7 @@ from ds_blockwise.checkpoint.record import settings_of
 from ds_blockwise.checkpoint.record_changes import differences
 from ds_blockwise.checkpoint.record_types import Settings
 from ds_blockwise.hosts.deepspeed.checkpoint.load_portable import load_portable
+from ds_blockwise.hosts.deepspeed.checkpoint.recording import files_mapped
 from ds_blockwise.hosts.deepspeed.checkpoint.rehearse import misfits, model_file, starts_anew, universal_misfits
 from ds_blockwise.hosts.deepspeed.checkpoint.save import load_rank_state, save_checkpoint
 from ds_blockwise.hosts.deepspeed.checkpoint.schedule import load_schedule, restore_groups, set_rates
@@ -153,8 +155,10 @@ def _load_found(engine: Engine, checkpoint: Checkpoint, options: LoadOptions, *,
     without: LoadOptions = {**options, "load_lr_scheduler_states": False}
     folder = str(checkpoint.folder.parent)
     original = functools.partial(type(engine).load_checkpoint, engine, folder, checkpoint.tag, **without)
+    # a function of the user may keep what it is given, and an optimizer of another kind the moments
+    mapped = options["custom_load_fn"] is None and isinstance(engine.basic_optimizer, BlockwiseOptimizer)
     try:
-        load = functools.partial(_by_deepspeed, original)
+        load = functools.partial(_by_deepspeed, engine, original, mapped=mapped)
         path, client_state = _load_into_groups(engine, load, scheduled, tell=universal, moments=moments, anew=anew)
     except Exception:
         if undo is not None:
@@ -334,10 +338,14 @@ def _load_together(engine: Engine, load: Callable[[], Loaded]) -> Loaded:
     return loaded
 
 
-def _by_deepspeed(load: Callable[[], Loaded]) -> Loaded:
+def _by_deepspeed(engine: Engine, load: Callable[[], Loaded], *, mapped: bool) -> Loaded:
     """Say of whatever DeepSpeed raises that it may have changed weights; `_rehearse` leaves little of that."""
     try:
-        return load()
+        if not mapped:
+            return load()
+        with files_mapped(engine, trust=trusts(engine)):
+            path, client_state = load()
+        return path, copy.deepcopy(client_state)  # the files may be removed while the caller keeps it
     except Exception as error:
         raise CheckpointError(
             f"DeepSpeed could not load it ({type(error).__name__}: {error}). The weights of this engine may be partly "

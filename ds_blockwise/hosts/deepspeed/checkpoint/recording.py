@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands in the place of a checkpoint engine while DeepSpeed saves: failures are noted and not raised.
+"""What stands in the place of a checkpoint engine while DeepSpeed saves or loads.
 
-Files that DeepSpeed's usual checkpoint engine writes in torch's zip format are summed while they are written. It hands
-its ``path`` to ``torch.save`` (DeepSpeed 0.19.8, ``torch_checkpoint_engine.py`` 33-36), which takes a file as well.
+In a save failures are noted and not raised. Files that DeepSpeed's usual checkpoint engine writes in torch's zip format
+are summed while they are written. It hands its ``path`` to ``torch.save`` (DeepSpeed 0.19.8,
+``torch_checkpoint_engine.py`` 33-36), which takes a file as well.
+
+In a load tensors are mapped. DeepSpeed copies them to where they belong (0.19.8 reads a file of weights twice for that,
+``state_dict_factory.py`` 97 and 170), so no copy of a file is needed in memory, and what was read to verify it is not
+read again.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
 from ds_blockwise.atomic_files import SummedFile
 from ds_blockwise.checkpoint.manifest import FileFacts
+from ds_blockwise.hosts.deepspeed.checkpoint.tag_folder import load_file
 from ds_blockwise.hosts.deepspeed.engine import CheckpointEngine, Engine
 
 
@@ -39,6 +45,29 @@ def recorded_by(engine: Engine, notes: Notes) -> Iterator[None]:
         yield
     finally:
         engine.checkpoint_engine = own
+
+
+@contextmanager
+def files_mapped(engine: Engine, *, trust: bool) -> Iterator[None]:
+    """DeepSpeed's usual checkpoint engine loads a file with its tensors mapped; another one loads as it does.
+
+    Args:
+        engine: whatever takes what it loads must copy it: parameters, the wrapper, the basic optimizer.
+        trust: see `load_file`.
+    """
+    own = engine.checkpoint_engine
+    if type(own) is not TorchCheckpointEngine:
+        yield
+        return
+
+    def load(path: str, map_location: object = None) -> object:
+        return load_file(Path(path), trust=trust)  # on the CPU, where DeepSpeed asks for all of them
+
+    vars(own)["load"] = load
+    try:
+        yield
+    finally:
+        del vars(own)["load"]
 
 
 class RecordingEngine:

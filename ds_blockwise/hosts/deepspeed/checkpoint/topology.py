@@ -6,6 +6,8 @@ All ranks load one version of one checkpoint, or none does.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch.distributed as dist
@@ -132,8 +134,9 @@ def verify_together(engine: Engine, checkpoint: Checkpoint, names: list[str]) ->
         CheckpointError: on every rank: files are damaged or absent, or hold Python objects that nobody trusts.
         ReplacedError: on every rank: a save replaced or removed it.
     """
-    peers = [rank for rank, node in enumerate(gather(node_of(engine))) if node == node_of(engine)]
-    mine = names[peers.index(engine.global_rank) :: len(peers)]
+    said = gather((node_of(engine), _own_files(engine, checkpoint)))
+    peers = {rank: own for rank, (node, own) in enumerate(said) if node == node_of(engine)}
+    mine = _dealt(names, peers)[engine.global_rank]
     replaced: str | None = None
     try:
         problems = _problems(engine, checkpoint, mine)
@@ -149,6 +152,31 @@ def verify_together(engine: Engine, checkpoint: Checkpoint, names: list[str]) ->
             f"checkpoint {checkpoint.folder} is damaged; nothing was loaded:\n  - {listed}\nRestore these files from a "
             f"copy, or load another checkpoint: pass its tag, or write it into {LATEST!r}."
         )
+
+
+def _own_files(engine: Engine, checkpoint: Checkpoint) -> list[str]:
+    """`_read_by` where it is known, before anything was verified."""
+    if not _knows_its_files(engine, checkpoint):
+        return []
+    try:
+        return _read_by(engine, checkpoint)
+    except CheckpointError:  # what is missing is reported by whoever verifies
+        return []
+
+
+def _dealt(names: list[str], readers: Mapping[int, list[str]]) -> dict[int, list[str]]:
+    """Which rank verifies which files: the one that will read it if it is alone, so that it reads it once.
+
+    Args:
+        names: of all files, the largest first.
+        readers: by rank the files that it will read.
+    """
+    counts = Counter(name for read in readers.values() for name in read)
+    dealt = {rank: [name for name in read if counts[name] == 1 and name in names] for rank, read in readers.items()}
+    rest = [name for name in names if counts[name] != 1]
+    for number, rank in enumerate(readers):
+        dealt[rank] += rest[number :: len(readers)]
+    return dealt
 
 
 def _problems(engine: Engine, checkpoint: Checkpoint, mine: list[str]) -> list[str]:

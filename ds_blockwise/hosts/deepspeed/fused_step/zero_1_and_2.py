@@ -24,7 +24,7 @@ from deepspeed.runtime.zero import stage_1_and_2
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from ds_blockwise.hosts.deepspeed.engine import Engine, ZeroStep
-from ds_blockwise.kernels.self_check import disagreement
+from ds_blockwise.hosts.fused_step import check_kernels, handed_over
 from ds_blockwise.kernels.tensor_checks import dense
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 
@@ -36,8 +36,6 @@ _KNOWN_TEXTS: Mapping[str, tuple[str, ...]] = {  # SHA-256 of the methods whose 
     "get_grad_norm_direct": ("72af0993ad8cde2c5bc83a38b1040c7b90e84f07bd5ce72399c144a07ec4ba9a",),
     "has_overflow_partitioned_grads_serial": ("03c4bba82790422d05586d7c34df7b656b7e80c83ee94c1dc50037be9cdd1725",),
 }
-_SOME_SCALE = 0.37
-_16_BIT = (torch.bfloat16, torch.float16)
 
 
 def check_known(engine: Engine) -> None:
@@ -82,10 +80,7 @@ def fuse_step(wrapper: ZeroStep, optimizer: BlockwiseOptimizer) -> None:
     Raises:
         ValueError: this device's compiled kernels scale gradients in another way than the reference.
     """
-    for kernels, device in {(b.kernels, b.tensor.device) for b in optimizer.bindings()}:
-        problem = disagreement(kernels, device, _SOME_SCALE) if device.type != "cpu" else None
-        if problem is not None:
-            raise ValueError(f'"fused_step": true: {problem}. Write "fused_step": false.')
+    check_kernels(optimizer)
     wrapper.step = _FusedStep(wrapper, optimizer)
 
 
@@ -180,12 +175,12 @@ class _FusedStep:
         timer.start()
         masters = wrapper.single_partition_of_fp32_groups[group]
         weights = wrapper.parallel_partitioned_bit16_groups[group][_rank_in(wrapper, group)].detach()
-        copy, calls = weights if weights.dtype in _16_BIT else None, self._optimizer.step_calls
-        with self._optimizer.given_gradient(masters, gradient, scale=scale, copy=copy):
+        given = {masters: handed_over(gradient, scale, weights)}
+        with self._optimizer.given_gradients(given) as has_updated:
             wrapper._optimizer_step(group)
         wrapper._release_preflattened_grad_buffers(group)
         wrapper.averaged_gradients[group] = wrapper.all_grad_tensors[group] = None
-        if copy is None or self._optimizer.step_calls == calls:  # an observer held the update back
+        if given[masters].copy is None or not has_updated():
             weights.copy_(masters.detach())
         timer.stop()
 
