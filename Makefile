@@ -46,7 +46,7 @@ compare-same-lr: setup
 	$(BIN)/python -m benchmarks.compare.same_rate $(ARGS)
 
 # Does Blockwise Muon reach tuned AdamW's loss in half of its steps? About two hours on two cores; goes on where it stopped.
-# PLAN=5m: with four times the parameters; about 40 minutes.
+# PLAN=5m: with four times the parameters; about an hour and a half.
 compare-half: RUN = configs/run/compare$(if $(PLAN),_$(PLAN)).yaml
 compare-half: setup
 	$(BIN)/python launch/prepare_data.py --run $(RUN)

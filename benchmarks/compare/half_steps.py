@@ -3,7 +3,7 @@
 
 python -m benchmarks.compare.half_steps             # about two hours on two cores; goes on where it stopped
 python -m benchmarks.compare.half_steps --minutes 30
-python -m benchmarks.compare.half_steps --plan 5m   # with four times the parameters, in bf16; about 40 minutes
+python -m benchmarks.compare.half_steps --plan 5m   # with four times the parameters, in bf16; about an hour and a half
 
 The first seed chooses for every side: learning rate, settings, and the warm-up among a twentieth and a fifth of the
 steps. The verdict is from the four other seeds, which chose nothing. AdamW trains 800 steps, the
@@ -11,8 +11,8 @@ others 400, all with complete decays. Differences are between runs of one seed. 
 least two standard errors below 0. "Missed": as far above. Else the runs do not decide. AdamW's first seed is that of
 `make compare`, with the best rate there; where that has one warm-up only, the other one is tried here.
 
-The larger model gets the setting that was best with the smaller one, and a sweep of its own. There is no peer: torch's
-Muon wants whole matrices, which ZeRO-1 does not hand over.
+The larger model gets the settings that were best with the smaller one, ours and the peer's, each with a sweep of its
+own.
 """
 
 from __future__ import annotations

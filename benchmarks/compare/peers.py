@@ -13,32 +13,49 @@ import torch
 from torch import Tensor
 
 
-class _Cut:
-    """A fused weight as the matrices that a model with separate weights would have.
+class _Weight:
+    """One weight of the model, as the matrices that are stepped.
+
+    The host may hold it flat and in another dtype than the model does: ZeRO-1's fp32 copy is.
 
     Args:
-        weight: The fused weight, 2-D.
-        rows: Per matrix the numbers of its rows.
+        weight: As the model has it.
+        rows: Per matrix the numbers of its rows, for a fused weight: those that a model with separate weights would
+            have. Empty: it is stepped as it is.
     """
 
-    def __init__(self, weight: Tensor, rows: Sequence[Tensor]) -> None:
-        self.weight, self._rows = weight, rows
-        self.parts = [torch.nn.Parameter(weight.detach()[numbers]) for numbers in rows]
+    def __init__(self, weight: Tensor, rows: Sequence[Tensor] = ()) -> None:
+        self._shape, self._rows = weight.shape, rows
+        self.parts = [torch.nn.Parameter(part) for part in self._cut(weight.detach())]
 
-    def split(self, own: dict[str, Any], state: MutableMapping[Tensor, Any]) -> None:
-        """Give the matrices their rows of weight and gradient, and of the weight's own state."""
-        for number, (part, rows) in enumerate(zip(self.parts, self._rows, strict=True)):
-            part.detach().copy_(self.weight.detach()[rows])
-            part.grad = None if self.weight.grad is None else self.weight.grad[rows]
-            if f"momentum_{number}" in own:
-                state[part] = {"momentum_buffer": own[f"momentum_{number}"]}
+    def split(self, held: Tensor, state: MutableMapping[Tensor, Any]) -> None:
+        """Give the matrices their part of what the host holds: values, gradient, state."""
+        values = self._cut(held.detach())
+        grads = [None] * len(values) if held.grad is None else self._cut(held.grad)
+        own = state.pop(held, {})
+        for number, part in enumerate(self.parts):
+            part.data, part.grad = values[number], grads[number]
+            mark = f"{number}."
+            if kept := {name.removeprefix(mark): own[name] for name in own if name.startswith(mark)}:
+                state[part] = kept
 
-    def join(self, own: dict[str, Any], state: MutableMapping[Tensor, Any]) -> None:
+    def join(self, held: Tensor, state: MutableMapping[Tensor, Any]) -> None:
         """Take the stepped matrices back."""
-        for number, (part, rows) in enumerate(zip(self.parts, self._rows, strict=True)):
-            self.weight.detach()[rows] = part.detach()
-            if part in state:
-                own[f"momentum_{number}"] = state.pop(part)["momentum_buffer"]
+        for rows, part in zip(self._rows, self.parts, strict=False):
+            held.detach().view(self._shape)[rows] = part.detach()
+        for number, part in enumerate(self.parts):
+            state[held] |= {f"{number}.{name}": value for name, value in state.pop(part, {}).items()}
+            part.grad = None  # else it would step along with other groups
+
+    def _cut(self, tensor: Tensor) -> list[Tensor]:
+        """A view of the whole, or copies of the matrices."""
+        if tensor.numel() != self._shape.numel():
+            raise ValueError(
+                f"a weight of shape {tuple(self._shape)} came as {tensor.numel()} elements: this peer wants whole "
+                f"weights, as one process has them without ZeRO or under ZeRO-1"
+            )
+        whole = tensor.view(self._shape)
+        return [whole[rows] for rows in self._rows] or [whole]
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
@@ -71,21 +88,26 @@ class MuonAndAdamW(torch.optim.Optimizer):
         ffn_rows: int = 0,
         ratios: Mapping[str, float] | None = None,
     ) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        everything = [p for group in self.param_groups for p in group["params"]]
-        hidden = [p for p in everything if p.ndim == 2 and p.shape[0] != vocab_size]
-        rest = [p for p in everything if p.ndim != 2 or p.shape[0] == vocab_size]
+        # one group a weight: ZeRO-1 makes one flat tensor of each, and steps groups one by one
+        everything = list(params)
+        groups = [{"params": [p], "number": number} for number, p in enumerate(everything)]
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
+        hidden = [p for p in everything if _is_hidden(p, vocab_size)]
+        rest = [p for p in everything if not _is_hidden(p, vocab_size)]
         if not hidden or len([p for p in rest if p.ndim == 2]) != 2:
             raise ValueError(
                 f"vocab_size = {vocab_size}: expected an untied model with two matrices of so many rows and hidden "
                 f"layers, got {len(hidden)} hidden matrices and {[tuple(p.shape) for p in rest if p.ndim == 2]}"
             )
         cuts = fused_rows(heads, ffn_rows, {p.shape[0] for p in hidden})
-        self._cuts = [_Cut(p, cuts[p.shape[0]]) for p in hidden if p.shape[0] in cuts]
-        matrices = [p for p in hidden if p.shape[0] not in cuts] + [p for cut in self._cuts for p in cut.parts]
+        self._weights = [_Weight(p, cuts.get(p.shape[0], ()) if _is_hidden(p, vocab_size) else ()) for p in everything]
+        of = {p: weight.parts for p, weight in zip(everything, self._weights, strict=True)}
+        matrices = [part for p in hidden for part in of[p]]
         self._parts = [
             torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(_by_type(rest), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay),
+            torch.optim.AdamW(
+                _by_type([of[p][0] for p in rest]), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
+            ),
         ]
         self._ratios = {"emb": 1.0, "head": 1.0, "norm": 1.0} | dict(ratios or {})
 
@@ -93,15 +115,20 @@ class MuonAndAdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> None:
         """One update of both; closures are not used by DeepSpeed."""
         assert closure is None
-        for cut in self._cuts:
-            cut.split(self.state[cut.weight], self.state)
+        held = {group["number"]: group["params"][0] for group in self.param_groups}
+        for number, tensor in held.items():
+            self._weights[number].split(tensor, self.state)
         for part in self._parts:
             part.state = self.state  # also after a load, which makes a new one
             for group in part.param_groups:
                 group["lr"] = self.param_groups[0]["lr"] * self._ratios.get(group.get("type", ""), 1.0)
             part.step()
-        for cut in self._cuts:
-            cut.join(self.state[cut.weight], self.state)
+        for number, tensor in held.items():
+            self._weights[number].join(tensor, self.state)
+
+
+def _is_hidden(weight: Tensor, vocab_size: int) -> bool:
+    return weight.ndim == 2 and weight.shape[0] != vocab_size
 
 
 def _by_type(rest: Sequence[Tensor]) -> list[dict[str, Any]]:

@@ -158,7 +158,9 @@ class Trial:
             params["heads"] = [shape.num_heads, shape.num_kv_heads, shape.head_dim]
             params["ffn_rows"] = shape.ffn_hidden_size
         scheduler = self.scheduler or {"type": "BlockwiseCosineLR", "params": {"min_lr": MIN_LR_SHARE * self.lr}}
-        precision = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
+        precision: dict[str, Any] = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
+        if arm.type == "MuonAndAdamW":  # DeepSpeed knows AdamW and ours
+            precision["zero_allow_untested_optimizer"] = True
         return {
             "optimizer": {"type": arm.type, "params": {"lr": self.lr, **params}},
             "scheduler": copy.deepcopy(dict(scheduler)),
@@ -241,8 +243,8 @@ HALF = Plan(
     shift=2.0,
     warmup=0.2,
 )
-# what was best there, with a sweep of its own
-HALF_5M = replace(HALF, arms=("blockwise_muon_heads_3x",), shift=1.0, bf16=True)
+# what was best there of ours and of the peers, each with a sweep of its own
+HALF_5M = replace(HALF, arms=("blockwise_muon_heads_3x", "muon_roles_3x"), shift=1.0, bf16=True)
 # by the name of the run file; what is in the repository's pages
 PUBLISHED_PLANS = {"compare": FULL, "compare_warmup": PATIENT, "compare_5m": LARGER}
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the width rule keeps the best learning rate where it was: small LLaMAs of three widths, with it and without.
+"""Small LLaMAs of three widths: does the width rule keep the best learning rate, and does a preset help at each width?
 
     python -m benchmarks.compare.widths            # docs/compare/widths.csv; goes on where it was stopped
     python -m benchmarks.compare.widths --docs     # also writes the table into docs/rates.md
 
-Each width has a sweep by factors of 2 and two seeds for each rule, on the bytes of Python's standard library. A sweep
-grows while its edge is best. One process, one thread.
+Each width has a sweep by factors of 2 and two seeds for each rule and each preset, on the bytes of Python's standard
+library. A sweep grows while its edge is best. One process, one thread.
 """
 
 from __future__ import annotations
@@ -30,6 +30,10 @@ BASE_WIDTH = 64
 WIDTHS = (64, 128, 256)
 OFF = "off"
 RULES = (OFF, *TRANSFER_RULES)
+UNIFORM, TUNED = "uniform", "tuned"
+PRESETS = {UNIFORM: "`uniform` (AdamW)", OFF: "`adamw_scale`", TUNED: "`tuned`"}
+"""Without a rule; named as in the CSV."""
+WAYS = (*RULES, UNIFORM, TUNED)
 GRID = (2e-3, 4e-3, 8e-3)
 WIDEN = 4  # how often a sweep may grow
 SEEDS = (1, 2)
@@ -39,6 +43,7 @@ MIN_LR_SHARE = 0.05
 VALIDATION = 64  # sequences
 # said in full, so that a result never changes its meaning with the package's defaults
 MULTIPLIERS = {"emb": 1.25, "head": 1.25, "qk": 1.0, "ffn": 0.75, "vo": 0.5, "norm": 0.125, "other": 0.125}
+OTHER_MULTIPLIERS = {UNIFORM: dict.fromkeys(MULTIPLIERS, 1.0), TUNED: MULTIPLIERS | {"norm": 1.0}}
 SETTINGS = f"{LAYERS} layers, {STEPS} steps of {BATCH} x {LENGTH} bytes"
 COLUMNS = ("width", "rule", "lr", "seed", "loss", "parameters", "settings", "cpu_seconds", *PROVENANCE)
 Row = dict[str, str]
@@ -53,11 +58,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = [row for row in read_csv(options.csv) if row["settings"] == SETTINGS] if options.csv.is_file() else []
     text = _text()
     for width in WIDTHS:
-        for rule in RULES if width != BASE_WIDTH else (OFF,):  # at the base width every rule is the identity
-            _sweep(width, rule, rows, text, options.csv)
-    print(markdown(rows))
+        for way in WAYS:
+            if width != BASE_WIDTH or way not in TRANSFER_RULES:  # at the base width every rule is the identity
+                _sweep(width, way, rows, text, options.csv)
+    tables = {"widths": markdown(rows), "widths presets": preset_table(rows)}
+    print(*tables.values(), sep="\n\n")
     if options.docs:
-        write_between(ROOT / "docs/rates.md", "widths", markdown(rows))
+        for name, table in tables.items():
+            write_between(ROOT / "docs/rates.md", name, table)
 
 
 def _sweep(width: int, rule: str, rows: list[Row], text: torch.Tensor, csv: Path) -> None:
@@ -86,8 +94,8 @@ def _trained(width: int, rule: str, lr: float, seed: int, text: torch.Tensor) ->
         model.parameters(),
         lr=lr,
         weight_decay=0.1,
-        lr_multipliers=MULTIPLIERS,
-        transfer=None if rule == OFF else {"base_width": BASE_WIDTH, "rule": rule},
+        lr_multipliers=OTHER_MULTIPLIERS.get(rule, MULTIPLIERS),
+        transfer={"base_width": BASE_WIDTH, "rule": rule} if rule in TRANSFER_RULES else None,
     )
     schedule = BlockwiseCosineLR(optimizer, STEPS, WARMUP, min_lr=MIN_LR_SHARE * lr)
     drawn = torch.Generator().manual_seed(seed)
@@ -127,7 +135,8 @@ def losses(rows: Sequence[Row], width: int, rule: str) -> dict[float, float]:
     """Mean final loss over the seeds, by learning rate; a loss that is no number counts as infinite."""
     found: dict[float, list[float]] = {}
     for row in rows:
-        if (row["width"], row["rule"]) == (str(width), OFF if width == BASE_WIDTH else rule):
+        named = OFF if width == BASE_WIDTH and rule in TRANSFER_RULES else rule
+        if (row["width"], row["rule"]) == (str(width), named):
             loss = float(row["loss"])
             found.setdefault(float(row["lr"]), []).append(loss if loss == loss else float("inf"))
     return {lr: statistics.mean(values) for lr, values in sorted(found.items())}
@@ -152,14 +161,38 @@ def markdown(rows: Sequence[Row]) -> str:
             at_base = found[base]
             cells = (f"{best:g}", f"{found[best]:.3f}", f"{at_base:.3f}", f"{at_base - found[best]:.3f}")
             lines.append(f"| {rule} | {width} | {' | '.join(cells)} |")
-    first, seconds = rows[0], sum(float(row["cpu_seconds"]) for row in rows)
-    lines += [
-        "",
-        f"Means of {len(SEEDS)} seeds by `benchmarks/compare/widths.py`: LLaMAs of {first['settings']}, "
-        f"BlockwiseAdamW, {len(rows)} runs, {seconds / 60:.0f} CPU minutes on one core ({first['cpu']}), "
-        f"torch {first['torch']}, {first['date']}, commit {first['commit']}. All losses: `docs/compare/widths.csv`.",
+    source = _source([row for row in rows if row["rule"] in RULES], "BlockwiseAdamW")
+    return "\n".join([*lines, "", f"{source} All losses: `docs/compare/widths.csv`."])
+
+
+def preset_table(rows: Sequence[Row]) -> str:
+    """The second table: each preset's best loss, beside AdamW's at the same width."""
+    lines = [
+        "| multipliers | width | best `lr` | its loss | minus `uniform`'s | loss at the best `lr` of width 64 "
+        "| costs |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    return "\n".join(lines)
+    for way, label in PRESETS.items():
+        base = best_of(rows, BASE_WIDTH, way)
+        for width in WIDTHS:
+            found, best = losses(rows, width, way), best_of(rows, width, way)
+            adamw = min(losses(rows, width, UNIFORM).values())
+            at_base = found[base]
+            cells = (f"{best:g}", f"{found[best]:.3f}", f"{found[best] - adamw:+.3f}", f"{at_base:.3f}")
+            lines.append(f"| {label} | {width} | {' | '.join(cells)} | {at_base - found[best]:.3f} |")
+    source = _source([row for row in rows if row["rule"] in PRESETS], "BlockwiseAdamW without a width rule")
+    return "\n".join([*lines, "", source])
+
+
+def _source(rows: Sequence[Row], what: str) -> str:
+    seconds = sum(float(row["cpu_seconds"]) for row in rows)
+    last = rows[-1]
+    commits, dates = (", ".join(dict.fromkeys(row[key] for row in rows)) for key in ("commit", "date"))
+    return (
+        f"Means of {len(SEEDS)} seeds by `benchmarks/compare/widths.py`: LLaMAs of {last['settings']}, "
+        f"{what}, {len(rows)} runs, {seconds / 60:.0f} CPU minutes on one core ({last['cpu']}), "
+        f"torch {last['torch']}, {dates}, commit {commits}."
+    )
 
 
 if __name__ == "__main__":

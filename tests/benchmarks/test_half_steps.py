@@ -76,10 +76,10 @@ def test_the_seed_that_chooses_does_not_judge(gain, verdict, shown):
 
 
 def test_the_larger_model_takes_the_smaller_ones_best():
-    """One setting and no peer; rate and warm-up are chosen anew."""
+    """One setting for each side; rate and warm-up are chosen anew."""
     trials, size = _Formula(lambda t: 0.01 + 0.001 * (t.seed % 2)), half_steps.SIZES["5m"]
     half_steps.train(trials, size)
-    assert size.sides == ((BEST,),)
+    assert size.sides == ((BEST,), ("muon_roles_3x",))
     adamw = {t.warmup for t in trials.results if t.arm == BASELINE}
     assert adamw == {FULL.warmup}, "the one that is not published, as the formula's losses are below the published ones"
     assert {t.warmup for t in trials.results if t.arm == BEST} == {LARGER.warmup, FULL.warmup}

@@ -72,3 +72,37 @@ def test_a_fused_weight_is_stepped_like_separate_ones():
     for heads, ffn in (((4, 2, 3), 0), (None, 6), ((4, 2, 2), 8)):
         with pytest.raises(ValueError, match="rows"):
             peers.MuonAndAdamW(ours, lr=1e-2, vocab_size=20, heads=heads, ffn_rows=ffn)
+
+
+def test_flat_copies_are_stepped_like_whole_weights():
+    """ZeRO-1 puts a flat fp32 copy in the place of each group's bf16 weights, and steps one group after the other."""
+    torch.manual_seed(5)
+    shapes = [(20, 8), (16, 8), (10, 8), (8, 5), (8,), (20, 8)]
+    given = {"vocab_size": 20, "heads": (4, 2, 2), "ffn_rows": 5, "ratios": {"emb": 3, "norm": 2}}
+    whole = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    of_model = [torch.nn.Parameter(p.detach().bfloat16()) for p in whole]
+    ours, theirs = peers.MuonAndAdamW(of_model, lr=1e-2, **given), peers.MuonAndAdamW(whole, lr=1e-2, **given)
+    flat = [torch.nn.Parameter(p.detach().clone().flatten()) for p in whole]
+    for group, p in zip(ours.param_groups, flat, strict=True):
+        group["params"] = [p]
+    for step in range(4):
+        for a, b in zip(flat, whole, strict=True):
+            b.grad = torch.randn_like(b)
+            a.grad = b.grad.clone().flatten()
+        if step == 2:
+            saved = copy.deepcopy(ours.state_dict())
+            ours = peers.MuonAndAdamW(of_model, lr=1e-2, **given)
+            for group, p in zip(ours.param_groups, flat, strict=True):
+                group["params"] = [p]
+            ours.load_state_dict(saved)
+        groups = ours.param_groups
+        for group in groups:
+            ours.param_groups = [group]
+            ours.step()
+            group["params"][0].grad = None
+        ours.param_groups = groups
+        theirs.step()
+        assert all(torch.equal(a.view_as(b), b) for a, b in zip(flat, whole, strict=True)), step
+    ours.param_groups[1]["params"] = [torch.nn.Parameter(torch.zeros(64))]
+    with pytest.raises(ValueError, match="whole"):
+        ours.step()

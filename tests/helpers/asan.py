@@ -16,16 +16,16 @@ from pathlib import Path
 
 import pytest
 
-from ds_blockwise.kernels.cpp import backend, build
+from ds_blockwise.kernels.cpp import backend, prebuilt
 
 _LIBRARY = "DS_BLOCKWISE_ASAN_LIBRARY"
 
 
 def _compile(folder: Path) -> Path:
     target = folder / "kernels_asan.so"
-    flags = ("-O1", "-g", "-fopenmp", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fPIC", "-std=c++17")
+    flags = ("-O0", "-g", "-fopenmp", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fPIC", "-std=c++17")
     compiler = os.environ.get("CXX", "g++")
-    command = [compiler, "-shared", *flags, str(build.SOURCES / "kernels.cpp"), "-o", str(target)]
+    command = [compiler, "-shared", *flags, str(prebuilt.SOURCES / "kernels.cpp"), "-o", str(target)]
     subprocess.run(command, check=True)
     return target
 
@@ -56,6 +56,8 @@ def main(arguments: list[str]) -> int:
             }
             command = [sys.executable, "-m", "tests.helpers.asan", *arguments]
             return subprocess.run(command, env=environment, check=False).returncode
+    if not hasattr(ctypes.CDLL(None), "__asan_init"):
+        raise SystemExit("AddressSanitizer is not loaded: without it these tests find nothing")
     loaded = ctypes.CDLL(library)
     backend.library = lambda: loaded
     return int(pytest.main(["-q", "-p", "no:cacheprovider", *arguments]))
