@@ -48,6 +48,9 @@ def _problems(wrapper: Wrapper) -> Iterator[str]:
     for name, why in _SETTINGS:
         if getattr(wrapper.config, name, False) or getattr(wrapper.ddp_config, name, False):
             yield f"with {name}=True: {why}. Set it to False"
+    instances = getattr(wrapper.ddp_config, "num_distributed_optimizer_instances", 1)
+    if instances > 1:
+        yield f"with num_distributed_optimizer_instances={instances}, which was not compared. Set it to 1"
     if wrapper.is_stub_optimizer:
         return
     for buffer in wrapper.buffers:

@@ -95,6 +95,10 @@ def _other_norm(run: Run, arguments: dict[str, Any]) -> None:
     next(iter(run.wrapper.buffers[0].param_index_map)).grad_norm_group = "mtp"
 
 
+def _two_instances(run: Run, arguments: dict[str, Any]) -> None:
+    run.wrapper.ddp_config = replace(run.wrapper.ddp_config, num_distributed_optimizer_instances=2)
+
+
 def _double_gradients(run: Run, arguments: dict[str, Any]) -> None:
     run.wrapper.buffers[0].grad_dtype = torch.float64
 
@@ -178,6 +182,7 @@ SPOILS: dict[str, Spoil] = {
     "fused_fp8": _fused(_fp8_weights),
     "fused_other_norm": _fused(_other_norm),
     "fused_gradients": _fused(_double_gradients),
+    "fused_instances": _fused(_two_instances),
     "unused_rule": _argument("rules", [{"match": "no such layer", "role": "ffn"}]),
     "disagree": _argument("lr_multipliers", {"ffn": 5}),
 }
@@ -229,6 +234,10 @@ CASES: dict[str, tuple[int, Case]] = {
     "fused_fp8": (2, Case("fused_fp8", "ValueError", ("with a Float8 among the parameters", "Leave fused_step out"))),
     "fused_other_norm": (2, Case("fused_other_norm", "ValueError", ("grad_norm_group='mtp'", "another norm"))),
     "fused_gradients": (2, Case("fused_gradients", "ValueError", ("gradients in torch.float64", "fp32 and bf16"))),
+    "fused_instances": (
+        2,
+        Case("fused_instances", "ValueError", ("num_distributed_optimizer_instances=2", "Set it to 1")),
+    ),
     "unused_rule": (2, Case("unused_rule", "ValueError", ("no such layer", "any pipeline stage"), True)),
     "other_copy": (
         2,
