@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypedDict
 
@@ -23,11 +23,14 @@ from ds_blockwise.kernels.update import (
     decay_,
     decay_part_,
     denominators,
+    descend_,
     descend_part_,
+    directions,
     momentum_part_,
     step_,
     update_exp_avg_,
     update_exp_avg_sq_,
+    update_momentum_,
     update_second_moment_,
 )
 
@@ -146,11 +149,21 @@ class Kernels(ABC):
 
     @abstractmethod
     def step_(self, items: Sequence[Item]) -> None:
-        """Update parameters and state in place and count the step.
+        """Adam's update: parameters and state in place; count the step.
 
         Args:
             items: tensors with a gradient. Sums of their split blocks are complete over all ranks.
         """
+
+    def step_by_sign_(self, items: Sequence[Item]) -> None:
+        """Lion's update, likewise; torch's operations do it where a backend has no kernel of its own.
+
+        Args:
+            items: tensors with a gradient, without second moments. Tables cover them whole.
+        """
+        for item in items:
+            item.state["step"] += 1
+            _changed(item, _descend_by_sign)
 
     # Elements of matrices that are orthogonalised in between. The C++ backend has no kernels of its own for them:
     # Newton-Schulz takes 20 operations an element, times the shorter side of the matrix, beside which the 16 bytes
@@ -219,15 +232,9 @@ class ReferenceKernels(Kernels):
         for item in items:
             kept = self._left_out(item)
             self._update_moments(item)
-            data = item.param.detach().view(-1)
-            wide = data if data.dtype in WIDE else data.to(torch.float32)
-            self._update_param(item, wide)
+            _changed(item, self._update_param)
             for moment, index, values in kept:
                 moment[index] = values
-            if wide is not data:
-                data.copy_(wide)
-            if item.param_copy is not None:
-                item.param_copy.view(-1).copy_(wide)
 
     def _left_out(self, item: Item) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Moments that are not these kernels' to update, where they lie, and what they are."""
@@ -254,6 +261,37 @@ class ReferenceKernels(Kernels):
         decay_(param, exp_avg, table, weight_decay=hyper.weight_decay, cautious=hyper.cautious, **rates)
         denom = denominators(item.state["exp_avg_sq"].view(-1), table, step=step, beta2=hyper.beta2, eps=hyper.eps)
         step_(param, exp_avg, denom, table, step=step, beta1=hyper.beta1, **rates)
+
+
+def _changed(item: Item, change: Callable[[Item, torch.Tensor], None]) -> None:
+    """Let a function change the parameter, 1-D in fp32 or fp64; then write it back, and the copy."""
+    data = item.param.detach().view(-1)
+    wide = data if data.dtype in WIDE else data.to(torch.float32)
+    change(item, wide)
+    if wide is not data:
+        data.copy_(wide)
+    if item.param_copy is not None:
+        item.param_copy.view(-1).copy_(wide)
+
+
+def _descend_by_sign(item: Item, param: torch.Tensor) -> None:
+    hyper, table = item.hyper, item.table
+    rates: Rates = {"lr": float(hyper.lr), "lr_floor": hyper.lr_floor, "progress": hyper.progress}
+    exp_avg, grad = moment_and_gradient(item)
+    direction = directions(exp_avg, grad, table, beta1=hyper.beta1)
+    update_momentum_(exp_avg, grad, table, beta2=hyper.beta2)
+    if item.state["exp_avg"].dtype != exp_avg.dtype:
+        item.state["exp_avg"].view(-1).copy_(exp_avg)
+    decay_(param, direction, table, weight_decay=hyper.weight_decay, cautious=hyper.cautious, **rates)
+    descend_(param, direction, table, **rates)
+    if item.keeps_update:
+        item.update = direction
+
+
+def moment_and_gradient(item: Item) -> tuple[torch.Tensor, torch.Tensor]:
+    """``exp_avg``, the state itself where that is wide, and the gradient that the update sees; 1-D, fp32 or fp64."""
+    wide = wide_dtype(item.param.dtype)
+    return item.state["exp_avg"].view(-1).to(wide), _scaled(item).to(wide)
 
 
 def _scaled(item: Item) -> torch.Tensor:

@@ -38,16 +38,23 @@ _WHOLE = (
 _SKIPPED = 7  # the flat tensor begins inside a block, which is split then, and at an odd address
 
 
-#: whether blocks share second moments, and the dtype of gradients, first moments and copies
-FORMS = ((False, torch.float32), (True, torch.float32), (True, torch.bfloat16))
+_ADAMW, _MINI, _LION = "AdamW", "Adam-mini", "Lion"
+#: the update, and the dtype of gradients, first moments and copies
+FORMS = (
+    (_ADAMW, torch.float32),
+    (_MINI, torch.float32),
+    (_MINI, torch.bfloat16),
+    (_LION, torch.float32),
+    (_LION, torch.bfloat16),
+)
 
 
 #: the same for gradients that are scaled where they are read, which only hosts that do so ask for
-SCALED_FORMS = ((False, torch.bfloat16), (True, torch.bfloat16))
+SCALED_FORMS = ((_ADAMW, torch.bfloat16), (_MINI, torch.bfloat16))
 
 
 def disagreement(kernels: Kernels, device: torch.device, grad_scale: float | None = None) -> str | None:
-    """Step small tensors twice with a backend and with the reference: both optimizers, and one of them in bf16.
+    """Step small tensors twice with a backend and with the reference: by each update, and in bf16.
 
     Parts of matrices, as Muon has them, take part if gradients are not scaled. Blocks that are split over ranks take
     part as if their sums were complete. Triton compiles all of it on a machine where it never ran, and keeps what it
@@ -62,9 +69,8 @@ def disagreement(kernels: Kernels, device: torch.device, grad_scale: float | Non
         What differs, in a sentence; None if the updates agree to 1e-5, in bf16 to a rounding.
     """
     both = (kernels, ReferenceKernels())
-    for shared, dtype in FORMS if grad_scale is None else SCALED_FORMS:
-        found = (stepped(k, shared, dtype, device, grad_scale) for k in both)
-        problem = _difference("Adam-mini" if shared else "AdamW", dtype, *found)
+    for update, dtype in FORMS if grad_scale is None else SCALED_FORMS:
+        problem = _difference(update, dtype, *(stepped(k, update, dtype, device, grad_scale) for k in both))
         if problem is not None:
             return f"the {kernels.name} kernels differ from the reference by {problem}"
     for dtype in (torch.float32, torch.bfloat16) if grad_scale is None else ():
@@ -88,7 +94,7 @@ def _difference(
 _SCALES = {"parameters": 10 * _LR, "copies": 0.1}
 
 
-def _tables(shared: bool) -> list[SegmentTable]:
+def _tables(*, shared: bool) -> list[SegmentTable]:
     settings = BlockSettings.parse(None, None, None, None)
     placements: list[Placement] = []
     at = 0
@@ -103,33 +109,36 @@ def _tables(shared: bool) -> list[SegmentTable]:
 
 
 def stepped(
-    kernels: Kernels, shared: bool, dtype: torch.dtype, device: torch.device, grad_scale: float | None = None
+    kernels: Kernels, update: str, dtype: torch.dtype, device: torch.device, grad_scale: float | None = None
 ) -> dict[str, torch.Tensor]:
     """Parameters, moments and (in bf16) copies after two steps, in fp32, 1-D.
 
     Args:
         kernels: what steps.
-        shared: whether blocks share second moments.
+        update: whose, as in `FORMS`.
         dtype: of gradients, first moments and copies.
         device: where the tensors lie.
         grad_scale: of gradients; None: they are not scaled.
     """
     generator = torch.Generator().manual_seed(0)
     items = []
-    for table in _tables(shared):
+    for table in _tables(shared=update == _MINI):
         param, grad = (torch.randn(table.numel, generator=generator).to(device) for _ in range(2))
         param *= 0.02
         size = table.num_blocks if table.shares_second_moment else table.numel
         exp_avg, exp_avg_sq = torch.zeros_like(param, dtype=dtype), torch.zeros(size, device=device)
-        state: StepState = {"step": 0, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+        state: StepState = {"step": 0, "exp_avg": exp_avg}
+        if update != _LION:
+            state["exp_avg_sq"] = exp_avg_sq
         copy = None if dtype == torch.float32 else torch.zeros_like(param, dtype=dtype)
         items.append(Item(table, kernels.plan(table, device), param, state, _HYPER, grad.to(dtype), None, copy))
         items[-1].grad_scale = grad_scale
     for _ in range(2):
         kernels.sum_split_blocks([item for item in items if item.table.has_split_blocks])
-        kernels.step_(items)
+        (kernels.step_by_sign_ if update == _LION else kernels.step_)(items)
     found = {"parameters": [item.param for item in items], "exp_avg": [item.state["exp_avg"] for item in items]}
-    found["exp_avg_sq"] = [item.state["exp_avg_sq"] for item in items]
+    if update != _LION:
+        found["exp_avg_sq"] = [item.state["exp_avg_sq"] for item in items]
     if dtype != torch.float32:
         found["copies"] = [item.param_copy for item in items if item.param_copy is not None]
     return {name: torch.cat([tensor.float().view(-1) for tensor in tensors]) for name, tensors in found.items()}

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mathematics of both optimizers on flat tensors and a segment table: the readable definition.
+"""The mathematics of the optimizers on flat tensors and a segment table: the readable definition.
 
 Tensors are positional and 1-D contiguous; scalars are keyword-only. Nothing here knows optimizers, groups or ranks.
 AdamW: arXiv 1711.05101, algorithm 2. One second moment per block: arXiv 2406.16793, algorithm 1.
-Learning rate per block type: arXiv 2502.19002, section 5. Cautious weight decay: arXiv 2510.12402, algorithm 1.
+Lion: arXiv 2302.06675, algorithm 2. Learning rate per block type: arXiv 2502.19002, section 5.
+Cautious weight decay: arXiv 2510.12402, algorithm 1.
 """
 
 from __future__ import annotations
@@ -101,6 +102,32 @@ def update_exp_avg_(exp_avg: torch.Tensor, grad: torch.Tensor, table: SegmentTab
     if wide is not exp_avg:
         exp_avg.copy_(wide)
     return wide
+
+
+def directions(exp_avg: torch.Tensor, grad: torch.Tensor, table: SegmentTable, *, beta1: float) -> torch.Tensor:
+    """``sign(beta1 * m + (1 - beta1) * g)``, which Lion descends: 1, -1, and 0 where that is 0 or NaN.
+
+    Args:
+        exp_avg: m before this step, 1-D, fp32 or fp64.
+        grad: g, of the same dtype.
+        table: the tensor's segments, with their own betas where they have any.
+        beta1: weight of the momentum in this param group.
+
+    Returns:
+        Like ``exp_avg``; 0 where no segment lies.
+    """
+    found = torch.zeros_like(exp_avg)
+    for group in table.beta_groups:
+        rate = group.update.beta1_or(beta1)
+        found[group.elements] = exp_avg[group.elements].lerp(grad[group.elements], 1 - rate).sign_()
+    return found
+
+
+def update_momentum_(exp_avg: torch.Tensor, grad: torch.Tensor, table: SegmentTable, *, beta2: float) -> None:
+    """Lion's ``m = beta2 * m + (1 - beta2) * g``, in place; both 1-D of one dtype, fp32 or fp64."""
+    for group in table.beta_groups:
+        rate = group.update.beta2_or(beta2)
+        exp_avg[group.elements] = exp_avg[group.elements].lerp(grad[group.elements], 1 - rate)
 
 
 def momentum_part_(

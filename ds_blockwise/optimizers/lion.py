@@ -6,51 +6,31 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from collections.abc import Sequence
 
 import torch
 from torch.optim.optimizer import ParamsT
 
 from ds_blockwise.kernels.base import Item, Kernels, ReferenceKernels
-from ds_blockwise.kernels.update import Rates, decay_, descend_
+from ds_blockwise.kernels.select import kernels_for
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.optimizers.settings import CheckpointFormat, MomentumDtype
 
 logger = logging.getLogger(__name__)
 
 
-class LionKernels(ReferenceKernels):
-    """Lion's update in plain torch, on whatever device the tensors lie."""
+class _TorchKernels(ReferenceKernels):
+    """The reference where it is no stand-in: this optimizer has no other kernels there."""
 
     name = "torch"
 
-    def _update_moments(self, item: Item) -> None:
-        item.state["step"] += 1
-
-    def _update_param(self, item: Item, param: torch.Tensor) -> None:
-        assert item.grad is not None
-        hyper, table, kept = item.hyper, item.table, item.state["exp_avg"].view(-1)
-        rates: Rates = {"lr": float(hyper.lr), "lr_floor": hyper.lr_floor, "progress": hyper.progress}
-        exp_avg, grad = kept.to(param.dtype), item.grad.view(-1).to(param.dtype)
-        direction = torch.zeros_like(exp_avg)
-        for group in table.beta_groups:
-            beta1, beta2 = group.update.beta1_or(hyper.beta1), group.update.beta2_or(hyper.beta2)
-            moment, step = exp_avg[group.elements], grad[group.elements]
-            direction[group.elements] = moment.lerp(step, 1 - beta1).sign_()
-            exp_avg[group.elements] = moment.lerp(step, 1 - beta2)
-        if exp_avg is not kept:
-            kept.copy_(exp_avg)
-        decay_(param, direction, table, weight_decay=hyper.weight_decay, cautious=hyper.cautious, **rates)
-        descend_(param, direction, table, **rates)
-        if item.keeps_update:
-            item.update = direction
-
 
 @functools.cache
-def _kernels(device_type: str) -> Kernels:
-    """One object for all, so that tensors of a step are sorted together; what steps is said once for each device."""
+def _without_kernels(device_type: str) -> Kernels:
+    """One object for all tensors of a device, which are stepped together; what steps is said once."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         logger.info("ds_blockwise: BlockwiseLion steps %s tensors by torch's own operations", device_type)
-    return LionKernels()
+    return _TorchKernels()
 
 
 class BlockwiseLion(BlockwiseOptimizer):
@@ -63,8 +43,8 @@ class BlockwiseLion(BlockwiseOptimizer):
         p -= lr_b * (sign(c) + weight_decay * p)
 
     Every element moves by its block's learning rate, so ``lr`` is 3 to 10 times below AdamW's, and ``weight_decay`` as
-    much above (arXiv 2302.06675, section 5). There is no kernel of our own for it: torch's operations step it on every
-    device, about ten passes over memory where a fused kernel would need one.
+    much above (arXiv 2302.06675, section 5). On the CPU a kernel steps it in one pass over memory, with the bits of
+    torch's operations. On other devices these step it, in about five passes: there is no Triton kernel for it.
 
     Args:
         params: parameters or param groups (each may have its own ``lr``, ``betas``, ``weight_decay``).
@@ -83,7 +63,8 @@ class BlockwiseLion(BlockwiseOptimizer):
         transfer: ``{"base_width": 256}``: rates that were tuned at that width move to this model's; see
             `ds_blockwise.blocks.settings.transfer.Transfer`. Default: off.
         momentum_dtype: ``"fp32"`` or ``"bf16"``: storage of ``exp_avg``. Arithmetic is fp32 (fp64 for fp64 parameters).
-        backend: ``"auto"`` or ``"reference"``; both are torch's operations.
+        backend: ``"auto"``, ``"cpp"`` (C++, of CPU tensors) or ``"reference"``. ``"auto"`` is C++ for CPU tensors, and
+            torch's operations elsewhere. ``"triton"`` is refused.
         checkpoint_format: accepted so that one JSON serves all optimizers; there are no second moments.
         telemetry: see `BlockwiseAdamMini`; there are no second moments to read.
         fused_step: of `BlockwiseAdamW` and `BlockwiseAdamMini`; true is refused.
@@ -123,9 +104,9 @@ class BlockwiseLion(BlockwiseOptimizer):
         fused_step: bool = False,
         **extra: object,
     ) -> None:
-        if backend in ("cpp", "triton"):
+        if backend == "triton":
             raise ValueError(
-                f'BlockwiseLion has no {backend} kernels: torch\'s operations step it. Write "backend": "auto".'
+                'BlockwiseLion has no triton kernels: on GPUs torch\'s operations step it. Write "backend": "auto".'
             )
         super().__init__(
             params,
@@ -149,5 +130,14 @@ class BlockwiseLion(BlockwiseOptimizer):
         )
 
     def kernels_on(self, device: torch.device) -> Kernels:
-        """Torch's own operations, on every device."""
-        return _kernels(device.type)
+        """What steps the tensors of a device: kernels of the setting ``backend`` on the CPU, else torch's operations.
+
+        Raises:
+            ValueError: the backend that was asked for by name cannot be had there.
+        """
+        has_kernels = device.type == "cpu" or self.backend == "cpp"  # which refuses other devices
+        return kernels_for(self.backend, device) if has_kernels else _without_kernels(device.type)
+
+    def update_(self, kernels: Kernels, items: Sequence[Item]) -> None:
+        """Lion's update in place; see `BlockwiseOptimizer.update_`."""
+        kernels.step_by_sign_(items)

@@ -241,9 +241,10 @@ class LionOracle(Oracle):
         g = gradient.to(self.arithmetic)
         state = self.state.setdefault(name, State(torch.zeros_like(p), torch.zeros_like(p)))
         state.step += 1
-        beta1, beta2 = h.betas
+        beta1, beta2 = (self.per_element(name, lambda role, i=i: self.betas(role, h.betas)[i]) for i in (0, 1))
         direction = torch.sign(beta1 * state.m + (1 - beta1) * g)
-        self._p[name] = p - lr * (direction + decay * p)
+        decayed = torch.where(direction * p < 0, 0.0, decay) if self.cautious else decay
+        self._p[name] = p - lr * (direction + decayed * p)
         state.m = beta2 * state.m + (1 - beta2) * g
         if self.momentum is not None:
             state.m = state.m.to(self.momentum).to(self.arithmetic)

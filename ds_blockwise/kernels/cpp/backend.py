@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
 
@@ -18,9 +18,10 @@ import torch
 from torch.autograd.graph import increment_version
 
 from ds_blockwise.blocks.segment_table import SegmentTable
-from ds_blockwise.kernels.base import Hyper, Item, Kernels, packed_scale
+from ds_blockwise.kernels.base import Hyper, Item, Kernels, moment_and_gradient, packed_scale
 from ds_blockwise.kernels.close_look import DATA_PTR
 from ds_blockwise.kernels.cpp.build import library
+from ds_blockwise.kernels.update import directions
 
 _FIELDS, _GRAD, _SUMS, _SCALE = 12, 2, 5, 11  # of a row of kernels.cpp
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -48,6 +49,7 @@ class CppKernels(Kernels):
         self._plan.restype = ctypes.c_void_p
         self._free = lib.ds_blockwise_free
         self._step = lib.ds_blockwise_step
+        self._step_by_sign = lib.ds_blockwise_lion_step
         self._sum_split = lib.ds_blockwise_sum_split
         self._square_sums = lib.ds_blockwise_square_sums
 
@@ -59,8 +61,7 @@ class CppKernels(Kernels):
         """
         if device.type != "cpu":
             raise ValueError(
-                f'backend "cpp" steps CPU tensors, but this one is on {device}. Use "auto" (Triton on CUDA) or '
-                f'"reference".'
+                f'backend "cpp" steps CPU tensors, but this one is on {device}. Use "auto" or "reference".'
             )
         if table.shares_second_moment:
             runs = [(r.start, r.count, r.numel, r.block, r.repeat, r.repeat_stride, r.block_stride) for r in table.runs]
@@ -105,7 +106,16 @@ class CppKernels(Kernels):
 
     def step_(self, items: Sequence[Item]) -> None:
         """See `Kernels.step_`."""
-        rows = self._rows(items)
+        self._update(self._step, self._rows(items), items)
+
+    def step_by_sign_(self, items: Sequence[Item]) -> None:
+        """See `Kernels.step_by_sign_`; every bit is that of `ReferenceKernels`."""
+        for item in items:
+            if item.keeps_update:
+                item.update = directions(*moment_and_gradient(item), item.table, beta1=item.hyper.beta1)
+        self._update(self._step_by_sign, self._rows(items, has_second_moments=False), items)
+
+    def _update(self, function: Callable[..., None], rows: array[int], items: Sequence[Item]) -> None:
         steps = [int(item.state["step"]) + 1 for item in items]
         for item, step in zip(items, steps, strict=True):
             item.state["step"] = step
@@ -114,13 +124,13 @@ class CppKernels(Kernels):
         for (hyper, step), same in groupby(zip([item.hyper for item in items], steps, strict=True)):
             values.extend(array("d", _scalars(hyper, step)) * len(list(same)))
         threads = ctypes.c_int64(torch.get_num_threads())
-        self._step(ctypes.c_int64(len(items)), _address(rows), _address(values), threads)
+        function(ctypes.c_int64(len(items)), _address(rows), _address(values), threads)
         # autograd must hear of writes through raw addresses, or a backward through old values would go unnoticed
         increment_version([item.param for item in items])
 
-    def _rows(self, items: Sequence[Item]) -> array[int]:
+    def _rows(self, items: Sequence[Item], *, has_second_moments: bool = True) -> array[int]:
         """``Row`` of kernels.cpp, field by field."""
-        rows = array("q", b"".join([item.kept or _new_row(item) for item in items]))
+        rows = array("q", b"".join([item.kept or _new_row(item, has_second_moments) for item in items]))
         rows[_GRAD::_FIELDS] = array("q", [*map(DATA_PTR, [item.grad for item in items if item.grad is not None])])
         for row, sums in [(row, item.sums) for row, item in enumerate(items) if item.sums is not None]:
             rows[row * _FIELDS + _SUMS] = sums.data_ptr()
@@ -129,13 +139,14 @@ class CppKernels(Kernels):
         return rows
 
 
-def _new_row(item: Item) -> bytes:
+def _new_row(item: Item, has_second_moment: bool) -> bytes:
     """A ``Row`` without what is other in every step: the addresses of gradient and sums, the scale."""
     param, grad, copy, state = item.param, item.grad, item.param_copy, item.state
     assert grad is not None
     if not param.is_cpu:
         raise ValueError(_moved(param))
-    addresses = [item.plan.handle, param.data_ptr(), 0, state["exp_avg"].data_ptr(), state["exp_avg_sq"].data_ptr(), 0]
+    second = state["exp_avg_sq"].data_ptr() if has_second_moment else 0
+    addresses = [item.plan.handle, param.data_ptr(), 0, state["exp_avg"].data_ptr(), second, 0]
     codes = [_CODES[tensor.dtype] for tensor in (param, grad, state["exp_avg"])]
     of_copy = (0, 0) if copy is None else (copy.data_ptr(), _CODES[copy.dtype])
     row = array("q", [*addresses, of_copy[0], *codes, of_copy[1], 0]).tobytes()

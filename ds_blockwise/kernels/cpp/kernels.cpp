@@ -5,6 +5,7 @@
 #include <utility>
 #include <vector>
 
+#include "lion.h"
 #include "step.h"
 
 namespace {
@@ -20,50 +21,51 @@ struct Row {
   int64_t grad_scale;  // see `Source`; 0: none
 };
 
-template <class P, class G, class M, class W, class F>
+// S: `Step` or `LionStep`.
+template <template <class, class, class, class> class S, class P, class G, class M, class W, class F>
 void with_types(const Row& row, const Scalars& scalars, F&& f) {
   Tensors<P, G, M, W> tensors{reinterpret_cast<P*>(row.param),         Source<G>::of(row.grad, row.grad_scale),
                               reinterpret_cast<M*>(row.exp_avg),       reinterpret_cast<W*>(row.exp_avg_sq),
                               reinterpret_cast<const double*>(row.sums), reinterpret_cast<void*>(row.copy),
                               int32_t(row.copy_dtype == kBFloat16)};
-  f(Step<P, G, M, W>(*reinterpret_cast<Plan*>(row.plan), tensors, scalars));
+  f(S<P, G, M, W>(*reinterpret_cast<Plan*>(row.plan), tensors, scalars));
 }
 
-template <class P, class G, class W, class F>
+template <template <class, class, class, class> class S, class P, class G, class W, class F>
 void with_exp_avg(const Row& row, const Scalars& scalars, F&& f) {
   if (row.exp_avg_dtype == kBFloat16)
-    with_types<P, G, bfloat16, W>(row, scalars, f);
+    with_types<S, P, G, bfloat16, W>(row, scalars, f);
   else
-    with_types<P, G, W, W>(row, scalars, f);
+    with_types<S, P, G, W, W>(row, scalars, f);
 }
 
-template <class P, class W, class F>
+template <template <class, class, class, class> class S, class P, class W, class F>
 void with_grad(const Row& row, const Scalars& scalars, F&& f) {
   switch (row.grad_dtype) {
-    case kFloat32: return with_exp_avg<P, float, W>(row, scalars, f);
-    case kFloat64: return with_exp_avg<P, double, W>(row, scalars, f);
-    case kBFloat16: return with_exp_avg<P, bfloat16, W>(row, scalars, f);
-    default: return with_exp_avg<P, float16, W>(row, scalars, f);
+    case kFloat32: return with_exp_avg<S, P, float, W>(row, scalars, f);
+    case kFloat64: return with_exp_avg<S, P, double, W>(row, scalars, f);
+    case kBFloat16: return with_exp_avg<S, P, bfloat16, W>(row, scalars, f);
+    default: return with_exp_avg<S, P, float16, W>(row, scalars, f);
   }
 }
 
 // Only hosts with fp32 master weights scale; every further type would be compiled by everybody.
-template <class F>
+template <template <class, class, class, class> class S, class F>
 void with_scaled_grad(const Row& row, const Scalars& scalars, F&& f) {
   if (row.grad_dtype == kBFloat16)
-    with_exp_avg<float, Scaled<bfloat16>, float>(row, scalars, f);
+    with_exp_avg<S, float, Scaled<bfloat16>, float>(row, scalars, f);
   else
-    with_exp_avg<float, Scaled<float>, float>(row, scalars, f);
+    with_exp_avg<S, float, Scaled<float>, float>(row, scalars, f);
 }
 
-template <class F>
+template <template <class, class, class, class> class S, class F>
 void dispatch(const Row& row, const Scalars& scalars, F&& f) {
-  if (row.grad_scale) return with_scaled_grad(row, scalars, f);
+  if (row.grad_scale) return with_scaled_grad<S>(row, scalars, f);
   switch (row.param_dtype) {
-    case kFloat32: return with_grad<float, float>(row, scalars, f);
-    case kFloat64: return with_grad<double, double>(row, scalars, f);
-    case kBFloat16: return with_grad<bfloat16, float>(row, scalars, f);
-    default: return with_grad<float16, float>(row, scalars, f);
+    case kFloat32: return with_grad<S, float, float>(row, scalars, f);
+    case kFloat64: return with_grad<S, double, double>(row, scalars, f);
+    case kBFloat16: return with_grad<S, bfloat16, float>(row, scalars, f);
+    default: return with_grad<S, float16, float>(row, scalars, f);
   }
 }
 
@@ -100,6 +102,12 @@ void update_all(const S& step, const Plan& plan) {
 
 Plan& plan_of(const Row& row) { return *reinterpret_cast<Plan*>(row.plan); }
 
+template <template <class, class, class, class> class S>
+void update_rows(int64_t num_rows, const Row* rows, const Scalars* scalars) {
+  for (int64_t i = 0; i < num_rows; ++i)
+    dispatch<S>(rows[i], scalars[i], [&](const auto& step) { update_all(step, plan_of(rows[i])); });
+}
+
 }  // namespace
 
 extern "C" {
@@ -127,10 +135,10 @@ void ds_blockwise_sum_split(int64_t num_rows, const Row* rows, int64_t threads) 
 #pragma omp parallel num_threads(threads)
   {
     for (int64_t i = 0; i < num_rows; ++i)
-      dispatch(rows[i], unused, [&](const auto& step) { sum_group(step, plan_of(rows[i]).split); });
+      dispatch<Step>(rows[i], unused, [&](const auto& step) { sum_group(step, plan_of(rows[i]).split); });
 #pragma omp barrier
     for (int64_t i = 0; i < num_rows; ++i)
-      dispatch(rows[i], unused, [&](const auto& step) {
+      dispatch<Step>(rows[i], unused, [&](const auto& step) {
         const Group& group = plan_of(rows[i]).split;
         double* sums = reinterpret_cast<double*>(rows[i].sums);
         const int64_t n = int64_t(group.blocks.size());
@@ -171,15 +179,15 @@ void ds_blockwise_step(int64_t num_rows, const Row* rows, const Scalars* scalars
   {
     if (several_phases) {
       for (int64_t i = 0; i < num_rows; ++i)
-        dispatch(rows[i], scalars[i], [&](const auto& step) { sum_group(step, plan_of(rows[i]).local); });
+        dispatch<Step>(rows[i], scalars[i], [&](const auto& step) { sum_group(step, plan_of(rows[i]).local); });
 #pragma omp barrier
       for (int64_t i = 0; i < num_rows; ++i)
-        dispatch(rows[i], scalars[i], [&](const auto& step) {
+        dispatch<Step>(rows[i], scalars[i], [&](const auto& step) {
           complete_blocks(step, plan_of(rows[i]), reinterpret_cast<const double*>(rows[i].sums));
         });
 #pragma omp barrier
       for (int64_t i = 0; i < num_rows; ++i)
-        dispatch(rows[i], scalars[i], [&](const auto& step) {
+        dispatch<Step>(rows[i], scalars[i], [&](const auto& step) {
           const Plan& plan = plan_of(rows[i]);
           const int64_t n = int64_t(plan.stripes.size());
 #pragma omp for schedule(static) nowait
@@ -187,9 +195,14 @@ void ds_blockwise_step(int64_t num_rows, const Row* rows, const Scalars* scalars
         });
 #pragma omp barrier
     }
-    for (int64_t i = 0; i < num_rows; ++i)
-      dispatch(rows[i], scalars[i], [&](const auto& step) { update_all(step, plan_of(rows[i])); });
+    update_rows<Step>(num_rows, rows, scalars);
   }
+}
+
+// Lion's; rows have no second moments.
+void ds_blockwise_lion_step(int64_t num_rows, const Row* rows, const Scalars* scalars, int64_t threads) {
+#pragma omp parallel num_threads(threads)
+  update_rows<LionStep>(num_rows, rows, scalars);
 }
 
 }  // extern "C"

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cmath>
+#include <functional>
 
 #include "numbers.h"
 #include "plan.h"
@@ -14,6 +15,13 @@ namespace blockwise {
 struct Scalars {
   double lr, lr_floor, beta1, beta2, eps, weight_decay, bias_correction1, bias_correction2, progress, step, cautious;
 };
+
+// Learning rate of a run; `times` multiplies two numbers.
+template <class Times>
+double block_lr(const Run& run, const Scalars& s, Times times) {
+  const double multiplier = run.lr_multiplier + times(run.lr_multiplier_change, s.progress);
+  return times(multiplier, s.lr - s.lr_floor) + s.lr_floor;
+}
 
 // One tensor in one step; P, G, M, W: dtypes of param, grad, exp_avg, and of arithmetic and exp_avg_sq. G may be Scaled.
 template <class P, class G, class M, class W>
@@ -25,6 +33,22 @@ struct Tensors {
   const double* sums;  // of split blocks, complete over all ranks; by slot
   void* copy;          // 16-bit copy of the new parameters, or null
   int32_t copy_is_bf16;
+
+  void write_copy(int64_t start, int64_t n) const {
+    if (copy == nullptr) return;
+    if (copy_is_bf16)
+      write_copy_as(static_cast<bfloat16*>(copy) + start, start, n);
+    else
+      write_copy_as(static_cast<float16*>(copy) + start, start, n);
+  }
+
+ private:
+  template <class C>
+  void write_copy_as(C* __restrict__ to, int64_t start, int64_t n) const {
+    const P* __restrict__ p = param + start;
+#pragma omp simd
+    for (int64_t k = 0; k < n; ++k) store(to[k], W(load(p[k])));
+  }
 };
 
 // Factors of a run, rounded once.
@@ -34,8 +58,7 @@ struct Factors {
   W beta2, keep2, root;  // v = beta2 * v + keep2 * g^2; denominator = sqrt(v) * root + eps
 
   Factors(const Run& run, const Scalars& s, W root_of_tensor) {
-    const double multiplier = run.lr_multiplier + run.lr_multiplier_change * s.progress;
-    const double lr = multiplier * (s.lr - s.lr_floor) + s.lr_floor;
+    const double lr = block_lr(run, s, std::multiplies<>());
     const double beta1 = run.beta1_or(s.beta1), own_beta2 = run.beta2_or(s.beta2);
     keep = W(1 - beta1);
     decay = W(1 - lr * s.weight_decay * run.weight_decay_multiplier);
@@ -112,7 +135,7 @@ class Step {
       update_cautiously(f, segment);
     else
       update_plainly(f, segment);
-    if (t_.copy != nullptr) copy(segment.start, segment.count * segment.numel);
+    t_.write_copy(segment.start, segment.count * segment.numel);
   }
 
  private:
@@ -332,20 +355,6 @@ class Step {
         store(p[k], W(load(p[k])) * decay - size * (now / (std::sqrt(square) * root + eps)));
       }
     }
-  }
-
-  void copy(int64_t start, int64_t n) const {
-    if (t_.copy_is_bf16)
-      copy_as(static_cast<bfloat16*>(t_.copy) + start, start, n);
-    else
-      copy_as(static_cast<float16*>(t_.copy) + start, start, n);
-  }
-
-  template <class C>
-  void copy_as(C* __restrict__ to, int64_t start, int64_t n) const {
-    const P* __restrict__ p = t_.param + start;
-#pragma omp simd
-    for (int64_t k = 0; k < n; ++k) store(to[k], W(load(p[k])));
   }
 
   Plan& plan_;

@@ -103,19 +103,22 @@ def random_table(rng, shares):
     )
 
 
-def stepped(kernels, table, tensors, hyper, offset, steps):
-    """Clones of the tensors after some steps, at an address that nothing is aligned to."""
-    param, grad, exp_avg, exp_avg_sq = tensors
+def stepped(kernels, table, tensors, hyper, offset, steps, **of_item):
+    """Clones of the tensors after some steps, at an address that nothing is aligned to; Lion has no second moment."""
+    param, grad, exp_avg, *exp_avg_sq = tensors
     moved = torch.zeros(table.numel + offset, dtype=param.dtype)[offset:]
     moved.copy_(param)
     copy = torch.zeros(table.numel, dtype=BF16)
-    state = {"step": 3, "exp_avg": exp_avg.clone(), "exp_avg_sq": exp_avg_sq.clone()}
-    item = Item(table, kernels.plan(table, CPU), moved, state, hyper, grad.clone(), None, copy)
+    state = {"step": 3, "exp_avg": exp_avg.clone()}
+    step = kernels.step_by_sign_
+    if exp_avg_sq:
+        state["exp_avg_sq"], step = exp_avg_sq[0].clone(), kernels.step_
+    item = Item(table, kernels.plan(table, CPU), moved, state, hyper, grad.clone(), None, copy, **of_item)
     for _ in range(steps):
         if table.has_split_blocks:
             kernels.sum_split_blocks([item])
             item.sums[table.dp_slots] *= 1.5  # the other ranks' share
-        kernels.step_([item])
+        step([item])
     return moved, state, copy
 
 

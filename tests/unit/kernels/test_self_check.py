@@ -78,6 +78,22 @@ def test_both_optimizers_are_checked(shared, form):
     assert disagreement(Altered(scaled("exp_avg_sq", 0), shared), CPU).endswith(f" of {form}")
 
 
+@pytest.mark.parametrize("at", [0, -1])
+@pytest.mark.parametrize("key", ["parameters", "exp_avg"])
+def test_lion_is_checked(key, at):
+    """Its kernel is other code, which nothing else of the check runs."""
+
+    class OtherLion(ReferenceKernels):
+        name = "altered"
+
+        def step_by_sign_(self, items):
+            super().step_by_sign_(items)
+            for item in items:
+                scaled(key, at)(item)
+
+    assert disagreement(OtherLion(), CPU).endswith(f" in {key} of Lion")
+
+
 def test_bf16_is_checked():
     """Rounded gradients, moments and copies take other code."""
 
@@ -127,8 +143,8 @@ def test_every_kind_of_job_is_checked(monkeypatch):
         widths.add((kernel.__name__, meta.get("SHIFT")))
 
     monkeypatch.setattr(backend, "_run", note)
-    for shared, dtype in FORMS:
-        stepped(backend.TritonKernels(), shared, dtype, CPU)
+    for update, dtype in FORMS:
+        stepped(backend.TritonKernels(), update, dtype, CPU)
     stepped_parts(backend.TritonKernels(), torch.float32, CPU)
     assert {kind for name, kind, _ in launched if name == "update_kernel"} == set(Kind)
     assert {kind for name, kind, _ in launched if name == "sum_kernel"} >= {SumKind.PIECE, SumKind.COLUMNS}

@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import nn
 
 from ds_blockwise import BlockwiseAdamMini, BlockwiseAdamW, BlockwiseLion, BlockwiseMuon, tag_parameters
+from ds_blockwise.kernels.bindings import Work
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from tests.helpers.deepspeed.engine_cases import MODELS
-from tests.helpers.oracle import Hyper, LionOracle, assert_same_update
+from tests.helpers.oracle import BY_ROLE, Hyper, LionOracle, assert_same_update, told
 
 LR, DECAY, BETAS = 2e-2, 0.1, (0.9, 0.99)
 MULTIPLIERS = {"emb": 3.0, "qk": 2.0, "key": 5.0, "ffn": 0.5, "vo": 0.25, "norm": 1.0}
@@ -32,17 +34,22 @@ def feed(model: nn.Module, step: int) -> dict[str, torch.Tensor]:
     return {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
 
 
+@pytest.mark.parametrize("settings", [{}, BY_ROLE], ids=["plain", "by_role"])
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
 @pytest.mark.parametrize("kind", ["nano", "qwen3", "gpt2"])
-def test_its_update_is_lions_with_the_multipliers_of_block_types(kind: str) -> None:
-    model, optimizer = made(kind, lr_multipliers=MULTIPLIERS, weight_decay_multipliers={"norm": 0.0, "key": 0.5})
+def test_its_update_is_lions_with_the_multipliers_of_block_types(
+    kind: str, backend: str, settings: dict[str, object]
+) -> None:
+    given = {"lr_multipliers": MULTIPLIERS, "weight_decay_multipliers": {"norm": 0.0, "key": 0.5}}
+    model, optimizer = made(kind, backend=backend, **given, **settings)
     params = dict(model.named_parameters())
     oracle = LionOracle(
         params,
         MODELS[kind][1],
         False,
         Hyper(LR, BETAS, 0.0, DECAY),
-        lr_multipliers=MULTIPLIERS,
-        weight_decay_multipliers={"norm": 0.0, "key": 0.5},
+        weight_decay_multipliers=given["weight_decay_multipliers"],
+        **told({**given, **settings}),
     )
     for step in range(4):
         before, was = oracle.weights(), {name: param.detach().clone() for name, param in params.items()}
@@ -51,7 +58,7 @@ def test_its_update_is_lions_with_the_multipliers_of_block_types(kind: str) -> N
         assert_same_update((was, params), (before, oracle.weights()), LR, weight_roundings=3, what=f"step {step}")
         oracle.set_weights(params)
     assert optimizer.state_bytes() == 4 * sum(param.numel() for param in params.values())
-    assert {optimizer.backend_of(param) for param in params.values()} == {"torch"}
+    assert {optimizer.backend_of(param) for param in params.values()} == {backend}
 
 
 def test_weights_in_16_bit_are_rounded_once_and_momentum_is_kept_in_fp32() -> None:
@@ -60,9 +67,9 @@ def test_weights_in_16_bit_are_rounded_once_and_momentum_is_kept_in_fp32() -> No
     with torch.no_grad():
         for param, whole in zip(model.parameters(), twin.parameters(), strict=True):
             whole.copy_(param)
-    copies = {param: torch.empty_like(param, dtype=torch.float16) for param in model.parameters()}
+    copies = {param: torch.empty_like(param, dtype=torch.float16) for param in twin.parameters()}
     for param, rounded in copies.items():
-        optimizer.write_copy(param, rounded)
+        other.write_copy(param, rounded)
     feed(model, 0)
     for param, whole in zip(model.parameters(), twin.parameters(), strict=True):
         assert param.grad is not None
@@ -71,7 +78,7 @@ def test_weights_in_16_bit_are_rounded_once_and_momentum_is_kept_in_fp32() -> No
     other.step()
     for param, whole in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(param, whole.bfloat16())
-        assert torch.equal(copies[param], whole.half())
+        assert torch.equal(copies[whole], whole.half())
         assert torch.equal(optimizer.state[param]["exp_avg"], other.state[whole]["exp_avg"])
 
 
@@ -100,10 +107,48 @@ def test_it_goes_on_bit_for_bit_and_takes_the_momentum_of_others() -> None:
 
 
 @pytest.mark.parametrize(
+    ("backend", "device", "found"),
+    [("auto", "cpu", "cpp"), ("auto", "meta", "torch"), ("reference", "meta", "torch")],
+)
+def test_cpu_tensors_have_a_kernel_and_others_torchs_operations(backend: str, device: str, found: str) -> None:
+    _, optimizer = made(backend=backend)
+    assert optimizer.kernels_on(torch.device(device)).name == found
+    assert optimizer.kernels_on(torch.device(device)) is made(backend=backend)[1].kernels_on(torch.device(device))
+
+
+def test_the_kernel_keeps_updates_that_somebody_reads() -> None:
+    found = []
+    for backend in ("reference", "cpp"):
+        model, optimizer = made(backend=backend)
+        optimizer.observe(Reader(found))
+        for step in range(2):
+            feed(model, step)
+            optimizer.step()
+    half = len(found) // 2
+    assert half == 2 * len(list(model.parameters()))
+    for wanted, kept in zip(found[:half], found[half:], strict=True):
+        assert torch.equal(wanted, kept) and bool((kept.abs() == 1).all())
+
+
+class Reader:
+    """Looks at every update, as telemetry does at some."""
+
+    def __init__(self, found: list[torch.Tensor]) -> None:
+        self.found = found
+
+    def before_update(self, work: Sequence[Work]) -> bool:
+        for w in work:
+            w.item.keeps_update = True
+        return True
+
+    def after_update(self, work: Sequence[Work]) -> None:
+        self.found += [w.item.update for w in work if w.item.update is not None]
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"backend": "cpp"}, r'BlockwiseLion has no cpp kernels.* Write "backend": "auto"'),
-        ({"backend": "triton"}, r'BlockwiseLion has no triton kernels.* Write "backend": "auto"'),
+        ({"backend": "triton"}, r'BlockwiseLion has no triton kernels: on GPUs torch.* Write "backend": "auto"'),
         ({"lr_multipliers": {"auto": {"total_num_steps": 10**6}}}, r'BlockwiseLion does not support "lr_multipliers"'),
         ({"granularity": {"qk": "haed"}}, "haed"),
     ],
