@@ -8,7 +8,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup train finetune compare compare-same-lr compare-half compare-multipliers test test-quick support test-slow test-faults test-hosts test-gpu test-asan test-triton-versions test-tools test-megatron-new test-deepspeed-versions test-pythons wheel reliability checkpoint-matrix docs lint release clean bench bench-kernels bench-small bench-muon bench-gpu bench-communication bench-fused-step bench-safety-checks bench-checkpoints bench-end-to-end bench-data
+.PHONY: setup train finetune compare compare-same-lr compare-half compare-more compare-multipliers test test-quick support test-slow test-faults test-hosts test-gpu test-asan test-triton-versions test-tools test-megatron-new test-deepspeed-versions test-pythons wheel reliability checkpoint-matrix docs lint release clean bench bench-kernels bench-small bench-muon bench-gpu bench-communication bench-fused-step bench-safety-checks bench-checkpoints bench-end-to-end bench-data
 
 setup: $(STAMP)
 
@@ -52,6 +52,11 @@ compare-half: setup
 	$(BIN)/python launch/prepare_data.py --run $(RUN)
 	$(BIN)/python -m benchmarks.compare.half_steps $(if $(PLAN),--plan $(PLAN)) $(ARGS)
 	$(BIN)/python -m benchmarks.compare.summary
+
+# SOAP, Lion and the preset "tuned" beside tuned AdamW, 1.26M parameters: about three hours on two cores.
+compare-more: setup
+	$(BIN)/python launch/prepare_data.py --run configs/run/compare.yaml
+	$(BIN)/python -m benchmarks.compare.more_arms $(ARGS)
 
 # Multipliers from the signal-to-noise ratio against "auto", and additions to "tuned": about ten runs of four minutes.
 compare-multipliers: setup

@@ -18,18 +18,16 @@ own.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.compare import report
 from benchmarks.compare.results import Estimate, Results, at_best, best_of, loss_of, steps_to
-from benchmarks.compare.run import RUN_FILE, Stopped, Trials, add_limits, sweep
+from benchmarks.compare.run import RUN_FILE, Asked, Trials, add_limits, answer, sweep
 from benchmarks.compare.trials import ARMS, BASELINE, FULL, HALF, HALF_5M, LARGER, PATIENT, Plan, Trial
-from benchmarks.provenance import ROOT, write_between
+from benchmarks.provenance import ROOT
 
 CHOOSING = 1
 WHOLE_SEEDS = range(1, FULL.seeds + 1)
@@ -274,24 +272,8 @@ def main() -> int:
     add_limits(parser)
     options = parser.parse_args()
     size = SIZES[options.plan]
-    os.chdir(ROOT)
-    deadline, stopped = time.monotonic() + 60 * options.minutes, None
-    folder = ROOT / "runs" / "compare" / size.name
-    with Trials(folder, size.run_file, options.workers, deadline, bf16=size.plan.bf16, finished=size.csv) as found:
-        for name in size.published:
-            found.add_finished(report.DOCS / f"{name}.csv")
-        try:
-            train(found, size)
-        except Stopped as reason:
-            stopped = reason
-        report.write_csv(found.results, size.csv)
-        # tables come from the file, so that they can be had again from it, digit by digit
-        for page, mark, text in tables(size.read(), size):
-            print(text)
-            write_between(page, mark, text)
-    if stopped is not None:
-        print(f"not complete: {stopped}")
-    return int(stopped is not None)
+    asked = Asked(size.name, size.run_file, tuple(size.published), size.plan.bf16)
+    return answer(asked, options, lambda trials: train(trials, size), lambda: tables(size.read(), size))
 
 
 if __name__ == "__main__":

@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,9 +23,8 @@ from pathlib import Path
 from benchmarks.compare import report
 from benchmarks.compare.half_steps import CHOOSING, SIZES, Size, difference, reached_or_missed, row
 from benchmarks.compare.results import Results, best_of
-from benchmarks.compare.run import Stopped, Trials, add_limits
+from benchmarks.compare.run import Asked, Trials, add_limits, answer
 from benchmarks.compare.trials import ARMS, FULL, Trial
-from benchmarks.provenance import ROOT, write_between
 
 JUDGING = (2, 3, 4)
 WHOLE = (1, 2)
@@ -55,9 +52,14 @@ class Question:
         return self.times * FULL.steps
 
     @property
+    def name(self) -> str:
+        """Of its CSV, and of the mark of its table."""
+        return f"{self.size.name}_x{self.times}"
+
+    @property
     def csv(self) -> Path:
         """What has been trained."""
-        return self.size.csv.with_stem(f"{self.size.csv.stem}_x{self.times}")
+        return report.DOCS / f"{self.name}.csv"
 
     def starts(self) -> list[Trial]:
         """AdamW, ours, the peer: the first seed's trial with the rate of the shorter runs."""
@@ -164,7 +166,7 @@ def _all(results: Results, *sides: Trial) -> bool:
 def tables(results: Results, question: Question) -> Iterator[tuple[Path, str, str]]:
     """Page, mark in it, and what stands there."""
     if text := verdict_table(results, question):
-        yield report.EVIDENCE, f"{question.csv.stem} verdict", text
+        yield report.EVIDENCE, f"{question.name} verdict", text
 
 
 def main() -> int:
@@ -180,22 +182,8 @@ def main() -> int:
     options = parser.parse_args()
     size = SIZES[options.plan]
     question = Question(size, options.times or PLANS[options.plan])
-    os.chdir(ROOT)
-    deadline, stopped = time.monotonic() + 60 * options.minutes, None
-    folder = ROOT / "runs" / "compare" / question.csv.stem
-    with Trials(folder, size.run_file, options.workers, deadline, bf16=size.plan.bf16, finished=question.csv) as found:
-        found.add_finished(size.csv)
-        try:
-            train(found, question)
-        except Stopped as reason:
-            stopped = reason
-        report.write_csv(found.results, question.csv)
-        for page, mark, text in tables(question.read(), question):
-            print(text)
-            write_between(page, mark, text)
-    if stopped is not None:
-        print(f"not complete: {stopped}")
-    return int(stopped is not None)
+    asked = Asked(question.name, size.run_file, (size.name,), size.plan.bf16)
+    return answer(asked, options, lambda trials: train(trials, question), lambda: tables(question.read(), question))
 
 
 if __name__ == "__main__":

@@ -13,40 +13,21 @@ pytest.importorskip("megatron.core", reason="trials are runs of the main job, wh
 
 from benchmarks.compare import half_steps, longer
 from benchmarks.compare.trials import BASELINE
-from benchmarks.provenance import PROVENANCE, between
+from benchmarks.provenance import between
+from tests.helpers.formula import FormulaTrials
 
 QUESTION = longer.Question(half_steps.SIZES["5m"], 2)
 
 
-class _Formula:
-    """Answers trials from a formula instead of training them."""
-
-    def __init__(self, optimum, gain=0.0):
-        self.results, self.calls = {}, 0
-        self._optimum, self._gain = optimum, gain
-
-    def find(self, trials):
-        return [trial for trial in trials if trial not in self.results]
-
-    def train(self, trials, title):
-        self.calls += 1
-        for trial in trials:
-            self.results[trial] = {
-                "diverged": None,
-                "final_validation_loss": self._loss(trial),
-                "optimizer_state_bytes_per_parameter": 4.0,
-                "cpu_seconds": 0.5 * trial.steps,
-                "parameters": 1000,
-                "tokens": 10 * trial.steps,
-                "provenance": dict.fromkeys(PROVENANCE, "x"),
-            }
-
-    def _loss(self, trial):
-        distance = 0.1 * math.log2(trial.lr / self._optimum) ** 2
-        ours = 0.0 if trial.arm == BASELINE else self._gain + 0.001 * trial.seed
+def _formula(optimum, gain=0.0):
+    def loss(trial):
+        distance = 0.1 * math.log2(trial.lr / optimum) ** 2
+        ours = 0.0 if trial.arm == BASELINE else gain + 0.001 * trial.seed
         # the seed that chooses flatters ours: a verdict that counts it would be another one
         flattered = trial.seed == longer.CHOOSING and trial.arm != BASELINE
         return 3.5 + 0.02 * trial.seed + distance - ours - flattered
+
+    return FormulaTrials(loss)
 
 
 def _adamw(results):
@@ -64,17 +45,15 @@ def _adamw(results):
     ],
 )
 def test_rates_grow_towards_the_better_end(optimum, tried):
-    trials = _Formula(optimum)
+    trials = _formula(optimum)
     longer.train(trials, QUESTION)
     assert _adamw(trials.results) == pytest.approx(tried)
-    again = trials.calls
     assert not any(longer.rates(trials.results, start).missing for start in QUESTION.starts())
-    assert again == trials.calls
 
 
 @pytest.mark.parametrize(("gain", "word", "shown"), [(0.01, "reached", "-0.0130"), (-0.02, "missed", "+0.0170")])
 def test_the_seed_that_chooses_does_not_judge(gain, word, shown):
-    trials = _Formula(4e-3, gain)
+    trials = _formula(4e-3, gain)
     longer.train(trials, QUESTION)
     table = longer.verdict_table(trials.results, QUESTION)
     assert f"AdamW's loss after 1600 steps in 800: **{word}** ({shown} ± 0.0006, 3 seeds)" in table
