@@ -121,7 +121,7 @@ COMPARED = (
     "muon_roles_3x",
     "blockwise_muon_heads_3x",
 )
-"""By `make compare`; the rest by half_steps.py and more_arms.py."""
+"""By `make compare`; the rest by questions/half_steps.py and more_arms.py."""
 BASELINE = "adamw"
 
 

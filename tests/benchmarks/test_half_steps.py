@@ -13,11 +13,12 @@ import pytest
 pytest.importorskip("deepspeed", reason="trials are runs of the main job, which needs the extra 'deepspeed'")
 pytest.importorskip("megatron.core", reason="trials are runs of the main job, which needs the extra 'megatron'")
 
-from benchmarks.compare import half_steps, report
+from benchmarks.compare import report
+from benchmarks.compare.questions import half_steps
 from benchmarks.compare.trials import ARMS, BASELINE, FULL, HALF, LARGER, Setup
 from benchmarks.provenance import ROOT, between
 from ds_blockwise.runs.model_shape import GPTShape
-from tests.helpers.formula import FormulaTrials
+from tests.benchmarks.formula import FormulaTrials
 
 SETUP = Setup(GPTShape.load(ROOT / "configs/model/tiny.yaml"), {"tokenizer": {"sha256": "t"}, "splits": {}}, bf16=False)
 BEST = "blockwise_muon_heads_3x"

@@ -11,10 +11,10 @@ import pytest
 pytest.importorskip("deepspeed", reason="trials are runs of the main job, which needs the extra 'deepspeed'")
 pytest.importorskip("megatron.core", reason="trials are runs of the main job, which needs the extra 'megatron'")
 
-from benchmarks.compare import half_steps, longer
+from benchmarks.compare.questions import half_steps, longer
 from benchmarks.compare.trials import BASELINE
 from benchmarks.provenance import between
-from tests.helpers.formula import FormulaTrials
+from tests.benchmarks.formula import FormulaTrials
 
 QUESTION = longer.Question(half_steps.SIZES["5m"], 2)
 

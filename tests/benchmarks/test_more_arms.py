@@ -11,11 +11,12 @@ import pytest
 pytest.importorskip("deepspeed", reason="trials are runs of the main job, which needs the extra 'deepspeed'")
 pytest.importorskip("megatron.core", reason="trials are runs of the main job, which needs the extra 'megatron'")
 
-from benchmarks.compare import more_arms, report
+from benchmarks.compare import report
+from benchmarks.compare.questions import more_arms
 from benchmarks.compare.trials import ARMS, BASELINE, COMMON, FULL, MORE, Setup
 from benchmarks.provenance import ROOT, between
 from ds_blockwise.runs.model_shape import GPTShape
-from tests.helpers.formula import FormulaTrials
+from tests.benchmarks.formula import FormulaTrials
 
 SETUP = Setup(GPTShape.load(ROOT / "configs/model/tiny.yaml"), {"tokenizer": {"sha256": "t"}, "splits": {}}, bf16=False)
 OPTIMUM = {"soap": (8e-3, 0.2), "lion": (2.5e-4, 0.05)}

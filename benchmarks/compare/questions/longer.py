@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does it last? The question of half_steps.py for runs several times as long. The rule was written before the runs.
 
-python -m benchmarks.compare.longer                       # the 5M model, 1600 steps; about two hours
-python -m benchmarks.compare.longer --plan 1m --times 4   # the 1.26M model, 3200 steps
+python -m benchmarks.compare.questions.longer                       # the 5M model, 1600 steps; about two hours
+python -m benchmarks.compare.questions.longer --plan 1m --times 4   # the 1.26M model, 3200 steps
 
 Each side starts from the setting, the warm-up and the rate that were best in the shorter runs: AdamW's from its whole
 runs, the others' from half of them. Longer runs may want another rate. So the first seed tries that rate and the one a
@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.compare import report
-from benchmarks.compare.half_steps import CHOOSING, SIZES, Size, difference, reached_or_missed, row
+from benchmarks.compare.questions.half_steps import CHOOSING, SIZES, Size, difference, reached_or_missed, row
 from benchmarks.compare.results import Results, best_of
 from benchmarks.compare.run import Asked, Trials, add_limits, answer
 from benchmarks.compare.trials import ARMS, FULL, Trial

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does Blockwise Muon reach tuned AdamW's final loss in half of its steps? The rule was written before the runs.
 
-python -m benchmarks.compare.half_steps             # about two hours on two cores; goes on where it stopped
-python -m benchmarks.compare.half_steps --minutes 30
-python -m benchmarks.compare.half_steps --plan 5m   # with four times the parameters, in bf16; about an hour and a half
+python -m benchmarks.compare.questions.half_steps             # about two hours on two cores; goes on where it stopped
+python -m benchmarks.compare.questions.half_steps --minutes 30
+python -m benchmarks.compare.questions.half_steps --plan 5m   # 5.0M parameters, in bf16
 
 The first seed chooses for every side: learning rate, settings, and the warm-up among a twentieth and a fifth of the
 steps. The verdict is from the four other seeds, which chose nothing. AdamW trains 800 steps, the

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Is an AdamW JSON right with only its ``type`` changed? Three rates around AdamW's best, the same for all optimizers.
 
-python -m benchmarks.compare.same_rate            # 27 runs, a few minutes each on one core; goes on where it stopped
-python -m benchmarks.compare.same_rate --minutes 30
+python -m benchmarks.compare.questions.same_rate            # 27 runs, a few minutes each; goes on
+python -m benchmarks.compare.questions.same_rate --minutes 30
 
 AdamW's runs are those of `make compare` where they have been published. Everything else in the JSON stays as it is: the
 schedule with its absolute minimum, betas, weight decay, clipping. The optimizers have their defaults.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """More optimizers beside tuned AdamW, for as many steps: the preset `tuned`, SOAP, Lion with and without multipliers.
 
-python -m benchmarks.compare.more_arms               # about three hours on two cores; goes on where it stopped
-python -m benchmarks.compare.more_arms --minutes 60
+python -m benchmarks.compare.questions.more_arms               # about three hours on two cores; goes on
+python -m benchmarks.compare.questions.more_arms --minutes 60
 
 Every arm has a sweep of rates like AdamW's and two warm-ups, of a fifth and a twentieth of the steps. The first seed
 chooses, three others judge. The rule was written before the runs. Lion's weight decay, five times AdamW's, was not
@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.compare import report
-from benchmarks.compare.half_steps import SIZES, Size, row
+from benchmarks.compare.questions.half_steps import SIZES, Size, row
 from benchmarks.compare.results import Results
 from benchmarks.compare.run import Asked, Trials, add_limits, answer, sweep
 from benchmarks.compare.trials import FULL, MORE, Trial
