@@ -23,7 +23,9 @@ def _trained(gain):
     return trials.results
 
 
-@pytest.mark.parametrize(("gain", "words"), [(0.3, "is a reason"), (0.1, "not decided"), (-0.2, "is not the reason")])
+@pytest.mark.parametrize(
+    ("gain", "words"), [(0.3, "bf16 is a reason"), (0.1, "not decided"), (-0.2, "bf16 is not the reason: it adds")]
+)
 def test_the_words_follow_from_pairs_of_one_seed(gain, words):
     fp32 = _trained(0.1)
     assert f"**{words}" in precision.table(_trained(gain), fp32)
