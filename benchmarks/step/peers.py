@@ -15,12 +15,13 @@ import torch
 
 from benchmarks.step.shapes import Case
 from ds_blockwise.kernels.foreign_apex import foreign_apex
-from ds_blockwise.kernels.select import kernels_for
+from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.optimizers.registry import OPTIMIZERS
 from ds_blockwise.optimizers.settings import BACKENDS
 from ds_blockwise.parallel.reduce import LOCAL
 
-ADAMW, ADAM_MINI = "AdamW", "Adam-mini"
+ADAMW, ADAM_MINI, LION = "AdamW", "Adam-mini", "Lion"
+_FAMILY = {"element": ADAMW, "block": ADAM_MINI, "none": LION}
 HYPER = {"lr": 1e-5, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 # fp32 parameters (read, written) and gradients (read); moments are read and written
@@ -40,7 +41,7 @@ class Contender:
 
     Attributes:
         name: unique; how tables and the option ``--without`` call it.
-        family: ``AdamW`` or ``Adam-mini``: what its update must equal.
+        family: ``AdamW``, ``Adam-mini`` or ``Lion``: what its update must equal.
         backend: of our optimizers; empty for peers.
         momentum: dtype of the first moment.
         bytes_per_parameter: what a step must move at least; state of one value per block is not counted.
@@ -73,7 +74,7 @@ class Missing:
 
 
 def bytes_that_move(family: str, momentum: str = "fp32") -> int:
-    """Bytes per parameter: AdamW 28, Adam-mini 20 with fp32 momentum."""
+    """Bytes per parameter: AdamW 28, Adam-mini and Lion 20 with fp32 momentum."""
     return _PARAM_AND_GRAD + _MOMENT[momentum] + (_MOMENT["fp32"] if family == ADAMW else 0)
 
 
@@ -89,23 +90,32 @@ def build_ours(cls: type, case: Case, **settings: object) -> torch.optim.Optimiz
 
 
 def _ours(device: torch.device) -> Iterator[Contender | Missing]:
-    for cls in (cls for cls in OPTIMIZERS.values() if cls.can_be_measured):  # those with Adam's update, as the peers
-        family = ADAM_MINI if cls.second_moment == "block" else ADAMW
+    for family, cls in families().items():
         for backend in (name for name in BACKENDS if name != "auto"):
-            problem = _problem(backend, device)
+            problem = _problem(cls, backend, device)
             if problem is None:
                 yield _our_contender(cls, family, backend, "fp32")
             else:
                 yield Missing(f"{cls.__name__}[{backend}]", problem)
-        default = kernels_for("auto", device).name
-        yield _our_contender(cls, family, default, "bf16")
+        default = _kernels(cls, "auto", device)
+        yield _our_contender(cls, family, default if default in BACKENDS else "reference", "bf16")
 
 
-def _problem(backend: str, device: torch.device) -> str | None:
+def families() -> dict[str, type[BlockwiseOptimizer]]:
+    """Our optimizer of each family. (Muon has a benchmark of its own: its time is that of its products.)"""
+    stepped = (cls for cls in OPTIMIZERS.values() if cls.second_moment != "block" or cls.can_be_measured)
+    return {_FAMILY[cls.second_moment]: cls for cls in stepped}
+
+
+def _kernels(cls: type[BlockwiseOptimizer], backend: str, device: torch.device) -> str:
+    return cls([torch.nn.Parameter(torch.zeros(1))], backend=backend).kernels_on(device).name
+
+
+def _problem(cls: type[BlockwiseOptimizer], backend: str, device: torch.device) -> str | None:
     if backend == "cpp" and device.type != "cpu":
         return f"it is not for {device.type}"
     try:
-        kernels_for(backend, device)
+        _kernels(cls, backend, device)
     except Exception as error:  # whatever it is, the reason goes into the table
         return _first_line(error)
     return None
@@ -134,6 +144,17 @@ def _our_contender(cls: type, family: str, backend: str, momentum: str) -> Conte
 def _deepspeed_cpu_adam() -> Build:
     cls = _import("deepspeed.ops.adam", "DeepSpeedCPUAdam", "pip install deepspeed")
     return lambda case, **settings: cls(case.params, **{**HYPER, **settings}, adamw_mode=True)
+
+
+def _deepspeed_cpu_lion() -> Build:
+    cls = _import("deepspeed.ops.lion", "DeepSpeedCPULion", "pip install deepspeed")
+
+    def build(case: Case, **settings: object) -> torch.optim.Optimizer:
+        taken = {**HYPER, **settings}
+        del taken["eps"]
+        return cls(case.params, **taken)
+
+    return build
 
 
 def _deepspeed_fused_adam() -> Build:
@@ -192,6 +213,7 @@ def _published_adam_mini() -> Build:
 
 PEERS: dict[str, tuple[str, tuple[str, ...], Callable[[], Build]]] = {
     "DeepSpeedCPUAdam": (ADAMW, ("cpu",), _deepspeed_cpu_adam),
+    "DeepSpeedCPULion": (LION, ("cpu",), _deepspeed_cpu_lion),
     "torch AdamW fused": (ADAMW, ("cpu", "cuda"), _torch_fused),
     "torch AdamW foreach": (ADAMW, ("cpu", "cuda"), _torch_foreach),
     "adam-mini (published)": (ADAM_MINI, ("cpu", "cuda"), _published_adam_mini),
@@ -226,7 +248,7 @@ def _peers(device: torch.device, names: list[str]) -> Iterator[Contender | Missi
 
 def _try_once(build: Build, family: str, device: torch.device) -> None:
     """Compile, if it compiles at first use, and step 4096 numbers."""
-    if family != ADAMW:
+    if family == ADAM_MINI:
         return
     param = torch.nn.Parameter(torch.zeros(4096, device=device))
     param.grad = torch.ones_like(param)

@@ -3,7 +3,7 @@
 
 python -m benchmarks.step.run                            # 1M to 200M parameters on the CPU
 python -m benchmarks.step.run --device cuda              # 1M to 1B parameters on a GPU
-python -m benchmarks.step.run --sizes 1M --rounds 3 --without DeepSpeedCPUAdam --probe sweeps --out /tmp/b
+python -m benchmarks.step.run --sizes 1M --rounds 3 --without DeepSpeedCPU --probe sweeps --out /tmp/b
 
 DeepSpeed compiles its optimizer at first use, which takes a minute or two. Do not interrupt that: it would leave a lock
 that later starts wait for.

@@ -32,7 +32,7 @@ from ds_blockwise import tag_parameters
 
 MINI, ADAMW = "BlockwiseAdamMini[cpp]", "BlockwiseAdamW[cpp]"
 PEERS = ("DeepSpeedCPUAdam", "torch AdamW fused")
-LEFT_OUT = ["reference", "triton", "bf16", "foreach", "published"]
+LEFT_OUT = ["reference", "triton", "bf16", "foreach", "published", "Lion"]
 OVER_FASTEST, OVER_ADAMW = "over the faster peer", "over ours of AdamW"
 COLUMNS = ("case", "tensors", "parameters", "contender", "threads", "rounds", "steps_per_sample")
 COLUMNS += ("median_ms", "p20_ms", "p80_ms", OVER_FASTEST, OVER_ADAMW, "note", *PROVENANCE)

@@ -76,8 +76,8 @@ def timed_rows(
         timing, family = timings[contender.name], contender.family
         moved = contender.bytes_per_parameter * case.numel
         rate = moved / timing.median / 1e9
-        probe_bytes = 20 if family == ADAM_MINI else 28
-        probe_rate = probe_bytes * case.numel / probes[family].median / 1e9
+        imitated, probe_bytes = (ADAMW, 28) if family == ADAMW else (ADAM_MINI, 20)  # Lion's traffic is Adam-mini's
+        probe_rate = probe_bytes * case.numel / probes[imitated].median / 1e9
         tensors = case.named if contender.name == "adam-mini (published)" else case.params
         row = {
             **dict.fromkeys(COLUMNS, ""),
@@ -237,7 +237,8 @@ def markdown(rows: Sequence[Row], figure: str) -> str:
 
 
 def _ratios(rows: Sequence[Row], columns: Sequence[tuple[str, str]]) -> list[str]:
-    peers = [peer for peer in RATIOS if any(row[RATIOS[peer]] for row in rows)]
+    # results of before a peer was added have no column for it
+    peers = [peer for peer in RATIOS if any(row.get(RATIOS[peer]) for row in rows)]
     lines = [f"| ours over peer (time) | {' | '.join(peers)} |", f"|---|{'---:|' * len(peers)}"]
     for size, layout in columns:
         for optimizer in reversed(OPTIMIZERS):

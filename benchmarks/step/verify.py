@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Before anything is timed: every contender makes the update that its family is defined by.
 
-AdamW's are compared with torch's plain AdamW, Adam-mini's with our reference backend; ours also with the reference at
-their default multipliers on fused weights, which is what is timed.
+AdamW's are compared with torch's plain AdamW, Adam-mini's and Lion's with our reference backend; ours also with the
+reference at their default multipliers on fused weights, which is what is timed.
 """
 
 from __future__ import annotations
 
 import torch
 
-from benchmarks.step.peers import ADAMW, Contender, build_ours
+from benchmarks.step.peers import ADAM_MINI, ADAMW, Contender, build_ours, families
 from benchmarks.step.shapes import Case, make_case
-from ds_blockwise import BlockwiseAdamMini, BlockwiseAdamW
 
 SIZE = "1M"
 STEPS = 2  # the second sees moments that are not zero
@@ -34,7 +33,7 @@ def verify(contenders: list[Contender], layouts: list[str], device: torch.device
     lines = []
     for layout in layouts:
         for contender in contenders:
-            if layout == "flat" and not contender.ours and contender.family != ADAMW:
+            if layout == "flat" and not contender.ours and contender.family == ADAM_MINI:
                 continue
             lines.append(_compare(contender, layout, device))
     return lines
@@ -45,7 +44,7 @@ def _compare(contender: Contender, layout: str, device: torch.device) -> str:
     if contender.ours:
         tolerance = OURS_TOLERANCE if contender.momentum == "fp32" else 2.0**-8
         checks = [("multipliers 1", max(tolerance, contender.tolerance), UNIT, True), ("default", tolerance, {}, True)]
-    elif contender.family != ADAMW:
+    elif contender.family == ADAM_MINI:
         checks = [("as published", contender.tolerance, PUBLISHED, False)]
     worst = []
     for what, tolerance, settings, fused in checks:
@@ -64,7 +63,7 @@ def _compare(contender: Contender, layout: str, device: torch.device) -> str:
 def _definition(contender: Contender, what: str):
     if contender.family == ADAMW and what == "multipliers 1":
         return lambda case, **settings: torch.optim.AdamW(case.params, **settings, foreach=False, fused=False)
-    cls = BlockwiseAdamW if contender.family == ADAMW else BlockwiseAdamMini
+    cls = families()[contender.family]
     return lambda case, **settings: build_ours(cls, case, **settings, backend="reference")
 
 

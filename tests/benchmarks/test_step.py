@@ -15,11 +15,11 @@ pytest.importorskip("adam_mini", reason="the published Adam-mini is a peer: extr
 
 from benchmarks.provenance import PROVENANCE, read_csv
 from benchmarks.step import muon, peers, probe, shapes, small, tables
-from benchmarks.step.peers import PEERS, Contender, Missing, build_ours, find_contenders
+from benchmarks.step.peers import PEERS, Contender, Missing, build_ours, families, find_contenders
 from benchmarks.step.verify import verify
 from ds_blockwise import BlockwiseAdamMini, BlockwiseAdamW
 from ds_blockwise.blocks.segment_table import build_table
-from tests.helpers.benchmark_runs import COMPILED, run_benchmark
+from tests.helpers.benchmark_runs import ALL_COMPILED, COMPILED, run_benchmark
 
 CPU = torch.device("cpu")
 
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, list[dict[str, str]]]:
     """The kernel benchmark at its smallest, once."""
     out = tmp_path_factory.mktemp("bench")
-    quickest = ("--sizes", "1M", "--rounds", 3, "--without", COMPILED, "--probe", "sweeps")
+    quickest = ("--sizes", "1M", "--rounds", 3, "--without", *ALL_COMPILED, "--probe", "sweeps")
     text = run_benchmark("step.run", *quickest, "--out", out)
     return out, text, read_csv(out / "kernels_cpu.csv")
 
@@ -70,18 +70,18 @@ def test_kernel_benchmark_leaves_out_nobody_in_silence(quick: tuple[Path, str, l
     out, text, rows = quick
     assert tuple(rows[0]) == tables.COLUMNS
     assert (out / "kernels_cpu.png").stat().st_size > 10_000
-    ours = {
-        f"{cls}[{name}]" for cls in ("BlockwiseAdamW", "BlockwiseAdamMini") for name in ("reference", "cpp", "triton")
-    }
+    ours = {f"{cls.__name__}[{name}]" for cls in families().values() for name in ("reference", "cpp", "triton")}
+    assert len(ours) == 9
     for layout in shapes.LAYOUTS:
         here = {row["contender"]: row for row in rows if row["layout"] == layout}
         assert ours | set(PEERS) <= set(here)
         for name, row in here.items():
             assert bool(row["median_ms"]) != bool(row["note"]), (name, row)
-        for name in ("BlockwiseAdamMini[reference]", "torch AdamW fused", "torch AdamW foreach"):
+        for name in ("BlockwiseAdamMini[reference]", "BlockwiseLion[cpp]", "torch AdamW fused", "torch AdamW foreach"):
             assert here[name]["median_ms"], here[name]["note"]
     notes = {(row["layout"], row["contender"]): row["note"] for row in rows}
     assert notes["whole", COMPILED] == "not run: left out by --without"
+    assert "has no triton kernels" in notes["flat", "BlockwiseLion[triton]"]
     assert "whole two-dimensional weights" in notes["flat", "adam-mini (published)"]
     assert "apex" in text and "verified: BlockwiseAdamMini[reference], flat" in text
 
@@ -110,6 +110,7 @@ def test_kernel_figures_follow_from_the_medians(quick: tuple[Path, str, list[dic
     bytes_of = {row["contender"]: row["bytes_per_parameter"] for row in timed}
     assert bytes_of["torch AdamW fused"] == bytes_of["BlockwiseAdamW[reference]"] == "28"
     assert bytes_of["adam-mini (published)"] == bytes_of["BlockwiseAdamMini[reference]"] == "20"
+    assert bytes_of["BlockwiseLion[cpp]"] == "20"
 
 
 @pytest.mark.parametrize("size", ["1M", "5M"])
@@ -169,8 +170,8 @@ def test_peers_that_cannot_run_say_why(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(peers.Unavailable, match="is not NVIDIA's"):
         peers._apex_fused_adam()
     with pytest.raises(ValueError, match="'no such' is in no contender's name"):
-        find_contenders(CPU, ["no such", COMPILED])
-    contenders, missing = find_contenders(CPU, [COMPILED, "bf16"])
+        find_contenders(CPU, ["no such", *ALL_COMPILED])
+    contenders, missing = find_contenders(CPU, [*ALL_COMPILED, "bf16"])
     assert not [contender for contender in contenders if contender.momentum == "bf16"]
     reasons = {entry.name: entry.reason for entry in missing}
     assert reasons[COMPILED] == "left out by --without" and reasons["TE FusedAdam"] == "it is not for cpu"
@@ -179,7 +180,7 @@ def test_peers_that_cannot_run_say_why(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_case_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel would be killed for memory after half an hour."""
     case = shapes.make_case("1M", "whole", CPU)
-    contenders, _ = find_contenders(CPU, [COMPILED])
+    contenders, _ = find_contenders(CPU, ALL_COMPILED)
     probe.check_memory(case, contenders)
     monkeypatch.setattr(probe, "free_bytes", lambda device: 1_000_000)
     with pytest.raises(ValueError, match=r"0\.0 GB are free"):

@@ -12,6 +12,7 @@ from benchmarks.provenance import PROVENANCE
 from tests.helpers import ROOT
 
 COMPILED = "DeepSpeedCPUAdam"  # by DeepSpeed, for minutes; the figures have it, the tests do without
+ALL_COMPILED = [COMPILED, "DeepSpeedCPULion"]
 
 
 def run_benchmark(module: str, *arguments: object, status: int = 0) -> str:

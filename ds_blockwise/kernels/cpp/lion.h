@@ -59,20 +59,15 @@ class LionStep {
     P* __restrict__ p = t_.param + start;
     const Gradients g = t_.grad + start;
     M* __restrict__ m = t_.exp_avg + start;
-    constexpr int64_t lanes = SquareSum::lanes;
-    for (int64_t from = 0; from < n; from += lanes) {
-      const int64_t to = std::min(from + lanes, n);
-      ask_for(p + from + kNear), ask_for(g + from + kNear), ask_for(m + from + kNear);
 #pragma omp simd
-      for (int64_t k = from; k < to; ++k) {
-        const W grad = W(load(g[k])), old = W(load(m[k])), was = W(load(p[k]));
-        const W direction = ahead(old, grad);
-        store(m[k], moment(old, grad));
-        const bool up = direction < 0, down = direction > 0;
-        const bool grows = cautious && ((up && was > 0) || (down && was < 0));
-        const W kept = grows ? was : was * decay + nothing;
-        store(p[k], kept - (down ? size : up ? -size : W(0)));
-      }
+    for (int64_t k = 0; k < n; ++k) {
+      const W grad = W(load(g[k])), old = W(load(m[k])), was = W(load(p[k]));
+      const W direction = ahead(old, grad), decayed = was * decay + nothing;
+      const bool up = direction < 0, down = direction > 0;
+      // without branches, or compilers test element by element
+      const bool grows = cautious & ((up & (was > 0)) | (down & (was < 0)));
+      store(m[k], moment(old, grad));
+      store(p[k], (grows ? was : decayed) - (down ? size : up ? -size : W(0)));
     }
   }
 
