@@ -31,8 +31,6 @@ struct Lerp {
 // One tensor in one step, without a second moment; the interface of `Step` that `update_all` needs.
 template <class P, class G, class M, class W>
 class LionStep {
-  using Gradients = typename Source<G>::Gradients;
-
  public:
   LionStep(Plan& plan, const Tensors<P, G, M, W>& tensors, const Scalars& scalars)
       : plan_(plan), t_(tensors), s_(scalars) {}
@@ -56,18 +54,20 @@ class LionStep {
     const W size = W(lr), decay = W(1 - times(lr, times(s_.weight_decay, run.weight_decay_multiplier)));
     // -0 changes no number; the product before it is rounded as if it had been written to memory
     const W nothing = opaque(W(-0.0));
-    P* __restrict__ p = t_.param + start;
-    const Gradients g = t_.grad + start;
-    M* __restrict__ m = t_.exp_avg + start;
+    // read before anything is written, through pointers that may alias: see `Step::apply`
+    P* p = t_.param + start;
+    const auto g = t_.grad + start;
+    M* m = t_.exp_avg + start;
 #pragma omp simd
     for (int64_t k = 0; k < n; ++k) {
       const W grad = W(load(g[k])), old = W(load(m[k])), was = W(load(p[k]));
-      const W direction = ahead(old, grad), decayed = was * decay + nothing;
+      const W direction = ahead(old, grad), now = moment(old, grad), decayed = was * decay + nothing;
       const bool up = direction < 0, down = direction > 0;
       // without branches, or compilers test element by element
       const bool grows = cautious & ((up & (was > 0)) | (down & (was < 0)));
-      store(m[k], moment(old, grad));
-      store(p[k], (grows ? was : decayed) - (down ? size : up ? -size : W(0)));
+      const W moved = (grows ? was : decayed) - (down ? size : up ? -size : W(0));
+      store(m[k], now);
+      store(p[k], moved);
     }
   }
 
