@@ -5,6 +5,7 @@
 #include <utility>
 #include <vector>
 
+#include "look.h"
 #include "step.h"
 
 namespace {
