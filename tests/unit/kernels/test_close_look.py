@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import ctypes
+import functools
 import sys
 import sysconfig
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import torch
 
 from ds_blockwise.kernels.base import StepState
 from ds_blockwise.kernels.close_look import CloseLook
-from ds_blockwise.kernels.cpp import build, look
+from ds_blockwise.kernels.cpp import backend, build, look
 from tests.helpers.kernel_cases import LOOKS, the_look
 
 Change = Callable[[torch.Tensor], object]
@@ -236,7 +236,7 @@ BREAKS: dict[str, Callable[[pytest.MonkeyPatch], object]] = {
 @pytest.mark.parametrize("broken", BREAKS)
 def test_another_torch_or_python_is_asked_in_python(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A later torch may lack what is read, or keep it elsewhere; then nothing may be read wrong."""
-    library = build.library()
+    library = backend.library()
     find = look._look_of.__wrapped__
     assert find(library) is not None
     BREAKS[broken](monkeypatch)
@@ -247,14 +247,12 @@ def test_another_torch_or_python_is_asked_in_python(broken: str, monkeypatch: py
 
 def test_nothing_is_compiled_for_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU, or with the reference, a look must not need a compiler."""
-    before = build.library_at_hand()
-    assert before is None or isinstance(before, ctypes.CDLL)
     monkeypatch.setattr(build, "_of_the_wheel", lambda: None)
-    monkeypatch.setattr(build, "_built", lambda: pytest.fail("it is compiled"))
-    build.library.cache_clear()
-    try:
-        assert build.library_at_hand() is None and look.compiled_look() is None
-    finally:
-        build.library.cache_clear()
-        monkeypatch.undo()
-        build.library()
+    monkeypatch.setattr(build, "library", functools.cache(lambda: pytest.fail("it is compiled")))
+    monkeypatch.setattr(look, "library_at_hand", build.library_at_hand)
+    assert look.compiled_look() is None
+    monkeypatch.setattr(build, "library", functools.cache(lambda: loaded))
+    loaded = backend.library()
+    assert look.compiled_look() is None
+    assert build.library() is loaded  # now it is loaded, as the first step on a CPU does
+    assert look.compiled_look() == look._look_of(loaded) is not None
