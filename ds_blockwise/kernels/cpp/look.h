@@ -36,7 +36,7 @@ struct LookTable {
   void (*keep)(Object);
   void (*forget_error)();
   Object tensor_type, parameter_type, exp_avg, exp_avg_sq, yes, no, none;
-  int64_t type_at, tensor_at;  // bytes from the beginning of an object
+  int64_t type_at, tensor_at, storage_at;  // bytes from the beginning of an object, and of what its tensor points to
 };
 
 inline LookTable look_table{};
@@ -75,11 +75,17 @@ class Look {
   // A step has pushed all of it out of the near caches.
   void ask_for_all() {
     for (const Object object : found_) __builtin_prefetch(object);
-    for (const Object object : found_) {
-      if (!object || !is_plain(type_of(object))) continue;
-      const char* tensor = *reinterpret_cast<const char**>(handle_of(object));
+    const auto each_tensor = [this](auto&& f) {
+      for (const Object object : found_)
+        if (object && is_plain(type_of(object))) f(*reinterpret_cast<const char**>(handle_of(object)));
+    };
+    each_tensor([](const char* tensor) {
       for (int line = 0; line < 4; ++line) __builtin_prefetch(tensor + 64 * line);
-    }
+    });
+    each_tensor([this](const char* tensor) {
+      const char* storage = *reinterpret_cast<const char* const*>(tensor + t_.storage_at);
+      for (int line = 0; line < 2; ++line) __builtin_prefetch(storage + 64 * line);
+    });
   }
 
   template <class Fact>

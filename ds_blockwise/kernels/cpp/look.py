@@ -103,7 +103,12 @@ def _table() -> ctypes.Array[ctypes.c_int64]:
     addresses = [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions]
     objects = [id(each) for each in (torch.Tensor, torch.nn.Parameter, *_MOMENTS, True, False, None)]
     tensor = torch.empty(1)
-    places = [_place_of(id(torch.Tensor), tensor), _place_of(tensor._cdata, tensor)]
+    size = torch.Tensor.__basicsize__
+    places = [
+        _place_of(id(torch.Tensor), id(tensor), size),
+        _place_of(tensor._cdata, id(tensor), size),
+        _place_of(tensor.untyped_storage()._cdata, tensor._cdata, 8 * _WORD),  # among the first: no tensor is smaller
+    ]
     return (ctypes.c_int64 * (len(addresses) + len(objects) + len(places)))(*addresses, *objects, *places)
 
 
@@ -113,10 +118,9 @@ def _loaded_torch() -> ctypes.CDLL:
     return ctypes.CDLL(str(path), os.RTLD_NOW | os.RTLD_NOLOAD)
 
 
-def _place_of(word: int, tensor: torch.Tensor) -> int:
-    """Where in the object of a tensor an address lies, in bytes from its beginning."""
-    places = range(0, type(tensor).__basicsize__, _WORD)
-    return next(place for place in places if ctypes.c_int64.from_address(id(tensor) + place).value == word)
+def _place_of(word: int, begin: int, size: int) -> int:
+    """Where an address lies in an object that begins at another one and has so many bytes; from its beginning."""
+    return next(at for at in range(0, size, _WORD) if ctypes.c_int64.from_address(begin + at).value == word)
 
 
 class _Definition(ctypes.Structure):
