@@ -8,7 +8,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup train finetune compare compare-same-lr compare-half compare-multipliers test test-quick support test-slow test-faults test-hosts test-gpu test-asan test-triton-versions test-tools test-megatron-new test-deepspeed-versions test-pythons wheel reliability checkpoint-matrix docs lint release clean bench bench-kernels bench-small bench-muon bench-gpu bench-communication bench-fused-step bench-safety-checks bench-checkpoints bench-end-to-end bench-data
+.PHONY: setup train finetune compare compare-same-lr compare-half compare-more compare-multipliers test test-quick support test-slow test-faults test-hosts test-gpu test-asan test-triton-versions test-tools test-megatron-new test-deepspeed-versions test-pythons wheel reliability checkpoint-matrix docs lint release clean bench bench-kernels bench-small bench-muon bench-gpu bench-communication bench-fused-step bench-safety-checks bench-checkpoints bench-end-to-end bench-data
 
 setup: $(STAMP)
 
@@ -43,15 +43,20 @@ compare: setup
 # An AdamW JSON with only its type changed, at three rates around AdamW's best: 22 runs beside those of the comparison.
 compare-same-lr: setup
 	$(BIN)/python launch/prepare_data.py --run configs/run/compare.yaml
-	$(BIN)/python -m benchmarks.compare.same_rate $(ARGS)
+	$(BIN)/python -m benchmarks.compare.questions.same_rate $(ARGS)
 
 # Does Blockwise Muon reach tuned AdamW's loss in half of its steps? About two hours on two cores; goes on where it stopped.
 # PLAN=5m: with four times the parameters; about an hour and a half.
 compare-half: RUN = configs/run/compare$(if $(PLAN),_$(PLAN)).yaml
 compare-half: setup
 	$(BIN)/python launch/prepare_data.py --run $(RUN)
-	$(BIN)/python -m benchmarks.compare.half_steps $(if $(PLAN),--plan $(PLAN)) $(ARGS)
+	$(BIN)/python -m benchmarks.compare.questions.half_steps $(if $(PLAN),--plan $(PLAN)) $(ARGS)
 	$(BIN)/python -m benchmarks.compare.summary
+
+# SOAP, Lion and the preset "tuned" beside tuned AdamW, 1.26M parameters: about three hours on two cores.
+compare-more: setup
+	$(BIN)/python launch/prepare_data.py --run configs/run/compare.yaml
+	$(BIN)/python -m benchmarks.compare.questions.more_arms $(ARGS)
 
 # Multipliers from the signal-to-noise ratio against "auto", and additions to "tuned": about ten runs of four minutes.
 compare-multipliers: setup

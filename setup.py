@@ -33,6 +33,7 @@ EXTRAS = {
         "pytest",
         "pytest-timeout",
         "pytest-xdist",
+        "pytorch-optimizer",
         "ruff",
         "torchao",
         'triton>=3.2; platform_system == "Linux"',

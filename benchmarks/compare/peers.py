@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -186,9 +186,17 @@ def _adamw_8bit() -> type[torch.optim.Optimizer]:
     return ScheduledAdamW8bit
 
 
+def _soap() -> type[torch.optim.Optimizer]:
+    from pytorch_optimizer import SOAP
+
+    return cast("type[torch.optim.Optimizer]", SOAP)
+
+
 def register(name: str) -> None:
     """Make a peer available to DeepSpeed under its name; other names are left alone."""
     if name == "MuonAndAdamW":
         torch.optim.MuonAndAdamW = MuonAndAdamW  # type: ignore[attr-defined]
     elif name == "AdamW8bit":
         torch.optim.AdamW8bit = _adamw_8bit()  # type: ignore[attr-defined]
+    elif name == "SOAP":
+        torch.optim.SOAP = _soap()  # type: ignore[attr-defined]

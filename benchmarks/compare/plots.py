@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib import color_sequences
 from matplotlib.ticker import NullLocator
 
 from benchmarks.compare.results import ArmResult, Results
@@ -22,7 +23,8 @@ from ds_blockwise.figure_style import (
     step_axis,
 )
 
-COLOURS = {
+_OTHERS = color_sequences["tab20"]
+COLOURS = {arm: _OTHERS[number % len(_OTHERS)] for number, arm in enumerate(ARMS)} | {
     arm: OPTIMIZER_COLOURS[name]
     for arm, name in {
         "adamw": "AdamW",
@@ -33,6 +35,7 @@ COLOURS = {
         "adamw_8bit": "AdamW8bit",
         "muon_roles_3x": "MuonRoles",
         "blockwise_muon_heads_3x": "BlockwiseMuon",
+        "blockwise_lion": "BlockwiseLion",
     }.items()
 }
 _LOSS = "validation loss (nats per token)"

@@ -22,9 +22,9 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from benchmarks.compare import report
 from benchmarks.compare.ablations import MINI, OUR_MINI, Ablation, ablations, confirmation
 from benchmarks.compare.results import against, best_of, loss_of
 from benchmarks.compare.trials import ARMS, BASELINE, FULL, PUBLISHED_PLANS, QUICK, Plan, Setup, Trial
-from benchmarks.provenance import ROOT, cores
+from benchmarks.provenance import ROOT, cores, write_between
 from data.token_files import read_metadata
 from ds_blockwise.runs.run_file import load_run
 
@@ -260,6 +260,68 @@ def add_limits(parser: argparse.ArgumentParser) -> None:
     """Add how many runs train at a time and for how long, the same for every comparison."""
     parser.add_argument("--workers", type=int, default=cores(), help="runs at a time, one core each")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a script trains for one question, and where its results stand.
+
+    Attributes:
+        name: Of its folder of runs, and of its CSV in docs/compare.
+        run_file: Model, data and batch.
+        counted: Names of other CSVs of the same run file, whose results count as well.
+        bf16: As `Plan.bf16`.
+    """
+
+    name: str
+    run_file: Path = RUN_FILE
+    counted: Sequence[str] = ()
+    bf16: bool = False
+
+    @property
+    def csv(self) -> Path:
+        """What has been trained."""
+        return report.DOCS / f"{self.name}.csv"
+
+    @property
+    def folder(self) -> Path:
+        """Of its runs."""
+        return ROOT / "runs" / "compare" / self.name
+
+
+def answer(
+    asked: Asked,
+    options: argparse.Namespace,
+    train: Callable[[Trials], None],
+    tables: Callable[[], Iterable[tuple[Path, str, str]]],
+) -> int:
+    """Train what is missing, write the CSV, then the tables into their pages.
+
+    Args:
+        asked: What, and where it stands.
+        options: Those of `add_limits`.
+        train: Everything; raises `Stopped` when the time is up.
+        tables: Page, mark in it, and what stands there, from the CSV: so that they can be had again digit by digit.
+
+    Returns:
+        0; 1 if the time was up before all had been trained.
+    """
+    os.chdir(ROOT)  # relative paths of run files count from here
+    deadline, stopped = time.monotonic() + 60 * options.minutes, None
+    with Trials(asked.folder, asked.run_file, options.workers, deadline, bf16=asked.bf16, finished=asked.csv) as trials:
+        for name in asked.counted:
+            trials.add_finished(report.DOCS / f"{name}.csv")
+        try:
+            train(trials)
+        except Stopped as reason:
+            stopped = reason
+        report.write_csv(trials.results, asked.csv)
+    for page, mark, text in tables():
+        print(text)
+        write_between(page, mark, text)
+    if stopped is not None:
+        print(f"not complete: {stopped}")
+    return int(stopped is not None)
 
 
 def main() -> int:

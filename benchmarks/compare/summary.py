@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.compare import half_steps
 from benchmarks.compare.ablations import OUR_MINI, OURS
+from benchmarks.compare.questions import half_steps
 from benchmarks.compare.report import DOCS, EVIDENCE, read_csv
 from benchmarks.compare.results import ArmResult, against, arm_results, steps_to
 from benchmarks.compare.trials import ARMS, BASELINE, FULL, LARGER, PUBLISHED_PLANS, Plan

@@ -96,6 +96,21 @@ ARMS |= {
     "muon_roles_6x": _muon_and_adamw(", embedding and norms at 6x", _TWICE_THAT),
     "muon_roles": _muon_and_adamw(""),
 }
+# beside a matrix of SOAP's preconditioner a larger side than this would cost more than the model's step: the
+# embedding and the output layer are preconditioned on one side, as in its paper (arXiv 2409.11321, section 4)
+_SOAP = {"betas": [0.95, 0.95], "precondition_frequency": 10, "max_precondition_dim": 1024}
+# a rate for Lion is 3 to 10 times below AdamW's, its decay as much above (arXiv 2302.06675, section 5)
+_LION = {"betas": [0.9, 0.99], "weight_decay": 0.5}
+ARMS |= {
+    "blockwise_adamw_tuned": Arm(
+        "Blockwise AdamW, preset tuned", "BlockwiseAdamW", {"lr_multipliers": {"preset": "tuned"}}, _HIGH
+    ),
+    "blockwise_lion": Arm(
+        "Blockwise Lion", "BlockwiseLion", {**_LION, "lr_multipliers": {"preset": "adamw_scale"}}, _LOW
+    ),
+    "lion": Arm("Lion (all multipliers 1)", "BlockwiseLion", {**_LION, **UNIFORM}, _LOW),
+    "soap": Arm("SOAP (pytorch-optimizer)", "SOAP", _SOAP, _HIGH),
+}
 COMPARED = (
     "adamw",
     "blockwise_adamw",
@@ -106,7 +121,7 @@ COMPARED = (
     "muon_roles_3x",
     "blockwise_muon_heads_3x",
 )
-"""By `make compare`; the rest by benchmarks/compare/half_steps.py."""
+"""By `make compare`; the rest by questions/half_steps.py and more_arms.py."""
 BASELINE = "adamw"
 
 
@@ -245,6 +260,10 @@ HALF = Plan(
 )
 # what was best there of ours and of the peers, each with a sweep of its own
 HALF_5M = replace(HALF, arms=("blockwise_muon_heads_3x", "muon_roles_3x"), shift=1.0, bf16=True)
+# as long as AdamW's runs; grids are AdamW's and Lion's own
+MORE = replace(
+    HALF, steps=FULL.steps, seeds=4, arms=("blockwise_adamw_tuned", "soap", "blockwise_lion", "lion"), shift=1.0
+)
 # by the name of the run file; what is in the repository's pages
 PUBLISHED_PLANS = {"compare": FULL, "compare_warmup": PATIENT, "compare_5m": LARGER}
 

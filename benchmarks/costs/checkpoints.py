@@ -5,7 +5,9 @@ python -m benchmarks.costs.checkpoints          # 75.8M parameters, 1.06 GB in a
 python -m benchmarks.costs.checkpoints --docs   # also writes the table into docs/benchmarks.md
 
 The engines save and load in turn. When ours return, the files are on the disk; DeepSpeed's are in the page cache then,
-so the time until the disk has them is measured as well. Loads read from the page cache.
+so the time until the disk has them is measured as well. Loads read from the page cache. A disk differs more from minute
+to minute than programs do. So all is measured a second time in a file system in memory, where a save takes what the
+program itself takes.
 
 A virtual machine gives memory that is free for some seconds back to its host, and fetches it page by page when it is
 used again: up to two seconds a gigabyte. So the order is drawn anew in each round, that nobody always follows one whose
@@ -25,6 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from benchmarks.costs.one_process import RULES, matrices, process_group
@@ -33,8 +36,10 @@ from ds_blockwise.optimizers.registry import OPTIMIZERS
 
 PEER = "AdamW (DeepSpeed)"
 MEASURED = ("save_s", "on_disk_s", "load_s")
+MEMORY = Path("/dev/shm")
 COLUMNS = (
     "optimizer",
+    "file_system",
     "zero_stage",
     "parameters",
     "bytes",
@@ -51,7 +56,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = _options(arguments)
     torch.set_num_threads(options.threads)
     with process_group():
-        rows = measure(options)
+        engines = _engines(options)
+        rows = [row for folder in options.folder for row in measure(engines, folder, options)]
     write_csv(options.out / "checkpoints.csv", COLUMNS, rows)
     text = markdown(rows)
     print(text)
@@ -59,22 +65,25 @@ def main(arguments: list[str] | None = None) -> None:
         write_between(BENCHMARKS_PAGE, "checkpoints", text)
 
 
-def measure(options: argparse.Namespace) -> list[dict[str, str]]:
-    """A row for each optimizer, from rounds in which all save and load in turn; the first round warms up."""
+def _engines(options: argparse.Namespace) -> dict[str, Any]:
     sections = {PEER: {"type": "AdamW", "params": {"lr": 1e-6, "torch_adam": True}}} | {
         name: {"type": name, "params": {"lr": 1e-6, "rules": RULES}} for name in OPTIMIZERS
     }
-    engines = {name: _engine(section, options) for name, section in sections.items()}
+    return {name: _engine(section, options) for name, section in sections.items()}
+
+
+def measure(engines: dict[str, Any], folder: Path, options: argparse.Namespace) -> list[dict[str, str]]:
+    """A row for each optimizer, from rounds in which all save and load in turn; the first round warms up."""
     times: dict[str, list[tuple[float, ...]]] = {name: [] for name in engines}
     sizes: dict[str, int] = {}
     draw, largest = random.Random(0), 0
     for turn in range(options.rounds + 1):
         for name in draw.sample(list(engines), len(engines)):
-            taken, sizes[name] = _save_and_load(engines[name], options.folder, 2 * largest)
+            taken, sizes[name] = _save_and_load(engines[name], folder, 2 * largest)
             largest = max(largest, sizes[name])
             if turn:
                 times[name].append(taken)
-    common = provenance()
+    common = {"file_system": file_system(folder), **provenance()}
     rows = [
         {
             "optimizer": name,
@@ -94,7 +103,13 @@ def measure(options: argparse.Namespace) -> list[dict[str, str]]:
     return rows
 
 
-def _save_and_load(engine: Any, parent: Path | None, memory: int) -> tuple[tuple[float, ...], int]:
+def file_system(folder: Path) -> str:
+    """The kind of file system that a folder lies on, such as ``ext4``; ``tmpfs`` is memory."""
+    mounted = {Path(of.mountpoint): of.fstype for of in psutil.disk_partitions(all=True)}
+    return next(mounted[at] for at in (folder.resolve(), *folder.resolve().parents) if at in mounted)
+
+
+def _save_and_load(engine: Any, parent: Path, memory: int) -> tuple[tuple[float, ...], int]:
     folder = tempfile.mkdtemp(dir=parent)
     try:
         os.sync()  # what others left for the disk to do is not ours
@@ -144,12 +159,13 @@ def _engine(section: dict[str, Any], options: argparse.Namespace) -> Any:
 def markdown(rows: list[dict[str, str]]) -> str:
     """The table of the page, a line for each optimizer."""
     lines = [
-        "| optimizer | checkpoint, GB | save, s | until it is on the disk, s | load, s | save / peer's "
+        "| file system | optimizer | checkpoint, GB | save, s | until it is on the disk, s | load, s | save / peer's "
         "| on the disk / peer's | load / peer's |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
-        cells = [row["optimizer"], f"{int(row['bytes']) / 1e9:.2f}", *(row[column] for column in MEASURED)]
+        of = "tmpfs (memory)" if row["file_system"] == "tmpfs" else row["file_system"]
+        cells = [of, row["optimizer"], f"{int(row['bytes']) / 1e9:.2f}", *(row[column] for column in MEASURED)]
         cells += [f"{float(row[f'{column}_over_peer']):.2f}" for column in MEASURED]
         lines.append(f"| {' | '.join(cells)} |")
     first = rows[0]
@@ -169,7 +185,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--folder", type=Path, help="where to save; default the system's for temporary files")
+    usual = [Path(tempfile.gettempdir()), *([MEMORY] if MEMORY.is_dir() else [])]
+    where = "where to save; default the system's folder for temporary files, then memory"
+    parser.add_argument("--folder", type=Path, nargs="+", default=usual, help=where)
     parser.add_argument("--out", type=Path, default=ROOT / "docs/bench", help="folder of the CSV")
     parser.add_argument("--docs", action="store_true", help="also write the table into docs/benchmarks.md")
     return parser.parse_args(arguments)

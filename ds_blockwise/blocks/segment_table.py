@@ -168,7 +168,9 @@ class SegmentTable:
             A 1-D CPU tensor of ``numel`` elements, each with its block's value; padding is 0.
         """
         values = values.detach().to("cpu").contiguous()
-        flat = torch.zeros(self.numel, dtype=values.dtype)
+        covered = sum(math.prod(run.shape) for run in self.runs)
+        make = torch.empty if covered == self.numel else torch.zeros
+        flat = make(self.numel, dtype=values.dtype)
         for run in self.runs:
             run.of(flat).copy_(run.blocks_of(values).expand(run.shape))
         return flat

@@ -90,12 +90,7 @@ def state_bytes_per_parameter(
         processes: All must call.
         zero_stage: At 0 every data-parallel rank holds a whole copy of the state.
     """
-    held = sum(
-        _stored_bytes(value)
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, torch.Tensor)
-    )
+    held = sum(_stored_bytes(value) for state in optimizer.state.values() for value in state.values())
     copies = processes.dp_size if zero_stage == 0 else 1
     # Under ZeRO-3 a parameter's own storage is empty; its true size is `ds_numel`.
     local = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
@@ -103,11 +98,15 @@ def state_bytes_per_parameter(
     return processes.sum_over_world(held) / copies / parameters
 
 
-def _stored_bytes(tensor: torch.Tensor) -> int:
-    """Bytes of a tensor's storage; of a quantized one those of its parts, not of the type that it stands for."""
-    if is_traceable_wrapper_subclass(tensor):
-        return sum(_stored_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
-    return tensor.numel() * tensor.element_size()
+def _stored_bytes(value: object) -> int:
+    """Bytes of a tensor's storage, or of a list of tensors; of a quantized one those of its parts."""
+    if isinstance(value, list | tuple):
+        return sum(map(_stored_bytes, value))
+    if not isinstance(value, torch.Tensor):
+        return 0
+    if is_traceable_wrapper_subclass(value):
+        return sum(_stored_bytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
+    return value.numel() * value.element_size()
 
 
 def summarize(

@@ -45,7 +45,7 @@ def _trained(
 def test_real_trials_end_in_a_table_and_are_not_trained_twice(project, tmp_path, monkeypatch):
     """Through the main job; the second time everything is there. 8-bit AdamW is compiled for a minute: see below."""
     monkeypatch.chdir(project)
-    arms = [arm for arm in COMPARED if arm != "adamw_8bit"]
+    arms = [arm for arm in (*COMPARED, "soap", "blockwise_lion") if arm != "adamw_8bit"]
     for deadline in (time.monotonic() + 600.0, 0.0):  # the second time nothing may begin
         results, text = _trained(project, tmp_path, deadline, arms)
     for arm in arms:
@@ -54,6 +54,8 @@ def test_real_trials_end_in_a_table_and_are_not_trained_twice(project, tmp_path,
     assert bytes_of["blockwise_adamw"] == 8.0
     assert bytes_of["adamw"] == pytest.approx(8.0, abs=0.01), "torch counts steps in tensors"
     assert bytes_of["adam_mini"] < bytes_of["muon"] < 8.0
+    assert bytes_of["soap"] > 8.0, "two moments, and matrices in lists"
+    assert bytes_of["blockwise_lion"] == 4.0
     assert all(figure.stat().st_size > 10_000 for figure in tmp_path.glob("*.png"))
     assert len(list(tmp_path.glob("*.png"))) == 2
     (changed,) = [t for t in results if t.arm == BASELINE]

@@ -13,42 +13,28 @@ import pytest
 pytest.importorskip("deepspeed", reason="trials are runs of the main job, which needs the extra 'deepspeed'")
 pytest.importorskip("megatron.core", reason="trials are runs of the main job, which needs the extra 'megatron'")
 
-from benchmarks.compare import half_steps, report
+from benchmarks.compare import report
+from benchmarks.compare.questions import half_steps
 from benchmarks.compare.trials import ARMS, BASELINE, FULL, HALF, LARGER, Setup
-from benchmarks.provenance import PROVENANCE, ROOT, between
+from benchmarks.provenance import ROOT, between
 from ds_blockwise.runs.model_shape import GPTShape
+from tests.benchmarks.formula import FormulaTrials
 
 SETUP = Setup(GPTShape.load(ROOT / "configs/model/tiny.yaml"), {"tokenizer": {"sha256": "t"}, "splits": {}}, bf16=False)
 BEST = "blockwise_muon_heads_3x"
 SIZE = half_steps.SIZES["1m"]
 
 
-class _Formula:
-    """Answers trials from a formula instead of training them."""
-
-    def __init__(self, gain):
-        self.results = {}
-        self._gain = gain
-
-    def train(self, trials, title):
-        for trial in trials:
-            self.results[trial] = {
-                "diverged": None,
-                "final_validation_loss": self._loss(trial),
-                "optimizer_state_bytes_per_parameter": 4.0,
-                "cpu_seconds": 0.5 * trial.steps,
-                "parameters": 1000,
-                "tokens": 10 * trial.steps,
-                "provenance": dict.fromkeys(PROVENANCE, "x"),
-            }
-
-    def _loss(self, trial):
+def _formula(gain):
+    def loss(trial):
         if trial.arm == BASELINE:
             return 3.5 + 0.02 * trial.seed
         distance = 0.1 * math.log2(trial.lr / 8e-3) ** 2 + 0.3 * (trial.warmup < 0.1)
         # the seed that chooses flatters everybody: a verdict that counts it would be another one
-        own = 1.0 if trial.seed == 1 else -self._gain(trial)
+        own = 1.0 if trial.seed == 1 else -gain(trial)
         return 3.5 + 0.02 * trial.seed + own + distance - 0.5 * (trial.arm == BEST) * (trial.seed == 1)
+
+    return FormulaTrials(loss)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +46,7 @@ class _Formula:
     ],
 )
 def test_the_seed_that_chooses_does_not_judge(gain, verdict, shown):
-    trials = _Formula(gain)
+    trials = _formula(gain)
     half_steps.train(trials, SIZE)
     best = SIZE.chosen(trials.results, SIZE.sides[0])
     assert (best.arm, best.lr, best.warmup) == (BEST, 8e-3, HALF.warmup)
@@ -77,7 +63,7 @@ def test_the_seed_that_chooses_does_not_judge(gain, verdict, shown):
 
 def test_the_larger_model_takes_the_smaller_ones_best():
     """One setting for each side; rate and warm-up are chosen anew."""
-    trials, size = _Formula(lambda t: 0.01 + 0.001 * (t.seed % 2)), half_steps.SIZES["5m"]
+    trials, size = _formula(lambda t: 0.01 + 0.001 * (t.seed % 2)), half_steps.SIZES["5m"]
     half_steps.train(trials, size)
     assert size.sides == ((BEST,), ("muon_roles_3x",))
     adamw = {t.warmup for t in trials.results if t.arm == BASELINE}
@@ -90,7 +76,7 @@ def test_the_larger_model_takes_the_smaller_ones_best():
 @pytest.mark.parametrize("size", half_steps.SIZES.values(), ids=list(half_steps.SIZES))
 def test_no_trial_takes_the_folder_of_another(size):
     """A rate that is tried with both warm-ups would be trained twice when the command is started again."""
-    trials = _Formula(lambda t: 0.0)
+    trials = _formula(lambda t: 0.0)
     half_steps.train(trials, size)
     assert len({trial.name for trial in trials.results}) == len(trials.results)
 

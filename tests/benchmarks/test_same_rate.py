@@ -10,8 +10,9 @@ import pytest
 pytest.importorskip("deepspeed", reason="trials are runs of the main job, which needs the extra 'deepspeed'")
 pytest.importorskip("megatron.core", reason="trials are runs of the main job, which needs the extra 'megatron'")
 
-from benchmarks.compare import report, same_rate
+from benchmarks.compare import report
 from benchmarks.compare.ablations import OUR_MINI, OURS
+from benchmarks.compare.questions import same_rate
 from benchmarks.compare.trials import PAPER, Setup
 from benchmarks.provenance import PROVENANCE, ROOT, between
 from ds_blockwise.blocks.settings.block_settings import BlockSettings

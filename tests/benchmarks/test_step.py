@@ -223,9 +223,9 @@ def _rows(seconds: dict[str, float], size: str, layout: str) -> list[dict[str, s
 
 GOOD = {
     "BlockwiseAdamMini[cpp]": 0.7,
-    "BlockwiseAdamW[cpp]": 1.0,
+    "BlockwiseAdamW[cpp]": 0.94,
     "DeepSpeedCPUAdam": 1.0,
-    "adam-mini (published)": 10.0,
+    "torch AdamW fused": 1.1,
 }
 
 
@@ -233,18 +233,20 @@ GOOD = {
     ("change", "size", "failed"),
     [
         ({}, "67M", []),
-        ({"BlockwiseAdamMini[cpp]": 0.76}, "67M", ["BlockwiseAdamMini[cpp] over DeepSpeedCPUAdam"]),
-        ({"adam-mini (published)": 7.7}, "67M", ["BlockwiseAdamMini[cpp] over adam-mini (published)"]),
-        ({"BlockwiseAdamW[cpp]": 1.03}, "67M", ["BlockwiseAdamW[cpp] over DeepSpeedCPUAdam"]),
-        ({"BlockwiseAdamMini[cpp]": 0.86, "BlockwiseAdamW[cpp]": 1.17}, "5M", []),
-        ({"BlockwiseAdamW[cpp]": 1.18}, "5M", ["BlockwiseAdamW[cpp] over DeepSpeedCPUAdam"]),
+        ({"BlockwiseAdamMini[cpp]": 0.73}, "67M", ["BlockwiseAdamMini[cpp]"]),
+        ({"BlockwiseAdamW[cpp]": 0.96}, "67M", ["BlockwiseAdamW[cpp]"]),
+        ({"torch AdamW fused": 0.98}, "67M", ["BlockwiseAdamW[cpp]"]),
+        ({"BlockwiseAdamMini[cpp]": 0.99, "BlockwiseAdamW[cpp]": 0.99}, "1M", []),
+        ({"BlockwiseAdamMini[cpp]": 1.01, "BlockwiseAdamW[cpp]": 0.99}, "5M", ["BlockwiseAdamMini[cpp]"]),
+        ({"torch AdamW fused": 0.9}, "200M", ["BlockwiseAdamW[cpp]"]),
     ],
 )
 def test_acceptance_is_judged_by_the_issues_limits(change: dict[str, float], size: str, failed: list[str]) -> None:
-    """A missed target would be printed as a pass."""
+    """A missed target would be printed as a pass; the faster of the two peers decides."""
     checks = tables.acceptance(_rows({**GOOD, **change}, size, "whole"))
-    assert len(checks) == 3
-    assert [check.what for check in checks if not check.passed] == [f"{name}, {size}, whole tensors" for name in failed]
+    assert len(checks) == 2
+    wanted = [f"{name} over the faster peer, {size}, whole tensors" for name in failed]
+    assert [check.what for check in checks if not check.passed] == wanted
     assert all(str(check).startswith("PASS" if check.passed else "FAIL") for check in checks)
 
 

@@ -19,25 +19,25 @@ standard errors and no seed that came later lost; else the pages say that it gai
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from benchmarks.compare import report
 from benchmarks.compare.ablations import WORTH_CONFIRMING
 from benchmarks.compare.multipliers import candidates
 from benchmarks.compare.multipliers.candidates import ADAMW, ADDITIONS, AUTO, EXPONENTS, TUNED, TYPES
 from benchmarks.compare.results import Estimate, Results, against, best_of, loss_of
-from benchmarks.compare.run import RUN_FILE, Stopped, Trials, add_limits
+from benchmarks.compare.run import Asked, Trials, add_limits, answer
 from benchmarks.compare.trials import ARMS, FULL, Trial
-from benchmarks.provenance import ROOT, write_between
 from benchmarks.provenance import read_csv as read_rows
 from ds_blockwise.blocks.settings.defaults import LR_PRESETS
 
-OWN, READINGS = report.DOCS / "multipliers.csv", report.DOCS / "snr.csv"
-FOLDER = ROOT / "runs/compare/multipliers"
+ASKED = Asked("multipliers", counted=("compare",))
+OWN, READINGS = ASKED.csv, report.DOCS / "snr.csv"
+COMPARED = report.DOCS / "compare.csv"
+FOLDER = ASKED.folder
 SEEDS = range(1, FULL.seeds + 1)
 LEAST_RATES = 3
 WIDEN = 1  # how often a grid may grow
@@ -272,25 +272,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_limits(parser)
     options = parser.parse_args()
-    os.chdir(ROOT)
-    deadline, stopped = time.monotonic() + 60 * options.minutes, None
-    compared = report.DOCS / "compare.csv"
-    published = candidates.published(report.read_csv(compared, FULL))
-    with Trials(FOLDER, RUN_FILE, options.workers, deadline, finished=OWN) as found:
-        found.add_finished(compared)
-        try:
-            train(found, published)
-        except Stopped as reason:
-            stopped = reason
-        report.write_csv(found.results, OWN)
-    if READINGS.is_file():
-        # tables come from the files, so that they can be had again from them, digit by digit
-        for mark, text in tables(*read(published)):
-            print(text)
-            write_between(report.COMPARISONS, mark, text)
-    if stopped is not None:
-        print(f"not complete: {stopped}")
-    return int(stopped is not None)
+    published = candidates.published(report.read_csv(COMPARED, FULL))
+
+    def of_files() -> Iterator[tuple[Path, str, str]]:
+        if READINGS.is_file():
+            for mark, text in tables(*read(published)):
+                yield report.COMPARISONS, mark, text
+
+    return answer(ASKED, options, lambda trials: train(trials, published), of_files)
 
 
 if __name__ == "__main__":

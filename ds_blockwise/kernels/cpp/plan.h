@@ -11,9 +11,20 @@ namespace blockwise {
 
 // Elements per task: 20 to 28 bytes each, so a task streams some megabytes and its start costs nothing.
 constexpr int64_t kTask = 131072;
-// Gradients are asked for this many elements ahead: hardware prefetchers stop at every page.
-constexpr int64_t kAhead = 512;
-constexpr int64_t kNear = 128;
+// How many elements before their use memory is asked for: the gradients of the next block, and what is stepped now.
+// Far: hardware prefetchers stop at every page. Those of AMD go on, and are led astray by what is asked for from afar:
+// Adam-mini's step took 1.2 times as long.
+struct Far {
+  static constexpr int64_t next = 512, now = 128;
+};
+struct Near {
+  static constexpr int64_t next = 64, now = 64;
+};
+#if defined(__x86_64__)
+inline const bool kIsNear = (__builtin_cpu_init(), __builtin_cpu_is("amd"));
+#else
+constexpr bool kIsNear = false;
+#endif
 // Elements summed at a time; a longer block is the sum of such pieces in order, whoever sums them.
 constexpr int64_t kPiece = 32768;
 // Up to here a block is summed and updated by one thread and its gradient is still in the second-level cache (512 KiB of

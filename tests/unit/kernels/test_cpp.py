@@ -205,3 +205,33 @@ def test_the_sum_of_a_row_depends_on_its_elements_alone(numel, grad_type):
                 kernels.sum_split_blocks([item])
             kernels.step_([item])
             assert torch.equal(state["exp_avg_sq"], expected[rows] / numel)
+
+
+@pytest.mark.parametrize("cautious", [False, True])
+@pytest.mark.parametrize(
+    ("param_type", "grad_type", "momentum"), [(F32, F32, F32), (F32, BF16, BF16), (BF16, BF16, F32)]
+)
+def test_no_bit_of_an_element_depends_on_what_is_stepped_with_it(param_type, grad_type, momentum, cautious):
+    """Whole groups of elements have a loop of their own, and the last ones another: shards would differ in bits."""
+    torch.manual_seed(0)
+    n = 2000
+    tensors = (
+        torch.randn(n).mul(0.02).to(param_type),
+        torch.randn(n).mul(1e-3).to(grad_type),
+        torch.randn(n).mul(1e-3).to(momentum),
+        torch.rand(n) * 1e-6,
+    )
+    hyper = Hyper(LR, 0.0, 0.9, 0.95, 1e-8, 0.1, 0.0, cautious)
+    none = torch.empty(0, dtype=torch.int64)
+
+    def stepped_from(start, end):
+        run = TableRun(0, end - start, 1, 0, 1, 0, 0, UpdateSettings(1.0, 1.0))
+        merged = tuple(_merge_multipliers([run]))
+        table = SegmentTable(end - start, False, (), (), merged, 0, torch.empty(0, dtype=F64), none, none)
+        param, state, _ = stepped(CppKernels(), table, [t[start:end] for t in tensors], hyper, start % 5, 2)
+        return param, state["exp_avg"], state["exp_avg_sq"]
+
+    whole = stepped_from(0, n)
+    for start, size in [(0, 1), (1, 15), (3, 16), (5, 31), (7, 33), (11, 64), (40, 95), (129, 1871)]:
+        for all_of, part in zip(whole, stepped_from(start, start + size), strict=True):
+            assert torch.equal(all_of[start : start + size], part), (start, size)

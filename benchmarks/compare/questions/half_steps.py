@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does Blockwise Muon reach tuned AdamW's final loss in half of its steps? The rule was written before the runs.
 
-python -m benchmarks.compare.half_steps             # about two hours on two cores; goes on where it stopped
-python -m benchmarks.compare.half_steps --minutes 30
-python -m benchmarks.compare.half_steps --plan 5m   # with four times the parameters, in bf16; about an hour and a half
+python -m benchmarks.compare.questions.half_steps             # about two hours on two cores; goes on where it stopped
+python -m benchmarks.compare.questions.half_steps --minutes 30
+python -m benchmarks.compare.questions.half_steps --plan 5m   # 5.0M parameters, in bf16
 
 The first seed chooses for every side: learning rate, settings, and the warm-up among a twentieth and a fifth of the
 steps. The verdict is from the four other seeds, which chose nothing. AdamW trains 800 steps, the
@@ -18,18 +18,16 @@ own.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.compare import report
 from benchmarks.compare.results import Estimate, Results, at_best, best_of, loss_of, steps_to
-from benchmarks.compare.run import RUN_FILE, Stopped, Trials, add_limits, sweep
+from benchmarks.compare.run import RUN_FILE, Asked, Trials, add_limits, answer, sweep
 from benchmarks.compare.trials import ARMS, BASELINE, FULL, HALF, HALF_5M, LARGER, PATIENT, Plan, Trial
-from benchmarks.provenance import ROOT, write_between
+from benchmarks.provenance import ROOT
 
 CHOOSING = 1
 WHOLE_SEEDS = range(1, FULL.seeds + 1)
@@ -161,8 +159,8 @@ def verdict_table(results: Results, size: Size) -> str:
     for trial in sides:
         seeds = [t.seed for t in whole(trial) if t in results]
         shown += [(replace(trial, steps=FULL.steps), seeds)] if len(seeds) == len(WHOLE_SEEDS) else []
-    lines += [_row(results, adamw[0], trial, seeds) for trial, seeds in shown]
-    words = [_verdict(results, adamw[0], trial, judged) for trial in sides if len(judged) == len(judging)]
+    lines += [row(results, adamw[0], trial, seeds) for trial, seeds in shown]
+    words = [reached_or_missed(results, adamw[0], trial, judged) for trial in sides if len(judged) == len(judging)]
     words += [text for trial in sides if (text := _reached(results, size, trial))]
     words += [_beside(results, *sides, judged)] if len(sides) > 1 else []
     missing = len(judging) - len(judged)
@@ -173,29 +171,32 @@ def verdict_table(results: Results, size: Size) -> str:
     return "\n".join([*lines, "", *words, source])
 
 
-def _difference(results: Results, adamw: Trial, trial: Trial, seeds: Sequence[int]) -> Estimate:
+def difference(results: Results, adamw: Trial, trial: Trial, seeds: Sequence[int]) -> Estimate:
+    """Of the final losses of runs of one seed, the second minus the first."""
     return Estimate.of(
         [loss_of(results, replace(trial, seed=s)) - loss_of(results, replace(adamw, seed=s)) for s in seeds]
     )
 
 
-def _row(results: Results, adamw: Trial, trial: Trial, seeds: Sequence[int]) -> str:
+def row(results: Results, adamw: Trial, trial: Trial, seeds: Sequence[int]) -> str:
+    """A line of a table of verdicts."""
     runs = [replace(trial, seed=seed) for seed in seeds]
     loss = Estimate.of([loss_of(results, run) for run in runs])
-    difference = "" if trial == adamw else _difference(results, adamw, trial, seeds).text("+.4f")
+    against = "" if trial == adamw else difference(results, adamw, trial, seeds).text("+.4f")
     state = results[runs[0]]["optimizer_state_bytes_per_parameter"]
     return (
         f"| {ARMS[trial.arm].label} | {trial.lr:g} | {trial.warmup:.0%} | {trial.steps} | {loss.text()} "
-        f"({len(seeds)} seeds) | {difference} | {state:.2f} |"
+        f"({len(seeds)} seeds) | {against} | {state:.2f} |"
     )
 
 
-def _verdict(results: Results, adamw: Trial, trial: Trial, seeds: Sequence[int]) -> str:
-    difference = _difference(results, adamw, trial, seeds)
-    word = {-1: "reached", 0: "not decided", 1: "missed"}[difference.sign]
+def reached_or_missed(results: Results, adamw: Trial, trial: Trial, seeds: Sequence[int]) -> str:
+    """The verdict in words."""
+    against = difference(results, adamw, trial, seeds)
+    word = {-1: "reached", 0: "not decided", 1: "missed"}[against.sign]
     return (
         f"{ARMS[trial.arm].label}: AdamW's loss after {adamw.steps} steps in {trial.steps}: **{word}** "
-        f"({difference.text('+.4f')}, {len(seeds)} seeds).\n"
+        f"({against.text('+.4f')}, {len(seeds)} seeds).\n"
     )
 
 
@@ -216,12 +217,12 @@ def _reached(results: Results, size: Size, trial: Trial) -> str:
 
 def _beside(results: Results, ours: Trial, peer: Trial, judged: Sequence[int]) -> str:
     """Ours against the best peer, in half of the steps and in all."""
-    of_half = _difference(results, peer, ours, judged).text("+.4f")
+    of_half = difference(results, peer, ours, judged).text("+.4f")
     text = f"{ARMS[ours.arm].label} minus {ARMS[peer.arm].label}: {of_half} after {ours.steps} steps"
     pairs = [whole(trial) for trial in (ours, peer)]
     if all(trial in results for trials in pairs for trial in trials):
-        difference = _difference(results, pairs[1][0], pairs[0][0], WHOLE_SEEDS).text("+.4f")
-        text += f", {difference} after {FULL.steps}"
+        of_whole = difference(results, pairs[1][0], pairs[0][0], WHOLE_SEEDS).text("+.4f")
+        text += f", {of_whole} after {FULL.steps}"
     return f"{text}.\n"
 
 
@@ -271,24 +272,8 @@ def main() -> int:
     add_limits(parser)
     options = parser.parse_args()
     size = SIZES[options.plan]
-    os.chdir(ROOT)
-    deadline, stopped = time.monotonic() + 60 * options.minutes, None
-    folder = ROOT / "runs" / "compare" / size.name
-    with Trials(folder, size.run_file, options.workers, deadline, bf16=size.plan.bf16, finished=size.csv) as found:
-        for name in size.published:
-            found.add_finished(report.DOCS / f"{name}.csv")
-        try:
-            train(found, size)
-        except Stopped as reason:
-            stopped = reason
-        report.write_csv(found.results, size.csv)
-        # tables come from the file, so that they can be had again from it, digit by digit
-        for page, mark, text in tables(size.read(), size):
-            print(text)
-            write_between(page, mark, text)
-    if stopped is not None:
-        print(f"not complete: {stopped}")
-    return int(stopped is not None)
+    asked = Asked(size.name, size.run_file, tuple(size.published), size.plan.bf16)
+    return answer(asked, options, lambda trials: train(trials, size), lambda: tables(size.read(), size))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Is an AdamW JSON right with only its ``type`` changed? Three rates around AdamW's best, the same for all optimizers.
 
-python -m benchmarks.compare.same_rate            # 27 runs, a few minutes each on one core; goes on where it stopped
-python -m benchmarks.compare.same_rate --minutes 30
+python -m benchmarks.compare.questions.same_rate            # 27 runs, a few minutes each; goes on
+python -m benchmarks.compare.questions.same_rate --minutes 30
 
 AdamW's runs are those of `make compare` where they have been published. Everything else in the JSON stays as it is: the
 schedule with its absolute minimum, betas, weight decay, clipping. The optimizers have their defaults.
@@ -11,21 +11,20 @@ schedule with its absolute minimum, betas, weight decay, clipping. The optimizer
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from benchmarks.compare import report
 from benchmarks.compare.ablations import OUR_MINI, OURS
 from benchmarks.compare.results import Estimate, Results, loss_of
-from benchmarks.compare.run import RUN_FILE, Stopped, Trials, add_limits
+from benchmarks.compare.run import Asked, add_limits, answer
 from benchmarks.compare.trials import ARMS, BASELINE, FULL, MIN_LR_SHARE, Trial
-from benchmarks.provenance import ROOT, write_between
 
 RATES = (2e-3, 2.8e-3, 4e-3)  # AdamW's best in docs/compare/compare.csv, and a factor of sqrt 2 to each side
 SEEDS = (1, 2, 3)
 CHANGED = (OURS, OUR_MINI)
+ASKED = Asked("same_rate", counted=("compare",))
 MARK = "same_rate results"
 
 
@@ -81,6 +80,17 @@ def _rows(results: Results, lr: float, seeds: Sequence[int]) -> Iterator[str]:
         yield f"| {lr:g} | {ARMS[arm].label} | {Estimate.of(losses).text()} | {difference.text('+.4f')} | {verdict} |"
 
 
+def read() -> Results:
+    """What has been trained, from the published file."""
+    named = report.named_in(ASKED.csv)
+    return {trial: named[trial.name] for trial in trials() if trial.name in named}
+
+
+def tables() -> Iterator[tuple[Path, str, str]]:
+    """Page, mark in it, and what stands there."""
+    yield report.COMPARISONS, MARK, table(read())
+
+
 def main() -> int:
     """Train what is missing, then write the table into its page.
 
@@ -90,22 +100,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_limits(parser)
     options = parser.parse_args()
-    os.chdir(ROOT)
-    deadline, stopped = time.monotonic() + 60 * options.minutes, None
-    own = report.DOCS / "same_rate.csv"
-    with Trials(ROOT / "runs" / "compare" / "same_rate", RUN_FILE, options.workers, deadline, finished=own) as found:
-        found.add_finished(report.DOCS / "compare.csv")
-        try:
-            found.train(trials(), "the same rate")
-        except Stopped as reason:
-            stopped = reason
-        text = table(found.results)
-        print(text)
-        report.write_csv(found.results, own)
-        write_between(report.COMPARISONS, MARK, text)
-    if stopped is not None:
-        print(f"not complete: {stopped}")
-    return int(stopped is not None)
+    return answer(ASKED, options, lambda found: found.train(trials(), "the same rate"), tables)
 
 
 if __name__ == "__main__":
