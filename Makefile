@@ -128,7 +128,7 @@ test-gpu: setup
 
 # The C++ kernels compiled with AddressSanitizer, on random segment tables and on replaced tensors; needs g++.
 test-asan: setup
-	DS_ACCELERATOR=cpu OMP_NUM_THREADS=2 $(BIN)/python -m tests.helpers.asan tests/unit/kernels/test_cpp.py tests/unit/kernels/test_cpp_lion.py tests/attacks/test_replaced_tensors.py $(ARGS)
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=2 $(BIN)/python -m tests.helpers.asan tests/unit/kernels/test_cpp.py tests/unit/kernels/test_cpp_lion.py tests/unit/kernels/test_close_look.py tests/attacks/test_replaced_tensors.py $(ARGS)
 
 # Every kernel compiled, without a GPU, by each Triton from 3.2 on; ONLY="oldest newest" takes two of them. 200 MB each.
 test-triton-versions: setup

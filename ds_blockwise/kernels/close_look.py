@@ -7,14 +7,22 @@ unless somebody replaces the tensor, its memory or its metadata. Torch compares 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import torch
 
+from ds_blockwise.kernels.base import StepState
+
 if TYPE_CHECKING:
     from torch._C._dynamo.guards import TensorGuards
 
+    from ds_blockwise.kernels.cpp.look import CompiledLook
+
+Tensors = list[torch.Tensor]
+States = list[StepState]
+
+_EXP_AVG = itemgetter("exp_avg")
 DATA_PTR = torch.Tensor.data_ptr
 OFFSET = torch.Tensor.storage_offset
 STORAGE = torch.Tensor.untyped_storage
@@ -45,34 +53,56 @@ class CloseLook:
     """What a close look at the tensors of a step found, as numbers: it keeps no tensor alive and knows none by its id.
 
     Args:
-        memory: the facts of memory that decide, of tensors whose other facts are known to be the same.
+        compiled: reads all facts in one call; None: torch's guards compare them, and Python the memory.
     """
 
-    def __init__(self, memory: Callable[[Sequence[torch.Tensor]], list[object]]) -> None:
-        self._memory_of = memory
+    def __init__(self, compiled: CompiledLook | None) -> None:
+        self._compiled = compiled
+        self._facts: bytes | None = None
         self._guards: TensorGuards | None = None
         self._count = 0
         self._memory: list[object] = []
 
-    def still_holds(self, tensors: Sequence[torch.Tensor]) -> bool:
+    def still_holds(self, tensors: Tensors, states: States, grads: Tensors) -> bool:
         """Whether a close look would find what it found last.
 
         Args:
-            tensors: to be looked at, in the same order every time.
+            tensors: parameters, and copies of them: they stay, and their memory moves when it is freed or replaced.
+            states: of which the moments are looked at; they stay likewise.
+            grads: gradients, which may be others that happen to lie elsewhere.
         """
+        if self._facts is not None:
+            assert self._compiled is not None
+            return self._compiled.facts_hold(self._facts, tensors, states, grads)
+        if self._guards is None:
+            return False
+        staying = tensors + _moments(states)
+        all_of_them = staying + grads
         return (
-            self._guards is not None
-            and len(tensors) == self._count
-            and self._guards.check(*tensors)
-            and self._memory_of(tensors) == self._memory
+            len(all_of_them) == self._count
+            and self._guards.check(*all_of_them)
+            and _memory(staying, grads) == self._memory
         )
 
     def forget(self) -> None:
         """Look closely the next time."""
-        self._guards = None
+        self._facts = self._guards = None
 
-    def remember(self, tensors: Sequence[torch.Tensor]) -> None:
+    def remember(self, tensors: Tensors, states: States, grads: Tensors) -> None:
         """Remember plain tensors that a close look found nothing wrong with; arguments as of `still_holds`."""
-        if GUARDS is not None:
-            guards = GUARDS(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-            self._guards, self._count, self._memory = guards, len(tensors), self._memory_of(tensors)
+        self.forget()
+        if self._compiled is not None:
+            self._facts = self._compiled.facts(tensors, states, grads)
+        if self._facts is None and GUARDS is not None:
+            staying = tensors + _moments(states)
+            self._guards = GUARDS(*staying, *grads, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+            self._count, self._memory = len(staying) + len(grads), _memory(staying, grads)
+
+
+def _moments(states: States) -> Tensors:
+    return [*map(_EXP_AVG, states), *[s["exp_avg_sq"] for s in states if "exp_avg_sq" in s]]
+
+
+def _memory(staying: Tensors, grads: Tensors) -> list[object]:
+    """The facts of memory that decide where all others are the same."""
+    return [*map(DATA_PTR, staying), *map(STORAGE_NBYTES, map(STORAGE, grads)), *map(OFFSET, grads)]

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import compress
-from operator import is_, itemgetter
+from operator import is_
 from typing import NamedTuple, cast
 
 import torch
 
 from ds_blockwise.kernels.base import Hyper, Item, StepState
 from ds_blockwise.kernels.bindings import Work, by_kernels
-from ds_blockwise.kernels.close_look import DATA_PTR, OFFSET, STORAGE, STORAGE_NBYTES, CloseLook
+from ds_blockwise.kernels.close_look import CloseLook
+from ds_blockwise.kernels.cpp.look import compiled_look
 from ds_blockwise.kernels.tensor_checks import check_states, check_stepped, dense, is_dense
-
-_EXP_AVG = itemgetter("exp_avg")
 
 Tensors = Sequence[torch.Tensor]
 Gradients = Sequence[torch.Tensor | None]
@@ -70,7 +69,8 @@ class StepSet:
         self._given_to: list[Item] = []
         self._params = [item.param for item in self._items]
         self._copies = [item.param_copy for item in self._items if item.param_copy is not None]
-        self._of_stepped, self._of_states = CloseLook(_memory_of_stepped), CloseLook(_addresses)
+        compiled = compiled_look()
+        self._of_stepped, self._of_states = CloseLook(compiled), CloseLook(compiled)
         self._params_are_dense = self._grads_are_dense = False
 
     def begin(self, grads: Gradients, hypers: Sequence[Hyper], given: Mapping[int, GivenGradient]) -> None:
@@ -106,10 +106,9 @@ class StepSet:
     def look_at_stepped(self) -> None:
         """`check_stepped`; then replaces gradients whose memory does not hold their elements in order by copies."""
         grads = self._grads
-        tensors = self._params + grads
-        if not self._of_stepped.still_holds(tensors):
+        if not self._of_stepped.still_holds(self._params, [], grads):
             check_stepped(self._items, self._shapes)
-            self._of_stepped.remember(tensors)
+            self._of_stepped.remember(self._params, [], grads)
             self._of_states.forget()  # they fit to these parameters
             self._vouch(None)
             self._params_are_dense, self._grads_are_dense = (all(map(is_dense, each)) for each in (self._params, grads))
@@ -119,14 +118,11 @@ class StepSet:
 
     def look_at_states(self) -> None:
         """`check_states` of the stepped tensors."""
+        copies = self._copies + [item.param_copy for item in self._given_to if item.param_copy is not None]
         states = [item.state for item in self._items]
-        tensors = [*map(_EXP_AVG, states), *[s["exp_avg_sq"] for s in states if "exp_avg_sq" in s]]
-        if self._copies or self._given_to:
-            tensors += self._copies
-            tensors += [item.param_copy for item in self._given_to if item.param_copy is not None]
-        if not self._of_states.still_holds(tensors):
+        if not self._of_states.still_holds(copies, states, []):
             check_states(self._items)
-            self._of_states.remember(tensors)
+            self._of_states.remember(copies, states, [])
             self._vouch(b"" if self._params_are_dense else None)
 
     def _vouch(self, kept: bytes | None) -> None:
@@ -194,14 +190,3 @@ class StepSets:
 
 def _key(tensors: Tensors, grads: Gradients) -> tuple[int, int, bytes]:
     return id(tensors[0]) if tensors else 0, len(tensors), bytes([grad is not None for grad in grads])
-
-
-def _addresses(tensors: Tensors) -> list[object]:
-    """Memory of tensors that stay: it moves when it is freed or replaced."""
-    return [*map(DATA_PTR, tensors)]
-
-
-def _memory_of_stepped(tensors: Tensors) -> list[object]:
-    """Memory of as many parameters, which stay, as gradients, which may be others that happen to lie there."""
-    params, grads = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
-    return [*map(DATA_PTR, params), *map(STORAGE_NBYTES, map(STORAGE, grads)), *map(OFFSET, grads)]

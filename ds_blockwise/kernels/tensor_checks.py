@@ -18,7 +18,7 @@ from ds_blockwise.blocks.ranges import TensorShard
 from ds_blockwise.blocks.segment_table import SegmentTable
 from ds_blockwise.blocks.spec import BlockSpec
 from ds_blockwise.kernels.base import Item, wide_dtype
-from ds_blockwise.kernels.close_look import OFFSET, STORAGE, STORAGE_NBYTES
+from ds_blockwise.kernels.close_look import DATA_PTR, OFFSET, STORAGE, STORAGE_NBYTES
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """What parameters and gradients may be."""
@@ -107,6 +107,7 @@ def check_stepped(items: Sequence[Item], shapes: Sequence[torch.Size]) -> None:
         and (all(map(_IS_CPU, tensors)) or list(map(_DEVICE, params)) == list(map(_DEVICE, grads)))
         and (not any(map(OFFSET, tensors)) or all(map(_has_memory, tensors)))
         and all(map(ge, map(STORAGE_NBYTES, map(STORAGE, tensors)), map(_NBYTES, tensors)))
+        and all(map(DATA_PTR, tensors))
     )
     if not fits:
         for item, shape in zip(items, shapes, strict=True):
@@ -141,8 +142,8 @@ def _check_stepped(item: Item, shape: torch.Size) -> None:
         )
     if not (_has_memory(param) and _has_memory(grad)):
         raise ValueError(
-            f"the memory of {_names(table)} or of its gradient was freed: its storage is smaller than its elements. "
-            f"Whoever frees parameters between uses must bring them back before optimizer.step()."
+            f"{_names(table)} or its gradient has no memory, or less than its elements need: it was freed, or never "
+            f"made. Whoever frees parameters between uses must bring them back before optimizer.step()."
         )
 
 
@@ -232,7 +233,9 @@ _NUMEL, _CONTIGUOUS = torch.Tensor.numel, torch.Tensor.is_contiguous
 
 def _has_memory(tensor: torch.Tensor) -> bool:
     end = tensor.nbytes + tensor.storage_offset() * tensor.element_size()
-    return not tensor.numel() or tensor.untyped_storage().nbytes() >= end
+    if not tensor.numel() or tensor.is_meta:
+        return True
+    return tensor.untyped_storage().nbytes() >= end and tensor.data_ptr() != 0  # torch's own zeros have no address
 
 
 def _names(table: SegmentTable) -> str:

@@ -14,6 +14,7 @@ from ds_blockwise import tag_parameters
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.optimizers.registry import OPTIMIZERS
 from tests.helpers.attacks import Input, attack, number_of_inputs
+from tests.helpers.kernel_cases import LOOKS, use_look
 from tests.helpers.optimizers import SHORT_NAMES
 
 BACKENDS = ("cpp", "reference", "triton")
@@ -164,10 +165,30 @@ def _names_it(error: BaseException) -> str | None:
     return None if named else "the message does not name the parameter"
 
 
-def test_replaced_tensors_are_refused_by_name_or_stepped_right() -> None:
+@pytest.mark.parametrize("look", LOOKS)
+def test_replaced_tensors_are_refused_by_name_or_stepped_right(look: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wrong size was heap corruption, a freed or moved tensor a segmentation fault, with the C++ kernels."""
+    use_look(look, monkeypatch)
     tally = attack("tensors replaced between steps", _inputs(number_of_inputs(300)), unfit=_names_it)
     tally.keep("replaced_tensors")
+
+
+@pytest.mark.parametrize(
+    "make", [torch._efficientzerotensor, lambda shape: torch._to_functional_tensor(torch.ones(shape))]
+)
+@pytest.mark.parametrize("look", LOOKS)
+def test_a_gradient_that_never_had_memory_is_refused(
+    look: str, make: Callable[[torch.Size], torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Class, layout, shape, dtype and size of the storage are right: its address was a segmentation fault."""
+    use_look(look, monkeypatch)
+    for cls in (OPTIMIZERS[name] for name in SHORT_NAMES):
+        for backend, steps in (("cpp", 0), ("cpp", 2), ("reference", 2)):
+            model, optimizer = _made(cls, backend, steps)
+            _feed(model, 9)
+            model.mlp.weight.grad = make(model.mlp.weight.shape)
+            with pytest.raises(ValueError, match=r"parameter 'mlp.weight' or its gradient has no memory"):
+                optimizer.step()
 
 
 @pytest.mark.parametrize("cls", [OPTIMIZERS[name] for name in SHORT_NAMES])

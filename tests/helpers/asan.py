@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_blockwise.kernels.cpp import backend, prebuilt
+from ds_blockwise.kernels.cpp import backend, build, look, prebuilt
 
 _LIBRARY = "DS_BLOCKWISE_ASAN_LIBRARY"
 
@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> int:
     if not hasattr(ctypes.CDLL(None), "__asan_init"):
         raise SystemExit("AddressSanitizer is not loaded: without it these tests find nothing")
     loaded = ctypes.CDLL(library)
-    backend.library = lambda: loaded
+    backend.library = build.library = look.library_at_hand = lambda: loaded
     return int(pytest.main(["-q", "-p", "no:cacheprovider", *arguments]))
 
 

@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
 
 from ds_blockwise.blocks.ranges import TensorShard
@@ -15,7 +16,10 @@ from ds_blockwise.blocks.segment_table import Placement, build_table, whole_plac
 from ds_blockwise.blocks.settings.block_settings import BlockSettings
 from ds_blockwise.blocks.spec import BlockSpec, apply_settings
 from ds_blockwise.blocks.structure import HeadGeometry, fused_qkv, whole_tensor
+from ds_blockwise.kernels import step_sets
 from ds_blockwise.kernels.base import Hyper, Item, Kernels, ReferenceKernels
+from ds_blockwise.kernels.cpp.backend import CppKernels
+from ds_blockwise.kernels.cpp.look import CompiledLook, compiled_look
 
 LR = 1e-3
 HYPER = Hyper(LR, 0.0, 0.9, 0.95, 1e-8, 0.1)
@@ -329,3 +333,23 @@ def compare(kernels: Kernels, cases: Sequence[Case], shared: bool, steps: int = 
             for got, want in ((a.param, b.param), *((a.state[k], b.state[k]) for k in ("exp_avg", "exp_avg_sq"))):
                 got.copy_(want)  # one rounding of a state must not grow into a difference of the next step
     return mine
+
+
+LOOKS = ("compiled", "python")
+"""The two ways to see whether tensors are as they were: the compiled library's, and torch's guards with Python."""
+
+
+def the_look(name: str) -> CompiledLook | None:
+    """What `CloseLook` gets for one of `LOOKS`; a machine of the tests has both."""
+    if name == "python":
+        return None
+    CppKernels()  # loads the library
+    found = compiled_look()
+    assert found is not None, "the library sees something else than Python: every look takes several times as long"
+    return found
+
+
+def use_look(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let sets of tensors that are made from now on look in one of the `LOOKS`."""
+    look = the_look(name)
+    monkeypatch.setattr(step_sets, "compiled_look", lambda: look)

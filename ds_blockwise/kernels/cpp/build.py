@@ -116,6 +116,12 @@ def library() -> ctypes.CDLL:
     return _of_the_wheel() or _built()
 
 
+def library_at_hand() -> ctypes.CDLL | None:
+    """The compiled kernels if nothing is to be compiled for them: loaded before, or in the wheel."""
+    return library() if library.cache_info().currsize else _of_the_wheel()
+
+
+@functools.cache
 def _of_the_wheel() -> ctypes.CDLL | None:
     path = prebuilt.found()
     if path is None:

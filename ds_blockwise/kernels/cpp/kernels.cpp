@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "lion.h"
+#include "look.h"
 #include "step.h"
 
 namespace {

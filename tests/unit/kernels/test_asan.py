@@ -11,7 +11,7 @@ import pytest
 
 
 @pytest.mark.spawns
-def test_some_random_tables_under_the_sanitizer():
+def test_some_random_tables_and_a_look_under_the_sanitizer():
     """With a few seeds the command that `make test-asan` gives with all; it ends early if the sanitizer is missing."""
     # the run inside writes no page of the repository
     inherited = ("TRITON_INTERPRET", "WRITE_SUPPORT", "WRITE_RELIABILITY")
@@ -22,8 +22,9 @@ def test_some_random_tables_under_the_sanitizer():
         "tests.helpers.asan",
         "tests/unit/kernels/test_cpp.py",
         "tests/unit/kernels/test_cpp_lion.py",
+        "tests/unit/kernels/test_close_look.py",
         "-k",
-        "random_tables and (17 or 44)",
+        "tables and (17 or 44) or other_objects and compiled and sparse",
     ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0 and "6 passed" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "7 passed" in done.stdout, done.stdout + done.stderr
