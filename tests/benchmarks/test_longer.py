@@ -60,6 +60,7 @@ def test_the_seed_that_chooses_does_not_judge(gain, word, shown):
     _, ours, peer = (QUESTION.chosen(trials.results, start) for start in QUESTION.starts())
     assert {t.steps for t in (ours, peer)} == {800}
     assert f"{half_steps.ARMS[ours.arm].label} minus" in table
+    assert "first seed, 3 or 4 rates a side." in table
     del trials.results[replace(ours, seed=3)]
     assert "Blockwise Muon:" not in longer.verdict_table(trials.results, QUESTION)
 

@@ -151,8 +151,9 @@ def verdict_table(results: Results, question: Question) -> str:
         words.append(f"{ours} minus {peer}: {between} after {judged[0].steps} steps.\n")
     plan = replace(FULL, steps=question.steps, bf16=question.size.plan.bf16)
     of_rates = "Every side has the best of the rates that it tried with the first seed"
-    tried = [len(rates(results, start).trials) for start in question.starts()]
-    of_rates += f", {min(tried)} to {max(tried)} rates a side."
+    shown = [start for start in question.starts() if start.arm in {trial.arm for trial in (adamw, *judged)}]
+    tried = sorted({len(rates(results, start).trials) for start in shown})
+    of_rates += f", {' or '.join(map(str, tried))} rates a side."
     source = report.provenance_text(
         results, plan, rates=of_rates, seeds=len(JUDGING), warmup="warm-up as the table says"
     )
