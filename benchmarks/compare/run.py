@@ -256,10 +256,16 @@ def _plan(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Plan:
     return plan
 
 
-def add_limits(parser: argparse.ArgumentParser) -> None:
-    """Add how many runs train at a time and for how long, the same for every comparison."""
+def parser_of(script: str) -> argparse.ArgumentParser:
+    """How many runs a script trains at a time and for how long, the same for every comparison.
+
+    Args:
+        script: Its docstring.
+    """
+    parser = argparse.ArgumentParser(description=script.splitlines()[0])
     parser.add_argument("--workers", type=int, default=cores(), help="runs at a time, one core each")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
+    return parser
 
 
 @dataclass(frozen=True)
@@ -299,7 +305,7 @@ def answer(
 
     Args:
         asked: What, and where it stands.
-        options: Those of `add_limits`.
+        options: Those of `parser_of`.
         train: Everything; raises `Stopped` when the time is up.
         tables: Page, mark in it, and what stands there, from the CSV: so that they can be had again digit by digit.
 
@@ -330,9 +336,8 @@ def main() -> int:
     Returns:
         0; 1 if the time was up before the plan was done.
     """
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--quick", action="store_true", help="shorter runs, 3 learning rates, 2 seeds, no ablations")
-    add_limits(parser)
     parser.add_argument("--run", type=Path, default=RUN_FILE, help="run file: model, data, batch")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="as in the main job")
     parser.add_argument("--arms", help=f"only these, separated by commas, {BASELINE} among them: {', '.join(ARMS)}")

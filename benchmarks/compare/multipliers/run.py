@@ -18,7 +18,6 @@ standard errors and no seed that came later lost; else the pages say that it gai
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +28,7 @@ from benchmarks.compare.ablations import WORTH_CONFIRMING
 from benchmarks.compare.multipliers import candidates
 from benchmarks.compare.multipliers.candidates import ADAMW, ADDITIONS, AUTO, EXPONENTS, TUNED, TYPES
 from benchmarks.compare.results import Estimate, Results, against, best_of, loss_of
-from benchmarks.compare.run import Asked, Trials, add_limits, answer
+from benchmarks.compare.run import Asked, Trials, answer, parser_of
 from benchmarks.compare.trials import ARMS, FULL, Trial
 from benchmarks.provenance import read_csv as read_rows
 from ds_blockwise.blocks.settings.defaults import LR_PRESETS
@@ -264,14 +263,8 @@ def tables(question: Question, results: Results) -> Iterator[tuple[str, str]]:
 
 
 def main() -> int:
-    """Train what is missing, then write the tables into their page.
-
-    Returns:
-        0; 1 if the time was up before all had been trained.
-    """
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_limits(parser)
-    options = parser.parse_args()
+    """The exit status of `answer`."""
+    options = parser_of(__doc__).parse_args()
     published = candidates.published(report.read_csv(COMPARED, FULL))
 
     def of_files() -> Iterator[tuple[Path, str, str]]:

@@ -17,7 +17,6 @@ own.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from pathlib import Path
 
 from benchmarks.compare import report
 from benchmarks.compare.results import Estimate, Results, at_best, best_of, loss_of, steps_to
-from benchmarks.compare.run import RUN_FILE, Asked, Trials, add_limits, answer, sweep
+from benchmarks.compare.run import RUN_FILE, Asked, Trials, answer, parser_of, sweep
 from benchmarks.compare.trials import ARMS, BASELINE, FULL, HALF, HALF_5M, LARGER, PATIENT, Plan, Trial
 from benchmarks.provenance import ROOT
 
@@ -262,14 +261,9 @@ def tables(results: Results, size: Size) -> Iterator[tuple[Path, str, str]]:
 
 
 def main() -> int:
-    """Train what is missing, then write the tables into the pages.
-
-    Returns:
-        0; 1 if the time was up before all had been trained.
-    """
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """The exit status of `answer`."""
+    parser = parser_of(__doc__)
     parser.add_argument("--plan", choices=tuple(SIZES), default="1m", help="the model: 1.26M or 5M parameters")
-    add_limits(parser)
     options = parser.parse_args()
     size = SIZES[options.plan]
     asked = Asked(size.name, size.run_file, tuple(size.published), size.plan.bf16)

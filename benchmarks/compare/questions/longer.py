@@ -13,7 +13,6 @@ half_steps.py.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,7 @@ from pathlib import Path
 from benchmarks.compare import report
 from benchmarks.compare.questions.half_steps import CHOOSING, SIZES, Size, difference, reached_or_missed, row
 from benchmarks.compare.results import Results, best_of
-from benchmarks.compare.run import Asked, Trials, add_limits, answer
+from benchmarks.compare.run import Asked, Trials, answer, parser_of
 from benchmarks.compare.trials import ARMS, FULL, Trial
 
 JUDGING = (2, 3, 4)
@@ -171,15 +170,12 @@ def tables(results: Results, question: Question) -> Iterator[tuple[Path, str, st
 
 
 def main() -> int:
-    """Train what is missing, then write the table into the page.
-
-    Returns:
-        0; 1 if the time was up before all had been trained.
-    """
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """The exit status of `answer`."""
+    parser = parser_of(__doc__)
     parser.add_argument("--plan", choices=tuple(PLANS), default="5m", help="the model: 1.26M or 5M parameters")
-    parser.add_argument("--times", type=int, help="how many times as many steps; the default is 2 for 5m, 4 for 1m")
-    add_limits(parser)
+    parser.add_argument(
+        "--times", type=int, choices=range(2, 9), help="how many times as many steps; the default is 2 for 5m, 4 for 1m"
+    )
     options = parser.parse_args()
     size = SIZES[options.plan]
     question = Question(size, options.times or PLANS[options.plan])

@@ -11,7 +11,6 @@ tuned.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from pathlib import Path
 from benchmarks.compare import report
 from benchmarks.compare.questions.half_steps import SIZES, Size, row
 from benchmarks.compare.results import Results
-from benchmarks.compare.run import Asked, Trials, add_limits, answer, sweep
+from benchmarks.compare.run import Asked, Trials, answer, parser_of, sweep
 from benchmarks.compare.trials import FULL, MORE, Trial
 
 
@@ -82,14 +81,8 @@ def tables(results: Results) -> Iterator[tuple[Path, str, str]]:
 
 
 def main() -> int:
-    """Train what is missing, then write the table into the page.
-
-    Returns:
-        0; 1 if the time was up before all had been trained.
-    """
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_limits(parser)
-    options = parser.parse_args()
+    """The exit status of `answer`."""
+    options = parser_of(__doc__).parse_args()
     asked = Asked(ASKED.name, ASKED.run_file, tuple(ASKED.published))
     return answer(asked, options, train, lambda: tables(ASKED.read()))
 

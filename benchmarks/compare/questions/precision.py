@@ -11,7 +11,6 @@ over pairs of runs of one seed. The rule was written before the runs.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,7 +19,7 @@ from pathlib import Path
 from benchmarks.compare import report
 from benchmarks.compare.questions.half_steps import SIZES
 from benchmarks.compare.results import Estimate, Results, loss_of
-from benchmarks.compare.run import Asked, Trials, add_limits, answer
+from benchmarks.compare.run import Asked, Trials, answer, parser_of
 from benchmarks.compare.trials import ARMS, FULL, Trial
 
 SIZE = SIZES["1m"]
@@ -84,14 +83,8 @@ def tables() -> Iterator[tuple[Path, str, str]]:
 
 
 def main() -> int:
-    """Train what is missing, then write the table into the page.
-
-    Returns:
-        0; 1 if the time was up before all had been trained.
-    """
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_limits(parser)
-    return answer(ASKED, parser.parse_args(), train, tables)
+    """The exit status of `answer`."""
+    return answer(ASKED, parser_of(__doc__).parse_args(), train, tables)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ schedule with its absolute minimum, betas, weight decay, clipping. The optimizer
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 from benchmarks.compare import report
 from benchmarks.compare.ablations import OUR_MINI, OURS
 from benchmarks.compare.results import Estimate, Results, loss_of
-from benchmarks.compare.run import Asked, add_limits, answer
+from benchmarks.compare.run import Asked, answer, parser_of
 from benchmarks.compare.trials import ARMS, BASELINE, FULL, MIN_LR_SHARE, Trial
 
 RATES = (2e-3, 2.8e-3, 4e-3)  # AdamW's best in docs/compare/compare.csv, and a factor of sqrt 2 to each side
@@ -92,14 +91,8 @@ def tables() -> Iterator[tuple[Path, str, str]]:
 
 
 def main() -> int:
-    """Train what is missing, then write the table into its page.
-
-    Returns:
-        0; 1 if the time was up before all had been trained.
-    """
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_limits(parser)
-    options = parser.parse_args()
+    """The exit status of `answer`."""
+    options = parser_of(__doc__).parse_args()
     return answer(ASKED, options, lambda found: found.train(trials(), "the same rate"), tables)
 
 
