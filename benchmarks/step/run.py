@@ -22,14 +22,15 @@ os.environ.setdefault(
 
 import torch
 
-from benchmarks.provenance import BENCHMARKS_PAGE, ROOT, provenance, write_between, write_csv
+from benchmarks.provenance import BENCHMARKS_PAGE, ROOT, provenance, read_csv, write_between, write_csv
 from benchmarks.step.peers import Contender, Missing, find_contenders
 from benchmarks.step.plots import plot
 from benchmarks.step.probe import PROBES, measure
 from benchmarks.step.shapes import LAYOUTS, SIZES, make_case
-from benchmarks.step.tables import COLUMNS, Row, acceptance, markdown, missing_rows, timed_rows
+from benchmarks.step.tables import COLUMNS, Row, acceptance, limits, markdown, missing_rows, timed_rows
 from benchmarks.step.verify import verify
 
+ELSEWHERE = ROOT / "docs/bench/kernels_cpu_amd.csv"  # of `--out` on another machine
 SECTION = {"cpu": "bench", "cuda": "bench-gpu"}
 ROUNDS = {"1M": 61, "5M": 61, "25M": 41, "67M": 41, "200M": 21, "1B": 21}
 
@@ -55,6 +56,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.docs:
         table = markdown(rows, os.path.relpath(figure, BENCHMARKS_PAGE.parent))
         write_between(BENCHMARKS_PAGE, SECTION[device.type], table)
+        if device.type == "cpu":
+            write_between(BENCHMARKS_PAGE, "bench-limits", limits([rows, read_csv(ELSEWHERE)]))
     print(f"written: {results} and {figure}")
     checks = acceptance(rows)
     for check in checks:

@@ -163,15 +163,17 @@ def acceptance(rows: Sequence[Row]) -> list[Check]:
 def _accept_cpu(rows: Sequence[Row]) -> list[Check]:
     checks = []
     for size, layout in dict.fromkeys((row["size"], row["layout"]) for row in rows):
-        limits = LIMITS.get(size, {})
         for ours in (MINI, ADAMW_OURS):
             row = find(rows, size, layout, ours)
-            ratios = [float(row[RATIOS[peer]]) for peer in FASTEST_ON_CPU if row[RATIOS[peer]]] if row else []
             name = f"{row['contender'] if row else ours} over the faster peer, {size}, {LAYOUT_NAMES[layout]}"
-            # the larger ratio is the one to the faster peer
-            value = max(ratios) if len(ratios) == len(FASTEST_ON_CPU) else None
-            checks.append(Check(name, value, limits.get(ours, 1.0)))
+            checks.append(_against_peers(row, name, LIMITS.get(size, {}).get(ours, 1.0)))
     return checks
+
+
+def _against_peers(row: Row | None, what: str, limit: float) -> Check:
+    ratios = [float(row[RATIOS[peer]]) for peer in FASTEST_ON_CPU if row[RATIOS[peer]]] if row else []
+    # the larger ratio is the one to the faster peer
+    return Check(what, max(ratios) if len(ratios) == len(FASTEST_ON_CPU) else None, limit)
 
 
 def _accept_gpu(rows: Sequence[Row]) -> list[Check]:
@@ -231,6 +233,38 @@ def markdown(rows: Sequence[Row], figure: str) -> str:
         lines.append(f"| {name} | {bytes_} | {' | '.join(times)} | {share} |")
     lines += ["", *_ratios(rows, shown), "", _provenance(rows, largest), "", f"![nanoseconds per parameter]({figure})"]
     return "\n".join(lines)
+
+
+def limits(machines: Sequence[Sequence[Row]]) -> str:
+    """Ours over the faster of `FASTEST_ON_CPU`, beside the limits, on several machines; bold where it is above.
+
+    Args:
+        machines: rows of a CSV of each.
+    """
+    optimizers = (ADAMW_OURS, MINI)
+    heads = [f"{optimizer}, {rows[0]['cpu']}" for rows in machines for optimizer in optimizers]
+    lines = [
+        f"| parameters | {' | '.join(heads)} | limits |",
+        f"|---|{'---:|' * (len(heads) + 1)}",
+    ]
+    for size, layout in dict.fromkeys((row["size"], row["layout"]) for rows in machines for row in rows):
+        allowed = [LIMITS.get(size, {}).get(optimizer, 1.0) for optimizer in optimizers]
+        cells = []
+        for rows in machines:
+            for optimizer, limit in zip(optimizers, allowed, strict=True):
+                check = _against_peers(find(rows, size, layout, optimizer), "", limit)
+                number = "-" if check.value is None else f"{check.value:.2f}"
+                cells.append(f"**{number}**" if check.passed is False else number)
+        both = " / ".join(f"{limit:.2f}" for limit in allowed)
+        lines.append(f"| {size}, {LAYOUT_NAMES[layout]} | {' | '.join(cells)} | {both} |")
+    where = "; ".join(_machine(rows[0]) for rows in machines)
+    return "\n".join([*lines, "", f"Time over that of the faster of {' and '.join(FASTEST_ON_CPU)}. {where}."])
+
+
+def _machine(row: Row) -> str:
+    cache = int(row["l3_bytes"]) >> 20
+    measured = f"{row['rounds']} rounds, {row['date']}, commit {row['commit']}"
+    return f"{row['cpu']}: {cache} MiB of last-level cache, {measured}"
 
 
 def _ratios(rows: Sequence[Row], columns: Sequence[tuple[str, str]]) -> list[str]:

@@ -24,6 +24,7 @@ from benchmarks.costs import (
 )
 from benchmarks.provenance import BENCHMARKS_PAGE, between, read_csv, write_between
 from benchmarks.step import muon, small, tables
+from benchmarks.step.run import ELSEWHERE
 from benchmarks.step.shapes import LAYOUTS
 from ds_blockwise.runs.model_shape import GPTShape
 from tests.helpers import ROOT
@@ -36,9 +37,14 @@ def _kernels(rows: list[dict[str, str]]) -> str:
     return tables.markdown(rows, f"bench/kernels_{rows[0]['device']}.png")
 
 
+def _limits(elsewhere: list[dict[str, str]]) -> str:
+    return tables.limits([read_csv(ROOT / "docs/bench/kernels_cpu.csv"), elsewhere])
+
+
 # section of the page: file below docs/bench, what makes the table of it, what measures it
 TABLES = {
     "bench": ("kernels_cpu.csv", _kernels, "bench-kernels"),
+    "bench-limits": (ELSEWHERE.name, _limits, "bench-kernels"),
     "bench-gpu": ("kernels_cuda.csv", _kernels, "bench-gpu"),
     "small-tensors": ("small_tensors.csv", small.markdown, "bench-small"),
     "muon-step": ("muon_step.csv", muon.markdown, "bench-muon"),
