@@ -262,7 +262,7 @@ HALF = Plan(
 HALF_5M = replace(HALF, arms=("blockwise_muon_heads_3x", "muon_roles_3x"), shift=1.0, bf16=True)
 # as long as AdamW's runs; grids are AdamW's and Lion's own
 MORE = replace(
-    HALF, steps=FULL.steps, seeds=4, arms=("blockwise_adamw_tuned", "soap", "blockwise_lion", "lion"), shift=1.0
+    HALF, steps=FULL.steps, seeds=4, arms=("blockwise_lion", "lion", "soap", "blockwise_adamw_tuned"), shift=1.0
 )
 # by the name of the run file; what is in the repository's pages
 PUBLISHED_PLANS = {"compare": FULL, "compare_warmup": PATIENT, "compare_5m": LARGER}
