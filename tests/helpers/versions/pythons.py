@@ -30,6 +30,7 @@ _OPTIMIZERS = "tests/unit/optimizers/"
 TESTS = (
     *(_OPTIMIZERS + name for name in ("test_oracle.py", "test_lion.py", "test_muon.py", "test_muon_published.py")),
     "tests/unit/kernels/test_base.py",
+    "tests/unit/kernels/test_close_look.py",
     "tests/hosts/deepspeed/test_parity.py",
 )
 # Triton has a target of its own; of the engines' tests, every optimizer in ZeRO-2 on two ranks
