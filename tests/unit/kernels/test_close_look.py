@@ -236,6 +236,7 @@ BREAKS: dict[str, Callable[[pytest.MonkeyPatch], object]] = {
 @pytest.mark.parametrize("broken", BREAKS)
 def test_another_torch_or_python_is_asked_in_python(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A later torch may lack what is read, or keep it elsewhere; then nothing may be read wrong."""
+    the_look("compiled")  # there is one to be broken
     library = backend.library()
     find = look._look_of.__wrapped__
     assert find(library) is not None
@@ -247,6 +248,7 @@ def test_another_torch_or_python_is_asked_in_python(broken: str, monkeypatch: py
 
 def test_nothing_is_compiled_for_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU, or with the reference, a look must not need a compiler."""
+    the_look("compiled")
     monkeypatch.setattr(build, "_of_the_wheel", lambda: None)
     monkeypatch.setattr(build, "library", functools.cache(lambda: pytest.fail("it is compiled")))
     monkeypatch.setattr(look, "library_at_hand", build.library_at_hand)
