@@ -94,7 +94,7 @@ MEGATRON_ROWS: tuple[Row, ...] = (
         MEGATRON,
         "from Megatron-core's AdamW",
         "hosts/megatron/test_checkpoint.py::*[warm_start-*-{o}-*",
-        lion=SAME,
+        lion=("hosts/megatron/test_checkpoint.py::*[warm_start-*_reshardable-*-{o}-*",),
         muon=SAME,
     ),
     untested(MEGATRON, "alltoall dispatcher, grouped experts", "need CUDA streams, Transformer Engine or grouped_gemm"),
