@@ -153,3 +153,11 @@ def oracle_for(
 def tolerance_for(optimizer: str) -> float:
     """Of updates over the rate: Muon's are a chain of matrix products in fp32."""
     return 1e-5 if optimizer == "muon" else 1e-6
+
+
+def trained_tolerance_for(optimizer: str) -> float:
+    """As `tolerance_for`, if gradients are those of a backward pass whose sums run in another order.
+
+    Adam divides by what may be small; Newton-Schulz multiplies small singular values by up to 500.
+    """
+    return {"lion": 1e-6, "muon": 1e-3}.get(optimizer, 1e-4)

@@ -233,8 +233,18 @@ def told(params: Mapping[str, Any], multipliers: Mapping[str, float] | None = No
     }
 
 
+@dataclass
 class LionOracle(Oracle):
-    """Blockwise Lion (arXiv 2302.06675, algorithm 2); second moments stay zero."""
+    """Blockwise Lion (arXiv 2302.06675, algorithm 2); second moments stay zero.
+
+    Attributes:
+        noise: Below how much of the largest number of a tensor that decides a sign a number decides nothing, as with
+            the bias of keys, whose gradient is what rounding leaves of 0.
+        turned: Weights after the last step with the other sign wherever noise decides.
+    """
+
+    noise: float = 0.0
+    turned: dict[str, Tensor] = field(default_factory=dict)
 
     def _update(self, name: str, gradient: Tensor, h: Hyper, lr: Tensor, decay: Tensor) -> None:
         p = self._p[name]
@@ -242,9 +252,15 @@ class LionOracle(Oracle):
         state = self.state.setdefault(name, State(torch.zeros_like(p), torch.zeros_like(p)))
         state.step += 1
         beta1, beta2 = (self.per_element(name, lambda role, i=i: self.betas(role, h.betas)[i]) for i in (0, 1))
-        direction = torch.sign(beta1 * state.m + (1 - beta1) * g)
-        decayed = torch.where(direction * p < 0, 0.0, decay) if self.cautious else decay
-        self._p[name] = p - lr * (direction + decayed * p)
+        decides = beta1 * state.m + (1 - beta1) * g
+        open_signs = decides.abs() <= self.noise * decides.abs().max()
+
+        def stepped(direction: Tensor) -> Tensor:
+            decayed = torch.where(direction * p < 0, 0.0, decay) if self.cautious else decay
+            return p - lr * (direction + decayed * p)
+
+        self._p[name] = stepped(decides.sign())
+        self.turned[name] = torch.where(open_signs, stepped(-decides.sign()), self._p[name])
         state.m = beta2 * state.m + (1 - beta2) * g
         if self.momentum is not None:
             state.m = state.m.to(self.momentum).to(self.arithmetic)

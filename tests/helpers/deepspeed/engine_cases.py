@@ -33,6 +33,9 @@ QUICK = re.compile(
 )
 DECAY_MULTIPLIERS = {"norm": 0.0, "key": 0.5}
 BETAS, EPS, WEIGHT_DECAY = (0.9, 0.95), 1e-6, 0.1
+# Gradients that are fed in bf16 are small integers times powers of two. Lion takes a sign, so no weighted sum of a few
+# of them may be 0, which arithmetic would round to either side: these are thousandths of primes above every integer.
+LION_BETAS = (0.937, 0.953)
 
 
 @dataclass(frozen=True)
@@ -211,6 +214,11 @@ def groups_of(case: Case) -> Callable[[nn.Module], list[dict[str, Any]]] | None:
         return [{"params": parts[0]}, {"params": parts[1]} | GROUP_2]
 
     return split
+
+
+def betas_of(optimizer: str) -> tuple[float, float]:
+    """Betas with which an optimizer, by its short name, is compared with the oracle on planned gradients."""
+    return LION_BETAS if optimizer == "lion" else BETAS
 
 
 def hyper_of(case: Case, names: list[str]) -> dict[str, Hyper]:

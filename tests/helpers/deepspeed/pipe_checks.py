@@ -21,7 +21,7 @@ from tests.helpers.deepspeed.pipe_models import VOCAB, PipeFeed, pipe, train_ste
 from tests.helpers.distributed import RankContext
 from tests.helpers.megatron.gpt_shards import cut, parallel
 from tests.helpers.models import GradientPlan
-from tests.helpers.oracle import Oracle
+from tests.helpers.muon_oracle import oracle_for, tolerance_for
 from tests.helpers.tables.oracle_names import Classified, Span
 
 MICRO, HIDDEN, FFN, LAYERS = 2, 15, 14, 4
@@ -59,7 +59,7 @@ def check_grid(context: RankContext, optimizer: str) -> None:
         start = {n: models.small_weight(n, s) for n, s in shapes.items()}
         own = list(masters(run))
         assert len(own) == len(shapes) // 2
-        oracle = Oracle(start, classes, optimizer == "mini", hyper())
+        oracle = oracle_for(optimizer, start, classes, hyper())
         pair = Compared(run, oracle, lambda whole: {n: cut(n, whole[n], rank) for n in own})
         pair.check_start()
         for step in range(3):
@@ -67,7 +67,7 @@ def check_grid(context: RankContext, optimizer: str) -> None:
             pair.set_lr(step)
             train_step(run, [torch.zeros(1, 4)] * MICRO)
             gradients = {n: feed.mean(n, s, step) for n, s in shapes.items()}
-            pair.check_step(gradients, what=f"step {step}, rank {context.rank}")
+            pair.check_step(gradients, what=f"step {step}, rank {context.rank}", tolerance=tolerance_for(optimizer))
 
 
 def _split_pipe(topology: Any, shapes: dict[str, tuple[int, ...]], rank: int) -> nn.Module:
@@ -111,11 +111,12 @@ def check_experts(context: RankContext, optimizer: str) -> None:
             plan = GradientPlan(context.world_size)
             now = masters(run)
             assert any("local_experts.5" in name for name in now)
-            pair = Compared(run, Oracle(now, classes_of(shapes, topology.groups), optimizer == "mini", hyper()))
+            pair = Compared(run, oracle_for(optimizer, now, classes_of(shapes, topology.groups), hyper()))
             for step in range(3):
                 pair.set_lr(step)
                 feed_step(run, plan, step, context.rank)
-                pair.check_step({n: plan.mean(n, s, step) for n, s in shapes.items()}, what=f"step {step}")
+                gradients = {n: plan.mean(n, s, step) for n, s in shapes.items()}
+                pair.check_step(gradients, what=f"step {step}", tolerance=tolerance_for(optimizer))
     split = Topology(ep=2, experts=True)
     for topology, word in (
         (split, "expert_model_parallel_size = 2"),

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tests.helpers import models
-from tests.helpers.deepspeed.engine_cases import BETAS, EPS, FULL_NAME, WEIGHT_DECAY
+from tests.helpers.deepspeed.engine_cases import EPS, FULL_NAME, WEIGHT_DECAY, betas_of
 from tests.helpers.megatron import gpt_shards
 from tests.helpers.megatron.groups import megatron_groups
 from tests.helpers.megatron.models import EXPERTS, LLAMA, SIZES
@@ -231,8 +231,8 @@ class ParallelRun:
             lr=LR,
             min_lr=LR,
             weight_decay=WEIGHT_DECAY,
-            adam_beta1=BETAS[0],
-            adam_beta2=BETAS[1],
+            adam_beta1=betas_of(topology.optimizer)[0],
+            adam_beta2=betas_of(topology.optimizer)[1],
             adam_eps=EPS,
             clip_grad=topology.clip,
             bf16=topology.dtype == "bf16",

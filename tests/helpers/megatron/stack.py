@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tests.helpers import models
-from tests.helpers.deepspeed.engine_cases import BETAS, EPS, FULL_NAME, WEIGHT_DECAY
+from tests.helpers.deepspeed.engine_cases import EPS, FULL_NAME, WEIGHT_DECAY, betas_of
 from tests.helpers.megatron.gpt_shards import cut, full_shapes, gpt, parallel, whole_name
 from tests.helpers.models import GradientPlan
 
@@ -145,8 +145,8 @@ class Run:
             min_lr=MIN_LR,
             decoupled_lr=DECOUPLED_LR if stack.decoupled else None,
             weight_decay=WEIGHT_DECAY,
-            adam_beta1=BETAS[0],
-            adam_beta2=BETAS[1],
+            adam_beta1=betas_of(stack.optimizer)[0],
+            adam_beta2=betas_of(stack.optimizer)[1],
             adam_eps=EPS,
             clip_grad=stack.clip,
             bf16=stack.dtype == "bf16",

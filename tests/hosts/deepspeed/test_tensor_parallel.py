@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from tests.helpers import models
 from tests.helpers.deepspeed.compared import Compared, assert_same, case_config, check_counters, hyper, set_lr
-from tests.helpers.deepspeed.engine_cases import BACKENDS, BETAS, EPS, GROUP_2, LR, LR_FACTORS, WEIGHT_DECAY, takes_long
+from tests.helpers.deepspeed.engine_cases import (
+    BACKENDS,
+    EPS,
+    GROUP_2,
+    LR,
+    LR_FACTORS,
+    WEIGHT_DECAY,
+    betas_of,
+    takes_long,
+)
 from tests.helpers.deepspeed.engines import DTYPES, feed_step, masters, open_engine, prepare_deepspeed
 from tests.helpers.deepspeed.fused_twins import everything
 from tests.helpers.distributed import Outcome, RankContext, passes
@@ -62,7 +71,7 @@ class Case:
 def _config(case: Case) -> dict[str, Any]:
     granularity = {"value": "tensor", "norm": "tensor"} if case.value_tensor else {}
     params = {"weight_decay_multipliers": DECAY_MULTIPLIERS, "granularity": granularity, "backend": case.backend}
-    params |= case.params
+    params |= {"betas": list(betas_of(case.optimizer)), **case.params}
     # end to end an element far below eps keeps the noise of two runs below eps
     eps = {"eps": 1e-3} if case.end_to_end else {}
     clip = {"gradient_clipping": case.clip} if case.clip else {}
@@ -93,7 +102,8 @@ def _groups_of(case: Case) -> Callable[[nn.Module], list[dict[str, Any]]] | None
 
 def _hyper_of(case: Case, names: list[str]) -> dict[str, Hyper]:
     second = hyper(**{key: GROUP_2[key] for key in ("betas", "eps", "weight_decay")})
-    return {name: replace(second if _is_second(case, name) else hyper()) for name in names}
+    first = hyper(betas=betas_of(case.optimizer))
+    return {name: replace(second if _is_second(case, name) else first) for name in names}
 
 
 # ------------------------------------------------------------------------------------- the checks
@@ -125,7 +135,7 @@ def check_fed(context: RankContext, case: Case) -> None:
     from megatron.core import parallel_state
 
     shapes = full_shapes(case.shape, tied=case.tied)
-    exact = case.optimizer in ("adamw", "muon") and not (case.clip or case.params)
+    exact = case.optimizer in ("adamw", "lion", "muon") and not (case.clip or case.params)
     reference = _reference(case) if exact else None
     with parallel(case.tp):
         tp_rank = parallel_state.get_tensor_model_parallel_rank()
@@ -197,8 +207,8 @@ def _reference(case: Case) -> Callable[[dict[str, Tensor], float], dict[str, Ten
         model = model.to(DTYPES[case.dtype]).float()  # Megatron-core keeps norms in fp32; DeepSpeed rounds them too
         tag_parameters(model)
     named = dict(model.named_parameters())
-    settings = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY, "backend": case.backend}
-    settings |= {"weight_decay_multipliers": DECAY_MULTIPLIERS, **case.params}
+    settings = {"lr": LR, "betas": betas_of(case.optimizer), "eps": EPS, "weight_decay": WEIGHT_DECAY}
+    settings |= {"backend": case.backend, "weight_decay_multipliers": DECAY_MULTIPLIERS, **case.params}
     optimizer = OPTIMIZERS[FULL_NAME[case.optimizer]](model.parameters(), **settings)
 
     def step(gradients: dict[str, Tensor], lr: float) -> dict[str, Tensor]:
@@ -294,6 +304,9 @@ def _cases() -> dict[str, tuple[int, Case]]:
     for optimizer, stage in product(("adamw", "mini"), (0, 2)):
         add("e2e", 1, Case(optimizer, stage, steps=3, end_to_end=True))
     add("e2e", 2, Case("mini", 1, steps=3, shape="mqa", end_to_end=True))
+    for dp, stage, dtype in ((1, 0, "fp32"), (1, 2, "bf16"), (2, 1, "fp32"), (2, 3, "bf16")):
+        add("lion", dp, Case("lion", stage, dtype), ("cpp",))
+    add("lion", 1, Case("lion", 1, shape="mqa", clip=0.05, tied=True), ("cpp",))
     by_role = {"how": dict.fromkeys(("query", "key", "value"), "role")}
     for dp, stage in ((1, 0), (1, 2), (2, 1), (2, 3)):
         add("muon", dp, Case("muon", stage), ("cpp",))
@@ -328,6 +341,12 @@ def test_tensor_parallel_values(outcome: Outcome, name: str) -> None:
 @SUITE.cases("muon")
 def test_muon_under_tensor_parallelism(outcome: Outcome, name: str) -> None:
     """Shards of a role would be orthogonalised by themselves, fused gate and up as one matrix."""
+    passes(outcome, name)
+
+
+@SUITE.cases("lion")
+def test_lion_under_tensor_parallelism(outcome: Outcome, name: str) -> None:
+    """An element would get the multiplier that another rank's row has, or replicas drift apart."""
     passes(outcome, name)
 
 

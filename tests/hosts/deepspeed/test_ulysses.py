@@ -17,12 +17,15 @@ from torch import Tensor, nn
 
 from tests.helpers import models
 from tests.helpers.deepspeed.compared import Compared, case_config, check_counters, check_resume, hyper
-from tests.helpers.deepspeed.engine_cases import LR, MODELS
-from tests.helpers.deepspeed.engines import DTYPES, masters, open_engine, prepare_deepspeed, true_shape
+from tests.helpers.deepspeed.engine_cases import LR, MODELS, betas_of
+from tests.helpers.deepspeed.engines import DTYPES, forget_groups, masters, open_engine, prepare_deepspeed, true_shape
 from tests.helpers.distributed import Outcome, RankContext, passes
 from tests.helpers.models import Feed, GradientPlan
-from tests.helpers.oracle import ROLE_SETTINGS, Oracle, assert_same_update, told
+from tests.helpers.muon_oracle import oracle_for, tolerance_for, trained_tolerance_for
+from tests.helpers.optimizers import FULL_NAME
+from tests.helpers.oracle import ROLE_SETTINGS, LionOracle, assert_same_update, told
 from tests.helpers.suites import Suite, notices_a_wrong_multiplier
+from tests.helpers.tables.oracle_names import hf_llama_classes
 
 _MISSING = [name for name in ("deepspeed", "transformers") if find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(_MISSING), reason="needs deepspeed and transformers")
@@ -47,7 +50,8 @@ class Case:
 def _config(case: Case) -> dict[str, Any]:
     # end to end an element far below eps keeps the noise of two runs below eps
     eps = {"eps": 1e-3} if case.what == "end_to_end" and case.optimizer == "adamw" else {}
-    return case_config(case, params={"backend": "cpp"} | eps | case.params)
+    own = {"backend": "cpp", "betas": list(betas_of(case.optimizer))}
+    return case_config(case, params=own | eps | case.params)
 
 
 @contextmanager
@@ -85,13 +89,13 @@ def check_fed(context: RankContext, case: Case) -> None:
     ):
         run.feed = Feed(run.model)
         settings = told(case.params, case.oracle_multipliers)
-        oracle = Oracle(masters(run), classes, case.optimizer == "mini", hyper(), **settings)
-        pair = Compared(run, oracle)
+        own = hyper(betas=betas_of(case.optimizer))
+        pair = Compared(run, oracle_for(case.optimizer, masters(run), classes, own, **settings))
         for step in range(case.steps):
             pair.set_lr(step)
             shapes = _feed(context, run, plan, step)
             gradients = {n: _factor(run) * plan.mean(n, s, step) for n, s in shapes.items()}
-            pair.check_step(gradients, what=f"step {step}")
+            pair.check_step(gradients, what=f"step {step}", tolerance=tolerance_for(case.optimizer))
 
 
 def _feed(context: RankContext, run: SimpleNamespace, plan: GradientPlan, step: int) -> dict[str, tuple[int, ...]]:
@@ -110,11 +114,53 @@ def _factor(run: SimpleNamespace) -> int:
 
 def check_end_to_end(context: RankContext, case: Case) -> None:
     """Ulysses' attention in a Hugging Face model against the same sequences on whole ranks."""
-    batches = [
-        torch.randint(1, 37, (1, 9), generator=torch.Generator().manual_seed(step)) for step in range(case.steps)
-    ]
+    batches = _batches(case)
     with open_engine(_config(case), _llama, feed=False) as run:
         whole = _train(run, [(tokens[:, :-1], tokens[:, 1:]) for tokens in batches], None)
+    with _split_llama(case) as run:
+        part = _part(context)
+        pieces = [(tokens[:, :-1][:, part], tokens[:, 1:][:, part]) for tokens in batches]
+        parts = _train(run, pieces, torch.arange(8)[None, part])
+    for step, (expected, actual) in enumerate(zip(whole, parts, strict=True)):
+        # 1e-4: sums run in another order; an element far below eps keeps that noise below eps
+        assert_same_update(actual, expected, LR, tolerance=1e-4, what=f"step {step}")
+
+
+def check_by_autograd(context: RankContext, case: Case) -> None:
+    """The same for updates that magnify the last bits of a gradient: each step begins with the engine's weights."""
+    alone, part = _llama("eager"), _part(context)
+    classes = hf_llama_classes(layers=2, hidden=12, heads=2, kv_heads=2, head_dim=6, ffn=21, vocab=37)
+    with _split_llama(case) as run:
+        own = hyper(betas=betas_of(case.optimizer))
+        settings = told(case.params, case.oracle_multipliers)
+        pair = Compared(run, oracle_for(case.optimizer, masters(run), classes, own, **settings))
+        if isinstance(pair.oracle, LionOracle):
+            pair.oracle.noise = 1e-9
+        for step, tokens in enumerate(_batches(case)):
+            pair.set_lr(step)
+            pair.oracle.set_weights(pair.now)
+            alone.load_state_dict(pair.now)
+            alone.zero_grad()
+            _loss(alone(input_ids=tokens[:, :-1]).logits, tokens[:, 1:]).backward()
+            _step(run, tokens[:, :-1][:, part], tokens[:, 1:][:, part], torch.arange(8)[None, part])
+            gradients = {n: p.grad for n, p in alone.named_parameters()}
+            pair.check_step(gradients, what=f"step {step}", tolerance=trained_tolerance_for(case.optimizer))
+
+
+def _batches(case: Case) -> list[Tensor]:
+    return [torch.randint(1, 37, (1, 9), generator=torch.Generator().manual_seed(step)) for step in range(case.steps)]
+
+
+def _part(context: RankContext) -> slice:
+    return slice(4 * (context.rank % SP), 4 * (context.rank % SP) + 4)
+
+
+def _llama(attention: str = "sdpa") -> nn.Module:
+    return models.set_small_weights(models.llama(attn_implementation=attention, num_key_value_heads=2))
+
+
+@contextmanager
+def _split_llama(case: Case) -> Iterator[SimpleNamespace]:
     model = _llama()
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -123,35 +169,32 @@ def check_end_to_end(context: RankContext, case: Case) -> None:
     mpu = UlyssesSPAttentionHF.register_with_transformers(model, "sdpa", SP, 1, seq_length_is_variable=True)
     try:
         with open_engine(_config(case), lambda: model, mpu=mpu, feed=False) as run:
-            part = slice(4 * (context.rank % SP), 4 * (context.rank % SP) + 4)
-            pieces = [(tokens[:, :-1][:, part], tokens[:, 1:][:, part]) for tokens in batches]
-            parts = _train(run, pieces, (mpu.get_sequence_parallel_group(), torch.arange(8)[None, part]))
+            yield run
     finally:
         ALL_ATTENTION_FUNCTIONS["sdpa"] = usual
         mpu._release_sequence_parallel_groups()
-    for step, (expected, actual) in enumerate(zip(whole, parts, strict=True)):
-        # 1e-4: sums run in another order; an element far below eps keeps that noise below eps
-        assert_same_update(actual, expected, LR, tolerance=1e-4, what=f"step {step}")
 
 
-def _llama() -> nn.Module:
-    return models.set_small_weights(models.llama(attn_implementation="sdpa", num_key_value_heads=2))
+def _loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """The mean over the whole sequence, of which a rank adds its tokens' share."""
+    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum") / 8
+
+
+def _step(run: SimpleNamespace, tokens: Tensor, targets: Tensor, positions: Tensor | None) -> None:
+    more = {} if positions is None else {"position_ids": positions}
+    # parts that are averaged have to be as large as the whole
+    scale = 1 if positions is None else SP // _factor(run)
+    run.engine.backward(scale * _loss(run.engine(input_ids=tokens, **more).logits, targets))
+    run.engine.step()
 
 
 def _train(
-    run: SimpleNamespace, batches: list[tuple[Tensor, Tensor]], parts: tuple[Any, Tensor] | None
+    run: SimpleNamespace, batches: list[tuple[Tensor, Tensor]], positions: Tensor | None
 ) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
     history = []
     now = masters(run)
-    # parts that are averaged have to be as large as the whole
-    scale = 1 if parts is None else SP // _factor(run)
     for step, (tokens, targets) in enumerate(batches):
-        more = {} if parts is None else {"position_ids": parts[1]}
-        logits = run.engine(input_ids=tokens, **more).logits
-        # the mean over the whole sequence, of which this rank adds its tokens' share
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum") / 8
-        run.engine.backward(scale * loss)
-        run.engine.step()
+        _step(run, tokens, targets, positions)
         before, now = now, masters(run)
         history.append((before, now))
         check_counters(run, step + 1)
@@ -197,6 +240,7 @@ def check_refused(context: RankContext, case: Case) -> None:
             pass
     finally:
         groups.mesh_device = None
+        forget_groups()
 
 
 # -------------------------------------------------------------------------------------- the table
@@ -210,17 +254,25 @@ def _cases() -> dict[str, tuple[int, Case]]:
 
     for optimizer, stage, dp in product(("adamw", "mini"), (0, 1, 2, 3), (1, 2)):
         add("fed", dp, Case(optimizer, stage, "bf16" if (stage + dp) % 2 else "fp32"))
+    for optimizer, (stage, dp) in product(("lion", "muon"), ((0, 1), (1, 1), (1, 2), (2, 1), (3, 1), (3, 2))):
+        add("fed", dp, Case(optimizer, stage, "bf16" if (stage + dp) % 2 else "fp32"))
     add("by_role", 2, Case("mini", 2, params=ROLE_SETTINGS))
     add("fused_step", 2, Case("mini", 2, "bf16", params={"fused_step": True}))
     for optimizer, stage in (("mini", 1), ("adamw", 2), ("mini", 3)):
         add("end_to_end", 1, Case(optimizer, stage, what="end_to_end"))
+    for optimizer, stage in product(("lion", "muon"), (2, 3)):
+        add("end_to_end", 1, Case(optimizer, stage, what="by_autograd"))
     add("resume", 1, Case("mini", 2, what="resumes"))
-    for dp in (1, 2):
-        json = {"sequence_parallel_size": SP, "data_parallel_size": dp}
-        add("refused", dp, Case("mini", 1, what="refused", config=json, expected="drift apart.*register_with"))
     accumulate = {"data_types": {"grad_accum_dtype": "fp32"}}
-    add("refused", 2, Case("mini", 1, "bf16", what="refused", config=accumulate, expected="BF16_Optimizer"))
+    for optimizer in FULL_NAME:
+        for dp in (1, 2):
+            json = {"sequence_parallel_size": SP, "data_parallel_size": dp}
+            add("refused", dp, Case(optimizer, 1, what="refused", config=json, expected="drift apart.*register_with"))
+        add("refused", 2, Case(optimizer, 1, "bf16", what="refused", config=accumulate, expected="BF16_Optimizer"))
     add("mutant", 1, Case("mini", 2, oracle_multipliers={"value": 4.01}, steps=2))
+    for optimizer, value in (("lion", 0.51), ("muon", 1.1)):
+        wrong = Case(optimizer, 2, what="by_autograd", oracle_multipliers={"value": value}, steps=1)
+        add("mutant", 1, wrong)
     return table
 
 

@@ -17,14 +17,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tests.helpers.deepspeed.engine_cases import BETAS, EPS, FULL_NAME, WEIGHT_DECAY
 from tests.helpers.distributed import Outcome, RankContext, passes
 from tests.helpers.megatron.cases import of_kinds
 from tests.helpers.megatron.checkpoints import RESHARDABLE, allow_dist_checkpoints, load, save
 from tests.helpers.megatron.gpt_shards import LAYERS, SHAPES, join
-from tests.helpers.megatron.stack import Run, Stack, open_stack, stack_shims
+from tests.helpers.megatron.stack import DECOUPLED_LR, EMBEDDING, LR, Run, Stack, lr_after, open_stack, stack_shims
 from tests.helpers.models import GradientPlan
-from tests.helpers.muon_oracle import MuonOracle, oracle_for
-from tests.helpers.oracle import Hyper
+from tests.helpers.muon_oracle import MuonOracle, oracle_for, tolerance_for
+from tests.helpers.oracle import Hyper, State, assert_same_update
 from tests.helpers.tables.oracle_names import megatron_classes
 
 pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="needs megatron")
@@ -118,26 +119,41 @@ def check_resume(case: Case, directory: Path) -> None:
 
 
 def check_warm_start(case: Case, directory: Path) -> None:
-    """AdamW's second moments become the means over blocks, but for Muon's matrices; the rest is taken over as it is."""
+    """AdamW's second moments become the means over blocks, but for Muon's matrices; the rest is taken over as it is.
+
+    The first steps are those of the definition that goes on from there.
+    """
     with open_stack(case.writer) as run:
         _train(run, 0, SAVED_AFTER)
         save(run, case.form, directory)
         saved = _contents(run)
         shapes = run.shapes
-    zeros = {n: torch.zeros(s) for n, s in shapes.items()}
-    oracle = oracle_for(
-        case.reader.optimizer, zeros, megatron_classes(layers=LAYERS, **SHAPES[case.reader.shape]), Hyper()
-    )
+    optimizer, start = case.reader.optimizer, saved["masters"]
+    hyper = {n: Hyper(LR, BETAS, EPS, 0.0 if "layernorm" in n else WEIGHT_DECAY) for n in shapes}
+    oracle = oracle_for(optimizer, start, megatron_classes(layers=LAYERS, **SHAPES[case.reader.shape]), hyper)
+    oracle.take_over({n: State(saved["exp_avg"][n], saved["exp_avg_sq"][n], SAVED_AFTER) for n in shapes})
     with open_stack(case.reader) as run:
         load(run, case.form, directory)
         found = _contents(run)
-        for name, second in saved["exp_avg_sq"].items():
+        if optimizer == "lion":
+            assert all("exp_avg_sq" not in state for state in run.wrapper.optimizer.state.values())
+        for name, second in () if optimizer == "lion" else saved["exp_avg_sq"].items():
             mean = oracle.block_mean(name, second.double()).float()
             for rows in oracle.matrices(name) if isinstance(oracle, MuonOracle) else ():
                 mean[rows] = 0.0
             torch.testing.assert_close(found["exp_avg_sq"][name], mean, rtol=1e-6, atol=0.0)
         _assert_same(run, {key: saved[key] for key in ("masters", "exp_avg")})
-        _train(run, SAVED_AFTER, STEPS)
+        now, plan = found["masters"], GradientPlan(dist.get_world_size(), 1)
+        for step in range(SAVED_AFTER, STEPS):
+            for name, own in hyper.items():
+                apart = case.reader.decoupled and name in (EMBEDDING, "output_layer.weight")
+                own.lr = lr_after(step, DECOUPLED_LR if apart else LR)
+            was, before = oracle.weights(), now
+            oracle.step({n: plan.mean(n, s, step) for n, s in shapes.items()})
+            _train(run, step, step + 1)
+            now = _contents(run)["masters"]
+            expected, tolerance = (was, oracle.weights()), tolerance_for(optimizer)
+            assert_same_update((before, now), expected, lr_after(step), tolerance=tolerance, what=f"step {step}")
         assert all(state["step"] == STEPS for state in run.wrapper.optimizer.state.values())
 
 
@@ -151,6 +167,17 @@ def check_stock_reads(case: Case, directory: Path) -> None:
         _train(run, 0, 1)  # without Transformer Engine upstream loads only into state that exists
         load(run, case.form, directory)
         _assert_same(run, saved)
+
+
+def check_refused(case: Case, directory: Path) -> None:
+    """Second moments that mean something else, or are not there, are an error on every rank, before the first step."""
+    with open_stack(case.writer) as run:
+        _train(run, 0, 1)
+        save(run, case.form, directory)
+    with open_stack(case.reader) as run:
+        wrote, own = FULL_NAME[case.writer.optimizer], FULL_NAME[case.reader.optimizer]
+        with pytest.raises(ValueError, match=rf"written by {wrote}, which keeps .*; {own} keeps .*Load weights only"):
+            load(run, case.form, directory)
 
 
 def check_mixed_up(case: Case, directory: Path) -> None:
@@ -192,6 +219,7 @@ CHECKS = {
     "resume": check_resume,
     "warm_start": check_warm_start,
     "stock_reads": check_stock_reads,
+    "refused": check_refused,
     "mixed_up": check_mixed_up,
     "report": check_report,
 }
@@ -234,15 +262,28 @@ def _cases() -> dict[str, tuple[int, Case]]:
         add("resume", "torch", replace(mini, wrapper="plain", dtype=dtype))
         add("resume", "torch", replace(mini, wrapper="plain", dtype=dtype, tp=2))
     add("resume", "torch", replace(adamw, wrapper="plain"))
+    add("warm_start", "dp_reshardable", stock, adamw)
+    lion = Stack("lion", decoupled=True)
+    add("resume", "dp_reshardable", replace(lion, dtype="bf16"))
+    add("resume", "fully_reshardable", lion, replace(lion, tp=2))
+    add("resume", "torch", replace(lion, wrapper="plain", tp=2))
+    for form in RESHARDABLE:
+        add("warm_start", form, stock, lion)
     muon = Stack("muon", decoupled=True)
     add("resume", "dp_reshardable", replace(muon, dtype="bf16"))
     add("resume", "fully_reshardable", muon, replace(muon, tp=2))
     add("resume", "torch", replace(muon, wrapper="plain", tp=2))
     for form in ("fully_reshardable", "dp_zero"):
         add("warm_start", form, stock, muon)
+    plain = {"wrapper": "plain", "decoupled": False}  # upstream cannot load groups that differ in max_lr only
+    add("warm_start", "torch", replace(muon, **plain), replace(lion, **plain))
+    add("refused", "dp_reshardable", replace(lion, dtype="bf16"), replace(mini, dtype="bf16"))
+    add("refused", "dp_zero", replace(lion, dtype="bf16"), replace(muon, dtype="bf16"))
+    add("refused", "fully_reshardable", replace(muon, dtype="bf16"), replace(adamw, dtype="bf16"))
+    add("refused", "torch", replace(lion, **plain), replace(mini, **plain))
+    add("refused", "fully_reshardable", replace(muon, **plain), replace(adamw, **plain))
     add("resume", "dp_zero", replace(mini, dtype="bf16"))
     add("warm_start", "dp_zero", stock, mini)
-    plain = {"wrapper": "plain", "decoupled": False}  # upstream cannot load groups that differ in max_lr only
     add("warm_start", "torch", replace(stock, **plain), replace(mini, **plain))
     add("warm_start", "fully_reshardable", replace(stock, **plain), replace(mini, **plain))
     add("stock_reads", "torch", replace(mini, **plain), replace(stock, **plain))
@@ -272,6 +313,12 @@ def test_a_resumed_run_goes_on_exactly(outcome: Outcome, name: str) -> None:
 @pytest.mark.parametrize("name", of_kinds(CASES, "warm_start", "stock_reads"))
 def test_checkpoints_go_to_and_from_stock_adamw(outcome: Outcome, name: str) -> None:
     """A run could not change its optimizer without losing its moments."""
+    passes(outcome, name)
+
+
+@pytest.mark.parametrize("name", of_kinds(CASES, "refused"))
+def test_other_second_moments_are_refused(outcome: Outcome, name: str) -> None:
+    """Adam would divide by moments of something else, or by what was never saved."""
     passes(outcome, name)
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tests.helpers.deepspeed.engine_cases import BETAS, EPS, LR_FACTORS, WEIGHT_DECAY
+from tests.helpers.deepspeed.engine_cases import BETAS, EPS, LR_FACTORS, WEIGHT_DECAY, betas_of
 from tests.helpers.distributed import Outcome, RankContext, passes
 from tests.helpers.megatron.cases import is_noticed, of_kinds
 from tests.helpers.megatron.parallel import (
@@ -114,7 +114,8 @@ def check_values(context: RankContext, case: Case, run: ParallelRun) -> None:
     topology = case.topology
     plan = GradientPlan(run.dp_size, 1, torch.float32)
     start = {name: run.start(name) for name in run.shapes}
-    hyper = Hyper(LR, BETAS, EPS, WEIGHT_DECAY)  # of all groups: nothing here multiplies by their wd_mult
+    # of all groups: nothing here multiplies by their wd_mult
+    hyper = Hyper(LR, betas_of(topology.optimizer), EPS, WEIGHT_DECAY)
     classes = classes_of(run.shapes, topology.groups)
     settings = told(topology.settings, case.oracle_multipliers)
     oracle = oracle_for(topology.optimizer, start, classes, hyper, **settings)
@@ -191,6 +192,11 @@ def _cases() -> dict[str, tuple[int, Case]]:
     add("experts", 1, Topology("mini", "plain", tp=2, ep=2, experts=True))
     add("experts", 1, Topology("mini", "plain", tp=2, etp=2, experts=True))
     add("experts", 2, Topology("mini", "distributed", tp=2, ep=2, etp=2, experts=True))
+    for optimizer in ("adamw", "lion"):
+        add("experts", 1, Topology(optimizer, tp=2, etp=2, experts=True))
+        add("one_group", 1, Topology(optimizer, tp=2, groups=1))
+    add("experts", 4, Topology("lion", "distributed", ep=2, experts=True))
+    add("experts", 2, Topology("lion", "plain", "bf16", ep=2, experts=True))
     add("experts", 4, Topology("muon", "distributed", ep=2, experts=True))
     add("experts", 1, Topology("muon", "plain", tp=2, ep=2, experts=True))
     add("experts", 2, Topology("muon", "distributed", tp=2, ep=2, etp=2, experts=True))
@@ -202,6 +208,8 @@ def _cases() -> dict[str, tuple[int, Case]]:
         ("plain", "bf16", "adamw", 1),
         ("distributed", "bf16", "mini", 2),
         ("distributed", "fp32", "adamw", 1),
+        ("distributed", "bf16", "lion", 1),
+        ("distributed", "fp32", "muon", 2),
     ):
         # the output layer is on the last stage only: the first must not mind the rule
         settings = {"rules": [{"match": r"^output_layer\.", "lr_multiplier": 3.5}]}
@@ -210,6 +218,10 @@ def _cases() -> dict[str, tuple[int, Case]]:
     add("mtp_tied", 1, Topology(pp=2, layers=2, mtp=True, tied=True), steps=24)
     add("virtual", 1, Topology(pp=2, virtual=2, layers=4, tied=True), steps=24)
     add("virtual", 1, Topology("adamw", "plain", "bf16", pp=2, virtual=2, layers=4, tied=True), steps=24)
+    add("virtual", 1, Topology("lion", pp=2, virtual=2, layers=4, tied=True), steps=24)
+    add("virtual", 1, Topology("muon", "plain", "bf16", pp=2, virtual=2, layers=4, tied=True), steps=24)
+    for optimizer in ("lion", "muon"):
+        add("context", 1, Topology(optimizer, cp=2))
     add("context", 1, Topology(cp=2))
     add("context", 2, Topology(cp=2))
     add("context", 2, Topology("adamw", "plain", cp=2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.helpers.deepspeed.engine_cases import BETAS, EPS, FULL_NAME, WEIGHT_DECAY
+from tests.helpers.deepspeed.engine_cases import EPS, FULL_NAME, WEIGHT_DECAY, betas_of
 from tests.helpers.distributed import Outcome, RankContext, passes
 from tests.helpers.megatron.cases import is_noticed, of_kinds
 from tests.helpers.megatron.gpt_shards import LAYERS, SHAPES
@@ -74,7 +75,8 @@ def check_values(context: RankContext, case: Case, run: Run) -> None:
     now = run.masters()
     for name, value in now.items():
         assert torch.equal(value, run.cut(name, run.start(name))), f"start of {name}"
-    hyper = {name: Hyper(LR, BETAS, EPS, 0.0 if "layernorm" in name else WEIGHT_DECAY) for name in start}
+    betas = betas_of(stack.optimizer)
+    hyper = {name: Hyper(LR, betas, EPS, 0.0 if "layernorm" in name else WEIGHT_DECAY) for name in start}
     classes = megatron_classes(layers=LAYERS, **SHAPES[stack.shape])
     settings = told(stack.settings, case.oracle_multipliers) | case.oracle
     oracle = oracle_for(stack.optimizer, start, classes, hyper, **settings)
@@ -159,13 +161,15 @@ def _cases() -> dict[str, tuple[int, Case]]:
             for dtype in ("fp32", "bf16"):
                 add("values", 2, Stack(optimizer, wrapper, dtype))
                 add("values", 1, Stack(optimizer, wrapper, dtype, tp=2))
-    add("values", 2, Stack("lion", "distributed"))
+    for wrapper, dtype in product(("plain", "distributed"), ("fp32", "bf16")):
+        add("values", 2, Stack("lion", wrapper, dtype))
+    add("values", 1, Stack("lion", "plain", "bf16", tp=2))
+    add("values", 2, Stack("muon", "plain", "bf16"))
     for wrapper in ("plain", "distributed", "layerwise"):
         add("values", 2, Stack("muon", wrapper))
     add("values", 3, Stack("muon", "distributed", "bf16"))
     for shape, dp in (("gqa", 2), ("mqa", 1)):
         add("values", dp, Stack("muon", "distributed", shape=shape, tp=2))
-    add("values", 2, Stack("muon", "distributed", pp=2, tied=True))
     own = {"orthogonalize": {"qk": "role", "value": "role"}, "momentum": 0.8, "normuon": False, "scale": "mup"}
     said = {"how": dict.fromkeys(("query", "key", "value"), "role")}
     said |= {"momentum_beta": 0.8, "row_beta": None, "scale": "mup"}
@@ -191,9 +195,13 @@ def _cases() -> dict[str, tuple[int, Case]]:
     add("fused", 1, replace(mini, shape="mqa", tp=2, **fused))
     add("decoupled", 2, replace(mini, decoupled=True))
     add("tied", 2, replace(mini, tied=True))
-    for stack in (replace(mini, pp=2, tied=True), replace(mini, pp=2, tied=True, dtype="bf16", optimizer="adamw")):
-        add("pipeline", 1, stack)
-    add("pipeline", 2, replace(mini, pp=2, tied=True))
+    tied = replace(mini, pp=2, tied=True)
+    add("pipeline", 1, tied)
+    add("pipeline", 1, replace(tied, optimizer="adamw", dtype="bf16"))
+    add("pipeline", 1, replace(tied, optimizer="lion", dtype="bf16"))
+    add("pipeline", 1, replace(tied, optimizer="muon", dtype="bf16", wrapper="plain"))
+    for optimizer in ("mini", "lion", "muon"):
+        add("pipeline", 2, replace(tied, optimizer=optimizer))
     add("overflow", 2, replace(mini, dtype="bf16", loss_scale=True), poison=(0, 2))
     add("overflow", 2, replace(mini, dtype="fp16", loss_scale=True), poison=(1,))
     add("overflow", 1, replace(mini, dtype="fp16", loss_scale=True, wrapper="plain", tp=2), poison=(1,))

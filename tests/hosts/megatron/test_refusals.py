@@ -15,6 +15,7 @@ from torch import nn
 
 from tests.helpers.distributed import Outcome, RankContext, passes
 from tests.helpers.megatron.stack import Run, Stack, open_stack, stack_shims
+from tests.helpers.optimizers import ALL_NAMES
 
 pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="needs megatron")
 
@@ -29,6 +30,7 @@ class Case:
     error: str  # name of the class on the spoilt rank; elsewhere it is ValueError
     words: tuple[str, ...]
     everywhere: bool = False
+    kind: str = "BlockwiseAdamMini"
     stack: Stack = field(default_factory=lambda: Stack(stock=True))
 
 
@@ -36,7 +38,7 @@ def run_case(context: RankContext, case: Case) -> None:
     """Entry of every rank."""
     stack_shims()
     with open_stack(case.stack) as run:
-        arguments: dict[str, Any] = {"optimizer": run.optimizer, "model_chunks": [run.chunk]}
+        arguments: dict[str, Any] = {"optimizer": run.optimizer, "model_chunks": [run.chunk], "kind": case.kind}
         spoilt = case.everywhere or context.rank == context.world_size - 1
         if spoilt:
             SPOILS[case.spoil](run, arguments)
@@ -187,12 +189,20 @@ SPOILS: dict[str, Spoil] = {
     "disagree": _argument("lr_multipliers", {"ffn": 5}),
 }
 
+WITH_ANY: dict[str, tuple[str, ...]] = {
+    "precision_aware": ("use_precision_aware_optimizer=True", "False"),
+    "cpu_offload": ("optimizer_cpu_offload=True", "Set it to False"),
+    "fsdp": ("use_megatron_fsdp", "use_distributed_optimizer"),
+}
+
 CASES: dict[str, tuple[int, Case]] = {
-    "precision_aware": (2, Case("precision_aware", "ValueError", ("use_precision_aware_optimizer=True", "False"))),
-    "cpu_offload": (2, Case("cpu_offload", "ValueError", ("optimizer_cpu_offload=True", "Set it to False"))),
+    **{
+        f"{spoil}-{short}": (2, Case(spoil, "ValueError", words, kind=kind))
+        for spoil, words in WITH_ANY.items()
+        for kind, short in ALL_NAMES.items()
+    },
     "l2": (2, Case("l2", "ValueError", ("decoupled_weight_decay=False", "Set it to True"))),
     "sgd": (2, Case("sgd", "ValueError", ("optimizer='sgd'", "--optimizer adam"))),
-    "fsdp": (2, Case("fsdp", "ValueError", ("use_megatron_fsdp", "use_distributed_optimizer"))),
     "unknown_class": (2, Case("unknown_class", "TypeError", ("SimpleNamespace", "DistributedOptimizer"))),
     "twice": (2, Case("twice", "TypeError", ("cannot convert a BlockwiseDistributedOptimizer", "once"), True)),
     "stepped": (2, Case("stepped", "ValueError", ("already holds optimizer state", "right after"))),
