@@ -25,7 +25,7 @@ from tests.helpers.models import GradientPlan
 from tests.helpers.muon_oracle import oracle_for, trained_tolerance_for
 from tests.helpers.optimizers import FULL_NAME
 from tests.helpers.oracle import LionOracle, Weights, assert_same_update, told
-from tests.helpers.suites import Suite
+from tests.helpers.suites import Suite, notices_a_wrong_multiplier
 
 _MISSING = [name for name in ("deepspeed", "transformers") if find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(_MISSING), reason="needs deepspeed and transformers")
@@ -239,6 +239,9 @@ def _uses() -> dict[str, tuple[int, Use]]:
         (2, "even", "muon"),
     ):
         table[f"resume-{model}-z{stage}-{optimizer}"] = Use("resumes_bitwise", Case(optimizer, stage, model=model))
+    for optimizer, value in (("lion", 4.01), ("muon", 1.01)):
+        wrong = Case(optimizer, 1, model="even", oracle_multipliers={"value": value}, steps=1)
+        table[f"mutant-{optimizer}"] = Use("trains_like_autograd", wrong)
     table["verify-neox"] = Use("layout_is_verified", Case(model="neox"))
     table["verify-counting"] = Use("layout_is_verified", Case(model="counting"))
     for stage, model, optimizer in (
@@ -294,6 +297,12 @@ outcome = SUITE.outcome()
 def test_autotp_trains_like_one_rank(outcome: Outcome, name: str) -> None:
     """Setting autotp_size would change the trained model."""
     passes(outcome, name)
+
+
+@SUITE.cases("mutant")
+def test_the_comparison_notices_a_wrong_multiplier(outcome: Outcome, name: str) -> None:
+    """The tests above would prove nothing."""
+    notices_a_wrong_multiplier(outcome, name)
 
 
 @SUITE.cases("verify")

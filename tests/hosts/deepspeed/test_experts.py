@@ -247,7 +247,8 @@ def _cases() -> dict[str, tuple[int, Case]]:
     add("refused", 2, Case("mini", 0, "bf16", what="refused", config=clip, expected=("gradient_clipping", "experts")))
     fused = {"params": {"fused_step": True}, "expected": ('"fused_step": true', "MoE layers", '"fused_step": false')}
     add("refused", 2, Case("mini", 2, "bf16", what="refused", **fused))
-    add("mutant", 2, Case("mini", 2, oracle_multipliers={"ffn": 6.01}, steps=2))
+    for optimizer, ffn in (("mini", 6.01), ("lion", 6.01), ("muon", 1.01)):
+        add("mutant", 2, Case(optimizer, 2, oracle_multipliers={"ffn": ffn}, steps=2))
     return table
 
 
