@@ -119,9 +119,9 @@ class MuonOracle(Oracle):
         return factor * direction
 
     def matrices(self, name: str) -> list[Tensor]:
-        """Row numbers of each matrix; none if the parameter is not orthogonalised."""
+        """Row numbers of each matrix; none if the parameter is not orthogonalised, as an adapter's factors."""
         classified, shape = self.classes[name], self._p[name].shape
-        if len(shape) != 2 or min(shape) == 1 or name.endswith("bias"):
+        if len(shape) != 2 or min(shape) == 1 or name.endswith("bias") or "lora_" in name:
             return []
         found: dict[tuple[object, ...], list[int]] = {}
         piece = shape[classified.axis] // self.parts.get(name, 1)

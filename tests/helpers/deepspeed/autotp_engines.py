@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tests.helpers import models
 from tests.helpers.deepspeed.autotp_models import MODELS, cut, shapes_of, small
 from tests.helpers.deepspeed.compared import case_config
+from tests.helpers.deepspeed.engine_cases import betas_of
 from tests.helpers.deepspeed.engines import feed_step, masters, open_engine
 from tests.helpers.models import Feed, GradientPlan
 
@@ -49,6 +50,7 @@ def config_of(case: Case) -> dict[str, Any]:
         "weight_decay_multipliers": DECAY_MULTIPLIERS,
         "granularity": case.granularity,
         "backend": case.backend,
+        "betas": list(betas_of(case.optimizer)),
         **case.params,
     }
     clip = {"gradient_clipping": case.clip} if case.clip else {}

@@ -161,7 +161,7 @@ def config_of(case: Case) -> dict[str, Any]:
         stage=case.stage,
         dtype=case.dtype,
         gas=case.gas,
-        params={"lr": LR, "betas": list(BETAS), "eps": EPS, "weight_decay": WEIGHT_DECAY} | params,
+        params={"lr": LR, "betas": list(betas_of(case.optimizer)), "eps": EPS, "weight_decay": WEIGHT_DECAY} | params,
         zero=dict(case.zero),
         **extra,
     )
@@ -223,7 +223,8 @@ def betas_of(optimizer: str) -> tuple[float, float]:
 
 def hyper_of(case: Case, names: list[str]) -> dict[str, Hyper]:
     """The groups' settings by parameter name."""
-    first = Hyper(LR, BETAS, case.params.get("eps", EPS), WEIGHT_DECAY)
+    betas = tuple(case.params.get("betas", betas_of(case.optimizer)))
+    first = Hyper(LR, betas, case.params.get("eps", EPS), WEIGHT_DECAY)
     second = Hyper(GROUP_2["lr"], GROUP_2["betas"], GROUP_2["eps"], GROUP_2["weight_decay"])
     return {n: second if SECOND_GROUP[case.groups](n) else first for n in names}
 
@@ -260,7 +261,7 @@ def whole_tensor_reference(case: Case, start: dict[str, Tensor]) -> SimpleNamesp
     tag_parameters(model)
     split = groups_of(case)
     chosen = split(model) if split else [p for p in model.parameters() if p.requires_grad]
-    hyper = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY}
+    hyper = {"lr": LR, "betas": betas_of(case.optimizer), "eps": EPS, "weight_decay": WEIGHT_DECAY}
     of_engine = (*hyper, "fused_step")  # nobody but an engine hands over gradients for that
     settings = {key: value for key, value in case.params.items() if key not in of_engine} | settings_of(case)
     optimizer = OPTIMIZERS[FULL_NAME[case.optimizer]](chosen, **hyper, **settings)

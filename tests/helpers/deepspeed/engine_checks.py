@@ -86,7 +86,7 @@ class _Fed:
         self.oracle = oracle_of(case, start, self.hyper)
         # Clipping factors are rounded differently by each wrapper; a NaN step is never fed to the
         # reference; both leave nothing to compare bit by bit.
-        exact = case.optimizer in ("adamw", "muon") and not (case.clip or case.scheduler)
+        exact = case.optimizer in ("adamw", "lion", "muon") and not (case.clip or case.scheduler)
         self.reference = whole_tensor_reference(case, start) if exact else None
         self.expected_lr = _expected_scheduler(case)
         self.applied = 0

@@ -36,17 +36,18 @@ from tests.helpers.huggingface.runs import (
     train_with_trainer,
     weights_of,
 )
-from tests.helpers.optimizers import SHORT_NAMES
-from tests.helpers.oracle import Hyper, Oracle, assert_same_update, clipped
+from tests.helpers.muon_oracle import oracle_for, trained_tolerance_for
+from tests.helpers.optimizers import ALL_NAMES
+from tests.helpers.oracle import Hyper, assert_same_update, clipped
 from tests.helpers.tables.oracle_names import Classes, hf_llama_classes
 
 
 def check_against_oracle(
-    twin: nn.Module, recorder: Recorder, batches: list[Batch], classes: Classes, *, mini: bool, decay: float
+    twin: nn.Module, recorder: Recorder, batches: list[Batch], classes: Classes, *, optimizer: str, decay: float
 ) -> None:
     """Every step of a recorded run against the oracle, which gets autograd's gradient on one process."""
     hyper = Hyper(LR, (0.9, 0.95), EPS, decay)
-    oracle = Oracle(recorder.weights[0], classes, mini, hyper, lr_multipliers=MULTIPLIERS)
+    oracle = oracle_for(ALL_NAMES[optimizer], recorder.weights[0], classes, hyper, lr_multipliers=MULTIPLIERS)
     for step, batch in enumerate(batches):
         before, after, was = recorder.weights[step], recorder.weights[step + 1], oracle.weights()
         hyper.lr = recorder.lrs[step]
@@ -58,7 +59,12 @@ def check_against_oracle(
         # a rate of 1e-4
         what = f"step {step}, lr {hyper.lr}"
         assert_same_update(
-            (before, after), (was, oracle.weights()), hyper.lr, tolerance=1e-4, weight_roundings=8, what=what
+            (before, after),
+            (was, oracle.weights()),
+            hyper.lr,
+            tolerance=max(1e-4, trained_tolerance_for(ALL_NAMES[optimizer])),
+            weight_roundings=8,
+            what=what,
         )
 
 
@@ -75,8 +81,7 @@ def trainer_against_plain_loop(context: RankContext, optimizer: str, model: str)
     batches = all_batches(context, recorder.batches, STEPS)
     halves = [batch["input_ids"].chunk(context.world_size) for batch in batches]
     assert not any(torch.equal(*half) for half in halves), "ranks must learn from different samples"
-    mini = optimizer == "BlockwiseAdamMini"
-    check_against_oracle(build(), recorder, batches, classes(), mini=mini, decay=0.1)
+    check_against_oracle(build(), recorder, batches, classes(), optimizer=optimizer, decay=0.1)
     plain = plain_loop(optimizer, build(), batches, recorder.lrs)
     # over several steps the noise of the gradients' sums adds up: it is judged against the whole way
     way = sum(recorder.lrs)
@@ -249,12 +254,12 @@ MORE: dict[str, dict[str, Any]] = {
     "schedule": {"scheduler": {"type": "BlockwiseLR", "params": {**_SCHEDULE, **_FILLED}}},
 }
 _FUNCTIONS: tuple[tuple[Callable[..., None], tuple[tuple[str, ...], ...]], ...] = (
-    (trainer_against_plain_loop, tuple(product(SHORT_NAMES, MODELS))),
-    (trainer_resumes_bitwise, (*product(SHORT_NAMES, ("whole",)), ("BlockwiseAdamMini", "lora"))),
+    (trainer_against_plain_loop, tuple(product(ALL_NAMES, MODELS))),
+    (trainer_resumes_bitwise, (*product(ALL_NAMES, ("whole",)), ("BlockwiseAdamMini", "lora"))),
     (trainer_resumes_bitwise, (("BlockwiseAdamMini", "whole", "converted"), ("BlockwiseAdamW", "schedule"))),
     (accelerate_replaces_a_client_optimizer, ((),)),
     (accelerate_keeps_a_client_optimizer, ((),)),
-    (compiled_engines, tuple((name,) for name in SHORT_NAMES)),
+    (compiled_engines, tuple((name,) for name in ALL_NAMES)),
     # last: DeepSpeed remembers tensor parallelism in its modules, and would check later engines' batches by it
     (trainer_resumes_bitwise, (("BlockwiseAdamMini", "autotp"),)),
 )

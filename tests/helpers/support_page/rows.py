@@ -58,7 +58,9 @@ ROWS: tuple[Row, ...] = (
         PLAIN,
         "a model that was not tagged",
         "call ds_blockwise.tag_parameters(model) before the first step",
-        "hosts/deepspeed/test_bad_input.py::test_an_untagged_model_is_refused_at_the_first_step",
+        "hosts/deepspeed/test_bad_input.py::test_an_untagged_model_is_refused_at_the_first_step[{O}]",
+        lion=SAME,
+        muon=SAME,
     ),
     *(
         works(
@@ -74,18 +76,21 @@ ROWS: tuple[Row, ...] = (
         DEEPSPEED,
         "ZeRO-1 with fp32 accumulation (`BF16_Optimizer`)",
         f"{_PARITY}test_partition_options[bf16_optimizer-*-{{o}}-*]",
+        lion=(f"{_PARITY}test_lion[lion_bf16_optimizer-*",),
         muon=(f"{_PARITY}test_muon[muon_bf16_optimizer-*",),
     ),
     works(
         DEEPSPEED,
         "ZeRO-3 with sub-groups",
         f"{_PARITY}test_partition_options[sub_groups-*-{{o}}-*]",
+        lion=(f"{_PARITY}test_lion[lion_sub_groups-*",),
         muon=(f"{_PARITY}test_muon[muon_sub_groups-*",),
     ),
     works(
         DEEPSPEED,
-        "CPU offload, ZeRO-1, 2 and 3 (Muon: 2 and 3)",
+        "CPU offload, ZeRO-1, 2 and 3",
         f"{_PARITY}*[*offload*-{{o}}-*]",
+        lion=(f"{_PARITY}test_lion[lion_offload-*",),
         muon=(f"{_PARITY}test_muon[muon_offload-*",),
     ),
     mixed(
@@ -126,6 +131,7 @@ ROWS: tuple[Row, ...] = (
         "from DeepSpeed's AdamW (Muon: also from BlockwiseAdamMini, converted or universal)",
         Works((f"{_RESUME}*[from_adamw-{{o}}-*",)),
         Works((f"{_RESUME}*[from_adamw-{{o}}-*",)),
+        lion=Works((f"{_RESUME}*[from_adamw-{{o}}-*",)),
         muon=Works((f"{_RESUME}*[from_*-{{o}}-*",)),
     ),
     works(
@@ -161,19 +167,35 @@ ROWS: tuple[Row, ...] = (
         TRAINER,
         "Trainer, `auto` values, against a plain loop",
         "hosts/huggingface/test_trainer.py::*plain_loop-{O}-whole*",
+        lion=SAME,
+        muon=SAME,
     ),
-    works(TRAINER, "Trainer, resume, bitwise", "hosts/huggingface/test_trainer.py::*resumes_bitwise-{O}-whole*"),
+    works(
+        TRAINER,
+        "Trainer, resume, bitwise",
+        "hosts/huggingface/test_trainer.py::*resumes_bitwise-{O}-whole*",
+        lion=SAME,
+        muon=SAME,
+    ),
     mixed(
         TRAINER,
         "Trainer with AutoTP, resume",
         Untested("BlockwiseAdamMini's case stands for both"),
         Works(("hosts/huggingface/test_trainer.py::*resumes_bitwise-{O}-autotp*",)),
     ),
-    works(TRAINER, "PEFT (LoRA), frozen base", "hosts/huggingface/test_trainer.py::*plain_loop-{O}-lora*"),
+    works(
+        TRAINER,
+        "PEFT (LoRA), frozen base",
+        "hosts/huggingface/test_trainer.py::*plain_loop-{O}-lora*",
+        lion=SAME,
+        muon=SAME,
+    ),
     works(
         TRAINER,
         "`torch.compile`, before and after `initialize`",
         "hosts/huggingface/test_trainer.py::*compiled_engines-{O}*",
+        lion=SAME,
+        muon=SAME,
     ),
     refused(
         TRAINER,
@@ -191,6 +213,7 @@ ROWS: tuple[Row, ...] = (
             AUTOTP,
             f"ZeRO-{stage}, tensor parallelism 2, fp32 and bf16 (Muon: fp32)",
             f"{_AUTOTP}[values-qwen3-z{stage}-*-{{o}}-*]",
+            lion=SAME,
             muon=(f"{_AUTOTP}[values-*-z{stage}-*-muon-tp2-*",),
         )
         for stage in range(4)
@@ -199,8 +222,16 @@ ROWS: tuple[Row, ...] = (
         AUTOTP,
         "real batches, against one rank",
         "hosts/deepspeed/test_autotp_use.py::test_autotp_trains_like_one_rank[end_to_end-*-{o}]",
+        lion=SAME,
+        muon=SAME,
     ),
-    works(AUTOTP, "resume, bitwise", "hosts/deepspeed/test_autotp_use.py::test_resume_is_bitwise[resume-*-{o}]"),
+    works(
+        AUTOTP,
+        "resume, bitwise",
+        "hosts/deepspeed/test_autotp_use.py::test_resume_is_bitwise[resume-*-{o}]",
+        lion=SAME,
+        muon=SAME,
+    ),
     works(
         AUTOTP,
         "checkpoints at another tensor-parallel size",
@@ -211,20 +242,24 @@ ROWS: tuple[Row, ...] = (
         "fused weights, uneven heads, biases, fewer KV heads than ranks",
         Works(tuple(f"{_AUTOTP}[values-{m}-*-adamw-*]" for m in ("neox", "glm", "mqa"))),
         Works(tuple(f"{_AUTOTP}[values-{m}-*-mini-*]" for m in ("neox", "glm", "mqa", "thirds", "qwen2"))),
+        lion=Works(tuple(f"{_AUTOTP}[values-{m}-*-lion-*]" for m in ("neox", "glm", "mqa"))),
         muon=Works(tuple(f"{_AUTOTP}[values-{m}-*-muon-*]" for m in ("neox", "glm", "mqa"))),
     ),
     refused(
         AUTOTP,
         "norms of heads whose gradients AutoTP would not sum",
         "norms of attention heads, which every tensor-parallel rank holds whole",
-        "hosts/deepspeed/test_autotp_use.py::test_what_autotp_gets_wrong_is_refused[refused-head_norms]",
+        "hosts/deepspeed/test_autotp_use.py::test_what_autotp_gets_wrong_is_refused[refused-head_norms-{o}]",
+        lion=SAME,
+        muon=SAME,
     ),
     *(
         works(
             MOE,
             f"ZeRO-{stage}, expert parallelism 2",
             f"{_EXPERTS}[values-split-z{stage}-*-{{o}}-ep2-*]",
-            muon=None if stage == 1 else SAME,
+            lion=SAME,
+            muon=SAME,
         )
         for stage in range(3)
     ),
@@ -232,18 +267,24 @@ ROWS: tuple[Row, ...] = (
         MOE,
         "resume, bitwise",
         "hosts/deepspeed/test_experts.py::test_resume_is_bitwise_and_convert_is_refused[resume-*-{o}-*]",
+        lion=SAME,
+        muon=SAME,
     ),
     refused(
         MOE,
         "ZeRO-3",
         "DeepSpeed's MoE layers cannot be trained at ZeRO stage 3",
-        "hosts/deepspeed/test_experts.py::test_what_cannot_train_is_refused[refused-split-z3-*]",
+        "hosts/deepspeed/test_experts.py::test_what_cannot_train_is_refused[refused-split-z3-*-{o}-*]",
+        lion=SAME,
+        muon=SAME,
     ),
     refused(
         MOE,
         "`ds-blockwise convert`",
         "run with experts (DeepSpeed's MoE)",
-        "hosts/deepspeed/test_experts.py::test_resume_is_bitwise_and_convert_is_refused*",
+        "hosts/deepspeed/test_experts.py::test_resume_is_bitwise_and_convert_is_refused[resume-*-{o}-*]",
+        lion=SAME,
+        muon=SAME,
     ),
     *(
         works(

@@ -16,6 +16,7 @@ from tests.helpers import models
 from tests.helpers.deepspeed.autotp_engines import DECAY_MULTIPLIERS, Case, engine_of, feed, held
 from tests.helpers.deepspeed.autotp_models import classes_of, cut
 from tests.helpers.deepspeed.compared import Compared, hyper
+from tests.helpers.deepspeed.engine_cases import betas_of
 from tests.helpers.deepspeed.engines import DTYPES, prepare_deepspeed
 from tests.helpers.distributed import Outcome, RankContext, passes
 from tests.helpers.models import GradientPlan
@@ -43,7 +44,7 @@ def run_case(context: RankContext, case: Case) -> None:
             case.optimizer,
             start,
             classes,
-            hyper(),
+            hyper(betas=betas_of(case.optimizer)),
             weight_decay_multipliers=DECAY_MULTIPLIERS,
             **told(case.params, case.oracle_multipliers),
         )
@@ -89,7 +90,7 @@ def _cases() -> dict[str, tuple[int, Case]]:
         name = f"{kind}-{case.model}-z{case.stage}-{case.dtype}-{case.optimizer}-tp{case.tp}-dp{dp}"
         table[name] = (case.tp * dp, case)
 
-    for optimizer, (stage, dtype) in product(("adamw", "mini"), WRAPPERS):
+    for optimizer, (stage, dtype) in product(("adamw", "mini", "lion"), WRAPPERS):
         # fp32 and bf16 take turns on one and two data-parallel ranks; ZeRO-0 has one kind of data parallelism
         add("values", 1 + (stage + (dtype == "bf16")) % 2 if stage else 1, Case(optimizer, stage, dtype))
     for stage, dp in ((0, 1), (1, 2), (3, 2)):
@@ -105,6 +106,8 @@ def _cases() -> dict[str, tuple[int, Case]]:
     for model, stage, dp in (("even", 1, 1), ("mqa", 2, 2), ("glm", 1, 2), ("qwen3", 3, 2), ("neox", 0, 1)):
         add("values", dp, Case("muon", stage, model=model))
     add("values", 1, Case("muon", 1, model="qwen3", tp=4))
+    for model, stage, dtype, dp in (("mqa", 2, "bf16", 2), ("glm", 1, "fp32", 1), ("neox", 0, "fp32", 1)):
+        add("values", dp, Case("lion", stage, dtype, model))
     add("bf16_optimizer", 2, Case("mini", 1, "bf16", config=BF16_OPTIMIZER))
     add("sub_groups", 2, Case("mini", 3, model="even", zero={"sub_group_size": 700}))
     add("zero_init", 1, Case("mini", 3, model="even", zero_init=True))
@@ -122,6 +125,7 @@ def _cases() -> dict[str, tuple[int, Case]]:
     for optimizer, stage, dp, model in (("mini", 1, 2, "qwen3"), ("mini", 3, 2, "even"), ("adamw", 2, 1, "mqa")):
         add("by_role", dp, Case(optimizer, stage, model=model, params=ROLE_SETTINGS, steps=4))
     add("mutant", 1, Case("mini", 2, oracle_multipliers={"value": 4.01}, steps=2))
+    add("mutant", 1, Case("lion", 2, oracle_multipliers={"value": 4.01}, steps=2))
     return table
 
 

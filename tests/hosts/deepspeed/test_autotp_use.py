@@ -14,16 +14,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.helpers.deepspeed.autotp_engines import Case, engine_of, feed, held
-from tests.helpers.deepspeed.autotp_models import cut
-from tests.helpers.deepspeed.compared import check_counters, check_resume
-from tests.helpers.deepspeed.engine_cases import LR
+from tests.helpers.deepspeed.autotp_engines import DECAY_MULTIPLIERS, Case, engine_of, feed, held
+from tests.helpers.deepspeed.autotp_models import classes_of, cut, small
+from tests.helpers.deepspeed.compared import Compared, check_counters, check_resume, hyper
+from tests.helpers.deepspeed.engine_cases import LR, betas_of
 from tests.helpers.deepspeed.engines import DTYPES, model_weights, prepare_deepspeed
 from tests.helpers.deepspeed.reshard import largest_difference, whole_state
 from tests.helpers.distributed import Outcome, RankContext, passes
 from tests.helpers.models import GradientPlan
-from tests.helpers.oracle import assert_same_update
-from tests.helpers.suites import Suite
+from tests.helpers.muon_oracle import oracle_for, trained_tolerance_for
+from tests.helpers.optimizers import FULL_NAME
+from tests.helpers.oracle import LionOracle, Weights, assert_same_update, told
+from tests.helpers.suites import Suite, notices_a_wrong_multiplier
 
 _MISSING = [name for name in ("deepspeed", "transformers") if find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(_MISSING), reason="needs deepspeed and transformers")
@@ -71,12 +73,45 @@ def trains_like_one_rank(context: RankContext, use: Use) -> None:
         assert_same_update((part_was, part_now), (part(was), part(now)), LR, tolerance=1e-4, what=f"step {step}")
 
 
+def trains_like_autograd(context: RankContext, use: Use) -> None:
+    """The same for updates that magnify the last bits of a gradient: that of whole tensors goes to the oracle."""
+    case, alone = use.case, small(use.case.model)
+    start = {n: p.detach().clone() for n, p in alone.named_parameters()}
+    own = hyper(betas=betas_of(case.optimizer))
+    settings = {"weight_decay_multipliers": DECAY_MULTIPLIERS, **told(case.params, case.oracle_multipliers)}
+    oracle = oracle_for(case.optimizer, start, classes_of(case.model), own, **settings)
+    if isinstance(oracle, LionOracle):
+        oracle.noise = 1e-6
+
+    def part(weights: Weights) -> dict[str, Tensor]:
+        found = {n: cut(case.model, n, w, context.rank % 2) for n, w in weights.items()}
+        return {n: w for n, w in found.items() if w.numel()}
+
+    with engine_of(context, case, feed=False) as run:
+        pair = Compared(run, oracle, part, held)
+        pair.check_start()
+        for step in range(case.steps):
+            pair.set_lr(step)
+            tokens = _tokens(step)
+            alone.load_state_dict(oracle.weights())
+            alone.zero_grad()
+            alone(input_ids=tokens, labels=tokens).loss.backward()
+            run.engine.backward(run.engine(input_ids=tokens, labels=tokens).loss)
+            run.engine.step()
+            gradients = {n: p.grad for n, p in alone.named_parameters() if p.grad is not None}
+            pair.check_step(gradients, what=f"step {step}", tolerance=trained_tolerance_for(case.optimizer))
+
+
+def _tokens(step: int) -> Tensor:
+    return torch.randint(1, 37, (2, 9), generator=torch.Generator().manual_seed(step))
+
+
 def _train(context: RankContext, case: Case) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
     history = []
     with engine_of(context, case, feed=False) as run:
         now = held(run)
         for step in range(case.steps):
-            tokens = torch.randint(1, 37, (2, 9), generator=torch.Generator().manual_seed(step))
+            tokens = _tokens(step)
             run.engine.backward(run.engine(input_ids=tokens, labels=tokens).loss)
             run.engine.step()
             before, now = now, held(run)
@@ -189,6 +224,24 @@ def _uses() -> dict[str, tuple[int, Use]]:
             ("glm", 3, "mini"),
         )
     }
+    for model, stage, optimizer in (
+        ("even", 0, "lion"),
+        ("qwen3", 2, "lion"),
+        ("qwen3", 1, "muon"),
+        ("even", 3, "muon"),
+    ):
+        case = Case(optimizer, stage, model=model)
+        table[f"end_to_end-{model}-z{stage}-{optimizer}"] = Use("trains_like_autograd", case)
+    for stage, model, optimizer in (
+        (1, "mqa", "lion"),
+        (3, "qwen2", "lion"),
+        (0, "qwen3", "muon"),
+        (2, "even", "muon"),
+    ):
+        table[f"resume-{model}-z{stage}-{optimizer}"] = Use("resumes_bitwise", Case(optimizer, stage, model=model))
+    for optimizer, value in (("lion", 4.01), ("muon", 1.01)):
+        wrong = Case(optimizer, 1, model="even", oracle_multipliers={"value": value}, steps=1)
+        table[f"mutant-{optimizer}"] = Use("trains_like_autograd", wrong)
     table["verify-neox"] = Use("layout_is_verified", Case(model="neox"))
     table["verify-counting"] = Use("layout_is_verified", Case(model="counting"))
     for stage, model, optimizer in (
@@ -220,7 +273,13 @@ def _uses() -> dict[str, tuple[int, Use]]:
         expected=("compact",),
     )
     refused = {
-        "head_norms": (Case(model="unsummed"), ("q_norm.weight", "drift apart", '"grad_allreduce": true')),
+        **{
+            f"head_norms-{optimizer}": (
+                Case(optimizer, model="unsummed"),
+                ("q_norm.weight", "drift apart", '"grad_allreduce": true'),
+            )
+            for optimizer in FULL_NAME
+        },
         "persimmon": (Case(model="persimmon"), ("query_key_value.weight", "would compute another attention")),
         "nothing_split": (Case(model="nothing"), ("no parameter is known to be split", "partition_config")),
         "empty_z3": (Case(stage=3, model="mqa"), ("self_attn.q_proj.weight", "ZeRO stage 2")),
@@ -238,6 +297,12 @@ outcome = SUITE.outcome()
 def test_autotp_trains_like_one_rank(outcome: Outcome, name: str) -> None:
     """Setting autotp_size would change the trained model."""
     passes(outcome, name)
+
+
+@SUITE.cases("mutant")
+def test_the_comparison_notices_a_wrong_multiplier(outcome: Outcome, name: str) -> None:
+    """The tests above would prove nothing."""
+    notices_a_wrong_multiplier(outcome, name)
 
 
 @SUITE.cases("verify")

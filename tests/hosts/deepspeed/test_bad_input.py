@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+import ds_blockwise
 from ds_blockwise import BlockwiseAdamMini, BlockwiseAdamW, tag_parameters
 from tests.helpers.distributed import passes
+from tests.helpers.optimizers import ALL_NAMES
 from tests.helpers.suites import Suite
 
 
@@ -134,10 +136,11 @@ def test_a_model_that_cannot_be_cut_into_blocks_is_refused(name):
         tag_parameters(build(), **settings)
 
 
-def test_an_untagged_model_is_refused_at_the_first_step():
-    """Plain PyTorch without tag_parameters: no second moment per block can be formed."""
+@pytest.mark.parametrize("name", ALL_NAMES)
+def test_an_untagged_model_is_refused_at_the_first_step(name):
+    """Plain PyTorch without tag_parameters: nothing says an element's multiplier, block or matrix."""
     plain = model()
-    optimizer = BlockwiseAdamMini(plain.parameters())
+    optimizer = getattr(ds_blockwise, name)(plain.parameters())
     for p in plain.parameters():
         p.grad = torch.ones_like(p)
     with pytest.raises(ValueError, match=r"tag_parameters\(model\) before the first step"):

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from tests.helpers import models
 from tests.helpers.deepspeed.compared import Compared, case_config, check_resume, hyper
+from tests.helpers.deepspeed.engine_cases import betas_of
 from tests.helpers.deepspeed.engines import DTYPES, masters, open_engine, prepare_deepspeed
 from tests.helpers.deepspeed.expert_models import EXPERTS, build, classes_of, set_small_weights, whole_name
 from tests.helpers.distributed import Outcome, RankContext, passes
 from tests.helpers.models import Feed, GradientPlan
 from tests.helpers.muon_oracle import oracle_for, tolerance_for
+from tests.helpers.optimizers import FULL_NAME
 from tests.helpers.oracle import ROLE_SETTINGS, told
 from tests.helpers.suites import Suite, notices_a_wrong_multiplier
 
@@ -84,7 +86,8 @@ class Case:
 def engine_of(context: RankContext, case: Case) -> Iterator[SimpleNamespace]:
     from deepspeed.utils import groups
 
-    config = case_config(case, params={"backend": "cpp", **case.params})
+    own = {"backend": "cpp", "betas": list(betas_of(case.optimizer)), **case.params}
+    config = case_config(case, params=own)
     ep_rank = context.rank % case.ep
 
     def make() -> nn.Module:
@@ -154,7 +157,8 @@ def check_trains(context: RankContext, case: Case) -> None:
         start = {n: models.small_weight(n, s).to(DTYPES[case.dtype]).float() for n, s in shapes.items()}
         classes = classes_of(residual=case.residual)
         assert set(shapes) == set(classes), set(shapes) ^ set(classes)
-        oracle = oracle_for(case.optimizer, start, classes, hyper(), **told(case.params, case.oracle_multipliers))
+        own, settings = hyper(betas=betas_of(case.optimizer)), told(case.params, case.oracle_multipliers)
+        oracle = oracle_for(case.optimizer, start, classes, own, **settings)
         pair = Compared(run, oracle, lambda whole: {n: whole[n] for n in run.whole.values()}, whole_masters)
         pair.check_start()
         for step in range(case.steps):
@@ -216,14 +220,14 @@ def _cases() -> dict[str, tuple[int, Case]]:
         name = f"{kind}-{case.groups}-z{case.stage}-{case.dtype}-{case.optimizer}-ep{case.ep}-world{world}"
         table[name] = (world, case)
 
-    for optimizer, (stage, dtype) in product(("adamw", "mini"), ((0, "fp32"), (1, "bf16"), (2, "fp32"))):
+    for optimizer, (stage, dtype) in product(("adamw", "mini", "lion"), ((0, "fp32"), (1, "bf16"), (2, "fp32"))):
         add("values", 2, Case(optimizer, stage, dtype))
         add("values", 4, Case(optimizer, stage, dtype))
     for stage, dtype in ((0, "bf16"), (1, "fp32"), (2, "bf16")):
         add("values", 2, Case("mini", stage, dtype, groups="list"))
         add("values", 2, Case("mini", stage, dtype, ep=1))
         add("values", 4, Case("mini", stage, dtype, groups="small"))
-    for stage in (0, 2):
+    for stage in (0, 1, 2):
         add("values", 4, Case("muon", stage))
     add("by_role", 4, Case("mini", 2, params=ROLE_SETTINGS))
     add("by_role", 2, Case("adamw", 1, "bf16", params=ROLE_SETTINGS))
@@ -232,15 +236,19 @@ def _cases() -> dict[str, tuple[int, Case]]:
     add("resume", 2, Case("mini", 1, what="resumes"))
     add("resume", 2, Case("adamw", 2, ep=1, what="resumes"))
     add("resume", 2, Case("mini", 0, what="resumes"))
+    add("resume", 2, Case("lion", 2, what="resumes"))
+    add("resume", 2, Case("muon", 1, what="resumes"))
     unsplit = ('"name"', "split_params_into_different_moe_groups_for_optimizer")
     add("refused", 2, Case("mini", 1, groups="unsplit", what="refused", expected=unsplit))
     add("refused", 2, Case("mini", 2, groups="dense", what="refused", expected=unsplit[1:]))
-    add("refused", 2, Case("mini", 3, what="refused", expected=("experts", "ZeRO stage 1 or 2")))
+    for optimizer in FULL_NAME:
+        add("refused", 2, Case(optimizer, 3, what="refused", expected=("experts", "ZeRO stage 1 or 2")))
     clip = {"gradient_clipping": 1.0}
     add("refused", 2, Case("mini", 0, "bf16", what="refused", config=clip, expected=("gradient_clipping", "experts")))
     fused = {"params": {"fused_step": True}, "expected": ('"fused_step": true', "MoE layers", '"fused_step": false')}
     add("refused", 2, Case("mini", 2, "bf16", what="refused", **fused))
-    add("mutant", 2, Case("mini", 2, oracle_multipliers={"ffn": 6.01}, steps=2))
+    for optimizer, ffn in (("mini", 6.01), ("lion", 6.01), ("muon", 1.01)):
+        add("mutant", 2, Case(optimizer, 2, oracle_multipliers={"ffn": ffn}, steps=2))
     return table
 
 

@@ -212,9 +212,13 @@ def _end_to_end() -> Named:
 
 
 def _lion() -> Named:
-    # fp32: gradients in bf16 lie on a grid, on which the sum of two may be 0 and its sign a matter of rounding
     for stage, dp in ((0, 2), (1, 3), (2, 2), (3, 3)):
         yield _named("lion", dp, Case("lion", stage, model="nano" if stage == 2 else "qwen3", backend="auto"))
+    for dp in (2, 3):
+        yield _named("lion_bf16_optimizer", dp, Case("lion", 1, "bf16", config=BF16_OPTIMIZER))
+        yield _named("lion_sub_groups", dp, Case("lion", 3, zero={"sub_group_size": 700}))
+    for stage, dtype, dp in ((1, "bf16", 2), (2, "bf16", 3), (3, "fp32", 3)):
+        yield _named("lion_offload", dp, Case("lion", stage, dtype, zero=OFFLOAD))
     yield _named("lion_overflow", 2, Case("lion", 2, "fp32", poison=(0, 2), clip=0.05, steps=4))
     yield _named("lion_mutant", 2, Case("lion", 2, oracle_multipliers={"value": 4.01}, steps=2))
 
@@ -231,6 +235,7 @@ def _muon() -> Named:
     yield _named("muon_bf16_optimizer", 3, Case("muon", 1, "bf16", config=BF16_OPTIMIZER))
     yield _named("muon_sub_groups", 3, Case("muon", 3, zero={"sub_group_size": 700}))
     yield _named("muon_round_robin", 3, Case("muon", 2, zero={"round_robin_gradients": True}))
+    yield _named("muon_offload", 2, Case("muon", 1, "bf16", zero=OFFLOAD))
     yield _named("muon_offload", 2, Case("muon", 2, "bf16", zero=OFFLOAD))
     yield _named("muon_offload", 3, Case("muon", 3, zero=OFFLOAD))
     for stage in (1, 3):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers.deepspeed.compared import assert_same, to_universal
-from tests.helpers.deepspeed.engine_cases import LR, Case, build, config_of, groups_of, hyper_of, oracle_of
+from tests.helpers.deepspeed.engine_cases import LION_BETAS, LR, Case, build, config_of, groups_of, hyper_of, oracle_of
 from tests.helpers.deepspeed.engines import DTYPES, feed_step, masters, model_weights, open_engine, prepare_deepspeed
 from tests.helpers.distributed import Outcome, RankContext, passes
 from tests.helpers.models import GradientPlan
@@ -297,6 +297,10 @@ def _cases() -> Iterator[tuple[str, tuple[int, tuple[str, Case]]]]:
     for dp, stage in ((2, 0), (1, 1), (2, 2), (2, 3)):
         case = Case("muon", stage, decay_multipliers=False)
         yield f"from_adamw-muon-z{stage}-dp{dp}", (dp, ("from_adamw", case))
+    for stage in range(4):
+        # AdamW's momentum may not cancel a gradient either
+        case = Case("lion", stage, decay_multipliers=False, params={"betas": list(LION_BETAS)})
+        yield f"from_adamw-lion-z{stage}-dp2", (2, ("from_adamw", case))
     for dp, stage in ((1, 1), (2, 3)):
         yield f"from_mini-muon-z{stage}-dp{dp}", (dp, ("from_mini", Case("muon", stage, decay_multipliers=False)))
 
