@@ -155,15 +155,13 @@ class Kernels(ABC):
             items: tensors with a gradient. Sums of their split blocks are complete over all ranks.
         """
 
+    @abstractmethod
     def step_by_sign_(self, items: Sequence[Item]) -> None:
-        """Lion's update, likewise; torch's operations do it where a backend has no kernel of its own.
+        """Lion's update, likewise: `ReferenceKernels` rounds as all do.
 
         Args:
             items: tensors with a gradient, without second moments. Tables cover them whole.
         """
-        for item in items:
-            item.state["step"] += 1
-            _changed(item, _descend_by_sign)
 
     # Elements of matrices that are orthogonalised in between. The C++ backend has no kernels of its own for them:
     # Newton-Schulz takes 20 operations an element, times the shorter side of the matrix, beside which the 16 bytes
@@ -236,6 +234,13 @@ class ReferenceKernels(Kernels):
             for moment, index, values in kept:
                 moment[index] = values
 
+    def step_by_sign_(self, items: Sequence[Item]) -> None:
+        """See `Kernels.step_by_sign_`."""
+        keep_directions(items)
+        for item in items:
+            item.state["step"] += 1
+            _changed(item, _descend_by_sign)
+
     def _left_out(self, item: Item) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Moments that are not these kernels' to update, where they lie, and what they are."""
         if not item.table.is_partial:
@@ -284,8 +289,13 @@ def _descend_by_sign(item: Item, param: torch.Tensor) -> None:
         item.state["exp_avg"].view(-1).copy_(exp_avg)
     decay_(param, direction, table, weight_decay=hyper.weight_decay, cautious=hyper.cautious, **rates)
     descend_(param, direction, table, **rates)
-    if item.keeps_update:
-        item.update = direction
+
+
+def keep_directions(items: Sequence[Item]) -> None:
+    """Set what Lion is about to move each parameter by, of the items that keep it."""
+    for item in items:
+        if item.keeps_update:
+            item.update = directions(*moment_and_gradient(item), item.table, beta1=item.hyper.beta1)
 
 
 def moment_and_gradient(item: Item) -> tuple[torch.Tensor, torch.Tensor]:

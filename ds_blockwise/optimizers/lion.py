@@ -3,34 +3,13 @@
 
 from __future__ import annotations
 
-import functools
-import logging
-import os
 from collections.abc import Sequence
 
-import torch
 from torch.optim.optimizer import ParamsT
 
-from ds_blockwise.kernels.base import Item, Kernels, ReferenceKernels
-from ds_blockwise.kernels.select import kernels_for
+from ds_blockwise.kernels.base import Item, Kernels
 from ds_blockwise.optimizers.base import BlockwiseOptimizer
 from ds_blockwise.optimizers.settings import CheckpointFormat, MomentumDtype
-
-logger = logging.getLogger(__name__)
-
-
-class _TorchKernels(ReferenceKernels):
-    """The reference where it is no stand-in: this optimizer has no other kernels there."""
-
-    name = "torch"
-
-
-@functools.cache
-def _without_kernels(device_type: str) -> Kernels:
-    """One object for all tensors of a device, which are stepped together; what steps is said once."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        logger.info("ds_blockwise: BlockwiseLion steps %s tensors by torch's own operations", device_type)
-    return _TorchKernels()
 
 
 class BlockwiseLion(BlockwiseOptimizer):
@@ -43,8 +22,8 @@ class BlockwiseLion(BlockwiseOptimizer):
         p -= lr_b * (sign(c) + weight_decay * p)
 
     Every element moves by its block's learning rate, so ``lr`` is 3 to 10 times below AdamW's, and ``weight_decay`` as
-    much above (arXiv 2302.06675, section 5). On the CPU a kernel steps it in one pass over memory, with the bits of
-    torch's operations. On other devices these step it, in about five passes: there is no Triton kernel for it.
+    much above (arXiv 2302.06675, section 5). Kernels step it in one pass over memory, with the bits of torch's
+    operations, which take about five.
 
     Args:
         params: parameters or param groups (each may have its own ``lr``, ``betas``, ``weight_decay``).
@@ -63,8 +42,7 @@ class BlockwiseLion(BlockwiseOptimizer):
         transfer: ``{"base_width": 256}``: rates that were tuned at that width move to this model's; see
             `ds_blockwise.blocks.settings.transfer.Transfer`. Default: off.
         momentum_dtype: ``"fp32"`` or ``"bf16"``: storage of ``exp_avg``. Arithmetic is fp32 (fp64 for fp64 parameters).
-        backend: ``"auto"``, ``"cpp"`` (C++, of CPU tensors) or ``"reference"``. ``"auto"`` is C++ for CPU tensors, and
-            torch's operations elsewhere. ``"triton"`` is refused.
+        backend: ``"auto"``, ``"cpp"``, ``"triton"`` or ``"reference"``, as of `BlockwiseAdamW`.
         checkpoint_format: accepted so that one JSON serves all optimizers; there are no second moments.
         telemetry: see `BlockwiseAdamMini`; there are no second moments to read.
         fused_step: of `BlockwiseAdamW` and `BlockwiseAdamMini`; true is refused.
@@ -104,10 +82,6 @@ class BlockwiseLion(BlockwiseOptimizer):
         fused_step: bool = False,
         **extra: object,
     ) -> None:
-        if backend == "triton":
-            raise ValueError(
-                'BlockwiseLion has no triton kernels: on GPUs torch\'s operations step it. Write "backend": "auto".'
-            )
         super().__init__(
             params,
             lr,
@@ -128,15 +102,6 @@ class BlockwiseLion(BlockwiseOptimizer):
             fused_step=fused_step,
             **extra,
         )
-
-    def kernels_on(self, device: torch.device) -> Kernels:
-        """What steps the tensors of a device: kernels of the setting ``backend`` on the CPU, else torch's operations.
-
-        Raises:
-            ValueError: the backend that was asked for by name cannot be had there.
-        """
-        has_kernels = device.type == "cpu" or self.backend == "cpp"  # which refuses other devices
-        return kernels_for(self.backend, device) if has_kernels else _without_kernels(device.type)
 
     def update_(self, kernels: Kernels, items: Sequence[Item]) -> None:
         """Lion's update in place; see `BlockwiseOptimizer.update_`."""

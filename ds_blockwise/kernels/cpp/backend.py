@@ -18,10 +18,9 @@ import torch
 from torch.autograd.graph import increment_version
 
 from ds_blockwise.blocks.segment_table import SegmentTable
-from ds_blockwise.kernels.base import Hyper, Item, Kernels, moment_and_gradient, packed_scale
+from ds_blockwise.kernels.base import Hyper, Item, Kernels, keep_directions, packed_scale
 from ds_blockwise.kernels.close_look import DATA_PTR
 from ds_blockwise.kernels.cpp.build import library
-from ds_blockwise.kernels.update import directions
 
 _FIELDS, _GRAD, _SUMS, _SCALE = 12, 2, 5, 11  # of a row of kernels.cpp
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -110,9 +109,7 @@ class CppKernels(Kernels):
 
     def step_by_sign_(self, items: Sequence[Item]) -> None:
         """See `Kernels.step_by_sign_`; every bit is that of `ReferenceKernels`."""
-        for item in items:
-            if item.keeps_update:
-                item.update = directions(*moment_and_gradient(item), item.table, beta1=item.hyper.beta1)
+        keep_directions(items)
         self._update(self._step_by_sign, self._rows(items, has_second_moments=False), items)
 
     def _update(self, function: Callable[..., None], rows: array[int], items: Sequence[Item]) -> None:

@@ -34,7 +34,7 @@ import triton.language as tl  # type: ignore[import-untyped]
 
 from ds_blockwise.blocks.segment_table import SegmentTable
 from ds_blockwise.blocks.settings.update_settings import UpdateSettings
-from ds_blockwise.kernels.base import Hyper, Item, Kernels
+from ds_blockwise.kernels.base import Hyper, Item, Kernels, keep_directions
 from ds_blockwise.kernels.triton.batch import Batch, Batches, Group, Program, group_items
 from ds_blockwise.kernels.triton.matrices import descend_kernel, momentum_kernel
 from ds_blockwise.kernels.triton.plan import TritonPlan, make_plan
@@ -82,7 +82,7 @@ def unavailable(device: torch.device) -> str | None:
 
 def _launch(kernel: _Kernel, programs: int, *args: torch.Tensor | int, **meta: object) -> None:
     if programs:
-        _run(kernel, programs, *args, **meta, VERSION=VERSION, enable_fp_fusion=True)
+        _run(kernel, programs, *args, **{"enable_fp_fusion": True, **meta, "VERSION": VERSION})
 
 
 def _run(kernel: _Kernel, programs: int, *args: torch.Tensor | int, **meta: object) -> None:
@@ -125,13 +125,22 @@ class TritonKernels(Kernels):
 
     def step_(self, items: Sequence[Item]) -> None:
         """See `Kernels.step_`."""
+        self._step(items)
+
+    def step_by_sign_(self, items: Sequence[Item]) -> None:
+        """See `Kernels.step_by_sign_`; every bit of fp32 and 16-bit parameters is that of `ReferenceKernels`."""
+        keep_directions(items)
+        self._step(items)
+
+    def _step(self, items: Sequence[Item]) -> None:
         for group in group_items(items):
             batch = self.batches.of(group, sums=False)
             with _on(batch.device):
                 batch.upload(group)
                 scalars = (batch.row_ends, batch.multipliers, batch.scalars)
                 tables = (batch.addresses, batch.settings, *scalars)
-                _launch(prepare_kernel, len(group.items), *tables, num_warps=SMALL_WARPS)
+                meta = {"BY_SIGN": group.by_sign, "num_warps": SMALL_WARPS, **_contraction(group)}
+                _launch(prepare_kernel, len(group.items), *tables, **meta)
                 _add_up(batch, group, to_sums=False)
                 self._update(batch, group)
         torch.autograd.graph.increment_version([item.param for item in items])
@@ -170,7 +179,8 @@ class TritonKernels(Kernels):
         for program in batch.update:
             tables = (program.tiles, program.jobs, batch.addresses, batch.scalars)
             form = {**_form(program, group), "LOG2": tile_log2(program.kind, program.shift)}
-            _launch(update_kernel, program.tiles.numel(), *tables, **meta, **form, **_limits(wide=wide))
+            options = {**_contraction(group), **_limits(wide=wide)}
+            _launch(update_kernel, program.tiles.numel(), *tables, **meta, **form, **options)
 
 
 def _launch_part(
@@ -201,6 +211,11 @@ def _bits(number: float) -> int:
 def _form(program: Program, group: Group) -> dict[str, int]:
     vectors = (Vectors.EVEN if program.even else Vectors.EDGED) if group.vectors else Vectors.NONE
     return {"KIND": program.kind, "SHIFT": program.shift, "VECTORS": int(vectors)}
+
+
+def _contraction(group: Group) -> dict[str, bool]:
+    # a sign that is rounded otherwise is an update of the other direction
+    return {"enable_fp_fusion": not group.by_sign}
 
 
 def _limits(*, wide: bool) -> dict[str, int]:

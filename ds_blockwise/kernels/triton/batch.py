@@ -162,6 +162,11 @@ class Group:
     settings: list[float]
 
     @property
+    def by_sign(self) -> bool:
+        """Whether parameters move by the sign of their momentum, without second moments."""
+        return self.dtypes[Address.EXP_AVG] is not None and self.dtypes[Address.EXP_AVG_SQ] is None
+
+    @property
     def vectors(self) -> bool:
         """Whether any of the tensors can be read or written by vectors."""
         pairs = zip(self.dtypes, self.alignments, strict=True)
@@ -178,7 +183,7 @@ def group_items(items: Sequence[Item]) -> list[Group]:
         param, grad, state, copy = item.param, item.grad, item.state, item.param_copy
         device = param.device
         moments = (state.get("exp_avg"), state.get("exp_avg_sq"))
-        if grad is None or moments[0] is None or moments[1] is None:
+        if grad is None or moments[0] is None:
             moments = (None, None)
         tensors = (param, grad, *moments, copy)  # as the columns of `Address`
         dtypes = tuple([None if t is None else t.dtype for t in tensors])

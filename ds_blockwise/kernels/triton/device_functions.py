@@ -59,6 +59,18 @@ def scaled(grad, scale, SCALED: tl.constexpr):
 
 
 @triton.jit
+def lerp(start, end, weight, BY_HAND: tl.constexpr):
+    """``start + weight * (end - start)`` as torch computes it: from the nearer end, product and sum rounded once."""
+    near = tl.abs(weight) < 0.5
+    factor, base, way = tl.where(near, weight, weight - 1.0), tl.where(near, start, end), end - start
+    # the interpreter rounds the product too; that of fp32 numbers is exact in fp64
+    if BY_HAND and way.dtype == tl.float32:
+        return (factor.to(tl.float64) * way.to(tl.float64) + base.to(tl.float64)).to(tl.float32)
+    else:
+        return tl.fma(factor, way, base)
+
+
+@triton.jit
 def squares(grad):
     """In fp64, where the square of an fp32 number is exact."""
     wide = grad.to(tl.float64)

@@ -35,10 +35,11 @@ def _power(base, exponent):
 
 
 @triton.jit
-def prepare_kernel(addresses, settings, row_ends, multipliers, scalars, VERSION: tl.constexpr):
+def prepare_kernel(addresses, settings, row_ends, multipliers, scalars, BY_SIGN: tl.constexpr, VERSION: tl.constexpr):
     """One program per tensor: count the step, then compute the scalars of each of its rows of settings.
 
     ``row_ends`` has one more entry than there are tensors: a tensor's rows are those from its entry to the next.
+    ``BY_SIGN``: the step size is the learning rate, without Adam's correction.
     """
     item = tl.program_id(0).to(tl.int64)
     step_ptr = tl.load(addresses + item * ADDRESS_COLUMNS + ADDRESS_STEP).to(tl.pointer_type(tl.int64))
@@ -76,7 +77,10 @@ def prepare_kernel(addresses, settings, row_ends, multipliers, scalars, VERSION:
             row_beta2 = own_beta2
             row_root_correction = 1.0 / tl.sqrt(1.0 - _power(own_beta2, step))
         tl.store(out + SCALAR_DECAY, 1.0 - block_lr * decay)
-        tl.store(out + SCALAR_STEP_SIZE, block_lr / row_correction1)
+        if BY_SIGN:
+            tl.store(out + SCALAR_STEP_SIZE, block_lr)
+        else:
+            tl.store(out + SCALAR_STEP_SIZE, block_lr / row_correction1)
         tl.store(out + SCALAR_ROOT_CORRECTION, row_root_correction)
         tl.store(out + SCALAR_EPS, eps)
         tl.store(out + SCALAR_GRAD_WEIGHT, 1.0 - row_beta1)

@@ -93,6 +93,14 @@ class Vectors(IntEnum):
     EVEN = 2  # vectors for everything: all its rows begin and end at multiples of `VECTOR` elements
 
 
+class Second(IntEnum):
+    """What second moment an element has."""
+
+    OF_BLOCK = 0
+    OWN = 1
+    NONE = 2  # it is moved by the sign of its momentum
+
+
 class SumKind(IntEnum):
     """What a job of the sum kernel does; each kind is a launch as in `Kind`."""
 

@@ -3,7 +3,7 @@
 
 Names in its functions: ``p g m v c`` point to parameter, gradient, first and second moments and 16-bit copy, ``s`` to
 the scalars of a row of settings, ``q`` to the factor of gradients, read if ``SCALED``. ``WIDE`` is the dtype of the
-arithmetic, ``COPY`` whether there is a 16-bit copy, ``OWN`` whether every element has its own second moment,
+arithmetic, ``COPY`` whether there is a 16-bit copy, ``SECOND`` is of `ds_blockwise.kernels.triton.tables.Second`,
 ``CAUTIOUS`` whether weight decay is (arXiv 2510.12402).
 """
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
@@ -19,6 +19,7 @@ from ds_blockwise.kernels.triton.device_functions import (
     edge_lanes,
     edges,
     known_even,
+    lerp,
     new_second_moment,
     scaled,
     squares,
@@ -27,7 +28,7 @@ from ds_blockwise.kernels.triton.device_functions import (
     tile_base,
     vector_body,
 )
-from ds_blockwise.kernels.triton.tables import Address, Job, Kind, Scalar, Vectors
+from ds_blockwise.kernels.triton.tables import Address, Job, Kind, Scalar, Second, Vectors
 
 JOB_COLUMNS, JOB_ITEM, JOB_ROW = constants(len(Job), Job.ITEM, Job.ROW)
 JOB_START, JOB_NUMEL, JOB_COUNT, JOB_SLOT = constants(Job.START, Job.NUMEL, Job.COUNT, Job.SLOT)
@@ -43,8 +44,16 @@ SCALAR_COLUMNS, SCALAR_DECAY, SCALAR_STEP_SIZE = constants(len(Scalar), Scalar.D
 SCALAR_ROOT_CORRECTION, SCALAR_EPS = constants(Scalar.ROOT_CORRECTION, Scalar.EPS)
 SCALAR_GRAD_WEIGHT, SCALAR_BETA2 = constants(Scalar.GRAD_WEIGHT, Scalar.BETA2)
 (SCALAR_SQUARE_WEIGHT,) = constants(Scalar.SQUARE_WEIGHT)
+OF_BLOCK, OWN, BY_SIGN = constants(Second.OF_BLOCK, Second.OWN, Second.NONE)
 TILE, EDGED = constants(tables.TILE, Vectors.EDGED)
 INDEX_BITS, INDEX_MASK = constants(tables.TILE_INDEX_BITS, tables.TILE_INDEX_MASK)
+
+
+@triton.jit
+def _spared(param, decayed, update):
+    """``decayed``, but ``param`` where the update moves it away from 0."""
+    grows = ((update < 0) & (param > 0)) | ((update > 0) & (param < 0))
+    return tl.where(grows, param, decayed)
 
 
 @triton.jit
@@ -60,9 +69,26 @@ def _apply(p, m, c, offs, mask, grad, scale, s, WIDE: tl.constexpr, COPY: tl.con
         param = tl.load(p + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(WIDE)
     decayed = param * tl.load(s + SCALAR_DECAY).to(WIDE)
     if CAUTIOUS:
-        grows = ((exp_avg < 0) & (param > 0)) | ((exp_avg > 0) & (param < 0))
-        decayed = tl.where(grows, param, decayed)
+        decayed = _spared(param, decayed, exp_avg)
     param = decayed - scale * exp_avg
+    store(p + offs, param, mask, BY_HAND)
+    if COPY:
+        store(c + offs, param, mask, BY_HAND)
+
+
+@triton.jit
+def _descend_by_sign(p, m, c, offs, mask, grad, s, WIDE: tl.constexpr, COPY: tl.constexpr, CAUTIOUS: tl.constexpr,
+                     BY_HAND: tl.constexpr):  # fmt: skip
+    """Lion (arXiv 2302.06675, algorithm 2). A number that is neither above nor below 0 moves nothing."""
+    exp_avg = tl.load(m + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(WIDE)
+    param = tl.load(p + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(WIDE)
+    grad = grad.to(WIDE)
+    ahead = lerp(exp_avg, grad, tl.load(s + SCALAR_GRAD_WEIGHT).to(WIDE), BY_HAND)
+    store(m + offs, lerp(exp_avg, grad, tl.load(s + SCALAR_SQUARE_WEIGHT).to(WIDE), BY_HAND), mask, BY_HAND)
+    decayed, size = param * tl.load(s + SCALAR_DECAY).to(WIDE), tl.load(s + SCALAR_STEP_SIZE).to(WIDE)
+    if CAUTIOUS:
+        decayed = _spared(param, decayed, ahead)
+    param = decayed - tl.where(ahead > 0, size, tl.where(ahead < 0, -size, size * 0.0))
     store(p + offs, param, mask, BY_HAND)
     if COPY:
         store(c + offs, param, mask, BY_HAND)
@@ -161,12 +187,12 @@ def _own_v(v, offs, mask, grad, s):
 
 
 @triton.jit
-def _contiguous(p, g, m, v, c, s, q, start, end, LENGTH: tl.constexpr, OWN: tl.constexpr, VECTORS: tl.constexpr,
-                WIDE: tl.constexpr, COPY: tl.constexpr, SCALED: tl.constexpr,
+def _contiguous(p, g, m, v, c, s, q, start, end, LENGTH: tl.constexpr, SECOND: tl.constexpr,
+                VECTORS: tl.constexpr, WIDE: tl.constexpr, COPY: tl.constexpr, SCALED: tl.constexpr,
                 CAUTIOUS: tl.constexpr, BY_HAND: tl.constexpr):  # fmt: skip
-    """At most ``LENGTH`` elements: with their own second moments, or those of a block whose value is known.
+    """At most ``LENGTH`` elements: with their own second moments, those of a block whose value is known, or none.
 
-    ``v`` points to the block's value or, with ``OWN``, is to the values what ``p`` is to the parameters.
+    ``v`` points to the block's value, or is to own values what ``p`` is to the parameters.
     """
     base = tile_base(start, VECTORS)
     p, g, m, c = p + base, g + base, m + base, c + base
@@ -175,22 +201,28 @@ def _contiguous(p, g, m, v, c, s, q, start, end, LENGTH: tl.constexpr, OWN: tl.c
     offs = low + tl.arange(0, LENGTH)
     mask = offs < high
     grad = scaled(tl.load(g + offs, mask=mask, other=0.0, eviction_policy="evict_first"), q, SCALED)
-    if OWN:
-        v += base
-        scale = _scale(_own_v(v, offs, mask, grad, s), s, WIDE)
+    if BY_SIGN == SECOND:
+        _descend_by_sign(p, m, c, offs, mask, grad, s, WIDE, COPY, CAUTIOUS, BY_HAND)
     else:
-        scale = _scale(tl.load(v), s, WIDE)
-    _apply(p, m, c, offs, mask, grad, scale, s, WIDE, COPY, SCALED, CAUTIOUS, BY_HAND)
+        if OWN == SECOND:
+            v += base
+            scale = _scale(_own_v(v, offs, mask, grad, s), s, WIDE)
+        else:
+            scale = _scale(tl.load(v), s, WIDE)
+        _apply(p, m, c, offs, mask, grad, scale, s, WIDE, COPY, SCALED, CAUTIOUS, BY_HAND)
     if EDGED == VECTORS:
         edge, edge_mask = edges(begin, after, low, high, edge_lanes())
         edge_grad = scaled(tl.load(g + edge, mask=edge_mask, other=0.0), q, SCALED)
-        if OWN:
-            scale = _scale(_own_v(v, edge, edge_mask, edge_grad, s), s, WIDE)
-        _apply(p, m, c, edge, edge_mask, edge_grad, scale, s, WIDE, COPY, SCALED, CAUTIOUS, BY_HAND)
+        if BY_SIGN == SECOND:
+            _descend_by_sign(p, m, c, edge, edge_mask, edge_grad, s, WIDE, COPY, CAUTIOUS, BY_HAND)
+        else:
+            if OWN == SECOND:
+                scale = _scale(_own_v(v, edge, edge_mask, edge_grad, s), s, WIDE)
+            _apply(p, m, c, edge, edge_mask, edge_grad, scale, s, WIDE, COPY, SCALED, CAUTIOUS, BY_HAND)
 
 
 @triton.jit
-def _rect(p, g, m, v, c, s, q, job, index, LOG2: tl.constexpr, SHIFT: tl.constexpr, OWN: tl.constexpr,
+def _rect(p, g, m, v, c, s, q, job, index, LOG2: tl.constexpr, SHIFT: tl.constexpr, SECOND: tl.constexpr,
           SAME: tl.constexpr, VECTORS: tl.constexpr, WIDE: tl.constexpr, COPY: tl.constexpr, SCALED: tl.constexpr,
           CAUTIOUS: tl.constexpr, BY_HAND: tl.constexpr):  # fmt: skip
     """Strided elements: ``2^SHIFT`` columns of as many repetitions as fit; vectors only where all is even."""
@@ -206,17 +238,20 @@ def _rect(p, g, m, v, c, s, q, job, index, LOG2: tl.constexpr, SHIFT: tl.constex
     offs = row * stride + column
     mask = (row < tl.minimum(repeat - first_row, NUM_ROWS).to(tl.int32)) & (column < columns)
     grad = scaled(tl.load(g + offs, mask=mask, other=0.0), q, SCALED)
-    if OWN:
-        if SAME:
-            scale = _scale(_own_v(v + base, offs, mask, grad, s), s, WIDE)
-        else:
-            v_stride = tl.load(job + JOB_BLOCK_STRIDE)
-            v += slot + first_row * v_stride + first_column
-            scale = _scale(_own_v(v, row * v_stride + column, mask, grad, s), s, WIDE)
+    if BY_SIGN == SECOND:
+        _descend_by_sign(p, m, c, offs, mask, grad, s, WIDE, COPY, CAUTIOUS, BY_HAND)
     else:
-        block = ((first_column % numel).to(tl.int32) + column) // numel.to(tl.int32)
-        scale = _scale(tl.load(v + slot + first_column // numel + block, mask=column < columns, other=0.0), s, WIDE)
-    _apply(p, m, c, offs, mask, grad, scale, s, WIDE, COPY, SCALED, CAUTIOUS, BY_HAND)
+        if OWN == SECOND:
+            if SAME:
+                scale = _scale(_own_v(v + base, offs, mask, grad, s), s, WIDE)
+            else:
+                v_stride = tl.load(job + JOB_BLOCK_STRIDE)
+                v += slot + first_row * v_stride + first_column
+                scale = _scale(_own_v(v, row * v_stride + column, mask, grad, s), s, WIDE)
+        else:
+            block = ((first_column % numel).to(tl.int32) + column) // numel.to(tl.int32)
+            scale = _scale(tl.load(v + slot + first_column // numel + block, mask=column < columns, other=0.0), s, WIDE)
+        _apply(p, m, c, offs, mask, grad, scale, s, WIDE, COPY, SCALED, CAUTIOUS, BY_HAND)
 
 
 @triton.jit
@@ -227,11 +262,13 @@ def update_kernel(tiles, jobs, addresses, scalars, KIND: tl.constexpr, LOG2: tl.
                   CAUTIOUS: tl.constexpr, BY_HAND: tl.constexpr, VERSION: tl.constexpr):  # fmt: skip
     """One tile of ``2^LOG2`` elements.
 
-    ``P G M V C`` are the dtypes of the tensors (``C``: None without a copy), ``ALIGN_`` what divides their addresses.
+    ``P G M V C`` are the dtypes of the tensors, None of what is not there (no ``V``: the update is by sign), ``ALIGN_``
+    what divides their addresses.
     ``KIND`` and ``SHIFT`` are those of `ds_blockwise.kernels.triton.batch.Program`, ``VECTORS`` is of
     `ds_blockwise.kernels.triton.tables.Vectors`. ``SAME``: the second moment of an element has the element's index.
     """
     COPY: tl.constexpr = C is not None
+    OF_ELEMENT: tl.constexpr = BY_SIGN if V is None else OWN
     tile = tl.load(tiles + tl.program_id(0))
     job = jobs + (tile >> INDEX_BITS) * JOB_COLUMNS
     index = tile & INDEX_MASK
@@ -242,7 +279,7 @@ def update_kernel(tiles, jobs, addresses, scalars, KIND: tl.constexpr, LOG2: tl.
     p = tensor_pointer(addresses, item, PARAM, P, ALIGN_P)
     g = tensor_pointer(addresses, item, GRAD, G, ALIGN_G)
     m = tensor_pointer(addresses, item, EXP_AVG, M, ALIGN_M)
-    v = tensor_pointer(addresses, item, EXP_AVG_SQ, V, ALIGN_V)
+    v = tensor_pointer(addresses, item, EXP_AVG_SQ, P if V is None else V, ALIGN_V)
     c = tensor_pointer(addresses, item, PARAM_COPY, P if C is None else C, ALIGN_C)
     q = addresses + item * ADDRESS_COLUMNS + GRAD_SCALE
     block_numel = tl.load(job + JOB_BLOCK_NUMEL)
@@ -259,13 +296,16 @@ def update_kernel(tiles, jobs, addresses, scalars, KIND: tl.constexpr, LOG2: tl.
         block, part = index // parts, index % parts
         begin = start + block * numel
         low, high = begin + (part << LOG2), tl.minimum(begin + numel, begin + ((part + 1) << LOG2))
-        _contiguous(p, g, m, v + slot + block, c, s, q, low, high, 1 << LOG2, False, VECTORS, WIDE, COPY, SCALED,
+        _contiguous(p, g, m, v + slot + block, c, s, q, low, high, 1 << LOG2, OF_BLOCK, VECTORS, WIDE, COPY, SCALED,
                     CAUTIOUS, BY_HAND)  # fmt: skip
     if ELEMENTS == KIND:
         low, high = start + (index << LOG2), tl.minimum(start + count, start + ((index + 1) << LOG2))
         own = v if SAME else v + slot - start
-        _contiguous(p, g, m, own, c, s, q, low, high, 1 << LOG2, True, VECTORS, WIDE, COPY, SCALED, CAUTIOUS, BY_HAND)
+        _contiguous(p, g, m, own, c, s, q, low, high, 1 << LOG2, OF_ELEMENT, VECTORS, WIDE, COPY, SCALED, CAUTIOUS,
+                    BY_HAND)  # fmt: skip
     if RECT == KIND:
-        _rect(p, g, m, v, c, s, q, job, index, LOG2, SHIFT, False, SAME, VECTORS, WIDE, COPY, SCALED, CAUTIOUS, BY_HAND)
+        _rect(p, g, m, v, c, s, q, job, index, LOG2, SHIFT, OF_BLOCK, SAME, VECTORS, WIDE, COPY, SCALED, CAUTIOUS,
+              BY_HAND)  # fmt: skip
     if ELEMENT_RECT == KIND:
-        _rect(p, g, m, v, c, s, q, job, index, LOG2, SHIFT, True, SAME, VECTORS, WIDE, COPY, SCALED, CAUTIOUS, BY_HAND)
+        _rect(p, g, m, v, c, s, q, job, index, LOG2, SHIFT, OF_ELEMENT, SAME, VECTORS, WIDE, COPY, SCALED, CAUTIOUS,
+              BY_HAND)  # fmt: skip

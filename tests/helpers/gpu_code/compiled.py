@@ -80,7 +80,7 @@ def step_of(items: Sequence[Item]) -> Callable[[Kernels], None]:
 
     def work(kernels: Kernels) -> None:
         kernels.sum_split_blocks([item for item in items if item.table.has_split_blocks])
-        kernels.step_(items)
+        (kernels.step_ if "exp_avg_sq" in items[0].state else kernels.step_by_sign_)(items)
 
     return work
 

@@ -95,6 +95,7 @@ def item(
     off: Sequence[int] = (0, 0, 0, 0, 0),
     cautious: bool = False,
     grad_scale: float | None = None,
+    lion: bool = False,
 ) -> Item:
     """A tensor in fp32 with this content.
 
@@ -108,13 +109,16 @@ def item(
         off: elements between an aligned address and each of `TENSORS`.
         cautious: whether weight decay is.
         grad_scale: what gradients are multiplied by where they are read.
+        lion: whether there is no second moment.
     """
     table = build_table(numel, placements, shares_second_moment=shared)
     sizes = (numel, numel, numel, table.num_blocks if shared else numel, numel)
     dtypes = (F32, grad, exp_avg, F32, copy)
     memory = [None if d is None else _untouched(d, n, at) for d, n, at in zip(dtypes, sizes, off, strict=True)]
     param, gradient, first, second, copied = memory
-    state = {"step": torch.zeros((), dtype=torch.int64), "exp_avg": first, "exp_avg_sq": second}
+    state = {"step": torch.zeros((), dtype=torch.int64), "exp_avg": first}
+    if not lion:
+        state["exp_avg_sq"] = second
     hyper = replace(HYPER, cautious=cautious)
     return Item(table, make_plan(table), param, state, hyper, gradient, None, copied, grad_scale=grad_scale)
 
@@ -142,10 +146,18 @@ MIXES: dict[str, Callable[[], list[Item]]] = {
     "LLaMA 2B, cut at an odd place, fused step of AdamW, bf16": lambda: shard(llama(), shared=False, ranks=7, **FUSED),
     "GPT-2 medium, ZeRO shard, fused step, bf16": lambda: shard(gpt2_medium(), shared=True, **FUSED),
     "LLaMA 2B, cut at an odd place, cautious AdamW": lambda: shard(llama(), shared=False, ranks=7, cautious=True),
+    "LLaMA 2B, ZeRO shard, Lion": lambda: shard(llama(), shared=False, lion=True),
+    "LLaMA 2B, cut at an odd place, Lion, bf16": lambda: shard(
+        llama(), shared=False, ranks=7, lion=True, grad=BF16, exp_avg=BF16, copy=BF16
+    ),
+    "LLaMA 2B, cut at an odd place, cautious Lion": lambda: shard(
+        llama(), shared=False, ranks=7, lion=True, cautious=True
+    ),
     "GPT-2 medium": lambda: whole(gpt2_medium(), shared=True),
     "GPT-2 medium, ZeRO shard": lambda: shard(gpt2_medium(), shared=True),
     "GPT-2 medium, cut at an odd place": lambda: shard(gpt2_medium(), shared=True, ranks=7),
     "GPT-2 medium, AdamW": lambda: whole(gpt2_medium(), shared=False),
+    "GPT-2 medium, Lion": lambda: whole(gpt2_medium(), shared=False, lion=True),
     "MoE": lambda: whole(moe(), shared=True),
     "LoRA": lambda: whole(lora(), shared=True),
     "LoRA, cut at an odd place": lambda: shard(lora(), shared=True, ranks=7),

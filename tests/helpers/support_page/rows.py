@@ -18,7 +18,6 @@ from tests.helpers.support_page.megatron import MEGATRON_ROWS
 _NO_GPU = "needs a GPU; the tests are there (`make test-gpu`)"
 _AUTOTP = "hosts/deepspeed/test_autotp.py::test_autotp_trains_like_whole_tensors"
 _LION, _MUON = "unit/optimizers/test_lion.py::", "unit/optimizers/test_muon.py::"
-_LION_BITS = "unit/kernels/test_cpp_lion.py::*"
 _PARITY = "hosts/deepspeed/test_parity.py::"
 _RESUME = "hosts/deepspeed/test_resume.py::"
 _TP_MUON = "hosts/deepspeed/test_tensor_parallel.py::test_muon_under_tensor_parallelism[muon"
@@ -378,17 +377,10 @@ ROWS: tuple[Row, ...] = (
             f"{what} (Muon: its part of Adam-mini)",
             Works((f"unit/kernels/test_base.py::*[{name}-*", f"unit/kernels/test_{name}.py::*")),
             Works((f"unit/kernels/test_base.py::*[{name}-*", f"unit/kernels/test_{name}.py::*")),
-            lion=lion,
+            lion=Works((f"unit/kernels/test_{name}_lion.py::*", f"{_LION}test_its_update_is*{name}*")),
             muon=Works((f"{_MUON}test_kernels_step_the_rest*[{name}]",)),
         )
-        for name, what, lion in (
-            ("cpp", "C++ (CPU)", Works((_LION_BITS, f"{_LION}test_its_update_is*cpp*"))),
-            (
-                "triton",
-                "Triton, in its interpreter",
-                Refused("torch's operations step it", (f"{_LION}test_what_it_cannot_do*[settings0-*",)),
-            ),
-        )
+        for name, what in (("cpp", "C++ (CPU)"), ("triton", "Triton, in its interpreter"))
     ),
     untested(KERNELS, "Triton, on a GPU", _NO_GPU),
     *FAMILY_ROWS,

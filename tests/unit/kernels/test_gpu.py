@@ -12,6 +12,7 @@ from ds_blockwise.kernels.self_check import disagreement
 from ds_blockwise.optimizers.registry import OPTIMIZERS
 from tests.helpers.kernel_cases import BF16, CASES, HYPER, clone, compare, item_of
 from tests.helpers.optimizers import SHORT_NAMES
+from tests.unit.kernels.test_cpp_lion import check_tables_of_models
 from tests.unit.optimizers.test_base import feed, tiny
 
 pytestmark = [
@@ -44,6 +45,8 @@ def test_a_gpu_makes_the_same_updates_as_the_cpu(cls, dtype):
 
 
 BOTH = pytest.mark.parametrize("shared", [False, True], ids=["AdamW", "AdamMini"])
+# Lion: no second moment
+ALL = pytest.mark.parametrize("shared", [False, True, None], ids=["AdamW", "AdamMini", "Lion"])
 
 
 @pytest.fixture
@@ -53,18 +56,27 @@ def kernels():
 
 def on_the_gpu(kernels, shared, names=("flat", "fused", "heads", "transposed", "bias and norm")):
     cases = [case for name in names for case in CASES[name]()]
-    return [clone(item_of(replace(case, peers=()), i, shared)[0], kernels, "cuda") for i, case in enumerate(cases)]
+    made = [item_of(replace(case, peers=()), i, bool(shared))[0] for i, case in enumerate(cases)]
+    items = [clone(item, kernels, "cuda") for item in made]
+    for item in items if shared is None else ():
+        del item.state["exp_avg_sq"]
+    return items
 
 
 def run(kernels, items):
     kernels.sum_split_blocks([item for item in items if item.table.has_split_blocks])
-    kernels.step_(items)
+    (kernels.step_ if "exp_avg_sq" in items[0].state else kernels.step_by_sign_)(items)
 
 
 @BOTH
 @pytest.mark.parametrize("name", CASES)
 def test_compiled_kernels_make_the_steps_of_the_reference(kernels, name, shared):
     compare(kernels, CASES[name](), shared, device="cuda")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_lions_kernel_has_the_bits_of_torchs_operations(kernels, name):
+    check_tables_of_models(kernels, name, device="cuda")
 
 
 def test_compiled_kernels_pass_the_check_before_the_first_step(kernels):
@@ -78,7 +90,7 @@ def test_bf16_is_rounded_to_nearest_even(kernels, shared):
     compare(kernels, cases, shared, device="cuda")
 
 
-@BOTH
+@ALL
 def test_a_step_never_waits_for_the_device(kernels, shared):
     items = on_the_gpu(kernels, shared)
     run(kernels, items)  # compiles, builds tables, makes the step counts
@@ -93,7 +105,7 @@ def test_a_step_never_waits_for_the_device(kernels, shared):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@BOTH
+@ALL
 def test_a_captured_step_equals_eager_steps(kernels, shared):
     """The replays count steps and read a learning rate that changes on the device."""
     rate = torch.tensor(1e-3, device="cuda", dtype=torch.float32)
@@ -115,14 +127,14 @@ def test_a_captured_step_equals_eager_steps(kernels, shared):
     for a, b in zip(eager, captured, strict=True):
         assert int(a.state["step"]) == int(b.state["step"]) == 6
         assert torch.equal(a.param, b.param)
-        assert all(torch.equal(a.state[key], b.state[key]) for key in ("exp_avg", "exp_avg_sq"))
+        assert all(torch.equal(a.state[key], b.state[key]) for key in a.state)
 
 
-@BOTH
+@ALL
 def test_compiled_kernels_are_deterministic(kernels, shared):
     both = [on_the_gpu(kernels, shared) for _ in range(2)]
     for items in both:
         for _ in range(3):
             run(kernels, items)
     for a, b in zip(*both, strict=True):
-        assert torch.equal(a.param, b.param) and torch.equal(a.state["exp_avg_sq"], b.state["exp_avg_sq"])
+        assert torch.equal(a.param, b.param) and all(torch.equal(a.state[key], b.state[key]) for key in a.state)

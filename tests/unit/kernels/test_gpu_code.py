@@ -44,8 +44,8 @@ def test_nothing_is_spilled(launches):
 
 
 def test_contraction_does_not_depend_on_a_default(launches):
-    """Triton 3.10 turns it off by default, and weights would change with the version."""
-    assert all(one["fused"] for one in launches)
+    """Triton 3.10 turns it off by default, and weights would change with the version; Lion's signs bear none."""
+    assert all(one["fused"] is ("Lion" not in one["mix"]) for one in launches)
 
 
 def test_bf16_is_rounded_by_the_hardware(launches):
@@ -68,10 +68,14 @@ LAUNCHES = {  # of a step, with the sums of split blocks; each costs the host so
     "LLaMA 2B, cut at an odd place, fused step, bf16": 9,
     "LLaMA 2B, cut at an odd place, fused step of AdamW, bf16": 2,
     "GPT-2 medium, ZeRO shard, fused step, bf16": 9,
+    "LLaMA 2B, ZeRO shard, Lion": 2,
+    "LLaMA 2B, cut at an odd place, Lion, bf16": 2,
+    "LLaMA 2B, cut at an odd place, cautious Lion": 2,
     "GPT-2 medium": 7,
     "GPT-2 medium, ZeRO shard": 9,
     "GPT-2 medium, cut at an odd place": 12,
     "GPT-2 medium, AdamW": 3,
+    "GPT-2 medium, Lion": 3,
     "MoE": 7,
     "LoRA": 4,
     "LoRA, cut at an odd place": 9,
@@ -110,6 +114,18 @@ def test_updates_of_aligned_tensors_take_vectors(launches, mix):
         for operation in ("loads", "stores"):
             narrow = sum(count for width, count in one[operation].items() if int(width) < 8)
             assert one[operation]["16"] and narrow <= (8 if shares_table else 3), one
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_lion_reads_and_writes_each_tensor_once(launches, capability):
+    """Three tensors read and two written, 20 bytes an element; torch's operations move 52."""
+    mix = "LLaMA 2B, ZeRO shard, Lion"
+    (update,) = (
+        one for one in launches if (one["mix"], one["kernel"], one["capability"]) == (mix, "update_kernel", capability)
+    )
+    of_each = 8 * 4  # bytes of a thread: 8 elements in fp32
+    assert bytes_by_width(update, "loads") == {16: 3 * of_each}
+    assert bytes_by_width(update, "stores") == {16: 2 * of_each}
 
 
 def bytes_by_width(launch, operation):
