@@ -125,15 +125,15 @@ class TritonKernels(Kernels):
 
     def step_(self, items: Sequence[Item]) -> None:
         """See `Kernels.step_`."""
-        self._step(items)
+        self._step(group_items(items))
 
     def step_by_sign_(self, items: Sequence[Item]) -> None:
         """See `Kernels.step_by_sign_`; every bit of fp32 and 16-bit parameters is that of `ReferenceKernels`."""
         keep_directions(items)
-        self._step(items)
+        self._step(group_items(items, by_sign=True))
 
-    def _step(self, items: Sequence[Item]) -> None:
-        for group in group_items(items):
+    def _step(self, groups: Sequence[Group]) -> None:
+        for group in groups:
             batch = self.batches.of(group, sums=False)
             with _on(batch.device):
                 batch.upload(group)
@@ -143,7 +143,7 @@ class TritonKernels(Kernels):
                 _launch(prepare_kernel, len(group.items), *tables, **meta)
                 _add_up(batch, group, to_sums=False)
                 self._update(batch, group)
-        torch.autograd.graph.increment_version([item.param for item in items])
+        torch.autograd.graph.increment_version([item.param for group in groups for item in group.items])
 
     def momentum_part_(
         self, exp_avg: torch.Tensor, grad: torch.Tensor, ahead: torch.Tensor, *, momentum: float, nesterov: bool

@@ -176,13 +176,18 @@ class Group:
 _ALIGNED = (ALIGNMENT,) * 5
 
 
-def group_items(items: Sequence[Item]) -> list[Group]:
-    """Sort the tensors of a call into groups and collect their addresses; turns step counts into device tensors."""
+def group_items(items: Sequence[Item], *, by_sign: bool = False) -> list[Group]:
+    """Sort the tensors of a call into groups and collect their addresses; turns step counts into device tensors.
+
+    Args:
+        items: the tensors.
+        by_sign: whether the update takes no second moments, whatever the states hold.
+    """
     groups: dict[tuple[object, ...], Group] = {}
     for item in items:
         param, grad, state, copy = item.param, item.grad, item.state, item.param_copy
         device = param.device
-        moments = (state.get("exp_avg"), state.get("exp_avg_sq"))
+        moments = (state.get("exp_avg"), None if by_sign else state.get("exp_avg_sq"))
         if grad is None or moments[0] is None:
             moments = (None, None)
         tensors = (param, grad, *moments, copy)  # as the columns of `Address`

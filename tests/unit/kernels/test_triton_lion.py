@@ -10,7 +10,7 @@ if not torch.cuda.is_available():
 
 import pytest
 
-from tests.helpers.kernel_cases import CASES
+from tests.helpers.kernel_cases import CASES, clone, item_of
 from tests.unit.kernels.test_cpp import BF16, F16, F32, F64
 from tests.unit.kernels.test_cpp_lion import ODD, check_random_table, check_tables_of_models, same_bits
 
@@ -61,3 +61,17 @@ def test_a_launch_for_each_form_whatever_the_number_of_tensors(kernels, monkeypa
     monkeypatch.setattr(triton_kernels, "_launch", counted)
     check_tables_of_models(kernels, "odd rows")
     assert launches == [("prepare_kernel", False), *[("update_kernel", False)] * 2] * 2
+
+
+def test_a_second_moment_that_a_state_still_holds_is_not_read(kernels):
+    """Adam's update would be made of it."""
+    with_it, without = (
+        [clone(item_of(case, i, False)[0], kernels) for i, case in enumerate(CASES["flat"]())] for _ in range(2)
+    )
+    for item in without:
+        del item.state["exp_avg_sq"]
+    before = [item.state["exp_avg_sq"].clone() for item in with_it]
+    for items in (with_it, without):
+        kernels.step_by_sign_(items)
+    assert all(same_bits(a.param, b.param) for a, b in zip(with_it, without, strict=True))
+    assert all(same_bits(item.state["exp_avg_sq"], was) for item, was in zip(with_it, before, strict=True))
