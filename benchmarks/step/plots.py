@@ -22,6 +22,7 @@ CONTENDERS: dict[str, tuple[str, str | tuple[int, tuple[int, ...]]]] = {
     "BlockwiseAdamW[triton]": ("BlockwiseAdamW", "-"),
     "BlockwiseAdamW[reference]": ("BlockwiseAdamW", ":"),
     "BlockwiseLion[cpp]": ("BlockwiseLion", "-"),
+    "BlockwiseLion[triton]": ("BlockwiseLion", "-"),
     "BlockwiseLion[reference]": ("BlockwiseLion", ":"),
     "DeepSpeedCPULion": ("BlockwiseLion", "--"),
     "DeepSpeedCPUAdam": ("AdamW", "--"),

@@ -21,9 +21,8 @@ from ds_blockwise.runs.run_file import RunConfig
 COMPUTE_EFFICIENCY = (0.55, 0.40)  # of the peak: best, worst
 BANDWIDTH_EFFICIENCY = 0.8
 _USABLE = 0.92  # of a GPU's memory: the context, the libraries and fragmentation take the rest
-# moved per parameter by the update with fp32 gradients; of BlockwiseLion by five of torch's operations, of
-# BlockwiseMuon by its two kernels around Newton-Schulz
-_BYTES_PER_STEP = {MINI: 20, "BlockwiseLion": 52, MUON: 28}
+# moved per parameter by the update with fp32 gradients; of BlockwiseMuon by its two kernels around Newton-Schulz
+_BYTES_PER_STEP = {MINI: 20, "BlockwiseLion": 20, MUON: 28}
 _ADAMW_BYTES = 28
 
 

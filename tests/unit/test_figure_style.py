@@ -17,6 +17,7 @@ from matplotlib.text import Text
 
 from benchmarks.compare.plots import COLOURS
 from benchmarks.compare.trials import ARMS, COMPARED
+from benchmarks.step.peers import families
 from benchmarks.step.plots import CONTENDERS
 from ds_blockwise.blocks.roles import BLOCK_TYPES
 from ds_blockwise.figure_style import (
@@ -32,6 +33,7 @@ from ds_blockwise.figure_style import (
     spread,
 )
 from ds_blockwise.optimizers.registry import OPTIMIZERS
+from ds_blockwise.optimizers.settings import BACKENDS
 from tests.helpers import ROOT
 
 # what is seen of linear RGB: in normal sight, without red cones, without green cones (Machado et al. 2009)
@@ -79,7 +81,8 @@ def test_every_optimizer_of_the_benchmarks_is_drawn_in_its_colour() -> None:
     """Of the kernels' rows, those with bf16 momentum are left to the table."""
     with open(ROOT / "docs/bench/kernels_cpu.csv", newline="", encoding="utf-8") as file:
         timed = {row["contender"] for row in csv.DictReader(file) if row["momentum"] == "fp32"}
-    assert timed <= CONTENDERS.keys()
+    ours = {f"{cls.__name__}[{name}]" for cls in families().values() for name in BACKENDS if name != "auto"}
+    assert timed | ours <= CONTENDERS.keys()
     assert {optimizer for optimizer, _ in CONTENDERS.values()} <= OPTIMIZER_COLOURS.keys()
     assert COLOURS.keys() == ARMS.keys(), "--arms draws any of them"
     assert len({COLOURS[arm] for arm in COMPARED}) == len(COMPARED)

@@ -219,6 +219,7 @@ def _lion() -> Named:
         yield _named("lion_sub_groups", dp, Case("lion", 3, zero={"sub_group_size": 700}))
     for stage, dtype, dp in ((1, "bf16", 2), (2, "bf16", 3), (3, "fp32", 3)):
         yield _named("lion_offload", dp, Case("lion", stage, dtype, zero=OFFLOAD))
+    yield _named("lion_triton", 2, Case("lion", 2, "bf16", model="nano", backend="triton"))
     yield _named("lion_overflow", 2, Case("lion", 2, "fp32", poison=(0, 2), clip=0.05, steps=4))
     yield _named("lion_mutant", 2, Case("lion", 2, oracle_multipliers={"value": 4.01}, steps=2))
 
@@ -361,7 +362,7 @@ def test_end_to_end(outcome: Outcome, name: str) -> None:
 
 @SUITE.tests(name for name in LION if "mutant" not in name)
 def test_lion(outcome: Outcome, name: str) -> None:
-    """An optimizer without kernels of its own would miss the shards, the clipping or the skipped steps."""
+    """An optimizer that keeps no second moments would miss the shards, the clipping or the skipped steps."""
     passes(outcome, name)
 
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from ds_blockwise.runs.check import check_run_file
@@ -53,6 +55,17 @@ def test_a_larger_micro_batch_is_found_only_if_it_fits() -> None:
     assert plan.largest_micro_batch == max(m for m, size in sizes.items() if size <= usable)
     small = make_plan(run, held, 1, 8, "a100-40g")
     assert small.largest_micro_batch < plan.largest_micro_batch
+
+
+@pytest.mark.parametrize(("name", "bytes_"), [("BlockwiseAdamW", 28), ("BlockwiseAdamMini", 20), ("BlockwiseLion", 20)])
+def test_an_update_takes_what_its_kernel_moves(name: str, bytes_: int) -> None:
+    """Parameter and moments are read and written, the gradient is read; fp32."""
+    run, _ = check_run_file(FOLDER / "nodes_1.yaml")
+    assert run is not None
+    deepspeed = {**run.deepspeed, "optimizer": {**run.deepspeed["optimizer"], "type": name}}
+    plan = make_plan(replace(run, deepspeed=deepspeed), RankCounts(1_935_362_560, 636_288), 1, 8, "h100-80g")
+    own = bytes_ * 1_935_362_560 / 8
+    assert plan.optimizer_seconds[name] == pytest.approx(own / (0.8 * GPUS["h100-80g"].bandwidth))
 
 
 def test_muons_matrices_by_hand() -> None:
