@@ -18,6 +18,7 @@ from tests.helpers.support_page.megatron import MEGATRON_ROWS
 _NO_GPU = "needs a GPU; the tests are there (`make test-gpu`)"
 _AUTOTP = "hosts/deepspeed/test_autotp.py::test_autotp_trains_like_whole_tensors"
 _LION, _MUON = "unit/optimizers/test_lion.py::", "unit/optimizers/test_muon.py::"
+_LION_BITS = "unit/kernels/test_cpp_lion.py::*"
 _PARITY = "hosts/deepspeed/test_parity.py::"
 _RESUME = "hosts/deepspeed/test_resume.py::"
 _TP_MUON = "hosts/deepspeed/test_tensor_parallel.py::test_muon_under_tensor_parallelism[muon"
@@ -57,9 +58,7 @@ ROWS: tuple[Row, ...] = (
         PLAIN,
         "a model that was not tagged",
         "call ds_blockwise.tag_parameters(model) before the first step",
-        "hosts/deepspeed/test_bad_input.py::test_an_untagged_model_is_refused_at_the_first_step[{O}]",
-        lion=SAME,
-        muon=SAME,
+        "hosts/deepspeed/test_bad_input.py::test_an_untagged_model_is_refused_at_the_first_step",
     ),
     *(
         works(
@@ -75,21 +74,18 @@ ROWS: tuple[Row, ...] = (
         DEEPSPEED,
         "ZeRO-1 with fp32 accumulation (`BF16_Optimizer`)",
         f"{_PARITY}test_partition_options[bf16_optimizer-*-{{o}}-*]",
-        lion=(f"{_PARITY}test_lion[lion_bf16_optimizer-*",),
         muon=(f"{_PARITY}test_muon[muon_bf16_optimizer-*",),
     ),
     works(
         DEEPSPEED,
         "ZeRO-3 with sub-groups",
         f"{_PARITY}test_partition_options[sub_groups-*-{{o}}-*]",
-        lion=(f"{_PARITY}test_lion[lion_sub_groups-*",),
         muon=(f"{_PARITY}test_muon[muon_sub_groups-*",),
     ),
     works(
         DEEPSPEED,
-        "CPU offload, ZeRO-1, 2 and 3",
+        "CPU offload, ZeRO-1, 2 and 3 (Muon: 2 and 3)",
         f"{_PARITY}*[*offload*-{{o}}-*]",
-        lion=(f"{_PARITY}test_lion[lion_offload-*",),
         muon=(f"{_PARITY}test_muon[muon_offload-*",),
     ),
     mixed(
@@ -130,7 +126,6 @@ ROWS: tuple[Row, ...] = (
         "from DeepSpeed's AdamW (Muon: also from BlockwiseAdamMini, converted or universal)",
         Works((f"{_RESUME}*[from_adamw-{{o}}-*",)),
         Works((f"{_RESUME}*[from_adamw-{{o}}-*",)),
-        lion=Works((f"{_RESUME}*[from_adamw-{{o}}-*",)),
         muon=Works((f"{_RESUME}*[from_*-{{o}}-*",)),
     ),
     works(
@@ -144,57 +139,36 @@ ROWS: tuple[Row, ...] = (
         MEGATRON_DEEPSPEED,
         "tensor parallelism 2, ZeRO-0 to 3",
         "hosts/deepspeed/test_tensor_parallel.py::*[fed-gqa-*-{o}-tp2-*]",
-        lion=("hosts/deepspeed/test_tensor_parallel.py::test_lion_under_tensor_parallelism[lion-*-tp2-*",),
         muon=(f"{_TP_MUON}-gqa-*", f"{_TP_MUON}_roles-*"),
     ),
     works(
         MEGATRON_DEEPSPEED,
         "experts, each rank holding all",
         "hosts/deepspeed/test_pipeline.py::test_experts_of_megatron[experts-z1-{o}-dp2]",
-        lion=SAME,
-        muon=SAME,
     ),
     refused(
         MEGATRON_DEEPSPEED,
         "expert parallelism",
         "expert parallelism of Megatron-core",
         "hosts/deepspeed/test_pipeline.py::test_experts_of_megatron[experts-z1-{o}-dp2]",
-        lion=SAME,
-        muon=SAME,
     ),
     works(
         TRAINER,
         "Trainer, `auto` values, against a plain loop",
         "hosts/huggingface/test_trainer.py::*plain_loop-{O}-whole*",
-        lion=SAME,
-        muon=SAME,
     ),
-    works(
-        TRAINER,
-        "Trainer, resume, bitwise",
-        "hosts/huggingface/test_trainer.py::*resumes_bitwise-{O}-whole*",
-        lion=SAME,
-        muon=SAME,
-    ),
+    works(TRAINER, "Trainer, resume, bitwise", "hosts/huggingface/test_trainer.py::*resumes_bitwise-{O}-whole*"),
     mixed(
         TRAINER,
         "Trainer with AutoTP, resume",
         Untested("BlockwiseAdamMini's case stands for both"),
         Works(("hosts/huggingface/test_trainer.py::*resumes_bitwise-{O}-autotp*",)),
     ),
-    works(
-        TRAINER,
-        "PEFT (LoRA), frozen base",
-        "hosts/huggingface/test_trainer.py::*plain_loop-{O}-lora*",
-        lion=SAME,
-        muon=SAME,
-    ),
+    works(TRAINER, "PEFT (LoRA), frozen base", "hosts/huggingface/test_trainer.py::*plain_loop-{O}-lora*"),
     works(
         TRAINER,
         "`torch.compile`, before and after `initialize`",
         "hosts/huggingface/test_trainer.py::*compiled_engines-{O}*",
-        lion=SAME,
-        muon=SAME,
     ),
     refused(
         TRAINER,
@@ -212,7 +186,6 @@ ROWS: tuple[Row, ...] = (
             AUTOTP,
             f"ZeRO-{stage}, tensor parallelism 2, fp32 and bf16 (Muon: fp32)",
             f"{_AUTOTP}[values-qwen3-z{stage}-*-{{o}}-*]",
-            lion=SAME,
             muon=(f"{_AUTOTP}[values-*-z{stage}-*-muon-tp2-*",),
         )
         for stage in range(4)
@@ -221,16 +194,8 @@ ROWS: tuple[Row, ...] = (
         AUTOTP,
         "real batches, against one rank",
         "hosts/deepspeed/test_autotp_use.py::test_autotp_trains_like_one_rank[end_to_end-*-{o}]",
-        lion=SAME,
-        muon=SAME,
     ),
-    works(
-        AUTOTP,
-        "resume, bitwise",
-        "hosts/deepspeed/test_autotp_use.py::test_resume_is_bitwise[resume-*-{o}]",
-        lion=SAME,
-        muon=SAME,
-    ),
+    works(AUTOTP, "resume, bitwise", "hosts/deepspeed/test_autotp_use.py::test_resume_is_bitwise[resume-*-{o}]"),
     works(
         AUTOTP,
         "checkpoints at another tensor-parallel size",
@@ -241,24 +206,20 @@ ROWS: tuple[Row, ...] = (
         "fused weights, uneven heads, biases, fewer KV heads than ranks",
         Works(tuple(f"{_AUTOTP}[values-{m}-*-adamw-*]" for m in ("neox", "glm", "mqa"))),
         Works(tuple(f"{_AUTOTP}[values-{m}-*-mini-*]" for m in ("neox", "glm", "mqa", "thirds", "qwen2"))),
-        lion=Works(tuple(f"{_AUTOTP}[values-{m}-*-lion-*]" for m in ("neox", "glm", "mqa"))),
         muon=Works(tuple(f"{_AUTOTP}[values-{m}-*-muon-*]" for m in ("neox", "glm", "mqa"))),
     ),
     refused(
         AUTOTP,
         "norms of heads whose gradients AutoTP would not sum",
         "norms of attention heads, which every tensor-parallel rank holds whole",
-        "hosts/deepspeed/test_autotp_use.py::test_what_autotp_gets_wrong_is_refused[refused-head_norms-{o}]",
-        lion=SAME,
-        muon=SAME,
+        "hosts/deepspeed/test_autotp_use.py::test_what_autotp_gets_wrong_is_refused[refused-head_norms]",
     ),
     *(
         works(
             MOE,
             f"ZeRO-{stage}, expert parallelism 2",
             f"{_EXPERTS}[values-split-z{stage}-*-{{o}}-ep2-*]",
-            lion=SAME,
-            muon=SAME,
+            muon=None if stage == 1 else SAME,
         )
         for stage in range(3)
     ),
@@ -266,32 +227,24 @@ ROWS: tuple[Row, ...] = (
         MOE,
         "resume, bitwise",
         "hosts/deepspeed/test_experts.py::test_resume_is_bitwise_and_convert_is_refused[resume-*-{o}-*]",
-        lion=SAME,
-        muon=SAME,
     ),
     refused(
         MOE,
         "ZeRO-3",
         "DeepSpeed's MoE layers cannot be trained at ZeRO stage 3",
-        "hosts/deepspeed/test_experts.py::test_what_cannot_train_is_refused[refused-split-z3-*-{o}-*]",
-        lion=SAME,
-        muon=SAME,
+        "hosts/deepspeed/test_experts.py::test_what_cannot_train_is_refused[refused-split-z3-*]",
     ),
     refused(
         MOE,
         "`ds-blockwise convert`",
         "run with experts (DeepSpeed's MoE)",
-        "hosts/deepspeed/test_experts.py::test_resume_is_bitwise_and_convert_is_refused[resume-*-{o}-*]",
-        lion=SAME,
-        muon=SAME,
+        "hosts/deepspeed/test_experts.py::test_resume_is_bitwise_and_convert_is_refused*",
     ),
     *(
         works(
             ULYSSES,
             f"ZeRO-{stage}, sequence parallelism 2",
             f"hosts/deepspeed/test_ulysses.py::test_sequence_parallel_values[fed-z{stage}-*-{{o}}-sp2-*]",
-            lion=SAME,
-            muon=SAME,
         )
         for stage in range(4)
     ),
@@ -299,75 +252,56 @@ ROWS: tuple[Row, ...] = (
         ULYSSES,
         "half a sequence per rank, against whole ones",
         "hosts/deepspeed/test_ulysses.py::test_half_a_sequence_per_rank_trains_like_whole_ones[end_to_end-*-{o}-*]",
-        lion=SAME,
-        muon=SAME,
     ),
     refused(
         ULYSSES,
         "sequence ranks that do not share gradients",
         "DeepSpeed then averages gradients over ranks",
-        "hosts/deepspeed/test_ulysses.py::test_what_does_not_share_gradients_is_refused[refused-*-{o}-*]",
-        lion=SAME,
-        muon=SAME,
+        "hosts/deepspeed/test_ulysses.py::test_what_does_not_share_gradients_is_refused*",
     ),
     works(
         PIPELINE,
         "2 stages: ZeRO-0 fp32 and bf16, ZeRO-1, `BF16_Optimizer`",
         "hosts/deepspeed/test_pipeline.py::test_values_of_a_pipeline[values-*-{o}-pp2-dp1]",
-        lion=SAME,
-        muon=SAME,
     ),
     works(
         PIPELINE,
         "2 stages x dp 2",
         "hosts/deepspeed/test_pipeline.py::test_values_of_a_pipeline[values-*-{o}-pp2-dp2]",
-        lion=SAME,
         muon=SAME,
     ),
     works(
         PIPELINE,
         "tied embeddings, copies bit-identical after 24 steps",
         "hosts/deepspeed/test_pipeline.py::test_training_keeps_tied_copies_alike[training-*-{o}-*]",
-        lion=SAME,
-        muon=SAME,
     ),
     works(
         PIPELINE,
         "2 stages x tensor parallelism 2",
         "hosts/deepspeed/test_pipeline.py::test_tensor_parallel_layers_in_a_pipeline[grid-{o}-tp2-pp2]",
-        lion=SAME,
-        muon=SAME,
     ),
     works(
         PIPELINE,
         "save, resume bitwise",
         "hosts/deepspeed/test_pipeline.py::test_checkpoints_of_a_pipeline[checkpoint-*-{o}-*]",
-        lion=SAME,
-        muon=SAME,
     ),
     refused(
         PIPELINE,
         "ZeRO-2, ZeRO-3",
         "DeepSpeed's pipeline engine works with ZeRO stage 0 and 1 only",
-        "hosts/deepspeed/test_pipeline.py::test_what_stages_must_agree_on[stages-{o}-pp2-dp1]",
-        lion=SAME,
-        muon=SAME,
+        "hosts/deepspeed/test_pipeline.py::test_what_stages_must_agree_on[stages-pp2-dp1]",
     ),
     refused(
         PIPELINE,
         "tied weights that stages would step differently",
         "would be stepped differently and drift apart",
-        "hosts/deepspeed/test_pipeline.py::test_what_stages_must_agree_on[tied-{o}-pp2-dp1]",
-        lion=SAME,
-        muon=SAME,
+        "hosts/deepspeed/test_pipeline.py::test_what_stages_must_agree_on[tied-pp2-dp1]",
     ),
     refused(
         PIPELINE,
         "`ds-blockwise convert`",
         "pipeline-parallel run (PipelineModule)",
-        "hosts/deepspeed/test_pipeline.py::test_checkpoints_of_a_pipeline[checkpoint-*-{o}-*]",
-        lion=SAME,
-        muon=SAME,
+        "hosts/deepspeed/test_pipeline.py::test_checkpoints_of_a_pipeline*",
     ),
     untested(PIPELINE, "CPU offload, fp16, more than 2 stages", "no case"),
     *MEGATRON_ROWS,
@@ -377,10 +311,17 @@ ROWS: tuple[Row, ...] = (
             f"{what} (Muon: its part of Adam-mini)",
             Works((f"unit/kernels/test_base.py::*[{name}-*", f"unit/kernels/test_{name}.py::*")),
             Works((f"unit/kernels/test_base.py::*[{name}-*", f"unit/kernels/test_{name}.py::*")),
-            lion=Works((f"unit/kernels/test_{name}_lion.py::*", f"{_LION}test_its_update_is*{name}*")),
+            lion=lion,
             muon=Works((f"{_MUON}test_kernels_step_the_rest*[{name}]",)),
         )
-        for name, what in (("cpp", "C++ (CPU)"), ("triton", "Triton, in its interpreter"))
+        for name, what, lion in (
+            ("cpp", "C++ (CPU)", Works((_LION_BITS, f"{_LION}test_its_update_is*cpp*"))),
+            (
+                "triton",
+                "Triton, in its interpreter",
+                Works(("unit/kernels/test_triton_lion.py::*", f"{_LION}test_its_update_is*triton*")),
+            ),
+        )
     ),
     untested(KERNELS, "Triton, on a GPU", _NO_GPU),
     *FAMILY_ROWS,
