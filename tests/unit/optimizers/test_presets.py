@@ -59,8 +59,8 @@ def test_paper_is_what_the_default_was(name):
     """A run of the paper's would end elsewhere after an upgrade, although its JSON says ``"paper"``."""
     now = trained(OPTIMIZERS[name], lr=1e-3, min_lr=1e-4, lr_multipliers="paper")
     before = load_file(BEFORE / f"{name}.safetensors")
-    assert now.keys() == before.keys()
-    assert [key for key in now if not torch.equal(now[key], before[key])] == []
+    # processors differ in the last bits of normal random numbers; other multipliers move weights by 1e-4 and more
+    torch.testing.assert_close(now, before, rtol=4e-7, atol=2e-9)
 
 
 @BEFORE_PRESETS
